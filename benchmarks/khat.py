@@ -15,7 +15,8 @@ from flows import POSTERIORS, set_up
 from torch import Tensor
 
 from pyro_artransform import AutoIAF, fit
-from pyro_artransform.diagnostics import fit_tail, importance
+from pyro_artransform.diagnostics import fit_tail
+from pyro_artransform.diagnostics.importance_weights import log_weights
 
 _LIMIT = 0.7
 _REPEATS = {10_000: 400, 100_000: 200}
@@ -49,7 +50,7 @@ def of_a_fit(posterior: str, seed: int) -> None:
     model = POSTERIORS[posterior]
     guide = AutoIAF(model)
     result = fit(model, guide, progress=False)
-    weights = importance(model, guide, _DRAWS).log_weights
+    _, weights = log_weights(model, guide, _DRAWS)
     said = f"{result.khat:.2f} by {result.num_samples:,}"
     cells = []
     for size in (10_000, 100_000):

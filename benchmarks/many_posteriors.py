@@ -12,6 +12,7 @@ tau, given which the posterior is normal. Prints the page's lines.
 import argparse
 import json
 import time
+from functools import partial
 from typing import Any
 
 import pyro
@@ -21,6 +22,7 @@ from torch import Tensor
 
 from pyro_artransform import AutoStructuredFlow, FitResult, fit
 from pyro_artransform.diagnostics import psis_resample, sbc
+from pyro_artransform.inference import over_data_sets
 
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 NUM_DRAWS = 4000  # by which means of the guide are known to 0.016 sd
@@ -33,12 +35,6 @@ def schools(y: Tensor | None = None) -> Tensor:
     with pyro.plate("schools", 8):
         theta = pyro.sample("theta", dist.Normal(mu, tau))
         return pyro.sample("y", dist.Normal(theta, SIGMA), obs=y)
-
-
-def many(y: Tensor) -> None:
-    """The same of many data sets ``(S, 8)``."""
-    with pyro.plate("data_sets", len(y), dim=-2):
-        schools(y)
 
 
 def exact(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -75,10 +71,10 @@ def run(num_sets: int, num_steps: int | None, num_singles: int) -> None:
     kept: dict[str, Any] = {}
 
     def fit_all(data: dict[str, Tensor]) -> Any:
+        many = over_data_sets(schools, data)
         options = {"num_steps": num_steps, "progress": False}
-        y, guide = data["y"], AutoStructuredFlow(many)
-        kept["y"], kept["result"] = y, fit(many, guide, y, **options)
-        kept["draw"] = lambda n: psis_resample(many, guide, n, y)
+        kept["y"], kept["result"] = data["y"], fit(many, AutoStructuredFlow(many), **options)
+        kept["draw"] = partial(psis_resample, many, kept["result"].guide)
         return kept["draw"]
 
     start = time.process_time()

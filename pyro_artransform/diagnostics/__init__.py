@@ -6,6 +6,7 @@
 from .calibration import SBC, sbc, simultaneous_bands, uniformity_pvalue
 from .comparison import ComparedModel, Comparison, compare
 from .importance import Importance, importance, psis_resample
+from .importance_weights import log_weights
 from .marginals import Marginals, marginals
 from .psis import ParetoTail, fit_tail, smooth_tail
 
@@ -19,6 +20,7 @@ __all__ = [  # noqa: RUF022
     "compare",
     "fit_tail",
     "importance",
+    "log_weights",
     "marginals",
     "psis_resample",
     "sbc",

@@ -141,13 +141,10 @@ def sbc(
     All data sets in one fit::
 
         >>> from pyro_artransform import AutoStructuredFlow, fit
-        >>> def many(y):
-        ...     with pyro.plate("data_sets", len(y)):
-        ...         z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        ...         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+        >>> from pyro_artransform.inference import over_data_sets
         >>> def fit_all(data):
-        ...     guide = AutoStructuredFlow(many)
-        ...     return fit(many, guide, data["y"], num_steps=50, progress=False).guide
+        ...     many = over_data_sets(model, data)
+        ...     return fit(many, AutoStructuredFlow(many), num_steps=50, progress=False).guide
         >>> options = {"observed": ["y"], "at_once": True, "progress": False}
         >>> sbc(model, fit_all, **options).ranks["z"].shape
         torch.Size([100])

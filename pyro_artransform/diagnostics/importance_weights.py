@@ -29,7 +29,7 @@ _CHUNK, _SMALL_CHUNK, _NUM_COMPARED = 1000, 100, 3
 
 
 class Weighted(NamedTuple):
-    """Draws ``(n, D)`` in the coordinates of the density, ``None`` where replayed; ``(n,)`` weights."""
+    """Draws on the unconstrained space, ``(n, D)`` or ``None`` where replayed; ``(n,)`` weights."""
 
     latent: Tensor | None
     values: Values
@@ -40,12 +40,27 @@ Drawer = Callable[[int], Weighted]
 
 
 @torch.no_grad()
+def log_weights(
+    model: Model,
+    guide: Model,
+    num_samples: int,
+    args: Args = (),
+    kwargs: Kwargs | None = None,
+    log_joint: LogJoint | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Draws ``(n, latent_dim)`` of a guide on the unconstrained space, and their log weights ``(n,)``."""
+    chunks = list(weighted_draws(model, guide, num_samples, args, kwargs or {}, log_joint))
+    latents = [chunk.latent for chunk in chunks if chunk.latent is not None]
+    if len(latents) < len(chunks):
+        raise ValueError("guide: expected neither discrete sites nor latents of a minibatch")
+    return torch.cat(latents), torch.cat([chunk.log_weights for chunk in chunks])
+
+
+@torch.no_grad()
 def weighted_draws(
     model: Model, guide: Model, n: int, args: Args, kwargs: Kwargs, log_joint: LogJoint | None
 ) -> Iterator[Weighted]:
     """Draws of a guide with their weights, a chunk at a time; discrete sites are allowed.
-
-    A log joint density that is given is in the coordinates of the guide's draws.
 
     A guide with ``rsample_and_log_prob`` gives its density on the unconstrained space, any other one
     is traced. A guide that is a point at some site, such as ``AutoDelta``, has an infinite density
@@ -58,9 +73,7 @@ def weighted_draws(
             offered.set_up(*args, **kwargs)
         else:
             _trace(run_guide)
-        if log_joint is None:
-            coordinates = offered.prior_coordinates if isinstance(offered, PriorGuide) else None
-            log_joint = LogJoint(run_model).with_coordinates(coordinates)
+        log_joint = log_joint or LogJoint(run_model)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             check_same_latents(log_joint, run_guide)
         draw: Drawer = partial(_draw_unconstrained, offered, log_joint)
@@ -101,14 +114,7 @@ class ModelAndGuide(NamedTuple):
 
     def draws(self, count: int) -> Tensor:
         """Draws ``(count, latent_dim)`` of the guide, in the coordinates of the density."""
-        latents = list[Tensor]()
-        for chunk in self.weighted_draws(count):
-            if chunk.latent is None:
-                raise ValueError(
-                    "guide: expected neither discrete sites nor latents of a minibatch"
-                )
-            latents.append(chunk.latent)
-        return torch.cat(latents)
+        return log_weights(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)[0]
 
 
 def has_point(values: Values) -> bool:
@@ -118,6 +124,9 @@ def has_point(values: Values) -> bool:
 
 def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int) -> Weighted:
     """Draws with a density that the guide gives itself, in the coordinates of the log joint density."""
+    density = log_joint
+    if isinstance(guide, PriorGuide) and log_joint.coordinates is None:
+        density = log_joint.with_coordinates(guide.prior_coordinates)
     latent, log_q = guide.rsample_and_log_prob(n)
     expected = (n, log_joint.latents.latent_dim)
     if latent.shape != expected or log_q.shape != (n,):
@@ -125,8 +134,10 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
             f"guide: expected latents of shape {expected} and densities of shape {(n,)}, got "
             f"{tuple(latent.shape)} and {tuple(log_q.shape)}"
         )
-    log_weights = _log_ratio(log_joint, latent, log_q)
-    unconstrained, _ = log_joint.to_unconstrained(latent)
+    log_weights = _log_ratio(density, latent, log_q)
+    log_joint.strategy, log_joint.obstacle = density.strategy, density.obstacle
+    unconstrained, _ = density.to_unconstrained(latent)
+    latent = unconstrained if log_joint.coordinates is None else latent
     return Weighted(latent, log_joint.latents.constrain(unconstrained), log_weights)
 
 

@@ -3,6 +3,7 @@
 
 """Fits of guides, and what draws of a posterior say."""
 
+from ..joint.posteriors import over_data_sets
 from ..posterior import Summary, log_likelihood, summary, to_inference_data
 from .config import FitConfig
 from .evaluation.each_posterior import EachPosterior
@@ -26,6 +27,7 @@ __all__ = [
     "fit_draws",
     "log_likelihood",
     "mcmc",
+    "over_data_sets",
     "summary",
     "to_inference_data",
 ]

@@ -1,15 +1,19 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Many posteriors in one: densities by element of a plate, and the weights of each."""
+"""Many posteriors in one: models of many data sets, densities by element of a plate, and their weights."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..graphs.markov_graph import MarkovGraph
@@ -18,13 +22,115 @@ from .density import LogJoint
 from .enumeration import ScaleError
 from .handlers import SiteLogProbs, hidden_sites
 from .protocols import StructuredGuide
-from .traces import subsampling_scale
-from .vectorization import DrawPlate, Draws, Terms, evaluate_many
+from .traces import is_deterministic, plate_nesting, subsampling_scale
+from .vectorization import DrawPlate, Draws, Terms, describe, evaluate_many
 
 # data sets that are compared with single runs, and the tolerance of a log density, relative and in nats
+_NUM_DATA_SETS, _TOLERANCE = 3, 1e-3
 _NUM_COMPARED = 4  # draws at which what is outside of a plate is compared
 
 Frames = Mapping[str, tuple[CondIndepStackFrame, ...]]
+
+
+def over_data_sets(
+    model: Callable[..., object], data: Mapping[str, Tensor]
+) -> Callable[..., object]:
+    """The model of many data sets at once: a plate of them, with latents of its own for each.
+
+    The plate is to the left of the model's own plates, so that the model is run once for all data sets. It
+    has to be written for that, as for the draws of many guides: reductions over dimensions counted from the
+    right, no branches on values, no index to the left of the last plate (``docs/vectorization.md``). The
+    first call compares a few data sets with single runs.
+
+    :param model: a Pyro model of one data set.
+    :param data: the data by site, each of shape ``(S,) + site shape``; what the arguments of the model have
+        for these sites is replaced.
+    :return: a model with the arguments of this one. Its latents have the shape ``(S, ...)``, with
+        dimensions of size 1 for plates that they are not in.
+    :raises ValueError: if sites have different numbers of data sets or there are none; at a call, if the
+        model has no such sites, or gives another density for many data sets than for each alone.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist, torch
+        >>> from pyro_artransform.inference import over_data_sets
+        >>> def model(sigma):
+        ...     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        ...     with pyro.plate("rows", 4):
+        ...         pyro.sample("y", dist.Normal(mu, sigma))
+        >>> many = over_data_sets(model, {"y": torch.randn(20, 4)})
+        >>> pyro.poutine.trace(many).get_trace(2.0).nodes["mu"]["value"].shape
+        torch.Size([20, 1])
+    """
+    sizes = {name: len(value) for name, value in data.items()}
+    if len(set(sizes.values())) != 1 or 0 in sizes.values():
+        raise ValueError(
+            f"data: expected as many data sets of each site, at least one, got {sizes}"
+        )
+    return _DataSets(model, dict(data))
+
+
+class _DataSets:
+    """See :func:`over_data_sets`."""
+
+    def __init__(self, model: Callable[..., object], data: dict[str, Tensor]) -> None:
+        self._model, self._data = model, data
+        self._size = len(next(iter(data.values())))
+        self._num_plates: int | None = None
+        self._placed: Terms = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> object:
+        run = partial(self._model, *args, **kwargs)
+        if self._num_plates is None:
+            self._set_up(run)
+        return self._run(run)
+
+    def _run(self, run: Callable[[], object]) -> object:
+        with pyro.plate("data_sets", self._size, dim=-1 - (self._num_plates or 0)):
+            return poutine.condition(run, self._placed)()
+
+    @torch.no_grad()
+    def _set_up(self, run: Callable[[], object]) -> None:
+        """Places the data to the left of the model's plates, and compares densities."""
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            single: Any = poutine.trace(run).get_trace()
+            sites = {name: node for name, node in single.nodes.items() if node["type"] == "sample"}
+            if unknown := sorted(self._data.keys() - sites.keys()):
+                raise ValueError(f"data: expected sites of {sorted(sites)}, got {unknown}")
+            self._num_plates = plate_nesting(single)
+            event_dims = {name: sites[name]["fn"].event_dim for name in self._data}
+            self._placed = DrawPlate(self._size, self._num_plates).place(self._data, event_dims)
+            try:
+                fault = self._fault(run, sites)
+            except Exception as error:  # any means that the model does not take many data sets
+                fault = describe(error)
+        if fault:
+            self._num_plates = None
+            raise ValueError(
+                f"model: expected one that takes data sets in a plate to the left of its own, got {fault}. "
+                "Write it with dimensions counted from the right, or with the plate of data sets in it"
+            )
+
+    def _fault(self, run: Callable[[], object], sites: Mapping[str, Any]) -> str:
+        """The sites of a few data sets whose densities are others than alone, in words."""
+        with SiteLogProbs({}) as together:
+            self._run(run)
+        dim, fault = -1 - (self._num_plates or 0), ""
+        for k in range(0, self._size, max(self._size // _NUM_DATA_SETS, 1)):
+            given = {}
+            for name, site in sites.items():
+                if is_deterministic(site) or site_is_subsample(site):
+                    continue
+                value = together.values[name].select(dim - site["fn"].event_dim, k)
+                given[name] = value.reshape(site["value"].shape)
+            with SiteLogProbs({}) as alone:
+                poutine.condition(run, given)()
+            for name in given:
+                log_prob = together.log_probs[name].select(dim, k).sum()
+                expected = alone.log_probs[name].sum()
+                if not torch.allclose(log_prob, expected, _TOLERANCE, _TOLERANCE, equal_nan=True):
+                    fault = f"other densities of site '{name}' than for each data set alone"
+        return fault
 
 
 def sum_by_element(

@@ -14,8 +14,7 @@ from pyro.infer import Predictive
 
 from pyro_artransform import AutoAutoregressive, AutoIAF, AutoMAF, spline_autoregressive
 from pyro_artransform.diagnostics import importance
-from pyro_artransform.diagnostics.importance_weights import weighted_draws
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.diagnostics.importance_weights import log_weights
 from pyro_artransform.testing import redraw
 from tests.attack.effort import attack
 from tests.attack.models import ImproperAtOrigin, density_by_pyro, random_models, runs_in_pyro
@@ -149,9 +148,7 @@ def test_importance_weights(case):
     torch.manual_seed(number)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        x, _, weights = next(weighted_draws(model, guide, 20, (), {}, None))
-        density = LogJoint(model).with_coordinates(guide.prior_coordinates)
-        z, _ = density.to_unconstrained(x)
+        z, weights = log_weights(model, guide, 20)
         result = importance(model, guide, 60)
     with torch.no_grad():
         log_q = guide.get_posterior().log_prob(z)

@@ -13,13 +13,14 @@ from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
 from pyro_artransform.diagnostics import psis_resample, sbc, simultaneous_bands, uniformity_pvalue
+from pyro_artransform.inference import over_data_sets
 
 NUM_DATA = 3
 
 
 def normal(data=None):
     mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", NUM_DATA, dim=-1):
+    with pyro.plate("data", NUM_DATA):
         return pyro.sample("y", dist.Normal(mean, 1.0), obs=data)
 
 
@@ -258,7 +259,7 @@ def test_all_data_sets_in_one_fit(is_of_guide):
     results = []
 
     def fit_all(data):
-        many = partial(pyro.plate("data_sets", 50, dim=-2)(normal), data["y"])
+        many = over_data_sets(normal, data)
         results.append(fit(many, AutoStructuredFlow(many), progress=False))
         return results[0].guide if is_of_guide else partial(psis_resample, many, results[0].guide)
 

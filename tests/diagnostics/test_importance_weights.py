@@ -20,6 +20,7 @@ from pyro.ops.stats import fit_generalized_pareto
 
 from pyro_artransform import AutoIAF, fit
 from pyro_artransform.diagnostics import fit_tail, importance, psis_resample
+from pyro_artransform.diagnostics.importance_weights import log_weights
 from pyro_artransform.diagnostics.psis import WORST_KHAT, fit_tails, smooth_tail
 from tests.diagnostics import conjugate
 
@@ -33,7 +34,7 @@ def test_arguments_of_both():
         pyro.sample("z", dist.Normal(0.8 * data, 0.8**0.5))
 
     data = torch.tensor(0.7)
-    weights = importance(model, guide, 10, data, scale=2.0).log_weights
+    _, weights = log_weights(model, guide, 10, (data,), {"scale": 2.0})
     evidence = dist.Normal(0.0, 5.0**0.5).log_prob(data)
     assert torch.allclose(weights, evidence.expand(10))
 
@@ -42,7 +43,7 @@ def test_arguments_of_both():
 def test_a_guide_first_met_here_trains(make):
     """Its parameters are made while no gradients are kept."""
     guide = make(conjugate.local_normals)
-    importance(conjugate.local_normals, guide, 10)
+    log_weights(conjugate.local_normals, guide, 10)
     # lambda, which chooses coordinates, is a parameter that does not train
     trained = [p for name, p in guide.named_parameters() if not name.endswith(("centered", "unit"))]
     before = [parameter.detach().clone() for parameter in trained]
@@ -323,5 +324,5 @@ def test_an_auxiliary_site_may_determine_a_latent_by_a_transformed_point():
         double = dist.transforms.AffineTransform(0.0, 2.0)
         pyro.sample("z", dist.TransformedDistribution(dist.Delta(half), double))
 
-    weights = importance(model, guide, 20).log_weights
+    _, weights = log_weights(model, guide, 20)
     assert torch.allclose(weights, torch.zeros(20), atol=1e-5)

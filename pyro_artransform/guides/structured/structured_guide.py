@@ -12,7 +12,7 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ...arguments import check_integer, names_the_class, to_tensor
+from ...arguments import check_integer, first_of, names_the_class, to_tensor
 from ...graphs.dependencies import find_dependencies, missing_dependencies
 from ...graphs.markov_graph import MarkovGraph
 from ...graphs.sparse_gaussian import SparseGaussian
@@ -55,8 +55,7 @@ class AutoStructuredFlow(AutoAutoregressive):
     parameters is proportional to that of parents.
 
     ``print(guide.graph)`` sums up which latents depend on which. A dependency that is switched off at
-    the first call, as by ``torch.where``, is not in the graph: :func:`~pyro_artransform.fit` searches again
-    at its end, as :meth:`missing_over_batches` does.
+    the first call, as by ``torch.where``, is not in the graph: :meth:`check_graph` searches again.
     A mini-batch has a part of the dependencies, so before it is trained on mini-batches the guide has
     to see all data once, ``guide.set_up(*all_data)``.
 
@@ -180,18 +179,29 @@ class AutoStructuredFlow(AutoAutoregressive):
     def _colors(self) -> Tensor:
         return self._graph.markov.coloring.on(self._parts[1].loc.device)
 
+    def check_graph(self, *args: object, **kwargs: object) -> None:
+        """Searches for dependencies that the graph lacks, as :func:`~pyro_artransform.fit` does at its end.
+
+        It computes about 4,000 gradients, at 256 draws of the guide at most.
+
+        :param args: the model's arguments, as ``kwargs``.
+        :raises ValueError: if there is one; the message names the latents.
+        """
+        self.set_up(*args, **kwargs)
+        missing = self.missing_over_batches([(args, kwargs)])
+        if missing:
+            raise ValueError(
+                "the model has dependencies that were switched off at the first call of the guide: "
+                f"{first_of(missing)}. Expected a graph with all of them: make the guide anew with an "
+                "init_loc_fn of values where they are on, such as "
+                "init_to_value(values=guide.median()), or use AutoIAF"
+            )
+
     @torch.no_grad()
     def missing_over_batches(
         self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
     ) -> list[str]:
-        """Dependencies that the graph lacks, such as ``"mu and h[3]"``, by about 4,000 gradients.
-
-        They are searched for at draws of the guide, 256 of each batch at most. To have them in the graph,
-        make the guide anew with an ``init_loc_fn`` of values where they are on, such as
-        ``init_to_value(values=guide.median())``.
-
-        :param batches: the ``args`` and ``kwargs`` of some mini-batches, or those of all data alone.
-        """
+        """What :meth:`check_graph` finds over mini-batches, such as ``"mu and h[3]"``."""
         graph, names = self.graph, self.graph.names
         most = _MOST_GRADIENTS // (graph.markov.coloring.num_colors * len(batches))
         count = max(2, min(_MOST_DRAWS, most))

@@ -165,7 +165,7 @@ def test_file_loads_without_the_model(tmp_path):
     draws = guide.sample_posterior(5)
     assert torch.equal(loaded.log_prob(draws), guide.log_prob(draws))
     with pytest.raises(RuntimeError, match="has no model"):
-        loaded.missing_over_batches([((Y,), {})])
+        loaded.check_graph(Y)
     trained = AutoStructuredFlow.load(file, hierarchy)
     svi = SVI(hierarchy, trained, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
     assert svi.step(Y) < 1e6
@@ -194,19 +194,18 @@ def test_a_switched_off_dependency_is_found_on_draws_of_the_fitted_guide():
     guide = AutoStructuredFlow(switched, hidden_dim=4)
     guide.set_up(y)
     assert guide.graph.neighbours("x") == ()
-    batches = [((y,), {})]
-    assert guide.missing_over_batches(batches) == []
+    guide.check_graph(y)
     result = quick_fit(switched, guide, y, num_steps=30, progress=False)
     assert not result.trusted
     assert "lacks dependencies" in result.verdict
     assert "x and z[0]" in result.verdict
-    expected = ["x and z[0]", "x and z[1]", "x and z[2]"]
-    assert guide.missing_over_batches(batches) == expected
-    # as its docstring says
+    with pytest.raises(ValueError, match=r"x and z\[0\], x and z\[1\], x and z\[2\]"):
+        guide.check_graph(y)
+    # as the error says
     again = AutoStructuredFlow(switched, init_loc_fn=init_to_value(values=guide.median()))
     again.set_up(y)
     assert len(again.graph.neighbours("x")) == 3
-    assert again.missing_over_batches(batches) == []
+    again.check_graph(y)
 
 
 def test_draws_are_those_of_the_parts(monkeypatch):
