@@ -114,7 +114,9 @@ class GuideChains:
         self._known: Convergence | None = None
         self.num_chains = count
         self.acceptance = 0.0  #: the mean rate of the last block
-        self.num_trajectories = 0  #: those of all blocks, of dropped ones too, longer ones as several
+        self.num_trajectories = (
+            0  #: those of all blocks, of dropped ones too, longer ones as several
+        )
 
     @property
     def draws(self) -> Tensor:
@@ -172,12 +174,12 @@ class GuideChains:
     def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:
         """Goes on until there are enough effective draws of each latent, or the time is over.
 
-        :param most: the most trajectories, warm-up included.
+        Chains that would take too many trajectories to agree learn anew from where they are, with longer ones
+        as long as these help: a random walk of steps four times as long takes 16 times fewer. What changes
+        with the energy alone, as the scale of a thousand latents, is no faster by them. Those that are no
+        better after that end.
 
-        Chains that would take more trajectories than that to agree learn anew from where they are, with longer
-        ones as long as these help: a random walk of steps four times as long takes 16 times fewer. What
-        changes with the energy alone, as the scale of a thousand latents, is no faster by them. Those that
-        are no better after that end.
+        :param most: the most trajectories, warm-up not counted, and one of several lengths as several.
         """
         size, patience, before, left = 0, _PATIENCE, list[Tensor](), 0.0
         chains, longest, best, least = self._chains, _LONGEST, 1, math.inf

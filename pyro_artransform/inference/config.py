@@ -7,7 +7,8 @@ Numbers without a source were found by hand on the posteriors of ``benchmarks/fl
 for models that are run for one draw after the other.
 """
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from typing import Any
 
 _FEWER = 8  # the share of draws by loop, and of the start by passes
@@ -153,7 +154,28 @@ class FitConfig:
             evaluation=verdict,
         )
 
+    def __new__(cls, *args: object, **kwargs: object) -> "FitConfig":
+        groups = [group.name for group in fields(cls)]
+        for name in kwargs.keys() - {*groups}:
+            raise TypeError(
+                f"FitConfig: expected {', '.join(groups)}, got {name!r}. {_place_of(name)}"
+            )
+        return super().__new__(cls)
+
 
 def _with_fewer(group: Any, *names: str) -> Any:
     """A group of settings with a share of these numbers."""
     return replace(group, **{name: getattr(group, name) // _FEWER for name in names})
+
+
+def _place_of(name: str) -> str:
+    """Where a number that FitConfig itself does not have is set."""
+    groups: Any = fields(FitConfig)
+    by_name = {number.name: group for group in groups for number in fields(group.default_factory)}
+    near = get_close_matches(name, by_name, 1)
+    if not near:
+        return "Its groups have the numbers"
+    group = by_name[near[0]]
+    place = f"{group.name}={group.default_factory.__name__}({near[0]}=...)"
+    is_option = " or fit(num_particles=...)" if near[0] == "num_particles" else ""
+    return f"Did you mean FitConfig({place}){is_option}?"

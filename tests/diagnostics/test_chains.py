@@ -224,7 +224,7 @@ def test_flows_of_pyro():
 
 
 @pytest.mark.parametrize(
-    "num_samples, num_chains", [(50, 16), (400, 33), (1000, 64), (math.inf, 64)]
+    ("num_samples", "num_chains"), [(50, 16), (400, 33), (1000, 64), (math.inf, 64)]
 )
 def test_few_draws_are_of_few_chains(num_samples, num_chains):
     """Each needs so many draws that chains agree, whatever their number is."""
@@ -233,7 +233,7 @@ def test_few_draws_are_of_few_chains(num_samples, num_chains):
 
 
 @pytest.mark.parametrize(
-    "by_length, length",
+    ("by_length", "length"),
     [
         ({1: 3.0, 4: 1.0}, 4),  # longer ones agree
         ({1: 3.0, 4: 5.0}, 1),  # are slower: back to shorter ones, which learn once more

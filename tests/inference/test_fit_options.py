@@ -155,6 +155,22 @@ def test_fits_in_threads_wait_for_each_other():
         assert [found.result().num_steps for found in fits] == [5, 5]
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        (
+            "num_particles",
+            r"FitConfig\(optimization=OptimizationConfig\(num_particles=\.\.\.\)\) or fit",
+        ),
+        ("num_sample", r"evaluation=EvaluationConfig\(num_samples="),
+        ("xyz", "Its groups have the numbers"),
+    ],
+)
+def test_numbers_that_are_not_of_the_settings_themselves(name, words):
+    with pytest.raises(TypeError, match=f"got '{name}'.*{words}"):
+        FitConfig(**{name: 3})
+
+
 def location(y, scale=1.0):
     loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
     with pyro.plate("data", 12, subsample_size=len(y)):
