@@ -15,12 +15,12 @@ def shortened(code: str) -> str:
 
     def short_fit(call: re.Match[str]) -> str:
         arguments = re.sub(r", (epochs|seed|progress)=\w+", "", call[1])
-        arguments = re.sub(r"draws=\d+", "draws=50", arguments)
+        arguments = re.sub(r"draws=\d+", "draws=16", arguments)
         # the verdict on so short a fit is of no interest
         return f"= fit({arguments}, num_steps=5, max_seconds=1, progress=False, seed=0)"
 
     code = re.sub(r"= fit\((.*?)\)", short_fit, code)
     code = re.sub(r"num_simulations=\d+", "num_simulations=10", code)
-    code = re.sub(r"= mcmc\((.*?), \d+", r"= mcmc(\1, 50, max_seconds=1, progress=False", code)
+    code = re.sub(r"= mcmc\((.*?), \d+", r"= mcmc(\1, 16, max_seconds=1, progress=False", code)
     code = re.sub(r"range\(\d{3,}\)", "range(5)", code)
     return re.sub(r"(importance\(.*), \d+, ", r"\1, 30, ", code)
