@@ -186,7 +186,8 @@ class GuideChains:
         while True:
             if not self._blocks:
                 self.warm_up()
-            self.extend(max(_BLOCK, math.ceil(min(_GROWTH * size, left))))
+            number = max(_BLOCK, math.ceil(min(_GROWTH * size, left)))
+            self.extend(min(number, max((most - self.num_trajectories) // chains.length, 1)))
             if is_out_of_time() and before and len(self._blocks) < 2:
                 self._blocks, self._known = before, None
             size = self.draws.shape[1]
@@ -199,16 +200,18 @@ class GuideChains:
             left = (
                 size * _excess(rhat) if rhat > GOOD_RHAT else self._trajectories_left(num_samples)
             )
-            # in trajectories of unit length, what it takes to forget a place, and to agree
-            cost = chains.length * size * (rhat**2 - 1)
-            is_hopeless = cost > (GOOD_RHAT**2 - 1) * (_MOST_TRAJECTORIES - self.num_trajectories)
-            if self._is_heavy() or (is_hopeless and chains.length * size >= patience):
+            # in trajectories of unit length, these draws, and what it takes to forget a place
+            taken = chains.length * size
+            cost = taken * (rhat**2 - 1)
+            left_for_all = _MOST_TRAJECTORIES - self.num_trajectories + taken
+            is_slow = patience <= taken <= most - self.num_trajectories
+            is_slow = is_slow and cost > (GOOD_RHAT**2 - 1) * left_for_all
+            if self._is_heavy() or is_slow:
                 if self.acceptance < _STUCK and not self._by_guide:
                     return self.convergence()
                 if cost < least and not self._by_guide:
                     least, best = cost, chains.length
-                    if self.num_trajectories + 2 * patience <= most:
-                        chains.length = min(_LONGER * best, longest)
+                    chains.length = min(_LONGER * best, longest)
                 elif chains.length > best:
                     chains.length = longest = best
                 elif not self._by_guide:
