@@ -170,7 +170,7 @@ def color_columns(neighbours: Sequence[Set[int]], seed: int = 0) -> Coloring:
 
 def _with_hubs(neighbours: Sequence[Set[int]], hubs: frozenset[int], seed: int) -> Coloring:
     """The greedy groups of all columns but hubs."""
-    near = {i: own - hubs for i, own in enumerate(neighbours) if i not in hubs}
+    near = {i: set(own) - hubs for i, own in enumerate(neighbours) if i not in hubs}
     if sum(len(own) ** 2 for own in near.values()) > 10_000_000:  # a second of time
         return _with_hubs(neighbours, frozenset(range(len(neighbours))), seed)
     others = list(near)
