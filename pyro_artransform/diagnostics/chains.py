@@ -114,9 +114,8 @@ class GuideChains:
         self._known: Convergence | None = None
         self.num_chains = count
         self.acceptance = 0.0  #: the mean rate of the last block
-        self.num_trajectories = (
-            0  #: those of all blocks, of dropped ones too, longer ones as several
-        )
+        #: those of all blocks, of dropped ones too, longer ones as several
+        self.num_trajectories = 0
 
     @property
     def draws(self) -> Tensor:
@@ -204,9 +203,9 @@ class GuideChains:
             taken = chains.length * size
             cost = taken * (rhat**2 - 1)
             left_for_all = _MOST_TRAJECTORIES - self.num_trajectories + taken
-            is_slow = patience <= taken <= most - self.num_trajectories
-            is_slow = is_slow and cost > (GOOD_RHAT**2 - 1) * left_for_all
-            if self._is_heavy() or is_slow:
+            is_hopeless = cost > (GOOD_RHAT**2 - 1) * left_for_all
+            is_worth_it = patience <= taken <= most - self.num_trajectories
+            if self._is_heavy() or (is_hopeless and is_worth_it):
                 if self.acceptance < _STUCK and not self._by_guide:
                     return self.convergence()
                 if cost < least and not self._by_guide:

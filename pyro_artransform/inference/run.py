@@ -60,10 +60,8 @@ def _find_start(set_up: SetUp) -> InitialGuide:
     model, _, args, kwargs, log_joint = set_up.subject
     guide: object = set_up.subject.guide
     config = set_up.config.initialization
-    batch, of_batch = (
-        Batch(args, kwargs),
-        objective if minibatches is None else minibatches.objective,
-    )
+    batch = Batch(args, kwargs)
+    of_batch = objective if minibatches is None else minibatches.objective
     if isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective):
         density, whole = log_joint, None
         if minibatches is not None:
