@@ -40,6 +40,8 @@ MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 64, 16, 8
 # effective draws asked for by chain: R-hat is good with some 45, so that more chains would give many more
 # than were asked for (6 takes up to twice the time, 25 as long as 12: benchmarks/chains.md)
 _DRAWS_BY_CHAIN = 12
+# how many latents are ranked before all are
+_NUM_SLOWEST = 32
 # coordinates of all chains up to which a gradient hardly costs more than that of one
 _CACHED_COORDINATES = 2**14
 # trajectories of the rounds of warm-up, of the first block that is kept, and after which chains should mix
@@ -170,6 +172,18 @@ class GuideChains:
             self._known = Convergence.of(self.draws)
         return self._known
 
+    def _of_slowest(self) -> Convergence:
+        """The same of all latents where they are known, else of those whose means agree the least."""
+        if self._known is not None:
+            return self._known
+        draws = self.draws
+        slowest = plain_rhat(draws).topk(min(_NUM_SLOWEST, draws.shape[-1])).indices
+        return Convergence.of(draws[..., slowest])
+
+    def _is_enough(self, num_samples: int) -> bool:
+        """Whether the draws are enough: ranks of millions of them take seconds, where others say no first."""
+        return all(find().is_enough(num_samples) for find in (self._of_slowest, self.convergence))
+
     def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:
         """Goes on until there are enough effective draws of each latent, or the time is over.
 
@@ -192,9 +206,8 @@ class GuideChains:
             size = self.draws.shape[1]
             if is_out_of_time() or self.num_trajectories >= most:
                 return self.convergence()
-            # ranks of a thousand latents take seconds, and are of no use while means do not agree
             rhat = float(plain_rhat(self.draws).max())
-            if rhat <= GOOD_RHAT and self.convergence().is_enough(num_samples):
+            if rhat <= GOOD_RHAT and self._is_enough(num_samples):
                 return self.convergence()
             left = (
                 size * _excess(rhat) if rhat > GOOD_RHAT else self._trajectories_left(num_samples)
@@ -235,7 +248,7 @@ class GuideChains:
         return self._chains.num_leapfrogs * self._trajectories_left(num_samples)
 
     def _trajectories_left(self, num_samples: int) -> float:
-        found = self.convergence()
+        found = self._of_slowest()
         by_ess = num_samples / max(found.min_ess, 1e-3) - 1
         return self.draws.shape[1] * max(by_ess, _excess(float(found.rhat.max())))
 

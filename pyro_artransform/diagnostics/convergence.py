@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 GOOD_RHAT = 1.02  #: the largest R-hat of chains that agree
 _TAILS = (0.05, 0.95)
@@ -40,18 +41,21 @@ class Convergence(NamedTuple):
         if draws.shape[1] < 4:
             none = draws.new_zeros(draws.shape[-1])
             return cls(torch.full_like(none, torch.inf), none, none)
-        halves, ordered = _split(draws), draws.flatten(0, 1).sort(0).values.double()
-        scores, has_variance = _normal_scores(halves), _has_variance(halves)
-        flat = halves.flatten(0, 1)
+        halves, values = _split(draws), draws.flatten(0, 1).T
+        flat, has_variance = halves.flatten(1), _has_variance(halves)
         # the mean of the two values in the middle, of which PyTorch takes the lower one
-        middle = 0.5 * (flat.median(0).values - (-flat).median(0).values)
-        folded = _normal_scores((halves - middle).abs())
-        rhat = torch.stack([_rhat(scores), _rhat(folded), plain_rhat(draws)]).amax(0)
+        middle = 0.5 * (flat.median(1).values - (-flat).median(1).values)
+        scores, folded = _normal_scores(halves), _normal_scores((halves - _in_rows(middle)).abs())
+        rhat = torch.stack([_rhat(scores), _rhat(folded), _plain_rhat(halves, has_variance)]).amax(
+            0
+        )
         bulk = _ess(scores)
         bulk = torch.where(has_variance, torch.minimum(bulk, _ess(halves)), bulk)
-        quantiles = [ordered[math.floor(share * (len(ordered) - 1))] for share in _TAILS]
-        tail = torch.minimum(*(_ess((halves <= quantile).to(halves)) for quantile in quantiles))
-        is_finite = halves.isfinite().all(1).all(0)
+        ranks = [math.floor(share * (values.shape[1] - 1)) + 1 for share in _TAILS]
+        quantiles = [values.kthvalue(rank, 1).values for rank in ranks]
+        below = [_split(draws <= quantile) for quantile in quantiles]
+        tail = torch.minimum(*map(_ess, below))
+        is_finite = flat.isfinite().all(1)
         found = zip((rhat, bulk, tail), (torch.inf, 0.0, 0.0))
         return cls(*(torch.where(is_finite, values, otherwise) for values, otherwise in found))
 
@@ -68,7 +72,7 @@ class Convergence(NamedTuple):
 def plain_rhat(draws: Tensor) -> Tensor:
     """The split R-hat without ranks, shape ``(D,)``; 1 of a coordinate without a variance."""
     halves = _split(draws)
-    return torch.where(_has_variance(halves), _rhat(halves), 1.0)
+    return _plain_rhat(halves, _has_variance(halves))
 
 
 def mean_ess(draws: Tensor) -> Tensor:
@@ -77,57 +81,68 @@ def mean_ess(draws: Tensor) -> Tensor:
 
 
 def _split(draws: Tensor) -> Tensor:
-    """Both halves of each chain as chains of their own, shape ``(2 C, n // 2, D)``."""
+    """Both halves of each chain as chains of their own, shape ``(D, 2 C, n // 2)``."""
     half = draws.shape[1] // 2
-    halves = torch.cat([draws[:, :half], draws[:, draws.shape[1] - half :]])
+    halves = torch.cat([draws[:, :half], draws[:, draws.shape[1] - half :]]).permute(2, 0, 1)
     # single precision is enough for ranks, and takes half the time where there are millions
-    if halves.numel() > _MANY:
-        return ((halves - halves.mean((0, 1))) / halves.std((0, 1))).float()
-    return halves.double()
+    if halves.numel() <= _MANY:
+        return halves.double().contiguous()
+    if not halves.is_floating_point():
+        return halves.float().contiguous()
+    flat = halves.flatten(1)
+    return ((halves - _in_rows(flat.mean(1))) / _in_rows(flat.std(1))).float().contiguous()
 
 
-def _has_variance(draws: Tensor) -> Tensor:
+def _in_rows(values: Tensor) -> Tensor:
+    """A number of each coordinate, as it broadcasts to chains."""
+    return values[:, None, None]
+
+
+def _has_variance(chains: Tensor) -> Tensor:
     """Which coordinates have a variance, by Hill's estimate of their tails, shape ``(D,)``."""
-    flat = draws.flatten(0, 1)
-    distances = (flat - flat.median(0).values).abs()
-    count = max(len(distances) // 50, 2)
-    largest = distances.topk(count, 0).values.clamp_min(torch.finfo(draws.dtype).tiny).log()
-    return largest.mean(0) - largest[-1] < _MOST_TAIL
+    flat = chains.flatten(1)
+    distances = (flat - flat.median(1).values[:, None]).abs()
+    count = max(distances.shape[1] // 50, 2)
+    largest = distances.topk(count, 1).values.clamp_min(torch.finfo(chains.dtype).tiny).log()
+    return largest.mean(1) - largest[:, -1] < _MOST_TAIL
 
 
-def _normal_scores(draws: Tensor) -> Tensor:
+def _normal_scores(chains: Tensor) -> Tensor:
     """Normal quantiles of the ranks, ties in their mean."""
-    values, order = draws.flatten(0, 1).sort(0)
-    count = len(values)
-    position = torch.arange(1.0, count + 1, dtype=draws.dtype, device=draws.device)[:, None]
-    is_new = torch.ones_like(values, dtype=torch.bool)
-    is_new[1:] = values[1:] != values[:-1]
+    values, order = chains.flatten(1).sort(1)
+    count = values.shape[1]
+    position = torch.arange(1.0, count + 1, dtype=chains.dtype, device=chains.device)[None]
+    is_new = values[:, 1:] != values[:, :-1]
     if not bool(is_new.all()):
-        is_last = is_new.roll(-1, 0)
-        is_last[-1] = True
-        first = torch.where(is_new, position, 0.0).cummax(0).values
-        last = torch.where(is_last, position, math.inf).flip(0).cummin(0).values.flip(0)
-        position = (first + last) / 2
-    ranks = torch.empty_like(values).scatter_(0, order, position.expand_as(values))
-    return torch.special.ndtri((ranks - 0.375) / (count + 0.25)).reshape(draws.shape)
+        first = torch.where(pad(is_new, (1, 0), value=1.0), position, 0.0)
+        last = torch.where(pad(is_new, (0, 1), value=1.0), position, math.inf)
+        position = (first.cummax(1).values + last.flip(1).cummin(1).values.flip(1)) / 2
+    scores = torch.special.ndtri((position - 0.375) / (count + 0.25))
+    return torch.empty_like(values).scatter_(1, order, scores.expand_as(values)).view_as(chains)
 
 
 def _rhat(chains: Tensor) -> Tensor:
-    within, between = chains.var(1).mean(0), chains.mean(1).var(0)
-    count = chains.shape[1]
+    within, between = chains.var(2).mean(1), chains.mean(2).var(1)
+    count = chains.shape[2]
     found = (between / within + (count - 1) / count).sqrt()
     return torch.where(within > 0, found, torch.where(between > 0, torch.inf, 1.0))
 
 
+def _plain_rhat(chains: Tensor, has_variance: Tensor) -> Tensor:
+    return torch.where(has_variance, _rhat(chains), 1.0)
+
+
 def _ess(chains: Tensor) -> Tensor:
     """By Geyer's initial monotone sequence of autocorrelations, shape ``(D,)``."""
-    num_chains, count, _ = chains.shape
+    _, num_chains, count = chains.shape
     total = num_chains * count
-    centered = chains - chains.mean(1, keepdim=True)
-    power = torch.fft.rfft(centered, 2 * count, dim=1).abs().square()
-    covariance = torch.fft.irfft(power, 2 * count, dim=1)[:, :count].mean(0) / count
+    centered = chains - chains.mean(2, keepdim=True)
+    # of a length whose transform is fast
+    length = 2 ** math.ceil(math.log2(2 * count))
+    power = torch.fft.rfft(centered, length).abs().square().mean(1)
+    covariance = torch.fft.irfft(power, length).T[:count] / count
     within = covariance[0] * count / (count - 1)
-    variance = covariance[0] + (chains.mean(1).var(0) if num_chains > 1 else 0.0)
+    variance = covariance[0] + (chains.mean(2).var(1) if num_chains > 1 else 0.0)
     correlation = 1 - (within - covariance) / variance
     correlation[0] = 1.0
     # the sequence ends with the first pair that is not positive, or with the last lags
