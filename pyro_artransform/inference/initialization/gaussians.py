@@ -35,7 +35,7 @@ _CHUNK = 2048
 _ROUND_OFF, _FLAT = 1e-12, 1e-8
 # expected gains, in nats: below the one a point no longer moves, below the other it is at a maximum
 _SETTLED, _CONVERGED = 1e-6, 1e-3
-_MEMORY = 10  # steps that L-BFGS remembers
+_MEMORY, _MOST_SHORTER = 10, 12  # steps that L-BFGS remembers, and sizes of one that it tries
 
 
 class Gaussians(NamedTuple):
@@ -189,25 +189,28 @@ def climb_by_gradients(
     here = around.units(points[None])[0]
     memory: list[tuple[Tensor, Tensor, Tensor]] = []
     value, gradient = expand(here)
-    num_settled = 0
+    num_settled = torch.zeros_like(value)
     for _ in range(max_steps):
-        steps = _quasi_newton(gradient, memory)
-        moved = here + steps
-        after, slope = expand(moved)
-        # a shorter step only for those that it does not take up
-        short = ~(after > value)
-        if bool(short.any()):
-            line = here[short], value[short], steps[short] / 4
-            moved[short], _ = _search_line(partial(evaluate_density, density), *line)
-            after[short], slope[short] = value_and_gradient(density, moved[short])
-        gain = (after - value).nan_to_num(0.0)
-        settled = gain < _SETTLED + 4 * torch.finfo(value.dtype).eps * value.abs()
+        step, after, slope = torch.zeros_like(here), value, gradient
+        trial = _quasi_newton(gradient, memory)
+        least = _SETTLED + 4 * torch.finfo(value.dtype).eps * value.abs()
+        is_short = (num_settled < 2) & ((trial * gradient).sum(-1) > least)
+        for _ in range(_MOST_SHORTER):
+            if not bool(is_short.any()):
+                break
+            # of all points, for whose number it is captured
+            found, at_found = expand(here + torch.where(is_short[:, None], trial, step))
+            is_up = is_short & (found > value)
+            step = torch.where(is_up[:, None], trial, step)
+            slope = torch.where(is_up[:, None], at_found, slope)
+            after = torch.where(is_up, found, after)
+            is_short, trial = is_short & ~is_up, trial / 4
+        settled = after - value < least
         # once more by the gradient alone, where what is remembered leads nowhere
-        num_settled = num_settled + 1 if bool(settled.all()) else 0
-        if num_settled == 2:
+        num_settled = torch.where(settled, num_settled + 1, 0)
+        here, value, change, gradient = here + step, after, gradient - slope, slope
+        if bool((num_settled >= 2).all()):
             break
-        value = after
-        step, change = moved - here, gradient - slope
         product = (step * change).sum(-1, keepdim=True)
         is_curved = product > 1e-10 * step.norm(dim=-1, keepdim=True) * change.norm(
             dim=-1, keepdim=True
@@ -215,7 +218,6 @@ def climb_by_gradients(
         weight = torch.where(is_curved, product.reciprocal(), 0.0)
         memory = [(s, y, torch.where(settled[:, None], 0.0, w)) for s, y, w in memory]
         memory = [*memory[1 - _MEMORY :], (step, change, weight)]
-        here, gradient = moved, slope
     return around.deviations(here)[0], value
 
 
