@@ -101,6 +101,11 @@ class GuideChains:
         self.log_joint, to_latent, start, self.is_affine = _base_space(subject, count)
         self.target = PulledBack(self.log_joint, to_latent)
         self._chains = chains = HamiltonianChains(self.target, start)
+        # what round-off has made one value stays it, and chains that do not move agree
+        latent = chains.state.latent
+        if len(fixed := (latent == latent[0]).all(0).nonzero()):
+            name = self.log_joint.latents.name_of(int(fixed[0]))
+            raise ValueError(f"guide: expected draws that differ, got one value of {name} in all")
         usable = chains.state.is_finite.nonzero()[:, 0]
         if len(usable) < count:
             if len(usable) < 2:
@@ -292,7 +297,6 @@ def _base_space(subject: ModelAndGuide, count: int) -> tuple[LogJoint, ToLatent,
         return given
     draws = subject.draws(max(_NUM_DRAWS, count))
     draws = draws[draws.isfinite().all(-1)]
-    is_point = bool((draws == draws[:1]).all(0).any())  # whose sd is no zero, but round-off
     if unit is not log_joint and len(draws):
         found = coordinates_at(log_joint, unit.coordinates, draws[:_NUM_CENTERED])
         log_joint = log_joint.with_coordinates(found)
@@ -303,9 +307,7 @@ def _base_space(subject: ModelAndGuide, count: int) -> tuple[LogJoint, ToLatent,
             f"guide: expected at least {count} finite draws, got {len(draws)}: train it first, or "
             "check supports"
         )
-    if is_point:
-        raise ValueError("guide: expected draws that differ, got one value of a latent in all")
-    loc, scale = draws.mean(0), draws.std(0)
+    loc, scale = draws.mean(0), draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
     to_latent = Standardize(loc, scale).call_and_ladj
     return log_joint, to_latent, (draws[:count] - loc) / scale, True
 

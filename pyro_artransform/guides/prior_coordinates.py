@@ -174,11 +174,12 @@ class GuideInCoordinates(PersistentGuide):
         """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates."""
         prior, log_joint = self._prior[0], cast(LogJoint, self._bound)
         with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
+            near = log_joint.or_origin(start)
             if isinstance(self.asked, Mapping):
-                prior.unit.copy_(log_joint.prior_scales(start))
+                prior.unit.copy_(log_joint.prior_scales(near))
                 self._center_as_asked(log_joint.latents)
             else:
-                found = coordinates_at(log_joint, prior.coordinates, start[None], self._colors())
+                found = coordinates_at(log_joint, prior.coordinates, near[None], self._colors())
                 prior.unit.copy_(found.unit)
                 prior.centered.copy_(found.centered)
             mapped = log_joint.with_coordinates(prior.coordinates)

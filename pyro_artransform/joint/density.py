@@ -140,6 +140,7 @@ class LogJoint(LogDensity):
         self.coordinates: Coordinates | None = None
         # the draws at which strategies are compared take no random numbers of the caller
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            self._start = self.or_origin(self._start)
             noise = torch.randn_like(self._start.expand(_NUM_COMPARED, -1))
             near = self._start + _COMPARED_SCALE * noise
             with pyro.validation_enabled(False), torch.no_grad():
@@ -158,6 +159,15 @@ class LogJoint(LogDensity):
     def reason(self) -> str:
         """Why the model is run for one draw after the other, if it is."""
         return self.obstacle if self.strategy == "loop" else ""
+
+    def or_origin(self, u: Tensor) -> Tensor:
+        """An unconstrained point; the origin where the density there has no digits, as at a vague median."""
+        points = u, torch.zeros_like(u)
+        with pyro.validation_enabled(False), torch.no_grad(), suppress(Exception):
+            here, origin = (float(self._evaluate({"z": z}, None)["total"]) for z in points)
+            if abs(here) * torch.finfo(u.dtype).eps > 1 and origin > here:
+                return points[1]
+        return u
 
     def _latent_vector(self, trace: Any) -> Tensor:
         sites = self.latents.sites

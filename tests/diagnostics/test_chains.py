@@ -204,11 +204,20 @@ def _nowhere():
     pyro.factor("wall", torch.where(z[..., 0] > -9, torch.nan, 0.0))
 
 
+def _rounded(model):
+    """A guide so far away that round-off makes all its draws one: chains at it would agree."""
+    return AutoNormal(
+        model,
+        init_loc_fn=init_to_value(values={"a": torch.tensor(0.0), "b": torch.full((2,), 1e20)}),
+    )
+
+
 @pytest.mark.parametrize(
     ("model", "guide", "words"),
     [
         (_subsampled, AutoNormal, "one that sees all its data"),
-        (conjugate.local_normals, AutoDelta, "one value of a latent in all"),
+        (conjugate.local_normals, AutoDelta, "one value of mean in all"),
+        (_model, _rounded, "one value of b"),
         (_nowhere, AutoDiagonalNormal, "at least 64 draws of finite density"),
     ],
 )

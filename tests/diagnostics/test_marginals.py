@@ -229,8 +229,8 @@ def test_chains_that_do_not_move_are_not_trusted(monkeypatch):
     ("model", "guide", "options", "words"),
     [
         (models.subsampled, AutoNormal, {}, "one that sees all its data"),
-        (conjugate.local_normals, AutoDelta, {}, "one value of a latent in all"),
-        (conjugate.local_normals, AutoLaplaceApproximation, {}, "one value of a latent in all"),
+        (conjugate.local_normals, AutoDelta, {}, "one value of mean in all"),
+        (conjugate.local_normals, AutoLaplaceApproximation, {}, "one value of mean in all"),
         (_normals, AutoNormal, {"num_chains": 3}, "num_chains: expected an integer of at least 4"),
         (_normals, AutoNormal, {"num_samples": 0}, "num_samples: expected a positive integer"),
     ],

@@ -6,6 +6,8 @@
 A guide that is a point is an error, see ``test_mcmc``.
 """
 
+import re
+
 import pytest
 
 from pyro_artransform import AutoIAF, fit
@@ -53,7 +55,7 @@ def test_two_scales_in_coordinates_of_the_model():
     """Half of the mass is at a scale of 0.01, which chains from a Gaussian at 1 do not find."""
     guide = doubtful.at(doubtful.two_scales, 0.3, log_scale=0.0)()
     chains = mcmc(doubtful.two_scales, guide, 400, seed=0, progress=False)
-    assert "about 50 % of the posterior is in 1 other mode" in chains.verdict
+    assert re.search("about (49|50|51) % of the posterior is in 1 other mode", chains.verdict)
 
 
 @pytest.mark.slow

@@ -158,7 +158,7 @@ def test_what_is_refused():
     loader = list(zip(x.split(10), y.split(10)))
     with pytest.raises(ValueError, match="draws: expected a model of all data"):
         fitted(loaders.regression, AutoIAF(loaders.regression), loader=loader, epochs=1)
-    with pytest.raises(ValueError, match="one value of a latent in all"):
+    with pytest.raises(ValueError, match="one value of loc in all"):
         fitted(models.location, AutoDelta(models.location), num_steps=1)
 
 

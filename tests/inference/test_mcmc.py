@@ -318,7 +318,7 @@ def lacking():
     ("model", "guide", "options", "words"),
     [
         (models.subsampled, AutoNormal, {}, "one that sees all its data, got one that sub-samples"),
-        (models.location, AutoDelta, {}, "draws that differ, got one value of a latent in all"),
+        (models.location, AutoDelta, {}, "draws that differ, got one value of loc"),
         (models.regression, lambda _: lacking, {}, "scale"),
         (models.location, AutoNormal, {"num_samples": 0}, "num_samples: expected a positive"),
         (

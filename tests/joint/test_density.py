@@ -7,6 +7,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
+from pyro.infer.autoguide import init_to_value
 from torch.utils.checkpoint import checkpoint
 
 from pyro_artransform import AutoIAF, fit
@@ -312,3 +313,19 @@ def test_the_standard_error_knows_of_the_noise():
     elbos = torch.tensor([one.elbo for one in found])
     # 4 estimates: their sd is within a factor of 4 of what each says, but in one of a thousand cases
     assert elbos.std() < 4 * max(one.elbo_se for one in found)
+
+
+def vague():
+    """The median of this prior of a precision is next to 0, where others are next to infinite."""
+    precision = pyro.sample("precision", dist.Gamma(0.001, 0.001))
+    with pyro.plate("groups", 4):
+        z = pyro.sample("z", dist.Normal(0.0, precision.rsqrt()))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor([1.0, -1.0, 0.5, 0.0]))
+
+
+def test_a_start_without_digits_is_the_origin():
+    start = LogJoint(vague).start
+    assert torch.equal(start, torch.zeros(5))
+    # a start with digits stays
+    near = LogJoint(vague, init_loc_fn=init_to_value(values={"precision": torch.tensor(3.0)})).start
+    assert near[0].isclose(torch.tensor(3.0).log())

@@ -19,17 +19,20 @@ from .gaussians import evaluate_density
 _RADIUS, _GROWTH = 1.0, 2.2
 # points that are tried in each shell, also where they are evaluated one at a time
 _NUM_TRIED, _NUM_TRIED_BY_LOOP = 64, 4
-# Stan's radius of draws of an improper prior
-_IMPROPER_RADIUS = 2.0
+# Stan's radius of starts around the origin, and of draws of an improper prior
+_STANS_RADIUS = 2.0
 _MAX_HALVINGS = 12  # of the way to a point of finite density
 
 
 def starting_points(log_density: LogJoint, center: Tensor, count: int) -> Tensor:
     """Points ``(n, D)``, n at most ``count``: the center, draws of the prior, and of shells around it.
 
-    Those without a finite density are moved towards one that has it.
+    One is near the origin of the unconstrained space, where Stan starts: medians and draws of a vague
+    prior may all be far from where the data can be. Those without a finite density are moved towards one
+    that has it.
     """
-    found = [center, log_density.start]
+    near_origin = _STANS_RADIUS * (2 * torch.rand_like(center) - 1)
+    found = [center, log_density.start, log_density.from_unconstrained(near_origin[None])[0][0]]
     for _ in range(max((count - 1) // 3, 1)):
         found.append(_prior_draw(log_density))
     num_tried = _NUM_TRIED_BY_LOOP if log_density.strategy == "loop" else _NUM_TRIED
@@ -58,7 +61,7 @@ def _prior_draw(log_density: LogJoint) -> Tensor:
             value: Tensor = site["fn"].sample().detach()
         except NotImplementedError:  # an improper prior has no draws
             near = latents.split(start)[site["name"]]
-            near = near + _IMPROPER_RADIUS * torch.randn_like(near)
+            near = near + _STANS_RADIUS * torch.randn_like(near)
             value = latents.sites[site["name"]].bijection(near)
         return value
 

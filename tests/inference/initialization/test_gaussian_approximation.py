@@ -271,7 +271,8 @@ def test_start_is_better_than_a_mean_field_fit():
     # of six seeds by 0.15 nats or more; the noise of 4,096 draws is below 0.1
     assert initial.elbo > elbo_of(log_joint, before, torch.randn(4096, 62)) + 0.1
     z, log_q = guide.rsample_and_log_prob(4096)
-    assert abs((log_joint(z) - log_q).mean() - initial.elbo) < 0.3
+    ratios = log_joint(z) - log_q
+    assert abs(ratios.mean() - initial.elbo) < 0.3 + 4 * ratios.std() / len(ratios) ** 0.5
 
 
 def test_curvature_in_the_pattern_is_that_of_autograd():

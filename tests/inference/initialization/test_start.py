@@ -13,7 +13,7 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import init_to_value
 from torch import Tensor, nn
 
-from pyro_artransform import AutoAmortized
+from pyro_artransform import AutoAmortized, AutoIAF, AutoStructuredFlow
 from pyro_artransform.inference.config import InitializationConfig
 from pyro_artransform.inference.initialization.gaussians import Gaussians, climb
 from pyro_artransform.inference.initialization.gradient_check import check_gradient
@@ -343,3 +343,23 @@ def test_shared_prior_of_a_plate_that_draws_is_a_function():
     assert torch.equal(density(z), density(z))
     assert torch.equal(state, torch.get_rng_state())
     assert not torch.equal(log_joint(z), log_joint(z))
+
+
+@pytest.mark.parametrize("guide", [AutoIAF, AutoStructuredFlow])
+def test_vague_priors(guide):
+    """As BUGS had them: all draws of the prior are far from where the data can be, and so are medians."""
+
+    def model():
+        precision = pyro.sample("precision", dist.Gamma(0.001, 0.001))
+        mean = pyro.sample("mean", dist.Normal(0.0, 1000.0))
+        with pyro.plate("groups", 6):
+            logits = pyro.sample("logits", dist.Normal(mean, precision.rsqrt()))
+            counts = torch.tensor([10.0, 23.0, 17.0, 5.0, 26.0, 8.0])
+            pyro.sample("y", dist.Binomial(50.0, logits=logits), obs=counts)
+
+    made = guide(model)
+    found = quick_fit(model, made, draws=100)
+    assert found.chains.trusted
+    pooled = torch.tensor(89 / 300).logit()
+    assert abs(found.draws["mean"].mean() - pooled) < 0.4
+    assert found.draws["precision"].log().mean() < 4
