@@ -192,10 +192,10 @@ class GuideChains:
     def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:
         """Goes on until there are enough effective draws of each latent, or the time is over.
 
-        Chains that would take too many trajectories to agree learn anew from where they are, with longer ones
-        as long as these help: a random walk of steps four times as long takes 16 times fewer. What changes
-        with the energy alone, as the scale of a thousand latents, is no faster by them. Those that are no
-        better after that end.
+        Chains that would take too many trajectories to agree learn anew from where they are, in units of
+        the prior where the model has some, and then with longer ones as long as these help: a random walk of
+        steps four times as long takes 16 times fewer. What changes with the energy alone, as the scale of a
+        thousand latents, is no faster by them. Those that are no better after that end.
 
         :param most: the most trajectories, warm-up not counted, and one of several lengths as several.
         """
@@ -226,7 +226,9 @@ class GuideChains:
             if self._is_heavy() or (is_hopeless and is_worth_it):
                 if self.acceptance < _STUCK and not self._by_guide:
                     return self.convergence()
-                if cost < least and not self._by_guide:
+                if not self._by_guide and self.move_to_units_of_prior():
+                    chains = self._chains
+                elif cost < least and not self._by_guide:
                     least, best = cost, chains.length
                     chains.length = min(_LONGER * best, longest)
                 elif chains.length > best:
@@ -235,6 +237,28 @@ class GuideChains:
                     return self.convergence()
                 self._by_guide, before = False, self._blocks
                 self._blocks, size, patience = [], 0, 2 * patience
+
+    def move_to_units_of_prior(self) -> bool:
+        """Goes on, from where chains are, in units of the prior throughout; not where it has none, or again.
+
+        How centred latents are to be where most of the mass is, is wrong in the neck of a funnel.
+        """
+        as_written, given = self.log_joint.with_coordinates(None), self.log_joint.coordinates
+        unit = non_centered(as_written)
+        if unit is as_written:
+            return False
+        if given is not None and torch.equal(given.centered, unit.coordinates.centered):
+            return False
+        x, _ = unit.from_unconstrained(self.draws.transpose(0, 1).flatten(0, 1))
+        x = x[x.isfinite().all(-1)]
+        if len(x) < self.num_chains:
+            return False
+        num_gradients = self.target.num_gradients
+        to_latent, base = _by_moments(x)
+        self.log_joint, self.target, self.is_affine = unit, PulledBack(unit, to_latent), True
+        self._chains = HamiltonianChains(self.target, base[-self.num_chains :])
+        self.target.num_gradients += num_gradients
+        return True
 
     def stay_apart(self) -> bool:
         """Whether chains that move do not agree after many trajectories, as where there are modes."""
@@ -307,9 +331,14 @@ def _base_space(subject: ModelAndGuide, count: int) -> tuple[LogJoint, ToLatent,
             f"guide: expected at least {count} finite draws, got {len(draws)}: train it first, or "
             "check supports"
         )
+    to_latent, base = _by_moments(draws)
+    return log_joint, to_latent, base[:count], True
+
+
+def _by_moments(draws: Tensor) -> tuple[ToLatent, Tensor]:
+    """The transform of a standard normal to the means and sds of draws ``(n, D)``, and where it has these."""
     loc, scale = draws.mean(0), draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
-    to_latent = Standardize(loc, scale).call_and_ladj
-    return log_joint, to_latent, (draws[:count] - loc) / scale, True
+    return Standardize(loc, scale).call_and_ladj, (draws - loc) / scale
 
 
 def _transform_of(subject: ModelAndGuide) -> ToLatent | None:

@@ -266,3 +266,26 @@ def test_slow_chains_take_longer_trajectories(by_length, length, monkeypatch):
     # those that are no better end long before the others would
     assert slow.num_trajectories <= (1000 if by_length[1] > 2 else 2000)
     assert (float(rhat(slow.draws).max()) <= GOOD_RHAT) == (min(by_length.values()) < 2)
+
+
+def _funnel():
+    """The scale of z is exp(v); one datum says how large v is."""
+    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    pyro.sample("z", dist.Normal(torch.zeros(8), v.exp()[..., None]).to_event(1))
+    pyro.sample("y", dist.Normal(v, 2.0), obs=torch.tensor(-3.0))
+
+
+def test_chains_that_do_not_agree_go_on_in_units_of_the_prior():
+    """Chains of a funnel as it is written do not enter its neck; v is normal, whatever z is."""
+    stuck = chains_of(_funnel, AutoIAF(_funnel, coordinates="model"), num_chains=32)
+    stuck._by_guide = False
+    found = stuck.run(400)
+    assert stuck.log_joint.coordinates.centered.tolist() == [1.0] + [0.0] * 8
+    assert found.is_enough(400)
+    v = stuck.draws[..., 0]
+    precision = 1 / 9 + 1 / 4
+    # 400 effective draws: 0.05 sd, and 4 % of an sd; three of each
+    assert abs(v.mean() + 0.75 / precision) < 0.15 / precision**0.5
+    assert abs(v.std() * precision**0.5 - 1) < 0.12
+    # they are there now
+    assert not stuck.move_to_units_of_prior()
