@@ -8,24 +8,22 @@ turn out not to mix; only what comes after is kept.
 """
 
 import math
-from functools import partial
 from statistics import geometric_mean
-from typing import cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_integer
 from ..joint import LogJoint
-from ..joint.coordinates import coordinates_at, non_centered
+from ..joint.coordinates import non_centered
 from ..joint.density import CACHED
-from ..joint.protocols import PriorGuide, TransformedGuide
+from ..joint.sites import Latents
 from ..time_limit import is_out_of_time, limited
-from ..transforms import Standardize
-from ..transforms.flow_module import call_and_ladj_over_vectors
+from .base_space import NUM_DRAWS, base_space, by_moments
 from .convergence import GOOD_RHAT, Convergence, plain_rhat
-from .hamiltonian import HamiltonianChains, PulledBack, State, ToLatent
-from .importance_weights import ModelAndGuide, check_same_latents
+from .hamiltonian import HamiltonianChains, PulledBack, State
+from .importance_weights import ModelAndGuide
 from .preconditioning import Preconditioner
 from .psis import fit_tail
 
@@ -40,6 +38,8 @@ MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 64, 16, 8
 # effective draws asked for by chain: R-hat is good with some 45, so that more chains would give many more
 # than were asked for (6 takes up to twice the time, 25 as long as 12: benchmarks/chains.md)
 _DRAWS_BY_CHAIN = 12
+# lambda up to which coordinates are those of the prior, as good as
+_NEAR = 0.05
 # how many latents are ranked before all are
 _NUM_SLOWEST = 32
 # coordinates of all chains up to which a gradient hardly costs more than that of one
@@ -53,10 +53,15 @@ _MOST_TRAJECTORIES = 2000
 _LONGER, _LONGEST = 4, 8
 # the share of the number so far that the next block has at most
 _GROWTH = 0.5
-# draws of a guide that is taken by its means and sds, and those at which the curvature is asked
-_NUM_DRAWS, _NUM_CENTERED = 10_000, 8
-# the dimensions up to which an affine transform is a matrix, and points that tell whether it is affine
-_MOST_DENSE, _NUM_PROBES = 1200, 8
+
+
+class _Place(NamedTuple):
+    """Where chains move: a density, it pulled back by a transform, the chains, and if that is affine."""
+
+    log_joint: LogJoint
+    target: PulledBack
+    chains: HamiltonianChains
+    is_affine: bool
 
 
 class GuideChains:
@@ -98,31 +103,36 @@ class GuideChains:
             )
         count = num_chains or _num_chains(subject.log_joint, num_samples)
         # of a Gaussian guide, which is affine, a gradient costs as much as the model's
-        self.log_joint, to_latent, start, self.is_affine = _base_space(subject, count)
-        self.target = PulledBack(self.log_joint, to_latent)
-        self._chains = chains = HamiltonianChains(self.target, start)
-        # what round-off has made one value stays it, and chains that do not move agree
-        latent = chains.state.latent
-        if len(fixed := (latent == latent[0]).all(0).nonzero()):
-            name = self.log_joint.latents.name_of(int(fixed[0]))
-            raise ValueError(f"guide: expected draws that differ, got one value of {name} in all")
-        usable = chains.state.is_finite.nonzero()[:, 0]
-        if len(usable) < count:
-            if len(usable) < 2:
-                raise ValueError(
-                    f"guide: expected at least {count} draws of finite density and gradient, got "
-                    f"{len(usable)}: train it first, or check supports"
-                )
-            chosen = usable[torch.arange(count, device=usable.device) % len(usable)]
-            chains.state = State(*(part[chosen] for part in chains.state))
+        log_joint, to_latent, start, is_affine = base_space(subject, count)
+        target = PulledBack(log_joint, to_latent)
+        chains = _begin(target, start, count, log_joint.latents)
+        self._place = _Place(log_joint, target, chains, is_affine)
         # independent proposals, each for the price of one gradient, where the guide is good enough
         self._by_guide = self._chains.acceptance_of_guide() > _GOOD_ACCEPTANCE
         self._blocks: list[Tensor] = []
         self._known: Convergence | None = None
+        self._slowest: Convergence | None = None
         self.num_chains = count
         self.acceptance = 0.0  #: the mean rate of the last block
         #: those of all blocks, of dropped ones too, longer ones as several
         self.num_trajectories = 0
+
+    @property
+    def log_joint(self) -> LogJoint:
+        """The density, in the coordinates where chains move now."""
+        return self._place.log_joint
+
+    @property
+    def target(self) -> PulledBack:
+        return self._place.target
+
+    @property
+    def is_affine(self) -> bool:
+        return self._place.is_affine
+
+    @property
+    def _chains(self) -> HamiltonianChains:
+        return self._place.chains
 
     @property
     def draws(self) -> Tensor:
@@ -167,7 +177,7 @@ class GuideChains:
         block = torch.stack(latents, 1)
         u, _ = self.log_joint.to_unconstrained(block.flatten(0, 1))
         self._blocks.append(u.reshape(block.shape))
-        self._known = None
+        self._known = self._slowest = None
         self.num_trajectories += len(rates) * self._chains.length
         self.acceptance = math.fsum(rates) / len(rates)
 
@@ -178,12 +188,14 @@ class GuideChains:
         return self._known
 
     def _of_slowest(self) -> Convergence:
-        """The same of all latents where they are known, else of those whose means agree the least."""
+        """The convergence of the latents whose means agree the least; of all, where that is known."""
         if self._known is not None:
             return self._known
-        draws = self.draws
-        slowest = plain_rhat(draws).topk(min(_NUM_SLOWEST, draws.shape[-1])).indices
-        return Convergence.of(draws[..., slowest])
+        if self._slowest is None:
+            draws = self.draws
+            slowest = plain_rhat(draws).topk(min(_NUM_SLOWEST, draws.shape[-1])).indices
+            self._slowest = Convergence.of(draws[..., slowest])
+        return self._slowest
 
     def _is_enough(self, num_samples: int) -> bool:
         """Whether the draws are enough: ranks of millions of them take seconds, where others say no first."""
@@ -193,21 +205,23 @@ class GuideChains:
         """Goes on until there are enough effective draws of each latent, or the time is over.
 
         Chains that would take too many trajectories to agree learn anew from where they are, in units of
-        the prior where the model has some, and then with longer ones as long as these help: a random walk of
-        steps four times as long takes 16 times fewer. What changes with the energy alone, as the scale of a
-        thousand latents, is no faster by them. Those that are no better after that end.
+        the prior where the model has some, or back if these are no better, and then with longer ones as
+        long as these help: a random walk of steps four times as long takes 16 times fewer. What changes with
+        the energy alone, as the scale of a thousand latents, is no faster by them. Those that are no better
+        after that end.
 
         :param most: the most trajectories, warm-up not counted, and one of several lengths as several.
         """
         size, patience, before, left = 0, _PATIENCE, list[Tensor](), 0.0
         chains, longest, best, least = self._chains, _LONGEST, 1, math.inf
+        given: tuple[float, _Place] | None = None
         while True:
             if not self._blocks:
                 self.warm_up()
             number = max(_BLOCK, math.ceil(min(_GROWTH * size, left)))
             self.extend(min(number, max((most - self.num_trajectories) // chains.length, 1)))
             if is_out_of_time() and before and len(self._blocks) < 2:
-                self._blocks, self._known = before, None
+                self._blocks, self._known, self._slowest = before, None, None
             size = self.draws.shape[1]
             if is_out_of_time() or self.num_trajectories >= most:
                 return self.convergence()
@@ -226,8 +240,12 @@ class GuideChains:
             if self._is_heavy() or (is_hopeless and is_worth_it):
                 if self.acceptance < _STUCK and not self._by_guide:
                     return self.convergence()
-                if not self._by_guide and self.move_to_units_of_prior():
-                    chains = self._chains
+                place, num_gradients = self._place, self.target.num_gradients
+                if not (self._by_guide or given) and self.move_to_units_of_prior():
+                    given = cost / chains.step_size, place
+                elif given and cost / chains.step_size >= given[0]:  # in gradients no better: back
+                    self._place, given = given[1], (math.inf, place)
+                    self.target.num_gradients = num_gradients
                 elif cost < least and not self._by_guide:
                     least, best = cost, chains.length
                     chains.length = min(_LONGER * best, longest)
@@ -235,29 +253,32 @@ class GuideChains:
                     chains.length = longest = best
                 elif not self._by_guide:
                     return self.convergence()
-                self._by_guide, before = False, self._blocks
+                chains, self._by_guide, before = self._chains, False, self._blocks
                 self._blocks, size, patience = [], 0, 2 * patience
 
+    @torch.no_grad()
     def move_to_units_of_prior(self) -> bool:
-        """Goes on, from where chains are, in units of the prior throughout; not where it has none, or again.
+        """Goes on from where chains are in units of the prior throughout; false where it has no others.
 
-        How centred latents are to be where most of the mass is, is wrong in the neck of a funnel.
+        The centring that suits most of the mass is wrong in the neck of a funnel.
         """
         as_written, given = self.log_joint.with_coordinates(None), self.log_joint.coordinates
         unit = non_centered(as_written)
         if unit is as_written:
             return False
-        if given is not None and torch.equal(given.centered, unit.coordinates.centered):
+        if given is not None and bool((given.centered - unit.coordinates.centered).max() < _NEAR):
             return False
-        x, _ = unit.from_unconstrained(self.draws.transpose(0, 1).flatten(0, 1))
-        x = x[x.isfinite().all(-1)]
-        if len(x) < self.num_chains:
+        few = max(NUM_DRAWS // self.num_chains, 1)
+        # the last draws of all chains are the last rows
+        x, _ = unit.from_unconstrained(self.draws[:, -few:].transpose(0, 1).flatten(0, 1))
+        to_latent, base = by_moments(x)
+        target = PulledBack(unit, to_latent)
+        try:
+            chains = _begin(target, base[-self.num_chains :], self.num_chains, unit.latents)
+        except ValueError:  # beyond what numbers can say
             return False
-        num_gradients = self.target.num_gradients
-        to_latent, base = _by_moments(x)
-        self.log_joint, self.target, self.is_affine = unit, PulledBack(unit, to_latent), True
-        self._chains = HamiltonianChains(self.target, base[-self.num_chains :])
-        self.target.num_gradients += num_gradients
+        target.num_gradients += self.target.num_gradients
+        self._place = _Place(unit, target, chains, True)
         return True
 
     def stay_apart(self) -> bool:
@@ -299,84 +320,20 @@ def _num_chains(log_joint: LogJoint, num_samples: float) -> int:
     return int(max(min(fast, num_samples // _DRAWS_BY_CHAIN), FEWEST_CHAINS))
 
 
-def _base_space(subject: ModelAndGuide, count: int) -> tuple[LogJoint, ToLatent, Tensor, bool]:
-    """A density, a transform of a standard normal to its coordinates, points ``(count, D)``, if it is affine.
-
-    A guide that offers no transform is taken by its means and sds, and so is a Gaussian one of a hierarchy:
-    it is no more than a place and a scale, which coordinates from the prior can have too.
-    """
-    log_joint, given = subject.log_joint, None
-    draws = subject.draws(2)  # an error if it is not a guide of this model
-    transform = _transform_of(subject)
-    if transform is not None:
-        guide = partial(subject.guide, *subject.args, **subject.kwargs)
-        check_same_latents(log_joint, guide)
-        start = torch.randn_like(draws[:1].expand(count, -1))
-        affine = _affine(transform, start)
-        given = log_joint, affine or transform, start, affine is not None
-        if affine is None or isinstance(cast(object, subject.guide), PriorGuide):
-            return given
-    unit = non_centered(log_joint)
-    if given is not None and unit is log_joint:
-        return given
-    draws = subject.draws(max(_NUM_DRAWS, count))
-    draws = draws[draws.isfinite().all(-1)]
-    if unit is not log_joint and len(draws):
-        found = coordinates_at(log_joint, unit.coordinates, draws[:_NUM_CENTERED])
-        log_joint = log_joint.with_coordinates(found)
-        draws, _ = log_joint.from_unconstrained(draws)
-        draws = draws[draws.isfinite().all(-1)]
-    if len(draws) < count:
-        raise ValueError(
-            f"guide: expected at least {count} finite draws, got {len(draws)}: train it first, or "
-            "check supports"
-        )
-    to_latent, base = _by_moments(draws)
-    return log_joint, to_latent, base[:count], True
-
-
-def _by_moments(draws: Tensor) -> tuple[ToLatent, Tensor]:
-    """The transform of a standard normal to the means and sds of draws ``(n, D)``, and where it has these."""
-    loc, scale = draws.mean(0), draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
-    return Standardize(loc, scale).call_and_ladj, (draws - loc) / scale
-
-
-def _transform_of(subject: ModelAndGuide) -> ToLatent | None:
-    """The transform of a standard normal to the guide's draws; ``None`` where it offers none."""
-    guide: object = subject.guide
-    if not isinstance(guide, TransformedGuide):
-        return None
-    try:
-        # products with AutoMultivariateNormal's matrix are ten times slower where it has no graph
-        with torch.enable_grad():
-            if subject.log_joint.coordinates is not None and isinstance(guide, PriorGuide):
-                transform = guide.transform_in_coordinates()
-            else:
-                transform = guide.get_transform(*subject.args, **subject.kwargs)
-    except NotImplementedError:  # some of Pyro's guides have no more than the method
-        return None
-    return partial(call_and_ladj_over_vectors, transform)
-
-
-def _affine(transform: ToLatent, like: Tensor) -> ToLatent | None:
-    """An affine transform as a matrix, many times faster than the layers of a flow; else ``None``.
-
-    Chains are right in any coordinates, so that it may be affine to round-off only.
-    """
-    dim = like.shape[-1]
-    if dim > _MOST_DENSE:
-        return None
-    probes = torch.randn_like(like[:1].expand(_NUM_PROBES, -1))
-    origin, unit = torch.zeros_like(probes[:1]), torch.diag_embed(torch.ones_like(like[0]))
-    with torch.no_grad():
-        found, ladjs = transform(torch.cat([origin, probes]))
-        loc, ladj = found[0], ladjs[0]
-        # most others are found out by a few rows; the matrix takes one for each dimension
-        if not torch.allclose(ladjs, ladj.expand_as(ladjs), rtol=1e-4, atol=1e-4):
-            return None
-        matrix = torch.cat([transform(part)[0] for part in unit.split(256)]) - loc
-    error = (loc + probes @ matrix - found[1:]).abs().amax(0)
-    scale = matrix.square().sum(0).sqrt()
-    if not bool((error <= 10 * torch.finfo(like.dtype).eps ** 0.5 * scale).all()):
-        return None
-    return lambda base: (loc + base @ matrix, ladj.expand(len(base)))
+def _begin(target: PulledBack, start: Tensor, count: int, latents: Latents) -> HamiltonianChains:
+    """So many chains at points of the base space; those without a finite density begin at others."""
+    chains = HamiltonianChains(target, start)
+    # a latent that rounding has made equal in all chains never moves, and chains agree on it
+    if len(fixed := (chains.state.latent == chains.state.latent[0]).all(0).nonzero()):
+        name = latents.name_of(int(fixed[0]))
+        raise ValueError(f"guide: expected draws that differ, got one value of {name} in all")
+    usable = chains.state.is_finite.nonzero()[:, 0]
+    if len(usable) < count:
+        if len(usable) < 2:
+            raise ValueError(
+                f"guide: expected at least {count} draws of finite density and gradient, got "
+                f"{len(usable)}: train it first, or check supports"
+            )
+        chosen = usable[torch.arange(count, device=usable.device) % len(usable)]
+        chains.state = State(*(part[chosen] for part in chains.state))
+    return chains

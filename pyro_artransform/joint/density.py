@@ -94,7 +94,7 @@ class LogJoint(LogDensity):
     gives NaN and no error; where the user has it on, the first run is validated.
 
     :param model: a Pyro model, with its arguments ``args`` and ``kwargs``.
-    :param init_loc_fn: one of Pyro's initialization functions, for the first run.
+    :param init_loc_fn: of Pyro, for the first run; medians of vague priors are left for the origin.
     :raises ValueError: if a latent is discrete and not enumerated, there is no latent, or
         Pyro's validation is on and finds fault with the data or with shapes.
 
@@ -161,11 +161,13 @@ class LogJoint(LogDensity):
         return self.obstacle if self.strategy == "loop" else ""
 
     def or_origin(self, u: Tensor) -> Tensor:
-        """An unconstrained point; the origin where the density there has no digits, as at a vague median."""
+        """A start; the origin where it is a median where the density has no digits left."""
+        if self._init_loc_fn is not init_to_median:
+            return u
         points = u, torch.zeros_like(u)
         with pyro.validation_enabled(False), torch.no_grad(), suppress(Exception):
             here, origin = (float(self._evaluate({"z": z}, None)["total"]) for z in points)
-            if abs(here) * torch.finfo(u.dtype).eps > 1 and origin > here:
+            if abs(here) * torch.finfo(u.dtype).eps > 1 and here < origin < math.inf:
                 return points[1]
         return u
 

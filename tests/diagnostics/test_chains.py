@@ -19,7 +19,7 @@ from pyro.infer.autoguide import (
 )
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.diagnostics import chains
+from pyro_artransform.diagnostics import base_space, chains
 from pyro_artransform.diagnostics.chains import CHAINS_BY_LOOP, GOOD_RHAT, GuideChains
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from pyro_artransform.time_limit import TimeLimit
@@ -49,7 +49,7 @@ def test_the_base_space_is_that_of_the_guide(make):
     """The density that a transform gives is the guide's, an affine one as a matrix too."""
     guide = make(_model, init_scale=0.5)
     subject = ModelAndGuide.of(_model, guide, (), {})
-    _, to_latent, start, _ = chains._base_space(subject, 7)
+    _, to_latent, start, _ = base_space.base_space(subject, 7)
     assert start.shape == (7, 3)
     latent, ladj = to_latent(start)
     expected = guide.get_posterior().log_prob(latent)
@@ -66,7 +66,7 @@ def test_an_affine_transform_becomes_a_matrix(is_affine):
         return loc + y @ matrix, ladj
 
     x = torch.randn(5, 3)
-    found = chains._affine(transform, x)
+    found = base_space._affine(transform, x)
     assert (found is not None) == is_affine
     if found is not None:
         assert all(torch.allclose(*pair) for pair in zip(found(x), transform(x)))
@@ -82,7 +82,7 @@ def hand_written():
 )
 def test_a_guide_without_a_transform_is_taken_by_its_means_and_sds(guide):
     subject = ModelAndGuide.of(_model, guide, (), {})
-    _, to_latent, start, _ = chains._base_space(subject, 2000)
+    _, to_latent, start, _ = base_space.base_space(subject, 2000)
     # of 10,000 draws: within five standard errors
     assert start.mean(0).abs().max() < 5 / 2000**0.5
     assert (start.std(0) - 1).abs().max() < 5 / 4000**0.5
@@ -289,3 +289,21 @@ def test_chains_that_do_not_agree_go_on_in_units_of_the_prior():
     assert abs(v.std() * precision**0.5 - 1) < 0.12
     # they are there now
     assert not stuck.move_to_units_of_prior()
+
+
+def test_chains_go_back_from_units_of_the_prior_that_are_no_better(monkeypatch):
+    """R-hat of chains as the model is written is bad, and in units of the prior worse."""
+    slow = chains_of(_funnel, AutoIAF(_funnel, coordinates="model"), num_chains=4)
+    slow._by_guide, seen = False, []
+
+    def rhat(draws):
+        seen.append(slow.log_joint.coordinates is not None)
+        return torch.full(draws.shape[-1:], 20.0 if seen[-1] else 5.0)
+
+    monkeypatch.setattr(chains, "plain_rhat", rhat)
+    before = slow.log_joint
+    slow.run(10)
+    assert any(seen)
+    assert slow.log_joint is before
+    # those of the units of the prior count as well
+    assert slow.target.num_gradients > 4 * slow.num_trajectories

@@ -329,3 +329,8 @@ def test_a_start_without_digits_is_the_origin():
     # a start with digits stays
     near = LogJoint(vague, init_loc_fn=init_to_value(values={"precision": torch.tensor(3.0)})).start
     assert near[0].isclose(torch.tensor(3.0).log())
+    # and one that the user has given
+    far = LogJoint(
+        vague, init_loc_fn=init_to_value(values={"precision": torch.tensor(1e-30)})
+    ).start
+    assert far[0] < -60

@@ -33,7 +33,8 @@ _OF_SHELL = 2  # points of each that climbs start at, and of the best of each
 _MOST_MIRRORED = 8  # sites that are mirrored one at a time
 _MOST_MODES = 32  # modes that draws are taken around: memory
 _MOST_MOVED = 4  # ends of climbs that a guide is moved to
-_NEWTON_STEPS = 10  # from the end of a climb by gradients to the mode
+# from the end of a climb by gradients to the mode (10 find no more: benchmarks/verdict.md)
+_NEWTON_STEPS = 4
 # sds of each coordinate within which ends of climbs are one; squared distance of two modes that always differ
 _SAME_END, _DIFFERENT = 0.1, 16.0
 # nats, and standard deviations of what a part of the data makes of them, by which a mode may be lower

@@ -196,16 +196,17 @@ def climb_by_gradients(
         least = _SETTLED + 4 * torch.finfo(value.dtype).eps * value.abs()
         is_short = (num_settled < 2) & ((trial * gradient).sum(-1) > least)
         for _ in range(_MOST_SHORTER):
+            check_time()
             if not bool(is_short.any()):
                 break
             # of all points, for whose number it is captured
             found, at_found = expand(here + torch.where(is_short[:, None], trial, step))
-            is_up = is_short & (found > value)
+            is_up = is_short & (found > value) & found.isfinite()
             step = torch.where(is_up[:, None], trial, step)
             slope = torch.where(is_up[:, None], at_found, slope)
             after = torch.where(is_up, found, after)
             is_short, trial = is_short & ~is_up, trial / 4
-        settled = after - value < least
+        settled = ~(after - value >= least)
         # once more by the gradient alone, where what is remembered leads nowhere
         num_settled = torch.where(settled, num_settled + 1, 0)
         here, value, change, gradient = here + step, after, gradient - slope, slope

@@ -15,7 +15,7 @@ from ...joint import LogJoint
 from ...time_limit import limited
 from .gaussians import evaluate_density
 
-# the innermost shell of points, in units of the space, and the ratio of two radii: eight reach to a hundred
+# the innermost shell of points, in units of the space, and the ratio of two radii: six reach to fifty
 _RADIUS, _GROWTH = 1.0, 2.2
 # points that are tried in each shell, also where they are evaluated one at a time
 _NUM_TRIED, _NUM_TRIED_BY_LOOP = 64, 4

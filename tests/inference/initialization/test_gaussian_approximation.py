@@ -272,7 +272,9 @@ def test_start_is_better_than_a_mean_field_fit():
     assert initial.elbo > elbo_of(log_joint, before, torch.randn(4096, 62)) + 0.1
     z, log_q = guide.rsample_and_log_prob(4096)
     ratios = log_joint(z) - log_q
-    assert abs(ratios.mean() - initial.elbo) < 0.3 + 4 * ratios.std() / len(ratios) ** 0.5
+    # a few draws of a heavy tail may weigh as much as all others
+    error = min(float(ratios.detach().std()) / len(ratios) ** 0.5, 0.2)
+    assert abs(ratios.mean() - initial.elbo) < 0.3 + 4 * error
 
 
 def test_curvature_in_the_pattern_is_that_of_autograd():

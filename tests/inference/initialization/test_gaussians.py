@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import time
+
 import pytest
 import torch
 from pyro import distributions as dist
@@ -11,6 +13,7 @@ from pyro_artransform.inference.initialization.gaussians import (
     climb_by_gradients,
     elbos,
 )
+from pyro_artransform.time_limit import TimeLimit, cut_off
 from tests.inference.models import SCALE_TRIL, Once
 
 
@@ -129,3 +132,19 @@ def test_climbs_by_gradients_end_at_their_own_maxima():
     assert torch.allclose(ends[:2], torch.tensor([[-2.0, 0.0], [2.0, 0.0]]), atol=1e-3)
     assert values[:2].abs().max() < 1e-6
     assert torch.equal(ends[2], points[2])
+
+
+def test_a_climb_is_left_with_the_time():
+    steps = 0
+
+    def slow(points):
+        nonlocal steps
+        steps += 1
+        float(points.detach().sum())  # such a density is not captured
+        time.sleep(0.02)
+        return -(points**4).sum(-1) - points.sum(-1)
+
+    with TimeLimit(0.2) as limit, cut_off("the climb"):
+        climb_by_gradients(slow, 50 * torch.ones(3, 4), torch.ones(4), 1000)
+    assert limit.left_out == ["the climb"]
+    assert steps < 50

@@ -362,4 +362,4 @@ def test_vague_priors(guide):
     assert found.chains.trusted
     pooled = torch.tensor(89 / 300).logit()
     assert abs(found.draws["mean"].mean() - pooled) < 0.4
-    assert found.draws["precision"].log().mean() < 4
+    assert -2 < found.draws["precision"].log().mean() < 4
