@@ -214,7 +214,8 @@ class GuideChains:
         """
         size, patience, before, left = 0, _PATIENCE, list[Tensor](), 0.0
         chains, longest, best, least = self._chains, _LONGEST, 1, math.inf
-        given: tuple[float, _Place] | None = None
+        other: _Place | None = None
+        to_beat = math.inf
         while True:
             if not self._blocks:
                 self.warm_up()
@@ -241,13 +242,14 @@ class GuideChains:
                 if self.acceptance < _STUCK and not self._by_guide:
                     return self.convergence()
                 place, num_gradients = self._place, self.target.num_gradients
-                if not (self._by_guide or given) and self.move_to_units_of_prior():
-                    given = cost / chains.step_size, place
-                elif given and cost / chains.step_size >= given[0]:  # in gradients no better: back
-                    self._place, given = given[1], (math.inf, place)
+                if not (self._by_guide or other) and self.move_to_units_of_prior():
+                    other, to_beat = place, cost / chains.step_size
+                elif other and math.inf > to_beat <= cost / chains.step_size:
+                    # no better for the gradients that they take: back
+                    self._place, to_beat = other, math.inf
                     self.target.num_gradients = num_gradients
                 elif cost < least and not self._by_guide:
-                    least, best = cost, chains.length
+                    least, best, to_beat = cost, chains.length, math.inf
                     chains.length = min(_LONGER * best, longest)
                 elif chains.length > best:
                     chains.length = longest = best
