@@ -242,7 +242,7 @@ class GuideChains:
                 if self.acceptance < _STUCK and not self._by_guide:
                     return self.convergence()
                 place, num_gradients = self._place, self.target.num_gradients
-                if not (self._by_guide or other) and self.move_to_units_of_prior():
+                if not (self._by_guide or other) and self._move_to_units_of_prior():
                     other, to_beat = place, cost / chains.step_size
                 elif other and math.inf > to_beat <= cost / chains.step_size:
                     # no better for the gradients that they take: back
@@ -259,7 +259,7 @@ class GuideChains:
                 self._blocks, size, patience = [], 0, 2 * patience
 
     @torch.no_grad()
-    def move_to_units_of_prior(self) -> bool:
+    def _move_to_units_of_prior(self) -> bool:
         """Goes on from where chains are in units of the prior throughout; false where it has no others.
 
         The centring that suits most of the mass is wrong in the neck of a funnel.

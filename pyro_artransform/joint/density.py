@@ -161,7 +161,7 @@ class LogJoint(LogDensity):
         return self.obstacle if self.strategy == "loop" else ""
 
     def or_origin(self, u: Tensor) -> Tensor:
-        """A start; the origin where it is a median where the density has no digits left."""
+        """A start, or the origin where that is a median whose density has no digits left."""
         if self._init_loc_fn is not init_to_median:
             return u
         points = u, torch.zeros_like(u)

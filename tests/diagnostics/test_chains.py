@@ -288,7 +288,7 @@ def test_chains_that_do_not_agree_go_on_in_units_of_the_prior():
     assert abs(v.mean() + 0.75 / precision) < 0.15 / precision**0.5
     assert abs(v.std() * precision**0.5 - 1) < 0.12
     # they are there now
-    assert not stuck.move_to_units_of_prior()
+    assert not stuck._move_to_units_of_prior()
 
 
 def test_chains_go_back_from_units_of_the_prior_that_are_no_better(monkeypatch):

@@ -195,7 +195,8 @@ def test_the_best_independent_gaussian_has_the_conditional_sds():
 # With a graph
 
 # dense Gaussians would find them as well
-FEW = InitializationConfig(max_dense_dim=1)
+# a bound whose draws have a heavy tail is known to 0.1 nats by so many
+FEW = InitializationConfig(max_dense_dim=1, num_compared=4096)
 LINEAR = {
     "chain with globals": chain(30, 2),
     "tree": tree(31),
@@ -271,10 +272,7 @@ def test_start_is_better_than_a_mean_field_fit():
     # of six seeds by 0.15 nats or more; the noise of 4,096 draws is below 0.1
     assert initial.elbo > elbo_of(log_joint, before, torch.randn(4096, 62)) + 0.1
     z, log_q = guide.rsample_and_log_prob(4096)
-    ratios = log_joint(z) - log_q
-    # a few draws of a heavy tail may weigh as much as all others
-    error = min(float(ratios.detach().std()) / len(ratios) ** 0.5, 0.2)
-    assert abs(ratios.mean() - initial.elbo) < 0.3 + 4 * error
+    assert abs((log_joint(z) - log_q).mean() - initial.elbo) < 0.3
 
 
 def test_curvature_in_the_pattern_is_that_of_autograd():
