@@ -297,7 +297,7 @@ class GuideChains:
 
     def gradients_left(self, num_samples: int) -> float:
         """How many more each chain needs, about, as far as the draws so far tell."""
-        return self._chains.num_leapfrogs * self._trajectories_left(num_samples)
+        return self._chains.num_stages * self._trajectories_left(num_samples)
 
     def _trajectories_left(self, num_samples: int) -> float:
         found = self._of_slowest()

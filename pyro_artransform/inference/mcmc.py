@@ -28,7 +28,7 @@ CHAINS_COST_LESS = "chains from here cost less than more steps"
 # whether chains cost less is asked after so many steps, and then each time after twice as many more; a
 # step costs as much as so many gradients of all chains through a Gaussian
 # (a structured guide's of many latents, level by level, as so many more), and a gradient through a flow
-# as half a step, of which chains take as many as this at least (72 draws of three leapfrog steps)
+# as half a step, of which chains take as many as this at least (72 draws of three gradients)
 _FIRST_BLOCK, _PRICE_OF_STEP, _PRICE_BY_LEVELS, _FEWEST_GRADIENTS = 300, 4, 12, 216
 #: the share of the seconds after which chains end, so that the rest judges them
 CHAINS_UNTIL = 0.85
