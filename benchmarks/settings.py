@@ -98,7 +98,10 @@ def arguments(name: str) -> dict[str, Any]:
         return {"args": ({**TARGETS, **POSTERIORS}[name]().model,)}
     small = {
         "states of 250": lambda: large.states(250),
+        "hierarchy of 300": lambda: large.hierarchy(300),
+        "volatility of 250": lambda: large.volatility(250),
         "baseball": models.baseball,
+        "process": models.process,
         **unseen.MODELS,
     }
     model, data = small[name]()
@@ -106,12 +109,22 @@ def arguments(name: str) -> dict[str, Any]:
 
 
 SMALL = ("dogs", "dugongs", "survival", "growth", "catches", "baseball")
-STARTED = ("branch", *SMALL, "states of 250")
+STARTED = ("branch", *SMALL, "states of 250", "hierarchy of 300", "ordinal")
+EASY = ("dogs", "dugongs", "survival")
+HARD = (
+    "seeds",
+    "ordinal",
+    "drug",
+    "poisson_process",
+    "process",
+    "hierarchy of 300",
+    "volatility of 250",
+)
 BATCHES = ("regression_by_batches", "groups_by_batches")
 #: of each part of the settings: the steps of its fits (None: to their own end) and the posteriors
 PARTS: dict[str, tuple[int | None, tuple[str, ...]]] = {
     "initialization": (1, STARTED),
-    "optimization": (None, ("dogs", "dugongs", "survival")),
+    "optimization": (None, (*EASY, *HARD, *MODES[:1], *SHAPES, *BATCHES)),
     "minibatch": (None, BATCHES),
     "evaluation": (300, (*MODES, *SHAPES)),
 }

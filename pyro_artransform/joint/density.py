@@ -50,6 +50,7 @@ from .vectorization import (
     STRATEGIES,
     DrawPlate,
     Draws,
+    LargestTensor,
     Terms,
     agree,
     choose_strategy,
@@ -63,7 +64,7 @@ Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
 
 #: What part of them fits into a processor's cache, and is worth a run of the model: a regression of 100,000
-#: rows takes half the time a draw of smaller and of larger parts, one of 1,000 rows a fifth of smaller ones
+#: rows takes half the time a draw of four times larger parts, and two thirds of that of smaller ones
 CACHED = 16
 # strategies are compared near the start, at draws of the prior, and as many far away
 _NUM_COMPARED, _COMPARED_SCALE = 5, 0.1
@@ -134,26 +135,28 @@ class LogJoint(LogDensity):
         self.latents = Latents.from_trace(trace)
         self._structures: dict[Any, ModelStructure] = {}
         self._checked = {argument_signature((args, kwargs))}
-        #: how many draws are evaluated at once without gradients, which bounds the memory
-        self.chunk_size = draws_at_a_time(count_values(trace), args, kwargs)
-        self._start = self._latent_vector(trace)
         self.coordinates: Coordinates | None = None
         # the draws at which strategies are compared take no random numbers of the caller
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            self._start = self.or_origin(self._start)
+            self._start = self.or_origin(self._latent_vector(trace))
             noise = torch.randn_like(self._start.expand(_NUM_COMPARED, -1))
             near = self._start + _COMPARED_SCALE * noise
             with pyro.validation_enabled(False), torch.no_grad():
                 #: the obstacle is why the next faster strategy does not suit the model
                 self.strategy, self.obstacle = choose_strategy(self._evaluate, {"z": near}, _nan)
-                self.is_random = self.is_random or self._changes_by_itself(near)
+                with LargestTensor() as largest:
+                    self.is_random |= self._changes_by_itself(near)
+            of_one = largest.num_values / (1 if self.strategy == "loop" else len(near))
+            #: how many draws are evaluated at once without gradients, which bounds the memory
+            self.chunk_size = draws_at_a_time(of_one)
+            self._values_by_site = of_one / count_values(trace)
             if self.strategy != "loop":
                 noise = torch.randn_like(self._start.expand(_NUM_FAR, -1))
                 # what a model says or raises far away is of no interest yet
                 with warnings.catch_warnings(), suppress(Exception):
                     warnings.simplefilter("ignore")
-                    far = [near, self._start + _FAR_SCALE * noise, *self._prior_draws()]
-                    self.checked(torch.cat(far))
+                    far = self._start + _FAR_SCALE * noise
+                    self.checked(torch.cat([near, far, *self._prior_draws()]))
 
     @property
     def reason(self) -> str:
@@ -162,13 +165,11 @@ class LogJoint(LogDensity):
 
     def or_origin(self, u: Tensor) -> Tensor:
         """A start, or the origin where that is a median whose density has no digits left."""
-        if self._init_loc_fn is not init_to_median:
-            return u
-        points = u, torch.zeros_like(u)
+        points, is_median = (u, torch.zeros_like(u)), self._init_loc_fn is init_to_median
         with pyro.validation_enabled(False), torch.no_grad(), suppress(Exception):
             here, origin = (float(self._evaluate({"z": z}, None)["total"]) for z in points)
-            if abs(here) * torch.finfo(u.dtype).eps > 1 and here < origin < math.inf:
-                return points[1]
+            has_digits = abs(here) * torch.finfo(u.dtype).eps <= 1
+            return points[is_median and not has_digits and here < origin < math.inf]
         return u
 
     def _latent_vector(self, trace: Any) -> Tensor:
@@ -196,7 +197,7 @@ class LogJoint(LogDensity):
                 "guide that is told of the mini-batch, such as AutoAmortized"
             )
         other = self.bound_to(args, kwargs or {})
-        other.chunk_size = draws_at_a_time(structure.num_values, args, kwargs or {})
+        other.chunk_size = draws_at_a_time(self._values_by_site * structure.num_values)
         return other
 
     def bound_to(self, args: Args, kwargs: Kwargs) -> "LogJoint":
@@ -283,8 +284,7 @@ class LogJoint(LogDensity):
             self._turn = last
             extreme = {*part.argmin(0).tolist(), *part.argmax(0).tolist()}
             rows = sorted({*order[:few], *order[-few:], *rows[: 2 * few], *extreme})
-        after = torch.get_rng_state()
-        excess = {}
+        after, excess = torch.get_rng_state(), dict[int, float]()
         for i in rows:
             torch.set_rng_state(state)
             try:
@@ -304,21 +304,21 @@ class LogJoint(LogDensity):
         torch.set_rng_state(after)
         return agrees
 
+    @torch.no_grad()
     def _prior_draws(self) -> list[Tensor]:
         """Draws of the prior, each of shape ``(1, latent_dim)``; an empty list where it has none."""
         found = []
         for _ in range(_NUM_FAR):
-            with suppress(Exception):  # improper, or a draw that the model itself cannot take
-                with pyro.validation_enabled(False), torch.no_grad(), hidden_sites():
-                    z = self._latent_vector(poutine.trace(self.run).get_trace())[None]
+            # an improper one, or a draw that the model itself cannot take
+            with suppress(Exception), pyro.validation_enabled(False), hidden_sites():
+                z = self._latent_vector(poutine.trace(self.run).get_trace())[None]
                 if bool(z.isfinite().all()):
                     found.append(z)
         return found
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
-        u, _ = self.to_unconstrained(z)
-        return nonfinite_sites(self.run, self.latents.constrain(u))
+        return nonfinite_sites(self.run, self.latents.constrain(self.to_unconstrained(z)[0]))
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         z = draws["z"]

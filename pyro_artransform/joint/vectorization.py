@@ -21,7 +21,7 @@ by name: log-densities by datum, or their sum.
 """
 
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from .enumeration import ScaleError
 from .handlers import SiteLogProbs, hidden_sites
@@ -113,10 +115,24 @@ class CholeskyOrNan(TorchFunctionMode):
         return torch.where(info[..., None, None] == 0, factor, torch.nan)
 
 
-def draws_at_a_time(num_values: int, args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """How many draws fit into memory, by the values of a run and the entries of its arguments."""
-    sizes = [value.numel() for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-    return max(_MAX_VALUES // max(num_values, *sizes, 1), 1)
+class LargestTensor(TorchDispatchMode):
+    """Takes note of how many entries the largest tensor has that operations make."""
+
+    num_values = 1
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            tensors = [value for value in tree_leaves(found) if isinstance(value, Tensor)]
+            self.num_values = max(self.num_values, *map(Tensor.numel, tensors), 1)
+        return found
+
+
+def draws_at_a_time(num_values: float) -> int:
+    """How many draws fit into memory, by the entries of the largest tensor of one."""
+    return max(int(_MAX_VALUES / num_values), 1)
 
 
 def stack(rows: list[Terms]) -> Terms:

@@ -192,6 +192,28 @@ def test_a_branch_beside_a_large_density_in_float32():
     assert (found - expected).abs().max() < 1
 
 
+def regression(x, y):
+    weight = pyro.sample("weight", dist.Normal(torch.zeros(x.shape[1]), 1.0).to_event(1))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(x @ weight, 1.0), obs=y)
+
+
+def test_as_many_draws_at_a_time_as_their_largest_tensor_allows():
+    """Of a regression that has the predictions of its rows, and not its design matrix, in each draw."""
+    log_joint = LogJoint(regression, (torch.randn(300, 40), torch.randn(300)))
+    assert log_joint.strategy == "vmap"
+    assert log_joint.chunk_size == 2**23 // 300
+    half = log_joint.with_arguments((torch.randn(130, 40), torch.randn(130)))
+    assert half.chunk_size == pytest.approx(2 * log_joint.chunk_size, rel=0.01)
+
+    def process():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        covariance = scale * torch.eye(30) + 1.0
+        pyro.sample("y", dist.MultivariateNormal(torch.zeros(30), covariance), obs=torch.ones(30))
+
+    assert LogJoint(process).chunk_size == 2**23 // 30**2
+
+
 def trained():
     scale = pyro.param("scale", torch.tensor(1.5), constraint=dist.constraints.positive)
     z = pyro.sample("z", dist.Normal(0.0, scale).expand([3]).to_event(1))
