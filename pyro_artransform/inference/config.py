@@ -23,7 +23,7 @@ class InitializationConfig:
     num_points: int = 12  #: points to start from, all side by side
     num_points_by_loop: int = 4  #: the same by loop, or by mini-batches
     max_dense_dim: int = 200  #: coordinates at most for a full Gaussian
-    num_matches: int = 20  #: steps of batch and match
+    num_matches: int = 30  #: steps of batch and match
     #: natural-gradient steps after that, with a graph once the ELBO has settled
     num_ascents: int = 8
     max_sparse_steps: int = 60  #: the most of those with a graph

@@ -53,7 +53,7 @@ def test_a_gaussian_is_found_to_round_off(dim, unit, distance):
     points = distance * unit * torch.randn(4, dim)
     found = match_scores(normal.log_prob, points, dim + 16, STEPS)
     assert gap(normal.log_prob, found).abs().max() < 1e-6
-    assert torch.allclose(found.loc / unit, torch.ones(4, dim), atol=1e-4)
+    assert torch.allclose(found.loc / unit, torch.ones_like(found.loc), atol=1e-4)
 
 
 def test_units_that_differ_by_orders():
@@ -98,28 +98,39 @@ def half(z):
 def test_it_stays_where_the_density_is_finite(is_independent):
     """One point of several is beyond the edge; the others stay within, one begins at it."""
     points = torch.tensor([[-1.0, 0.0], [1.05, 0.0], [6.0, 2.0]])
-    found = match_scores(half, points, 32, STEPS, is_independent)
-    assert torch.equal(found.loc[0], points[0])
-    assert found.scale_tril.isfinite().all()
-    sds = found.scale_tril if is_independent else found.scale_tril.norm(dim=-1)
-    for k in (1, 2):
-        assert (found.loc[k] - 3).abs().max() < 1
+    lost, *others = (match_scores(half, points[[k]], 32, STEPS, is_independent) for k in range(3))
+    assert torch.equal(lost.loc, points[:1])
+    for found in (*others, match_scores(half, points, 32, STEPS, is_independent)):
+        assert (found.loc - 3).abs().max() < 1
         # of 32 draws of the Gaussian itself half have none beyond the edge
-        assert (sds[k] < 1.1).all()
-    lost = found.take([0])
+        sds = found.scale_tril if is_independent else found.scale_tril.norm(dim=-1)
+        assert (sds < 1.1).all()
     assert ascend(half, lost, 32, STEPS // 2) == lost
 
 
 def test_gradients_whose_squares_overflow():
-    """Such a point stays where it is, and the others go on."""
+    """Such a point stays where it is; beside others these go on."""
 
     def log_density(z):
         return -0.5 * z.square().sum(-1) - (0.05 * z).exp().sum(-1)
 
     points = torch.tensor([[1.0], [8000.0]]) * torch.ones(4)
+    assert match_scores(log_density, points[1:], 20, STEPS).loc.isfinite().all()
     found = match_scores(log_density, points, 20, STEPS)
-    assert found.loc[0].abs().max() < 1.0
-    assert found.loc[1].isfinite().all()
+    assert found.loc.abs().max() < 1.0
+
+
+def test_half_of_the_points_go_on_twice():
+    """Those of the larger ELBO: of two modes far apart the one start near the larger one is among them."""
+
+    def log_density(z):
+        distances = torch.stack([(z - 30.0).square().sum(-1), (z + 30.0).square().sum(-1)])
+        return (math.log(3) * torch.tensor([[1.0], [0.0]]) - 0.5 * distances).logsumexp(0)
+
+    points = torch.cat([torch.full((1, 2), 25.0), -30.0 + torch.randn(9, 2)])
+    found = match_scores(log_density, points, 32, STEPS)
+    assert len(found.loc) == 3
+    assert (found.loc - 30).abs().amax(1).min() < 0.1
 
 
 def test_heavy_tails_from_far_away():
@@ -173,9 +184,9 @@ def test_independent_gaussians_of_any_unit():
     scale = torch.tensor([1e-3, 1.0, 50.0])
     normal = dist.Normal(scale, scale).to_event(1)
     points = scale * torch.tensor([[2.0, 0.0, 0.0], [100.0, -100.0, 10.0]])
-    found = match_scores(normal.log_prob, points, 32, STEPS, is_independent=True)
     for k in range(2):
-        best = ascend(normal.log_prob, found.take([k]), 32, STEPS // 2)
+        found = match_scores(normal.log_prob, points[[k]], 32, STEPS, is_independent=True)
+        best = ascend(normal.log_prob, found, 32, STEPS // 2)
         assert best.is_independent
         assert torch.allclose(best.loc / scale, torch.ones(3), atol=1e-3)
         assert torch.allclose(best.scale_tril / scale, torch.ones(3), atol=1e-3)
