@@ -46,8 +46,9 @@ _NUM_SLOWEST = 32
 _CACHED_COORDINATES = 2**14
 # trajectories of the rounds of warm-up, of the first block that is kept, and after which chains should mix
 _WARM_UP, _BLOCK, _PATIENCE = (8, 12, 20), 24, 96
-# after so many they hardly agree any more
-_MOST_TRAJECTORIES = 2000
+# those that would not agree after so many begin anew; they end after so many, which a regression with one
+# scale near zero takes (`seeds` of benchmarks/unseen.md: 1.024 after 2,000, and 1.019 after 2,100 to 2,400)
+_ANEW, _MOST_TRAJECTORIES = 2000, 3000
 # the factor of the length of trajectories that do not mix, and the greatest length, in quarters of an
 # oscillation: a regularized horseshoe has its draws with 8, and not with 1 (benchmarks/chains.md)
 _LONGER, _LONGEST = 4, 8
@@ -235,7 +236,7 @@ class GuideChains:
             # in trajectories of unit length, these draws, and what it takes to forget a place
             taken = chains.length * size
             cost = taken * (rhat**2 - 1)
-            left_for_all = _MOST_TRAJECTORIES - self.num_trajectories + taken
+            left_for_all = _ANEW - self.num_trajectories + taken
             is_hopeless = cost > (GOOD_RHAT**2 - 1) * left_for_all
             is_worth_it = patience <= taken <= most - self.num_trajectories
             if self._is_heavy() or (is_hopeless and is_worth_it):

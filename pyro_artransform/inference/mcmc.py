@@ -102,7 +102,7 @@ def mcmc(
 
     In the base space of a good guide the posterior is nearly a standard normal, so that chains move far
     in a few steps, whatever k-hat is. They go on until the worst latent has ``num_samples`` effective
-    draws, of its bulk and of its tails, and R-hat is at most 1.02, or 2,000 trajectories were not enough,
+    draws, of its bulk and of its tails, and R-hat is at most 1.02, or 3,000 trajectories were not enough,
     or the time is over, or Ctrl-C ends them: the result says which. Chains do not jump between modes that
     are far apart, and may never enter a tail that the guide does not lead to: both are searched for, and
     reported.
