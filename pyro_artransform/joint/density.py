@@ -146,10 +146,11 @@ class LogJoint(LogDensity):
                 self.strategy, self.obstacle = choose_strategy(self._evaluate, {"z": near}, _nan)
                 with LargestTensor() as largest:
                     self.is_random |= self._changes_by_itself(near)
-            of_one = largest.num_values / (1 if self.strategy == "loop" else len(near))
+            count, at_once = count_values(trace), 1 if self.strategy == "loop" else len(near)
+            # how many times as large as all sites together, which are held, the largest tensor is
+            self._spread = max(largest.num_values / at_once / count, 1.0)
             #: how many draws are evaluated at once without gradients, which bounds the memory
-            self.chunk_size = draws_at_a_time(of_one)
-            self._values_by_site = of_one / count_values(trace)
+            self.chunk_size = draws_at_a_time(self._spread * count)
             if self.strategy != "loop":
                 noise = torch.randn_like(self._start.expand(_NUM_FAR, -1))
                 # what a model says or raises far away is of no interest yet
@@ -167,9 +168,9 @@ class LogJoint(LogDensity):
         """A start, or the origin where that is a median whose density has no digits left."""
         points, is_median = (u, torch.zeros_like(u)), self._init_loc_fn is init_to_median
         with pyro.validation_enabled(False), torch.no_grad(), suppress(Exception):
-            here, origin = (float(self._evaluate({"z": z}, None)["total"]) for z in points)
+            here, there = (float(self._evaluate({"z": z}, None)["total"]) for z in points)
             has_digits = abs(here) * torch.finfo(u.dtype).eps <= 1
-            return points[is_median and not has_digits and here < origin < math.inf]
+            return points[is_median and not has_digits and here < there < math.inf]
         return u
 
     def _latent_vector(self, trace: Any) -> Tensor:
@@ -197,7 +198,7 @@ class LogJoint(LogDensity):
                 "guide that is told of the mini-batch, such as AutoAmortized"
             )
         other = self.bound_to(args, kwargs or {})
-        other.chunk_size = draws_at_a_time(self._values_by_site * structure.num_values)
+        other.chunk_size = draws_at_a_time(self._spread * structure.num_values)
         return other
 
     def bound_to(self, args: Args, kwargs: Kwargs) -> "LogJoint":
@@ -223,9 +224,8 @@ class LogJoint(LogDensity):
         return self._structures[key]
 
     def __call__(self, z: Tensor) -> Tensor:
-        size = self.chunk_size
-        if z.device.type == "cpu" and not self.is_random:
-            size = max(size // CACHED, 1)
+        is_cached = z.device.type == "cpu" and not self.is_random
+        size = max(self.chunk_size // CACHED, 1) if is_cached else self.chunk_size
         if not torch.is_grad_enabled():
             return self._at(z, size)
         # draws of one mini-batch that the model takes by itself stay together

@@ -131,7 +131,7 @@ class LargestTensor(TorchDispatchMode):
 
 
 def draws_at_a_time(num_values: float) -> int:
-    """How many draws fit into memory, by the entries of the largest tensor of one."""
+    """How many draws fit into memory, by the entries of one."""
     return max(int(_MAX_VALUES / num_values), 1)
 
 
