@@ -76,7 +76,9 @@ def plain_rhat(draws: Tensor) -> Tensor:
 
 
 def mean_ess(draws: Tensor) -> Tensor:
-    """The effective number of draws ``(C, n, D)`` for the mean, without ranks, shape ``(D,)``."""
+    """The effective number of draws ``(C, n, D)`` for the mean, without ranks; 0 of fewer than 4 a chain."""
+    if draws.shape[1] < 4:
+        return draws.new_zeros(draws.shape[-1])
     return _ess(_split(draws))
 
 

@@ -3,6 +3,8 @@
 
 """Effective numbers of draws and R-hat, beside ArviZ."""
 
+import math
+
 import arviz
 import numpy as np
 import pytest
@@ -86,6 +88,14 @@ def test_what_is_constant_or_not_finite():
     # constant by chain, at places that differ
     apart = torch.arange(4.0)[:, None, None].expand(4, 50, 1)
     assert Convergence.of(apart).rhat == torch.inf
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_too_few_draws_say_nothing(count):
+    draws = torch.randn(4, count, 2)
+    assert mean_ess(draws).tolist() == [0.0, 0.0]
+    found = Convergence.of(draws)
+    assert (found.rhat.tolist(), found.bulk.tolist()) == ([math.inf] * 2, [0.0] * 2)
 
 
 def test_single_precision_is_as_good():

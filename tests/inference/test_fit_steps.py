@@ -73,7 +73,7 @@ def test_callbacks_that_stop(kind):
         (
             partial(small, coordinates="model"),
             {"num_steps": 100},
-            "need no good k-hat), or more layers (num_transforms) or wider ones, or more steps.",
+            "need no good k-hat), or more layers (num_transforms) or wider ones, or more steps",
         ),
     ],
 )

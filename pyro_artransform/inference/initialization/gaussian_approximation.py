@@ -93,8 +93,8 @@ def match_scores(
     Steps move them by the root of their rate in sds. It falls as in the first reference, but is larger
     while the ELBO rises by much, and smaller after a step that lost it, which is not taken.
 
-    After a quarter of the steps, and after half of them, those with the larger ELBOs go on, half of them, as
-    in Non-stochastic Best Arm Identification and Hyperparameter Optimization (Jamieson, Talwalkar, 2016),
+    After a quarter of the steps, and after half of them, those with the larger ELBOs go on, half of them. See
+    Non-stochastic Best Arm Identification and Hyperparameter Optimization (Jamieson, Talwalkar, 2016),
     https://arxiv.org/abs/1502.07943.
     """
     dim = points.shape[-1]
