@@ -23,18 +23,22 @@ LIMIT = (
 # steps in which the step size rises at first, the constant part of a given number of steps, and the steps
 # that the average of parameters reaches back at least: half and twice as much are as good (settings.md)
 _WARM_UP, _CONSTANT_SHARE, _AVERAGED_STEPS = 20, 0.4, 100
+_FINITE_VARIANCE = 0.5  # the largest k-hat of weights that have a variance
 # epochs in a window, and in the longest constant phase where these are more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
 
-def remaining_gap(draws: Tensor) -> float:
+def remaining_gap(draws: Tensor, is_start: bool = False) -> float:
     """What the ELBO lacks to the evidence in nats, by log weights ``(n, E)``, summed over posteriors.
 
-    It is inf where they do not know it.
+    It is inf where they do not know it; of a start where they may have no variance either, as those of a
+    Gaussian of a posterior with a tail, whose gap is 0.001 nats and whose k-hat 0.9.
     """
     # weights with a heavy tail know too little of the evidence
     is_finite = math.isfinite(draws.sum(1).mean().item())
-    if not is_finite or statistics.median(tail.khat for tail in fit_tails(draws)) > GOOD_KHAT:
+    bound, num_se = (_FINITE_VARIANCE, 1.0) if is_start else (GOOD_KHAT, 0.0)
+    khats = (tail.khat + num_se * tail.khat_se for tail in fit_tails(draws))
+    if not is_finite or statistics.median(khats) > bound:
         return math.inf
     return float((draws.logsumexp(0) - math.log(len(draws)) - draws.mean(0)).sum())
 
