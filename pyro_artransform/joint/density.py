@@ -118,8 +118,7 @@ class LogJoint(LogDensity):
         *,
         init_loc_fn: Callable[[Any], Tensor] = init_to_median,
     ) -> None:
-        self.model, self._init_loc_fn = model, init_loc_fn
-        kwargs = kwargs or {}
+        self.model, self._init_loc_fn, kwargs = model, init_loc_fn, kwargs or {}
         trace = self._trace(args, kwargs)
         check_data(trace)
         run = partial(model, *args, **kwargs)
@@ -166,11 +165,12 @@ class LogJoint(LogDensity):
 
     def or_origin(self, u: Tensor) -> Tensor:
         """A start, or the origin where that is a median whose density has no digits left."""
-        points, is_median = (u, torch.zeros_like(u)), self._init_loc_fn is init_to_median
-        with pyro.validation_enabled(False), torch.no_grad(), suppress(Exception):
-            here, there = (float(self._evaluate({"z": z}, None)["total"]) for z in points)
-            has_digits = abs(here) * torch.finfo(u.dtype).eps <= 1
-            return points[is_median and not has_digits and here < there < math.inf]
+        if self._init_loc_fn is init_to_median:
+            with pyro.validation_enabled(False), torch.no_grad(), suppress(Exception):
+                both = torch.stack([u, torch.zeros_like(u)])
+                here, there = (float(self._evaluate({"z": z}, None)["total"]) for z in both)
+                if abs(here) * torch.finfo(u.dtype).eps > 1 and here < there < math.inf:
+                    return both[1]
         return u
 
     def _latent_vector(self, trace: Any) -> Tensor:

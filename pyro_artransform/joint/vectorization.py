@@ -125,8 +125,8 @@ class LargestTensor(TorchDispatchMode):
     ) -> Any:
         found = func(*args, **(kwargs or {}))
         if not func.is_view:
-            tensors = [value for value in tree_leaves(found) if isinstance(value, Tensor)]
-            self.num_values = max(self.num_values, *map(Tensor.numel, tensors), 1)
+            sizes = [value.numel() for value in tree_leaves(found) if isinstance(value, Tensor)]
+            self.num_values = max(self.num_values, max(sizes, default=0))
         return found
 
 

@@ -25,8 +25,8 @@ _CLEAR = 2.0
 # nats below its ELBO from which on steps have lost a start (a horseshoe of 403 latents loses a hundred)
 _LOST = 1.0
 _COPIED = ("norms", "average", "best", "best_loss")
-# how many times as many draws more say that a start is the posterior: by a thousand k-hat is known to 0.15
-_MORE_AT_START = 4
+# how many times as many draws say that a start is the posterior: by a thousand k-hat is known to 0.15
+_MORE_AT_START = 5
 _BLOCK = 50  # steps whose mean loss says which parameters were the best
 # steps whose median norm clips gradients
 _CLIP_WINDOW = 100
@@ -190,16 +190,17 @@ class Training(Steps):
             self._best_loss = -elbo + _LOST
         is_asked = self.schedule.num_steps is not None or self.step_size is None
         if self._has_checks and not is_asked:
-            self.schedule = self.schedule.after_check(0, self._gap(is_start=True))
+            found = self.schedule.after_check(0, self._gap())
+            if found.is_over(0):  # steps draw the same numbers, whatever is checked
+                with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                    gap = self._gap(_MORE_AT_START, is_start=True)
+                found = self.schedule.after_check(0, gap)
+            self.schedule = found
 
-    def _gap(self, is_start: bool = False) -> float:
-        own = self._parallel.share(self._config.num_compared)
-        draws = self._parallel.gather(self.objective.log_weights(own))
-        if is_start:  # steps draw the same numbers, whatever is checked
-            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                more = self.objective.log_weights(_MORE_AT_START * own)
-            draws = torch.cat([draws, self._parallel.gather(more)])
-        return remaining_gap(draws, is_start)
+    def _gap(self, times: int = 1, is_start: bool = False) -> float:
+        """What is left to win, by a number of times as many draws as ever."""
+        own = self._parallel.share(times * self._config.num_compared)
+        return remaining_gap(self._parallel.gather(self.objective.log_weights(own)), is_start)
 
     def nonfinite_sites(self) -> list[str]:
         found = self._parallel.gather_objects("the sites", self.objective.nonfinite_sites())

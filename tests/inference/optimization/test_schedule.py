@@ -129,7 +129,7 @@ def test_weights_with_a_heavy_tail_or_not_finite_know_no_gap(sd):
 
 
 def test_a_start_is_taken_as_it_is_where_its_weights_have_a_variance():
-    """Weights exp(a x) of exponential x have the index a, and a gap of nats below a^2 in the middle."""
+    """Weights exp(a x) of exponential x have the index a: no variance from 0.5 on, and no mean from 1 on."""
     draws = torch.randn(1000, 1) * 0.01
     assert remaining_gap(draws, is_start=True) < 0.001
     heavy = 0.6 * torch.distributions.Exponential(1.0).sample((1000, 1))
