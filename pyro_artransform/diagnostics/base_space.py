@@ -31,7 +31,7 @@ def base_space(subject: ModelAndGuide, count: int) -> tuple[LogJoint, ToLatent, 
     """
     log_joint, given = subject.log_joint, None
     draws = subject.draws(2)  # an error if it is not a guide of this model
-    transform = _transform_of(subject)
+    transform = transform_of(subject)
     if transform is not None:
         guide = partial(subject.guide, *subject.args, **subject.kwargs)
         check_same_latents(log_joint, guide)
@@ -66,7 +66,7 @@ def by_moments(draws: Tensor) -> tuple[ToLatent, Tensor]:
     return Standardize(loc, scale).call_and_ladj, (draws - loc) / scale
 
 
-def _transform_of(subject: ModelAndGuide) -> ToLatent | None:
+def transform_of(subject: ModelAndGuide) -> ToLatent | None:
     """The transform of a standard normal to the guide's draws; ``None`` where it offers none."""
     guide: object = subject.guide
     if not isinstance(guide, TransformedGuide):

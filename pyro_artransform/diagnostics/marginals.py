@@ -20,6 +20,7 @@ from ..arguments import check_integer
 from ..joint import Latents, LogJoint
 from .chains import GuideChains
 from .convergence import GOOD_RHAT, mean_ess
+from .defensive_mixture import MixtureDraws
 from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR, KHAT_OF_VARIANCE
 from .importance_weights import ModelAndGuide, Values
 from .psis import fit_tail, fit_tails
@@ -148,16 +149,17 @@ def marginals_by_chains(chains: GuideChains, of_guide: Tensor, log_joint: LogJoi
     return _judged(errors, chains.num_chains, log_joint.latents, chains.convergence().rhat)
 
 
-def marginals_by_weights(draws: Tensor, log_weights: Tensor, log_joint: LogJoint) -> Marginals:
-    """By finite weights ``(n,)`` of draws ``(n, D)`` on the unconstrained space, in place of chains.
+def marginals_by_weights(sample: MixtureDraws, log_joint: LogJoint) -> Marginals:
+    """By weights of draws on the unconstrained space, in place of chains.
 
-    Nothing is known of latents whose density falls as a power: a guide whose own tails are lighter has
-    no draws beyond some distance, and weights that do not show it.
+    Nothing is known of latents whose density falls as a power by draws of a guide alone, whose own tails may
+    be lighter: it has no draws beyond some distance, and weights that do not show it.
     """
-    index = indices_along_rays(log_joint.with_coordinates(None), draws)
-    index = index.masked_fill(index > _INDEX_OF_LIGHT_TAIL, torch.inf)
-    errors = known(errors_by_weights(draws, log_weights), index)
-    return _judged(errors, len(draws), log_joint.latents)
+    index = indices_along_rays(log_joint.with_coordinates(None), sample.draws)
+    if sample.num_own == len(sample.draws):
+        index = index.masked_fill(index > _INDEX_OF_LIGHT_TAIL, torch.inf)
+    errors = known(errors_by_weights(sample), index)
+    return _judged(errors, len(sample.draws), log_joint.latents)
 
 
 def bounds_in_words(mean: float, sd: float, of: str = "") -> str:
@@ -246,28 +248,34 @@ def errors_by_chains(draws: Tensor, of_guide: Tensor) -> MarginalErrors:
     return known(errors, torch.maximum(of_draws, of_own))
 
 
-def errors_by_weights(draws: Tensor, log_weights: Tensor) -> MarginalErrors:
-    """Errors of the guide that draws, ``(n, D)``, are of, by their weights and the delta method.
+def errors_by_weights(sample: MixtureDraws) -> MarginalErrors:
+    """Errors of a guide by weights of draws, the posterior's and its own, and the delta method.
 
-    None of an error is known where the weights, or these times squares, have no variance.
+    None of an error is known where the weights, or these times squares of distances, have no variance.
     """
-    weights, khat = (len(draws) * log_weights.softmax(0))[:, None], fit_tail(log_weights).khat
+    khat = fit_tail(sample.of_posterior).khat
+    of_posterior, of_guide = (
+        log_weights.double().softmax(0)[:, None]
+        for log_weights in (sample.of_posterior, sample.of_guide)
+    )
     parts = []
-    for part in draws.split(256, 1):  # of 4,000 draws each array takes 8 MB
-        mean, other = (weights * part).mean(0), part.mean(0)
+    for part in sample.draws.double().split(256, 1):  # of 4,000 draws each array takes 8 MB
+        mean, other = (of_posterior * part).sum(0), (of_guide * part).sum(0)
         squares, others = (part - mean).square(), (part - other).square()
-        variance, own = (weights * squares).mean(0), others.mean(0)
-        sd, ratio = variance.sqrt(), (own / variance).sqrt()
+        weighted, own_weighted = of_posterior * squares, of_guide * others
+        sd, own_sd = weighted.sum(0).sqrt(), own_weighted.sum(0).sqrt()
+        ratio = own_sd / sd
         # what each draw adds to an error
-        of_log_sd = 0.5 * weights * (squares / variance - 1)
-        of_shift = ((part - other) - weights * (part - mean)) / sd - (other - mean) / sd * of_log_sd
-        of_log_ratio = 0.5 * (others / own - 1) - of_log_sd
-        shift_se, log_se = (each.std(0) / len(draws) ** 0.5 for each in (of_shift, of_log_ratio))
-        of_weights = _tail_indices(squares.log() + log_weights[:, None]).clamp(min=khat)
-        index = _tail_indices(others.log() / 2)
-        index = index.masked_fill(of_weights > KHAT_OF_VARIANCE, torch.inf)
-        errors = MarginalErrors((other - mean) / sd, shift_se, ratio, ratio * log_se)
-        parts.append(known(errors, index))
+        of_log_sd = 0.5 * (weighted / sd.square() - of_posterior)
+        of_own = 0.5 * (own_weighted / own_sd.square() - of_guide)
+        shift = (other - mean) / sd
+        of_shift = of_guide * (part - other) - of_posterior * (part - mean)
+        shift_se = sample.standard_error(of_shift / sd - shift * of_log_sd)
+        ratio_se = ratio * sample.standard_error(of_own - of_log_sd)
+        tails = [_tail_indices(each.log()) for each in (weighted, own_weighted)]
+        has_no_variance = torch.stack(tails).amax(0).clamp(min=khat) > KHAT_OF_VARIANCE
+        found = shift, shift_se, ratio, ratio_se
+        parts.append([each.masked_fill(has_no_variance, torch.nan) for each in found])
     return MarginalErrors(*map(torch.cat, zip(*parts)))
 
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy import stats
 
+from pyro_artransform.diagnostics.defensive_mixture import MixtureDraws
 from pyro_artransform.diagnostics.marginals import (
     MarginalErrors,
     critical_value,
@@ -107,7 +108,7 @@ def test_errors_by_weights_are_those_of_two_gaussians():
     loc, scale = torch.tensor([0.2, 0.0, 0.0]), torch.tensor([1.0, 0.9, 1.0])
     posterior, guide = (torch.distributions.Normal(*of) for of in ((loc, scale), (0.0, 1.0)))
     log_weights = (posterior.log_prob(draws) - guide.log_prob(draws)).sum(-1)
-    found = errors_by_weights(draws, log_weights)
+    found = errors_by_weights(MixtureDraws.of_guide_alone(draws, log_weights))
     # within 4 standard errors, which are those that are given
     shift_off = found.mean_shift - torch.tensor([-0.2, 0.0, 0.0])
     ratio_off = found.sd_ratio - torch.tensor([1.0, 1 / 0.9, 1.0])
@@ -121,7 +122,9 @@ def test_standard_errors_by_weights_are_those_of_repetitions():
     found = []
     for _ in range(200):
         draws = torch.randn(500, 1)
-        found.append(errors_by_weights(draws, 0.3 * draws[:, 0] - 0.045))
+        found.append(
+            errors_by_weights(MixtureDraws.of_guide_alone(draws, 0.3 * draws[:, 0] - 0.045))
+        )
     shift, shift_se, ratio, ratio_se = (torch.stack(parts) for parts in zip(*found))
     # an sd from 200 values is known to 5 %; the tail of 500 draws seems too heavy at times
     for error, se in ((shift, shift_se), (ratio, ratio_se)):
@@ -138,7 +141,7 @@ def test_weights_without_a_variance_say_nothing(scale, is_known):
     log_weights = (
         posterior.log_prob(draws) - torch.distributions.Normal(0.0, 1.0).log_prob(draws)
     )[:, 0]
-    found = errors_by_weights(draws, log_weights)
+    found = errors_by_weights(MixtureDraws.of_guide_alone(draws, log_weights))
     for each in (found.mean_shift, found.sd_ratio):
         assert bool(each.isfinite().all()) == is_known
         assert bool(each.isnan().all()) != is_known
@@ -149,5 +152,5 @@ def test_weights_whose_squares_have_no_variance():
     draws = torch.cat(
         [torch.distributions.StudentT(2.0).sample((4000, 1)), torch.randn(4000, 1)], 1
     )
-    found = errors_by_weights(draws, torch.zeros(4000))
+    found = errors_by_weights(MixtureDraws.of_guide_alone(draws, torch.zeros(4000)))
     assert found.sd_ratio.isnan().tolist() == [True, False]

@@ -20,6 +20,7 @@ from pyro.infer.autoguide import (
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import chains, importance, marginals
+from pyro_artransform.diagnostics.defensive_mixture import MixtureDraws
 from pyro_artransform.diagnostics.marginals import marginals_by_weights
 from pyro_artransform.joint import LogJoint
 from tests.diagnostics import conjugate
@@ -193,7 +194,9 @@ def test_weights_say_nothing_of_a_tail_that_no_draw_enters(law, is_known):
 
     draws = law.sample((10_000, 1))
     draws = draws[(draws.abs() < 7).all(-1)]
-    found = marginals_by_weights(draws, torch.zeros(len(draws)), LogJoint(model))
+    found = marginals_by_weights(
+        MixtureDraws.of_guide_alone(draws, torch.zeros(len(draws))), LogJoint(model)
+    )
     assert found.trusted == is_known
     assert found.sd_bound == pytest.approx(0.0 if is_known else math.inf, abs=1e-6)
 

@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from ...diagnostics import Importance, Marginals
+from ...diagnostics.base_space import transform_of
 from ...diagnostics.chains import GOOD_RHAT, GuideChains
+from ...diagnostics.defensive_mixture import MixtureDraws, mixture_draws
 from ...diagnostics.importance import GOOD_KHAT, GOOD_LOST_MASS
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
@@ -202,59 +204,76 @@ def judge_marginals(
     subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
 ) -> MarginalVerdict:
     """Checks single latents by weights where these know them; else by chains."""
-    is_trusted, found = evaluation.verdict.trusted, MarginalVerdict()
     if isinstance(evaluation.elements, EachPosterior):
         return MarginalVerdict(words=" Single latents were not checked.")
+    is_trusted, found = evaluation.verdict.trusted, MarginalVerdict()
     weights, latents = evaluation.weights, evaluation.latents
-    if is_trusted and weights is not None and latents is not None:
-        unconstrained, _ = subject.log_joint.to_unconstrained(latents)
-        log_weights = weights.log_weights[: len(latents)]
-        by_weights = marginals_by_weights(unconstrained, log_weights, subject.log_joint)
-        words = f" Of single latents, as far as the guide draws: {by_weights.words}."
-        found = MarginalVerdict(by_weights, by_weights.trusted, words)
-        if found.trusted:
+    obstacle = _obstacle(subject, evaluation)
+    if not is_trusted:
+        if obstacle:
+            return _not_checked(obstacle)
+        # they tell more only where weights are known, and say that the joint posterior is not the guide
+        if (
+            weights is None
+            or weights.num_nonfinite == weights.num_samples
+            or (weights.trusted and weights.is_close)
+        ):
             return found
-    by_chains = _judge_by_chains(subject, evaluation, config)
+    if weights is not None and latents is not None:
+        log_joint, to_latent = subject.log_joint, None if obstacle else transform_of(subject)
+        if to_latent is None:
+            unconstrained, _ = log_joint.to_unconstrained(latents)
+            log_weights = weights.log_weights[: len(latents)]
+            sample = MixtureDraws.of_guide_alone(unconstrained, log_weights)
+        else:
+            say("verdict: single latents by weights")
+            sample = mixture_draws(log_joint, to_latent, latents, config.num_samples)
+        by_weights = marginals_by_weights(sample, log_joint)
+        if by_weights.trusted:
+            return _in_words(evaluation, by_weights)
+        if is_trusted:
+            found = _in_words(evaluation, by_weights)
+    by_chains = found if obstacle else _judge_by_chains(subject, evaluation, config)
     # where the joint posterior is trusted, it does not matter that chains cannot be run
     return found if is_trusted and by_chains.found is None else by_chains
+
+
+def _obstacle(subject: ModelAndGuide, evaluation: Evaluation) -> str:
+    """Why no more draws than those of the guide are taken to check single latents, if so."""
+    log_joint = subject.log_joint
+    if log_joint.is_random:
+        return "the model sub-samples its data, or is random otherwise"
+    if evaluation.is_of_minibatches:
+        return "it was trained on mini-batches, and chains need a model of all data"
+    if isinstance(log_joint, MeanLogJoint):
+        return "each step of chains is a pass over the loader; fit with draws= runs them"
+    if log_joint.strategy == "loop":
+        return "the model runs for one draw after the other; diagnostics.marginals checks them"
+    return "there was no time" if is_out_of_time() else ""
 
 
 def _judge_by_chains(
     subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
 ) -> MarginalVerdict:
-    log_joint, is_trusted, reason = subject.log_joint, evaluation.verdict.trusted, ""
-    if log_joint.is_random:
-        reason = "the model sub-samples its data, or is random otherwise"
-    elif evaluation.is_of_minibatches:
-        reason = "it was trained on mini-batches, and chains need a model of all data"
-    elif isinstance(log_joint, MeanLogJoint):
-        reason = "each step of chains is a pass over the loader; fit with draws= runs them"
-    elif log_joint.strategy == "loop":
-        reason = "the model runs for one draw after the other; diagnostics.marginals checks them"
-    elif is_out_of_time():
-        reason = "there was no time"
-    if reason:
-        return _not_checked(reason)
-    # chains tell more only where weights are known, and say that the joint posterior is not the guide
-    if not is_trusted and (
-        (weights := evaluation.weights) is None
-        or weights.num_nonfinite == weights.num_samples
-        or (weights.trusted and weights.is_close)
-    ):
-        return MarginalVerdict()
     say("verdict: single latents by chains")
     try:
         chains = GuideChains(subject)
         convergence = chains.run(config.num_by_chains, most=config.max_by_chains)
         if is_out_of_time() and not float(convergence.rhat.max()) <= GOOD_RHAT:
             return _not_checked("there was no time")
-        unconstrained, _ = log_joint.to_unconstrained(cast(Tensor, evaluation.latents))
-        found = marginals_by_chains(chains, unconstrained, log_joint)
+        unconstrained, _ = subject.log_joint.to_unconstrained(cast(Tensor, evaluation.latents))
+        found = marginals_by_chains(chains, unconstrained, subject.log_joint)
     # a model without a gradient, or a guide that is a point
     except (RuntimeError, ValueError) as error:
         return MarginalVerdict(words=f" Single latents could not be checked: {error}.")
-    if is_trusted:
-        words = f"Of single latents, by chains: {found.words}"
+    return _in_words(evaluation, found)
+
+
+def _in_words(evaluation: Evaluation, found: Marginals) -> MarginalVerdict:
+    """What is known of single latents, as the verdict on all of them together goes on."""
+    if evaluation.verdict.trusted:
+        by = "by chains" if found.num_chains else "as far as the guide draws"
+        words = f"Of single latents, {by}: {found.words}"
     elif not found.trusted:
         words = f"Nor can single latents be trusted: {found.words}"
     elif evaluation.lost_mass > GOOD_LOST_MASS:
