@@ -272,8 +272,9 @@ def _judge_by_chains(
 def _in_words(evaluation: Evaluation, found: Marginals) -> MarginalVerdict:
     """What is known of single latents, as the verdict on all of them together goes on."""
     if evaluation.verdict.trusted:
-        by = "by chains" if found.num_chains else "as far as the guide draws"
-        words = f"Of single latents, {by}: {found.words}"
+        words = f"Of single latents, as far as the guide draws: {found.words}"
+        if found.num_chains:
+            words = f"Of single latents, by chains: {found.words}"
     elif not found.trusted:
         words = f"Nor can single latents be trusted: {found.words}"
     elif evaluation.lost_mass > GOOD_LOST_MASS:
