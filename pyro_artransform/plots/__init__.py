@@ -9,7 +9,6 @@ except ImportError as error:
     raise ImportError("plots need matplotlib: pip install matplotlib") from error
 
 from .graphs import plot_graph
-from .pairs import plot_pairs
 from .panels import plot_elbo, plot_fit, plot_khat, plot_marginals, plot_ranks
 
 __all__ = [
@@ -18,6 +17,5 @@ __all__ = [
     "plot_graph",
     "plot_khat",
     "plot_marginals",
-    "plot_pairs",
     "plot_ranks",
 ]
