@@ -14,7 +14,7 @@ from ..joint.coordinates import coordinates_at, non_centered
 from ..joint.protocols import PriorGuide, TransformedGuide
 from ..transforms import Standardize
 from ..transforms.flow_module import call_and_ladj_over_vectors
-from .hamiltonian import ToLatent
+from .defensive_mixture import ToLatent
 from .importance_weights import ModelAndGuide, check_same_latents
 
 # draws of a guide that is taken by its means and sds, and those at which the curvature is asked

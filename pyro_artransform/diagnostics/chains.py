@@ -8,7 +8,7 @@ turn out not to mix; only what comes after is kept.
 """
 
 import math
-from statistics import geometric_mean
+from statistics import fmean, geometric_mean
 from typing import NamedTuple
 
 import torch
@@ -33,6 +33,8 @@ _BAD_RHAT, _STUCK = 1.1, 0.1
 # the acceptance of a guide's draws from which on they are the proposals, and their largest k-hat later:
 # where weights are not nearly bounded, chains stick in the tails (Mengersen and Tweedie 1996)
 _GOOD_ACCEPTANCE, _BOUNDED = 0.8, 0.25
+# the rate of acceptance of proposals after trajectories in the end of warm-up, below which there are none
+_RARE = 0.02
 #: the chains of a model that is fast for many draws at once, of others at least, and one at a time
 MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 64, 16, 8
 # effective draws asked for by chain: R-hat is good with some 45, so that more chains would give many more
@@ -68,9 +70,9 @@ class _Place(NamedTuple):
 class GuideChains:
     """Chains of a posterior that begin at draws of a guide.
 
-    Where the guide is so good that most of its draws are accepted, these are the proposals, as in an
-    independence sampler [1], which sticks in the tails where weights are not bounded [2]; else
-    trajectories are.
+    Where the guide is so good that most of its draws are accepted, these and some further out are the
+    proposals, as in an independence sampler [1], which sticks in the tails where weights are not bounded
+    [2]; else they follow trajectories.
 
     ``draws`` are on the unconstrained space, shape ``(C, n, D)``; the chains move in the coordinates of
     ``log_joint``, which has some from the prior where a Gaussian guide of a hierarchy has none.
@@ -146,7 +148,7 @@ class GuideChains:
         if self._by_guide:
             # draws of the guide itself, as chains begin, lack what its tails lack
             for _ in limited(range(_WARM_UP[0])):
-                self._chains.draw_from_guide()
+                self._chains.draw_from_mixture()
             return
         for number in limited(_WARM_UP):
             self._adapt(number)
@@ -156,6 +158,8 @@ class GuideChains:
             sizes.append(self._chains.step_size)
         # the rate of a single trajectory depends on its length
         self._chains.step_size = geometric_mean(sizes[len(sizes) // 2 :])
+        rates = self._chains.rates[-_WARM_UP[0] :]
+        self._chains.proposes = bool(rates) and fmean(rates) > _RARE
 
     def _adapt(self, number: int) -> None:
         chains, states = self._chains, []
@@ -173,7 +177,9 @@ class GuideChains:
         """Keeps the draws of so many trajectories more; fewer, but one, where the time is over before."""
         latents, rates = list[Tensor](), list[float]()
         for _ in limited(range(number), at_least=1):
-            rates.append(self._chains.draw_from_guide() if self._by_guide else self._chains.step())
+            rates.append(
+                self._chains.draw_from_mixture() if self._by_guide else self._chains.step()
+            )
             latents.append(self._chains.state.latent)
         block = torch.stack(latents, 1)
         u, _ = self.log_joint.to_unconstrained(block.flatten(0, 1))

@@ -1,13 +1,14 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws of a guide and of heavy tails around it in one sample, whose weights know of more than the guide.
+"""A mixture of a guide and of heavy tails around it, whose draws know of more than the guide's.
 
 A guide whose tails are lighter than those of the posterior hardly draws there, and its weights do not show
-what is missing. Half of these draws are the guide's, half begin further out in its base space, so that the
-densities of both are known without an inverse: a Cauchy of all coordinates for a tail of all, and one of a
-single coordinate, any, for tails of one among many, which the first has no draws of. All count by the
-density of the mixture, so that no weight is more than twice that of the guide alone.
+what is missing. Half of the draws of the mixture are the guide's, half are further out in its base space, so
+that the densities of both are known without an inverse: a quarter is a Cauchy of all coordinates for a tail
+of all, and a quarter a Cauchy of a single coordinate, any, for a tail of one among many, which the first has
+no draws of. No weight over the mixture is more than twice that over the guide alone. They tell of single
+latents, and are proposals for chains.
 
 **References**
 
@@ -18,6 +19,7 @@ density of the mixture, so that no weight is more than twice that of the guide a
 """
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -25,28 +27,24 @@ from torch import Tensor
 
 from ..joint import LogJoint
 from ..time_limit import limited
-from .hamiltonian import ToLatent
 
-_LOG_2PI = math.log(2 * math.pi)
+ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
+
+_LOG_PI = math.log(math.pi)
 _CHUNK = 1000
 
 
 class MixtureDraws(NamedTuple):
-    """Draws ``(n, D)`` of strata, and what they count for: logs of weights ``(n,)``, up to constants."""
+    """Draws ``(n, D)`` of a mixture, or a guide, and what they count for: logs of weights ``(n,)``."""
 
     draws: Tensor
     of_posterior: Tensor
     of_guide: Tensor
-    num_own: int  #: how many of them are the guide's, which come first
+    has_tails: bool = True  #: whether they are those of a mixture
 
     @classmethod
     def of_guide_alone(cls, draws: Tensor, log_weights: Tensor) -> "MixtureDraws":
-        return cls(draws, log_weights, torch.zeros_like(log_weights), len(draws))
-
-    def standard_error(self, shares: Tensor) -> Tensor:
-        """That of a sum of shares ``(n, D)`` of the draws, each stratum with its own mean."""
-        strata = [each for each in shares.tensor_split([self.num_own]) if len(each)]
-        return torch.stack([len(each) * each.var(0) for each in strata]).sum(0).sqrt()
+        return cls(draws, log_weights, torch.zeros_like(log_weights), False)
 
 
 @torch.no_grad()
@@ -57,39 +55,39 @@ def mixture_draws(
 
     :param like: a tensor ``(*, D)`` of the dtype and on the device of the draws.
     """
-    chunks, half = list[tuple[Tensor, ...]](), count // 2
-    own = torch.randn_like(like[:1].expand(half, -1))
-    for base in limited(torch.cat([own, _far_out(own)]).split(_CHUNK), at_least=1):
+    chunks = list[tuple[Tensor, ...]]()
+    for base in limited(base_draws(like[:1].expand(count, -1)).split(_CHUNK), at_least=1):
         latent, ladj = to_latent(base)
-        normal = -0.5 * (base.square() + _LOG_2PI)
-        log_guide, log_mixture = normal.sum(-1), _log_mixture(base, normal)
         log_posterior = torch.cat([*map(log_joint, latent.split(log_joint.chunk_size))]) + ladj
         draws, _ = log_joint.to_unconstrained(latent)
-        chunks.append((draws, log_posterior - log_mixture, log_guide - log_mixture))
+        log_density = log_base_density(base)
+        log_guide = _log_normal(base).sum(-1) - log_density
+        chunks.append((draws, log_posterior - log_density, log_guide))
     draws, *logs = map(torch.cat, zip(*chunks))
     # some are so far out that their squares overflow, or the density has no value
     is_usable = draws.square().isfinite().all(-1) & logs[0].isfinite()
     of_posterior, of_guide = (each.where(is_usable, -torch.inf) for each in logs)
-    return MixtureDraws(draws.where(is_usable[:, None], 0.0), of_posterior, of_guide, half)
+    return MixtureDraws(draws.where(is_usable[:, None], 0.0), of_posterior, of_guide)
 
 
-def _far_out(noise: Tensor) -> Tensor:
-    """As many points as those of standard normal noise ``(n, D)``: of both Cauchys, in turn."""
-    far = torch.randn_like(noise)
-    tails = torch.randn_like(noise[:, :1]).abs()
-    far[::2] /= tails[::2]
-    some = far[1::2]
-    at = torch.randint(noise.shape[1], (len(some), 1), device=noise.device)
-    some.scatter_(1, at, some.gather(1, at) / tails[1::2])
-    return far
+def base_draws(like: Tensor) -> Tensor:
+    """Draws of the mixture in the base space, of the shape ``(n, D)`` of other points."""
+    base, tail = torch.randn_like(like), torch.randn_like(like[:, :1]).abs()
+    part = torch.randint(4, tail.shape, device=like.device)
+    at = torch.randint(like.shape[1], tail.shape, device=like.device)
+    is_far = (part == 2) | ((part == 3) & (at == torch.arange(like.shape[1], device=like.device)))
+    return torch.where(is_far, base / tail, base)
 
 
-def _log_mixture(base: Tensor, normal: Tensor) -> Tensor:
-    """The log density ``(n,)`` of half of a standard normal, whose terms are given, and a quarter of each."""
-    dim, half = base.shape[1], 0.5 * (1 + base.shape[1])
-    log_normal = normal.sum(-1)
-    log_far = -half * (base.square().sum(-1).log1p() + math.log(math.pi)) + math.lgamma(half)
-    of_one = -base.square().log1p() - math.log(math.pi) - normal
+def log_base_density(base: Tensor) -> Tensor:
+    """The log density of the mixture at points ``(n, D)`` of the base space."""
+    dim, half, log_normals = base.shape[1], 0.5 * (1 + base.shape[1]), _log_normal(base)
+    log_normal = log_normals.sum(-1)
+    log_all = -half * (base.square().sum(-1).log1p() + _LOG_PI) + math.lgamma(half)
+    of_one = -base.square().log1p() - _LOG_PI - log_normals
     log_one = log_normal + of_one.logsumexp(-1) - math.log(dim)
-    logs = torch.stack([log_normal + math.log(2), log_far, log_one])
-    return logs.logsumexp(0) - math.log(4)
+    return torch.stack([log_normal + math.log(2), log_all, log_one]).logsumexp(0) - math.log(4)
+
+
+def _log_normal(base: Tensor) -> Tensor:
+    return -0.5 * (base.square() + math.log(2) + _LOG_PI)

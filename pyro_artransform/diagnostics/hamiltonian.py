@@ -8,12 +8,17 @@ quarter of an oscillation forgets the start, in three gradients: by leapfrog ste
 where these would have to be twice as many, by one step of three stages. What the guide misjudges is learned
 from the chains' own draws and gradients, see :mod:`~pyro_artransform.diagnostics.preconditioning`.
 
+A trajectory is followed by a proposal that does not depend on where the chain is, a draw of the guide or
+further out: so chains enter necks and tails as often as they should, where trajectories come by chance.
+
 **References**
 
 1. MCMC Using Hamiltonian Dynamics (Neal, 2011), https://arxiv.org/abs/1206.1901
 2. NeuTra-lizing Bad Geometry in Hamiltonian Monte Carlo Using Neural Transport (Hoffman, Sountsov,
    Dillon, Langmore, Tran, Vasudevan, 2019), https://arxiv.org/abs/1903.03704
-3. Numerical Integrators for the Hybrid Monte Carlo Method (Blanes, Casas, Sanz-Serna, 2014),
+3. Markov Chains for Exploring Posterior Distributions (Tierney, 1994),
+   https://doi.org/10.1214/aos/1176325750
+4. Numerical Integrators for the Hybrid Monte Carlo Method (Blanes, Casas, Sanz-Serna, 2014),
    https://arxiv.org/abs/1405.3153
 """
 
@@ -26,9 +31,8 @@ from torch import Tensor
 
 from ..capture import Captured
 from ..joint import LogJoint
+from .defensive_mixture import ToLatent, base_draws, log_base_density
 from .preconditioning import Preconditioner
-
-ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
 
 # up to so many oscillators three leapfrog steps to a quarter of a period are accepted as often as sought
 _MOST_BY_LEAPFROG = 50
@@ -49,7 +53,7 @@ class Stages(NamedTuple):
 
 _DRIFT, _KICK = 0.29619504261126, 0.11888010966548
 LEAPFROG = Stages((1.0,), (1.0,))
-#: that of reference 3, with the least error of the energy of oscillators
+#: that of reference 4, with the least error of the energy of oscillators
 THREE_STAGES = Stages((_DRIFT, 1 - 2 * _DRIFT, _DRIFT), (0.5 - _KICK, 0.5 - _KICK, 2 * _KICK))
 
 
@@ -110,39 +114,40 @@ class HamiltonianChains:
         self._stages = LEAPFROG if start.shape[-1] <= _MOST_BY_LEAPFROG else THREE_STAGES
         self.length = 1  #: the mean length of trajectories, in quarters of an oscillation
         self._num_steps = 0
-        #: the log weights of all draws of the guide that were proposed, up to a constant, each ``(C,)``
-        self.proposed: list[Tensor] = []
+        self.proposes = True  #: whether trajectories are followed by proposals of the mixture
+        #: the log weights of all of these, up to a constant, each ``(C,)``, and the rates of acceptance
+        self.proposed, self.rates = list[Tensor](), list[float]()
         self.num_stages = 0  #: the gradients of the last trajectory
 
     def log_weights(self, state: State) -> Tensor:
-        """The log density over that of the guide, shape ``(C,)``, up to a constant."""
-        return state.log_density + state.base.square().sum(-1) / 2
+        """The log density over that of the mixture, shape ``(C,)``, up to a constant."""
+        return state.log_density - log_base_density(state.base)
 
     def acceptance_of_guide(self) -> float:
         """How often chains at the posterior would accept a draw of the guide, where all are at such draws."""
-        weights = self.log_weights(self.state)
+        weights = self.state.log_density + self.state.base.square().sum(-1) / 2
         chances = (weights[None] - weights[:, None]).clamp(max=0).exp().fill_diagonal_(0.0)
         return float(weights.softmax(0) @ chances.sum(1)) / (len(weights) - 1)
 
-    def draw_from_guide(self) -> float:
-        """Each chain's next place is proposed by the guide, whatever it is; the mean acceptance."""
-        proposal = self._target(torch.randn_like(self.state.base))
+    def draw_from_mixture(self) -> float:
+        """Each chain's next place is a draw of the mixture, wherever it is; the mean acceptance."""
+        proposal = self._target(base_draws(self.state.base))
         self.proposed.append(self.log_weights(proposal))
         gain = self.proposed[-1] - self.log_weights(self.state)
         gain = torch.where(proposal.is_finite, gain, -torch.inf)
         self.state = proposal.where(torch.rand_like(gain).log() < gain, self.state)
         self.num_stages = 1
-        return float(gain.clamp(max=0).exp().mean())
+        self.rates.append(float(gain.clamp(max=0).exp().mean()))
+        return self.rates[-1]
 
     def step(self, adapts: bool = False) -> float:
-        """One trajectory of all chains, accepted or not; the mean probability of that."""
+        """A trajectory of all chains, accepted or not, and a proposal; the mean probability of the former."""
         self._num_steps += 1
         # in all steps the same length may be a whole period
         share = self._num_steps * _GOLDEN_RATIO % 1
         length = math.pi / 2 * (0.85 + (2 * self.length - 1.7) * share)
         each = len(self._stages.kicks)
         count = math.ceil(length / (each * self.step_size))
-        self.num_stages = count * each
         momentum = torch.randn_like(self.state.base)
         proposal, gain = integrate(
             *(self._target, self.state, momentum, length / count, count, self.preconditioner),
@@ -156,6 +161,9 @@ class HamiltonianChains:
             inside = rates[gain > -torch.inf]
             counted = inside if 4 * len(inside) > len(rates) else rates
             self.step_size = _adapted(self.step_size, float(counted.mean()))
+        if self.proposes:
+            self.draw_from_mixture()
+        self.num_stages = count * each + self.proposes
         return float(rates.mean())
 
 

@@ -156,7 +156,7 @@ def marginals_by_weights(sample: MixtureDraws, log_joint: LogJoint) -> Marginals
     be lighter: it has no draws beyond some distance, and weights that do not show it.
     """
     index = indices_along_rays(log_joint.with_coordinates(None), sample.draws)
-    if sample.num_own == len(sample.draws):
+    if not sample.has_tails:
         index = index.masked_fill(index > _INDEX_OF_LIGHT_TAIL, torch.inf)
     errors = known(errors_by_weights(sample), index)
     return _judged(errors, len(sample.draws), log_joint.latents)
@@ -270,11 +270,13 @@ def errors_by_weights(sample: MixtureDraws) -> MarginalErrors:
         of_own = 0.5 * (own_weighted / own_sd.square() - of_guide)
         shift = (other - mean) / sd
         of_shift = of_guide * (part - other) - of_posterior * (part - mean)
-        shift_se = sample.standard_error(of_shift / sd - shift * of_log_sd)
-        ratio_se = ratio * sample.standard_error(of_own - of_log_sd)
+        of_shift = of_shift / sd - shift * of_log_sd
+        shift_se, log_se = (
+            each.std(0) * len(each) ** 0.5 for each in (of_shift, of_own - of_log_sd)
+        )
         tails = [_tail_indices(each.log()) for each in (weighted, own_weighted)]
         has_no_variance = torch.stack(tails).amax(0).clamp(min=khat) > KHAT_OF_VARIANCE
-        found = shift, shift_se, ratio, ratio_se
+        found = shift, shift_se, ratio, ratio * log_se
         parts.append([each.masked_fill(has_no_variance, torch.nan) for each in found])
     return MarginalErrors(*map(torch.cat, zip(*parts)))
 

@@ -146,21 +146,33 @@ def test_a_correlated_path_of_useless_weights():
     assert found.draws.shape[1] < 150
 
 
-def two_modes():
-    z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real, (), ()))
-    parts = dist.Normal(torch.tensor([-6.0, 6.0]), 1.0).log_prob(z.unsqueeze(-1))
+def two_modes(dim):
+    """Six units from the origin in each coordinate."""
+    z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (dim,)))
+    locs = 6 * torch.tensor([[-1.0], [1.0]]).expand(2, dim)
+    parts = dist.Normal(locs, 1.0).to_event(1).log_prob(z.unsqueeze(-2))
     pyro.factor("target", parts.logsumexp(-1))
 
 
-def between():
-    pyro.sample("z", dist.Normal(0.0, 6.0))
+def between(dim):
+    pyro.sample("z", dist.Normal(0.0, torch.full((dim,), 6.0)).to_event(1))
+
+
+def test_chains_change_between_modes_that_the_guide_covers():
+    """By its draws, which are proposals: no trajectory gets from one to the other."""
+    found = chains_of(two_modes, between, 1, num_chains=16)
+    convergence = found.run(400)
+    assert convergence.is_enough(400)
+    # of 400 effective draws half are on each side, within four standard errors
+    assert abs(float((found.draws > 0).double().mean()) - 0.5) < 0.1
 
 
 def test_chains_that_do_not_agree_end_all_the_same():
-    found = chains_of(two_modes, between, num_chains=16)
+    """In eight dimensions no draw of the guide is accepted."""
+    found = chains_of(two_modes, between, 8, num_chains=16)
     convergence = found.run(100, most=150)
     assert not convergence.is_enough(100)
-    assert float(convergence.rhat) > 1.5
+    assert float(convergence.rhat.max()) > 1.5
     assert found.stay_apart()
     # what was learned anew, and what was kept
     assert found.draws.shape[1] <= 150

@@ -262,8 +262,8 @@ def test_chains_in_two_modes_speak_for_modes_first():
 
 
 def test_another_mode_is_reported():
-    """Chains agree, all in one of two modes."""
-    model = models.two_modes(2, 10.0, 0.5)
+    """Chains agree, all in one of two modes, of which the other one is a hundred sds away."""
+    model = models.two_modes(2, 100.0, 0.5)
     guide = AutoNormal(model, init_loc_fn=init_to_value(values={"z": torch.zeros(2)}))
     chains = mcmc(model, guide, 200)
     assert chains.max_rhat < 1.02
