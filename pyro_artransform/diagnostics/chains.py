@@ -34,7 +34,7 @@ _BAD_RHAT, _STUCK = 1.1, 0.1
 # where weights are not nearly bounded, chains stick in the tails (Mengersen and Tweedie 1996)
 _GOOD_ACCEPTANCE, _BOUNDED = 0.8, 0.25
 # the rate of acceptance of proposals after trajectories in the end of warm-up, below which there are none
-_RARE = 0.02
+_RARE = 0.1
 #: the chains of a model that is fast for many draws at once, of others at least, and one at a time
 MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 64, 16, 8
 # effective draws asked for by chain: R-hat is good with some 45, so that more chains would give many more

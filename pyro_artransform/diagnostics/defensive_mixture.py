@@ -80,8 +80,8 @@ def base_draws(like: Tensor) -> Tensor:
 
 
 def log_base_density(base: Tensor) -> Tensor:
-    """The log density of the mixture at points ``(n, D)`` of the base space."""
-    dim, half, log_normals = base.shape[1], 0.5 * (1 + base.shape[1]), _log_normal(base)
+    """The log density of the mixture at points ``(*, D)`` of the base space, shape ``(*,)``."""
+    dim, half, log_normals = base.shape[-1], 0.5 * (1 + base.shape[-1]), _log_normal(base)
     log_normal = log_normals.sum(-1)
     log_all = -half * (base.square().sum(-1).log1p() + _LOG_PI) + math.lgamma(half)
     of_one = -base.square().log1p() - _LOG_PI - log_normals

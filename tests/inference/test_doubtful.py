@@ -52,10 +52,12 @@ def test_a_fit_to_a_density_with_a_wall_says_so():
 
 
 def test_two_scales_in_coordinates_of_the_model():
-    """Half of the mass is at a scale of 0.01, which chains from a Gaussian at 1 do not find."""
+    """Half of the mass is at a scale of 0.01, where some of the chains from a Gaussian at 1 get, and stay."""
     guide = doubtful.at(doubtful.two_scales, 0.3, log_scale=0.0)()
     chains = mcmc(doubtful.two_scales, guide, 400, seed=0, progress=False)
-    assert re.search("about (49|50|51) % of the posterior is in 1 other mode", chains.verdict)
+    assert re.search(
+        r"R-hat is .* for log_scale.* They move, but not to each other", chains.verdict
+    )
 
 
 @pytest.mark.slow

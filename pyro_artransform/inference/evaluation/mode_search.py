@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...diagnostics.defensive_mixture import base_draws, log_base_density
 from ...joint import LogJoint, MeanLogJoint
 from ..config import FitConfig
 from ..initialization.gaussians import (
@@ -43,10 +44,9 @@ _NUM_FOR_WIDTH, _WIDTH_STEPS = 32, 4  # draws and steps by which a moved guide g
 
 
 class Shape(NamedTuple):
-    """A density: a Gaussian, or, where it is heavy, half of that and half of a Cauchy of its scale.
+    """A density: a Gaussian, or, where it is heavy, its mixture with tails of all coordinates and of one.
 
-    The multivariate Cauchy has draws at all distances, so that a spike sees a wide part around it; the
-    Gaussian half is what is left of such draws in many dimensions. Angles are those of one turn.
+    Their draws are at all distances, so that a spike sees a wide part around it.
     """
 
     gaussian: Gaussians
@@ -55,10 +55,8 @@ class Shape(NamedTuple):
 
     def stratum(self, log_density: Density, count: int) -> "Stratum":
         """Draws, with their weights; those of angles beyond a turn have none."""
-        noise = torch.randn_like(self.gaussian.loc.expand(count, -1))
-        if self.is_heavy:
-            far = noise[count // 2 :]
-            far /= torch.randn_like(far[:, :1]).abs()
+        like = self.gaussian.loc.expand(count, -1)
+        noise = base_draws(like) if self.is_heavy else torch.randn_like(like)
         away = self.gaussian.deviations(noise)[0]
         draws = self.gaussian.loc + away
         log_p = evaluate_density(log_density, draws)
@@ -73,16 +71,11 @@ class Shape(NamedTuple):
         :param points: shape ``(n, D)``; of S densities ``(S, n, D)``, each has its own.
         :return: shape ``(S, n)``.
         """
-        dim = points.shape[-1]
-        squares = squared_distances(self.gaussian, points, self.is_circular)
-        log_volume = self.gaussian.log_volume()[:, None]
+        dim, units = points.shape[-1], units_of(self.gaussian, points, self.is_circular)
+        squares, log_volume = units.square().sum(-1), self.gaussian.log_volume()[:, None]
         normal = -0.5 * squares - 0.5 * dim * math.log(2 * math.pi) - log_volume
         near = normal.masked_fill(squares > dim + 3 * math.sqrt(2 * dim), -torch.inf)
-        if not self.is_heavy:
-            return normal, near
-        half = 0.5 * (1 + dim)
-        cauchy = math.lgamma(half) - half * (math.log(math.pi) + squares.log1p()) - log_volume
-        return torch.logaddexp(normal, cauchy) - math.log(2), near
+        return (log_base_density(units) - log_volume if self.is_heavy else normal), near
 
 
 class Stratum(NamedTuple):
@@ -234,14 +227,19 @@ class ModeSearch:
         return width
 
 
+def units_of(gaussian: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
+    """Points ``(n, D)`` in the units of S Gaussians, from their means: shape ``(S, n, D)``."""
+    away = points - gaussian.loc[:, None]
+    if is_circular is not None:
+        away = torch.where(is_circular, wrapped(away), away)
+    return gaussian.units(away)
+
+
 def squared_distances(
     gaussian: Gaussians, points: Tensor, is_circular: Tensor | None = None
 ) -> Tensor:
     """Squared distances ``(S, n)`` of points from the means of Gaussians, in their units."""
-    away = points - gaussian.loc[:, None]
-    if is_circular is not None:
-        away = torch.where(is_circular, wrapped(away), away)
-    return gaussian.units(away).square().sum(-1)
+    return units_of(gaussian, points, is_circular).square().sum(-1)
 
 
 def wrapped(angles: Tensor) -> Tensor:
