@@ -32,7 +32,7 @@ from .psis import fit_tail
 _BAD_RHAT, _STUCK = 1.1, 0.1
 # the acceptance of a guide's draws from which on they are the proposals, and their largest k-hat later:
 # where weights are not nearly bounded, chains stick in the tails (Mengersen and Tweedie 1996)
-_GOOD_ACCEPTANCE, _BOUNDED = 0.8, 0.25
+_GOOD_ACCEPTANCE, _BOUNDED = 0.5, 0.25
 # the rate of acceptance of proposals after trajectories in the end of warm-up, below which there are none
 _RARE = 0.1
 #: the chains of a model that is fast for many draws at once, of others at least, and one at a time

@@ -8,8 +8,8 @@ quarter of an oscillation forgets the start, in three gradients: by leapfrog ste
 where these would have to be twice as many, by one step of three stages. What the guide misjudges is learned
 from the chains' own draws and gradients, see :mod:`~pyro_artransform.diagnostics.preconditioning`.
 
-A trajectory is followed by a proposal that does not depend on where the chain is, a draw of the guide or
-further out: so chains enter necks and tails as often as they should, where trajectories come by chance.
+A trajectory is followed by proposals that do not depend on where the chain is, draws of the guide or further
+out: so chains enter necks and tails as often as they should, where trajectories come by chance.
 
 **References**
 
@@ -38,6 +38,8 @@ from .preconditioning import Preconditioner
 _MOST_BY_LEAPFROG = 50
 # of a stage: a trajectory of unit length has two of the largest at least, and 72 of the smallest
 _MIN_STEP_SIZE, _MAX_STEP_SIZE = 0.025, 0.91
+# draws of the mixture that are proposed one after the other, and values that take the time of a gradient
+_PROPOSALS, _VALUES_OF_GRADIENT = 8, 3
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -79,7 +81,7 @@ class State(NamedTuple):
 class PulledBack:
     """The log density log p(T(x)) + log |det T'(x)| of a posterior p in the base space of a transform T.
 
-    ``num_gradients`` counts the points where it was evaluated.
+    ``num_gradients`` counts the points where it was evaluated, of which a value alone is a third.
     """
 
     def __init__(self, log_joint: LogJoint, to_latent: ToLatent) -> None:
@@ -87,12 +89,24 @@ class PulledBack:
         self.num_gradients = 0
         is_fast = log_joint.strategy != "loop"
         self._evaluate_part = Captured(self._with_gradient) if is_fast else self._with_gradient
+        self._value_of_part = Captured(self._value) if is_fast else self._value
 
     def __call__(self, base: Tensor) -> State:
         """Points, shape ``(C, D)``, with latents, log densities and gradients, a chunk at a time."""
         self.num_gradients += len(base)
         parts = base.detach().split(self._log_joint.chunk_size)
         return State(base.detach(), *map(torch.cat, zip(*map(self._evaluate_part, parts))))
+
+    def values(self, base: Tensor) -> Tensor:
+        """The log densities ``(n,)`` alone, at points ``(n, D)``."""
+        self.num_gradients += len(base) // _VALUES_OF_GRADIENT
+        parts = base.split(self._log_joint.chunk_size)
+        return torch.cat([self._value_of_part(part)[0] for part in parts])
+
+    @torch.no_grad()
+    def _value(self, base: Tensor) -> tuple[Tensor, ...]:
+        latent, ladj = self.to_latent(base)
+        return (self._log_joint(latent) + ladj,)
 
     def _with_gradient(self, base: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -115,13 +129,9 @@ class HamiltonianChains:
         self.length = 1  #: the mean length of trajectories, in quarters of an oscillation
         self._num_steps = 0
         self.proposes = True  #: whether trajectories are followed by proposals of the mixture
-        #: the log weights of all of these, up to a constant, each ``(C,)``, and the rates of acceptance
+        #: the log weights of all of these, up to a constant, and the rates of acceptance
         self.proposed, self.rates = list[Tensor](), list[float]()
         self.num_stages = 0  #: the gradients of the last trajectory
-
-    def log_weights(self, state: State) -> Tensor:
-        """The log density over that of the mixture, shape ``(C,)``, up to a constant."""
-        return state.log_density - log_base_density(state.base)
 
     def acceptance_of_guide(self) -> float:
         """How often chains at the posterior would accept a draw of the guide, where all are at such draws."""
@@ -130,18 +140,31 @@ class HamiltonianChains:
         return float(weights.softmax(0) @ chances.sum(1)) / (len(weights) - 1)
 
     def draw_from_mixture(self) -> float:
-        """Each chain's next place is a draw of the mixture, wherever it is; the mean acceptance."""
-        proposal = self._target(base_draws(self.state.base))
-        self.proposed.append(self.log_weights(proposal))
-        gain = self.proposed[-1] - self.log_weights(self.state)
-        gain = torch.where(proposal.is_finite, gain, -torch.inf)
-        self.state = proposal.where(torch.rand_like(gain).log() < gain, self.state)
-        self.num_stages = 1
-        self.rates.append(float(gain.clamp(max=0).exp().mean()))
+        """Each chain's next places are draws of the mixture, wherever it is; the mean acceptance.
+
+        Some at once, by values alone: which are accepted is found after that, one after the other.
+        """
+        here, num_chains = self.state, len(self.state.base)
+        base = base_draws(here.base.repeat(_PROPOSALS, 1))
+        weights = self._target.values(base) - log_base_density(base)
+        weights = torch.where(weights.isfinite(), weights, -torch.inf)
+        self.proposed.append(weights)
+        own, rates = here.log_density - log_base_density(here.base), list[Tensor]()
+        chosen = torch.full_like(own, -1, dtype=torch.long)
+        for number, weight in enumerate(weights.split(num_chains)):
+            rates.append((weight - own).clamp(max=0).exp())
+            is_accepted = torch.rand_like(own) < rates[-1]
+            own = torch.where(is_accepted, weight, own)
+            chosen = torch.where(is_accepted, number, chosen)
+        rows = chosen.clamp(min=0) * num_chains + torch.arange(num_chains, device=base.device)
+        there, has_moved = self._target(base[rows]), chosen >= 0
+        self.state = there.where(has_moved & there.is_finite, here)
+        self.num_stages = 1 + _PROPOSALS // _VALUES_OF_GRADIENT
+        self.rates.append(float(torch.stack(rates).mean()))
         return self.rates[-1]
 
     def step(self, adapts: bool = False) -> float:
-        """A trajectory of all chains, accepted or not, and a proposal; the mean probability of the former."""
+        """A trajectory of all chains, accepted or not, and proposals; the mean probability of the former."""
         self._num_steps += 1
         # in all steps the same length may be a whole period
         share = self._num_steps * _GOLDEN_RATIO % 1
@@ -161,9 +184,10 @@ class HamiltonianChains:
             inside = rates[gain > -torch.inf]
             counted = inside if 4 * len(inside) > len(rates) else rates
             self.step_size = _adapted(self.step_size, float(counted.mean()))
+        self.num_stages = 0
         if self.proposes:
             self.draw_from_mixture()
-        self.num_stages = count * each + self.proposes
+        self.num_stages += count * each
         return float(rates.mean())
 
 

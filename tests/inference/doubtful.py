@@ -90,11 +90,11 @@ def two_scales():
 
 
 MODES, AGREE, TURNS = "other mode", "do not agree", "turns of an angle"
-near = two_modes(1, 8.0, 0.5)
+distant = two_modes(1, 100.0, 0.5)
 far = two_modes(5, 8.0, 0.5)
 
 DOUBTFUL = {
-    "two modes of 1": Doubtful(near, at(near, 0.5, z=torch.zeros(1)), (MODES, AGREE)),
+    "two modes of 1": Doubtful(distant, at(distant, z=torch.zeros(1)), (MODES, AGREE)),
     "two modes of 5": Doubtful(far, at(far, z=torch.zeros(5)), (MODES, AGREE)),
     "labels": Doubtful(labels, at(labels, 0.2, locs=torch.tensor([-4.0, 4.0])), (MODES, AGREE)),
     "funnel": Doubtful(
@@ -104,5 +104,5 @@ DOUBTFUL = {
     "Cauchy": Doubtful(cauchy, at(cauchy, z=torch.zeros(10)), (AGREE,), is_slow=True),
     "angle": Doubtful(angle, at(angle, 6.0, z=0.0), (TURNS,), is_slow=True),
     "wall": Doubtful(wall, at(wall, 0.3, z=torch.tensor([7.0, 0.0])), (MODES,), is_slow=True),
-    "two scales": Doubtful(two_scales, partial(AutoIAF, two_scales), (MODES,)),
+    "two scales": Doubtful(two_scales, partial(AutoIAF, two_scales), (MODES, AGREE)),
 }

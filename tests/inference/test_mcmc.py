@@ -249,16 +249,25 @@ def test_interrupt_keeps_what_there_is(monkeypatch):
 
 
 def test_chains_in_two_modes_speak_for_modes_first():
-    """They move in each, and a better guide would not help."""
-    model, located = (
-        models.two_modes(1, 20.0, 0.5),
-        init_to_value(values={"z": torch.zeros(1) + 10}),
-    )
+    """They move in each, and none of the draws of a wide guide in eight dimensions are accepted."""
+    model = models.two_modes(8, 20.0, 0.5)
+    located = init_to_value(values={"z": 10 * torch.eye(8)[0]})
     guide = started(AutoNormal(model, init_scale=10.0, init_loc_fn=located))
     chains = GuideChains(ModelAndGuide.of(model, guide, (), {}), 16)
     chains.run(100, most=150)
     words = to_chains(chains, 100, [], TimeLimit(), "").verdict
     assert re.search(r"chains do not agree: .*above 1.02\. They move, but .* several modes", words)
+
+
+def test_modes_that_proposals_reach_have_their_shares():
+    """Eight sds apart, a quarter of the mass in the one that the guide is at."""
+    model = models.two_modes(1, 8.0, 0.25)
+    located = init_to_value(values={"z": torch.zeros(1)})
+    chains = mcmc(model, AutoNormal(model, init_loc_fn=located, init_scale=1.0), 400, seed=0)
+    assert chains.trusted
+    share = float((chains.by_chain["z"] < 4).double().mean())
+    # four standard errors of as many effective draws as it has
+    assert share == pytest.approx(0.25, abs=4 * (0.25 * 0.75 / chains.min_ess) ** 0.5)
 
 
 def test_another_mode_is_reported():
