@@ -8,7 +8,7 @@ turn out not to mix; only what comes after is kept.
 """
 
 import math
-from statistics import fmean, geometric_mean
+from statistics import geometric_mean
 from typing import NamedTuple
 
 import torch
@@ -33,8 +33,6 @@ _BAD_RHAT, _STUCK = 1.1, 0.1
 # the acceptance of a guide's draws from which on they are the proposals, and their largest k-hat later:
 # where weights are not nearly bounded, chains stick in the tails (Mengersen and Tweedie 1996)
 _GOOD_ACCEPTANCE, _BOUNDED = 0.5, 0.25
-# the rate of acceptance of proposals after trajectories in the end of warm-up, below which there are none
-_RARE = 0.1
 #: the chains of a model that is fast for many draws at once, of others at least, and one at a time
 MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 64, 16, 8
 # effective draws asked for by chain: R-hat is good with some 45, so that more chains would give many more
@@ -149,6 +147,7 @@ class GuideChains:
             # draws of the guide itself, as chains begin, lack what its tails lack
             for _ in limited(range(_WARM_UP[0])):
                 self._chains.draw_from_mixture()
+            self._chains.learn_proposals()
             return
         for number in limited(_WARM_UP):
             self._adapt(number)
@@ -158,8 +157,7 @@ class GuideChains:
             sizes.append(self._chains.step_size)
         # the rate of a single trajectory depends on its length
         self._chains.step_size = geometric_mean(sizes[len(sizes) // 2 :])
-        rates = self._chains.rates[-_WARM_UP[0] :]
-        self._chains.proposes = bool(rates) and fmean(rates) > _RARE
+        self._chains.learn_proposals()
 
     def _adapt(self, number: int) -> None:
         chains, states = self._chains, []

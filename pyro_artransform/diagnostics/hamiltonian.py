@@ -24,6 +24,7 @@ out: so chains enter necks and tails as often as they should, where trajectories
 
 import math
 from collections.abc import Callable
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -38,8 +39,10 @@ from .preconditioning import Preconditioner
 _MOST_BY_LEAPFROG = 50
 # of a stage: a trajectory of unit length has two of the largest at least, and 72 of the smallest
 _MIN_STEP_SIZE, _MAX_STEP_SIZE = 0.025, 0.91
-# draws of the mixture that are proposed one after the other, and values that take the time of a gradient
-_PROPOSALS, _VALUES_OF_GRADIENT = 8, 3
+# the draws of the mixture after a trajectory at most, the share of chains that they should renew, and the
+# rate of acceptance below which there are none, in the last few calls
+_MOST_PROPOSALS, _RENEWED, _RARE, _LAST = 8, 0.9, 0.1, 8
+_VALUES_OF_GRADIENT = 3  # that take as long
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -97,16 +100,17 @@ class PulledBack:
         parts = base.detach().split(self._log_joint.chunk_size)
         return State(base.detach(), *map(torch.cat, zip(*map(self._evaluate_part, parts))))
 
-    def values(self, base: Tensor) -> Tensor:
-        """The log densities ``(n,)`` alone, at points ``(n, D)``."""
+    def values(self, base: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents ``(n, D)`` and log densities ``(n,)`` alone, at points ``(n, D)``."""
         self.num_gradients += len(base) // _VALUES_OF_GRADIENT
         parts = base.split(self._log_joint.chunk_size)
-        return torch.cat([self._value_of_part(part)[0] for part in parts])
+        latent, log_density = map(torch.cat, zip(*map(self._value_of_part, parts)))
+        return latent, log_density
 
     @torch.no_grad()
     def _value(self, base: Tensor) -> tuple[Tensor, ...]:
         latent, ladj = self.to_latent(base)
-        return (self._log_joint(latent) + ladj,)
+        return latent, self._log_joint(latent) + ladj
 
     def _with_gradient(self, base: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
@@ -128,7 +132,8 @@ class HamiltonianChains:
         self._stages = LEAPFROG if start.shape[-1] <= _MOST_BY_LEAPFROG else THREE_STAGES
         self.length = 1  #: the mean length of trajectories, in quarters of an oscillation
         self._num_steps = 0
-        self.proposes = True  #: whether trajectories are followed by proposals of the mixture
+        #: the draws of the mixture that follow a trajectory
+        self.num_proposals, self._has_gradient = _MOST_PROPOSALS, True
         #: the log weights of all of these, up to a constant, and the rates of acceptance
         self.proposed, self.rates = list[Tensor](), list[float]()
         self.num_stages = 0  #: the gradients of the last trajectory
@@ -144,9 +149,10 @@ class HamiltonianChains:
 
         Some at once, by values alone: which are accepted is found after that, one after the other.
         """
-        here, num_chains = self.state, len(self.state.base)
-        base = base_draws(here.base.repeat(_PROPOSALS, 1))
-        weights = self._target.values(base) - log_base_density(base)
+        here, num_chains, count = self.state, len(self.state.base), max(self.num_proposals, 1)
+        base = base_draws(here.base.repeat(count, 1))
+        latent, log_density = self._target.values(base)
+        weights = log_density - log_base_density(base)
         weights = torch.where(weights.isfinite(), weights, -torch.inf)
         self.proposed.append(weights)
         own, rates = here.log_density - log_base_density(here.base), list[Tensor]()
@@ -157,11 +163,20 @@ class HamiltonianChains:
             own = torch.where(is_accepted, weight, own)
             chosen = torch.where(is_accepted, number, chosen)
         rows = chosen.clamp(min=0) * num_chains + torch.arange(num_chains, device=base.device)
-        there, has_moved = self._target(base[rows]), chosen >= 0
-        self.state = there.where(has_moved & there.is_finite, here)
-        self.num_stages = 1 + _PROPOSALS // _VALUES_OF_GRADIENT
+        there = State(base[rows], latent[rows], log_density[rows], here.gradient)
+        self.state, self._has_gradient = there.where(chosen >= 0, here), False
+        self.num_stages = math.ceil(count / _VALUES_OF_GRADIENT)
         self.rates.append(float(torch.stack(rates).mean()))
         return self.rates[-1]
+
+    def learn_proposals(self) -> None:
+        """As many from now on as renew nine of ten chains, by the last rates; none, if few of them are."""
+        rate = fmean(self.rates[-_LAST:]) if self.rates else 0.0
+        if rate < _RARE:
+            self.num_proposals = 0
+        elif rate < 1:
+            needed = math.ceil(math.log(1 - _RENEWED) / math.log1p(-rate))
+            self.num_proposals = min(needed, _MOST_PROPOSALS)
 
     def step(self, adapts: bool = False) -> float:
         """A trajectory of all chains, accepted or not, and proposals; the mean probability of the former."""
@@ -171,6 +186,8 @@ class HamiltonianChains:
         length = math.pi / 2 * (0.85 + (2 * self.length - 1.7) * share)
         each = len(self._stages.kicks)
         count = math.ceil(length / (each * self.step_size))
+        if not self._has_gradient:
+            self.state, self._has_gradient = self._target(self.state.base), True
         momentum = torch.randn_like(self.state.base)
         proposal, gain = integrate(
             *(self._target, self.state, momentum, length / count, count, self.preconditioner),
@@ -185,9 +202,9 @@ class HamiltonianChains:
             counted = inside if 4 * len(inside) > len(rates) else rates
             self.step_size = _adapted(self.step_size, float(counted.mean()))
         self.num_stages = 0
-        if self.proposes:
+        if self.num_proposals:
             self.draw_from_mixture()
-        self.num_stages += count * each
+        self.num_stages += count * each + (not self._has_gradient)
         return float(rates.mean())
 
 
