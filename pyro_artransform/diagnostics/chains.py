@@ -163,7 +163,7 @@ class GuideChains:
         chains, states = self._chains, []
         for _ in limited(range(number)):
             chains.step(adapts=True)
-            states.append(chains.state)
+            states.append(chains.end)
         if len(states) < number:  # too few to learn from
             return
         states = states[number // 4 :]

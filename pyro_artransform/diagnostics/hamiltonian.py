@@ -126,6 +126,9 @@ class HamiltonianChains:
 
     def __init__(self, target: PulledBack, start: Tensor) -> None:
         self._target, self.state = target, target(start)
+        self.end = (
+            self.state
+        )  #: that of the last trajectory, with gradients, which proposals leave out
         self.preconditioner = Preconditioner.identity(start)
         # the error of the energy grows as h^2 sqrt(D)
         self.step_size = min(2 * start.shape[-1] ** -0.25, _MAX_STEP_SIZE)
@@ -201,7 +204,7 @@ class HamiltonianChains:
             inside = rates[gain > -torch.inf]
             counted = inside if 4 * len(inside) > len(rates) else rates
             self.step_size = _adapted(self.step_size, float(counted.mean()))
-        self.num_stages = 0
+        self.num_stages, self.end = 0, self.state
         if self.num_proposals:
             self.draw_from_mixture()
         self.num_stages += count * each + (not self._has_gradient)

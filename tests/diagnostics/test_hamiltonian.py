@@ -232,6 +232,16 @@ def test_acceptance_of_a_guide_is_foreseen(factor):
         assert foreseen == pytest.approx(1.0)
 
 
+def test_the_end_of_a_trajectory_has_the_gradient_there():
+    """Which masses are learned from: proposals that are accepted after it have none yet."""
+    target = wider(1.3)
+    chains = HamiltonianChains(target, torch.randn(200, 3))
+    for _ in range(3):
+        chains.step()
+        assert torch.allclose(chains.end.gradient, target(chains.end.base).gradient)
+    assert (chains.state.base != chains.end.base).any(1).double().mean() > 0.9
+
+
 def test_proposals_without_a_density_are_refused():
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(1), 1.0).to_event(1))
