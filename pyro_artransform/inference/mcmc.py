@@ -104,8 +104,8 @@ def mcmc(
     in a few steps, whatever k-hat is. They go on until the worst latent has ``num_samples`` effective
     draws, of its bulk and of its tails, and R-hat is at most 1.02, or 3,000 trajectories were not enough,
     or the time is over, or Ctrl-C ends them: the result says which. Between trajectories draws of the guide,
-    and of heavy tails around it, are proposed, which lead to tails and, in few dimensions, to other modes.
-    In many chains do not jump between modes that are far apart, and may never enter a tail that the guide does
+    and of heavy tails around it, are proposed, which lead to tails and, in few dimensions, to other modes. In
+    many chains do not jump between modes that are far apart, and may never enter a tail that the guide does
     not lead to: both are searched for, and reported.
 
     Any guide of continuous latents will do: one with a transform, as Pyro's Gaussian and flow guides
