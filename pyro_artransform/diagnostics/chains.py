@@ -31,7 +31,8 @@ from .psis import fit_tail
 # are the smallest by then
 _BAD_RHAT, _STUCK = 1.1, 0.1
 # the acceptance of a guide's draws from which on they are the proposals, and their largest k-hat later:
-# where weights are not nearly bounded, chains stick in the tails (Mengersen and Tweedie 1996)
+# where weights are not nearly bounded, chains stick in the tails (Mengersen and Tweedie 1996;
+# half accepted for four of five takes nine tenths of the time: benchmarks/chains.md)
 _GOOD_ACCEPTANCE, _BOUNDED = 0.5, 0.25
 #: the chains of a model that is fast for many draws at once, of others at least, and one at a time
 MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 64, 16, 8

@@ -40,7 +40,7 @@ _MOST_BY_LEAPFROG = 50
 # of a stage: a trajectory of unit length has two of the largest at least, and 72 of the smallest
 _MIN_STEP_SIZE, _MAX_STEP_SIZE = 0.025, 0.91
 # the draws of the mixture after a trajectory at most, the share of chains that they should renew, and the
-# rate of acceptance below which there are none, in the last few calls
+# rate of acceptance below which there are none, in the last few calls (benchmarks/chains.md)
 _MOST_PROPOSALS, _RENEWED, _RARE, _LAST = 8, 0.9, 0.1, 8
 _VALUES_OF_GRADIENT = 3  # that take as long
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
