@@ -30,10 +30,10 @@ from .psis import fit_tail
 # R-hat of chains that do not mix, and the rate of acceptance of those that hardly move, of which steps
 # are the smallest by then
 _BAD_RHAT, _STUCK = 1.1, 0.1
-# the acceptance of a guide's draws from which on they are the proposals, and their largest k-hat later:
-# where weights are not nearly bounded, chains stick in the tails (Mengersen and Tweedie 1996;
-# half accepted for four of five takes nine tenths of the time: benchmarks/chains.md)
-_GOOD_ACCEPTANCE, _BOUNDED = 0.5, 0.25
+# the acceptance of proposals, of which half are a guide's draws, from which on there are no trajectories, and
+# their largest k-hat then: where weights are not nearly bounded, chains stick in the tails (Mengersen and
+# Tweedie 1996; twice the acceptance takes a tenth more time: benchmarks/chains.md)
+_GOOD_ACCEPTANCE, _BOUNDED = 0.3, 0.25
 #: the chains of a model that is fast for many draws at once, of others at least, and one at a time
 MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 64, 16, 8
 # effective draws asked for by chain: R-hat is good with some 45, so that more chains would give many more
@@ -109,8 +109,8 @@ class GuideChains:
         target = PulledBack(log_joint, to_latent)
         chains = _begin(target, start, count, log_joint.latents)
         self._place = _Place(log_joint, target, chains, is_affine)
-        # independent proposals, each for the price of one gradient, where the guide is good enough
-        self._by_guide = self._chains.acceptance_of_guide() > _GOOD_ACCEPTANCE
+        # proposals alone, where the guide is good enough, as the warm-up finds out
+        self._by_guide = True
         self._blocks: list[Tensor] = []
         self._known: Convergence | None = None
         self._slowest: Convergence | None = None
@@ -148,7 +148,8 @@ class GuideChains:
             # draws of the guide itself, as chains begin, lack what its tails lack
             for _ in limited(range(_WARM_UP[0])):
                 self._chains.draw_from_mixture()
-            self._chains.learn_proposals()
+            self._by_guide = self._chains.learn_proposals() > _GOOD_ACCEPTANCE
+        if self._by_guide:
             return
         for number in limited(_WARM_UP):
             self._adapt(number)

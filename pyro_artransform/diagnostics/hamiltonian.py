@@ -141,12 +141,6 @@ class HamiltonianChains:
         self.proposed, self.rates = list[Tensor](), list[float]()
         self.num_stages = 0  #: the gradients of the last trajectory
 
-    def acceptance_of_guide(self) -> float:
-        """How often chains at the posterior would accept a draw of the guide, where all are at such draws."""
-        weights = self.state.log_density + self.state.base.square().sum(-1) / 2
-        chances = (weights[None] - weights[:, None]).clamp(max=0).exp().fill_diagonal_(0.0)
-        return float(weights.softmax(0) @ chances.sum(1)) / (len(weights) - 1)
-
     def draw_from_mixture(self) -> float:
         """Each chain's next places are draws of the mixture, wherever it is; the mean acceptance.
 
@@ -172,14 +166,15 @@ class HamiltonianChains:
         self.rates.append(float(torch.stack(rates).mean()))
         return self.rates[-1]
 
-    def learn_proposals(self) -> None:
-        """As many from now on as renew nine of ten chains, by the last rates; none, if few of them are."""
+    def learn_proposals(self) -> float:
+        """The last rates, by which there are as many from now on as renew nine of ten chains; or none."""
         rate = fmean(self.rates[-_LAST:]) if self.rates else 0.0
         if rate < _RARE:
             self.num_proposals = 0
         elif rate < 1:
             needed = math.ceil(math.log(1 - _RENEWED) / math.log1p(-rate))
             self.num_proposals = min(needed, _MOST_PROPOSALS)
+        return rate
 
     def step(self, adapts: bool = False) -> float:
         """A trajectory of all chains, accepted or not, and proposals; the mean probability of the former."""
