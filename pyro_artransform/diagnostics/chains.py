@@ -23,6 +23,7 @@ from ..time_limit import is_out_of_time, limited
 from .base_space import NUM_DRAWS, base_space, by_moments
 from .convergence import GOOD_RHAT, Convergence, plain_rhat
 from .hamiltonian import HamiltonianChains, PulledBack, State
+from .importance import KHAT_OF_VARIANCE
 from .importance_weights import ModelAndGuide
 from .preconditioning import Preconditioner
 from .psis import fit_tail
@@ -45,7 +46,8 @@ _NEAR = 0.05
 _NUM_SLOWEST = 32
 # coordinates of all chains up to which a gradient hardly costs more than that of one
 _CACHED_COORDINATES = 2**14
-# trajectories of the rounds of warm-up, of the first block that is kept, and after which chains should mix
+# trajectories of the rounds of warm-up, of the first block that is kept, and after which chains should mix:
+# as many at least where weights of proposals have no variance, since these mix the bulk and hide a tail
 _WARM_UP, _BLOCK, _PATIENCE = (8, 12, 20), 24, 96
 # those that would not agree after so many begin anew; they end after so many, which a regression with one
 # scale near zero takes (`seeds` of benchmarks/unseen.md: 1.024 after 2,000, and 1.019 after 2,100 to 2,400)
@@ -234,7 +236,8 @@ class GuideChains:
             if is_out_of_time() or self.num_trajectories >= most:
                 return self.convergence()
             rhat = float(plain_rhat(self.draws).max())
-            if rhat <= GOOD_RHAT and self._is_enough(num_samples):
+            is_seen = chains.length * size >= _PATIENCE or not self._is_heavy(KHAT_OF_VARIANCE)
+            if is_seen and rhat <= GOOD_RHAT and self._is_enough(num_samples):
                 return self.convergence()
             left = (
                 size * _excess(rhat) if rhat > GOOD_RHAT else self._trajectories_left(num_samples)
@@ -245,7 +248,8 @@ class GuideChains:
             left_for_all = _ANEW - self.num_trajectories + taken
             is_hopeless = cost > (GOOD_RHAT**2 - 1) * left_for_all
             is_worth_it = patience <= taken <= most - self.num_trajectories
-            if self._is_heavy() or (is_hopeless and is_worth_it):
+            is_heavy = self._by_guide and self._is_heavy(_BOUNDED, 1.0)
+            if is_heavy or (is_hopeless and is_worth_it):
                 if self.acceptance < _STUCK and not self._by_guide:
                     return self.convergence()
                 place, num_gradients = self._place, self.target.num_gradients
@@ -295,12 +299,12 @@ class GuideChains:
         is_bad = float(self.convergence().rhat.max()) > _BAD_RHAT
         return is_bad and self.num_trajectories >= _PATIENCE and self.acceptance >= _STUCK
 
-    def _is_heavy(self) -> bool:
-        """Whether the guide's draws are the proposals, and should not be."""
-        if not self._by_guide:
+    def _is_heavy(self, most: float, num_se: float = 0.0) -> bool:
+        """Whether the tail of the weights of proposals is heavier than that of an index."""
+        if not self._chains.num_proposals:
             return False
         tail = fit_tail(torch.cat(self._chains.proposed))
-        return tail.khat - tail.khat_se > _BOUNDED
+        return tail.khat - num_se * tail.khat_se > most
 
     def gradients_left(self, num_samples: int) -> float:
         """How many more each chain needs, about, as far as the draws so far tell."""

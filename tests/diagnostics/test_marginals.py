@@ -56,7 +56,8 @@ def _one_in_twenty(dim, value):
 )
 def test_of_a_correlated_path(name, dim):
     make, is_good = PATHS[name]
-    found = marginals(partial(path, dim), make(dim))
+    # the bound of 2,000 errors is nine standard errors, and chains end with as many draws as were asked for
+    found = marginals(partial(path, dim), make(dim), num_samples=max(1000, 2 * dim))
     assert found.trusted == is_good, found
     assert found.mean_shift["z"].shape == found.sd_ratio_se["z"].shape == (dim,)
     if name == "exact":
