@@ -71,9 +71,9 @@ class _Place(NamedTuple):
 class GuideChains:
     """Chains of a posterior that begin at draws of a guide.
 
-    Where the guide is so good that most of its draws are accepted, these and some further out are the
-    proposals, as in an independence sampler [1], which sticks in the tails where weights are not bounded
-    [2]; else they follow trajectories.
+    Draws of the guide, and as many further out, are proposed, as in an independence sampler [1], which
+    sticks in the tails where weights are not bounded [2]: alone where they are accepted often enough, else
+    after trajectories.
 
     ``draws`` are on the unconstrained space, shape ``(C, n, D)``; the chains move in the coordinates of
     ``log_joint``, which has some from the prior where a Gaussian guide of a hierarchy has none.
@@ -172,7 +172,10 @@ class GuideChains:
             return
         states = states[number // 4 :]
         base, gradient = (torch.cat(part) for part in zip(*((s.base, s.gradient) for s in states)))
-        chains.preconditioner = Preconditioner.of(base, gradient)
+        # proposals are accepted by values alone, also where there is no gradient
+        has_gradient = gradient.isfinite().all(-1)
+        if int(has_gradient.sum()) > len(base) // 2:
+            chains.preconditioner = Preconditioner.of(base[has_gradient], gradient[has_gradient])
 
     @torch.no_grad()
     def extend(self, number: int) -> None:

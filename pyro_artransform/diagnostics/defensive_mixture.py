@@ -32,6 +32,7 @@ ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and lo
 
 _LOG_PI = math.log(math.pi)
 _CHUNK = 1000
+_FAR = -10.0  # log weights of the guide where a draw of its own is one of ten thousands at most
 
 
 class MixtureDraws(NamedTuple):
@@ -62,12 +63,15 @@ def mixture_draws(
         draws, _ = log_joint.to_unconstrained(latent)
         log_density = log_base_density(base)
         log_guide = _log_normal(base).sum(-1) - log_density
+        # models fail far out, as by overflow, which says nothing of where the guide draws
+        is_failed = ~log_posterior.isfinite() & (log_guide < _FAR)
+        log_posterior = log_posterior.masked_fill(is_failed, -torch.inf)
         chunks.append((draws, log_posterior - log_density, log_guide))
     draws, *logs = map(torch.cat, zip(*chunks))
-    # some are so far out that their squares overflow, or the density has no value
-    is_usable = draws.square().isfinite().all(-1) & logs[0].isfinite()
-    of_posterior, of_guide = (each.where(is_usable, -torch.inf) for each in logs)
-    return MixtureDraws(draws.where(is_usable[:, None], 0.0), of_posterior, of_guide)
+    # the guide has none so far out that squares overflow; where the density is zero it has its own share
+    is_near = draws.square().isfinite().all(-1)
+    of_posterior, of_guide = (each.where(is_near, -torch.inf) for each in logs)
+    return MixtureDraws(draws.where(is_near[:, None], 0.0), of_posterior, of_guide)
 
 
 def base_draws(like: Tensor) -> Tensor:
@@ -84,8 +88,11 @@ def log_base_density(base: Tensor) -> Tensor:
     dim, half, log_normals = base.shape[-1], 0.5 * (1 + base.shape[-1]), _log_normal(base)
     log_normal = log_normals.sum(-1)
     log_all = -half * (base.square().sum(-1).log1p() + _LOG_PI) + math.lgamma(half)
-    of_one = -base.square().log1p() - _LOG_PI - log_normals
-    log_one = log_normal + of_one.logsumexp(-1) - math.log(dim)
+    # of all coordinates but one, by sums from both sides: a difference has no digits left far out
+    none = torch.zeros_like(log_normals[..., :1])
+    before = torch.cat([none, log_normals[..., :-1]], -1).cumsum(-1)
+    after = torch.cat([none, log_normals.flip(-1)[..., :-1]], -1).cumsum(-1).flip(-1)
+    log_one = (before + after - base.square().log1p() - _LOG_PI).logsumexp(-1) - math.log(dim)
     return torch.stack([log_normal + math.log(2), log_all, log_one]).logsumexp(0) - math.log(4)
 
 

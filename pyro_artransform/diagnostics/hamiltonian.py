@@ -63,7 +63,10 @@ THREE_STAGES = Stages((_DRIFT, 1 - 2 * _DRIFT, _DRIFT), (0.5 - _KICK, 0.5 - _KIC
 
 
 class State(NamedTuple):
-    """Chains at a point of the base space: shapes ``(C, D)``, ``(C, D)``, ``(C,)`` and ``(C, D)``."""
+    """Chains at a point of the base space: shapes ``(C, D)``, ``(C, D)``, ``(C,)`` and ``(C, D)``.
+
+    The gradient of a proposal that was accepted is found with the next trajectory.
+    """
 
     base: Tensor
     latent: Tensor

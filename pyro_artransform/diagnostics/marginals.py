@@ -4,7 +4,7 @@
 """How far means and standard deviations of a guide are off, one latent at a time, by chains or weights.
 
 An error is not known where the moments that it and its standard error rest on do not exist, as far as the
-tail's index says: a mean needs a second moment, a standard deviation a fourth one.
+tail's index says: a mean needs a second moment, a standard deviation a fourth one, and by weights both do.
 """
 
 import math
@@ -30,6 +30,7 @@ _NUM_DRAWS = 10_000  # of the guide whose means and sds are compared with those 
 _INDEX_OF_LIGHT_TAIL = 0.05
 # the largest tail indices of values with a second and a fourth moment
 _INDEX_OF_SECOND, _INDEX_OF_FOURTH = 0.5, 0.25
+_NUM_FOR_SDS = 1000  # draws of a guide that say what an sd is there
 _RADII = (30.0, 300.0)  # sds between which the fall of a density says what its tail is
 
 
@@ -155,7 +156,8 @@ def marginals_by_weights(sample: MixtureDraws, log_joint: LogJoint) -> Marginals
     Nothing is known of latents whose density falls as a power by draws of a guide alone, whose own tails may
     be lighter: it has no draws beyond some distance, and weights that do not show it.
     """
-    index = indices_along_rays(log_joint.with_coordinates(None), sample.draws)
+    own = torch.multinomial(sample.of_guide.double().exp(), _NUM_FOR_SDS, replacement=True)
+    index = indices_along_rays(log_joint.with_coordinates(None), sample.draws[own])
     if not sample.has_tails:
         index = index.masked_fill(index > _INDEX_OF_LIGHT_TAIL, torch.inf)
     errors = known(errors_by_weights(sample), index)
@@ -254,12 +256,14 @@ def errors_by_weights(sample: MixtureDraws) -> MarginalErrors:
     None of an error is known where the weights, or these times squares of distances, have no variance.
     """
     khat = fit_tail(sample.of_posterior).khat
+    if khat > KHAT_OF_VARIANCE:
+        return MarginalErrors(*4 * [torch.full_like(sample.draws[0].double(), torch.nan)])
     of_posterior, of_guide = (
         log_weights.double().softmax(0)[:, None]
         for log_weights in (sample.of_posterior, sample.of_guide)
     )
     parts = []
-    for part in sample.draws.double().split(256, 1):  # of 4,000 draws each array takes 8 MB
+    for part in map(Tensor.double, sample.draws.split(256, 1)):  # of 4,000 draws each takes 8 MB
         mean, other = (of_posterior * part).sum(0), (of_guide * part).sum(0)
         squares, others = (part - mean).square(), (part - other).square()
         weighted, own_weighted = of_posterior * squares, of_guide * others
@@ -275,7 +279,7 @@ def errors_by_weights(sample: MixtureDraws) -> MarginalErrors:
             each.std(0) * len(each) ** 0.5 for each in (of_shift, of_own - of_log_sd)
         )
         tails = [_tail_indices(each.log()) for each in (weighted, own_weighted)]
-        has_no_variance = torch.stack(tails).amax(0).clamp(min=khat) > KHAT_OF_VARIANCE
+        has_no_variance = torch.stack(tails).amax(0) > KHAT_OF_VARIANCE
         found = shift, shift_se, ratio, ratio * log_se
         parts.append([each.masked_fill(has_no_variance, torch.nan) for each in found])
     return MarginalErrors(*map(torch.cat, zip(*parts)))

@@ -9,7 +9,11 @@ import torch
 from pyro import distributions as dist
 from torch.distributions import StudentT
 
-from pyro_artransform.diagnostics.defensive_mixture import base_draws, mixture_draws
+from pyro_artransform.diagnostics.defensive_mixture import (
+    base_draws,
+    log_base_density,
+    mixture_draws,
+)
 from pyro_artransform.diagnostics.marginals import errors_by_weights
 from pyro_artransform.joint import LogJoint
 
@@ -96,3 +100,41 @@ def test_draws_without_a_value_do_not_count():
     found = errors_by_weights(sample)
     assert all(bool(each.isfinite().all()) for each in found)
     assert float((found.sd_ratio - 1).abs().max()) < 0.02
+
+
+@pytest.mark.parametrize("dim", [1, 10, 1000])
+def test_single_precision_far_out(dim):
+    """A million sds away in one coordinate the density is right to a thousandth."""
+    base = torch.randn(200, dim, dtype=torch.float64)
+    base[:, 0] = torch.logspace(0, 6, 200, dtype=torch.float64)
+    found = log_base_density(base.float()).double()
+    assert float((found - log_base_density(base.float().double())).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("at", [0.0, -1.0])
+def test_what_a_guide_has_beyond_a_wall_is_its_own(at):
+    """A standard normal for one that is cut off: both its moments are of all its draws."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("wall", torch.where(z < at, -torch.inf, 0.0))
+
+    with pyro.validation_enabled(False):
+        sample = mixture_draws(LogJoint(model), as_they_are, torch.zeros(1, 1), 20_000)
+    normal = torch.distributions.Normal(0.0, 1.0)
+    wall = torch.tensor(at)
+    hazard = normal.log_prob(wall).exp() / (1 - normal.cdf(wall))
+    sd = (1 + wall * hazard - hazard**2).sqrt()
+    found = errors_by_weights(sample)
+    assert abs(float(found.mean_shift + hazard / sd)) < 4 * float(found.mean_shift_se)
+    assert abs(float(found.sd_ratio - 1 / sd)) < 4 * float(found.sd_ratio_se)
+
+
+def test_a_density_that_fails_at_many_draws_is_not_known():
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.factor("fails", torch.where(z < -1, torch.nan, 0.0))
+
+    with pyro.validation_enabled(False):
+        sample = mixture_draws(LogJoint(model), as_they_are, torch.zeros(1, 1), 4_000)
+    assert all(bool(each.isnan().all()) for each in errors_by_weights(sample))

@@ -259,6 +259,17 @@ def test_chains_in_two_modes_speak_for_modes_first():
     assert re.search(r"chains do not agree: .*above 1.02\. They move, but .* several modes", words)
 
 
+def test_a_gradient_that_fails_where_the_density_does_not():
+    """Proposals go there by values alone; what is learned from gradients leaves these out."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
+        pyro.factor("root", torch.where(z > 2, 0 * z, -(2 - z).sqrt()).sum(-1))
+
+    chains = mcmc(model, AutoNormal(model), 50, seed=0, progress=False, max_seconds=10)
+    assert bool(chains.draws["z"].isfinite().all())
+
+
 def test_modes_that_proposals_reach_have_their_shares():
     """Eight sds apart, a quarter of the mass in the one that the guide is at."""
     model = models.two_modes(1, 8.0, 0.25)

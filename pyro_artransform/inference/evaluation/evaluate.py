@@ -227,7 +227,8 @@ def judge_marginals(
             sample = MixtureDraws.of_guide_alone(unconstrained, log_weights)
         else:
             say("verdict: single latents by weights")
-            sample = mixture_draws(log_joint, to_latent, latents, config.num_samples)
+            count = min(config.num_samples, max(MOST_VALUES // latents.shape[1], 1000))
+            sample = mixture_draws(log_joint, to_latent, latents, count)
         by_weights = marginals_by_weights(sample, log_joint)
         if by_weights.trusted:
             return _in_words(evaluation, by_weights)
