@@ -314,7 +314,7 @@ def test_chains_go_back_from_units_of_the_prior_that_are_no_better(monkeypatch):
 
     monkeypatch.setattr(chains, "plain_rhat", rhat)
     before = slow.log_joint
-    slow.run(10)
+    slow.run(10, most=1000)
     assert any(seen)
     assert slow.log_joint is before
     # those of the units of the prior count as well

@@ -22,8 +22,10 @@ def cases(names, slow):
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
-# the fits below have quick cases of these two
-@pytest.mark.parametrize("name", cases(DOUBTFUL, SLOW | {"two modes of 1", "labels"}))
+# the fits below have quick cases of modes
+@pytest.mark.parametrize(
+    "name", cases(DOUBTFUL, SLOW | {"two modes of 1", "two modes of 5", "labels"})
+)
 def test_draws_of_chains(name):
     model, make_guide, words, _ = DOUBTFUL[name]
     chains = mcmc(model, make_guide(), 400, seed=0, progress=False, max_seconds=20)
@@ -33,7 +35,8 @@ def test_draws_of_chains(name):
 
 
 @pytest.mark.parametrize(
-    "name", cases(sorted(DOUBTFUL.keys() - {"Cauchy", "wall"}), SLOW | {"two modes of 5"})
+    "name",
+    cases(sorted(DOUBTFUL.keys() - {"Cauchy", "wall"}), SLOW | {"two modes of 5", "two scales"}),
 )
 def test_draws_of_a_fit(name):
     """Of the guide that is chosen, trained as far as it pays."""
