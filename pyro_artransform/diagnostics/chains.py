@@ -239,8 +239,9 @@ class GuideChains:
             if is_out_of_time() or self.num_trajectories >= most:
                 return self.convergence()
             rhat = float(plain_rhat(self.draws).max())
-            is_seen = chains.length * size >= _PATIENCE or not self._is_heavy(KHAT_OF_VARIANCE)
-            if is_seen and rhat <= GOOD_RHAT and self._is_enough(num_samples):
+            is_enough = rhat <= GOOD_RHAT and self._is_enough(num_samples)
+            is_long = chains.length * size >= _PATIENCE
+            if is_enough and (is_long or not self._is_heavy(KHAT_OF_VARIANCE)):
                 return self.convergence()
             left = (
                 size * _excess(rhat) if rhat > GOOD_RHAT else self._trajectories_left(num_samples)
@@ -351,5 +352,5 @@ def _begin(target: PulledBack, start: Tensor, count: int, latents: Latents) -> H
                 f"{len(usable)}: train it first, or check supports"
             )
         chosen = usable[torch.arange(count, device=usable.device) % len(usable)]
-        chains.state = State(*(part[chosen] for part in chains.state))
+        chains.state = chains.end = State(*(part[chosen] for part in chains.state))
     return chains

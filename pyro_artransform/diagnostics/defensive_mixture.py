@@ -59,7 +59,7 @@ def mixture_draws(
     chunks = list[tuple[Tensor, ...]]()
     for base in limited(base_draws(like[:1].expand(count, -1)).split(_CHUNK), at_least=1):
         latent, ladj = to_latent(base)
-        log_posterior = torch.cat([*map(log_joint, latent.split(log_joint.chunk_size))]) + ladj
+        log_posterior = log_joint(latent) + ladj
         draws, _ = log_joint.to_unconstrained(latent)
         log_density = log_base_density(base)
         log_guide = _log_normal(base).sum(-1) - log_density

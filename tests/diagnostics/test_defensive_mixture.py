@@ -73,7 +73,7 @@ def test_a_tail_that_the_guide_does_not_draw_is_known():
 
 
 def test_standard_errors_are_those_of_repetitions():
-    """Twelve sds and means of a guide whose scales are off, each of 300 repetitions."""
+    """Two means and two sds of a guide whose scales are off, each of 300 repetitions."""
     log_joint, found = normal(8.0), []
     for seed in range(300):
         torch.manual_seed(seed)

@@ -22,7 +22,7 @@ def cases(names, slow):
     return [pytest.param(name, marks=pytest.mark.slow) if name in slow else name for name in names]
 
 
-# the fits below have quick cases of modes
+# the fits below have quick cases of two modes and of labels
 @pytest.mark.parametrize(
     "name", cases(DOUBTFUL, SLOW | {"two modes of 1", "two modes of 5", "labels"})
 )

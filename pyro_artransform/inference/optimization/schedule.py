@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.importance import GOOD_KHAT, KHAT_OF_VARIANCE
 from ...diagnostics.psis import fit_tails
 from ..config import OptimizationConfig
 
@@ -23,7 +23,6 @@ LIMIT = (
 # steps in which the step size rises at first, the constant part of a given number of steps, and the steps
 # that the average of parameters reaches back at least: half and twice as much are as good (settings.md)
 _WARM_UP, _CONSTANT_SHARE, _AVERAGED_STEPS = 20, 0.4, 100
-_FINITE_VARIANCE = 0.5  # the largest k-hat of weights that have a variance
 # epochs in a window, and in the longest constant phase where these are more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
@@ -36,7 +35,7 @@ def remaining_gap(draws: Tensor, is_start: bool = False) -> float:
     """
     # weights with a heavy tail know too little of the evidence
     is_finite = math.isfinite(draws.sum(1).mean().item())
-    bound, num_se = (_FINITE_VARIANCE, 1.0) if is_start else (GOOD_KHAT, 0.0)
+    bound, num_se = (KHAT_OF_VARIANCE, 1.0) if is_start else (GOOD_KHAT, 0.0)
     khats = (tail.khat + num_se * tail.khat_se for tail in fit_tails(draws))
     if not is_finite or statistics.median(khats) > bound:
         return math.inf
