@@ -10,8 +10,14 @@ from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.distributions import Transform
 
-from ..arguments import check_broadcast, check_callable, check_integer
-from .conditioned import ContextMeta, Meta, StructuredMeta, check_returned
+from ..arguments import check_callable, check_integer
+from .conditioned import (
+    ContextMeta,
+    Meta,
+    StructuredMeta,
+    check_returned,
+    is_right_by_construction,
+)
 from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj_over_vectors, warn_user
 from .inversion import at_solution, invert, invert_with_score
 from .score import closed_form
@@ -52,44 +58,39 @@ class AutoregressiveTransform(FlowModule):
         super().__init__(cache_size=cache_size)
         self.meta = check_callable("meta", meta, "a callable of x")
         self.passes = None if passes is None else check_integer("passes", passes)
-        self.structure = StructureCheck()
+        #: None for a meta that is right by construction, which is evaluated without a check
+        self.structure = None if is_right_by_construction(meta) else StructureCheck()
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        self._check(x)
-        return call_and_ladj_over_vectors(check_returned(self.meta(x)), x)
+        return call_and_ladj_over_vectors(check_returned(self._checked(x)(x)), x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        self._check(y)
-        return invert(self.meta, y, self.passes)
+        return invert(self._checked(y), y, self.passes)
 
     def inverse_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self._check(y)
-        found = invert_with_score(self.meta, y, score) if self.passes is None else None
+        found = invert_with_score(self._checked(y), y, score) if self.passes is None else None
         return super().inverse_and_score(y, score) if found is None else found
 
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        self._check(x)
-        return at_solution(self.meta, x, y)
+        return at_solution(self._checked(x), x, y)
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        self._check(x)
-        meta, found = self.meta, None
+        meta, found = self._checked(x), None
         if isinstance(meta, StructuredMeta) and not meta.batch_shape:
             found = closed_form(meta, x, score.detach())
         return super().call_and_score(x, score) if found is None else found
 
-    def _check(self, x: Tensor) -> None:
-        """Refuses what it cannot transform; warns, once, of a fault of the meta."""
-        if x.dim() == 0 or not x.is_floating_point():
-            raise ValueError(
-                f"expected floating-point numbers of shape (*, D), got {x.dtype} of {tuple(x.shape)}"
-            )
-        meta = self.meta
-        if isinstance(meta, StructuredMeta) and meta.batch_shape:
-            check_broadcast("batches of the context and of x", meta.batch_shape, x.shape[:-1])
-        check = self.structure
-        if is_validation_enabled() and not check.done and (fault := check.fault_if_due(meta, x)):
-            warn_user(f"AutoregressiveTransform: {fault}", UserWarning)
+    def _checked(self, x: Tensor) -> Meta:
+        """The meta; one from elsewhere has its argument checked, and warns, once, of its faults."""
+        check, meta = self.structure, self.meta
+        if check is not None:
+            if x.dim() == 0 or not x.is_floating_point():
+                raise ValueError(
+                    f"expected floating-point numbers of shape (*, D), got {x.dtype} of {tuple(x.shape)}"
+                )
+            if is_validation_enabled() and not check.done and (f := check.fault_if_due(meta, x)):
+                warn_user(f"AutoregressiveTransform: {f}", UserWarning)
+        return meta
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         # the context's batch shape broadcasts
@@ -118,7 +119,7 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         super().__init__()
         self.meta = check_callable("meta", meta, "a callable of x and a context")
         self.passes = None if passes is None else check_integer("passes", passes)
-        self.structure = StructureCheck()
+        self.structure = None if is_right_by_construction(meta) else StructureCheck()
 
     def condition(self, context: Tensor) -> AutoregressiveTransform:
         """The transform for a context ``(*, C)``, whose batch shape broadcasts with that of x."""
@@ -136,6 +137,7 @@ def check_structure(module: torch.nn.Module, x: Tensor) -> None:
         mixes the rows of a batch.
     """
     for part in module.modules():
-        fault = isinstance(part, AutoregressiveTransform) and part.structure.fault(part.meta, x)
-        if fault:
+        if not isinstance(part, AutoregressiveTransform) or part.structure is None:
+            continue
+        if fault := part.structure.fault(part.meta, x):
             raise ValueError(fault)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
+from ..arguments import check_broadcast
 from ..conditioners import Blocks, Conditioner, Linearization
 from ..conditioners.masked_mlp import runs_only
 from ..univariate import Univariate
@@ -27,6 +28,13 @@ class StructuredMeta(torch.nn.Module):
 
     #: What the batch shape of x broadcasts with, such as that of a context.
     batch_shape = torch.Size()
+
+    def expand(self, x: Tensor) -> Tensor:
+        """x, whose batch shape is broadcast with :attr:`batch_shape`."""
+        if not self.batch_shape:
+            return x
+        check_broadcast("batches of the context and of x", self.batch_shape, x.shape[:-1])
+        return x.expand(torch.broadcast_shapes(x.shape, (*self.batch_shape, x.shape[-1])))
 
     @property
     def autoregressive(self) -> bool:
@@ -74,6 +82,11 @@ def check_returned(value: object) -> Transform:
 
 #: What may promise to be autoregressive; a conditioner that returns transforms is a meta too.
 SELF_DESCRIBING = (StructuredMeta, Conditioner)
+
+
+def is_right_by_construction(meta: object) -> bool:
+    """Whether a meta promises to be autoregressive, whatever the values of its parameters."""
+    return isinstance(meta, SELF_DESCRIBING) and meta.autoregressive
 
 
 class ConditionedUnivariate(StructuredMeta):
@@ -131,18 +144,22 @@ class ConditionedUnivariate(StructuredMeta):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
         """The elementwise transform for x of shape ``(*, D)`` and a context of shape ``(*, C)``."""
+        conditioner, univariate = (
+            self.conditioner,
+            self.univariate,
+        )  # looked up once: each costs a call
         # what is the same for all rows of a batch is computed once
-        params = self.conditioner.constant() if self.univariate.broadcasts else None
+        params = conditioner.constant() if univariate.broadcasts else None
         if params is None or x.shape[-1:] != params.shape[:1]:
-            params = self.conditioner(x) if context is None else self.conditioner(x, context)
-        return self.univariate(params)
+            params = conditioner(x) if context is None else conditioner(x, context)
+        return univariate(params)
 
 
 def _as_rows(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """x of shape ``(B, D)``, and a context that has a row for each of its rows, or is a vector."""
     if context is not None and context.dim() > 1:
         context = context.expand(x.shape[:-1] + context.shape[-1:]).flatten(0, -2)
-    return x.reshape(-1, x.shape[-1]), context
+    return x.reshape(-1, *x.shape[-1:]), context
 
 
 class ContextMeta(StructuredMeta):
@@ -156,7 +173,7 @@ class ContextMeta(StructuredMeta):
 
     @property
     def autoregressive(self) -> bool:
-        return isinstance(self.meta, SELF_DESCRIBING) and self.meta.autoregressive
+        return is_right_by_construction(self.meta)
 
     @property
     def depth(self) -> int | None:
@@ -177,7 +194,7 @@ class ContextMeta(StructuredMeta):
         return None
 
     def forward(self, x: Tensor) -> Transform:
-        return self.meta(x, self._context_for(x.dim()))
+        return self.meta(self.expand(x), self._context_for(x.dim()))
 
     def _context_for(self, dim: int) -> Tensor:
         """The context without leading dimensions of size 1 that an x of ``dim`` dimensions lacks."""

@@ -45,8 +45,7 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
     With ``passes``, by at most this many fixed-point passes; without, exactly and by the cheapest way.
     """
     structured = meta if isinstance(meta, StructuredMeta) else _UNSTRUCTURED
-    if structured.batch_shape:
-        y = y.expand(torch.broadcast_shapes(y.shape, (*structured.batch_shape, y.shape[-1])))
+    y = structured.expand(y)
     readable = values_can_be_read(y)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not readable):
         blocks = structured.blocks(y, in_place=readable) if passes is None else None

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..arguments import values_can_be_read
-from .conditioned import SELF_DESCRIBING, Meta, StructuredMeta, check_returned
+from .conditioned import Meta, StructuredMeta, check_returned
 
 _RANDOM = (
     "the meta is random: at the same x it gives another transform each time, so log-determinants and "
@@ -49,9 +49,6 @@ class StructureCheck:
 
     def fault(self, meta: Meta, x: Tensor) -> str:
         """What is wrong and what to do, in words; empty if the meta is right."""
-        if isinstance(meta, SELF_DESCRIBING) and meta.autoregressive:
-            self.done = True
-            return ""
         depends = dependencies(meta, x)
         self.done = isinstance(meta, nn.Module) or bool(depends.any())
         reach = depends.float()

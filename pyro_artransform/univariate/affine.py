@@ -17,7 +17,6 @@ from .base import (
     Derivatives,
     ElementwiseTransform,
     Univariate,
-    shrink_of,
     soft_bound,
     unbind_params,
 )
@@ -91,18 +90,23 @@ class Affine(Univariate):
         return f"bound={self.bound}, multiplier={self.multiplier}"
 
     def forward(self, params: Tensor) -> ElementwiseTransform:
+        return GivenLocationScale(*self._location_and_log_scale(params)[:2])
+
+    def _location_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The location, the bounded log-scale, and the log-scale without its bound, shape ``(*, D)`` each."""
         if self.multiplier != 1.0:
             params = self.multiplier * params
         shift, scale = unbind_params(params, 2)
-        return MonotonicAffineTransform(shift, scale, bound=self.bound)
+        return shift, soft_bound(scale, self.bound), scale
 
     def derivatives(self, params: Tensor, x: Tensor) -> Derivatives | None:
         if type(self).forward is not Affine.forward:
             return None
-        transform: Any = self(params)
-        y, ladj = transform.call_and_ladj(x)
+        loc, log_scale, scale = self._location_and_log_scale(params)
+        y, ladj = GivenLocationScale(loc, log_scale).call_and_ladj(x)
         with torch.no_grad():
-            by_scale = shrink_of(transform.scale, self.bound)[0].pow(3).mul_(self.multiplier)
+            # the slope of the bound
+            by_scale = self.multiplier / (1 + (scale * (math.pi / (2 * self.bound))).square())
             by_shift = (-ladj).exp().mul_(self.multiplier)
             inverse = torch.stack([-by_shift, -x * by_scale], -2).mT
             volume = torch.stack([torch.zeros_like(by_scale), by_scale], -2).mT

@@ -11,7 +11,7 @@ from pyro_artransform import affine_autoregressive, conditional_affine_autoregre
 from pyro_artransform.conditioners import MaskedMLP
 from pyro_artransform.testing import redraw
 from pyro_artransform.transforms import AutoregressiveTransform, ConditionalAutoregressiveTransform
-from pyro_artransform.univariate import MonotonicAffineTransform
+from pyro_artransform.univariate.affine import GivenLocationScale
 
 
 def test_is_a_pyro_transform_module():
@@ -52,7 +52,7 @@ def test_bad_input():
         for shape in ((), (3, 2)):
             with pytest.raises(ValueError, match="expected"):
                 use(torch.zeros(shape))
-        with pytest.raises(ValueError, match=r"expected floating-point numbers .*torch\.int64"):
+        with pytest.raises(ValueError, match=r"expected torch\.float64.*got torch\.int64"):
             use(torch.zeros(5, 3, dtype=torch.long))
         with pytest.raises(ValueError, match=r"expected torch\.float64.*got torch\.float32"):
             use(torch.zeros(5, 3).float())
@@ -95,7 +95,7 @@ def test_hooks_act_in_both_directions(part):
     def changes(module, given, out):
         if isinstance(out, torch.Tensor):
             return out + 1
-        return MonotonicAffineTransform(out.shift + 1, out.scale)
+        return GivenLocationScale(out.loc + 1, out.log_scale)
 
     t.meta.get_submodule(part).register_forward_hook(changes)
     x = torch.randn(5, 3)

@@ -27,7 +27,7 @@ class Detached(nn.Module):
 
     def forward(self, x):
         affine = self.meta(x)
-        return self.transform(affine.shift, affine.scale)
+        return self.transform(affine.loc, affine.log_scale)
 
 
 @pytest.mark.parametrize(
