@@ -27,13 +27,9 @@ from .guides import (
     AutoStructuredFlow,
     FlowDistribution,
 )
-from .guides.choice import choose_guide
 from .inference import FitResult, fit
-from .inference.fit import choose_guides_by
 
 __version__ = "0.2.0"
-
-choose_guides_by(choose_guide)
 
 __all__ = [
     "AutoAmortized",

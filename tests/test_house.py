@@ -41,7 +41,7 @@ ARROWS: dict[str, set[str]] = {
     "posterior": {"arguments", "joint"},
     "inference": {
         *("arguments", "time_limit", "transforms", "graphs", "joint", "diagnostics", "posterior"),
-        *("files", "capture"),
+        *("files", "capture", "guides"),
     },
     "plots": {"guides", "inference", "diagnostics"},
     "testing": {
@@ -109,6 +109,14 @@ def test_arrows_point_one_way() -> None:
         assert part in ARROWS, f"{part} has no place among the arrows"
         wrong = others - ARROWS[part] - {part}
         assert not wrong, f"{path.relative_to(ROOT)} must not import {sorted(wrong)}"
+
+
+def test_inference_knows_of_guides_the_default_choice_alone() -> None:
+    """A fit takes any guide by its protocol; ``choose_guide=`` has a default."""
+    for path, tree in PACKAGE_FILES.items():
+        if _module(path)[1:2] == ("inference",):
+            guides = {tuple(name[2:]) for name in _imports(path, tree) if name[1:2] == ["guides"]}
+            assert guides <= ({("choice", "choose_guide")} if path.stem == "fit" else set()), path
 
 
 def test_the_core_knows_neither_families_nor_conditioners() -> None:

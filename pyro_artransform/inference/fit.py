@@ -17,6 +17,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from ..arguments import check_callable, check_integer
+from ..guides.choice import choose_guide
 from ..time_limit import TimeLimit
 from .checkpoint import resume as resumed
 from .config import FitConfig
@@ -40,20 +41,13 @@ _OF_OTHERS = {
     "num_epochs": ". Did you mean epochs=, an option of fit with a loader?",
     "verbose": ". progress=False hides the progress bar, and nothing else is printed",
 }
-_default_choice: Chooser
-
-
-def choose_guides_by(choice: Chooser) -> None:
-    """Sets the default of ``choose_guide``: this part of the package does not import guides."""
-    global _default_choice
-    _default_choice = choice
 
 
 def fit(
     model: Callable[..., Any],
     *args: Any,
     guide: Callable[..., Any] | None = None,
-    choose_guide: Callable[..., tuple[Callable[..., Any], str]] | None = None,
+    choose_guide: Chooser = choose_guide,
     num_steps: int | None = None,
     num_particles: int | None = None,
     seed: int | None = None,
@@ -219,7 +213,7 @@ def fit(
                 stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
         set_up = SetUp(
-            *(model, guide, choose_guide or _default_choice, Batch(args, kwargs), stream),
+            *(model, guide, choose_guide, Batch(args, kwargs), stream),
             *(parallel, limit),
             check_call=partial(check_model, model),
             config=config or FitConfig(),
