@@ -129,9 +129,8 @@ class HamiltonianChains:
 
     def __init__(self, target: PulledBack, start: Tensor) -> None:
         self._target, self.state = target, target(start)
-        self.end = (
-            self.state
-        )  #: that of the last trajectory, with gradients, which proposals leave out
+        #: that of the last trajectory, with gradients, which proposals leave out
+        self.end = self.state
         self.preconditioner = Preconditioner.identity(start)
         # the error of the energy grows as h^2 sqrt(D)
         self.step_size = min(2 * start.shape[-1] ** -0.25, _MAX_STEP_SIZE)
@@ -190,9 +189,9 @@ class HamiltonianChains:
         if not self._has_gradient:
             self.state, self._has_gradient = self._target(self.state.base), True
         momentum = torch.randn_like(self.state.base)
+        step_size, preconditioner, stages = length / count, self.preconditioner, self._stages
         proposal, gain = integrate(
-            *(self._target, self.state, momentum, length / count, count, self.preconditioner),
-            self._stages,
+            self._target, self.state, momentum, step_size, count, preconditioner, stages
         )
         threshold = torch.rand_like(gain).log()
         self.state = proposal.where(threshold < gain, self.state)

@@ -47,6 +47,7 @@ class Importance:
     :param ess: the effective number of draws, from 0 to ``num_samples``.
     :param num_nonfinite: how many draws have a weight that is zero or not finite; they are left out,
         and the ELBO is that of the guide without them.
+    :param tail_share: how much of the sum of the weights is above the cutoff of their tail, from 0 to 1.
     :param log_weights: the log weights themselves, of shape ``(num_samples,)``.
     """
 
@@ -59,6 +60,7 @@ class Importance:
     ess: float
     num_samples: int
     num_nonfinite: int
+    tail_share: float
     log_weights: Tensor = field(repr=False)
 
     @classmethod
@@ -78,22 +80,24 @@ class Importance:
             log_evidence = (smoothed.max() + weights.mean().log()).item()
             ess = (weights.sum() ** 2 / weights.square().sum()).item()
             log_evidence_se = sqrt(max(1 / ess - 1 / len(weights), 0.0))
-        estimates = elbo, elbo_se, log_evidence, log_evidence_se, tail.khat, tail.khat_se, ess
-        counts = len(log_weights), len(log_weights) - len(finite)
-        return cls(*estimates, *counts, log_weights.detach())
+        return cls(
+            elbo=elbo,
+            elbo_se=elbo_se,
+            log_evidence=log_evidence,
+            log_evidence_se=log_evidence_se,
+            khat=tail.khat,
+            khat_se=tail.khat_se,
+            ess=ess,
+            num_samples=len(log_weights),
+            num_nonfinite=len(log_weights) - len(finite),
+            tail_share=_share_above(log_weights.detach(), tail.log_cutoff),
+            log_weights=log_weights.detach(),
+        )
 
     @property
     def trusted(self) -> bool:
         """Whether k-hat is at most 0.7, so that estimates with the weights are reliable."""
         return self.khat <= GOOD_KHAT
-
-    @property
-    def tail_share(self) -> float:
-        """How much of the sum of the weights is above the cutoff of their tail, from 0 to 1."""
-        weights = self.log_weights.to("cpu", torch.float64).softmax(0)
-        total = self.log_weights.double().logsumexp(0).item()
-        cutoff = exp(fit_tail(self.log_weights).log_cutoff - total)
-        return float((weights - cutoff).clamp_min(0).sum())
 
     @property
     def has_heavy_tail(self) -> bool:
@@ -116,6 +120,13 @@ class Importance:
         if self.num_nonfinite:
             lines.append(f"{'left out':14}{self.num_nonfinite:10} draws without a finite weight")
         return "\n".join(lines)
+
+
+def _share_above(log_weights: Tensor, log_cutoff: float) -> float:
+    """How much of the sum of weights is their excess above a cutoff; all of it where that is not known."""
+    log_weights = log_weights.to("cpu", torch.float64)
+    cutoff = exp(log_cutoff - log_weights.logsumexp(0).item())
+    return float((log_weights.softmax(0) - cutoff).clamp_min(0).sum().nan_to_num(1.0))
 
 
 def importance(

@@ -213,8 +213,13 @@ def fit(
                 stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
         set_up = SetUp(
-            *(model, guide, choose_guide, Batch(args, kwargs), stream),
-            *(parallel, limit),
+            model,
+            guide,
+            choose_guide,
+            arguments=Batch(args, kwargs),
+            stream=stream,
+            parallel=parallel,
+            limit=limit,
             check_call=partial(check_model, model),
             config=config or FitConfig(),
             num_steps=num_steps,

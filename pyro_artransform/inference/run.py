@@ -163,7 +163,8 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
     status = FitStatus(
         training.num_skipped / max(num_steps, 1),
         training.schedule.reason == INTERRUPTED,
-        *(cut_short, "" if cut_short else _remedy(set_up)),
+        cut_short=cut_short,
+        remedy="" if cut_short else _remedy(set_up),
         has_chains=sampling is not None,
         point_estimates=set_up.point_estimates,
         has_data=subject.log_joint.structure(subject.args, subject.kwargs).has_data,

@@ -248,3 +248,11 @@ def test_resampling_without_weights_or_counts():
             function(conjugate.local_normals, guide, 0)
     with pytest.raises(ValueError, match="finite weights, got none of 10000"):
         psis_resample(conjugate.local_normals, guide, 5)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_tail_that_cannot_be_fitted_is_heavy(value):
+    weights = torch.randn(1000)
+    weights[: 1000 if value == -torch.inf else 100] = value
+    found = Importance.from_log_weights(weights)
+    assert (found.tail_share, found.has_heavy_tail, found.trusted) == (1.0, True, False)
