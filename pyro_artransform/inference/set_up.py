@@ -174,7 +174,10 @@ class SetUp:
         if self.stream is None:
             data = filter(torch.is_tensor, (*batch.args, *batch.kwargs.values()))
             same["data (sums)"] = str([float(tensor.double().sum()) for tensor in data])
-        self.parallel.check_same(same)
+        for name, value in same.items():
+            values = self.parallel.gather_objects(f"{name} of all processes", value)
+            if values.count(value) < len(values):
+                raise ValueError(f"fit: expected the same {name} in all processes, got {values}")
         self.parallel.copy_first(self.tensors)
 
 
