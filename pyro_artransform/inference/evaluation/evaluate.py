@@ -286,5 +286,5 @@ def _in_words(evaluation: Evaluation, found: Marginals) -> MarginalVerdict:
             "sampling: do not use its weights and its evidence"
         )
         if evaluation.missed.searched_by == "none":
-            words += ". Other modes were not searched for"
+            words += ". Mass elsewhere was not searched for"
     return MarginalVerdict(found, found.trusted, f" {words}.")

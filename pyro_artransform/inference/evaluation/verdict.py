@@ -22,7 +22,7 @@ _POINT = (
 ELSEWHERE = {
     "curvature": ", and no start found mass elsewhere.",
     "batches": ", and no climb in a few mini-batches found mass elsewhere.",
-    "none": ", but other modes were not searched for.",
+    "none": ", but mass elsewhere was not searched for.",
 }
 BREAK_SYMMETRY = "Break the symmetry in the model (ordered supports, tighter priors)"
 _SUBSAMPLED = (

@@ -198,7 +198,7 @@ def test_single_latents_are_right_where_the_joint_is_not():
     # of more latents than are searched
     found = judge_marginals(subject, evaluation._replace(missed=NOT_SEARCHED), config)
     assert found.trusted is True
-    assert found.words.endswith(". Other modes were not searched for.")
+    assert found.words.endswith(". Mass elsewhere was not searched for.")
 
 
 def test_single_latents_are_wrong_as_well():

@@ -56,13 +56,8 @@ NOT_TRUSTED = {
 REMEDIED = {"heavy tail", "gap", "noise", "evidence around"}
 TRUSTED = {
     "good": (weights, NOTHING, {}, ["no start found mass elsewhere"]),
-    "not searched": (weights, None, {}, ["other modes were not searched for"]),
-    "not searchable": (
-        weights,
-        NOTHING._replace(searched_by="none"),
-        {},
-        ["modes were not searched for"],
-    ),
+    "not searched": (weights, None, {}, ["mass elsewhere was not searched for"]),
+    "not searchable": (weights, NOTHING._replace(searched_by="none"), {}, ["not searched for"]),
     # k-hat has no scale: where all weights are alike it says nothing of the posterior
     "light tail": (lambda: heavy(1e-8), NOTHING, {}, ["% of the weight"]),
     "mass elsewhere": (weights, SOME, {}, ["but about 3 % of the posterior is in 1 other mode"]),
