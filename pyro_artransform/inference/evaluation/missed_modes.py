@@ -73,7 +73,7 @@ NOT_SEARCHED = MissedModes(searched_by="none")
 class Mixture(NamedTuple):
     """What strata say together."""
 
-    log_evidence: float  #: by all strata, ``nan`` without one around the guide
+    log_evidence: float  #: by all strata
     log_evidence_se: float
     log_masses: Tensor  #: of the posterior in the region of each place, shape ``(K,)``
     shares_of_draws: Tensor  #: of the guide there
@@ -86,9 +86,6 @@ class Mixture(NamedTuple):
     ) -> "Mixture":
         """Of strata around a guide and at K places; the guide's draws are ``(n, D)``."""
         strata = [*around, *places]
-        if not strata:
-            none = draws.new_zeros(0)
-            return cls(math.nan, math.nan, none, none, draws[:0], none)
         points = torch.cat([s.draws for s in strata])
         densities = [s.shape.log_probs(points) for s in strata]
         by_stratum, near = (torch.cat(each).double() for each in zip(*densities))
@@ -102,7 +99,7 @@ class Mixture(NamedTuple):
         regions = torch.cat([by_guide, near[len(around) :]]).log_softmax(0)[1:]
         of_draws = [guide.log_probs(draws)[0], *(s.shape.log_probs(draws)[1] for s in places)]
         return cls(
-            log_evidence.item() if around else math.nan,
+            log_evidence.item(),
             math.sqrt(sum(variances)),
             (regions + log_weights).logsumexp(-1),
             torch.cat(of_draws).double().softmax(0)[1:].mean(-1),
@@ -179,7 +176,7 @@ def find_missed_modes(
     if not round(100 * lost) or _is_round_off(log_density, found):
         lost, count = 0.0, 0
     tail = None
-    if ess is not None and not (count or math.isnan(found.log_evidence)):
+    if ess is not None and not count:
         at = found.missed_tail(draws, ess, log_evidence)
         tail = None if at is None else (log_density.latents.name_of(at[0]), at[1])
     if of_few and searched_by != "none":
