@@ -195,29 +195,6 @@ def banana(bend: float, num_pairs: int = 1) -> Target:
     return prior_only(model)
 
 
-def angle(loc: float, concentration: float) -> Target:
-    return prior_only(lambda: pyro.sample("z", dist.VonMises(torch.tensor(loc), concentration)))
-
-
-def opposite_angles(weight: float, concentration: float = 20.0) -> Target:
-    """Two modes of an angle, opposite of each other, under a flat prior."""
-    locs, masses = torch.tensor([0.5, 0.5 - math.pi]), torch.tensor([weight, 1 - weight])
-    parts = dist.VonMises(locs, concentration)
-
-    def model() -> None:
-        z = pyro.sample("z", dist.VonMises(torch.tensor(0.0), 1e-6))
-        log_density = (parts.log_prob(z.unsqueeze(-1)) + masses.log()).logsumexp(-1)
-        pyro.factor("likelihood", log_density + math.log(2 * math.pi))
-
-    def part() -> None:
-        pyro.sample("z", dist.VonMises(locs[0], concentration))
-
-    def mode_of(draws: Mapping[str, Tensor]) -> Tensor:
-        return ((draws["z"] - 0.5).cos() < 0).long()
-
-    return Target(model, 0.0, None, part, mode_of, masses)
-
-
 def correlated(dim: int, condition: float) -> Target:
     """A Gaussian of this condition number, turned so that no coordinate is an axis of it."""
     generator = torch.Generator().manual_seed(0)
@@ -317,10 +294,6 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "Student 3, D=10": partial(student, 3.0, 10),
     "joint Student 2, D=5": partial(joint_student, 2.0, 5),
     "Laplace, D=5": partial(site, dist.Laplace(0.0, 1.0), 5),
-    # angles
-    "angle at the seam": partial(angle, math.pi, 20.0),
-    "wide angle": partial(angle, 3.0, 1.0),
-    "opposite angles 0.6": partial(opposite_angles, 0.6),
     # condition numbers
     "condition 1e10, D=2": partial(correlated, 2, 1e10),
     "condition 1e10, D=20": partial(correlated, 20, 1e10),

@@ -19,7 +19,8 @@ from ..posterior.arviz import chains_to_inference_data
 from ..time_limit import TimeLimit
 from .config import FitConfig, OptimizationConfig
 from .evaluation.evaluate import Evaluation, evaluate
-from .evaluation.verdict import BREAK_SYMMETRY, FitStatus
+from .evaluation.missed_modes import MissedModes
+from .evaluation.verdict import BREAK_SYMMETRY, ELSEWHERE, FitStatus
 from .progress import alone, progress_bar, seeded
 
 ENOUGH = "there are enough effective draws of each latent, and chains agree"
@@ -106,7 +107,7 @@ def mcmc(
     or the time is over, or Ctrl-C ends them: the result says which. Between trajectories draws of the guide,
     and of heavy tails around it, are proposed, which lead to tails and, in few dimensions, to other modes. In
     many chains do not jump between modes that are far apart, and may never enter a tail that the guide does
-    not lead to: both are searched for, and reported.
+    not lead to: up to 200 latents both are searched for, and reported.
 
     Any guide of continuous latents will do: one with a transform, as Pyro's Gaussian and flow guides
     and those of this package have, by its transform, another one by the means and sds of its draws, and
@@ -164,7 +165,7 @@ def mcmc(
         limit.enter_phase(1.0, has_grace=True)
         config = FitConfig().for_strategy(subject.log_joint.strategy)
         found = evaluate(subject, FitStatus(), config, chains=chains)
-        return to_chains(chains, num_samples, found.outside, limit, reason)
+        return to_chains(chains, num_samples, found.outside, limit, reason, found.missed)
 
 
 class Sampling:
@@ -219,16 +220,23 @@ class Sampling:
         reason = self._limit.reason
         self._limit.enter_phase(1.0, has_grace=True)
         found = evaluate(self._subject, status, config, chains=self.chains)
-        return found, to_chains(self.chains, self._num_draws, found.outside, self._limit, reason)
+        about = found.outside, self._limit, reason, found.missed
+        return found, to_chains(self.chains, self._num_draws, *about)
 
 
 def to_chains(
-    chains: GuideChains, num_samples: int, outside: Sequence[str], limit: TimeLimit, reason: str
+    chains: GuideChains,
+    num_samples: int,
+    outside: Sequence[str],
+    limit: TimeLimit,
+    reason: str,
+    missed: MissedModes,
 ) -> Chains:
     """Draws, their convergence, and whether they can be trusted, in words.
 
     :param outside: what they lack although chains agree, in words.
     :param reason: why the time was over, if it was.
+    :param missed: how other modes were searched for.
     """
     found, latents = chains.convergence(), chains.log_joint.latents
     min_ess, max_rhat = float(found.bulk.min()), float(found.rhat.max())
@@ -252,9 +260,10 @@ def to_chains(
     objections += outside
     words = f"Draws not trusted: {'; '.join(objections)}."
     if not objections:
+        end = ELSEWHERE["none"] if missed.searched_by == "none" else "."
         words = (
             f"Draws trusted: {min_ess:,.0f} effective draws of the worst latent, R-hat at most "
-            f"{max_rhat:.3f}, by {count} chains of {size} draws."
+            f"{max_rhat:.3f}, by {count} chains of {size} draws{end}"
         )
     return Chains(
         draws={name: value[chosen] for name, value in values.items()},

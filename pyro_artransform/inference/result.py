@@ -39,8 +39,8 @@ class FitResult:
     ess: float  #: the effective number of ``num_samples`` draws
     num_samples: int  #: the number of draws behind these numbers
     #: whether k-hat, the standard error of the ELBO and its distance from the evidence are within their
-    #: limits, neither draws around the guide nor other starts find mass elsewhere, few steps were skipped,
-    #: and the fit ran to its end on all data
+    #: limits, neither draws around the guide nor other starts, of up to 200 latents, find mass elsewhere,
+    #: few steps were skipped, and the fit ran to its end on all data
     trusted: bool
     verdict: str  #: the same in words, and what to do where it is not trusted
     history: list[float]  #: the ELBO of each step, ``nan`` where the step was skipped

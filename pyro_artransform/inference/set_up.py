@@ -3,6 +3,8 @@
 
 """The set-up of a fit: one run of model and guide, and what follows from it and the options."""
 
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,10 +15,10 @@ from torch import Tensor, nn
 
 from ..arguments import describe_tensors
 from ..diagnostics.importance_weights import ModelAndGuide
+from ..joint import LogJoint
 from ..joint.handlers import traced_parameters
 from ..joint.posteriors import Posteriors
 from ..joint.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
-from ..joint.speed import warn_if_slow
 from ..time_limit import TimeLimit
 from .config import FitConfig
 from .loader import Batch, BatchStream, check_use
@@ -119,7 +121,8 @@ class SetUp:
             self.looped_because = "" if of_batch.is_vectorized else reason
         if parallel.size > 1:
             self._check_processes(batches[0], num_steps, num_particles)
-        warn_if_slow(log_joint, self.looped_because, stacklevel=3)
+        if self.looped_because:
+            _warn_of_loop(log_joint, self.looped_because, own)
 
     @property
     def minibatches(self) -> MinibatchObjective | None:
@@ -171,8 +174,28 @@ class SetUp:
         if self.stream is None:
             data = filter(torch.is_tensor, (*batch.args, *batch.kwargs.values()))
             same["data (sums)"] = str([float(tensor.double().sum()) for tensor in data])
-        self.parallel.check_same(same)
+        for name, value in same.items():
+            values = self.parallel.gather_objects(f"{name} of all processes", value)
+            if values.count(value) < len(values):
+                raise ValueError(f"fit: expected the same {name} in all processes, got {values}")
         self.parallel.copy_first(self.tensors)
+
+
+def _warn_of_loop(log_joint: LogJoint, reason: str, num_draws: int) -> None:
+    """Says why a model is run for one draw after the other, and how long a step of so many draws takes."""
+    # the draw takes no random numbers of the caller
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        z, began = log_joint.start[None].detach().requires_grad_(), time.perf_counter()
+        if (total := log_joint(z).sum()).requires_grad:
+            torch.autograd.grad(total, z, allow_unused=True)
+        seconds = num_draws * (time.perf_counter() - began)
+    warnings.warn(
+        "the model cannot be evaluated at many draws at once, so that it is run for one draw after the "
+        f"other, which is slow ({reason}). A step of {num_draws} draws takes about {seconds:.2g} seconds. "
+        "Write the model without branches on values of its latents, and index from the right "
+        "(docs/vectorization.md), or take fewer num_particles",
+        stacklevel=4,  # the caller of fit
+    )
 
 
 @contextmanager

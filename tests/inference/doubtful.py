@@ -89,7 +89,7 @@ def two_scales():
     pyro.sample("effects", dist.Normal(torch.zeros(5), scale).to_event(1))
 
 
-MODES, AGREE, TURNS = "other mode", "do not agree", "turns of an angle"
+MODES, AGREE = "other mode", "do not agree"
 distant = two_modes(1, 100.0, 0.5)
 far = two_modes(5, 8.0, 0.5)
 
@@ -99,7 +99,7 @@ DOUBTFUL = {
     "labels": Doubtful(labels, at(labels, 0.2, locs=torch.tensor([-4.0, 4.0])), (MODES, AGREE)),
     "improper": Doubtful(improper, at(improper, a=0.0, b=1.0), (AGREE,), is_slow=True),
     "Cauchy": Doubtful(cauchy, at(cauchy, z=torch.zeros(10)), (AGREE,), is_slow=True),
-    "angle": Doubtful(angle, at(angle, 6.0, z=0.0), (TURNS,), is_slow=True),
+    "angle": Doubtful(angle, at(angle, 6.0, z=0.0), (MODES, AGREE), is_slow=True),
     "wall": Doubtful(wall, at(wall, 0.3, z=torch.tensor([7.0, 0.0])), (MODES, AGREE), is_slow=True),
     "two scales": Doubtful(two_scales, partial(AutoIAF, two_scales), (MODES, AGREE)),
 }

@@ -4,6 +4,8 @@
 """What can be fitted, and what is left behind."""
 
 import math
+import re
+import time
 from functools import partial
 
 import numpy as np
@@ -156,6 +158,20 @@ def test_model_that_is_looped_over(kind):
     assert len(caught) == 1
     assert caught[0].filename.endswith("test_fit.py")
     assert "one draw after the other" in repr(result)
+
+
+def test_a_model_that_is_looped_over_says_how_long_a_step_takes():
+    def model():
+        models.branching()
+        time.sleep(0.002)
+
+    guide, state = small(model), torch.get_rng_state()
+    with pytest.warns(UserWarning, match="A step of 2 draws takes about") as caught:
+        fitted(model, guide, num_steps=1, num_particles=2, seed=0)
+    words = str(caught[0].message)
+    assert "models.py, line" in words
+    assert 0.004 <= float(re.search(r"about (\S+) seconds", words)[1]) < 4
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])

@@ -24,6 +24,7 @@ from pyro_artransform import AutoIAF, capture
 from pyro_artransform.diagnostics.chains import GuideChains
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from pyro_artransform.inference import mcmc as run
+from pyro_artransform.inference.evaluation.missed_modes import NOT_SEARCHED
 from pyro_artransform.inference.mcmc import to_chains
 from pyro_artransform.time_limit import TimeLimit
 from tests.inference import models
@@ -255,8 +256,17 @@ def test_chains_in_two_modes_speak_for_modes_first():
     guide = started(AutoNormal(model, init_scale=10.0, init_loc_fn=located))
     chains = GuideChains(ModelAndGuide.of(model, guide, (), {}), 16)
     chains.run(100, most=150)
-    words = to_chains(chains, 100, [], TimeLimit(), "").verdict
+    words = to_chains(chains, 100, [], TimeLimit(), "", NOT_SEARCHED).verdict
     assert re.search(r"chains do not agree: .*above 1.02\. They move, but .* several modes", words)
+
+
+def test_draws_of_many_latents_say_that_nothing_was_searched_for():
+    def model():
+        pyro.sample("z", dist.Normal(torch.zeros(201), 1.0).to_event(1))
+
+    chains = mcmc(model, started(AutoNormal(model, init_scale=1.0)), 50)
+    assert chains.trusted
+    assert chains.verdict.endswith(" draws, but mass elsewhere was not searched for.")
 
 
 def test_a_gradient_that_fails_where_the_density_does_not():

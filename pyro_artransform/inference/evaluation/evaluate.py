@@ -26,7 +26,7 @@ from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
 from .each_posterior import MOST_VALUES, EachPosterior, weigh_each
 from .elements import Elements, ElementWeights
-from .missed_modes import NOT_SEARCHED, NUM_FOR_MODES, find_missed_modes
+from .missed_modes import NOT_SEARCHED, NUM_FOR_MODES, MissedModes, find_missed_modes
 from .verdict import FitStatus, Verdict, about_chains, about_minibatches, about_some, judge
 
 _UNCLEAR_KHAT_IN_SE = 2.0
@@ -74,7 +74,7 @@ class Evaluation(NamedTuple):
     weights: Importance | None  #: ``None`` where mini-batches make them unknown
     is_noisy: bool  #: whether they are the noise of mini-batches that the model draws
     verdict: Verdict
-    lost_mass: float = 0.0
+    missed: MissedModes = NOT_SEARCHED
     is_of_minibatches: bool = False  #: whether it is by a pass over a loader
     #: the first draws behind it, of :func:`draw`; ``None`` where they were of mini-batches
     latents: Tensor | None = None
@@ -168,8 +168,7 @@ def evaluate(
         verdict = judge(status, about_others=objection, praise=each.praise)
         return Evaluation(*numbers, None, False, verdict, elements=each)
     verdict, outside = judge(status, found, missed), list(about_chains(missed, status))
-    lost = missed.lost_mass
-    return Evaluation(*numbers, found, is_noisy, verdict, lost, False, latents, outside)
+    return Evaluation(*numbers, found, is_noisy, verdict, missed, False, latents, outside)
 
 
 def evaluate_minibatches(
@@ -278,7 +277,7 @@ def _in_words(evaluation: Evaluation, found: Marginals) -> MarginalVerdict:
             words = f"Of single latents, by chains: {found.words}"
     elif not found.trusted:
         words = f"Nor can single latents be trusted: {found.words}"
-    elif evaluation.lost_mass > GOOD_LOST_MASS:
+    elif evaluation.missed.lost_mass > GOOD_LOST_MASS:
         words = "Single latents are right as long as one stays in the modes that the guide has"
         return MarginalVerdict(found, False, f" {words}: {found.words}.")
     else:
@@ -286,4 +285,6 @@ def _in_words(evaluation: Evaluation, found: Marginals) -> MarginalVerdict:
             f"Single latents can be trusted: {found.words}. The guide is no proposal for importance "
             "sampling: do not use its weights and its evidence"
         )
+        if evaluation.missed.searched_by == "none":
+            words += ". Mass elsewhere was not searched for"
     return MarginalVerdict(found, found.trusted, f" {words}.")

@@ -16,8 +16,6 @@ regions are. What has much mass by the weights and few of the guide's draws is l
 chains in the place of a guide, with more mass beyond a quantile than they have draws. Chains that never
 enter a tail agree, whatever R-hat is asked of them.
 
-Coordinates may be angles: whole turns leave the density as it is, and count the same mass again.
-
 **References**
 
 1. Optimally Combining Sampling Techniques for Monte Carlo Rendering (Veach, Guibas, 1995),
@@ -40,7 +38,7 @@ from ...diagnostics.importance import GOOD_GAP, GOOD_LOST_MASS
 from ...joint import LogJoint, MeanLogJoint
 from ..config import FitConfig
 from ..initialization.gaussians import Gaussians, evaluate_density
-from .mode_search import ModeSearch, Shape, Stratum, wrapped
+from .mode_search import ModeSearch, Shape, Stratum
 
 _NUM_HEAVIEST = 4  # climbs from the draws of the largest weights
 _UNCLEAR = 3  # times as many draws again around a guide, where the side of a bound is not known
@@ -49,15 +47,10 @@ NUM_FOR_MODES = 2000
 MIN_SHARE = 0.1  # of its share of the mass, of draws in a place that is not lost
 # lost mass that is a reason to search for more, and the part of it with which a mode is counted
 _MIN_LOST, _MIN_COUNTED = 0.002, 0.01
-# the density of an angle is the same after these turns, that of a proper prior is not where they lead
-# beyond some standard deviations of the draws
-_TURNS, _BEYOND = (1.0, -32.0), 4.0
-_TOLERANCE = 1e-3  # nats, to which round-off is added
 # the share of the draws in each tail that is looked at, and by how many standard errors there must be more
 _TAIL, _NUM_SES = 0.005, 4.0
 # draws whose density is taken again, so many ulps away, and nats by which it may change
 _NUM_REPEATED, _ULPS, _MOST_ROUND_OFF = 32, 4, 1.0
-_MOST_VALUES = 2**23  # of points that are evaluated at once: 64 MB in double precision
 
 
 class MissedModes(NamedTuple):
@@ -68,10 +61,8 @@ class MissedModes(NamedTuple):
     #: the share of the posterior in modes without draws of the guide, 0 if too small to matter
     lost_mass: float = 0.0
     num_lost: int = 0  #: how many these modes are
-    #: how they were searched for: by "curvature", "gradients" alone, in a few mini-"batches", or "none"
+    #: how they were searched for: by "curvature", in a few mini-"batches", or "none"
     searched_by: str = "curvature"
-    #: nats by which the guide's own evidence counts several turns of angles
-    excess_by_turns: float = 0.0
     #: of chains, the latent with a tail that they do not enter, and the mass there
     tail: tuple[str, float] | None = None
 
@@ -82,7 +73,7 @@ NOT_SEARCHED = MissedModes(searched_by="none")
 class Mixture(NamedTuple):
     """What strata say together."""
 
-    log_evidence: float  #: by all strata, ``nan`` without one around the guide
+    log_evidence: float  #: by all strata
     log_evidence_se: float
     log_masses: Tensor  #: of the posterior in the region of each place, shape ``(K,)``
     shares_of_draws: Tensor  #: of the guide there
@@ -95,9 +86,6 @@ class Mixture(NamedTuple):
     ) -> "Mixture":
         """Of strata around a guide and at K places; the guide's draws are ``(n, D)``."""
         strata = [*around, *places]
-        if not strata:
-            none = draws.new_zeros(0)
-            return cls(math.nan, math.nan, none, none, draws[:0], none)
         points = torch.cat([s.draws for s in strata])
         densities = [s.shape.log_probs(points) for s in strata]
         by_stratum, near = (torch.cat(each).double() for each in zip(*densities))
@@ -111,7 +99,7 @@ class Mixture(NamedTuple):
         regions = torch.cat([by_guide, near[len(around) :]]).log_softmax(0)[1:]
         of_draws = [guide.log_probs(draws)[0], *(s.shape.log_probs(draws)[1] for s in places)]
         return cls(
-            log_evidence.item() if around else math.nan,
+            log_evidence.item(),
             math.sqrt(sum(variances)),
             (regions + log_weights).logsumexp(-1),
             torch.cat(of_draws).double().softmax(0)[1:].mean(-1),
@@ -174,10 +162,9 @@ def find_missed_modes(
     draws = draws[is_usable]
     if len(draws) < 2:
         return NOT_SEARCHED
-    is_circular = find_circular(log_density, draws)
-    draws, excess = fold(draws, is_circular)
-    log_evidence -= excess
-    around = Shape(moments(draws[None], config.evaluation.max_dense_dim), False, is_circular)
+    around = Shape(moments(draws[None], config.evaluation.max_dense_dim))
+    if around.gaussian.is_independent:  # Hessians of so many latents are too expensive
+        return NOT_SEARCHED
     if ess is not None:  # chains may have more around them than a guide that nobody has trained
         near = around.stratum(log_density, config.evaluation.num_for_mode).log_weights
         log_evidence = max(log_evidence, float(near.logsumexp(0)) - math.log(len(near)))
@@ -189,12 +176,12 @@ def find_missed_modes(
     if not round(100 * lost) or _is_round_off(log_density, found):
         lost, count = 0.0, 0
     tail = None
-    if ess is not None and not (count or math.isnan(found.log_evidence)):
+    if ess is not None and not count:
         at = found.missed_tail(draws, ess, log_evidence)
         tail = None if at is None else (log_density.latents.name_of(at[0]), at[1])
-    searched_by = "batches" if of_few else searched_by
-    around_all = found.log_evidence, found.log_evidence_se
-    return MissedModes(*around_all, lost, count, searched_by, excess, tail)
+    if of_few and searched_by != "none":
+        searched_by = "batches"
+    return MissedModes(found.log_evidence, found.log_evidence_se, lost, count, searched_by, tail)
 
 
 def _mixture(
@@ -203,12 +190,6 @@ def _mixture(
     """What draws say all around a guide and above points, and how modes were searched for."""
     config = search.config.evaluation
     guide, places = (search.draws, search.around), list[Stratum]()
-    if search.around.gaussian.is_independent:
-        try:
-            places, searched_by = search.moved_guides(points, log_evidence), "gradients"
-        except RuntimeError:  # a model without a gradient
-            places, searched_by = [], "none"
-        return Mixture.of(*guide, [], places), searched_by
     wide, modes = search.around._replace(is_heavy=True), None
     around, searched_by = [wide.stratum(search.log_density, config.num_around)], "curvature"
     found = Mixture.of(*guide, around, [])
@@ -216,7 +197,7 @@ def _mixture(
         try:
             modes = search.modes_above(points, modes)
             places = search.around_modes(modes)
-        except RuntimeError:
+        except RuntimeError:  # a model without a gradient
             searched_by = "none"
         found = Mixture.of(*guide, around, places)
         # too much for none, and too little for a loss
@@ -259,54 +240,3 @@ def moments(draws: Tensor, max_dense_dim: int) -> Gaussians:
     covariance = scaled.mT @ scaled / (draws.shape[1] - 1)
     jitter = 1e-6 * torch.eye(sd.shape[1], dtype=sd.dtype, device=sd.device)
     return Gaussians(loc, sd[..., None] * torch.linalg.cholesky(covariance + jitter))
-
-
-def find_circular(log_density: LogJoint, draws: Tensor) -> Tensor | None:
-    """Which coordinates ``(D,)`` of draws ``(n, D)`` are angles; ``None`` without."""
-    points, spread = draws[:1], draws.std(0) / (2 * math.pi)
-    value = evaluate_density(log_density, points)
-    tolerance = _TOLERANCE + 10 * torch.finfo(value.dtype).eps * value.abs()
-    circular = spread.isfinite().nonzero()[:, 0]
-    for turns in _TURNS:
-        if not len(circular):
-            return None
-        kept = []
-        for some in circular.split(max(_MOST_VALUES // points.shape[-1], 1)):
-            # a wide density changes little within its own width
-            size = turns * (_BEYOND * spread[some] / abs(turns)).ceil().clamp_min(1)
-            shifts = torch.zeros_like(points.expand(len(some), -1))
-            shifts.scatter_(1, some[:, None], 2 * math.pi * size[:, None])
-            change = evaluate_density(log_density, points + shifts) - value
-            kept.append(some[change.abs() <= tolerance])
-        circular = torch.cat(kept)
-    if not len(circular):
-        return None
-    is_circular = torch.zeros_like(draws[0], dtype=torch.bool)
-    is_circular[circular] = True
-    return is_circular
-
-
-def fold(draws: Tensor, is_circular: Tensor | None) -> tuple[Tensor, float]:
-    """Draws ``(n, D)`` with each angle within half a turn of its mean, and the entropy of the turns."""
-    if is_circular is None:
-        return draws, 0.0
-    center = torch.atan2(draws.sin().mean(0), draws.cos().mean(0))
-    folded = torch.where(is_circular, center + wrapped(draws - center), draws)
-    return folded, _entropy_of_turns(draws[:, is_circular], folded[:, is_circular])
-
-
-def _entropy_of_turns(draws: Tensor, folded: Tensor) -> float:
-    """The entropy of turns given angles, by which an ELBO is too large, with Miller's correction.
-
-    See Note on the Bias of Information Estimates (Miller, 1955).
-    """
-    total, size = 0.0, math.isqrt(len(draws))  # of pieces in which the angle counts as the same
-    for angles, within in zip(draws.double().mT, folded.double().mT):
-        turns, nats = ((angles - within) / (2 * math.pi)).round(), 0.0
-        for piece in turns[within.argsort()].split(size):
-            counts = piece.unique(return_counts=True)[1]
-            shares = counts / len(piece)
-            entropy = -(shares * shares.log()).sum() + (len(counts) - 1) / (2 * len(piece))
-            nats += entropy.item() * len(piece)
-        total += nats / len(turns)
-    return total

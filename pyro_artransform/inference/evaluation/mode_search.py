@@ -4,8 +4,8 @@
 """Places where a posterior may have mass that a guide has not: where climbs from afar end.
 
 Climbs start in shells around the guide, at its draws of the largest weights, at mirror images, and at draws
-of the prior. Up to some hundred latents a place has the Gaussian of its curvature; beyond, the guide itself
-is moved there, or mirrored. Draws are taken at each place; whether they have mass is not asked here.
+of the prior. A place has the Gaussian of its curvature, from which draws are taken; whether they have mass
+is not asked here.
 """
 
 import math
@@ -31,16 +31,13 @@ from ..initialization.points import starting_points
 
 _SHELLS, _WIDENED = (3.0, 10.0, 30.0, 100.0), 1.2  # around the guide, in sds of this factor
 _OF_SHELL = 2  # points of each that climbs start at, and of the best of each
-_MOST_MIRRORED = 8  # sites that are mirrored one at a time
 _MOST_MODES = 32  # modes that draws are taken around: memory
-_MOST_MOVED = 4  # ends of climbs that a guide is moved to
 # from the end of a climb by gradients to the mode (10 find no more: benchmarks/verdict.md)
 _NEWTON_STEPS = 4
 # sds of each coordinate within which ends of climbs are one; squared distance of two modes that always differ
 _SAME_END, _DIFFERENT = 0.1, 16.0
 # nats, and standard deviations of what a part of the data makes of them, by which a mode may be lower
 _MOST_LOWER, _MOST_SDS = 20.0, 6.0
-_NUM_FOR_WIDTH, _WIDTH_STEPS = 32, 4  # draws and steps by which a moved guide gets its width
 
 
 class Shape(NamedTuple):
@@ -51,18 +48,13 @@ class Shape(NamedTuple):
 
     gaussian: Gaussians
     is_heavy: bool = False
-    is_circular: Tensor | None = None
 
     def stratum(self, log_density: Density, count: int) -> "Stratum":
-        """Draws, with their weights; those of angles beyond a turn have none."""
+        """Draws, with their weights."""
         like = self.gaussian.loc.expand(count, -1)
         noise = base_draws(like) if self.is_heavy else torch.randn_like(like)
-        away = self.gaussian.deviations(noise)[0]
-        draws = self.gaussian.loc + away
+        draws = self.gaussian.loc + self.gaussian.deviations(noise)[0]
         log_p = evaluate_density(log_density, draws)
-        if self.is_circular is not None:
-            is_beyond = (self.is_circular & (away.abs() > math.pi)).any(-1)
-            log_p = log_p.masked_fill(is_beyond, -torch.inf)
         return Stratum(draws, log_p - self.log_probs(draws)[0][0], self)
 
     def log_probs(self, points: Tensor) -> tuple[Tensor, Tensor]:
@@ -71,7 +63,7 @@ class Shape(NamedTuple):
         :param points: shape ``(n, D)``; of S densities ``(S, n, D)``, each has its own.
         :return: shape ``(S, n)``.
         """
-        dim, units = points.shape[-1], units_of(self.gaussian, points, self.is_circular)
+        dim, units = points.shape[-1], units_of(self.gaussian, points)
         squares, log_volume = units.square().sum(-1), self.gaussian.log_volume()[:, None]
         normal = -0.5 * squares - 0.5 * dim * math.log(2 * math.pi) - log_volume
         near = normal.masked_fill(squares > dim + 3 * math.sqrt(2 * dim), -torch.inf)
@@ -90,7 +82,7 @@ class Stratum(NamedTuple):
 class ModeSearch:
     """A search for modes far from a guide.
 
-    :param draws: draws of the guide, shape ``(n, D)``, each angle within a turn.
+    :param draws: draws of the guide, shape ``(n, D)``.
     :param around: the Gaussian of their moments.
     """
 
@@ -158,7 +150,7 @@ class ModeSearch:
         if before is not None:
             modes = Modes(*map(torch.cat, zip(modes, before)))
         # each is within the other: a spike inside of a wide mode is another one
-        distances = squared_distances(modes.gaussians, modes.loc, self.around.is_circular)
+        distances = squared_distances(modes.gaussians, modes.loc)
         is_same = torch.maximum(distances, distances.T) <= min(modes.loc.shape[-1], _DIFFERENT)
         for i in modes.log_masses().argsort(descending=True).tolist():
             if len(kept) < _MOST_MODES and not bool(is_same[i, kept].any()):
@@ -176,72 +168,15 @@ class ModeSearch:
     def around_modes(self, modes: Modes) -> list[Stratum]:
         """Draws around each of S modes."""
         each = (modes.gaussians.take([k]) for k in range(len(modes.value)))
-        shapes = (Shape(gaussian, True, self.around.is_circular) for gaussian in each)
+        shapes = (Shape(gaussian, True) for gaussian in each)
         return [s.stratum(self.log_density, self.config.evaluation.num_for_mode) for s in shapes]
 
-    def moved_guides(self, points: Tensor, log_evidence: float) -> list[Stratum]:
-        """The guide itself at the ends of climbs, as wide as the density is there, and mirrored.
 
-        Its draws count as those of the posterior, whose density is known: so noise of the weights cancels.
-        """
-        draws = self.draws[: self.config.evaluation.num_for_mode]
-        base = evaluate_density(self.log_density, draws)
-        draws, base = draws[base.isfinite()], base[base.isfinite()]
-        gaussian, strata = self.around.gaussian, list[Stratum]()
-        if not len(draws):
-            return strata
-        tops, heights = self.climbed(draws[base.argmax()][None])
-        ends, values = self.climbed(points)
-        away, center = draws - tops[0], gaussian.loc - tops[0]
-        drop = float(heights[0] - base[:_NUM_FOR_WIDTH].mean())
-        found = [(signs * draws, signs * gaussian.loc, 1.0) for signs in self._signs()]
-        units, kept = gaussian.units((ends - tops)[None])[0], [torch.zeros_like(draws[0])]
-        for end, value, place in zip(ends, values, units):
-            is_far = all(float((place - other).square().sum()) > _DIFFERENT for other in kept)
-            if is_far and len(kept) <= _MOST_MOVED:
-                kept.append(place)
-                width = self._width_at(end, value, away[:_NUM_FOR_WIDTH], drop)
-                found.append((end + width * away, end + width * center, width))
-        for moved, loc, width in found:
-            log_q = base - log_evidence - draws.shape[-1] * math.log(width)
-            shape = self.around._replace(gaussian=Gaussians(loc, width * gaussian.scale_tril))
-            strata.append(Stratum(moved, evaluate_density(self.log_density, moved) - log_q, shape))
-        return strata
-
-    def _signs(self) -> Tensor:
-        """Signs ``(S, D)`` of mirror images in the origin, of all coordinates and of those of a site."""
-        flips, first = [-torch.ones_like(self.draws[0])], 0
-        for site in list(self.log_density.latents.sites.values())[:_MOST_MIRRORED]:
-            flips.append(torch.ones_like(flips[0]))
-            flips[-1][first : first + site.size] = -1
-            first += site.size
-        return torch.stack(flips)
-
-    def _width_at(self, end: Tensor, value: Tensor, away: Tensor, drop: float) -> float:
-        """The factor of deviations from an end by which the density drops as it does in the guide."""
-        width = 1.0
-        for _ in range(_WIDTH_STEPS):
-            here = float(value - evaluate_density(self.log_density, end + width * away).mean())
-            ratio = drop / here if min(drop, here) > 0 else 1.0
-            width *= min(max(math.sqrt(ratio), 0.1), 10.0)
-        return width
-
-
-def units_of(gaussian: Gaussians, points: Tensor, is_circular: Tensor | None = None) -> Tensor:
+def units_of(gaussian: Gaussians, points: Tensor) -> Tensor:
     """Points ``(n, D)`` in the units of S Gaussians, from their means: shape ``(S, n, D)``."""
-    away = points - gaussian.loc[:, None]
-    if is_circular is not None:
-        away = torch.where(is_circular, wrapped(away), away)
-    return gaussian.units(away)
+    return gaussian.units(points - gaussian.loc[:, None])
 
 
-def squared_distances(
-    gaussian: Gaussians, points: Tensor, is_circular: Tensor | None = None
-) -> Tensor:
+def squared_distances(gaussian: Gaussians, points: Tensor) -> Tensor:
     """Squared distances ``(S, n)`` of points from the means of Gaussians, in their units."""
-    return units_of(gaussian, points, is_circular).square().sum(-1)
-
-
-def wrapped(angles: Tensor) -> Tensor:
-    """Angles less whole turns, from -pi to pi."""
-    return torch.remainder(angles + math.pi, 2 * math.pi) - math.pi
+    return units_of(gaussian, points).square().sum(-1)

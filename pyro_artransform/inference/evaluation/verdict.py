@@ -21,10 +21,6 @@ _POINT = (
 )
 ELSEWHERE = {
     "curvature": ", and no start found mass elsewhere.",
-    "gradients": (
-        ", and no climb by gradients alone found mass elsewhere (curvatures, which see more, are too "
-        "expensive for this many latents, or the model has none)."
-    ),
     "batches": ", and no climb in a few mini-batches found mass elsewhere.",
     "none": ", but mass elsewhere was not searched for.",
 }
@@ -184,14 +180,7 @@ def about_weights(
 
 
 def about_far_modes(missed: MissedModes, is_settled: bool = True) -> Iterator[str]:
-    """Objections to draws, of a guide or of chains, that leave out modes or count some several times."""
-    if missed.excess_by_turns > GOOD_GAP:
-        yield (
-            f"the guide is spread over several turns of an angle, each of which the ELBO and the evidence "
-            f"count: both are {missed.excess_by_turns:.2f} nats too large. Give the site the support of "
-            "one turn, as that of Uniform(-pi, pi), or write it as a direction, a ProjectedNormal with "
-            "ProjectedNormalReparam; where no site is an angle, nothing bounds it: give it a proper prior"
-        )
+    """Objections to draws, of a guide or of chains, that leave out modes."""
     if missed.lost_mass > GOOD_LOST_MASS:
         yield (
             f"about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} other "

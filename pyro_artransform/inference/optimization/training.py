@@ -203,7 +203,9 @@ class Training(Steps):
         return remaining_gap(self._parallel.gather(self.objective.log_weights(own)), is_start)
 
     def nonfinite_sites(self) -> list[str]:
-        found = self._parallel.gather_objects("the sites", self.objective.nonfinite_sites())
+        found = self._parallel.gather_objects(
+            "the sites of all processes", self.objective.nonfinite_sites()
+        )
         return list(dict.fromkeys(name for names in found for name in names))
 
     def is_over(self) -> bool:

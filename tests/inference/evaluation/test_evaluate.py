@@ -22,6 +22,7 @@ from pyro_artransform.inference.evaluation.evaluate import (
     evaluate_minibatches,
     judge_marginals,
 )
+from pyro_artransform.inference.evaluation.missed_modes import NOT_SEARCHED, MissedModes
 from pyro_artransform.inference.evaluation.verdict import FitStatus
 from pyro_artransform.inference.optimization.minibatches import PassEstimate
 from pyro_artransform.inference.result import FitResult
@@ -188,10 +189,16 @@ def test_single_latents_are_right_where_the_joint_is_not():
     assert "Single latents can be trusted: means of all 100 latents within" in fields["verdict"]
     assert fields["trusted"] is False
     assert fields["marginals_trusted"] is True
+    assert "not searched" not in fields["verdict"]
     # within the modes that the guide has
-    found = judge_marginals(subject, evaluation._replace(lost_mass=0.5), config)
+    lost = MissedModes(lost_mass=0.5, num_lost=1)
+    found = judge_marginals(subject, evaluation._replace(missed=lost), config)
     assert found.trusted is False
     assert "as long as one stays in the modes" in found.words
+    # of more latents than are searched
+    found = judge_marginals(subject, evaluation._replace(missed=NOT_SEARCHED), config)
+    assert found.trusted is True
+    assert found.words.endswith(". Mass elsewhere was not searched for.")
 
 
 def test_single_latents_are_wrong_as_well():

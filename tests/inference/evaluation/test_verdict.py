@@ -12,8 +12,7 @@ from pyro_artransform.inference.evaluation.verdict import FitStatus, judge
 
 NOTHING = MissedModes(0.0, 0.001, 0.0, 0)
 UNKNOWN = MissedModes(math.nan, math.nan, 0.0, 0)
-BY_GRADIENTS = NOTHING._replace(searched_by="gradients")
-SOME, TURNS = NOTHING._replace(lost_mass=0.03, num_lost=1), NOTHING._replace(excess_by_turns=4.2)
+SOME = NOTHING._replace(lost_mass=0.03, num_lost=1)
 LOST = MissedModes(math.nan, 0.1, 0.3, 2)
 
 
@@ -45,7 +44,6 @@ NOT_TRUSTED = {
     "nothing": (lambda: torch.full((100,), torch.nan), UNKNOWN, {}, ["100 of 100"]),
     "round-off": (rounded, NOTHING, {}, ["round-off of torch.float32"]),
     "lost modes": (weights, LOST, {}, ["30 %", "2 other", "starts disagree. Break the symmetry"]),
-    "turns": (weights, TURNS, {}, ["4.20 nats too large", "ProjectedNormal"]),
     "evidence around": (weights, MissedModes(0.4, 0.01), {}, ["0.40 nats more", "Use draws"]),
     "interrupted": (weights, NOTHING, {"is_interrupted": True, **LATE}, ["the time was over"]),
     "cut short": (lambda: heavy(1e-2), NOTHING, LATE, ["the time was over", "k-hat is"]),
@@ -60,7 +58,6 @@ TRUSTED = {
     "good": (weights, NOTHING, {}, ["no start found mass elsewhere"]),
     "not searched": (weights, None, {}, ["mass elsewhere was not searched for"]),
     "not searchable": (weights, NOTHING._replace(searched_by="none"), {}, ["not searched for"]),
-    "by gradients": (weights, BY_GRADIENTS, {}, ["by gradients alone"]),
     # k-hat has no scale: where all weights are alike it says nothing of the posterior
     "light tail": (lambda: heavy(1e-8), NOTHING, {}, ["% of the weight"]),
     "mass elsewhere": (weights, SOME, {}, ["but about 3 % of the posterior is in 1 other mode"]),
