@@ -106,7 +106,7 @@ def _encode(name: str, value: Any) -> Arguments:
     if isinstance(value, Tensor):
         return {"tensor": value.tolist(), "of": value.dtype}
     if type(value) is _CLASSES.get(kind):
-        return {"class": kind, "fields": {k: v for k, v in vars(value).items() if k[0] != "_"}}
+        return {"class": kind, "fields": _public(vars(value))}
     if value in (getattr(nn.functional, function, None), getattr(torch, function, None)):
         return {"function": function}
     raise ValueError(
@@ -127,11 +127,16 @@ def _decode(device: torch.device, plain: Arguments) -> Any:
             made = _CLASSES[kind].__new__(_CLASSES[kind])
             if isinstance(made, nn.Module):
                 nn.Module.__init__(made)
-            vars(made).update(found)
+            vars(made).update(_public(found))
             return made
         case {"function": str(name)}:
             return getattr(nn.functional, name, None) or getattr(torch, name)
     return plain
+
+
+def _public(attributes: Arguments) -> Arguments:
+    """Without those of torch, such as the hooks of a module."""
+    return {name: value for name, value in attributes.items() if name[0] != "_"}
 
 
 def check_size(state: State, least: int) -> None:

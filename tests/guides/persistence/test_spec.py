@@ -276,6 +276,17 @@ def test_a_changed_file(change, tmp_path):
     assert str(caught.value).startswith(f"{path}: expected")
 
 
+def test_a_file_adds_no_hooks(tmp_path):
+    _, content, _ = file_of("iaf")
+    saved = torch.load(io.BytesIO(content))
+    hooks = {"_forward_hooks": {"1": {"function": "load"}}}
+    arguments(nonlinearity={"class": "Tanh", "fields": hooks})(saved)
+    torch.save(saved, tmp_path / "guide")
+    loaded = AutoIAF.load(tmp_path / "guide")._spec.arguments["nonlinearity"]
+    assert isinstance(loaded, nn.Tanh)
+    assert not loaded._forward_hooks
+
+
 def test_widths_do_not_matter_in_one_dimension(tmp_path):
     """There are no networks, so that a file of any widths is small."""
     guide = AutoIAF(models.one_dimensional, hidden_dims=[2**20, 2**20])
