@@ -3,7 +3,6 @@
 
 import os
 import zipfile
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -15,14 +14,13 @@ def read(path, *options):
     return files.read(path, "numbers", *options)
 
 
-@contextmanager
-def refused(path):
+def refuses(path):
     with pytest.raises(
         ValueError, match="expected numbers, got another file, a damaged one"
     ) as caught:
-        yield
-    assert str(path) in str(caught.value)
-    assert "weights_only" not in str(caught.value)
+        read(path)
+    text = str(caught.value)
+    return str(path) in text and "weights_only" not in text
 
 
 def test_round_trip(tmp_path):
@@ -71,19 +69,16 @@ def test_what_cannot_be_read(tmp_path):
     with pytest.raises(FileNotFoundError):
         files.write(tmp_path / "missing" / "numbers.pt", "numbers", {})
     path.write_text("text")
-    with refused(path):
-        read(path)
+    assert refuses(path)
     for content in ({"n": Runs(tmp_path / "made")}, torch.ones(2)):
         torch.save(content, path)
-        with refused(path):
-            read(path)
+        assert refuses(path)
     assert not (tmp_path / "made").exists()
     files.write(path, "numbers", {"n": torch.ones(2)})
     with pytest.raises(ValueError, match="of a device that is not here"):
         read(path, "nowhere")
     path.write_bytes(path.read_bytes()[:-50])
-    with refused(path):
-        read(path)
+    assert refuses(path)
 
 
 def test_numbers_that_changed(tmp_path):
@@ -94,16 +89,14 @@ def test_numbers_that_changed(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert not torch.equal(torch.load(path)["n"], torch.arange(1000.0))
-    with refused(path):
-        read(path)
+    assert refuses(path)
 
 
 def test_an_archive_that_declares_more_than_it_holds(tmp_path):
     path = tmp_path / "numbers.pt"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("archive/data.pkl", bytes(2**20))
-    with refused(path):
-        read(path)
+    assert refuses(path)
 
 
 def test_a_record_that_is_marked_as_a_folder(tmp_path):
@@ -118,5 +111,4 @@ def test_a_record_that_is_marked_as_a_folder(tmp_path):
             content[directory + 38] = 0x10
         directory += 46 + len(record.filename) + len(record.extra)
     path.write_bytes(content)
-    with refused(path):
-        read(path)
+    assert refuses(path)
