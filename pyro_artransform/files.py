@@ -6,6 +6,7 @@
 import os
 import secrets
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,49 +15,54 @@ import torch
 FilePath = str | os.PathLike[str]
 
 
-def write(path: FilePath, content: object) -> None:
-    """Writes a file beside the target and renames it: where that fails, the old file stays."""
+# before format 9 a guide's file had a number in place of its kind
+_OLDER = (
+    "a guide of an older version. Version 0.2.0 (pip install pyro_artransform==0.2.0) saves its draws by "
+    "torch.save(AutoIAF.load(path).sample_posterior(10_000), 'draws.pt'), with the class of the guide, "
+    "and with its flow, model and data where it asks for them"
+)
+
+
+def write(path: FilePath, kind: str, content: dict[str, Any]) -> None:
+    """Writes a file beside the target and renames it: where that fails, the old file stays.
+
+    :param kind: what it is, with the number of its format.
+    """
     target = Path(os.path.realpath(path))
     beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         with open(beside, "xb") as file:
-            torch.save(content, file)
+            torch.save({"format": kind, **content}, file)
         os.replace(beside, target)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
 
 
-def read(path: FilePath, map_location: Any = None) -> Any:
-    """Reads a file that :func:`write` wrote; None if it is another one, or damaged."""
-    with open(path, "rb") as file:
-        if not _is_whole(file):
-            return None
-        file.seek(0)
-        try:
-            return torch.load(file, map_location=map_location, weights_only=True)
-        except Exception as error:
-            # torch's advice about another file would be to run the code in it
-            is_about_devices = map_location is not None or "map_location" in str(error)
-            if is_about_devices and map_location != "cpu" and read(path, "cpu") is not None:
-                raise
-            return None
+def read(path: FilePath, kind: str, map_location: Any = None) -> dict[str, Any]:
+    """Reads a file that :func:`write` wrote.
 
-
-def _is_whole(file: BinaryIO) -> bool:
-    """Whether a file is an archive as torch writes it: nothing is compressed, and checksums are right.
-
-    ``torch.load`` does not compare checksums, and unpacks as much as an archive declares.
+    :raises ValueError: if it is another file, a damaged one, or one of a device that is not there.
     """
+    got = "another file, a damaged one, or one of a device that is not here (map_location)"
+    with open(path, "rb") as file, suppress(Exception):
+        # without the errors of torch, whose advice is to run the code in a file
+        _check_archive(file)
+        file.seek(0)
+        saved: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
+        if type(found := saved["format"]) in (int, str):
+            if found == kind:
+                return saved
+            got = _OLDER if isinstance(found, int) else found
+    raise ValueError(f"{path}: expected {kind}, got {got}")
+
+
+def _check_archive(file: BinaryIO) -> None:
+    """Refuses what ``torch.load`` takes: changed bytes, and archives that unpack to more than they hold."""
     size = file.seek(0, os.SEEK_END)
-    try:
-        with zipfile.ZipFile(file) as archive:
-            for record in archive.infolist():
-                size -= record.file_size
-                # torch would leave the memory for a folder as it finds it
-                is_folder = record.external_attr & 0x10
-                if record.compress_type != zipfile.ZIP_STORED or is_folder or size < 0:
-                    return False
-            return archive.testzip() is None
-    except Exception:  # a damaged archive raises errors of any kind
-        return False
+    with zipfile.ZipFile(file) as archive:
+        records = archive.infolist()
+        # torch leaves the memory for a record that is marked as a folder as it finds it
+        is_marked = any(record.external_attr for record in records)
+        if is_marked or sum(record.file_size for record in records) > size or archive.testzip():
+            raise ValueError("expected an archive as torch writes it")

@@ -119,8 +119,9 @@ class AutoIAF(PresetGuide):
         layer of ``max(128, min(8 * latent_dim, 256), 3 * latent_dim)``.
     :param nonlinearity: their activation, by default ``torch.nn.SiLU()`` up to 64 latents, which is of
         second order near zero, as the skewness of a posterior is, and
-        :class:`~pyro_artransform.conditioners.TiltedSiLU` beyond. A guide with one of these, an activation
-        of ``torch.nn`` or a function of ``torch`` can be saved by :meth:`~AutoAutoregressive.save`.
+        :class:`~pyro_artransform.conditioners.TiltedSiLU` beyond. A guide with one of these, an activation of
+        ``torch.nn`` without parameters or a function of ``torch`` can be saved by
+        :meth:`~AutoAutoregressive.save`.
     :param skip_connections: whether each network has a linear layer from its inputs to its outputs
         too; by default it has none. A regression on many columns ends nearer with
         ``nonlinearity=TiltedSiLU(0.0), skip_connections=True``, a funnel further off.

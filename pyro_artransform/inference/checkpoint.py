@@ -5,7 +5,7 @@
 
 import warnings
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from .. import files
 from .optimization.training import Training
 from .set_up import SetUp
 
-_FORMAT = "pyro_artransform fit 8"
+_KIND = "a checkpoint of fit, format 9"
 
 
 def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
@@ -29,7 +29,7 @@ def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
         "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
     }
     try:
-        files.write(path, {"format": _FORMAT, "state": state})
+        files.write(path, _KIND, state)
     except (OSError, RuntimeError) as error:  # torch reports a full disk by either
         warnings.warn(
             f"checkpoint: {path} could not be written, so that the fit goes on without; an earlier "
@@ -52,7 +52,7 @@ def _options(set_up: SetUp) -> dict[str, Any]:
 
 def resume(set_up: SetUp, path: files.FilePath) -> Training:
     """Goes on from where a checkpoint has left another fit, or from the next epoch of its loader."""
-    state = set_up.parallel.first("the checkpoint", partial(_read, path))
+    state = set_up.parallel.first("the checkpoint", partial(files.read, path, _KIND))
     for name, got in _options(set_up).items():
         expected = state["options"][name]
         if got not in (expected, None):
@@ -73,11 +73,3 @@ def resume(set_up: SetUp, path: files.FilePath) -> Training:
     if set_up.stream is not None:
         set_up.stream.go_on(*state["batches"])
     return training
-
-
-def _read(path: files.FilePath) -> dict[str, Any]:
-    """The state that :func:`save` wrote."""
-    saved = files.read(path)
-    if isinstance(saved, dict) and saved.get("format") == _FORMAT:
-        return cast(dict[str, Any], saved["state"])
-    raise ValueError(f"{path}: expected a checkpoint of fit, got another file, or a damaged one")

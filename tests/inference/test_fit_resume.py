@@ -140,7 +140,7 @@ def test_a_disk_that_is_full_ends_no_fit(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert {warning.filename.split("/")[-1] for warning in caught} == {"test_fit_resume.py"}
     assert os.listdir(tmp_path) == ["fit.pt"]
-    assert len(files.read(path)["state"]["training"]["losses"]) == 5
+    assert len(files.read(path, "a checkpoint of fit, format 9")["training"]["losses"]) == 5
     rest = fitted(*fresh(models.regression, small), resume=path, **options)
     assert rest.history == whole.history
 
@@ -171,8 +171,10 @@ def test_of_another_model_or_guide(path):
     for name, case in others.items():
         with pytest.raises(ValueError, match=r"resume: expected|checkpoint: expected"):
             pytest.fail(f"{name}: {fitted(*fresh(*case), resume=path)}")
-    files.write(path, {"format": "other 1", "state": {}})
-    with pytest.raises(ValueError, match=r"fit\.pt: expected a checkpoint of fit, got another"):
+    files.write(path, "another file", {})
+    with pytest.raises(
+        ValueError, match=r"fit\.pt: expected a checkpoint of fit, format 9, got another"
+    ):
         fitted(*fresh(models.regression, small), resume=path)
 
 

@@ -147,8 +147,7 @@ class LocalFactor(nn.Module):
         context_dim = self.feature_dim + rest_dim
         self.flow = None if make is None else make_flow("local_flow", make, loc, context_dim)
         self.affine = AmortizedLocationScale(loc, arguments["init_scale"], context_dim)
-        # files of earlier versions have none; not persistent, as the specification has them
-        units = arguments.get("feature_units", {}).get(name)
+        units = arguments["feature_units"].get(name)  # not persistent: the specification has them
         units = None if units is None else loc.new_tensor(units)
         self.register_buffer("units", units, persistent=False)
         shape = *group.batch_shape(group.full_sizes), self.feature_dim + 2 * len(loc)

@@ -5,7 +5,6 @@
 
 import copy
 import gc
-import json
 import re
 import weakref
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from .spec import Arguments, GuideSpec, State, check_finite, check_size
 Guide = TypeVar("Guide", bound="PersistentGuide")
 Model = Callable[..., object]
 
-_FORMAT = 8
+_KIND = "a guide of class {}, format 9"
 
 
 class PersistentGuide(AutoGuide):
@@ -260,14 +259,14 @@ class PersistentGuide(AutoGuide):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """The spec as bytes; null before the first call, or where a support cannot be written."""
-        plain = None
+        """The spec as bytes; none before the first call, or where a support cannot be written."""
+        text = ""
         if self._spec is not None:
             # a guide has its functions before it loads a state dict
             known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
             with suppress(ValueError):
-                plain = replace(self._spec, arguments=known).to_plain()
-        return torch.frombuffer(bytearray(json.dumps(plain).encode()), dtype=torch.uint8)
+                text = replace(self._spec, arguments=known).to_json()
+        return _as_tensor(text)
 
     def set_extra_state(self, state: Tensor) -> None:
         """Does nothing: the spec is read before the parameters."""
@@ -275,22 +274,21 @@ class PersistentGuide(AutoGuide):
     def _load_from_state_dict(self, state_dict: State, prefix: str, *args: Any) -> None:
         """As torch's, for a guide that was never called too; it refuses the state of another guide."""
         state = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
+        text = bytes(state.pop("_extra_state", _as_tensor("")).tolist()).decode()
         check_finite(state)
-        text = state.get("_extra_state")
-        plain = None if text is None else json.loads(bytes(text.tolist()))
-        parameters = [value for key, value in state.items() if key.startswith("transform.")]
-        device = parameters[0].device if parameters else torch.device("cpu")
-        spec = None if plain is None else GuideSpec.from_plain(plain, device)
-        if self._spec is None and spec is not None:
-            self._restore(spec, state)
-        elif self._spec is None and parameters:
+        if text:
+            spec = GuideSpec.from_json(text, next(value.device for value in state.values()))
+            if self._spec is None:
+                self._restore(spec, state)
+            expected, got = self._checked_spec().shapes(), spec.shapes()
+            if expected != got:
+                message = f"expected {expected}, got {got}"
+                raise RuntimeError(f"the state dict is of a guide of other sites: {message}")
+        elif self._spec is None and state:
             raise RuntimeError(
                 f"{type(self).__name__} was never called, so it has no parameters yet, and the state "
                 "dict does not name its sites: call the guide with the model's arguments first"
             )
-        elif self._spec is not None and spec is not None and spec.shapes() != self._spec.shapes():
-            shapes = f"expected {self._spec.shapes()}, got {spec.shapes()}"
-            raise RuntimeError(f"the state dict is of a guide of other sites: {shapes}")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Files
@@ -301,13 +299,13 @@ class PersistentGuide(AutoGuide):
         :raises RuntimeError: if the guide was never called.
         :raises ValueError: if a support or an argument is not plain data, or a parameter not finite.
         """
-        content = {"format": _FORMAT, "class": type(self).__name__}
-        content["spec"] = self._checked_spec().to_plain()
+        spec = self._checked_spec().to_json()
         self._register()
-        check_finite(self.state_dict())
         # an expanded tensor would declare more numbers than the file holds
-        content["state"] = {k: v.detach().contiguous() for k, v in self.state_dict().items()}
-        files.write(path, content)
+        state = {name: value.contiguous() for name, value in self.state_dict().items()}
+        del state["_extra_state"]
+        check_finite(state)
+        files.write(path, _KIND.format(type(self).__name__), {"spec": spec, "state": state})
 
     @classmethod
     def load(
@@ -326,32 +324,21 @@ class PersistentGuide(AutoGuide):
         :param arguments: those of the constructor that no file holds: ``flow`` of
             ``AutoAutoregressive``, and ``encoder`` and ``create_plates`` of ``AutoAmortized``.
         :raises ValueError: if the file was not written by :meth:`save`, is damaged, is of another
-            class of guide, holds NaN, or is of another flow.
+            class of guide, holds NaN, or is of another flow, or of one that is not given.
         """
-        saved = files.read(path, map_location)
-        written = saved.get("format") if isinstance(saved, dict) else None
-        if type(written) is not int or written != _FORMAT:
-            got = "another file, or a damaged one"
-            if isinstance(written, int):
-                got = f"one of format {written}, which another version of the package reads"
-            wanted = f"a guide's file of format {_FORMAT}, as the guide's save writes it"
-            raise ValueError(f"{path}: expected {wanted}, got {got}")
+        saved = files.read(path, _KIND.format(cls.__name__), map_location)
         try:
-            name, state = saved["class"], saved["state"]
-            device = next(v.device for key, v in state.items() if key != "_extra_state")
-            spec = GuideSpec.from_plain(saved["spec"], device)
+            known = GuideSpec.from_json(saved["spec"], torch.device("cpu")).arguments
+            known = {key: v for key, v in known.items() if key not in cls._found_arguments}
+            guide = cls((lambda: None) if model is None else model, **{**known, **arguments})
+            guide.load_state_dict({**saved["state"], "_extra_state": _as_tensor(saved["spec"])})
         except Exception as error:
-            message = f"{path}: expected what the guide's save writes, got: {error!r}"
-            raise ValueError(message) from None
-        if name != cls.__name__:
-            raise ValueError(f"{path}: expected a guide of class {cls.__name__}, got {name}")
-        known = {k: v for k, v in spec.arguments.items() if k not in cls._found_arguments}
-        guide = cls((lambda: None) if model is None else model, **{**known, **arguments})
-        try:
-            guide._restore(spec, state)
-            guide.load_state_dict(state)
-        except Exception as error:
-            raise ValueError(f"{path}: expected a guide with this flow, got: {error}") from error
+            wanted = "what the guide's save writes, and the guide's flow"
+            raise ValueError(f"{path}: expected {wanted}, got: {error}") from error
         if model is None:
             guide._model = None
         return guide
+
+
+def _as_tensor(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")

@@ -1,10 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a guide is built from, also as plain data, and checks of a state dict before it is built."""
+"""What a guide is built from, also as text, and checks of a state dict before it is built."""
 
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import partial, reduce
 from typing import Any
 
@@ -15,20 +16,24 @@ from torch import Tensor, nn
 from torch.nn.modules import activation
 
 from ...conditioners import TiltedSiLU
-from ...joint.sites import Latents, Site
+from ...joint.sites import Latents, Site, map_bounds
 
 Arguments = dict[str, Any]
 State = Mapping[str, Tensor]
 
-_FUNCTIONS = {"torch": torch, "torch.nn.functional": nn.functional}
-_NAMES = (
+_SUPPORTS = (
     *("real", "independent", "greater_than", "greater_than_eq", "less_than", "interval"),
     *("half_open_interval", "simplex", "corr_cholesky", "corr_matrix", "ordered_vector"),
     *("positive_ordered_vector", "softplus_positive"),
 )
-_SUPPORTS = {name: getattr(constraints, name) for name in _NAMES}
-_NAME_TO_CLASS = {k: v if isinstance(v, type) else type(v) for k, v in _SUPPORTS.items()}
-_CLASS_TO_NAME = {kind: name for name, kind in _NAME_TO_CLASS.items()}
+_ACTIVATIONS = {*activation.__all__} - {"MultiheadAttention", "PReLU"}  # without parameters
+_FOUND = [
+    *(getattr(constraints, name) for name in _SUPPORTS),
+    *(getattr(activation, name) for name in _ACTIVATIONS),
+]
+_KINDS = (TiltedSiLU, *(kind if isinstance(kind, type) else type(kind) for kind in _FOUND))
+#: the classes of objects that a file may hold
+_CLASSES: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,83 +70,73 @@ class GuideSpec:
         latents = Latents(site.to(fn) for site in self.sites)
         return replace(self, latents=latents, device=fn(self.zeros()).device)
 
-    def to_plain(self) -> Arguments:
-        """The spec as plain data."""
-        sites = []
-        for site in self.sites:
-            plain = {"name": site.name, "shape": list(site.shape), "event_dim": site.event_dim}
-            plain["support"] = to_plain(f"the support of site '{site.name}'", site.support)
-            plain["dtype"] = str(site.dtype).removeprefix("torch.")
-            plain["plates"] = [list(frame) for frame in site.plates]
-            sites.append(plain)
-        arguments = {name: to_plain(name, value) for name, value in self.arguments.items()}
-        return {"sites": sites, "arguments": arguments, "observed": list(self.observed)}
+    def to_json(self) -> str:
+        """The spec as text.
+
+        :raises ValueError: if a support or an argument cannot be written.
+        """
+        parts = [(f"the support of site '{site.name}'", site) for site in self.sites]
+        sites = [_plain(name, {f.name: getattr(s, f.name) for f in fields(s)}) for name, s in parts]
+        arguments = {name: _plain(name, value) for name, value in self.arguments.items()}
+        return json.dumps({"sites": sites, "arguments": arguments, "observed": self.observed})
 
     @classmethod
-    def from_plain(cls, plain: Arguments, device: torch.device) -> "GuideSpec":
-        """The spec from what :meth:`to_plain` made of it, with bounds of supports on a device."""
-        sites = []
-        for site in plain["sites"]:
-            support = from_plain(site["support"], device)
-            shape, dtype = torch.Size(site["shape"]), getattr(torch, site["dtype"])
-            plates = tuple(CondIndepStackFrame(*frame) for frame in site["plates"])
-            sites.append(Site(site["name"], shape, site["event_dim"], support, dtype, plates))
-            # on the meta device: what the bounds of a support broadcast to may be huge
-            on_meta = sites[-1].to(partial(Tensor.to, device="meta"))
-            shape_of = on_meta.unconstrained_shape
-            value = on_meta.bijection(torch.empty(shape_of, dtype=dtype, device="meta"))
-            if value.shape != shape:
-                where, got = f"site '{site['name']}'", tuple(value.shape)
-                raise ValueError(f"{where}: expected values of shape {tuple(shape)}, got {got}")
-        arguments = {key: from_plain(value, device) for key, value in plain["arguments"].items()}
-        return cls(Latents(sites), arguments, tuple(plain["observed"]), device)
+    def from_json(cls, text: str, device: torch.device) -> "GuideSpec":
+        """The spec that :meth:`to_json` wrote, with bounds of supports on a device."""
+        plain = json.loads(text, object_hook=partial(_decode, device))
+        latents = Latents(_site(**site) for site in plain["sites"])
+        return cls(latents, plain["arguments"], tuple(plain["observed"]), device)
 
 
-def to_plain(name: str, value: Any) -> Any:
-    """A support or an argument of a guide as plain data; ``name`` is for errors."""
-    if type(value) in _CLASS_TO_NAME:
-        bounds = {key: to_plain(name, bound) for key, bound in vars(value).items()}
-        return {"support": _CLASS_TO_NAME[type(value)], "bounds": bounds}
-    if isinstance(value, constraints.Constraint):
-        wanted, got = ", ".join(_NAME_TO_CLASS), type(value).__name__.lstrip("_")
-        raise ValueError(f"{name} cannot be written to a file: expected one of {wanted}, got {got}")
+def _site(*, shape: list[int], support: Any, plates: list[Any], **rest: Any) -> Site:
+    map_bounds(support, lambda bound: bound.expand(shape))  # larger ones would make larger values
+    frames = tuple(CondIndepStackFrame(*plate) for plate in plates)
+    return Site(shape=torch.Size(shape), support=support, plates=frames, **rest)
+
+
+def _plain(name: str, value: Any) -> Any:
+    return json.loads(json.dumps(value, default=partial(_encode, name)))
+
+
+def _encode(name: str, value: Any) -> Arguments:
+    """An object as plain data; ``name`` is for the error."""
+    kind, function = type(value).__name__, getattr(value, "__name__", "")
+    if isinstance(value, torch.dtype):
+        return {"dtype": str(value).removeprefix("torch.")}
     if isinstance(value, Tensor):
-        return {"tensor": value.tolist(), "dtype": str(value.dtype).removeprefix("torch.")}
-    if not callable(value):
-        return value
-    kind = getattr(value, "__name__", type(value).__name__)
-    for owner, functions in _FUNCTIONS.items():
-        if value is getattr(functions, kind, None):
-            return {"function": kind, "owner": owner}
-    if type(value) in (TiltedSiLU, getattr(activation, kind, None)):
-        names = getattr(value, "__constants__", ())
-        plain = {"module": kind, "constants": {key: getattr(value, key) for key in names}}
-        if repr(from_plain(plain)) == repr(value):
-            return plain
+        return {"tensor": value.tolist(), "of": value.dtype}
+    if type(value) is _CLASSES.get(kind):
+        return {"class": kind, "fields": _public(vars(value))}
+    if value in (getattr(nn.functional, function, None), getattr(torch, function, None)):
+        return {"function": function}
     raise ValueError(
-        f"{name}: expected an activation of torch.nn or a function of torch, which can be written "
-        f"to a file by its name, got {value!r}; save the guide's state_dict() instead"
+        f"{name} cannot be written to a file: expected one of {', '.join(_SUPPORTS)}, an activation of "
+        f"torch.nn without parameters, or a function of torch, got {kind}; save the guide's "
+        "state_dict() instead"
     )
 
 
-def from_plain(plain: Any, device: torch.device | None = None) -> Any:
-    """What :func:`to_plain` made plain data of, with tensors on a device."""
+def _decode(device: torch.device, plain: Arguments) -> Any:
+    """The object that :func:`_encode` made plain data of, with tensors on a device."""
     match plain:
-        case {"support": str(kind), "bounds": dict(bounds)}:
-            given = {key: from_plain(value, device) for key, value in bounds.items()}
-            return _NAME_TO_CLASS[kind](**given)
-        case {"tensor": values, "dtype": str(dtype)}:
-            return torch.tensor(values, dtype=getattr(torch, dtype), device=device)
-        case {"function": str(kind), "owner": str(owner)}:
-            return getattr(_FUNCTIONS[owner], kind)
-        case {"module": str(kind), "constants": dict(constants)}:
-            make = TiltedSiLU if kind == TiltedSiLU.__name__ else getattr(activation, kind)
-            with torch.device("meta"):
-                size = sum(parameter.numel() for parameter in make(**constants).parameters())
-            if size > 2**16:
-                raise ValueError(f"expected an activation, got {kind} of {size} parameters")
-            return make(**constants)
+        case {"dtype": str(name)}:
+            return getattr(torch, name)
+        case {"tensor": values, "of": torch.dtype() as dtype}:
+            return torch.tensor(values, dtype=dtype, device=device)
+        case {"class": str(kind), "fields": dict(found)}:
+            made = _CLASSES[kind].__new__(_CLASSES[kind])
+            if isinstance(made, nn.Module):
+                nn.Module.__init__(made)
+            vars(made).update(_public(found))
+            return made
+        case {"function": str(name)}:
+            return getattr(nn.functional, name, None) or getattr(torch, name)
     return plain
+
+
+def _public(attributes: Arguments) -> Arguments:
+    """Without those of torch, such as the hooks of a module."""
+    return {name: value for name, value in attributes.items() if name[0] != "_"}
 
 
 def check_size(state: State, least: int) -> None:

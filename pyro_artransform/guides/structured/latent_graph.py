@@ -95,10 +95,10 @@ class LatentGraph:
     def to_plain(self) -> dict[str, Any]:
         """The graph as plain data, without the names, which follow from the sites."""
         return {
-            "edges": [list(edge) for edge in self.markov.edges],
-            "parents": [list(own) for own in self.markov.elimination.parents],
-            "root": list(self.markov.elimination.root),
-            "dropped": [list(pair) for pair in self.dropped],
+            "edges": self.markov.edges,
+            "parents": self.markov.elimination.parents,
+            "root": self.markov.elimination.root,
+            "dropped": self.dropped,
         }
 
     @classmethod

@@ -285,8 +285,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         self, loc: Tensor, sd: Tensor, coefficients: list[Tensor], scale: Tensor, root_tril: Tensor
     ) -> None:
         flow, affine = self._parts
-        # entries of the store that count more are adopted first
-        self.get_transform()
+        self.transform_in_coordinates()  # entries of the store that count more are adopted first
         affine.set_(loc, sd)
         flow.load_state_dict(self._flow_start)
         flow.start_at(sd, coefficients, scale, root_tril)

@@ -123,9 +123,9 @@ def test_custom_flow_is_given_to_load_again(tmp_path):
     guide.save(tmp_path / "guide")
     loaded = AutoAutoregressive.load(tmp_path / "guide", flow=spline_autoregressive)
     assert torch.equal(score(loaded), score(guide))
-    with pytest.raises(TypeError, match="flow"):
+    with pytest.raises(ValueError, match=r"guide: expected .* missing a required .*'flow'"):
         AutoAutoregressive.load(tmp_path / "guide")
-    with pytest.raises(ValueError, match="expected a guide with this flow"):
+    with pytest.raises(ValueError, match=r"and the guide's flow, got: .* loading state_dict"):
         AutoAutoregressive.load(tmp_path / "guide", flow=lambda dim: iaf(dim, 1, 8))
 
 
@@ -163,7 +163,7 @@ def test_damaged_files(tmp_path):
             try:
                 state = AutoIAF.load(path).state_dict()
             except ValueError as error:
-                assert "got another file, or a damaged one" in str(error)  # noqa: PT017
+                assert "got another file, a damaged one" in str(error)  # noqa: PT017
                 num_found += 1
             else:
                 assert all(torch.equal(state[name], value) for name, value in expected.items())
@@ -181,7 +181,7 @@ FOREIGN = {
 def test_files_that_save_did_not_write(name, tmp_path):
     new_guide()(models.data())
     FOREIGN[name](tmp_path / "guide")
-    wanted = "expected a guide's file of format 8, as the guide's save writes it, got another file"
+    wanted = "expected a guide of class AutoIAF, format 9, got another file"
     with pytest.raises(ValueError, match=wanted) as error:
         AutoIAF.load(tmp_path / "guide")
     assert "weights_only" not in "".join(traceback.format_exception(error.value))
@@ -209,6 +209,7 @@ def path(tmp_path):
     guide = AutoIAF(model_of(), hidden_dims=8)
     guide(models.data(), models.data())
     guide.save(tmp_path / "guide")
+    torch.save(guide.state_dict(), tmp_path / "state")
     return tmp_path / "guide"
 
 
@@ -237,7 +238,7 @@ def test_another_model(path, name, validate):
     later = AutoIAF.load(path)
     later.model = model
     fresh = AutoIAF(model, hidden_dims=8)
-    fresh.load_state_dict(torch.load(path)["state"])
+    fresh.load_state_dict(torch.load(path.with_name("state")))
     known = [guide, later] if name == "extra" else [guide, later, fresh]
     for loaded in known:
         for _ in range(2):

@@ -25,7 +25,7 @@ from pyro_artransform.guides import (
     AutoMAF,
     AutoStructuredFlow,
 )
-from pyro_artransform.guides.persistence.spec import GuideSpec, from_plain, to_plain
+from pyro_artransform.guides.persistence.spec import GuideSpec
 from pyro_artransform.guides.prototype import prototype_trace
 from pyro_artransform.joint.sites import same_support
 from tests.guides import models
@@ -53,9 +53,8 @@ def test_a_spec_survives_json(dtype):
 
     guide = AutoIAF(model, hidden_dims=8, nonlinearity=nn.Tanh())
     guide()
-    plain = json.loads(json.dumps(guide._spec.to_plain()))
-    spec = GuideSpec.from_plain(plain, torch.device("cpu"))
-    assert spec.to_plain() == guide._spec.to_plain()
+    spec = GuideSpec.from_json(guide._spec.to_json(), torch.device("cpu"))
+    assert spec.to_json() == guide._spec.to_json()
     assert isinstance(spec.arguments["nonlinearity"], nn.Tanh)
     assert (spec.observed, spec.dtype, spec.device) == ((), dtype, torch.device("cpu"))
     back = prototype_trace(spec.latents, spec.zeros()).nodes
@@ -109,13 +108,24 @@ def test_support_that_cannot_be_written(tmp_path):
     [nn.Softplus(beta=2), nn.GELU(approximate="tanh"), TiltedSiLU(0.25), nn.functional.silu],
     ids=lambda value: getattr(value, "__name__", type(value).__name__),
 )
-def test_nonlinearity(nonlinearity):
-    back = from_plain(json.loads(json.dumps(to_plain("nonlinearity", nonlinearity))))
+def test_nonlinearity(nonlinearity, tmp_path):
+    guide = AutoIAF(models.regression, hidden_dims=8, nonlinearity=nonlinearity)
+    guide(models.data())
+    guide.save(tmp_path / "guide")
+    back = AutoIAF.load(tmp_path / "guide")._spec.arguments["nonlinearity"]
     x = torch.linspace(-3, 3, 50)
     assert torch.equal(back(x), nonlinearity(x))
     assert type(back) is type(nonlinearity)
-    with pytest.raises(ValueError, match=r"nonlinearity: expected an activation of torch\.nn or"):
-        to_plain("nonlinearity", lambda x: x)
+
+
+def test_activations_that_cannot_be_written(tmp_path):
+    for value in (lambda x: x.tanh(), nn.PReLU()):
+        guide = AutoIAF(models.regression, hidden_dims=8, nonlinearity=value)
+        guide(models.data())
+        with pytest.raises(
+            ValueError, match=r"nonlinearity cannot be written .* activation of torch\.nn"
+        ):
+            guide.save(tmp_path / "guide")
 
 
 # Files that somebody has changed
@@ -152,16 +162,27 @@ def file_of(name):
         return type(guide), path.read_bytes(), FLOW if name == "custom" else {}
 
 
+def of_spec(change):
+    """An edit of a file's spec."""
+
+    def edit(saved):
+        plain = json.loads(saved["spec"])
+        change(plain)
+        saved["spec"] = json.dumps(plain)
+
+    return edit
+
+
 def arguments(**changed):
-    return lambda saved: saved["spec"]["arguments"].update(changed)
+    return of_spec(lambda plain: plain["arguments"].update(changed))
 
 
 def graph(**changed):
-    return lambda saved: saved["spec"]["arguments"]["graph"].update(changed)
+    return of_spec(lambda plain: plain["arguments"]["graph"].update(changed))
 
 
 def site(**changed):
-    return lambda saved: saved["spec"]["sites"][-1].update(changed)
+    return of_spec(lambda plain: plain["sites"][-1].update(changed))
 
 
 def loc(change):
@@ -175,18 +196,23 @@ def expanded(saved):
     saved["state"][LOC] = saved["state"][LOC][:1].expand(2**20)
 
 
+def cyclic(saved):
+    saved["spec"] = []
+    saved["spec"].append(saved["spec"])
+
+
 SIZES = "at least .* numbers"
 BOUNDS = {
-    "support": "greater_than",
-    "bounds": {"lower_bound": {"tensor": [[0.0]] * 3, "dtype": "float32"}},
+    "class": "_GreaterThan",
+    "fields": {"lower_bound": {"tensor": [[0.0]] * 3, "of": {"dtype": "float32"}}},
 }
-PRELU = {"module": "PReLU", "constants": {"num_parameters": 2**40}}
+PRELU = {"class": "PReLU", "fields": {"num_parameters": 2**40}}
 CHANGES = {
     "layers of an iaf": ("iaf", arguments(num_transforms=10**8), SIZES),
     "layers in one dimension": ("one", arguments(num_transforms=10**8), SIZES),
     "layers of a structured flow": ("structured", arguments(num_transforms=10**8), SIZES),
     "widths": ("iaf", arguments(hidden_dims=[2**20, 2**20]), SIZES),
-    "hidden layers": ("iaf", arguments(hidden_dims=[1] * 10**5), SIZES),
+    "hidden layers": ("iaf", arguments(hidden_dims=[1] * 9 * 10**4), SIZES),
     "width of a structured flow": ("structured", arguments(hidden_dim=10**9), SIZES),
     "embedding": ("amortized", arguments(embedding_dim=2**40), SIZES),
     "shape": ("iaf", site(shape=[2**40]), SIZES),
@@ -196,21 +222,43 @@ CHANGES = {
     "plate": ("structured", site(plates=[["groups", -1, 2**40, 0, None]]), SIZES),
     "sub-sampled plate": ("structured", site(plates=[["groups", -1, 8, 0, 2**40]]), "sub-sampled"),
     "plate without a dimension": ("iaf", site(plates=[["p", -1, 2**40, 0, None]]), SIZES),
-    "bounds": ("iaf", site(support=BOUNDS), r"expected values of shape \(\), got \(3, 1\)"),
+    "bounds": ("iaf", site(support=BOUNDS), "expand"),
     "edge": ("structured", graph(edges=[[0, 10**9]]), r"graph: .* coordinates \[1000000000\]"),
     "cycle": ("structured", graph(parents=[[1], [0], *[[]] * 7]), "got one with a cycle"),
-    "graph": ("structured", arguments(graph=None), "expected a guide with this flow"),
-    "large activation": ("iaf", arguments(nonlinearity=PRELU), "an activation, got PReLU"),
+    "graph": ("structured", arguments(graph=None), "and the guide's flow, got"),
+    "large activation": (
+        "iaf",
+        arguments(nonlinearity=PRELU),
+        "and the guide's flow, got: 'PReLU'",
+    ),
     "expanded tensors": ("custom", expanded, SIZES),
     "coordinates": ("in coordinates", arguments(coordinates={"x": True}), r"'z'\], got \['x'\]"),
     "another shape": ("iaf", loc(lambda value: value[:1]), "size mismatch for"),
-    "sparse": ("iaf", loc(torch.Tensor.to_sparse), "expected a guide with this flow"),
-    "not a tensor": ("iaf", loc(torch.Tensor.tolist), "expected a guide with this flow"),
+    "sparse": ("iaf", loc(torch.Tensor.to_sparse), "and the guide's flow, got"),
+    "not a tensor": ("iaf", loc(torch.Tensor.tolist), "and the guide's flow, got"),
     "not finite": ("iaf", loc(lambda value: value / 0), f"'{LOC}': expected finite numbers, got 2"),
-    "missing": ("iaf", lambda saved: saved["state"].pop(LOC), "expected a guide with this flow"),
+    "missing": ("iaf", lambda saved: saved["state"].pop(LOC), "and the guide's flow, got"),
     "no state": ("iaf", lambda saved: saved.update(state=3), "expected what the guide's save"),
-    "another class": ("iaf", lambda s: s.update({"class": "AutoMAF"}), "AutoIAF, got AutoMAF"),
-    "older": ("iaf", lambda saved: saved.update(format=7), "got one of format 7, which another"),
+    "another class": (
+        "iaf",
+        lambda s: s.update(format="a guide of class AutoMAF, format 9"),
+        "AutoIAF, format 9, got a guide of class AutoMAF",
+    ),
+    "another kind": ("iaf", lambda saved: saved.update(format=[9]), "got another file"),
+    "older": (
+        "iaf",
+        lambda saved: saved.update(format=8),
+        r"older version.*torch\.save\(AutoIAF\.load\(path\)\.sample",
+    ),
+    "a cycle": ("iaf", cyclic, "and the guide's flow, got"),
+    "nested": ("iaf", lambda s: s.update(spec="[" * 10**5), "and the guide's flow, got"),
+    "text in place of a number": ("iaf", arguments(num_transforms="3"), "num_transforms: expected"),
+    "an unknown support": (
+        "iaf",
+        site(support={"class": "load", "fields": {}}),
+        "and the guide's flow, got",
+    ),
+    "no sites": ("iaf", of_spec(lambda plain: plain.update(sites=[])), "expected at least one"),
 }
 
 
@@ -223,8 +271,20 @@ def test_a_changed_file(change, tmp_path):
     edit(saved)
     torch.save(saved, path)
     assert path.stat().st_size < 300_000
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as caught:
         kind.load(path, **options)
+    assert str(caught.value).startswith(f"{path}: expected")
+
+
+def test_a_file_adds_no_hooks(tmp_path):
+    _, content, _ = file_of("iaf")
+    saved = torch.load(io.BytesIO(content))
+    hooks = {"_forward_hooks": {"1": {"function": "load"}}}
+    arguments(nonlinearity={"class": "Tanh", "fields": hooks})(saved)
+    torch.save(saved, tmp_path / "guide")
+    loaded = AutoIAF.load(tmp_path / "guide")._spec.arguments["nonlinearity"]
+    assert isinstance(loaded, nn.Tanh)
+    assert not loaded._forward_hooks
 
 
 def test_widths_do_not_matter_in_one_dimension(tmp_path):

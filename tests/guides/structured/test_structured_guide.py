@@ -171,6 +171,18 @@ def test_file_loads_without_the_model(tmp_path):
     assert svi.step(Y) < 1e6
 
 
+def test_a_loaded_guide_starts_without_the_model(tmp_path):
+    guide, file = AutoStructuredFlow(hierarchy, hidden_dim=4), tmp_path / "guide.pt"
+    guide.set_up(Y)
+    assert guide.prior_coordinates is not None
+    guide.save(file)
+    loaded = AutoStructuredFlow.load(file)
+    loc, scale = torch.linspace(-1, 1, 10).to(Y), torch.full((10,), 0.5).to(Y)
+    loaded.start_at(loc, scale)
+    z, log_q = loaded.rsample_and_log_prob(5)
+    assert torch.allclose(log_q, dist.Normal(loc, scale).to_event(1).log_prob(z))
+
+
 def test_state_dicts_and_copies_have_the_graph():
     guide = redraw(new(path, max_parents=1), 0.3)
     other = AutoStructuredFlow(path, hidden_dim=4)
