@@ -55,7 +55,6 @@ def printed(notebook: nbformat.NotebookNode) -> str:
 
 def test_the_promised_notebooks_are_there() -> None:
     promised = {
-        "comparing",
         "density",
         "diagnosing",
         "draws",

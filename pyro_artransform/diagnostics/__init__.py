@@ -4,20 +4,16 @@
 """How good a posterior is: importance sampling, calibration, errors of each mean and sd, evidence."""
 
 from .calibration import SBC, sbc, simultaneous_bands, uniformity_pvalue
-from .comparison import ComparedModel, Comparison, compare
 from .importance import Importance, importance, psis_resample
 from .importance_weights import log_weights
 from .marginals import Marginals, marginals
 from .psis import ParetoTail, fit_tail, smooth_tail
 
 __all__ = [  # noqa: RUF022
-    "ComparedModel",
-    "Comparison",
     "Importance",
     "Marginals",
     "ParetoTail",
     "SBC",
-    "compare",
     "fit_tail",
     "importance",
     "log_weights",

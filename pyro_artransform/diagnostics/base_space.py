@@ -12,7 +12,6 @@ from torch import Tensor
 from ..joint import LogJoint
 from ..joint.coordinates import coordinates_at, non_centered
 from ..joint.protocols import PriorGuide, TransformedGuide
-from ..transforms import Standardize
 from ..transforms.flow_module import call_and_ladj_over_vectors
 from .defensive_mixture import ToLatent
 from .importance_weights import ModelAndGuide, check_same_latents
@@ -63,7 +62,8 @@ def by_moments(draws: Tensor) -> tuple[ToLatent, Tensor]:
     """The transform of a standard normal to the means and sds of draws ``(n, D)``, and where it has these."""
     finite = draws[draws.isfinite().all(-1)]
     loc, scale = finite.mean(0), finite.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
-    return Standardize(loc, scale).call_and_ladj, (draws - loc) / scale
+    ladj = scale.log().sum()
+    return lambda base: (loc + base * scale, ladj.expand(len(base))), (draws - loc) / scale
 
 
 def transform_of(subject: ModelAndGuide) -> ToLatent | None:

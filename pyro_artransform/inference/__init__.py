@@ -9,14 +9,12 @@ from .config import FitConfig
 from .evaluation.each_posterior import EachPosterior
 from .evaluation.elements import Elements
 from .fit import fit
-from .fit_draws import fit_draws
 from .mcmc import Chains, mcmc
 from .optimization.training import FitError
-from .result import DrawsResult, FitResult
+from .result import FitResult
 
 __all__ = [
     "Chains",
-    "DrawsResult",
     "EachPosterior",
     "Elements",
     "FitConfig",
@@ -24,7 +22,6 @@ __all__ = [
     "FitResult",
     "Summary",
     "fit",
-    "fit_draws",
     "log_likelihood",
     "mcmc",
     "over_data_sets",

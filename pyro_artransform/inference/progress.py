@@ -67,11 +67,10 @@ class _Lines:
 
 @dataclass
 class ProgressBar:
-    """A bar of ``tqdm`` with the mean objective of the last 50 steps; ``None`` shows nothing."""
+    """A bar of ``tqdm`` with the mean ELBO of the last 50 steps; ``None`` shows nothing."""
 
     bar: Any
     is_live: bool = True  #: on a terminal or in a notebook; elsewhere a line every half minute
-    objective: str = "ELBO"  #: losses are the negative of it
 
     def say(self, what: str) -> None:
         """Shows what is being done."""
@@ -98,13 +97,13 @@ class ProgressBar:
         words = [batch] if batch else []
         recent = [loss for loss in losses[-50:] if math.isfinite(loss)]
         if recent:
-            words.append(f"{self.objective} {-math.fsum(recent) / len(recent):.3f}")
+            words.append(f"ELBO {-math.fsum(recent) / len(recent):.3f}")
         self.bar.set_postfix_str(", ".join(words), refresh=False)
         self.bar.update(len(losses) - self.bar.n)
 
 
 @contextmanager
-def progress_bar(shown: bool, objective: str = "ELBO") -> Iterator[ProgressBar]:
+def progress_bar(shown: bool) -> Iterator[ProgressBar]:
     """A progress bar, closed at the end; an empty one where ``tqdm`` is not installed."""
     bar, is_live = None, True
     if shown:
@@ -118,6 +117,6 @@ def progress_bar(shown: bool, objective: str = "ELBO") -> Iterator[ProgressBar]:
             wait = {"mininterval": _SECONDS_OF_LINE, "delay": 1e-9, "file": _Lines()}
             bar = tqdm(unit=" step", dynamic_ncols=is_live, **({} if is_live else wait))
     with nullcontext() if bar is None else bar:
-        yield ProgressBar(bar, is_live, objective)
+        yield ProgressBar(bar, is_live)
         if bar is not None:
             bar.delay = 0.0  # or else a bar that was never shown is not shown at its end

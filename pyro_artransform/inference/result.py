@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What fits return."""
+"""What a fit returns."""
 
 import math
 from dataclasses import dataclass, field
@@ -127,28 +127,3 @@ class FitResult:
     def __repr__(self) -> str:
         lines = [f"  {name:13} {value}" for name, value in self.rows().items()]
         return "\n".join([f"FitResult: {self.verdict}", *lines])
-
-
-@dataclass(frozen=True, eq=False, repr=False)
-class DrawsResult:
-    """How probable draws are that neither the steps nor their end depended on."""
-
-    #: the mean log-density of these draws, in nats; of a guide on the constrained space, as its ``log_prob``
-    log_likelihood: float
-    log_likelihood_se: float  #: its standard error, for independent draws
-    num_held_out: int  #: the number of these draws
-    history: list[float]  #: the mean log-density of the draws that said when to stop, at each check
-    num_steps: int
-    num_skipped: int
-    seconds: float
-    stopped_because: str
-    start: str
-
-    def __repr__(self) -> str:
-        held_out = f"{self.log_likelihood:.3f} ± {self.log_likelihood_se:.3f} nats a draw"
-        skipped = f"\n  skipped  {self.num_skipped} steps that were not finite"
-        return (
-            f"DrawsResult: {held_out}, of {self.num_held_out} that were held out\n"
-            f"  steps    {self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}\n"
-            f"  start    {self.start}{skipped if self.num_skipped else ''}"
-        )

@@ -97,18 +97,6 @@ class PriorGuide(FlowGuide, Protocol):
 
 
 @runtime_checkable
-class UnconstrainingGuide(FlowGuide, TransformedGuide, Protocol):
-    """A guide that takes draws to the unconstrained space, so that it can be fitted to them."""
-
-    def unconstrain(
-        self, values: Mapping[str, Tensor], *args: object, **kwargs: object
-    ) -> tuple[Tensor, Tensor]:
-        """Values of all sites as ``batch + (latent_dim,)``, and the log-determinant of the way back."""
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-
-@runtime_checkable
 class StructuredGuide(FlowGuide, Protocol):
     """A guide with the Markov graph of the posterior, of so many latents that no matrix is dense."""
 

@@ -18,13 +18,7 @@ from .chain import (
 )
 from .conditioned import ConditionedUnivariate, StructuredMeta
 from .flow_module import FlowModule, InverseTransformModule, inverse
-from .scales_and_tails import (
-    CompressedTails,
-    LocationScale,
-    Standardize,
-    standardize,
-    standardize_context,
-)
+from .scales_and_tails import CompressedTails, LocationScale
 
 __all__ = [
     "AutoregressiveTransform",
@@ -40,11 +34,8 @@ __all__ = [
     "MonotonicRQSTransform",
     "PartitionTransform",
     "PermutationTransform",
-    "Standardize",
     "StructuredMeta",
     "chain",
     "check_structure",
     "inverse",
-    "standardize",
-    "standardize_context",
 ]
