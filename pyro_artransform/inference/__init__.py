@@ -3,10 +3,8 @@
 
 """Fits of guides, and what draws of a posterior say."""
 
-from ..joint.posteriors import over_data_sets
 from ..posterior import Summary, log_likelihood, summary, to_inference_data
 from .config import FitConfig
-from .evaluation.each_posterior import EachPosterior
 from .evaluation.elements import Elements
 from .fit import fit
 from .fit_draws import fit_draws
@@ -17,7 +15,6 @@ from .result import DrawsResult, FitResult
 __all__ = [
     "Chains",
     "DrawsResult",
-    "EachPosterior",
     "Elements",
     "FitConfig",
     "FitError",
@@ -27,7 +24,6 @@ __all__ = [
     "fit_draws",
     "log_likelihood",
     "mcmc",
-    "over_data_sets",
     "summary",
     "to_inference_data",
 ]

@@ -3,7 +3,7 @@
 
 """Draws of a guide of the elements of mini-batches, with their log weights, given what all elements share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -15,8 +15,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 
 from ...joint import LogJoint
+from ...joint.enumeration import ScaleError
 from ...joint.handlers import SiteLogProbs, hidden_sites
-from ...joint.posteriors import Frames, score_by_element, sum_by_element, unknown_terms
 from ...joint.traces import (
     latent_nodes,
     plate_nesting,
@@ -38,6 +38,63 @@ from ..optimization.objective import PyroObjective
 
 _AT_ONCE = 256  # draws that are evaluated at a time
 _TOLERANCE = 1e-2  # in which densities of the same draw, by two batches, may differ
+
+
+Frames = Mapping[str, tuple[CondIndepStackFrame, ...]]
+
+
+def sum_by_element(
+    draws: DrawPlate, frame: CondIndepStackFrame, terms: Draws, frames: Frames, like: Tensor
+) -> Terms:
+    """The sums of terms of sites, of their batch shapes, by element of a plate, and of the rest.
+
+    :param frames: those of the plates around each site.
+    :param like: of the dtype and the device of the sums.
+    :return: "elements", shape ``(n, size)``, and "rest", shape ``(n,)``, without n of a single draw.
+    """
+    batch = () if draws.size is None else (draws.size,)
+    elements, rest = like.new_zeros((*batch, frame.size)), like.new_zeros(batch)
+    for name, term in terms.items():
+        if frame not in frames[name]:
+            rest = draws.total({name: term}, rest)
+            continue
+        if batch and term.dim() != 1 + draws.num_plates:
+            raise ValueError(f"expected {1 + draws.num_plates} batch dimensions, got {term.dim()}")
+        rows = term.movedim(frame.dim or -1, len(batch))
+        elements = elements + rows.reshape((*batch, frame.size, -1)).sum(-1)
+    return {"elements": elements, "rest": rest}
+
+
+def score_by_element(
+    run: Callable[[], object],
+    draws: DrawPlate,
+    values: Mapping[str, Tensor],
+    frame: CondIndepStackFrame,
+    like: Tensor,
+    is_enumerated: bool = False,
+) -> Terms:
+    """The log-density of one run of a model by element of a plate, without the factor of its sub-sampling.
+
+    :param values: of latents, placed in the plate of draws.
+    :param is_enumerated: whether the model has discrete latents, which are summed out.
+    :return: as of :func:`sum_by_element`.
+    :raises ValueError: if it has.
+    """
+    if is_enumerated:
+        raise ScaleError(
+            "expected a model without discrete latents that are summed out, whose density by element of a "
+            "plate is not known"
+        )
+    with hidden_sites(), SiteLogProbs(values) as scored:
+        draws.run(run)
+    found = sum_by_element(draws, frame, scored.log_probs, scored.frames, like)
+    return {**found, "elements": found["elements"] / subsampling_scale(frame)}
+
+
+def unknown_terms(frame: CondIndepStackFrame, like: Tensor, draws: Draws) -> Terms:
+    """What :func:`score_by_element` returns, NaN for a draw at which the model fails."""
+    nan = like.new_full((), torch.nan)
+    return {"elements": nan.expand(frame.size), "rest": nan}
 
 
 class UnknownWeightsError(Exception):

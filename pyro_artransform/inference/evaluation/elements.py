@@ -114,8 +114,7 @@ def objections_to(khat: Tensor, khat_se: Tensor, tail_share: Tensor, gap: Tensor
 
     The largest of many estimates of k-hat is large by chance. Its bound is increased by as many standard
     errors as the largest of so many normal errors has as its median: elements with an index at the bound,
-    all of them, are trusted as often as a single one would be. New draws of suspects, by which
-    :class:`EachPosterior` tells more, would be one more pass over the loader.
+    all of them, are trusted as often as a single one would be.
     """
     bound = GOOD_KHAT + _largest_error(len(khat)) * khat_se
     is_heavy, is_far = (khat > bound) & (tail_share > GOOD_TAIL), ~(gap <= GOOD_GAP)

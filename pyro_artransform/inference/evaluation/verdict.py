@@ -79,7 +79,7 @@ def judge(
     """The verdict on a fit, which is told that it was cut short before anything else.
 
     :param weights: those of the guide's own draws, unless mini-batches hide them.
-    :param about_others: what mini-batches, or single ones of many posteriors, leave to object to.
+    :param about_others: what mini-batches leave to object to.
     :param praise: the words without an objection, where those about the weights are not the ones.
     """
     objections = []
@@ -135,7 +135,7 @@ def _about_draws(status: FitStatus) -> Iterator[str]:
 
 
 def about_some(words: str, remedy: str) -> str:
-    """An objection to some of many posteriors, if there is one, with what to do."""
+    """An objection to some of many elements, if there is one, with what to do."""
     hint = ". Where these are few, look at their data; where they are many, use "
     return words + hint + remedy if words and remedy else words
 

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from ...capture import CapturedLoss
 from ...joint import LogJoint
 from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
-from ...joint.posteriors import Posteriors
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
 from ...joint.vectorization import GuideSampler
@@ -64,10 +63,6 @@ class Objective(Protocol):
         Where single draws have no log weights, n is smaller than ``count``.
         """
 
-    def log_weights(self, count: int) -> Tensor:
-        """As :meth:`elbo_draws`, of each of E posteriors that are fitted at once, shape ``(n, E)``."""
-        return self.elbo_draws(count)[:, None]
-
     def nonfinite_sites(self) -> list[str]:
         """The sites that made the last loss other than finite, as far as that can be found."""
 
@@ -78,13 +73,11 @@ class PathObjective(Objective):
 
     See Sticking the Landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194.
 
-    :param posteriors: where many posteriors are fitted at once, each of them.
     :param is_one: whether it is the objective of all steps, so that capturing its operations is worth while.
     """
 
     log_joint: LogJoint
     guide: ReparametrizedGuide
-    posteriors: Posteriors | None = None
     is_one: bool = True
     has_weights = True
 
@@ -126,8 +119,6 @@ class PathObjective(Objective):
         https://arxiv.org/abs/1810.04152, and Variational Inference via chi Upper Bound Minimization
         (Dieng et al., 2017), https://arxiv.org/abs/1611.00328.
         """
-        if self.posteriors is not None:  # deviations of all together say nothing of each
-            return self.loss(num_particles), num_particles
         most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
         count = min(_TAIL_DRAWS * num_particles, most)
         return self._replayed(self._tail_loss, count), count
@@ -160,21 +151,12 @@ class PathObjective(Objective):
 
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
-        return self._in_parts(count, self._draw)
-
-    def log_weights(self, count: int) -> Tensor:
-        if (posteriors := self.posteriors) is None:
-            return super().log_weights(count)
-        return self._in_parts(count, lambda n: posteriors.log_weights(n)[1])
+        most = max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)
+        return torch.cat([self._draw(min(most, count - k)) for k in range(0, count, most)])
 
     def _draw(self, count: int) -> Tensor:
         z, log_q = self.guide.rsample_and_log_prob(count)
         return self.log_joint(z) - log_q
-
-    def _in_parts(self, count: int, draw: Callable[[int], Tensor]) -> Tensor:
-        """Draws, as many at a time as fit into memory."""
-        most = max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)
-        return torch.cat([draw(min(most, count - start)) for start in range(0, count, most)])
 
     def nonfinite_sites(self) -> list[str]:
         if not bool(self._last.isfinite().all()):
