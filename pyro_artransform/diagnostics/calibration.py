@@ -149,17 +149,13 @@ def sbc(
     run = partial(model, *args, **kwargs)
     names = _data_sites(run, observed)
 
-    def ranks_of(values: Values) -> Values:
-        data = {name: value for name, value in values.items() if name in names}
-        truth = {name: value for name, value in values.items() if name not in names}
-        with pyro.get_param_store().scope():
-            draws = _draws_of(fit_one(data), num_draws, truth, args, kwargs)
-        return _ranks(truth, draws, num_draws)
-
     found = []
     for _ in trange(num_simulations, disable=not progress):
-        values = {k: site["value"] for k, site in _sites(poutine.uncondition(run)).items()}
-        found.append(ranks_of(values))
+        truth = {k: site["value"] for k, site in _sites(poutine.uncondition(run)).items()}
+        data = {name: truth.pop(name) for name in [*truth] if name in names}
+        with pyro.get_param_store().scope():
+            draws = _draws_of(fit_one(data), num_draws, truth, args, kwargs)
+        found.append(_ranks(truth, draws, num_draws))
     return SBC({k: torch.stack([ranks[k] for ranks in found]) for k in found[0]}, num_draws)
 
 
