@@ -25,7 +25,15 @@ from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
 from .elements import Elements, ElementWeights
 from .missed_modes import NOT_SEARCHED, NUM_FOR_MODES, find_missed_modes
-from .verdict import FitStatus, Verdict, about_chains, about_minibatches, judge
+from .verdict import (
+    FitStatus,
+    Verdict,
+    about_chains,
+    about_elements,
+    about_good_elements,
+    about_minibatches,
+    judge,
+)
 
 _UNCLEAR_KHAT_IN_SE = 2.0
 _MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
@@ -179,8 +187,11 @@ def evaluate_minibatches(
     else:
         elements, weights = by_element.elements, by_element.shared
         count = count if weights is None else weights.num_samples
-        objection = by_element.objection(status.remedy)
-        verdict = judge(status, about_others=objection, praise=by_element.praise)
+        objection, praise = (
+            about_elements(by_element, status.remedy),
+            about_good_elements(by_element),
+        )
+        verdict = judge(status, about_others=objection, praise=praise)
     numbers = found.elbo, found.elbo_se, count
     return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True, elements=elements)
 

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from ...capture import CapturedLoss
 from ...joint import LogJoint
-from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
+from ...joint.handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, traced_parameters
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
-from ...joint.vectorization import GuideSampler
+from ...joint.vectorization import CholeskyOrNan, DrawPlate, Draws, GuideSampler
 from ..loader import Batch
 
 # numbers of draws that are held at once, 64 MB in double precision
@@ -185,7 +185,7 @@ class PyroObjective(Objective):
     def __post_init__(self) -> None:
         self.model = UnmaskedLatents(self.log_joint.improper)(self.model)
         self._kind = TraceEnum_ELBO if self.log_joint.is_enumerated else Trace_ELBO
-        self._num_plates = plate_nesting(*self._traces())
+        self._num_plates = plate_nesting(*self.traces())
         run = partial(self.guide, *self.arguments.args, **self.arguments.kwargs)
         in_plate = self.log_joint.strategy == "plate"
         with torch.no_grad(), _quietly(), torch.random.fork_rng(devices=[]):
@@ -197,6 +197,13 @@ class PyroObjective(Objective):
         other = copy.copy(self)
         other.arguments = batch
         return other
+
+    def draws(self, function: Callable[..., object], given: Draws, n: int) -> SiteLogProbs:
+        """The sites of the model or the guide in a plate of n draws, with given values of some."""
+        scored, (args, kwargs) = SiteLogProbs(given), self.arguments
+        with poutine.block(), CholeskyOrNan(), scored:
+            DrawPlate(n, self._num_plates).run(partial(function, *args, **kwargs))
+        return scored
 
     def loss(self, num_particles: int) -> Tensor:
         guide: object = self.guide
@@ -211,7 +218,7 @@ class PyroObjective(Objective):
         return traced_parameters(partial(self._value, 1))
 
     def is_guide_alone(self) -> bool:
-        return not self._traces()[1].param_nodes
+        return not self.traces()[1].param_nodes
 
     def elbo_draws(self, count: int) -> Tensor:
         batch = max(count // self.num_estimates, 1)
@@ -224,7 +231,7 @@ class PyroObjective(Objective):
     def nonfinite_sites(self) -> list[str]:
         found: list[str] = []
         for _ in range(_NUM_TRACED):
-            for trace in self._traces():
+            for trace in self.traces():
                 trace.compute_log_prob()
                 for name, node in trace.nodes.items():
                     if "log_prob" in node and not bool(node["log_prob"].isfinite().all()):
@@ -248,7 +255,7 @@ class PyroObjective(Objective):
 
     @torch.no_grad()
     @_quietly()
-    def _traces(self) -> tuple[poutine.Trace, poutine.Trace]:
+    def traces(self) -> tuple[poutine.Trace, poutine.Trace]:
         """One run of the guide, and of the model at its draws."""
         args, kwargs = self.arguments
         guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
