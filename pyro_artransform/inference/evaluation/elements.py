@@ -22,6 +22,8 @@ over a loader, with the same draws of theta for each batch, makes them all.
    2013), https://arxiv.org/abs/1309.3339
 3. Debiasing Evidence Approximations: On Importance-weighted Autoencoders and Jackknife Variational Inference
    (Nowozin, 2018), https://openreview.net/forum?id=HyZoi-WRb
+4. Efficient Implementation of Markov Chain Monte Carlo When Using an Unbiased Likelihood Estimator (Doucet,
+   Pitt, Deligiannidis, Kohn, 2015), https://arxiv.org/abs/1210.1871
 """
 
 import math

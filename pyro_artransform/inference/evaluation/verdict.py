@@ -16,9 +16,9 @@ from .elements import ElementWeights
 from .missed_modes import NOT_SEARCHED, MissedModes
 
 _MOST_SKIPPED = 0.1  # of the steps
-# the variance of log weights by noise that is about the best of pseudo-marginal chains: see Efficient
-# Implementation of Markov Chain Monte Carlo When Using an Unbiased Likelihood Estimator (Doucet et al., 2015)
-_MOST_NOISE = 1.0
+_MOST_NOISE = (
+    1.0  # of log weights, a variance: about the best of pseudo-marginal chains (elements.py)
+)
 _POINT = (
     "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
     "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
@@ -241,9 +241,10 @@ def about_good_elements(found: ElementWeights) -> str:
     elements, words, why = found.elements, "Trusted: ", ""
     worst = int(elements.khat.argmax())
     if elements.khat[worst] > GOOD_KHAT:
-        is_light = elements.tail_share[worst] <= GOOD_TAIL
         why = "as the largest of so many good ones is by chance"
-        why = f" (above {GOOD_KHAT}, {'of a tail too light to matter' if is_light else why})"
+        if elements.tail_share[worst] <= GOOD_TAIL:
+            why = "of a tail too light to matter"
+        why = f" (above {GOOD_KHAT}, {why})"
     if (shared := found.shared) is not None:
         gap = max(shared.log_evidence - shared.elbo, 0.0)
         words += (

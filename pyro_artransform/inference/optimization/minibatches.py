@@ -44,8 +44,10 @@ class PassEstimate(NamedTuple):
             hint = "(drop_last=True may leave rows out)"
             return f"the loader is not known to have each row once in an epoch {hint}"
         if abs(self.loader_share - 1) > _SAME_SHARE:
-            words = f"a pass over the loader is {100 * self.loader_share:.3g} % of the data that the model"
-            return f"{words} scales its batches up to: check the size of the plate"
+            return (
+                f"a pass over the loader is {100 * self.loader_share:.3g} % of the data that the "
+                "model scales its batches up to: check the size of the plate"
+            )
         if self.share < 1 - _SAME_SHARE:
             return f"a pass saw {100 * self.share:.3g} % of the data, in {self.num_batches} batches"
         return ""
