@@ -94,7 +94,6 @@ def sbc(
     num_simulations: int = 100,
     num_draws: int = 99,
     observed: Iterable[str] | None = None,
-    at_once: bool = False,
     seed: int | None = None,
     progress: bool = True,
     **kwargs: object,
@@ -111,8 +110,6 @@ def sbc(
         dict of draws by site, each of shape ``(num_draws,) + site shape``, independent ones; or a
         function of the number of draws that returns such a dict. Deterministic sites that have draws
         are ranked, too. It runs with a param store of its own, empty at first.
-    :param at_once: whether ``fit_one`` takes all data sets at once. It is called once, with data of shape
-        ``(num_simulations,) + site shape``; draws have ``(num_draws, num_simulations)`` in front.
     :param args: the model's arguments. Sites that have data with them are the data sites; the data
         are not used otherwise.
     :param num_simulations: the number of simulated data sets.
@@ -138,17 +135,6 @@ def sbc(
         >>> result.ranks["z"].shape, result.passed()
         (torch.Size([100]), True)
 
-    All data sets in one fit::
-
-        >>> from pyro_artransform import AutoStructuredFlow, fit
-        >>> from pyro_artransform.inference import over_data_sets
-        >>> def fit_all(data):
-        ...     many = over_data_sets(model, data)
-        ...     return fit(many, AutoStructuredFlow(many), num_steps=50, progress=False).guide
-        >>> options = {"observed": ["y"], "at_once": True, "progress": False}
-        >>> sbc(model, fit_all, **options).ranks["z"].shape
-        torch.Size([100])
-
     **References**
 
     1. Validating Bayesian Inference Algorithms with Simulation-Based Calibration (Talts, Betancourt,
@@ -163,19 +149,14 @@ def sbc(
     run = partial(model, *args, **kwargs)
     names = _data_sites(run, observed)
 
-    def ranks_of(values: Values) -> Values:
-        data = {name: value for name, value in values.items() if name in names}
-        truth = {name: value for name, value in values.items() if name not in names}
-        with pyro.get_param_store().scope():
-            draws = _draws_of(fit_one(data), num_draws, truth, args, kwargs)
-        return _ranks(truth, draws, num_draws)
-
     found = []
     for _ in trange(num_simulations, disable=not progress):
-        values = {k: site["value"] for k, site in _sites(poutine.uncondition(run)).items()}
-        found.append(values if at_once else ranks_of(values))
-    stacked = {name: torch.stack([each[name] for each in found]) for name in found[0]}
-    return SBC(ranks_of(stacked) if at_once else stacked, num_draws)
+        truth = {k: site["value"] for k, site in _sites(poutine.uncondition(run)).items()}
+        data = {name: truth.pop(name) for name in [*truth] if name in names}
+        with pyro.get_param_store().scope():
+            draws = _draws_of(fit_one(data), num_draws, truth, args, kwargs)
+        found.append(_ranks(truth, draws, num_draws))
+    return SBC({k: torch.stack([ranks[k] for ranks in found]) for k in found[0]}, num_draws)
 
 
 @torch.no_grad()

@@ -7,16 +7,13 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import exp, inf, log, sqrt
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_integer
-from ..joint.posteriors import Posteriors
-from ..joint.protocols import StructuredGuide
-from .importance_weights import ModelAndGuide, Values, weighted_draws
-from .psis import fit_tail, fit_tails, smooth_tail
+from .importance_weights import Values, weighted_draws
+from .psis import fit_tail, smooth_tail
 
 GOOD_KHAT = 0.7  #: the largest k-hat at which estimates with the weights are reliable
 KHAT_OF_VARIANCE = 0.5  #: the largest k-hat of weights with a variance (Vehtari et al. 2024)
@@ -27,8 +24,7 @@ GOOD_LOST_MASS = 0.05  #: the largest share of a posterior in modes that the gui
 GOOD_MEAN_SHIFT = 0.15  #: the largest error of a mean, in sds of the posterior
 GOOD_SD_ERROR = 0.15  #: the largest relative error of a standard deviation
 CONFIDENCE = 0.975  #: the probability that the bounds of all errors of means and sds hold
-# draws at least that are resampled, of one posterior and of each of many
-_FEWEST, _FEWEST_OF_EACH = 10_000, 2_000
+_FEWEST = 10_000  # draws at least that are resampled
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,14 +173,12 @@ def psis_resample(
     """Draws of a guide resampled by their Pareto-smoothed weights: closer to the posterior.
 
     The resampling is systematic: a draw appears ``n`` times its weight, rounded up or down, so that
-    means over the result are weighted means with the least possible noise. Where a guide's graph says
-    that the elements of a plate are posteriors of their own, each is resampled by its own weights. The
-    other arguments and errors are those of :func:`importance`.
+    means over the result are weighted means with the least possible noise. The other arguments and errors
+    are those of :func:`importance`.
 
-    :param n: how many draws to return, in random order, of ``5 n``, and 10,000 at least (2,000 where there
-        are many posteriors).
+    :param n: how many draws to return, in random order, of ``5 n``, and 10,000 at least.
     :return: for each site a tensor of shape ``(n,) + site shape``.
-    :raises ValueError: if all weights of a posterior are zero or not finite.
+    :raises ValueError: if all weights are zero or not finite.
 
     **References**
 
@@ -192,40 +186,28 @@ def psis_resample(
        1996), https://doi.org/10.2307/1390750
     """
     check_integer("n", n)
-    if isinstance(cast(object, guide), StructuredGuide):
-        log_joint = ModelAndGuide.of(model, guide, args, kwargs).log_joint
-        if (posteriors := Posteriors.of(log_joint, guide)) is not None:
-            # guide and model take them in parts
-            z, weights, _ = posteriors.log_weights(max(_FEWEST_OF_EACH, 5 * n))
-            drawn = z.gather(0, _chosen(weights, n).to(z.device)[:, posteriors.elements])
-            with torch.no_grad():
-                return log_joint.latents.constrain(log_joint.to_unconstrained(drawn)[0])
     chunks = list(weighted_draws(model, guide, max(_FEWEST, 5 * n), args, kwargs, None))
-    (chosen,) = _chosen(torch.cat([chunk.log_weights for chunk in chunks])[:, None], n).T
+    chosen = _chosen(torch.cat([chunk.log_weights for chunk in chunks]), n)
     values = {name: torch.cat([c.values[name] for c in chunks]) for name in chunks[0].values}
     return {name: value[chosen.to(value.device)] for name, value in values.items()}
 
 
 def _chosen(log_weights: Tensor, n: int) -> Tensor:
-    """The draws that each column of log weights ``(S, E)`` resamples, shape ``(n, E)``, on the CPU."""
-    if not bool(log_weights.isfinite().any(0).all()):
+    """The draws that log weights ``(S,)`` resample, shape ``(n,)``, on the CPU."""
+    if not bool(log_weights.isfinite().any()):
         raise ValueError(
             f"guide: expected draws with finite weights, got none of {len(log_weights)}: train it first, or "
             "check supports and data"
         )
-    tails, columns = fit_tails(log_weights), list[Tensor]()
-    bad = [k for k, tail in enumerate(tails) if tail.khat > GOOD_KHAT]
-    if bad:
-        of = f" of {len(bad):,} of {len(tails):,} posteriors is up to" if len(tails) > 1 else " is"
+    tail = fit_tail(log_weights)
+    if tail.khat > GOOD_KHAT:
         warnings.warn(
-            f"k-hat{of} {max(tails[k].khat for k in bad):.2f}: above {GOOD_KHAT} resampling is no better "
-            "than the guide. Fit the guide for longer, or a more expressive one",
+            f"k-hat is {tail.khat:.2f}: above {GOOD_KHAT} resampling is no better than the guide. Fit the "
+            "guide for longer, or a more expressive one",
             stacklevel=3,
         )
-    for weights, tail in zip(log_weights.T, tails):
-        cumulative = smooth_tail(weights, tail).softmax(0).cumsum(0)
-        marks = (torch.rand_like(cumulative[:1]) + cumulative.new_ones(n).cumsum(0) - 1) / n
-        # the sum of the weights is one to round-off only
-        chosen = torch.searchsorted(cumulative, marks * cumulative[-1])
-        columns.append(chosen[torch.randperm(n, device=chosen.device)])
-    return torch.stack(columns, 1)
+    cumulative = smooth_tail(log_weights, tail).softmax(0).cumsum(0)
+    marks = (torch.rand_like(cumulative[:1]) + cumulative.new_ones(n).cumsum(0) - 1) / n
+    # the sum of the weights is one to round-off only
+    chosen = torch.searchsorted(cumulative, marks * cumulative[-1])
+    return chosen[torch.randperm(n, device=chosen.device)]

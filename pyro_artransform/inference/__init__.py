@@ -3,10 +3,8 @@
 
 """Fits of guides, and what draws of a posterior say."""
 
-from ..joint.posteriors import over_data_sets
 from ..posterior import Summary, log_likelihood, summary, to_inference_data
 from .config import FitConfig
-from .evaluation.each_posterior import EachPosterior
 from .evaluation.elements import Elements
 from .fit import fit
 from .mcmc import Chains, mcmc
@@ -15,7 +13,6 @@ from .result import FitResult
 
 __all__ = [
     "Chains",
-    "EachPosterior",
     "Elements",
     "FitConfig",
     "FitError",
@@ -24,7 +21,6 @@ __all__ = [
     "fit",
     "log_likelihood",
     "mcmc",
-    "over_data_sets",
     "summary",
     "to_inference_data",
 ]

@@ -12,8 +12,6 @@ from difflib import get_close_matches
 from typing import Any
 
 _FEWER = 8  # the share of draws by loop, and of the start by passes
-# draws of each of many posteriors that their gaps are compared by: 20 of them are a tail
-_FEWEST = 100
 
 
 @dataclass(frozen=True)
@@ -63,18 +61,11 @@ class OptimizationConfig:
     num_estimates: int = 32  #: of an ELBO where draws have no log weights
     checkpoint_every: int = 100  #: steps between two checkpoints
 
-    def for_latents(self, latent_dim: int, num_posteriors: int = 1) -> "OptimizationConfig":
-        """The same with nats in proportion to the number of latents, from a hundred of them on.
-
-        Of many posteriors at once each has these nats, and fewer draws tell of all of them.
-        """
-        share = max(latent_dim / 100, num_posteriors)
-        return replace(
-            self,
-            min_improvement=share * self.min_improvement,
-            good_gap=share * self.good_gap,
-            num_compared=max(self.num_compared // num_posteriors, min(self.num_compared, _FEWEST)),
-        )
+    def for_latents(self, latent_dim: int) -> "OptimizationConfig":
+        """The same with nats in proportion to the number of latents, from a hundred of them on."""
+        nats = {name: getattr(self, name) for name in ("min_improvement", "good_gap")}
+        share = max(latent_dim / 100, 1)
+        return replace(self, **{name: share * value for name, value in nats.items()})
 
 
 @dataclass(frozen=True)

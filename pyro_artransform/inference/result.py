@@ -13,7 +13,6 @@ from ..arguments import first_of
 from ..diagnostics import Importance, Marginals
 from ..diagnostics.importance import GOOD_KHAT
 from ..diagnostics.marginals import bounds_in_words
-from .evaluation.each_posterior import EachPosterior
 from .evaluation.elements import Elements
 
 
@@ -64,9 +63,7 @@ class FitResult:
     marginals_trusted: bool | None = None
     marginals: Marginals | None = None  #: how far each of them is off; ``None`` where not checked
     #: how close the guide is to each element of a plate, of a fit by mini-batches with latents of their own
-    #: elements; then ``log_evidence``, ``khat``, ``ess`` and ``importance`` are of what all share;
-    #: of many posteriors at once, in a plate with a graph that says so, what is known of each, where weights
-    #: of all together know nothing; then ``khat`` is the largest, and ``ess`` the least
+    #: elements; then ``log_evidence``, ``khat``, ``ess`` and ``importance`` are of what all share
     elements: Elements | None = None
     #: how centred latents with coordinates from the prior are, by site: 0 in units of the prior, 1 as the
     #: model is written; empty where all are as it is written
@@ -86,10 +83,8 @@ class FitResult:
         rows["ELBO"] = f"{self.elbo:.3f} ± {self.elbo_se:.3f}"
         if not math.isnan(self.khat):
             evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
-            khat, weights, of = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance, ""
-            if self.elements is not None:
-                is_apart = isinstance(self.elements, EachPosterior)
-                of = ", of the worst posterior" if is_apart else ", of what all elements share"
+            khat, weights = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance
+            of = "" if self.elements is None else ", of what all elements share"
             if self.khat > GOOD_KHAT:
                 if weights is None or weights.has_heavy_tail:
                     evidence += f" (most often too small: k-hat is above {GOOD_KHAT})"

@@ -17,7 +17,6 @@ from ..arguments import describe_tensors
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..joint import LogJoint
 from ..joint.handlers import traced_parameters
-from ..joint.posteriors import Posteriors
 from ..joint.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
 from ..time_limit import TimeLimit
 from .config import FitConfig
@@ -75,10 +74,6 @@ class SetUp:
         self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None
         of_batch = _objective_of_batch(self.subject, config, self.stream is not None)
-        num_posteriors = 1
-        if self.stream is None and isinstance(of_batch, PathObjective):
-            of_batch.posteriors = found = Posteriors.of(log_joint, self.subject.guide)
-            num_posteriors = 1 if found is None else found.size
         #: that of this process alone
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
@@ -100,7 +95,7 @@ class SetUp:
                 )
             self.sampling = Sampling(self.subject, draws, limit, num_steps is None)
         latent_dim = log_joint.latents.latent_dim
-        settings = config.optimization.for_latents(latent_dim, num_posteriors)
+        settings = config.optimization.for_latents(latent_dim)
         # where all data correct a batch, the noise of batches is too small to be averaged
         epoch = 1
         if self.minibatches is not None and self.minibatches.on_all is None:

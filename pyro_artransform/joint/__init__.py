@@ -5,7 +5,6 @@
 
 from .density import LogJoint
 from .mean_density import MeanLogJoint
-from .posteriors import log_density_by_element
 from .protocols import LogDensity
 from .sites import Latents, Site
 from .traces import ModelStructure
@@ -17,5 +16,4 @@ __all__ = [
     "MeanLogJoint",
     "ModelStructure",
     "Site",
-    "log_density_by_element",
 ]

@@ -40,7 +40,6 @@ from .traces import (
     count_values,
     is_enumerated,
     latent_nodes,
-    plate_frames,
     plate_nesting,
     subsampled_plates,
 )
@@ -127,7 +126,6 @@ class LogJoint(LogDensity):
         self.run = UnmaskedLatents(self.improper)(run)
         self._turn = 0
         self.num_plates = plate_nesting(trace)
-        self.plates = plate_frames(trace)  #: by name
         #: whether draws are weighed by mini-batches of their own, or by other random numbers of the model
         self.is_random = bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))

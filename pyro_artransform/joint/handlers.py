@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import biject_to, constraints
 
-from .traces import has_data, is_enumerated, latent_nodes
+from .traces import has_data, is_enumerated, latent_nodes, subsampling_scale
 
 _ROUND_OFF = 0.1  # nats by which the log of a probability may exceed 0
 
@@ -109,6 +109,28 @@ class SiteLogProbs(Messenger):
         scale = 1.0 if self._data_only else message["scale"]
         self.log_probs[name] = scale_and_mask(_log_prob(message), scale, message["mask"])
         self.frames[name] = message["cond_indep_stack"]
+
+    def frame(self, name: str, plate: str) -> CondIndepStackFrame | None:
+        """The frame of a plate around a site; ``None`` where the site is not in it."""
+        return next((frame for frame in self.frames[name] if frame.name == plate), None)
+
+    def by_element(self, plate: str, left_out: Container[str] = ()) -> tuple[Tensor, Tensor]:
+        """The log-densities of n draws by element of a plate ``(n, size)``, and of other sites ``(n,)``.
+
+        Those of elements are without the factor of a sub-sampled plate. Draws are to the left of all plates.
+        """
+        inside, outside = list[Tensor](), list[Tensor]()
+        for name in filter(lambda name: name not in left_out, self.log_probs):
+            frame, term = self.frame(name, plate), self.log_probs[name]
+            if frame is None:
+                outside.append(term.flatten(1).sum(1))
+            else:
+                rows = term.movedim(frame.dim or -1, 1).reshape(len(term), frame.size, -1)
+                inside.append(rows.sum(-1) / subsampling_scale(frame))
+        if not inside:
+            raise ValueError(f"expected sites in plate '{plate}', got {list(self.log_probs)}")
+        none = torch.zeros_like(inside[0][:, 0])
+        return sum(inside, torch.zeros_like(inside[0])), sum(outside, none)
 
 
 def _log_prob(site: Any) -> Tensor:

@@ -114,12 +114,6 @@ class StructuredGuide(FlowGuide, Protocol):
         :param batches: the ``args`` and ``kwargs`` of some mini-batches, or those of all data alone.
         """
 
-    def sample_and_log_prob_by_coordinate(self, n: int) -> tuple[Tensor, Tensor]:
-        """Draws and terms of their log densities, both ``(n, latent_dim)``.
-
-        The terms of coordinates that depend on no others add up to the log density of these.
-        """
-
 
 @runtime_checkable
 class MinibatchGuide(Protocol):

@@ -143,11 +143,6 @@ def plate_nesting(*traces: poutine.Trace) -> int:
     return max((-(f.dim or 0) for trace in traces for f in _all_frames(trace)), default=0)
 
 
-def plate_frames(trace: poutine.Trace) -> dict[str, CondIndepStackFrame]:
-    """The plates of a trace by name; of one that is a loop the frame of its last element."""
-    return {frame.name: frame for frame in _all_frames(trace)}
-
-
 def _all_frames(trace: poutine.Trace) -> list[CondIndepStackFrame]:
     """The frames of the plates around each site, site by site."""
     stacks = (node.get("cond_indep_stack", ()) for node in trace.nodes.values())
@@ -162,6 +157,25 @@ def subsampling_scale(frame: CondIndepStackFrame) -> float:
 def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
     """The frames of the plates of a trace that hold a part of their elements only, once a site."""
     return [f for f in _all_frames(trace) if f.full_size not in (None, f.size)]
+
+
+def plate_of_elements(trace: poutine.Trace) -> str:
+    """The name of the plate whose elements are those of mini-batches.
+
+    :raises ValueError: unless there is one plate of such, in which there are latents, and no loop.
+    """
+    stacks = [node["cond_indep_stack"] for node in latent_nodes(trace)]
+    names = list(dict.fromkeys(frame.name for frame in subsampled_plates(trace)))
+    if not names:  # as of an autoencoder: each latent is of an element of the batch
+        common = set.intersection(*({frame.name for frame in frames} for frames in stacks))
+        names = [frame.name for frame in stacks[0] if frame.name in common][:1]
+    dims = [frame.dim for frames in stacks for frame in frames if frame.name in names]
+    if len(names) != 1 or not dims or None in dims:
+        got = f"those of {names}, {len(dims)} with latents" if names else "none"
+        raise ValueError(
+            f"mini-batches are not known to be the elements of one plate with latents, no loop: got {got}"
+        )
+    return names[0]
 
 
 def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:

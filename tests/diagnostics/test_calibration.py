@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import itertools
-from functools import partial
 
 import pyro
 import pytest
@@ -11,9 +10,8 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal, init_to_sample
 from pyro.infer.reparam import LocScaleReparam
 
-from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
-from pyro_artransform.diagnostics import psis_resample, sbc, simultaneous_bands, uniformity_pvalue
-from pyro_artransform.inference import over_data_sets
+from pyro_artransform import AutoIAF
+from pyro_artransform.diagnostics import sbc, simultaneous_bands, uniformity_pvalue
 
 NUM_DATA = 3
 
@@ -231,39 +229,3 @@ def test_bands_hold_the_whole_function(num_draws):
     assert inside.double().mean() > 0.9 - 4 * (0.09 / 2000) ** 0.5
     if num_draws >= 99:
         assert inside.double().mean() < 0.95
-
-
-def test_all_data_sets_at_once():
-    calls = []
-
-    def exact_of_all(data, shift=0.0):
-        calls.append(data["y"].shape)
-        loc, scale = data["y"].sum(-1) / (1 + NUM_DATA) + shift, (1 + NUM_DATA) ** -0.5
-        return {"mean": dist.Normal(loc, scale).sample((99,))}
-
-    result = run(exact_of_all, at_once=True)
-    assert calls == [(300, NUM_DATA)]
-    assert result.passed()
-    assert result.ranks["mean"].shape == (300,)
-    assert not run(lambda data: exact_of_all(data, 0.5), at_once=True).passed()
-
-
-def test_draws_of_too_few_data_sets_are_refused():
-    with pytest.raises(ValueError, match=r"expected draws of 'mean' of shape \(99, 20\)"):
-        run(lambda data: {"mean": torch.zeros(99, 19)}, num_simulations=20, at_once=True)
-
-
-@pytest.mark.parametrize("is_of_guide", [True, False])
-def test_all_data_sets_in_one_fit(is_of_guide):
-    """By draws of the guide, and by those that are resampled by the weights of each."""
-    results = []
-
-    def fit_all(data):
-        many = over_data_sets(normal, data)
-        results.append(fit(many, AutoStructuredFlow(many), progress=False))
-        return results[0].guide if is_of_guide else partial(psis_resample, many, results[0].guide)
-
-    result = run(fit_all, 50, at_once=True)
-    assert result.passed()
-    assert result.ranks["mean"].shape == (50,)
-    assert results[0].trusted

@@ -224,7 +224,8 @@ def coupled(y):
 )
 def test_elements_that_move_at_once_give_the_same_graph(model, is_quick, monkeypatch):
     log_joint = LogJoint(model, (torch.randn(40),))
-    elements = log_joint.latents.elements_of(log_joint.plates["groups"])
+    (frame,) = {frame for site in log_joint.latents.sites.values() for frame in site.plates}
+    elements = log_joint.latents.elements_of(frame)
     counts, evaluate = [0], type(log_joint).__call__
 
     def counted(self, z):

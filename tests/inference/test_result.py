@@ -46,8 +46,8 @@ def test_what_went_wrong_is_shown(result):
     assert "one draw after the other (a branch)" in repr(odd)
     assert "too small" not in repr(replace(result, khat=0.6))
     zero = torch.zeros(3)
-    numbers = {**dict.fromkeys(("khat", "khat_se", "gap"), zero), "index": None}
-    elements = Elements(plate="rows", objections={}, **numbers)
+    numbers = dict.fromkeys(("khat", "khat_se", "tail_share", "gap"), zero)
+    elements = Elements(plate="rows", index=None, **numbers)
     shared = replace(result, khat=0.6, elements=elements)
     assert shared.rows()["k-hat"].startswith("0.60 ± ")
     assert shared.rows()["k-hat"].endswith(", of what all elements share")

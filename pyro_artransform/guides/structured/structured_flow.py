@@ -19,7 +19,6 @@ from ...transforms import (
     LocationScale,
     PartitionTransform,
 )
-from ...transforms.flow_module import call_and_ladj
 from ...univariate import Standardizing
 
 # the networks of the root block: as AutoIAF's of many latents, whose width ends here
@@ -82,26 +81,6 @@ class StructuredFlow(ComposedTransform):
                 for i, own in enumerate(network.parents):
                     relative.append(coefficients[i] * sd[list(own)] / sd[i])
                 network.set_linear(0, relative)
-
-    def call_and_ladj_by_coordinate(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value, and terms ``(*, D)`` of its log-determinant, which is their sum.
-
-        The term of a coordinate depends on that and its ancestors alone; the root block has all of its own
-        at its first coordinate. So the terms of a connected component are the log-determinant of its map.
-        """
-        marginals, partition, *layers = self.transforms
-        y, ladj = call_and_ladj(marginals.meta(x), x)
-        within = torch.zeros_like(y)
-        for (name, (rows, affine)), part in zip(self._scales.items(), partition.transforms):
-            if name == "root":
-                within[..., rows[0]] = part.call_and_ladj(y[..., rows])[1]
-            else:
-                within[..., rows] = affine.log_scale
-        y, ladj = partition(y), ladj + within
-        for layer in layers:
-            y = layer(y)
-            ladj = ladj - call_and_ladj(layer.transform.meta(y), y)[1]
-        return y, ladj
 
     def conditional_scale(self) -> Tensor:
         """The sd of each coordinate given its parents (or those before it in the root block), in units."""

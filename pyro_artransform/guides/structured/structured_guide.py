@@ -3,7 +3,6 @@
 
 """The guide with the conditional independences of the posterior."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -227,20 +226,6 @@ class AutoStructuredFlow(AutoAutoregressive):
             parts.append(draw(min(chunk, n - start), path))
         z, log_q = zip(*parts)
         return torch.cat(z), torch.cat(log_q)
-
-    @torch.no_grad()
-    def sample_and_log_prob_by_coordinate(self, n: int) -> tuple[Tensor, Tensor]:
-        """Draws, and terms by coordinate of their log density, both of shape ``(n, latent_dim)``.
-
-        The terms of coordinates that depend on no others add up to the log density of these.
-        """
-        self.transform_in_coordinates()  # entries of the store that count more are adopted first
-        flow, affine = self._parts
-        x = torch.randn_like(affine.loc.expand(check_integer("n", n), -1))
-        parts = [flow.call_and_ladj_by_coordinate(part) for part in x.split(self._chunk_size())]
-        y, ladj = (torch.cat(each) for each in zip(*parts))
-        log_q = -0.5 * x.square() - 0.5 * math.log(2 * math.pi) - ladj - affine.log_scale
-        return affine(y), log_q
 
     # Where a fit starts
 

@@ -20,16 +20,23 @@ from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
 from ...joint import MeanLogJoint
 from ...joint.coordinates import non_centered
-from ...joint.posteriors import Posteriors
 from ...time_limit import cut_off, is_out_of_time, left_out, limited, say, within
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
-from .each_posterior import MOST_VALUES, EachPosterior, weigh_each
 from .elements import Elements, ElementWeights
 from .missed_modes import NOT_SEARCHED, NUM_FOR_MODES, MissedModes, find_missed_modes
-from .verdict import FitStatus, Verdict, about_chains, about_minibatches, about_some, judge
+from .verdict import (
+    FitStatus,
+    Verdict,
+    about_chains,
+    about_elements,
+    about_good_elements,
+    about_minibatches,
+    judge,
+)
 
 _UNCLEAR_KHAT_IN_SE = 2.0
+_MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
 
 
 def draw(
@@ -42,7 +49,7 @@ def draw(
     latents, parts = list[Tensor](), list[Tensor]()
     for chunk in limited(subject.weighted_draws(count), at_least=1):
         parts.append(chunk.log_weights)
-        if chunk.latent is not None and sum(each.numel() for each in latents) < MOST_VALUES:
+        if chunk.latent is not None and sum(each.numel() for each in latents) < _MOST_VALUES:
             latents.append(chunk.latent.clone())
     more = min(config.num_more_samples, max_more_draws)
     if not is_noisy and more >= count:
@@ -79,22 +86,19 @@ class Evaluation(NamedTuple):
     #: the first draws behind it, of :func:`draw`; ``None`` where they were of mini-batches
     latents: Tensor | None = None
     outside: Sequence[str] = ()  #: objections to draws of chains, where they were looked at
-    #: of mini-batches, or of many posteriors where the weights of all together know nothing
-    elements: Elements | None = None
+    elements: Elements | None = None  #: of mini-batches
 
     def result_fields(self, marginals: MarginalVerdict, chains: Any = None) -> dict[str, Any]:
         """The fields of a ``FitResult`` about the posterior, or ``Chains`` of it; ``nan`` where not known."""
         words = self.verdict.words + marginals.words
         if chains is not None:
             words = f"{chains.verdict} Of the guide itself: {words}"
-        own = self.elements
         by_weights = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
         return {
             "elbo": self.elbo,
             "elbo_se": self.elbo_se,
             "num_samples": self.num_samples,
             **{name: getattr(self.weights, name, math.nan) for name in by_weights},
-            **(own.numbers(self.elbo) if isinstance(own, EachPosterior) else {}),
             "trusted": self.verdict.trusted,
             "verdict": words,
             "chains": chains,
@@ -128,16 +132,9 @@ def evaluate(
         few = min(config.evaluation.num_samples, NUM_FOR_MODES)
         settings = replace(config.evaluation, num_samples=few, max_searches=2)
         config = replace(config, evaluation=settings)
-    many = Posteriors.of(log_joint, subject.guide) if chains is None else None
-    weighed = weigh_each(many, config) if many else None
-    each: EachPosterior | None = None
-    latents: Tensor | None
-    if weighed is not None:
-        each, found, latents = weighed
-    else:
-        with within(0.5):
-            log_weights, latents = draw(subject, config.evaluation, max_more_draws)
-        found = Importance.from_log_weights(log_weights)
+    with within(0.5):
+        log_weights, latents = draw(subject, config.evaluation, max_more_draws)
+    found = Importance.from_log_weights(log_weights)
     missed, is_point, coarse = NOT_SEARCHED, False, list[str]()
     if latents is not None:
         draws, ess = latents, None
@@ -150,7 +147,7 @@ def evaluate(
         is_point = bool((draws == draws[:1]).all(0).any())
         if not is_point:
             coarse = log_joint.latents.coarse_sites(log_joint.to_unconstrained(draws)[0])
-        if not (is_point or is_noisy or each):
+        if not (is_point or is_noisy):
             say("verdict: the search for mass elsewhere")
             with cut_off("the search for mass elsewhere"), within(0.7):
                 known = found.log_evidence, found.elbo, weights, ess, of_few
@@ -163,10 +160,6 @@ def evaluate(
         left_out=left_out(),
     )
     numbers = found.elbo, found.elbo_se, found.num_samples
-    if each is not None:
-        objection = about_some(each.objection, status.remedy)
-        verdict = judge(status, about_others=objection, praise=each.praise)
-        return Evaluation(*numbers, None, False, verdict, elements=each)
     verdict, outside = judge(status, found, missed), list(about_chains(missed, status))
     return Evaluation(*numbers, found, is_noisy, verdict, missed, False, latents, outside)
 
@@ -193,8 +186,11 @@ def evaluate_minibatches(
     else:
         elements, weights = by_element.elements, by_element.shared
         count = count if weights is None else weights.num_samples
-        objection = by_element.objection(status.remedy)
-        verdict = judge(status, about_others=objection, praise=by_element.praise)
+        objection, praise = (
+            about_elements(by_element, status.remedy),
+            about_good_elements(by_element),
+        )
+        verdict = judge(status, about_others=objection, praise=praise)
     numbers = found.elbo, found.elbo_se, count
     return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True, elements=elements)
 
@@ -203,8 +199,6 @@ def judge_marginals(
     subject: ModelAndGuide, evaluation: Evaluation, config: EvaluationConfig
 ) -> MarginalVerdict:
     """Checks single latents by weights where these know them; else by chains."""
-    if isinstance(evaluation.elements, EachPosterior):
-        return MarginalVerdict(words=" Single latents were not checked.")
     is_trusted, found = evaluation.verdict.trusted, MarginalVerdict()
     weights, latents = evaluation.weights, evaluation.latents
     obstacle = _obstacle(subject, evaluation)
@@ -226,7 +220,7 @@ def judge_marginals(
             sample = MixtureDraws.of_guide_alone(unconstrained, log_weights)
         else:
             say("verdict: single latents by weights")
-            count = min(config.num_samples, max(MOST_VALUES // latents.shape[1], 1000))
+            count = min(config.num_samples, max(_MOST_VALUES // latents.shape[1], 1000))
             sample = mixture_draws(log_joint, to_latent, latents, count)
         by_weights = marginals_by_weights(sample, log_joint)
         if by_weights.trusted:

@@ -9,12 +9,16 @@ from typing import NamedTuple, cast
 
 from ...arguments import first_of
 from ...diagnostics import Importance
-from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS
+from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS, GOOD_TAIL
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ..optimization.minibatches import PassEstimate
+from .elements import ElementWeights
 from .missed_modes import NOT_SEARCHED, MissedModes
 
 _MOST_SKIPPED = 0.1  # of the steps
+_MOST_NOISE = (
+    1.0  # of log weights, a variance: about the best of pseudo-marginal chains (elements.py)
+)
 _POINT = (
     "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
     "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
@@ -75,7 +79,7 @@ def judge(
     """The verdict on a fit, which is told that it was cut short before anything else.
 
     :param weights: those of the guide's own draws, unless mini-batches hide them.
-    :param about_others: what mini-batches, or single ones of many posteriors, leave to object to.
+    :param about_others: what mini-batches leave to object to.
     :param praise: the words without an objection, where those about the weights are not the ones.
     """
     objections = []
@@ -128,12 +132,6 @@ def _about_draws(status: FitStatus) -> Iterator[str]:
         )
     if status.left_out:
         yield f"there was no time for {' and '.join(status.left_out)}: let it run for longer"
-
-
-def about_some(words: str, remedy: str) -> str:
-    """An objection to some of many posteriors, if there is one, with what to do."""
-    hint = ". Where these are few, look at their data; where they are many, use "
-    return words + hint + remedy if words and remedy else words
 
 
 def about_weights(
@@ -209,6 +207,43 @@ def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> str:
         f"({found.num_batches} batches), but k-hat and the evidence are not known, since {reason}. On "
         "data that fit into memory run diagnostics.importance with all of them and a model that does "
         "not sub-sample; on others, diagnostics.sbc with simulated data"
+    )
+
+
+def about_elements(found: ElementWeights, remedy: str) -> str:
+    """The objection to a fit by mini-batches with latents of their elements; empty where all is trusted."""
+    if words := found.elements.objection:
+        hint = f". Where these are few, look at their data; where they are many, use {remedy}"
+        return words + (hint if remedy else "")
+    if found.noise > _MOST_NOISE:
+        more = "more draws of each element (MinibatchConfig.min_inner)"
+        return (
+            f"nothing is known of the latents that all elements share: with {found.num_inner} draws of each "
+            f"element their log weights have a variance of {found.noise:.2g} by noise alone, above "
+            f"{_MOST_NOISE:.0f}" + (f". Use {more}, or {remedy}" if remedy else "")
+        )
+    return "" if found.shared is None else "; ".join(about_weights(found.shared, remedy))
+
+
+def about_good_elements(found: ElementWeights) -> str:
+    """The verdict on such a fit where all is trusted."""
+    elements, words, why = found.elements, "Trusted: ", ""
+    worst = int(elements.khat.argmax())
+    if elements.khat[worst] > GOOD_KHAT:
+        why = "as the largest of so many good ones is by chance"
+        if elements.tail_share[worst] <= GOOD_TAIL:
+            why = "of a tail too light to matter"
+        why = f" (above {GOOD_KHAT}, {why})"
+    if (shared := found.shared) is not None:
+        gap = max(shared.log_evidence - shared.elbo, 0.0)
+        words += (
+            f"of the latents that all elements share the ELBO is {gap:.3f} nats below the log evidence "
+            f"{shared.log_evidence:.3f}, k-hat is {shared.khat:.2f} ± {shared.khat_se:.2f}; "
+        )
+    return (
+        f"{words}of {len(elements.khat):,} elements of plate '{elements.plate}' the largest such distance is "
+        f"{elements.gap.max():.3f} nats, and the largest k-hat {elements.khat[worst]:.2f}{why}"
+        f"{ELSEWHERE['none']}"
     )
 
 

@@ -136,21 +136,10 @@ def evaluate_density(log_density: Density, points: Tensor) -> Tensor:
     return values.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
 
 
-def climb(
-    log_density: Density,
-    points: Tensor,
-    max_steps: int,
-    gradients: Density | None = None,
-    settled: float = _SETTLED,
-) -> Modes:
-    """Climbs from each point by Newton steps, to modes: a Hessian takes two gradients a coordinate.
-
-    :param points: shape ``batch + (D,)``.
-    :param gradients: of the log density, where points are no rows of it: both get ``(n,) + batch + (D,)``.
-    :param settled: steps end where no point gains as many nats.
-    """
-    values = log_density if gradients else partial(evaluate_density, log_density)
-    gradients = gradients or partial(_gradients_of_rows, log_density)
+def climb(log_density: Density, points: Tensor, max_steps: int) -> Modes:
+    """Climbs from points ``(S, D)`` by Newton steps, to modes: a Hessian takes two gradients a coordinate."""
+    values = partial(evaluate_density, log_density)
+    gradients = partial(_gradients_of_rows, log_density)
     widths, value = torch.ones_like(points), values(points[None])[0]
     for _ in range(max_steps):
         gradient, curvature = _expand(gradients, points, widths)
@@ -159,7 +148,7 @@ def climb(
         expected_gain, height = (steps * gradient).sum(-1), value
         points, value = _search_line(values, points, height, steps)
         gain = torch.where(value > height, value - height, 0.0)
-        if bool(((gain < settled) | ~(expected_gain > settled)).all()):
+        if bool(((gain < _SETTLED) | ~(expected_gain > _SETTLED)).all()):
             break
     return Modes(*here, height, is_maximum & (expected_gain < _CONVERGED))
 

@@ -18,6 +18,7 @@ from ..loader import AllBatches, Batch, BatchStream
 from .objective import BatchObjective, Objective, PathObjective
 
 _NUM_FOR_MEDIAN = 100  # draws of a guide
+_SAME_SHARE = 1e-6  # to which shares of the data are equal
 
 
 class PassEstimate(NamedTuple):
@@ -35,6 +36,21 @@ class PassEstimate(NamedTuple):
     num_batches: int
     share: float
     loader_share: float = 1.0
+
+    @property
+    def obstacle(self) -> str:
+        """Why the pass is not known to be one of all data, each row once; empty where it is."""
+        if not self.share:
+            hint = "(drop_last=True may leave rows out)"
+            return f"the loader is not known to have each row once in an epoch {hint}"
+        if abs(self.loader_share - 1) > _SAME_SHARE:
+            return (
+                f"a pass over the loader is {100 * self.loader_share:.3g} % of the data that the "
+                "model scales its batches up to: check the size of the plate"
+            )
+        if self.share < 1 - _SAME_SHARE:
+            return f"a pass saw {100 * self.share:.3g} % of the data, in {self.num_batches} batches"
+        return ""
 
 
 @dataclass

@@ -19,11 +19,10 @@ from torch import Tensor, nn
 
 from ...capture import CapturedLoss
 from ...joint import LogJoint
-from ...joint.handlers import UnmaskedLatents, hidden_sites, traced_parameters
-from ...joint.posteriors import Posteriors
+from ...joint.handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, traced_parameters
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
-from ...joint.vectorization import GuideSampler
+from ...joint.vectorization import CholeskyOrNan, DrawPlate, Draws, GuideSampler
 from ..loader import Batch
 
 # numbers of draws that are held at once, 64 MB in double precision
@@ -64,10 +63,6 @@ class Objective(Protocol):
         Where single draws have no log weights, n is smaller than ``count``.
         """
 
-    def log_weights(self, count: int) -> Tensor:
-        """As :meth:`elbo_draws`, of each of E posteriors that are fitted at once, shape ``(n, E)``."""
-        return self.elbo_draws(count)[:, None]
-
     def nonfinite_sites(self) -> list[str]:
         """The sites that made the last loss other than finite, as far as that can be found."""
 
@@ -78,13 +73,11 @@ class PathObjective(Objective):
 
     See Sticking the Landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194.
 
-    :param posteriors: where many posteriors are fitted at once, each of them.
     :param is_one: whether it is the objective of all steps, so that capturing its operations is worth while.
     """
 
     log_joint: LogJoint
     guide: ReparametrizedGuide
-    posteriors: Posteriors | None = None
     is_one: bool = True
     has_weights = True
 
@@ -126,8 +119,6 @@ class PathObjective(Objective):
         https://arxiv.org/abs/1810.04152, and Variational Inference via chi Upper Bound Minimization
         (Dieng et al., 2017), https://arxiv.org/abs/1611.00328.
         """
-        if self.posteriors is not None:  # deviations of all together say nothing of each
-            return self.loss(num_particles), num_particles
         most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
         count = min(_TAIL_DRAWS * num_particles, most)
         return self._replayed(self._tail_loss, count), count
@@ -160,21 +151,12 @@ class PathObjective(Objective):
 
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
-        return self._in_parts(count, self._draw)
-
-    def log_weights(self, count: int) -> Tensor:
-        if (posteriors := self.posteriors) is None:
-            return super().log_weights(count)
-        return self._in_parts(count, lambda n: posteriors.log_weights(n)[1])
+        most = max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)
+        return torch.cat([self._draw(min(most, count - k)) for k in range(0, count, most)])
 
     def _draw(self, count: int) -> Tensor:
         z, log_q = self.guide.rsample_and_log_prob(count)
         return self.log_joint(z) - log_q
-
-    def _in_parts(self, count: int, draw: Callable[[int], Tensor]) -> Tensor:
-        """Draws, as many at a time as fit into memory."""
-        most = max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)
-        return torch.cat([draw(min(most, count - start)) for start in range(0, count, most)])
 
     def nonfinite_sites(self) -> list[str]:
         if not bool(self._last.isfinite().all()):
@@ -203,7 +185,7 @@ class PyroObjective(Objective):
     def __post_init__(self) -> None:
         self.model = UnmaskedLatents(self.log_joint.improper)(self.model)
         self._kind = TraceEnum_ELBO if self.log_joint.is_enumerated else Trace_ELBO
-        self._num_plates = plate_nesting(*self._traces())
+        self._num_plates = plate_nesting(*self.traces())
         run = partial(self.guide, *self.arguments.args, **self.arguments.kwargs)
         in_plate = self.log_joint.strategy == "plate"
         with torch.no_grad(), _quietly(), torch.random.fork_rng(devices=[]):
@@ -215,6 +197,13 @@ class PyroObjective(Objective):
         other = copy.copy(self)
         other.arguments = batch
         return other
+
+    def draws(self, function: Callable[..., object], given: Draws, n: int) -> SiteLogProbs:
+        """The sites of the model or the guide in a plate of n draws, with given values of some."""
+        scored, (args, kwargs) = SiteLogProbs(given), self.arguments
+        with poutine.block(), CholeskyOrNan(), scored:
+            DrawPlate(n, self._num_plates).run(partial(function, *args, **kwargs))
+        return scored
 
     def loss(self, num_particles: int) -> Tensor:
         guide: object = self.guide
@@ -229,7 +218,7 @@ class PyroObjective(Objective):
         return traced_parameters(partial(self._value, 1))
 
     def is_guide_alone(self) -> bool:
-        return not self._traces()[1].param_nodes
+        return not self.traces()[1].param_nodes
 
     def elbo_draws(self, count: int) -> Tensor:
         batch = max(count // self.num_estimates, 1)
@@ -242,7 +231,7 @@ class PyroObjective(Objective):
     def nonfinite_sites(self) -> list[str]:
         found: list[str] = []
         for _ in range(_NUM_TRACED):
-            for trace in self._traces():
+            for trace in self.traces():
                 trace.compute_log_prob()
                 for name, node in trace.nodes.items():
                     if "log_prob" in node and not bool(node["log_prob"].isfinite().all()):
@@ -266,7 +255,7 @@ class PyroObjective(Objective):
 
     @torch.no_grad()
     @_quietly()
-    def _traces(self) -> tuple[poutine.Trace, poutine.Trace]:
+    def traces(self) -> tuple[poutine.Trace, poutine.Trace]:
         """One run of the guide, and of the model at its draws."""
         args, kwargs = self.arguments
         guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)

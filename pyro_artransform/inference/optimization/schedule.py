@@ -4,14 +4,13 @@
 """When the step size goes down, when a fit ends, and what its parameters are averaged over."""
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
 from ...diagnostics.importance import GOOD_KHAT, KHAT_OF_VARIANCE
-from ...diagnostics.psis import fit_tails
+from ...diagnostics.psis import fit_tail
 from ..config import OptimizationConfig
 
 PLATEAU = "the ELBO stopped moving"
@@ -28,18 +27,17 @@ _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
 
 def remaining_gap(draws: Tensor, is_start: bool = False) -> float:
-    """What the ELBO lacks to the evidence in nats, by log weights ``(n, E)``, summed over posteriors.
+    """What the ELBO lacks to the evidence in nats, by log weights ``(n,)``.
 
     It is inf where they do not know it; of a start where they may have no variance either, as those of a
     Gaussian of a posterior with a tail, whose gap is 0.001 nats and whose k-hat 0.9.
     """
     # weights with a heavy tail know too little of the evidence
-    is_finite = math.isfinite(draws.sum(1).mean().item())
     bound, num_se = (KHAT_OF_VARIANCE, 1.0) if is_start else (GOOD_KHAT, 0.0)
-    khats = (tail.khat + num_se * tail.khat_se for tail in fit_tails(draws))
-    if not is_finite or statistics.median(khats) > bound:
+    tail, elbo = fit_tail(draws), draws.mean()
+    if not math.isfinite(elbo) or tail.khat + num_se * tail.khat_se > bound:
         return math.inf
-    return float((draws.logsumexp(0) - math.log(len(draws)) - draws.mean(0)).sum())
+    return float(draws.logsumexp(0) - math.log(len(draws)) - elbo)
 
 
 @dataclass(frozen=True)

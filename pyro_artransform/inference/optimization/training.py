@@ -200,7 +200,7 @@ class Training(Steps):
     def _gap(self, times: int = 1, is_start: bool = False) -> float:
         """What is left to win, by a number of times as many draws as ever."""
         own = self._parallel.share(times * self._config.num_compared)
-        return remaining_gap(self._parallel.gather(self.objective.log_weights(own)), is_start)
+        return remaining_gap(self._parallel.gather(self.objective.elbo_draws(own)), is_start)
 
     def nonfinite_sites(self) -> list[str]:
         found = self._parallel.gather_objects(

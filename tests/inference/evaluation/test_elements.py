@@ -14,13 +14,13 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from pyro_artransform import AutoAmortized
 from pyro_artransform.inference.config import MinibatchConfig
-from pyro_artransform.inference.evaluation.elements import (
-    Elements,
-    ElementWeights,
-    objections_to,
-    weigh_elements,
+from pyro_artransform.inference.evaluation.elements import Elements, ElementWeights, weigh_elements
+from pyro_artransform.inference.evaluation.verdict import (
+    FitStatus,
+    about_elements,
+    about_good_elements,
+    judge,
 )
-from pyro_artransform.inference.evaluation.verdict import FitStatus, judge
 from pyro_artransform.inference.loader import BatchStream
 from pyro_artransform.inference.optimization.minibatches import MinibatchObjective
 from pyro_artransform.inference.optimization.objective import PyroObjective
@@ -66,12 +66,12 @@ def weighed(guide, *args, **options):
 
 def elements(khat, khat_se, tail_share, gap, index=None):
     numbers = {"khat": khat, "khat_se": khat_se, "tail_share": tail_share, "gap": gap}
-    return Elements(plate="rows", objections=objections_to(**numbers), index=index, **numbers)
+    return Elements(plate="rows", index=index, **numbers)
 
 
 def verdict(found):
-    objection = found.objection("a better one")
-    return judge(FitStatus(), about_others=objection, praise=found.praise)
+    objection = about_elements(found, "a better one")
+    return judge(FitStatus(), about_others=objection, praise=about_good_elements(found))
 
 
 def test_the_posterior_itself():
@@ -162,7 +162,7 @@ def test_the_largest_of_many_khats():
         for _ in range(200):
             khat, zero = 0.7 + 0.1 * torch.randn(size), torch.zeros(size)
             ones = torch.ones(size)
-            trusted += not objections_to(khat, 0.1 * ones, ones, zero)
+            trusted += bool(elements(khat, 0.1 * ones, ones, zero).trusted.all())
         assert 70 < trusted < 130
 
 
@@ -175,10 +175,9 @@ def test_the_largest_of_many_khats():
 )
 def test_why_a_large_khat_is_trusted(share, why):
     khat, zero = torch.linspace(0.2, 1.1, 1000), torch.zeros(1000)
-    numbers = khat, zero + 0.15, zero + share, zero
-    assert not objections_to(*numbers)
-    found = ElementWeights(elements(*numbers), None, 0.0, 4)
-    assert f"the largest k-hat {why}" in found.praise
+    found = ElementWeights(elements(khat, zero + 0.15, zero + share, zero), None, 0.0, 4)
+    assert not found.elements.objection
+    assert f"the largest k-hat {why}" in about_good_elements(found)
 
 
 def test_the_worst_elements_are_shown():
