@@ -33,7 +33,10 @@ class Detached(nn.Module):
 @pytest.mark.parametrize(
     ("transform", "message"),
     [
-        (DetachedLogDet, "gradient of the log-determinant in the parameters: .* expected to be zero"),
+        (
+            DetachedLogDet,
+            "gradient of the log-determinant in the parameters: .* expected to be zero",
+        ),
         (
             lambda shift, log_scale: MonotonicAffineTransform(shift.detach(), log_scale),
             "gradient of y in the parameters: Jacobian mismatch",
