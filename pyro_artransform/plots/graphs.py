@@ -16,15 +16,13 @@ from ..guides import AutoStructuredFlow
 from ..guides.structured.latent_graph import LatentGraph, Name
 
 _MAX_CELLS = 200  # of a matrix in each direction: more would be less than a pixel
-_MIN_NAMED = 0.04  # the least part of an axis that is named
 
 
 def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) -> Axes:
     """Which latents depend on each other: the pattern of the Hessian of the log density, twice.
 
     Left in the order of the model, right in that of the guide. The colour is the level at which the guide
-    draws the later of the two latents; a level is drawn at once, given those before it. Gray is fill-in:
-    parents that have no more than children in common. Of more than 200 latents several share a cell.
+    draws the later of the two; gray is fill-in. Of more than 200 latents several share a cell.
 
     :param graph: a guide after its first call, or its ``graph``.
     :param ax: where to draw; by default new Axes.
@@ -70,6 +68,6 @@ def _named_runs(labels: Sequence[str]) -> dict[float, str]:
     named, end = {}, 0
     for label, run in groupby(labels):
         start, end = end, end + len(list(run))
-        if end - start >= _MIN_NAMED * len(labels):
+        if end - start >= 0.04 * len(labels):  # room for a name
             named[(start + end) / 2] = label
     return named

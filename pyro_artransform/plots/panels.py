@@ -22,11 +22,11 @@ from ..inference import FitResult
 BLUE, ORANGE, GRAY = "#2c6fbb", "#d9772b", "#9a9a9a"
 
 
-def new_axes(ax: Axes | None, x: str, y: str) -> Axes:
+def new_axes(ax: Axes | None, **labels: str) -> Axes:
     """The given Axes, or new ones, with labels, without the two sides that bound nothing."""
     ax = plt.subplots(figsize=(6, 3.6), layout="constrained")[1] if ax is None else ax
     ax.spines[["top", "right"]].set_visible(False)
-    ax.set(xlabel=x, ylabel=y)
+    ax.set(**labels)
     return ax
 
 
@@ -38,8 +38,7 @@ def doubles(value: Tensor) -> Tensor:
 def plot_elbo(history: Sequence[float] | Tensor | FitResult, ax: Axes | None = None) -> Axes:
     """The ELBO by step, and its running median.
 
-    The axis shows the last nine tenths of the steps in full; the first ones, often hundreds of nats
-    below, may leave it.
+    The axis shows the last nine tenths of the steps; the first ones may be hundreds of nats below it.
 
     :param history: the ELBO of each step, or a result with such a ``history``.
     :param ax: where to draw; by default new Axes.
@@ -48,14 +47,14 @@ def plot_elbo(history: Sequence[float] | Tensor | FitResult, ax: Axes | None = N
     steps = doubles(torch.as_tensor(getattr(history, "history", history), device="cpu"))
     if not len(steps):
         raise ValueError("history: expected the ELBO of at least one step, got none")
-    ax, half = new_axes(ax, "step", "ELBO (nats)"), max(1, len(steps) // 50)
+    ax, half = new_axes(ax, xlabel="step", ylabel="ELBO (nats)"), max(1, len(steps) // 50)
     padded = torch.cat([steps[:1].expand(half), steps, steps[-1:].expand(half)])
     median = padded.unfold(0, 2 * half + 1, 1).nanmedian(-1).values
-    x = range(1, len(steps) + 1)
-    ax.plot(x, steps, color=BLUE, alpha=0.3, linewidth=0.8, label="step")
+    ax.plot(
+        x := range(1, len(steps) + 1), steps, color=BLUE, alpha=0.3, linewidth=0.8, label="step"
+    )
     ax.plot(x, median, color=BLUE, label="running median")
-    late = steps[len(steps) // 10 :]
-    shown = late[late.isfinite()].tolist() or [0.0]
+    shown = list(filter(isfinite, steps[len(steps) // 10 :].tolist())) or [0.0]
     if margin := 0.05 * (max(shown) - min(shown)):
         ax.set_ylim(min(shown) - margin, max(shown) + margin)
     ax.legend(frameon=False, loc="lower right")
@@ -65,15 +64,13 @@ def plot_elbo(history: Sequence[float] | Tensor | FitResult, ax: Axes | None = N
 def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
     """The largest importance weights against their rank, with the Pareto tail fitted to them.
 
-    On these logarithmic axes a tail of index k falls with the slope -1 / k far out, the steeper the
-    better. Dashed is the tail of index 0.7, the largest that can be relied on.
+    A tail of index k falls with the slope -1 / k far out; dashed is 0.7, the largest to rely on.
 
     :param result: what :func:`~pyro_artransform.diagnostics.importance` found.
     :param ax: where to draw; by default new Axes.
     """
-    ax = new_axes(ax, "weight / mean weight", "share of draws with a larger weight")
-    ax.set_title(f"k-hat = {result.khat:.2f} ± {result.khat_se:.2f}")
-    tail = fit_tail(result.log_weights)
+    title, tail = f"k-hat = {result.khat:.2f} ± {result.khat_se:.2f}", fit_tail(result.log_weights)
+    ax = new_axes(ax, xlabel="weight / mean weight", ylabel="share of larger weights", title=title)
     ordered = doubles(result.log_weights).sort(descending=True).values
     ordered = ordered[ordered.isfinite()] - result.log_evidence
     ranks = torch.arange(1, len(ordered) + 1, dtype=torch.float64, device="cpu") - 0.5
@@ -94,19 +91,16 @@ def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
 def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
     """How far each latent's standard deviation is off, over how far its mean is.
 
-    Each dot is a coordinate on the unconstrained space, with standard errors where there are up to 100.
-    The gray box holds errors that are small enough to be trusted.
+    Each dot is a coordinate on the unconstrained space; errors in the gray box are small enough to trust.
 
     :param result: what :func:`~pyro_artransform.diagnostics.marginals` found.
     :param ax: where to draw; by default new Axes.
     """
-    ax = new_axes(ax, "mean too large by (sd)", "sd too large by (%)")
+    ax = new_axes(ax, xlabel="mean too large by (sd)", ylabel="sd too large by (%)")
     x, y = GOOD_MEAN_SHIFT, 100 * GOOD_SD_ERROR
     ax.add_patch(Rectangle((-x, -y), 2 * x, 2 * y, color=GRAY, alpha=0.2))
     limits = torch.tensor([2 * x, 2 * y], dtype=torch.float64, device="cpu")
-    has_bars = (
-        sum(shift.numel() for shift in result.mean_shift.values()) <= 100
-    )  # more hide each other
+    has_bars = sum(map(torch.numel, result.mean_shift.values())) <= 100  # more hide each other
     for k, (name, shift) in enumerate(result.mean_shift.items()):
         dots = torch.stack([doubles(shift), 100 * doubles(result.sd_ratio[name] - 1)])
         style: dict[str, Any] = {"fmt": ".", "color": f"C{k % 10}", "elinewidth": 0.6}
@@ -116,7 +110,6 @@ def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
         ax.errorbar(dots[0], dots[1], label=name if k < 8 else None, **style)
         limits = limits.maximum(dots.abs().nan_to_num(0, 0).amax(1))
     x, y = (1.1 * limits).tolist()
-    ax.set(xlim=(-x, x), ylim=(-y, y))
-    ax.set_title(bounds_in_words(result.mean_bound, result.sd_bound), fontsize=10)
+    ax.set(xlim=(-x, x), ylim=(-y, y), title=bounds_in_words(result.mean_bound, result.sd_bound))
     ax.legend(frameon=False, fontsize=8)
     return ax
