@@ -50,9 +50,8 @@ def plot_elbo(history: Sequence[float] | Tensor | FitResult, ax: Axes | None = N
     ax, half = new_axes(ax, xlabel="step", ylabel="ELBO (nats)"), max(1, len(steps) // 50)
     padded = torch.cat([steps[:1].expand(half), steps, steps[-1:].expand(half)])
     median = padded.unfold(0, 2 * half + 1, 1).nanmedian(-1).values
-    ax.plot(
-        x := range(1, len(steps) + 1), steps, color=BLUE, alpha=0.3, linewidth=0.8, label="step"
-    )
+    x = range(1, len(steps) + 1)
+    ax.plot(x, steps, color=BLUE, alpha=0.3, linewidth=0.8, label="step")
     ax.plot(x, median, color=BLUE, label="running median")
     shown = list(filter(isfinite, steps[len(steps) // 10 :].tolist())) or [0.0]
     if margin := 0.05 * (max(shown) - min(shown)):

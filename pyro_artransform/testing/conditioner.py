@@ -17,7 +17,11 @@ from .comparison import BATCH_SHAPES, DTYPES, equal, normal, redraw
 
 
 def check_conditioner(
-    make: Callable[[], nn.Module], input_dim: int, *, context_dim: int = 0, adjacency: Any = None
+    make: Callable[[], nn.Module],
+    input_dim: int,
+    *,
+    context_dim: int = 0,
+    adjacency: Tensor | None = None,
 ) -> None:
     """Checks that a conditioner keeps its contract.
 
