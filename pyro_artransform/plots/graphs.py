@@ -14,47 +14,41 @@ from matplotlib.ticker import MaxNLocator
 
 from ..guides import AutoStructuredFlow
 from ..guides.structured.latent_graph import LatentGraph, Name
-from .panels import new_axes
 
 _MAX_CELLS = 200  # of a matrix in each direction: more would be less than a pixel
-_MIN_NAMED = 0.04  # the least part of an axis that is named
 
 
 def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) -> Axes:
     """Which latents depend on each other: the pattern of the Hessian of the log density, twice.
 
-    On the left in the order of the model, on the right in that of the guide, level by level. The colour
-    is the level at which the guide draws the later of the two latents; those of a level are drawn at once,
-    given what is to their left. Gray are parents that latents have in common children only, the fill-in
-    of a sparse Cholesky factor. Of more than 200 latents several share a cell.
+    Left in the order of the model, right in that of the guide. The colour is the level at which the guide
+    draws the later of the two; gray is fill-in. Of more than 200 latents several share a cell.
 
     :param graph: a guide after its first call, or its ``graph``.
     :param ax: where to draw; by default new Axes.
     """
     found = graph if isinstance(graph, LatentGraph) else graph.graph
-    names, dim, num_levels = found.names, len(found.names), len(found.levels)
+    names, num_levels = found.names, len(found.levels)
     level = {name: k for k, members in enumerate(found.levels) for name in members}
     by_level = sorted(names, key=level.__getitem__)  # stable, so as in the model within a level
     pairs = {(one, two) for one in names for two in (one, *found.neighbours(*one))}
     filled = {(one, two) for one in names for two in found.parents(*one)} - pairs
     levels = {pair: float(max(map(level.__getitem__, pair))) for pair in pairs}
     gray = {pair: -1.0 for one, two in filled for pair in ((one, two), (two, one))}
-    colors = plt.get_cmap("viridis", num_levels).with_extremes(under="silver")
-    ax = new_axes(ax, (8.4, 4.2))
+    ax = ax or plt.subplots(figsize=(8.4, 4.2), layout="constrained")[1]
     ax.set_axis_off()
+    style: Any = {"cmap": plt.get_cmap("viridis", num_levels).with_extremes(under="silver")}
+    style.update(interpolation="nearest", vmin=-0.5, vmax=num_levels - 0.5)
     of_guide = "order of the guide" + " (gray: fill-in)" * bool(filled)
-    squares = (names, levels, "order of the model"), (by_level, gray | levels, of_guide)
+    squares = ("order of the model", names, levels), (of_guide, by_level, gray | levels)
     labels = [str(name[0]) for name in names], [f"level {level[name]}" for name in by_level]
-    for left, (order, values, title), ticks in zip((0.0, 0.53), squares, map(_named_runs, labels)):
-        square = ax.inset_axes((left, 0.0, 0.47, 1.0))
-        image = square.imshow(_cells(order, values), colors, extent=(0, dim, dim, 0))
-        image.set(interpolation="nearest", clim=(-0.5, num_levels - 0.5))
-        square.set_title(title, fontsize="medium")
+    for left, (title, order, values), ticks in zip((0.0, 0.53), squares, map(_named_runs, labels)):
+        square = ax.inset_axes((left, 0.0, 0.47, 1.0), title=title)
+        image = square.imshow(_cells(order, values), extent=(0, len(names), len(names), 0), **style)
         square.set_xticks(list(ticks), ticks.values(), rotation=30, ha="right")
         square.set_yticks(list(ticks), ticks.values())
     square.set_yticks([])  # in the order of its columns
-    bar = ax.figure.colorbar(image, ax=ax, shrink=0.8, label="level")
-    bar.ax.yaxis.set_major_locator(MaxNLocator(integer=True))
+    ax.figure.colorbar(image, ax=ax, shrink=0.8, label="level", ticks=MaxNLocator(integer=True))
     return ax
 
 
@@ -71,10 +65,9 @@ def _cells(order: Sequence[Name], values: Mapping[tuple[Name, Name], float]) -> 
 
 def _named_runs(labels: Sequence[str]) -> dict[float, str]:
     """The middle of each run of equal labels that is a large enough part of all, with its label."""
-    named, start = {}, 0
+    named, end = {}, 0
     for label, run in groupby(labels):
-        end = start + len(list(run))
-        if end - start >= _MIN_NAMED * len(labels):
+        start, end = end, end + len(list(run))
+        if end - start >= 0.04 * len(labels):  # room for a name
             named[(start + end) / 2] = label
-        start = end
     return named

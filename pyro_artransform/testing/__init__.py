@@ -3,7 +3,8 @@
 
 """The contracts of this package as assertions, for its own tests and for those of third parties."""
 
-from .conditioner import check_conditioner, redraw
+from .comparison import redraw
+from .conditioner import check_conditioner
 from .guide import check_guide
 from .transform import check_transform
 from .univariate import check_univariate

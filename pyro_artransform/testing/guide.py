@@ -17,10 +17,10 @@ from pyro.optim import PyroOptim
 from torch import Tensor
 
 from ..guides import AutoAutoregressive
+from .comparison import equal
 
 Model = Callable[..., Any]
 Args = tuple[Any, ...]
-Draws = dict[str, Tensor]
 
 
 def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args: Any) -> None:
@@ -35,27 +35,29 @@ def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args
     :param args: its arguments.
     :raises AssertionError: that says which contract broke.
     """
-    # in a store of its own: the caller's stays as it is
-    with pyro.get_param_store().scope():
+    with pyro.get_param_store().scope():  # the caller's store stays as it is
         guide = make(model)
         guide(*args)
         _check_draws(guide)
         _check_trains("SVI", guide, model, args)
-        _check_densities(guide, args)
-        before, second = _parameters(guide), make(model)
-        second(*args)
-        _check_trains("a second guide", second, model, args)
-        moved = _moved(guide, before)
-        assert not moved, f"training a second guide moves {len(moved)} parameters of the first"
-        _check_copies(guide, model, args)
+        latent = _check_densities(guide, args)
+        density, before = guide.get_posterior().log_prob(latent), _parameters(guide)
+        copies = {"deepcopy": copy.deepcopy(guide), "pickle": pickle.loads(pickle.dumps(guide))}
+        for name, twin in copies.items():
+            equal(twin.get_posterior().log_prob(latent), density, f"{name}: another density")
+        for name, other in {"a second guide": make(model), **copies}.items():
+            other(*args)
+            _check_trains(name, other, model, args)
+            moved = _moved(guide, before)
+            assert not moved, f"{name}: training it moves {len(moved)} parameters of the first"
         _check_store(guide, make(model), model, args)
 
 
-def _parameters(guide: AutoAutoregressive) -> Draws:
+def _parameters(guide: AutoAutoregressive) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in guide.named_parameters()}
 
 
-def _moved(guide: AutoAutoregressive, before: Draws) -> list[str]:
+def _moved(guide: AutoAutoregressive, before: dict[str, Tensor]) -> list[str]:
     now = dict(guide.named_parameters())
     return [name for name, value in before.items() if not torch.equal(now[name], value)]
 
@@ -64,19 +66,17 @@ def _check_trains(where: str, guide: AutoAutoregressive, model: Model, args: Arg
     before = _parameters(guide)
     assert before, f"{where}: the guide has no parameters"
     svi = SVI(model, guide, PyroOptim(torch.optim.Adam, {"lr": 0.01}), Trace_ELBO())
-    for step in range(4):
-        loss = svi.step(*args)
-        assert math.isfinite(loss), f"{where}: a loss of {loss} at step {step}"
+    losses = [svi.step(*args) for _ in range(4)]
+    assert all(map(math.isfinite, losses)), f"{where}: losses of {losses}"
     still = sorted(before.keys() - _moved(guide, before))
     assert not still, f"{where}: {len(still)} of {len(before)} parameters never move: {still[0]}"
-    for name, value in guide.named_parameters():
-        assert value.isfinite().all(), f"{where}: '{name}' is not finite after a few steps"
+    wrong = [name for name, value in guide.named_parameters() if not value.isfinite().all()]
+    assert not wrong, f"{where}: {wrong} are not finite after a few steps"
 
 
 def _check_draws(guide: AutoAutoregressive) -> None:
-    sites = guide.prototype_trace.nodes
     draws, what = guide.sample_posterior(5), "sample_posterior(5)"
-    for name, site in sites.items():
+    for name, site in guide.prototype_trace.nodes.items():
         value, like = draws[name], site["value"]
         expected, shape = (5, *like.shape), tuple(value.shape)
         assert shape == expected, f"{what}: '{name}' has shape {shape}, expected {expected}"
@@ -86,44 +86,29 @@ def _check_draws(guide: AutoAutoregressive) -> None:
         assert shape == (2, *like.shape), f"quantiles: '{name}' has shape {shape}"
 
 
-def _check_densities(guide: AutoAutoregressive, args: Args) -> None:
+def _check_densities(guide: AutoAutoregressive, args: Args) -> Tensor:
     trace: Any = poutine.trace(guide).get_trace(*args)
     values = {name: trace.nodes[name]["value"] for name in guide.prototype_trace.nodes}
-    expected, found = trace.log_prob_sum(), guide.log_prob(values)
-    assert abs(expected - found) <= 1e-7 * (1 + abs(expected)), (
-        f"log_prob: {found} for a draw whose density in the guide's trace is {expected}"
-    )
+    wanted = "log_prob: another one for a draw whose density in the guide's trace is"
+    expected = trace.log_prob_sum().detach()
+    equal(guide.log_prob(values), expected, f"{wanted} {expected:.9g}", 1e-7)
     for path in (False, True):
         latent, log_q = guide.rsample_and_log_prob(5, path=path)
         expected = guide.get_posterior().log_prob(latent.detach())
-        assert ((log_q - expected).abs() <= 1e-7 * (1 + expected.abs())).all(), (
-            f"rsample_and_log_prob(path={path}): {log_q}, where the posterior has {expected}"
-        )
-
-
-def _check_copies(guide: AutoAutoregressive, model: Model, args: Args) -> None:
-    latent = guide.rsample_and_log_prob(5)[0].detach()
-    density = guide.get_posterior().log_prob(latent)
-    before = _parameters(guide)
-    copies = {"deepcopy": copy.deepcopy(guide), "pickle": pickle.loads(pickle.dumps(guide))}
-    for way, twin in copies.items():
-        found = twin.get_posterior().log_prob(latent)
-        assert torch.equal(found, density), f"{way}: another density"
-        _check_trains(way, twin, model, args)
-        moved = _moved(guide, before)
-        assert not moved, f"{way}: training the copy moves {len(moved)} parameters of the original"
+        wanted = f"rsample_and_log_prob(path={path}): not the density of the posterior"
+        equal(log_q, expected, wanted, 1e-7)
+    return latent.detach()
 
 
 def _check_store(
     guide: AutoAutoregressive, fresh: AutoAutoregressive, model: Model, args: Args
 ) -> None:
-    store, values = pyro.get_param_store(), _parameters(guide).values()
+    store, where = pyro.get_param_store(), "a loaded param store"
     with store.scope():
         guide(*args)
         state = copy.deepcopy(store.get_state())
     with store.scope(state):
         fresh(*args)
-        found = _parameters(fresh).values()
-        same = all(torch.equal(a, b) for a, b in zip(values, found, strict=True))
-        assert same, "a loaded param store: the guide does not have its parameters"
-        _check_trains("a loaded param store", fresh, model, args)
+        for value, found in zip(guide.parameters(), fresh.parameters(), strict=True):
+            equal(found, value, f"{where}: the guide does not have its parameters")
+        _check_trains(where, fresh, model, args)

@@ -13,7 +13,7 @@ import torch
 from pyro.distributions import TransformModule
 from torch import Tensor
 
-from .conditioner import BATCH_SHAPES, DTYPES, default_dtype, normal, redraw
+from .comparison import BATCH_SHAPES, DTYPES, check_gradient, default_dtype, equal, normal, redraw
 
 
 def check_transform(
@@ -37,7 +37,6 @@ def check_transform(
     for shape in BATCH_SHAPES:
         _check_values(transform, normal((*shape, input_dim)), atol)
     x = normal((3, input_dim), seed=1)
-    _check_log_det(transform, x, atol)
     _check_gradients(transform, x)
     _check_gradients(transform.inv, transform(x).detach(), "the inverse's ")
     _check_ownership(transform)
@@ -48,115 +47,91 @@ def check_transform(
             transform = redraw(make().to(dtype), gain)
             y, ladj = transform.call_and_ladj(normal((3, input_dim), dtype))
             found = {t.dtype for t in (y, ladj, *transform.inv.call_and_ladj(y.detach()))}
-            where = f"under the default {default}"
-            assert found == {dtype}, f"dtype: expected {dtype} {where}, got {found}"
-
-
-def _close(a: Tensor, b: Tensor, atol: float) -> bool:
-    return a.shape == b.shape and bool(((a - b).abs() <= atol * (1 + b.abs())).all())
+            assert found == {dtype}, f"dtype: expected {dtype} by default {default}, got {found}"
 
 
 def _check_values(transform: Any, x: Tensor, atol: float) -> None:
-    where = f"for x of shape {tuple(x.shape)}"
+    where, copied = f"for x of shape {tuple(x.shape)}", x.clone()
     y, ladj = transform.call_and_ladj(x)
-    for name, found, shape in (("y", y, x.shape), ("log-determinant", ladj, x.shape[:-1])):
-        got = f"got {tuple(found.shape)}"
-        assert found.shape == shape, f"{name}: expected shape {tuple(shape)} {where}, {got}"
-    assert _close(transform(x), y, atol), f"__call__ differs from call_and_ladj {where}"
-    fresh = x.clone()
-    again = transform.log_abs_det_jacobian(fresh, transform(fresh))
-    assert _close(again, ladj, atol), f"log_abs_det_jacobian differs from call_and_ladj {where}"
+    shapes = y.shape, transform.forward_shape(x.shape), transform.inverse_shape(x.shape)
+    assert shapes == (x.shape,) * 3, f"shape of y, forward_shape, inverse_shape: {shapes} {where}"
+    equal(transform(x), y, f"__call__ differs from call_and_ladj {where}", atol)
+    again = transform.log_abs_det_jacobian(copied, transform(copied))
+    equal(again, ladj, f"log_abs_det_jacobian differs from call_and_ladj {where}", atol)
+    rows = x.reshape(-1, x.shape[-1])
+    jacobians = [torch.autograd.functional.jacobian(transform, row) for row in rows]
+    expected = torch.linalg.slogdet(torch.stack(jacobians))[1].reshape(x.shape[:-1])
+    equal(ladj, expected, f"log-determinant: not that of the autograd Jacobian {where}", atol)
     back, inverse_ladj = transform.inv.call_and_ladj(y.detach().clone())
-    error = ((back - x).abs() / (1 + x.abs())).max().item()
-    assert error <= atol, f"inverse: T.inv(T(x)) is off by {error:.2g} {where}"
-    assert _close(inverse_ladj, -ladj, atol), f"inv.call_and_ladj: not the opposite of ladj {where}"
-    far = transform.inv(x.clone()).detach()
+    equal(back, x, f"inverse: T.inv(T(x)) is not x {where}", atol)
+    equal(inverse_ladj, -ladj, f"inv.call_and_ladj: not the opposite of ladj {where}", atol)
+    far = transform.inv(copied).detach()
     error = ((transform(far) - x).abs().amax(-1) / (1 + x.abs() + far.abs()).amax(-1)).max().item()
     assert error <= atol, f"inverse: T(T.inv(y)) is off by {error:.2g} of the largest {where}"
-    shapes = transform.forward_shape(x.shape), transform.inverse_shape(x.shape)
-    assert shapes == (x.shape, x.shape), f"forward_shape and inverse_shape: got {shapes} {where}"
-
-
-def _check_log_det(transform: Any, x: Tensor, atol: float) -> None:
-    ladj = transform.call_and_ladj(x)[1]
-    for row, value in zip(x, ladj):
-        jacobian = torch.autograd.functional.jacobian(lambda v: transform.call_and_ladj(v)[0], row)
-        expected = torch.linalg.slogdet(jacobian)[1]
-        wanted = f"that of the autograd Jacobian is {expected.item():.8g} at x = {row.tolist()}"
-        assert _close(value, expected, atol), f"log-determinant: {value.item():.8g}, but {wanted}"
 
 
 def _check_gradients(transform: Any, x: Tensor, whose: str = "") -> None:
-    """Along random directions gradients must agree with differences; what was detached has none."""
+    """In the argument and in the parameters, which gradcheck moves in place."""
     x = x.clone().requires_grad_()
     parameters = [p for p in transform.parameters() if p.requires_grad]
     for where, leaves in (("the parameters", parameters), ("x", [x])):
         for k, name in enumerate(("y", "the log-determinant") if leaves else ()):
-
-            def output(*leaves: Tensor, k: int = k) -> Tensor:
-                # gradcheck moves them in place, and passes over an output without a gradient
-                return transform.call_and_ladj(x)[k] + 0 * sum(leaf.sum() for leaf in leaves)
-
-            try:
-                torch.autograd.gradcheck(output, leaves, rtol=1e-5, fast_mode=True)
-            except RuntimeError as error:
-                differ = " ".join(str(error).splitlines()[:3])  # before whole Jacobians
-                raise AssertionError(f"{whose}gradient of {name} in {where}: {differ}") from error
+            contract = f"{whose}gradient of {name} in {where}"
+            check_gradient(lambda *_, k=k: transform.call_and_ladj(x)[k], leaves, contract)
 
 
 def _check_ownership(transform: Any) -> None:
-    count, inverse = len(list(transform.parameters())), transform.inv
+    inverse, count = transform.inv, len(list(transform.parameters()))
     assert len(list(inverse.parameters())) == count, "inv: it does not own the parameters"
     assert inverse.inv is transform, "inv: t.inv.inv is not t"
-    assert len({id(p) for p in transform.parameters()}) == count, "a parameter is registered twice"
+    named = list(transform.named_parameters(remove_duplicate=False))
+    assert len(named) == count, f"parameters: one of {[name for name, _ in named]} is there twice"
     cyclic = inverse in list(transform.modules()) and transform in list(inverse.modules())
     assert not cyclic, "inv: the transform and its inverse are submodules of each other"
 
 
 def _check_memory(transform: Any, x: Tensor, atol: float) -> None:
-    """What is remembered must be what recomputing gives, however the parameters were changed."""
+    """What is remembered is what recomputing gives, however the parameters were changed."""
     parameters = list(transform.parameters())
-    if not parameters:
-        return
     for name, grad in product(("data", "detach"), (True, False)):
         with torch.set_grad_enabled(grad):
-            y = transform(x)
+            y, after = transform(x), f"after p.{name} was edited"
             with torch.no_grad():
                 for p in parameters:
                     (p.data if name == "data" else p.detach()).add_(0.01)
-            stale = transform.log_abs_det_jacobian(x, y)
-            fresh = transform.log_abs_det_jacobian(x.clone(), y.clone())
-            after = f"after p.{name} was edited"
-            assert _close(stale, fresh, atol), f"memory: old log-determinant {after}"
-            stale, fresh = transform.inv(y), transform.inv(y.detach().clone())
-            assert _close(stale, fresh, atol), f"memory: old inverse {after}"
+            new_x, new_y = x.clone(), y.detach().clone()
+            found, ladj = (transform.log_abs_det_jacobian(*at) for at in ((x, y), (new_x, new_y)))
+            equal(found, ladj, f"memory: old log-determinant {after}", atol)
+            equal(transform.inv(y), transform.inv(new_y), f"memory: old inverse {after}", atol)
     with torch.no_grad():
         y = transform(x)
-    for _ in range(2):
-        gradients = []
-        for point in (y, y.clone()):
-            x = transform.inv(point)
-            log_prob = -x.square().sum() - transform.log_abs_det_jacobian(x, point).sum()
-            gradients.append(torch.autograd.grad(log_prob, parameters, materialize_grads=True))
-        for a, b in zip(*gradients):
-            assert _close(a, b, 1e-7), "memory: another gradient for a value made without gradients"
+    for _, p in product(range(2), parameters):
+        remembered, expected = (_gradient(transform, point, p) for point in (y, y.clone()))
+        wanted = "memory: another gradient for a value made without gradients"
+        equal(remembered, expected, wanted, 1e-7)
+
+
+def _gradient(transform: Any, y: Tensor, parameter: Tensor) -> Tensor:
+    x = transform.inv(y)
+    log_prob = -x.square().sum() - transform.log_abs_det_jacobian(x, y).sum()
+    return torch.autograd.grad(log_prob, parameter, materialize_grads=True)[0]
 
 
 def _check_copies(transform: Any, x: Tensor, atol: float) -> None:
     y = transform(x)
     if y.requires_grad:
         y.sum().backward()
-    inverse, expected = transform.inv, transform(x).detach()
-    copies = {
-        "deepcopy": copy.deepcopy(transform),
-        "deepcopy of inv": copy.deepcopy(inverse).inv,
-        "pickle": pickle.loads(pickle.dumps(transform)),
-        "pickle of inv": pickle.loads(pickle.dumps(inverse)).inv,
-    }
     with torch.no_grad():
-        for name, twin in copies.items():
-            assert _close(twin(x), expected, atol), f"{name}: other values"
+        expected = transform(x)
+        equal(transform.with_cache(0)(x), expected, "with_cache: other values", atol)
+        for way, of_inverse in product((copy.deepcopy, _pickled), (False, True)):
+            twin = way(transform.inv).inv if of_inverse else way(transform)
+            name = way.__name__ + " of inv" * of_inverse
+            equal(twin(x), expected, f"{name}: other values", atol)
             for p in twin.parameters():
                 p.add_(1.0)
-            assert _close(transform(x), expected, atol), f"{name}: it shares parameters"
-        assert _close(transform.with_cache(0)(x), expected, atol), "with_cache: other values"
+            equal(transform(x), expected, f"{name}: it shares parameters", atol)
+
+
+def _pickled(value: Any) -> Any:
+    return pickle.loads(pickle.dumps(value))

@@ -72,7 +72,7 @@ class DeafToTheStore(Wrong):
         (WrongPath, r"rsample_and_log_prob\(path=True\)"),
         (Frozen, "SVI: 1 of .* parameters never move: .*loc"),
         (Unregistered, "a second guide: .* parameters never move"),
-        (SharedCopy, "deepcopy: training the copy moves"),
+        (SharedCopy, "deepcopy: training it moves"),
         (DeafToTheStore, "a loaded param store: the guide does not have its parameters"),
     ],
 )

@@ -1,7 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-import dataclasses
 import importlib
 import math
 import sys
@@ -12,11 +11,9 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer.autoguide import AutoNormal
 
-from pyro_artransform import AutoStructuredFlow, FitResult
-from pyro_artransform.diagnostics import SBC, Importance, Marginals, fit_tail
-from pyro_artransform.inference import mcmc
+from pyro_artransform import AutoStructuredFlow
+from pyro_artransform.diagnostics import Importance, Marginals, fit_tail
 
 plt = pytest.importorskip("matplotlib.pyplot")
 plt.switch_backend("Agg")
@@ -54,6 +51,11 @@ def test_elbo(ax, kind):
     assert high > max(steps)
     assert median.get_ydata()[300] == pytest.approx(sorted(steps[290:311])[10])
     assert ax.get_ylabel() == "ELBO (nats)"
+
+
+def test_elbo_of_no_steps():
+    with pytest.raises(ValueError, match="expected the ELBO of at least one step"):
+        plots.plot_elbo([])
 
 
 @pytest.mark.parametrize("steps", [[1.0], [2.0] * 30, [math.nan, 1.0, 2.0], [math.nan] * 3])
@@ -129,155 +131,11 @@ def test_marginals(ax):
     assert (box.get_xy(), box.get_width(), box.get_height()) == ((-0.15, -15.0), 0.3, 30.0)
 
 
-# Ranks
-
-
-def test_ranks(ax):
-    """The lines are the empirical distribution functions; those of right posteriors in the bands."""
-    ranks = torch.arange(200) // 2
-    result = SBC({"a": ranks, "b": torch.stack([ranks, ranks * 0], 1)}, 99)
-    assert plots.plot_ranks(result, ax=ax) is ax
-    _, *lines = ax.get_lines()
-    assert len(lines) == 3
-    assert torch.as_tensor(lines[0].get_ydata()).abs().max() < 1e-12
-    wrong, points = (torch.as_tensor(of) for of in (lines[2].get_ydata(), lines[2].get_xdata()))
-    assert torch.allclose(wrong, 1 - points)
-    band = ax.collections[0].get_paths()[0].vertices
-    assert 0.05 < band[:, 1].max() < 0.2
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["95 % of right posteriors", "a", "b"]
-
-
-def test_ranks_of_some_sites():
-    result = SBC({"a": torch.arange(50), "b": torch.arange(50)}, 49)
-    assert len(plots.plot_ranks(result, names=["b"], level=0.5).get_lines()) == 2
-    with pytest.raises(ValueError, match=r"names: expected some of \['a', 'b'\], got \['c'\]"):
-        plots.plot_ranks(result, names=["c"])
-
-
-def excess_of_lines(ax):
-    """How far lines are from zero, and the widest part of the bands, each at its largest."""
-    _, *lines = ax.get_lines()
-    band = ax.collections[0].get_paths()[0].vertices
-    return [torch.as_tensor(line.get_ydata()).abs().max().item() for line in lines], band[
-        :, 1
-    ].max()
-
-
-def test_ranks_of_chains(ax):
-    """Each line is a chain of a coordinate; one that stays elsewhere leaves the bands by far."""
-    draws = torch.randn(8, 100, 2)
-    draws[3, :, 1] += 5
-    assert plots.plot_ranks({"z": draws, "m": draws[..., 0].exp()}, ax=ax) is ax
-    excess, width = excess_of_lines(ax)
-    assert len(excess) == 8 * 3
-    found = torch.tensor(excess[:16]).reshape(8, 2)
-    assert found[3, 1] > 4 * width
-    assert (found[:, 0] <= width).sum() >= 7
-    # ranks do not change under a monotone map
-    assert excess[16:] == pytest.approx(found[:, 0].tolist())
-    labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["95 % of chains that agree", "z", "m"]
-
-
-def test_bands_of_chains_are_wider_where_draws_are_alike():
-    """64 draws of an autoregression with a correlation of 0.9 are worth about three."""
-    draws = torch.randn(8, 64)
-    slow = draws.clone()
-    for i in range(1, 64):
-        slow[:, i] = 0.9 * slow[:, i - 1] + (1 - 0.81) ** 0.5 * draws[:, i]
-    wide, narrow = (excess_of_lines(plots.plot_ranks({"z": each}))[1] for each in (slow, draws))
-    assert wide > 2 * narrow
-
-
-def test_ranks_of_the_chains_of_a_posterior():
-    def model():
-        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-
-    chains = mcmc(model, AutoNormal(model), 100, num_chains=4, seed=0, progress=False)
-    ax = plots.plot_ranks(chains)
-    assert len(ax.get_lines()) == 1 + 4 * 2
-    with pytest.raises(ValueError, match=r"names: expected some of \['z'\], got \['c'\]"):
-        plots.plot_ranks(chains, names=["c"])
-    with pytest.raises(ValueError, match="at least 4 draws of each chain, got 3"):
-        plots.plot_ranks({"z": torch.zeros(4, 3)})
-
-
-# A fit
-
-
-def result(weights=None, marginals=None, steps=500):
-    """What a fit returns, of given log weights; without them it is that of mini-batches."""
-    found = None if weights is None else Importance.from_log_weights(weights)
-    fields = dict.fromkeys([field.name for field in dataclasses.fields(FitResult)])
-    numbers = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
-    fields.update(dict.fromkeys(numbers, math.nan), elbo=-30.9, elbo_se=0.1)
-    fields.update({} if found is None else {name: vars(found)[name] for name in numbers})
-    if found is not None:
-        fields.update(elbo=found.elbo, elbo_se=found.elbo_se)
-    verdict = "Not trusted: " + "a long sentence that says why, and " * 12
-    fields.update(verdict=verdict, history=history(steps), importance=found, marginals=marginals)
-    return FitResult(**fields)
-
-
-def weights(n=2000):
-    return 0.3 * torch.empty(n).exponential_() - 31
-
-
-def test_fit_of_many_latents():
-    found = result(weights(), known_marginals())
-    elbo, tail, marginals = plots.plot_fit(found)
-    assert elbo.get_title() == f"ELBO = {found.elbo:.3f} ± {found.elbo_se:.3f}"
-    ends = {line.get_label(): line.get_ydata()[0] for line in elbo.get_lines()[2:]}
-    assert ends == {"ELBO at the end": found.elbo, "log evidence": found.log_evidence}
-    low, high = elbo.get_ylim()
-    assert low < min(ends.values()) < max(ends.values()) < high
-    assert tail.get_title().startswith("k-hat = ")
-    assert marginals.get_ylabel() == "sd too large by (%)"
-    words = elbo.figure.get_suptitle()
-    assert words.replace("\n", " ") == found.verdict.strip()
-    elbo.figure.canvas.draw()
-
-
-def test_fit_without_weights_and_bad_results():
-    (elbo,) = plots.plot_fit(result())
-    labels = [line.get_label() for line in elbo.get_lines()]
-    assert labels == ["step", "running median", "ELBO at the end"]
-    with pytest.raises(TypeError, match="result: expected what fit returns, got Importance"):
-        plots.plot_fit(Importance.from_log_weights(weights()))
-    with pytest.raises(ValueError, match="expected the ELBO of at least one step"):
-        plots.plot_elbo([])
-
-
-def test_fit_without_steps():
-    found = result(1.5 * weights(), steps=0)
-    assert found.log_evidence > found.elbo + 0.05
-    elbo, _ = plots.plot_fit(found)
-    assert [line.get_label() for line in elbo.get_lines()] == ["ELBO at the end", "log evidence"]
-    low, high = elbo.get_ylim()
-    assert all(low < line.get_ydata()[0] < high for line in elbo.get_lines())
-    # without a finite density
-    elbo, _ = plots.plot_fit(result(torch.full((100,), -math.inf), steps=0))
-    assert elbo.get_title() == "ELBO = -inf ± inf"
-    elbo.figure.canvas.draw()
-
-
 def test_without_matplotlib(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.delitem(sys.modules, "pyro_artransform.plots")
     with pytest.raises(ImportError, match="plots need matplotlib: pip install matplotlib"):
         importlib.import_module("pyro_artransform.plots")
-
-
-# Pairs
-
-
-def draws(n=400):
-    return {
-        "tau": torch.randn(n).exp(),
-        "theta": torch.randn(n, 2, 2),
-        "count": torch.arange(n) % 3,
-    }
 
 
 # The graph of a guide

@@ -20,7 +20,7 @@ LIMIT = (
     "the largest number of steps that a fit takes by itself was reached while the ELBO still moved"
 )
 # steps in which the step size rises at first, the constant part of a given number of steps, and the steps
-# that the average of parameters reaches back at least: half and twice as much are as good (settings.md)
+# that the average of parameters reaches back at least
 _WARM_UP, _CONSTANT_SHARE, _AVERAGED_STEPS = 20, 0.4, 100
 # epochs in a window, and in the longest constant phase where these are more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
