@@ -18,14 +18,14 @@ from ..joint.density import Args, Kwargs
 from ..joint.handlers import hidden_sites
 from ..joint.protocols import PriorGuide, ReparametrizedGuide, SetUpGuide
 from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
-from ..joint.vectorization import GuideSampler, stack
+from ..joint.vectorization import NUM_COMPARED, GuideSampler, stack
 from ..time_limit import has_limit
 
 Model = Callable[..., object]
 Run = Callable[[], object]
 Values = dict[str, Tensor]
 
-_CHUNK, _SMALL_CHUNK, _NUM_COMPARED = 1000, 100, 3
+_CHUNK, _SMALL_CHUNK = 1000, 100
 
 
 class Weighted(NamedTuple):
@@ -148,7 +148,7 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> tuple[Drawer,
     is_discrete = {node["name"]: node["fn"].support.is_discrete for node in latent_nodes(trace)}
     if any(is_discrete.values()) or subsampled_plates(trace):
         draw = partial(_draw_replayed, model, guide)
-        values = draw(_NUM_COMPARED).values
+        values = draw(NUM_COMPARED).values
         _check_auxiliary(trace, values)
         values = {name: value for name, value in values.items() if not is_discrete[name]}
     else:
@@ -157,7 +157,7 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> tuple[Drawer,
         _check_latents(sites, guide_draws.shapes)
         _check_auxiliary(trace, sites)
         draw = partial(_draw_constrained, guide_draws, log_joint)
-        values = guide_draws(_NUM_COMPARED)[0]
+        values = guide_draws(NUM_COMPARED)[0]
         # the only entry of a simplex is not a point
         values = {name: values[name] for name in sites if sites[name].unconstrained_shape.numel()}
     return draw, has_point(values)

@@ -25,8 +25,8 @@ from .markov_graph import color_columns
 
 # entries of a batch of points: about 16 MB in double precision, and some ten of these in a model
 _MOST_ENTRIES = 2_000_000
-# round-off of a gradient of about a thousand terms, in units of its largest value
-_ROUND_OFF = 1e3
+#: units in the last place by which sums of about a thousand terms in another order may differ
+ROUND_OFF = 1e3
 _MAX_HALVINGS = 12
 # random halves of elements: two that depend on each other are in one half of all with probability 1e-6
 _NUM_HALVINGS = 20
@@ -237,7 +237,7 @@ class _Search:
         found = self._gradients(moved.flatten(0, 1)).reshape(moved.shape)
         change = found - base
         size = torch.maximum(found.nan_to_num(0.0).abs().amax(-2, keepdim=True), base.abs())
-        return change.abs() > _ROUND_OFF * self._eps * size, change
+        return change.abs() > ROUND_OFF * self._eps * size, change
 
     def _confirmed(self, point: Tensor, moved: Tensor, shifts: Tensor, changed: Tensor) -> Tensor:
         """Which changes are of neighbours, or more than round-off in repeats some ulps away.
@@ -317,7 +317,7 @@ def _finite_point(
 def _refuse_randomness(log_density: LogDensityOfRows, point: Tensor) -> None:
     """Refuses a density whose second evaluation differs from the first."""
     one, other = (value_and_gradient(log_density, point[None])[1][0] for _ in range(2))
-    slack = _ROUND_OFF * torch.finfo(one.dtype).eps * one.abs().amax()
+    slack = ROUND_OFF * torch.finfo(one.dtype).eps * one.abs().amax()
     differ = ((one - other).abs() > slack).nonzero()[:, 0]
     if len(differ):
         raise ValueError(

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
+from ..graphs.dependencies import ROUND_OFF
 from .coordinates import (
     Coordinates,
     PriorMap,
@@ -66,10 +67,8 @@ Kwargs = Mapping[str, object]
 #: rows takes half the time a draw of four times larger parts, and two thirds of that of smaller ones
 CACHED = 16
 # strategies are compared near the start, at draws of the prior, and as many far away
-_NUM_COMPARED, _COMPARED_SCALE = 5, 0.1
+_NUM_NEAR, _NEAR_SCALE = 5, 0.1
 _NUM_FAR, _FAR_SCALE = 8, 3.0
-# units in the last place by which sums in another order may differ
-_ROUND_OFF = 1e3
 # of draws with weights: the largest, the smallest, twice as many others, the extremes of some coordinates
 _NUM_EXTREME, _NUM_COORDINATES = 2, 8
 # In float32 that is 0.01 nats of a log density of 1e4, the round-off of its sum. Where single runs differ by
@@ -136,8 +135,8 @@ class LogJoint(LogDensity):
         # the draws at which strategies are compared take no random numbers of the caller
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             self._start = self.or_origin(self._latent_vector(trace))
-            noise = torch.randn_like(self._start.expand(_NUM_COMPARED, -1))
-            near = self._start + _COMPARED_SCALE * noise
+            noise = torch.randn_like(self._start.expand(_NUM_NEAR, -1))
+            near = self._start + _NEAR_SCALE * noise
             with pyro.validation_enabled(False), torch.no_grad():
                 #: the obstacle is why the next faster strategy does not suit the model
                 self.strategy, self.obstacle = choose_strategy(self._evaluate, {"z": near}, _nan)
@@ -179,7 +178,7 @@ class LogJoint(LogDensity):
         """Whether a second evaluation at the same draws gives other values, as with ``torch.randint``."""
         one = self._at(z)
         torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
-        slack = _ROUND_OFF * torch.finfo(one.dtype).eps
+        slack = ROUND_OFF * torch.finfo(one.dtype).eps
         return not torch.allclose(one, self._at(z), rtol=slack, atol=slack, equal_nan=True)
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":

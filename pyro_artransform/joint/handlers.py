@@ -21,7 +21,7 @@ from torch.distributions import biject_to, constraints
 
 from .traces import has_data, is_enumerated, latent_nodes, subsampling_scale
 
-_ROUND_OFF = 0.1  # nats by which the log of a probability may exceed 0
+_MOST_LOG_PROB = 0.1  # nats by which the log of a probability may exceed 0
 
 
 def hidden_sites() -> BlockMessenger:
@@ -154,7 +154,7 @@ def _log_prob(site: Any) -> Tensor:
         value = torch.where(is_counted[(..., *(None,) * event_dim)], value, counted)
     log_prob: Tensor = fn.log_prob(value, *site["args"], **site["kwargs"])
     if has_data(site) and fn.support.is_discrete and fn.support is not constraints.boolean:
-        log_prob = log_prob.masked_fill(log_prob > _ROUND_OFF, -torch.inf)
+        log_prob = log_prob.masked_fill(log_prob > _MOST_LOG_PROB, -torch.inf)
     return log_prob
 
 

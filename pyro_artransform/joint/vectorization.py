@@ -51,7 +51,8 @@ _LIBRARIES = (Path(__file__).parents[1], *(Path(str(m.__file__)).parent for m in
 _MAX_VALUES = 2**23
 # how many draws are evaluated one at a time where one of them fails
 _FEW = 32
-_NUM_COMPARED = 3
+#: draws at which two ways to evaluate the same are compared
+NUM_COMPARED = 3
 
 
 def evaluate_many(
@@ -247,7 +248,7 @@ class GuideSampler:
         self._runs_model, self._indices = runs_model(trace), Terms()
         self.is_vectorized = False
         with suppress(Exception):  # any error means that the guide does not make many draws
-            drawn = self._evaluate({}, _NUM_COMPARED)
+            drawn = self._evaluate({}, NUM_COMPARED)
             self.is_vectorized = agree(drawn, evaluate_many(self._evaluate, drawn, "loop"))
 
     def __call__(self, n: int) -> tuple[Terms, Tensor]:

@@ -79,8 +79,8 @@ class Evaluation(NamedTuple):
     elbo_se: float
     num_samples: int
     weights: Importance | None  #: ``None`` where mini-batches make them unknown
-    is_noisy: bool  #: whether they are the noise of mini-batches that the model draws
     verdict: Verdict
+    is_noisy: bool = False  #: whether weights are the noise of mini-batches that the model draws
     missed: MissedModes = NOT_SEARCHED
     is_of_minibatches: bool = False  #: whether it is by a pass over a loader
     #: the first draws behind it, of :func:`draw`; ``None`` where they were of mini-batches
@@ -159,9 +159,17 @@ def evaluate(
         coarse=coarse,
         left_out=left_out(),
     )
-    numbers = found.elbo, found.elbo_se, found.num_samples
-    verdict, outside = judge(status, found, missed), list(about_chains(missed, status))
-    return Evaluation(*numbers, found, is_noisy, verdict, missed, False, latents, outside)
+    return Evaluation(
+        elbo=found.elbo,
+        elbo_se=found.elbo_se,
+        num_samples=found.num_samples,
+        weights=found,
+        is_noisy=is_noisy,
+        verdict=judge(status, found, missed),
+        missed=missed,
+        latents=latents,
+        outside=list(about_chains(missed, status)),
+    )
 
 
 def evaluate_minibatches(
@@ -191,8 +199,15 @@ def evaluate_minibatches(
             about_good_elements(by_element),
         )
         verdict = judge(status, about_others=objection, praise=praise)
-    numbers = found.elbo, found.elbo_se, count
-    return Evaluation(*numbers, weights, False, verdict, is_of_minibatches=True, elements=elements)
+    return Evaluation(
+        elbo=found.elbo,
+        elbo_se=found.elbo_se,
+        num_samples=count,
+        weights=weights,
+        verdict=verdict,
+        is_of_minibatches=True,
+        elements=elements,
+    )
 
 
 def judge_marginals(

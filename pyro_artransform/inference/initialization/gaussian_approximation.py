@@ -51,14 +51,14 @@ _MORE = 10.0
 # the share of a natural-gradient step falls after so many of them: less noise
 _STEPS_OF_WHOLE = 5
 # nats that are left to gain below which steps end
-_SETTLED = 1e-3
+_LEAST_GAIN = 1e-3
 # a step changes a precision by this factor at most, in any direction
 _MOST_CHANGE = 4.0
 
 # with a graph: gradients that the curvature takes at most in a step, the bounds of the number of its draws
 _MOST_GRADIENTS, _MOST_DRAWS, _FEWEST_DRAWS = 512, 32, 4
 # draws that steps are compared on
-_NUM_COMPARED = 64
+_NUM_FOR_STEPS = 64
 # the difference of gradients in sds, in double precision, and the factor of it in single precision
 _DIFFERENCE, _COARSER = 1e-3, 10.0
 # nats below which a gain says that the ELBO has settled, and steps after that until their share is a half
@@ -178,7 +178,7 @@ def ascend(log_density: Density, start: Gaussians, num_draws: int, num_steps: in
             change = batch.noise.mT @ (left - mean[:, None]) / num_draws
             change = 0.5 * (change + change.mT)
         # to second order, what is left to gain
-        if float(0.5 * mean.square().sum() + 0.25 * change.square().sum()) < _SETTLED:
+        if float(0.5 * mean.square().sum() + 0.25 * change.square().sum()) < _LEAST_GAIN:
             break
         if now.is_independent:
             values = (1 - share * change).clamp(1 / _MOST_CHANGE, _MOST_CHANGE)
@@ -222,7 +222,7 @@ def ascend_with_graph(
     precision = loc.new_zeros(pattern.num_entries)
     precision[pattern.diagonal] = sd**-2
     now = SparseGaussian.from_precision(pattern, loc, precision)
-    noise = antithetic_noise(start.loc, _NUM_COMPARED)
+    noise = antithetic_noise(start.loc, _NUM_FOR_STEPS)
     best, best_elbo = now, elbo_of(log_density, now, noise)
     num_draws = _MOST_GRADIENTS // (2 * (graph.coloring.num_colors + 1)) * 2
     num_draws = min(max(num_draws, _FEWEST_DRAWS), _MOST_DRAWS)

@@ -32,7 +32,7 @@ Density = Callable[[Tensor], Tensor]
 _CHUNK = 2048
 # of the largest curvature, once all coordinates have unit curvature: less is round-off, and up to the
 # larger one a point may be anything but a mode
-_ROUND_OFF, _FLAT = 1e-12, 1e-8
+_LEAST_CURVATURE, _FLAT = 1e-12, 1e-8
 # expected gains, in nats: below the one a point no longer moves, below the other it is at a maximum
 _SETTLED, _CONVERGED = 1e-6, 1e-3
 _MEMORY, _MOST_SHORTER = 10, 12  # steps that L-BFGS remembers, and sizes of one that it tries
@@ -257,7 +257,7 @@ def newton_steps(
     tiny = diagonal <= 1e-12 * diagonal.amax(-1, keepdim=True)
     units = torch.where(tiny, torch.where(by_row > 0, by_row, 1.0), diagonal).rsqrt()
     values, vectors = torch.linalg.eigh(curvature * units[..., None] * units[..., None, :])
-    floored = values.abs().clamp_min(_ROUND_OFF)
+    floored = values.abs().clamp_min(_LEAST_CURVATURE)
     axes = units[..., None] * vectors
     along = (axes.mT @ gradient[..., None])[..., 0]
     steps = (axes @ (along / floored)[..., None])[..., 0]

@@ -51,7 +51,7 @@ _MAX_HALVINGS = 12  # of the scale of a Gaussian that reaches beyond a finite de
 # latents of a mini-batch with a Gaussian at most: memory
 _MOST_LATENTS = 1000
 # draws of that Gaussian that a guide is started by, and draws that the started guide is compared on
-_NUM_DRAWN, _NUM_COMPARED = 4000, 512
+_NUM_DRAWN, _NUM_FOR_ELBO = 4000, 512
 
 
 class InitialGuide(NamedTuple):
@@ -280,7 +280,7 @@ def find_initial_minibatch_guide(
         """The guide as it is, on the same noise each time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            elbo = elbo_draws(_NUM_COMPARED).mean()
+            elbo = elbo_draws(_NUM_FOR_ELBO).mean()
         return InitialGuide(name, elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item())
 
     def move() -> Tensor | None:
