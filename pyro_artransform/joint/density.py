@@ -135,6 +135,8 @@ class LogJoint(LogDensity):
         self._structures: dict[Any, ModelStructure] = {}
         self._checked = {argument_signature((args, kwargs))}
         self.coordinates: Coordinates | None = None
+        #: whether its latents may have coordinates from the prior: not where the user wants the model's
+        self.maps_priors = True
         # the draws at which strategies are compared take no random numbers of the caller
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             self._start = self.or_origin(self._latent_vector(trace))
@@ -378,6 +380,8 @@ class LogJoint(LogDensity):
 
     def mapped_sites(self) -> dict[str, bool]:
         """The latents with coordinates from the prior, and whether it depends on other latents."""
+        if not self.maps_priors:
+            return {}
         points = torch.stack([self._start, self._start + 0.1 * (1 + self._start.abs())])
         return find_mapped(self.enumerated(self.run), self.latents, points)
 

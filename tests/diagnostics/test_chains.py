@@ -289,7 +289,7 @@ def _funnel():
 
 def test_chains_that_do_not_agree_go_on_in_units_of_the_prior():
     """Chains of a funnel as it is written do not enter its neck; v is normal, whatever z is."""
-    stuck = chains_of(_funnel, AutoIAF(_funnel, coordinates="model"), num_chains=32)
+    stuck = chains_of(_funnel, AutoIAF(_funnel, coordinates={"z": 1.0}), num_chains=32)
     stuck._by_guide = False
     found = stuck.run(400)
     assert stuck.log_joint.coordinates.centered.tolist() == [1.0] + [0.0] * 8
@@ -305,7 +305,7 @@ def test_chains_that_do_not_agree_go_on_in_units_of_the_prior():
 
 def test_chains_go_back_from_units_of_the_prior_that_are_no_better(monkeypatch):
     """R-hat of chains as the model is written is bad, and in units of the prior worse."""
-    slow = chains_of(_funnel, AutoIAF(_funnel, coordinates="model"), num_chains=4)
+    slow = chains_of(_funnel, AutoIAF(_funnel, coordinates={"z": 1.0}), num_chains=4)
     slow._by_guide, seen = False, []
 
     def rhat(draws):
