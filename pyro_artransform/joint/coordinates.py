@@ -309,8 +309,10 @@ def centered_by_curvature(
 
 
 def non_centered(log_joint: Any) -> Any:
-    """A log joint density with lambda 0 for all latents that have coordinates, if it has none yet."""
-    if log_joint.coordinates is not None or not (sites := log_joint.mapped_sites()):
+    """A log joint density with lambda 0 for all latents that may have coordinates, if it has none yet."""
+    if log_joint.coordinates is not None or not log_joint.maps_priors:
+        return log_joint
+    if not (sites := log_joint.mapped_sites()):
         return log_joint
     ones = torch.ones_like(log_joint.start)
     found = Coordinates(ones, ones, sites).non_centered(log_joint.latents)

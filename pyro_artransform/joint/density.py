@@ -125,8 +125,7 @@ class LogJoint(LogDensity):
         self.improper = improper_sites(run, trace)  #: the sites whose masks are left alone
         #: the model with its arguments, where masks of proper latents do not count
         self.run = UnmaskedLatents(self.improper)(run)
-        self._turn = 0
-        self.num_plates = plate_nesting(trace)
+        self._turn, self.num_plates = 0, plate_nesting(trace)
         self.plates = plate_frames(trace)  #: by name
         #: whether draws are weighed by mini-batches of their own, or by other random numbers of the model
         self.is_random = bool(subsampled_plates(trace))
@@ -135,8 +134,7 @@ class LogJoint(LogDensity):
         self._structures: dict[Any, ModelStructure] = {}
         self._checked = {argument_signature((args, kwargs))}
         self.coordinates: Coordinates | None = None
-        #: whether its latents may have coordinates from the prior: not where the user wants the model's
-        self.maps_priors = True
+        self.maps_priors = True  #: not where the user wants the coordinates of the model
         # the draws at which strategies are compared take no random numbers of the caller
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             self._start = self.or_origin(self._latent_vector(trace))
@@ -380,8 +378,6 @@ class LogJoint(LogDensity):
 
     def mapped_sites(self) -> dict[str, bool]:
         """The latents with coordinates from the prior, and whether it depends on other latents."""
-        if not self.maps_priors:
-            return {}
         points = torch.stack([self._start, self._start + 0.1 * (1 + self._start.abs())])
         return find_mapped(self.enumerated(self.run), self.latents, points)
 
