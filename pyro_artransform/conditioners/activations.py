@@ -38,7 +38,7 @@ class TiltedSiLU(nn.Module):
         return f"slope={self.slope}"
 
 
-#: Activations that act on each element alone, without randomness.
+#: Activations that act on each element alone, without randomness; a subclass may not.
 ELEMENTWISE = (
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish),
     *(nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softsign),

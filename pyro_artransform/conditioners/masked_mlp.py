@@ -134,7 +134,7 @@ class MaskedMLP(Conditioner):
         wanted = "a function or a module such as torch.nn.ELU()"
         activation = nn.ELU() if nonlinearity is None else nonlinearity
         self.nonlinearity = check_callable("nonlinearity", activation, wanted)
-        self.autoregressive = self.autoregressive and isinstance(activation, ELEMENTWISE)
+        self.autoregressive = self.autoregressive and type(activation) in ELEMENTWISE
         order, adjacency = check_graph(order, adjacency, self.input_dim)
         self.register_buffer("order", order)
         self.register_buffer("adjacency", adjacency)

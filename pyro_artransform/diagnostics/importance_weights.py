@@ -16,7 +16,7 @@ from torch import Tensor
 from ..joint import LogJoint
 from ..joint.density import Args, Kwargs
 from ..joint.handlers import hidden_sites
-from ..joint.protocols import PriorGuide, ReparametrizedGuide, SetUpGuide
+from ..joint.protocols import CenteredGuide, PriorGuide, ReparametrizedGuide, SetUpGuide
 from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
 from ..joint.vectorization import NUM_COMPARED, GuideSampler, stack
 from ..time_limit import has_limit
@@ -105,6 +105,8 @@ class ModelAndGuide(NamedTuple):
         with torch.no_grad(), hidden_sites():
             guide(*args, **kwargs)
         log_joint, offered = LogJoint(model, args, kwargs), cast(object, guide)
+        if isinstance(offered, CenteredGuide):
+            log_joint.maps_priors = offered.maps_priors
         if isinstance(offered, PriorGuide):
             log_joint = log_joint.with_coordinates(offered.prior_coordinates)
         return cls(model, guide, args, kwargs, log_joint)
@@ -238,7 +240,7 @@ def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
 def _is_point(distribution: Any) -> bool:
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-    return isinstance(distribution, Delta)
+    return type(distribution) is Delta  # a subclass may be random
 
 
 def _check_latents(wanted: Iterable[str], drawn: Container[str]) -> None:

@@ -102,6 +102,11 @@ class GuideInCoordinates(PersistentGuide):
         return {name: site.centered.clone() for name, site in sites.items()}
 
     @property
+    def maps_priors(self) -> bool:
+        """Whether there may be coordinates from the prior: not with ``coordinates="model"``."""
+        return self._checked_spec().arguments.get("coordinates") != {}
+
+    @property
     def chooses_coordinates(self) -> bool:
         """Whether a fit chooses how centred they are: not where the user has said it."""
         return bool(self._checked_spec().arguments.get("chooses_coordinates"))
@@ -131,7 +136,7 @@ class GuideInCoordinates(PersistentGuide):
         return self._coordinate_arguments(dict.fromkeys(found, True))
 
     def _coordinate_arguments(self, with_location: dict[str, bool]) -> Arguments:
-        if not with_location:
+        if not (with_location or self.asked == "model"):
             return {}
         return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
 

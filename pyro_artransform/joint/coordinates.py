@@ -43,7 +43,7 @@ from torch.distributions import Transform
 
 from ..graphs.dependencies import value_and_gradient
 from .handlers import hidden_sites
-from .prior_scale import PriorScale
+from .prior_scale import PriorScale, is_identity_or_exp
 from .sites import Latents
 from .vectorization import DrawPlate
 
@@ -250,9 +250,14 @@ def _priors(
     for name, site in trace.nodes.items():
         if site["type"] == "sample" and site_is_subsample(site):
             indices[name] = site["value"]
-        prior = PriorScale.of(site["fn"]) if name in latents.sites else None
+        # a mask that is still there makes the prior improper
+        is_proper = name in latents.sites and site["mask"] is None
+        prior = PriorScale.of(site["fn"]) if is_proper else None
         # more dimensions are those of discrete latents that are summed out
-        if prior is not None and prior.loc.dim() <= site["value"].dim():
+        if prior is None or prior.loc.dim() > site["value"].dim():
+            continue
+        # a log density of u is one of the value by these alone
+        if prior.log_prob is None or is_identity_or_exp(latents.sites[name].bijection):
             priors[name] = prior
     return priors, indices
 
@@ -304,8 +309,10 @@ def centered_by_curvature(
 
 
 def non_centered(log_joint: Any) -> Any:
-    """A log joint density with lambda 0 for all latents that have coordinates, if it has none yet."""
-    if log_joint.coordinates is not None or not (sites := log_joint.mapped_sites()):
+    """A log joint density with lambda 0 for all latents that may have coordinates, if it has none yet."""
+    if log_joint.coordinates is not None or not log_joint.maps_priors:
+        return log_joint
+    if not (sites := log_joint.mapped_sites()):
         return log_joint
     ones = torch.ones_like(log_joint.start)
     found = Coordinates(ones, ones, sites).non_centered(log_joint.latents)

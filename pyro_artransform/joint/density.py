@@ -132,6 +132,7 @@ class LogJoint(LogDensity):
         self._structures: dict[Any, ModelStructure] = {}
         self._checked = {argument_signature((args, kwargs))}
         self.coordinates: Coordinates | None = None
+        self.maps_priors = True  #: not where the user wants the coordinates of the model
         # the draws at which strategies are compared take no random numbers of the caller
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             self._start = self.or_origin(self._latent_vector(trace))

@@ -23,11 +23,15 @@ from typing import Any, NamedTuple
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import AffineTransform, ExpTransform, TransformedDistribution
+from torch.distributions import (
+    AffineTransform,
+    ComposeTransform,
+    ExpTransform,
+    Independent,
+    IndependentTransform,
+)
 from torch.nn.functional import softplus
 from torch.special import erfcx, ndtri
-
-from .traces import unwrapped
 
 # below this lambda a prior with a shape is taken to a normal one (benchmarks/coordinates.md)
 _SHAPED = 0.9
@@ -109,17 +113,14 @@ LOGISTIC = StandardFamily(
     lambda r: r - 2 * softplus(r),
 )
 
+# What follows are all the classes whose density is known here, each without its subclasses.
+
 # on the real line, with the attributes loc and scale
-_WITH_LOCATION: tuple[Any, ...] = (
-    dist.StudentT,
-    dist.Laplace,
-    dist.Cauchy,
-    dist.Gumbel,
-    dist.Logistic,
-    dist.SoftLaplace,
+_WITH_LOCATION: frozenset[Any] = frozenset(
+    {dist.StudentT, dist.Laplace, dist.Cauchy, dist.Gumbel, dist.Logistic, dist.SoftLaplace}
 )
 # of bounded numbers: the location on the unconstrained space, where the scale is 1, and the shape
-_BOUNDED: dict[type, tuple[Callable[[Any], Tensor], StandardFamily | None]] = {
+_BOUNDED: dict[Any, tuple[Callable[[Any], Tensor], StandardFamily | None]] = {
     dist.HalfNormal: (lambda fn: fn.scale.log(), HALF_NORMAL),
     dist.HalfCauchy: (lambda fn: fn.scale.log(), HALF_CAUCHY),
     dist.Exponential: (lambda fn: fn.rate.reciprocal().log(), EXPONENTIAL),
@@ -127,6 +128,36 @@ _BOUNDED: dict[type, tuple[Callable[[Any], Tensor], StandardFamily | None]] = {
     dist.InverseGamma: (lambda fn: fn.rate.log(), None),
     dist.Uniform: (lambda fn: torch.zeros_like(fn.low), LOGISTIC),
 }
+# that leave the density of an element as it is
+_WRAPPERS: frozenset[Any] = frozenset({dist.Independent, Independent, dist.ExpandedDistribution})
+_TRANSFORMED: frozenset[Any] = frozenset({dist.TransformedDistribution, dist.LogNormal})
+# attributes of these classes that an instance may have of its own; no density reads the matrices
+_OF_INSTANCES = {"_validate_args", "covariance_matrix", "precision_matrix", "scale_tril"}
+
+
+def exact_class(part: Any) -> type | None:
+    """The class of a distribution or a transform; ``None`` where attributes of its own replace the class's.
+
+    Unlike with ``isinstance``, a subclass, which may have another density, is not taken for its parent.
+    """
+    kind, own = type(part), vars(part).keys() - _OF_INSTANCES
+    return None if any(hasattr(kind, name) for name in own) else kind
+
+
+def _without_wrappers(fn: Any) -> Any:
+    while exact_class(fn) in _WRAPPERS:
+        fn = fn.base_dist
+    return fn
+
+
+def is_identity_or_exp(bijection: Any) -> bool:
+    """Whether a bijection onto the real or the positive numbers is torch's own, not another one."""
+    while type(bijection) is IndependentTransform:
+        bijection = bijection.base_transform
+    parts = bijection.parts if type(bijection) is ComposeTransform else [bijection]
+    # positive numbers are those above a bound, 0, which is added
+    kinds = [type(part) for part in parts if type(part) is not AffineTransform or part.loc != 0]
+    return kinds in ([], [ExpTransform])
 
 
 class PriorScale(NamedTuple):
@@ -146,43 +177,47 @@ class PriorScale(NamedTuple):
 
     @classmethod
     def of(cls, fn: Any) -> "PriorScale | None":
-        """That of a distribution; ``None`` where it is not a location-scale family."""
-        fn = unwrapped(fn)
-        for kind, (location, shape) in _BOUNDED.items():
-            if isinstance(fn, kind):
-                loc = location(fn)
-                return cls(loc, torch.ones_like(loc), None, shape)
-        found = cls._on_the_line(fn)
-        if found is None and isinstance(fn, TransformedDistribution):
-            return cls._of_transformed(fn)
-        return found
+        """That of a distribution; ``None`` where it is not known to be a location-scale family.
+
+        Known are the exact classes above, also reinterpreted, expanded, or behind affine transforms and an
+        exponential. All else may have another density: subclasses, masked ones, instances whose methods
+        are replaced.
+        """
+        fn = _without_wrappers(fn)
+        kind = exact_class(fn)
+        if kind in _BOUNDED:
+            location, shape = _BOUNDED[kind]
+            loc = location(fn)
+            return cls(loc, torch.ones_like(loc), None, shape)
+        return cls._of_transformed(fn) if kind in _TRANSFORMED else cls._on_the_line(fn)
 
     @classmethod
-    def _on_the_line(cls, distribution: Any) -> "PriorScale | None":
-        fn: Any = unwrapped(distribution)
-        if isinstance(fn, dist.MultivariateNormal):
-            return cls(fn.loc, fn.scale_tril, normal_log_prob)
-        if isinstance(fn, dist.Normal):
+    def _on_the_line(cls, fn: Any) -> "PriorScale | None":
+        kind: Any = exact_class(fn)
+        if kind is dist.MultivariateNormal:
+            # the matrix that its density reads
+            matrix = fn._unbroadcasted_scale_tril
+            return cls(fn.loc, matrix.expand((*fn.loc.shape, -1)), normal_log_prob)
+        if kind is dist.Normal:
             return cls(fn.loc, fn.scale, normal_log_prob)
-        for kind in _WITH_LOCATION:
-            if isinstance(fn, kind):
-                given = {"df": fn.df} if kind is dist.StudentT else {}
-                zero, one = torch.zeros_like(fn.loc), torch.ones_like(fn.scale)
-                standard = kind(**given, loc=zero, scale=one, validate_args=False)
-                return cls(fn.loc, fn.scale, standard.log_prob)
-        return None
+        if kind not in _WITH_LOCATION:
+            return None
+        given = {"df": fn.df} if kind is dist.StudentT else {}
+        zero, one = torch.zeros_like(fn.loc), torch.ones_like(fn.scale)
+        standard = kind(**given, loc=zero, scale=one, validate_args=False)
+        return cls(fn.loc, fn.scale, standard.log_prob)
 
     @classmethod
-    def _of_transformed(cls, fn: TransformedDistribution) -> "PriorScale | None":
+    def _of_transformed(cls, fn: Any) -> "PriorScale | None":
         """That of such a family behind affine transforms, or before an exponential, as LogNormal."""
-        prior, transforms = cls._on_the_line(fn.base_dist), fn.transforms
-        if transforms and isinstance(transforms[-1], ExpTransform):
+        base, transforms = _without_wrappers(fn.base_dist), fn.transforms
+        prior = cls._on_the_line(base)
+        if transforms and exact_class(transforms[-1]) is ExpTransform:
             transforms = transforms[:-1]
         for transform in transforms:
-            is_matrix = prior is not None and prior._is_matrix
-            # mirrored, a Gumbel distribution is of another family
-            is_other = is_matrix or isinstance(unwrapped(fn.base_dist), dist.Gumbel)
-            if prior is None or is_other or not isinstance(transform, AffineTransform):
+            if prior is None or prior._is_matrix or exact_class(transform) is not AffineTransform:
+                return None
+            if type(base) is dist.Gumbel:  # mirrored, it is of another family
                 return None
             loc, scale = transform.loc + transform.scale * prior.loc, transform.scale * prior.scale
             prior = prior._replace(loc=loc, scale=scale.abs())

@@ -76,6 +76,10 @@ class CenteredGuide(Protocol):
 
     def centered_by_site(self) -> Mapping[str, Tensor]: ...
 
+    @property
+    def maps_priors(self) -> bool:
+        """Whether chains may use coordinates of the prior: not where the user wants the model's."""
+
 
 @runtime_checkable
 class PriorGuide(FlowGuide, Protocol):

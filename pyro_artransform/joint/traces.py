@@ -63,7 +63,7 @@ def is_deterministic(site: Any) -> bool:
     if site["infer"].get("_deterministic"):
         return True
     fn, value = unwrapped(site["fn"]), site["value"]
-    is_point = site["is_observed"] and isinstance(fn, Delta) and isinstance(value, Tensor)
+    is_point = site["is_observed"] and type(fn) is Delta and isinstance(value, Tensor)
     return is_point and _address(fn.v) == _address(value)
 
 

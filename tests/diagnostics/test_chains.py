@@ -18,10 +18,11 @@ from pyro.infer.autoguide import (
     init_to_value,
 )
 
-from pyro_artransform import AutoIAF
+from pyro_artransform import AutoAmortized, AutoIAF, AutoStructuredFlow
 from pyro_artransform.diagnostics import base_space, chains
 from pyro_artransform.diagnostics.chains import CHAINS_BY_LOOP, GOOD_RHAT, GuideChains
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
+from pyro_artransform.joint.coordinates import non_centered
 from pyro_artransform.time_limit import TimeLimit
 from tests.diagnostics import conjugate
 from tests.diagnostics.conjugate import PathGuide, path
@@ -289,7 +290,7 @@ def _funnel():
 
 def test_chains_that_do_not_agree_go_on_in_units_of_the_prior():
     """Chains of a funnel as it is written do not enter its neck; v is normal, whatever z is."""
-    stuck = chains_of(_funnel, AutoIAF(_funnel, coordinates="model"), num_chains=32)
+    stuck = chains_of(_funnel, AutoIAF(_funnel, coordinates={"z": 1.0}), num_chains=32)
     stuck._by_guide = False
     found = stuck.run(400)
     assert stuck.log_joint.coordinates.centered.tolist() == [1.0] + [0.0] * 8
@@ -303,17 +304,37 @@ def test_chains_that_do_not_agree_go_on_in_units_of_the_prior():
     assert not stuck._move_to_units_of_prior()
 
 
+@pytest.mark.parametrize("make", [AutoIAF, AutoStructuredFlow, AutoAmortized])
+def test_chains_keep_the_coordinates_of_the_model_where_the_user_wants_them(make, tmp_path):
+    """Those of a guide from a file, too."""
+
+    def model():
+        v = pyro.sample("v", dist.Normal(0.0, 3.0))
+        with pyro.plate("elements", 8):
+            pyro.sample("z", dist.Normal(torch.zeros(8), v.exp()))
+
+    guide = make(model, coordinates="model")
+    guide()
+    guide.save(tmp_path / "guide")
+    for each in (guide, make.load(tmp_path / "guide", model)):
+        kept = chains_of(model, each, num_chains=4)
+        assert kept.log_joint.coordinates is None
+        assert non_centered(kept.log_joint) is kept.log_joint
+    free = chains_of(model, make(model), num_chains=4)
+    assert non_centered(free.log_joint.with_coordinates(None)).coordinates is not None
+
+
 def test_chains_go_back_from_units_of_the_prior_that_are_no_better(monkeypatch):
     """R-hat of chains as the model is written is bad, and in units of the prior worse."""
-    slow = chains_of(_funnel, AutoIAF(_funnel, coordinates="model"), num_chains=4)
+    slow = chains_of(_funnel, AutoIAF(_funnel, coordinates={"z": 1.0}), num_chains=4)
     slow._by_guide, seen = False, []
+    before = slow.log_joint
 
     def rhat(draws):
-        seen.append(slow.log_joint.coordinates is not None)
+        seen.append(slow.log_joint is not before)
         return torch.full(draws.shape[-1:], 20.0 if seen[-1] else 5.0)
 
     monkeypatch.setattr(chains, "plain_rhat", rhat)
-    before = slow.log_joint
     slow.run(10, most=1000)
     assert any(seen)
     assert slow.log_joint is before

@@ -63,9 +63,9 @@ def test_two_scales_in_coordinates_of_the_model():
     )
 
 
-def test_a_funnel_in_coordinates_of_the_model():
-    """From a guide that was not trained, whose trajectories alone leave out the neck: by proposals."""
-    guide = AutoIAF(doubtful.funnel, coordinates="model", hidden_dims=8)
+def test_a_funnel_from_a_guide_in_coordinates_of_the_model():
+    """From one that was not trained, whose trajectories alone leave out the neck: chains leave them."""
+    guide = AutoIAF(doubtful.funnel, coordinates={"x": 1.0}, hidden_dims=8)
     found = mcmc(doubtful.funnel, guide, 400, seed=0, progress=False)
     v = found.by_chain["v"].double()
     assert found.trusted

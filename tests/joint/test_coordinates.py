@@ -31,7 +31,6 @@ PRIORS = {
         torch.stack([m, -m], -1),
         scale_tril=torch.stack([torch.stack([s, 0 * s], -1), torch.stack([m, s + 1], -1)], -2),
     ),
-    "masked": lambda m, s: dist.Normal(m, s).mask(torch.tensor(True)),
     "mirrored": lambda m, s: dist.TransformedDistribution(
         dist.StudentT(3.0, 0.0, 1.0).expand(m.shape), [dist.transforms.AffineTransform(m, -s)]
     ),

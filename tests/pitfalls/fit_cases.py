@@ -126,3 +126,29 @@ def f31_above_evidence(subject: Subject) -> None:
                 subject.fit(target.model, guide, steps)
             elbo, error = subject.elbo(target.model, guide)
             assert elbo < 4 * error, f"{name}, {steps} steps: {elbo:.3g} ± {error:.2g}, above 0"
+
+
+def f38_masked_prior(subject: Subject) -> None:
+    """A prior that is masked in part has no density there: the ELBO is Pyro's for the model as written.
+
+    It fails here if ``PriorScale.of`` takes a masked distribution for the one inside.
+    """
+    _check_elbo_as_written(subject, models.masked_hierarchy)
+
+
+def f39_subclass(subject: Subject) -> None:
+    """A subclass has the density of its own ``log_prob``: the ELBO is Pyro's for the model as written.
+
+    It fails here if ``PriorScale.of`` goes by ``isinstance``.
+    """
+    _check_elbo_as_written(subject, models.shifted_hierarchy)
+
+
+def _check_elbo_as_written(subject: Subject, model: Callable) -> None:
+    prepare()
+    guide = subject.guide(model)
+    guide()
+    found, error = subject.elbo(model, guide)
+    expected, other_error = Subject.elbo(subject, model, guide)
+    slack = 4 * (error + other_error) + 1e-6
+    assert abs(found - expected) < slack, f"an ELBO of {found:.3f}, where it is {expected:.3f}"

@@ -138,3 +138,30 @@ def targets() -> dict[str, Target]:
         "modes 4 apart": _two_modes(4.0, 0.7),
         "modes 20 apart": _two_modes(20.0, 0.7),
     }
+
+
+# Hierarchies whose prior has another density than the family that it looks like
+
+
+def _hierarchy(make):
+    tau = pyro.sample("tau", dist.LogNormal(torch.zeros(()), torch.ones(())))
+    with pyro.plate("groups", 3):
+        x = pyro.sample("x", make(torch.zeros(()), tau))
+        pyro.sample("y", dist.Normal(x, 1.0), obs=torch.tensor([1.0, 5.0, -1.0]))
+
+
+def masked_hierarchy():
+    """The second of three has no prior."""
+    mask = torch.tensor([True, False, True])
+    _hierarchy(lambda loc, scale: dist.Normal(loc, scale).mask(mask))
+
+
+class Shifted(dist.Normal):
+    """A Normal distribution whose location is one more than it says."""
+
+    def log_prob(self, value):
+        return super().log_prob(value - 1.0)
+
+
+def shifted_hierarchy():
+    _hierarchy(Shifted)

@@ -145,7 +145,7 @@ class AutoStructuredFlow(AutoAutoregressive):
             found = self._graph_in(log_joint, sites)
             if self.asked != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
                 return {**self._coordinate_arguments(sites), "graph": found.to_plain()}
-        return {"graph": graph.to_plain()}
+        return {**self._coordinate_arguments({}), "graph": graph.to_plain()}
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         arguments = spec.arguments
