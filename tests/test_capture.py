@@ -3,17 +3,27 @@
 
 """Captured operations: what a replay gives is what a call gives, or the function is called."""
 
+import contextlib
+import copy
+import functools
+import math
+import pickle
+import random
 import resource
+import struct
+import time
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_artransform import AutoIAF, AutoStructuredFlow, capture, fit
-from pyro_artransform.capture import Captured, CapturedLoss
+from pyro_artransform import AutoIAF, AutoStructuredFlow, capture, fit, recording
+from pyro_artransform.capture import Captured, CapturedLoss, ReplayError, agree
 from pyro_artransform.inference import mcmc
+from pyro_artransform.time_limit import TimeLimit
 
 _MANY = 3 * capture._PATIENCE
 
@@ -91,20 +101,164 @@ def test_random_numbers_are_those_of_calls():
     assert captured.can_replay
 
 
+def through_storage(x):
+    return (x * struct.unpack("d", bytes(x.untyped_storage())[:8])[0],)
+
+
+def through_dlpack(x):
+    return (x * torch.utils.dlpack.from_dlpack(torch.utils.dlpack.to_dlpack(x)).clone(),)
+
+
+@functools.lru_cache
+def remembered(number):
+    return 2.0 if number > 0 else 1.0
+
+
+def in_a_backward_pass(x):
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, weight):
+            return weight * (1 + weight.numpy().sum())
+
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad((Scaled.apply(x) * x.exp().detach()).sum(), x)
+
+
+def in_spite_of_errors(x):
+    with contextlib.suppress(Exception):
+        return (x * (2.0 if x.sum() > 0 else 1.0),)
+    return (x,)
+
+
+def through_a_view(x):
+    b = torch.zeros(len(x), 3)
+    b[..., 0] = x[:, 0].detach()
+    return (b * (2.0 if (b > 0.5).any() else 1.0),)
+
+
+def through_out(x):
+    b = torch.zeros_like(x)
+    torch.mul(x, 2.0, out=b)
+    return (x * float(b.sum()),)
+
+
+def element_by_element(x):
+    return (x.clone().apply_(lambda value: value if value > 0 else 0.0),)
+
+
+def by_a_copy(x):
+    return (x * float(copy.deepcopy(x).sum()),)
+
+
+TOTAL = torch.zeros(3)
+
+
+def into_what_was_there(x):
+    return (x + TOTAL.add_(x.sum(0)),)
+
+
+#: by name, functions in which Python reads a value that varies, or may do so
+READS = {
+    "a branch": lambda x: (x * 2 if x.sum() > 0 else x,),
+    "a mask as an index": lambda x: (x[x > 0].sum(),),
+    "nonzero": lambda x: (x * x.nonzero().shape[0],),
+    "unique": lambda x: (x * x.round().unique().shape[0],),
+    "item": lambda x: (x * x.sum().item(),),
+    "float": lambda x: (x * round(float(x.sum()), 3),),
+    "math": lambda x: (x * math.exp(x[0, 0]),),
+    "max": lambda x: (x * max(x[0]),),
+    "sorted": lambda x: (torch.stack(sorted(x[0])),),
+    "range": lambda x: (x * len(range(x[0, 0].abs().long())),),
+    "a slice": lambda x: (x[: 1 + x[0, 0].abs().long().clamp(max=3)].sum(0),),
+    "equal": lambda x: (x * (2.0 if torch.equal(x, x.abs()) else 1.0),),
+    "in": lambda x: (x * (2.0 if 1.0 in x.round() else 1.0),),
+    "tolist": lambda x: (x * sum(x.flatten().tolist()),),
+    "tolist of a copy": lambda x: (x * sum(x.detach().clone().flatten().tolist()),),
+    "tolist of booleans": lambda x: (x * (2.0 if (x > 0).all().tolist() else 1.0),),
+    "numpy": lambda x: (x * float(x.detach().numpy().sum()),),
+    "numpy of the CPU": lambda x: (x * float(x.cpu().numpy().sum()),),
+    "asarray": lambda x: (x * float(np.asarray(x.detach()).sum()),),
+    "a function of numpy": lambda x: (torch.as_tensor(np.exp(x)),),
+    "data": lambda x: (x * (2.0 if x.data.numpy().sum() > 0 else 1.0),),
+    "text": lambda x: (x * float(f"{x[0, 0]:.3f}"),),
+    "pickle": lambda x: (x * pickle.loads(pickle.dumps(x)),),
+    "a list of tensors": lambda x: (x * torch.tensor([x[0, 0], x[0, 1], 1.0]),),
+    "a constructor": lambda x: (x * torch.Tensor([x[0, 0], x[0, 1], 1.0]),),
+    "new_tensor": lambda x: (x * x.new_tensor([x[0, 0], x[0, 1], 1.0]),),
+    "an index of tensors": lambda x: (x[[x[0, 0].long().clamp(0, 1), 1]],),
+    "a cache": lambda x: (x * remembered(float(x.sum())),),
+    "repeat_interleave": lambda x: (x[0].repeat_interleave(x[0].abs().long()).sum(),),
+    "normal numbers": lambda x: (x * (2.0 if torch.randn(()) > 0 else 1.0),),
+    **{
+        function.__name__: function
+        for function in (
+            *(through_storage, through_dlpack, through_a_view, through_out, by_a_copy),
+            *(in_a_backward_pass, in_spite_of_errors, element_by_element, into_what_was_there),
+        )
+    },
+}
+
+
+@pytest.mark.parametrize("name", READS)
+def test_what_gives_python_a_value_is_refused(name):
+    inputs = torch.randn(5, 3, dtype=torch.float64)
+    assert recording.record(READS[name], (inputs,), 100.0) is None
+
+
+class Changing:
+    """Functions whose state in Python decides."""
+
+    def __init__(self):
+        self.count = 0
+
+    def counter(self, x):
+        self.count += 1
+        return (x * self.count,)
+
+    def random(self, x):
+        return (x * (2.0 if random.random() < 0.1 else 1.0),)
+
+    def numpy_random(self, x):
+        return (x * (2.0 if np.random.rand() < 0.1 else 1.0),)
+
+    def generator(self, x):
+        self.generator_ = getattr(self, "generator_", None) or torch.Generator()
+        return (x * torch.randn((), generator=self.generator_),)
+
+    def clock(self, x):
+        return (x * (1 + time.perf_counter()),)
+
+
+@pytest.mark.parametrize("name", ["counter", "random", "numpy_random", "generator", "clock"])
+def test_state_that_changes_in_python_is_refused(name):
+    function, x = getattr(Changing(), name), torch.randn(5, 3)
+    captured = Captured(function)
+    for _ in range(_MANY):
+        captured(x)
+    assert not captured.can_replay
+
+
 @pytest.mark.parametrize(
-    "function",
-    [
-        lambda x: (x * 2 if x.sum() > 0 else x,),
-        lambda x: (x[x > 0].sum(),),
-        lambda x: (x * x.nonzero().shape[0],),
-    ],
+    "read", [float, Tensor.tolist, lambda b: b.item(), lambda b: 2 if b > 1 else 1]
 )
-def test_a_path_that_depends_on_values_is_not_captured(function):
-    check_replays(function, is_captured=False)
+def test_a_number_that_python_read_has_to_stay(read):
+    """As the temperature of a fit, which a callback changes."""
+    temperature = torch.tensor(1.0)
 
+    def evaluate(x):
+        return (x * read(temperature),)
 
-def test_a_value_that_python_took_is_found_at_the_first_replay():
-    check_replays(lambda x: (x * sum(x.flatten().tolist()),), is_captured=False)
+    captured = Captured(evaluate)
+    for number in range(2 * _MANY):
+        if number == _MANY + 3:
+            temperature.fill_(3.0)
+        x = torch.randn(3)
+        assert torch.equal(captured(x)[0], evaluate(x)[0])
 
 
 def test_what_data_alone_decide_is_captured():
@@ -148,7 +302,7 @@ def test_each_shape_is_captured_by_itself():
 
 
 def test_large_tensors_are_not_held(monkeypatch):
-    monkeypatch.setattr(capture, "_MOST_NUMBERS", 10**4)
+    monkeypatch.setattr(recording, "_MOST_NUMBERS", 10**4)
     check_replays(lambda x: (x.expand(10**3, 3).exp().mean(0),), shape=(3,))
     check_replays(lambda x: (x.expand(10**4, 3).exp().mean(0),), is_captured=False, shape=(3,))
 
@@ -174,15 +328,112 @@ def test_a_function_that_changes_is_found_out():
         return (x * (1.0 if len(calls) < capture._PATIENCE + 6 else 2.0),)
 
     captured = Captured(evaluate)
-    for _ in range(_MANY + 2 * capture._CHECK_EVERY):
-        (found,) = captured(torch.ones(3))
-    assert found[0] == 2.0
+    with pytest.raises(ReplayError):
+        for _ in range(_MANY):
+            captured(torch.ones(3))
+    assert captured(torch.ones(3))[0][0] == 2.0
     assert not captured.can_replay
+
+
+def test_what_was_replayed_last_can_be_confirmed():
+    calls = []
+
+    def evaluate(x):
+        calls.append(1)
+        return (x * (1.0 if len(calls) < 24 else 2.0),)
+
+    captured = Captured(evaluate)
+    while len(calls) < 22 or captured._last is None:
+        captured(torch.ones(3))
+    captured.confirm()
+    captured(torch.ones(3))
+    captured(torch.ones(3))
+    with pytest.raises(ReplayError):
+        captured.confirm()
+    captured.confirm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_are_compared_one_by_one(dtype):
+    """3 nats are none of round-off beside a draw of 1e27, nor is one that is not finite."""
+    expected = torch.randn(64, dtype=dtype)
+    expected[0], expected[1], expected[2] = 1e27, torch.nan, -torch.inf
+    assert agree([expected.clone()], [expected])
+    assert agree([expected * (1 + 4 * torch.finfo(dtype).eps)], [expected])
+    for row in range(1, 6):
+        found = expected.clone()
+        found[row] = 3.0 if row in (1, 2) else found[row] + 3e-3
+        assert not agree([found], [expected])
+    assert not agree([expected], [expected, expected])
+    assert not agree([expected[:-1]], [expected])
+
+
+def test_a_failure_of_the_captured_call_is_not_replayed():
+    """One row has no solution then, and is NaN; others have one later."""
+
+    def evaluate(matrix):
+        rows = []
+        for row in matrix:
+            try:
+                rows.append(torch.linalg.solve(row, torch.ones(2)).sum())
+            except RuntimeError:
+                rows.append(torch.tensor(torch.nan))
+        return (torch.stack(rows),)
+
+    captured = Captured(evaluate)
+    for number in range(2 * _MANY):
+        matrix = torch.eye(2).expand(3, 2, 2) * (1 + torch.rand(3, 1, 1))
+        if number == capture._PATIENCE - 1:
+            matrix = matrix * torch.tensor([0.0, 1.0, 1.0])[:, None, None]
+        found, expected = captured(matrix)[0], evaluate(matrix)[0]
+        torch.testing.assert_close(found, expected, equal_nan=True)
+
+
+def test_a_capture_ends_in_time(monkeypatch):
+    """At the end of a phase, and after as many calls as the pages say."""
+
+    def evaluate(x):
+        for _ in range(4000):
+            x = x.tanh()
+        return (x,)
+
+    x = torch.randn(3)
+    began = time.process_time()
+    evaluate(x)
+    call = time.process_time() - began
+    with TimeLimit(1e-6) as limit:
+        limit.enter_phase(1.0)
+        assert recording.record(evaluate, (x,), 100.0) is None
+    assert recording.record(evaluate, (x,), call / 2) is None
+    assert recording.record(evaluate, (x,), 100.0) is not None
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_parameter_that_comes_later_has_its_gradient(is_frozen):
+    """It is used, or unfrozen, from some step on."""
+    old, new = (nn.Parameter(torch.ones(size), requires_grad=size > 2) for size in (3, 2))
+    calls = []
+
+    def evaluate():
+        calls.append(1)
+        # in steps without a replay
+        is_used = is_frozen or len(calls) > 16
+        return old.square().sum() + (new.exp().sum() if is_used else 0.0)
+
+    new.requires_grad_(not is_frozen)
+    loss, found = CapturedLoss(evaluate), None
+    for number in range(100):
+        if number == 40:
+            new.requires_grad_()
+        with contextlib.suppress(ReplayError):
+            found = torch.autograd.grad(loss(), [old, new][: 1 + (number > 90)])
+    torch.testing.assert_close(found[0], 2 * old.detach())
+    torch.testing.assert_close(found[1], new.detach().exp())
 
 
 def test_a_loss_has_its_gradients():
     used, unused = (nn.Parameter(torch.randn(3)) for _ in range(2))
-    loss = CapturedLoss(lambda: (used.exp() * torch.randn(5, 3)).sum(), [used, unused])
+    loss = CapturedLoss(lambda: (used.exp() * torch.randn(5, 3)).sum())
     for seed in range(_MANY):
         torch.manual_seed(seed)
         found = torch.autograd.grad(2 * loss(), [used, unused], allow_unused=True)
