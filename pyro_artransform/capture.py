@@ -129,7 +129,9 @@ class CapturedLoss:
 
     def __init__(self, loss: Callable[[], Tensor]) -> None:
         self._loss = loss
-        self._parameters = list[Tensor]()  # those that it depends on
+        self._parameters = list[Tensor]()  # leaves with a gradient
+        # all that were reached last, and which of them the call before had reached, too
+        self._reached, self._lasting = list[Tensor](), set[int]()
         self._captured = Captured(self._with_gradients)
 
     @property
@@ -148,10 +150,13 @@ class CapturedLoss:
             value = self._loss()
             reached = [*leaves([value])]
             found = torch.autograd.grad(value, reached, allow_unused=True) if reached else ()
-        pairs = [(p, g) for p, g in zip(reached, found) if g is not None]
-        before, self._parameters = self._parameters, [parameter for parameter, _ in pairs]
-        if before and [*map(id, before)] != [*map(id, self._parameters)]:
+        # some leaves are made by the call itself
+        lasting = {*map(id, reached)} & {*map(id, self._reached)}
+        if self._lasting and lasting != self._lasting:
             self._captured.can_replay = False  # gradients of a replay would be those of others
+        self._reached, self._lasting = reached, lasting
+        pairs = [(p, g) for p, g in zip(reached, found) if g is not None]
+        self._parameters = [parameter for parameter, _ in pairs]
         return value.detach(), *(gradient for _, gradient in pairs)
 
 

@@ -41,19 +41,9 @@ _READS = {
 }
 # what tells of a tensor without its values, beside what begins with is_
 _METADATA = {
-    *(
-        "dim",
-        "ndim",
-        "ndimension",
-        "size",
-        "shape",
-        "stride",
-        "numel",
-        "nelement",
-        "__len__",
-        "type",
-    ),
-    *("storage_offset", "element_size", "itemsize", "nbytes", "get_device", "_version", "grad_fn", "requires_grad"),
+    *("dim", "ndim", "ndimension", "size", "shape", "stride", "numel", "nelement", "__len__"),
+    *("storage_offset", "element_size", "itemsize", "nbytes", "get_device", "type"),
+    *("_version", "grad_fn", "requires_grad"),
 }
 # functions of each number by itself, in Python, and what a replay does not do
 _REFUSED = {"apply_", "map_", "map2_", "backward"}

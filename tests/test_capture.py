@@ -6,6 +6,7 @@
 import contextlib
 import copy
 import functools
+import itertools
 import math
 import pickle
 import random
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 
 from pyro_artransform import AutoIAF, AutoStructuredFlow, capture, fit, recording
 from pyro_artransform.capture import Captured, CapturedLoss, ReplayError, agree
+from pyro_artransform.diagnostics.chains import GuideChains
 from pyro_artransform.inference import mcmc
 from pyro_artransform.time_limit import TimeLimit
 
@@ -501,3 +503,43 @@ def test_chains_are_the_same_with_and_without(monkeypatch):
     assert found[1].trusted
     # chains amplify round-off
     torch.testing.assert_close(*(each.by_chain["z"] for each in found), rtol=1e-4, atol=1e-4)
+
+
+def test_steps_that_were_wrong_are_taken_again():
+    """A callback changes the model between two comparisons: the fit goes back to the last one."""
+    shift, steps = [0.0], list[int]()
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z.sum(-1) + shift[0], 0.5), obs=torch.tensor(1.0))
+
+    def callback(step, elbo):
+        steps.append(step)
+        shift[0] = 3.0 if len(steps) > 30 else 0.0
+
+    result = fit(model, AutoIAF(model), seed=0, num_steps=200, callback=callback, progress=False)
+    back = [step for before, step in itertools.pairwise(steps) if step <= before]
+    assert len(back) == 1
+    assert result.num_steps == len(result.history) == 200 < len(steps)
+    # after the comparison before, the 16th call since the capture
+    assert back[0] <= capture._PATIENCE + 18
+
+
+def test_draws_of_another_density_are_dropped(monkeypatch):
+    """The model is another one after some replays, which a comparison finds out."""
+    replays, replayed = [], recording.Replay.__call__
+
+    def model():
+        loc = 2.0 if len(replays) > 20 else 0.0
+        pyro.sample("z", dist.Normal(torch.full((2,), loc), 1.0).to_event(1))
+
+    def replay(self, *inputs):
+        replays.append(1)
+        return replayed(self, *inputs)
+
+    anew, begin_anew = [], GuideChains._begin_anew
+    monkeypatch.setattr(recording.Replay, "__call__", replay)
+    monkeypatch.setattr(GuideChains, "_begin_anew", lambda self: begin_anew(anew.append(1) or self))
+    found = mcmc(model, AutoIAF(model, init_scale=2.0), 400, seed=0, progress=False, num_chains=16)
+    assert anew
+    assert (found.by_chain["z"].mean((0, 1)) - 2.0).abs().max() < 0.25

@@ -11,7 +11,7 @@ from pyro import distributions as dist
 
 from tests.pitfalls import models
 from tests.pitfalls.guide_cases import unconstrained_draws
-from tests.pitfalls.subject import Subject, prepare
+from tests.pitfalls.subject import Subject, default_dtype, prepare
 
 
 def f08_scale_floor(subject: Subject) -> None:
@@ -126,3 +126,22 @@ def f31_above_evidence(subject: Subject) -> None:
                 subject.fit(target.model, guide, steps)
             elbo, error = subject.elbo(target.model, guide)
             assert elbo < 4 * error, f"{name}, {steps} steps: {elbo:.3g} ± {error:.2g}, above 0"
+
+
+def f40_value_read(subject: Subject) -> None:
+    """Where a factor depends on what Python reads of a latent, draws have its shares or are not trusted.
+
+    Seen to fail with operations that are captured while a mode of functions does not look.
+    """
+    exact = 1 / (1 + math.exp(3.0))
+    for read in (lambda z: z.tolist(), lambda z: z.numpy().tolist()):
+        prepare()
+        with default_dtype(torch.float32):
+
+            def model(read=read):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.factor("piecewise", -3.0 * (z.new_tensor(read(z.detach())) > 0))
+
+            draws, is_trusted = subject.chains(model, subject.guide(model), 1_000)
+        share = float((draws["z"] > 0).double().mean())
+        assert abs(share - exact) < 0.035 or not is_trusted, f"P(z > 0) is {share:.3f}"
