@@ -93,8 +93,8 @@ def fit(
     last batch has the weight of its rows.
 
     Operations that are the same in each step are captured and replayed, so that the model's Python runs
-    only now and then: what it prints or counts is no number of steps. Where a run then turns out to differ from
-    replays, as because of what a callback has changed, the steps since the run before are taken again.
+    only now and then: what it prints or counts is no number of steps. Where a run then differs from replays,
+    as because of what a callback has changed, the steps since the run before are taken again.
 
     Ctrl-C ends the start and the steps, and the verdict is on what was learned until then, by what can be
     drawn in a second; so does ``max_seconds``, of which a quarter is for the verdict. It names what there
