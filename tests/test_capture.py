@@ -148,16 +148,6 @@ def test_a_number_that_python_read_has_to_stay(read):
         assert torch.equal(captured(x)[0], evaluate(x)[0])
 
 
-def test_what_data_alone_decide_is_captured():
-    data = torch.tensor([1.0, -1.0, 2.0])
-
-    def evaluate(x):
-        scale = 2.0 if data.sum() > 0 else 1.0
-        return (scale * x[:, data > 0],)
-
-    check_replays(evaluate)
-
-
 def test_writing_into_a_new_tensor_is_captured():
     def evaluate(x):
         out = torch.zeros(len(x), 4)

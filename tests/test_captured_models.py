@@ -139,7 +139,7 @@ CASES = {
     },
 }
 QUICK = [
-    *itertools.islice(CASES, 0, len(CASES) - len(READS), 5),
+    *itertools.islice(CASES, 0, len(CASES) - len(READS), 7),
     *itertools.islice(reversed(CASES), 10),
 ]
 

@@ -154,3 +154,15 @@ def test_large_tensors_are_not_held(count, monkeypatch):
         lambda x: (x.expand(count, 3).exp().mean(0),), (torch.ones(3),), 100.0
     )
     assert (replay is None) == (3 * count > 10**4)
+
+
+def test_what_data_alone_decide_is_recorded_and_compared():
+    data = torch.tensor([1.0, -1.0, 2.0])
+
+    def evaluate(x):
+        return ((2.0 if data.sum() > 0 else 1.0) * x[:, data > 0] + sum(data.tolist()),)
+
+    replay, x = recording.record(evaluate, (torch.randn(5, 3),), 100.0), torch.randn(5, 3)
+    assert torch.equal(replay(x)[0], evaluate(x)[0])
+    data[0] = 1.5
+    assert replay(x) is None
