@@ -3,7 +3,7 @@
 
 """Gradients that are written by hand, or found ahead of time, and can be differentiated again."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -72,17 +72,21 @@ def sum_with_gradient(
 
 def has_other_leaves(values: Sequence[Tensor], inputs: Tensor) -> bool:
     """Whether values depend on a leaf that requires a gradient, other than through the inputs."""
+    return any(leaf is not inputs for leaf in leaves(values, inputs))
+
+
+def leaves(values: Sequence[Tensor], inputs: Tensor | None = None) -> Iterator[Tensor]:
+    """The leaves that values depend on, other than through the inputs."""
     # nodes are compared by identity, for which they have to be held
-    seen: set[Any] = {None, inputs.grad_fn}
+    seen: set[Any] = {None} if inputs is None else {None, inputs.grad_fn}
     waiting: list[Any] = [value.grad_fn for value in values]
     while waiting:
         node = waiting.pop()
         if node not in seen:
             seen.add(node)
-            if getattr(node, "variable", inputs) is not inputs:
-                return True
+            if (leaf := getattr(node, "variable", None)) is not None:
+                yield leaf
             waiting += [child for child, _ in node.next_functions]
-    return False
 
 
 class _KnownGradient(torch.autograd.Function):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integer
+from ..capture import ReplayError
 from ..joint import LogJoint
 from ..joint.coordinates import non_centered
 from ..joint.density import CACHED
@@ -146,6 +147,18 @@ class GuideChains:
     def warm_up(self) -> None:
         """Learns masses and step size; draws so far are dropped."""
         self._blocks = []
+        try:
+            self._learn()
+        except ReplayError:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        """Goes on from where chains are, where densities and with them all draws so far were wrong."""
+        self._chains.evaluate_at(self._chains.state.base)
+        _leave_infinite(self._chains, self.num_chains)
+        self.warm_up()
+
+    def _learn(self) -> None:
         if self._by_guide:
             # draws of the guide itself, as chains begin, lack what its tails lack
             for _ in limited(range(_WARM_UP[0])):
@@ -180,6 +193,14 @@ class GuideChains:
     @torch.no_grad()
     def extend(self, number: int) -> None:
         """Keeps the draws of so many trajectories more; fewer, but one, where the time is over before."""
+        try:
+            self._extend(number)
+            self.target.confirm()
+        except ReplayError:
+            self._begin_anew()
+            self.extend(number)
+
+    def _extend(self, number: int) -> None:
         latents, rates = list[Tensor](), list[float]()
         for _ in limited(range(number), at_least=1):
             rates.append(
@@ -344,13 +365,19 @@ def _begin(target: PulledBack, start: Tensor, count: int, latents: Latents) -> H
     if len(fixed := (chains.state.latent == chains.state.latent[0]).all(0).nonzero()):
         name = latents.name_of(int(fixed[0]))
         raise ValueError(f"guide: expected draws that differ, got one value of {name} in all")
-    usable = chains.state.is_finite.nonzero()[:, 0]
-    if len(usable) < count:
-        if len(usable) < 2:
-            raise ValueError(
-                f"guide: expected at least {count} draws of finite density and gradient, got "
-                f"{len(usable)}: train it first, or check supports"
-            )
-        chosen = usable[torch.arange(count, device=usable.device) % len(usable)]
-        chains.state = chains.end = State(*(part[chosen] for part in chains.state))
+    _leave_infinite(chains, count)
     return chains
+
+
+def _leave_infinite(chains: HamiltonianChains, count: int) -> None:
+    """Puts those of so many chains that have no finite density where others are."""
+    usable = chains.state.is_finite.nonzero()[:, 0]
+    if len(usable) == count:
+        return
+    if len(usable) < 2:
+        raise ValueError(
+            f"guide: expected at least {count} draws of finite density and gradient, got "
+            f"{len(usable)}: train it first, or check supports"
+        )
+    chosen = usable[torch.arange(count, device=usable.device) % len(usable)]
+    chains.state = chains.end = State(*(part[chosen] for part in chains.state))

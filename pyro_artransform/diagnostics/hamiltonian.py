@@ -93,9 +93,11 @@ class PulledBack:
     def __init__(self, log_joint: LogJoint, to_latent: ToLatent) -> None:
         self.to_latent, self._log_joint = to_latent, log_joint
         self.num_gradients = 0
-        is_fast = log_joint.strategy != "loop"
-        self._evaluate_part = Captured(self._with_gradient) if is_fast else self._with_gradient
-        self._value_of_part = Captured(self._value) if is_fast else self._value
+        self._captured = list[Captured]()
+        parts: list[Callable[[Tensor], tuple[Tensor, ...]]] = [self._with_gradient, self._value]
+        if log_joint.strategy != "loop":
+            parts[:] = self._captured = [*map(Captured, parts)]
+        self._evaluate_part, self._value_of_part = parts
 
     def __call__(self, base: Tensor) -> State:
         """Points, shape ``(C, D)``, with latents, log densities and gradients, a chunk at a time."""
@@ -109,6 +111,14 @@ class PulledBack:
         parts = base.split(self._log_joint.chunk_size)
         latent, log_density = map(torch.cat, zip(*map(self._value_of_part, parts)))
         return latent, log_density
+
+    def confirm(self) -> None:
+        """Compares what was replayed last with the density itself.
+
+        :raises ReplayError: if it is another; so do evaluations now and then.
+        """
+        for captured in self._captured:
+            captured.confirm()
 
     @torch.no_grad()
     def _value(self, base: Tensor) -> tuple[Tensor, ...]:
@@ -128,9 +138,8 @@ class HamiltonianChains:
     """Chains of a target from points ``(C, D)``, moved by :meth:`step`."""
 
     def __init__(self, target: PulledBack, start: Tensor) -> None:
-        self._target, self.state = target, target(start)
-        #: that of the last trajectory, with gradients, which proposals leave out
-        self.end = self.state
+        self._target = target
+        self.evaluate_at(start)
         self.preconditioner = Preconditioner.identity(start)
         # the error of the energy grows as h^2 sqrt(D)
         self.step_size = min(2 * start.shape[-1] ** -0.25, _MAX_STEP_SIZE)
@@ -138,10 +147,16 @@ class HamiltonianChains:
         self.length = 1  #: the mean length of trajectories, in quarters of an oscillation
         self._num_steps = 0
         #: the draws of the mixture that follow a trajectory
-        self.num_proposals, self._has_gradient = _MOST_PROPOSALS, True
-        #: the log weights of all of these, up to a constant, and the rates of acceptance
-        self.proposed, self.rates = list[Tensor](), list[float]()
+        self.num_proposals = _MOST_PROPOSALS
         self.num_stages = 0  #: the gradients of the last trajectory
+
+    def evaluate_at(self, base: Tensor) -> None:
+        """Puts the chains at points ``(C, D)``; what was accepted so far is forgotten."""
+        self.state, self._has_gradient = self._target(base), True
+        #: that of the last trajectory, with gradients, which proposals leave out
+        self.end = self.state
+        #: the log weights of all draws of the mixture, up to a constant, and the rates of acceptance
+        self.proposed, self.rates = list[Tensor](), list[float]()
 
     def draw_from_mixture(self) -> float:
         """Each chain's next places are draws of the mixture, wherever it is; the mean acceptance.

@@ -87,7 +87,8 @@ def fit(
     last batch has the weight of its rows.
 
     Operations that are the same in each step are captured and replayed, so that the model's Python runs
-    only now and then: what it prints or counts is no number of steps.
+    only now and then: what it prints or counts is no number of steps. Where a run then differs from replays,
+    as because of what a callback has changed, the steps since the run before are taken again.
 
     Ctrl-C ends the start and the steps, and the verdict is on what was learned until then, by what can be
     drawn in a second; so does ``max_seconds``, of which a quarter is for the verdict. It names what there
@@ -132,7 +133,8 @@ def fit(
         differ; if no initial guide has a finite density, or an option is out of its range.
     :raises RuntimeError: in ``torch.inference_mode``, inside of one of Pyro's handlers, or if another process
         of the fit does not answer.
-    :raises FitError: if the loss is not finite for many steps in a row.
+    :raises FitError: if the loss is not finite for many steps in a row, or the model has parameters that its
+        first run did not have.
 
     Example::
 

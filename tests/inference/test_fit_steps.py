@@ -280,3 +280,23 @@ def test_a_model_with_parameters_is_trained_wherever_the_guide_starts():
 
     result = fit(model, small(model), progress=False, callback=lambda step, elbo: step == 3)
     assert result.num_steps == 3
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_a_parameter_that_the_first_run_did_not_have_is_refused(kind):
+    """Nobody would train it. In Pyro's SVI it is taken up."""
+    is_late = False
+
+    def model():
+        shift = pyro.param("shift", torch.zeros(())) if is_late else 0.0
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z + shift, 0.1), obs=torch.tensor(3.0))
+
+    def callback(step, elbo):
+        nonlocal is_late
+        is_late = step >= 5
+
+    with pytest.raises(
+        FitError, match=r"appeared at step \d+ and would not be trained: \['shift'\]"
+    ):
+        fit(model, kind(model), num_steps=200, callback=callback)

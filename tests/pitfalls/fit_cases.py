@@ -11,7 +11,7 @@ from pyro import distributions as dist
 
 from tests.pitfalls import models
 from tests.pitfalls.guide_cases import unconstrained_draws
-from tests.pitfalls.subject import Subject, prepare
+from tests.pitfalls.subject import Subject, default_dtype, prepare
 
 
 def f08_scale_floor(subject: Subject) -> None:
@@ -152,3 +152,22 @@ def _check_elbo_as_written(subject: Subject, model: Callable) -> None:
     expected, other_error = Subject.elbo(subject, model, guide)
     slack = 4 * (error + other_error) + 1e-6
     assert abs(found - expected) < slack, f"an ELBO of {found:.3f}, where it is {expected:.3f}"
+
+
+def f40_value_read(subject: Subject) -> None:
+    """Where a factor depends on what Python reads of a latent, draws have its shares or are not trusted.
+
+    Seen to fail with operations that are captured while a mode of functions does not look.
+    """
+    exact = 1 / (1 + math.exp(3.0))
+    for read in (lambda z: z.tolist(), lambda z: z.numpy().tolist()):
+        prepare()
+        with default_dtype(torch.float32):
+
+            def model(read=read):
+                z = pyro.sample("z", dist.Normal(0.0, 1.0))
+                pyro.factor("piecewise", -3.0 * (z.new_tensor(read(z.detach())) > 0))
+
+            draws, is_trusted = subject.chains(model, subject.guide(model), 1_000)
+        share = float((draws["z"] > 0).double().mean())
+        assert abs(share - exact) < 0.035 or not is_trusted, f"P(z > 0) is {share:.3f}"

@@ -132,6 +132,10 @@ class Ours(Subject):
     def trusts(self, model, guide, steps):
         return self.fit(model, guide, steps, config=None).trusted
 
+    def chains(self, model, guide, n):
+        found = art.inference.mcmc(model, guide, n, seed=0, progress=False)
+        return found.draws, found.trusted
+
     def elbo(self, model, guide):
         found = art.diagnostics.importance(model, guide, 5_000)
         return found.elbo, found.elbo_se

@@ -166,6 +166,10 @@ class Subject:
         """Trains a guide; whether the package calls it good."""
         raise NotApplicable("no verdict")
 
+    def chains(self, model: Callable, guide, n: int) -> tuple[dict[str, Tensor], bool]:
+        """Draws of the posterior by chains, and whether the package trusts them."""
+        raise NotApplicable("no chains")
+
     def elbo(self, model: Callable, guide) -> tuple[float, float]:
         """The ELBO and its standard error, in nats."""
         elbo = Trace_ELBO(num_particles=100, vectorize_particles=True, max_plate_nesting=1)

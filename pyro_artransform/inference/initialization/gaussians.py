@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...capture import Captured
+from ...capture import Captured, ReplayError
 from ...graphs.dependencies import value_and_gradient
 from ...time_limit import check_time
 
@@ -174,8 +174,18 @@ def climb_by_gradients(
     def density(y: Tensor) -> Tensor:
         return log_density(around.deviations(y)[0])
 
-    expand = Captured(partial(value_and_gradient, density))
-    here = around.units(points[None])[0]
+    expand, here = Captured(partial(value_and_gradient, density)), around.units(points[None])[0]
+    try:
+        ends, value = _climb_in_units(expand, here, max_steps)
+        expand.confirm()
+    except ReplayError:  # which are none from now on
+        ends, value = _climb_in_units(expand, here, max_steps)
+    return around.deviations(ends)[0], value
+
+
+def _climb_in_units(
+    expand: Callable[[Tensor], tuple[Tensor, ...]], here: Tensor, max_steps: int
+) -> tuple[Tensor, Tensor]:
     memory: list[tuple[Tensor, Tensor, Tensor]] = []
     value, gradient = expand(here)
     num_settled = torch.zeros_like(value)
@@ -208,7 +218,7 @@ def climb_by_gradients(
         weight = torch.where(is_curved, product.reciprocal(), 0.0)
         memory = [(s, y, torch.where(settled[:, None], 0.0, w)) for s, y, w in memory]
         memory = [*memory[1 - _MEMORY :], (step, change, weight)]
-    return around.deviations(here)[0], value
+    return here, value
 
 
 def _quasi_newton(gradient: Tensor, memory: list[tuple[Tensor, Tensor, Tensor]]) -> Tensor:

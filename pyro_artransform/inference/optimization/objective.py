@@ -42,9 +42,14 @@ class Objective(Protocol):
 
     #: whether :meth:`elbo_draws` are log weights of single draws
     has_weights: bool = False
+    #: how often losses that are replayed were compared with others, and were the same
+    num_compared: int = 0
 
     def loss(self, num_particles: int) -> Tensor:
-        """A differentiable estimate of the negative ELBO in nats, a scalar."""
+        """A differentiable estimate of the negative ELBO in nats, a scalar.
+
+        :raises ReplayError: if losses since the last comparison were wrong; the next one is not.
+        """
 
     def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:
         """As :meth:`loss`, with a gradient that covers the tails better, and its number of draws."""
@@ -85,6 +90,10 @@ class PathObjective(Objective):
         self._last = self.log_joint.start[None]
         self._captured: dict[object, CapturedLoss] = {}
 
+    @property
+    def num_compared(self) -> int:  # type: ignore[override]
+        return sum(captured.num_compared for captured in self._captured.values())
+
     def with_arguments(self, batch: Batch) -> "PathObjective":
         """The same objective, of the same parameters, for other arguments of model and guide."""
         return replace(self, log_joint=self.log_joint.with_arguments(*batch), is_one=False)
@@ -101,10 +110,7 @@ class PathObjective(Objective):
             return loss(num_particles)
         key = loss.__name__, num_particles
         if key not in self._captured:
-            # when that is must not show in the draws that follow
-            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                parameters = self.parameters().values()
-            self._captured[key] = CapturedLoss(partial(loss, num_particles), parameters)
+            self._captured[key] = CapturedLoss(partial(loss, num_particles))
         return self._captured[key]()
 
     def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:

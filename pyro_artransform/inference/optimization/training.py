@@ -11,9 +11,11 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
+import pyro
 import torch
 from torch import Tensor
 
+from ...capture import ReplayError
 from ..parallel import Gradients, Parallel
 from .objective import Objective
 from .optimizers import Adam, Optimizer, Scales, users_optimizer
@@ -172,8 +174,12 @@ class Training(Steps):
             copies(self.trained),
             math.inf,
         )
+        # what it was when replays of its losses were last seen to be right
+        self._num_compared = 0
+        self._confirmed: dict[str, Any] | None = None
         # the weights say nothing of the parameters of a model
         self._has_checks = objective.has_weights and is_guide_alone
+        self._num_stored = len(pyro.get_param_store())
 
     @property
     def step_size(self) -> float | None:
@@ -215,11 +221,17 @@ class Training(Steps):
     @torch.enable_grad()
     def step(self) -> float:
         """Takes one step, or skips it; returns the loss, the negative ELBO in nats."""
-        own = self._parallel.share(self.num_particles)
-        if self.schedule.end is not None and self.num_steps >= self.schedule.decay_start:
-            loss, own = self.objective.tail_loss(own)
-        else:
-            loss = self.objective.loss(own)
+        if self._num_compared != self.objective.num_compared:
+            self._num_compared = self.objective.num_compared
+            self._confirmed = copy.deepcopy(self.state())
+        try:
+            loss, own = self._loss()
+        except ReplayError:
+            # other processes would stay where they are
+            if self._confirmed is not None and self._parallel.size == 1:
+                self.restore(self._confirmed)
+            loss, own = self._loss()
+        self._refuse_new_parameters()
         self.num_gradients += own * self._parallel.size
         if not loss.requires_grad:
             raise FitError("there is nothing to train: neither guide nor model has parameters")
@@ -234,6 +246,23 @@ class Training(Steps):
             self.schedule = self.schedule.after_check(self.num_steps, self._gap())
             copy_to(self.trained, present)
         return value
+
+    def _refuse_new_parameters(self) -> None:
+        """Refuses a model with parameters that its first run did not have: they would not be trained."""
+        if len(pyro.get_param_store()) <= self._num_stored:
+            return
+        if new := sorted(self.objective.parameters().keys() - self.parameters.keys()):
+            raise FitError(
+                f"parameters appeared at step {self.num_steps + 1} and would not be trained: {new}. "
+                "Expected pyro.param statements to be reached in each run of the model"
+            )
+        self._num_stored = len(pyro.get_param_store())
+
+    def _loss(self) -> tuple[Tensor, int]:
+        own = self._parallel.share(self.num_particles)
+        if self.schedule.end is not None and self.num_steps >= self.schedule.decay_start:
+            return self.objective.tail_loss(own)
+        return self.objective.loss(own), own
 
     def _remember(self) -> None:
         """Updates the average and the best parameters; goes back to these where the loss runs away."""

@@ -1,0 +1,388 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The operations of one call of a function, as a graph that can be run again.
+
+A graph is right only where it does not depend on values. So a call is refused in which Python reads a value
+that varies, or which does anything that is not known to be replayed as it is: what is allowed is listed
+here, not what is forbidden.
+"""
+
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .time_limit import is_out_of_time
+
+_ATEN, _TENSOR = torch.ops.aten, torch._C.TensorType.get()
+# what depends on values, and what raises an error because of them
+_READ_BY = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_CHECK_ERRORS = _ATEN._linalg_check_errors.default
+# numbers of all tensors of a call, which are held while it is captured: where there are more, arithmetic
+# takes the time, and not what is around it
+_MOST_NUMBERS = 2**25
+# operations between two looks at the clock
+_LOOK_EVERY = 32
+# what gives Python numbers, and no more
+_READS = {
+    *(Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
+    *(Tensor.__complex__, Tensor.is_nonzero, torch.is_nonzero, Tensor.tolist),
+}
+# what tells of a tensor without its values, beside what begins with is_
+_METADATA = {
+    *("dim", "ndim", "ndimension", "size", "shape", "stride", "numel", "nelement", "__len__"),
+    *("storage_offset", "element_size", "itemsize", "nbytes", "get_device", "type"),
+    *("_version", "grad_fn", "requires_grad"),
+}
+# functions of each number by itself, in Python, and what a replay does not do
+_REFUSED = {"apply_", "map_", "map2_", "backward"}
+_VALUELESS = (Tensor, torch.Size, torch.dtype, torch.device, torch.layout, type(None))
+_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, type(None))
+_MEMORY_FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2}
+
+
+# without the detour by which hooks and backward passes in Python would run out of sight
+_grad = FunctionType(
+    torch.autograd.grad.__code__,
+    {**vars(torch.autograd), "has_torch_function": lambda _: False},
+    argdefs=torch.autograd.grad.__defaults__,
+)
+
+
+class Replay(NamedTuple):
+    """Runs the operations of a call at other inputs."""
+
+    script: Any
+    constants: list[Tensor]  #: tensors that the call has taken from elsewhere, by reference
+    shapes: list[tuple[torch.Size, bool]]  #: theirs, and whether they require gradients
+    num_results: int
+
+    def is_current(self) -> bool:
+        """Whether the tensors have the shapes that they had, and require the same gradients."""
+        return all(
+            (value.shape, value.requires_grad) == was
+            for value, was in zip(self.constants, self.shapes)
+        )
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...] | None:
+        """The results; ``None`` where an operation fails, or a number that Python has read is another."""
+        try:
+            with torch.jit.optimized_execution(False):  # else sums have another order
+                outputs: tuple[Tensor, ...] = self.script(*inputs, *self.constants)
+        except RuntimeError:
+            return None
+        results, failures = outputs[: self.num_results], outputs[self.num_results :]
+        return None if any(bool(failure.any()) for failure in failures) else results
+
+
+def record(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], seconds: float
+) -> Replay | None:
+    """A replay of a function, or ``None`` if it is refused, takes more seconds or fails."""
+    recording = _Recording(inputs, time.process_time() + seconds)
+    state = _python_random_state()
+    try:
+        with (
+            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            with recording, _Reads(recording):
+                found = function(*inputs)
+            replay = recording.finished(found)
+            # compiles it
+            is_run = replay(*inputs) is not None
+    except Exception:  # any error means that it cannot be replayed
+        return None
+    is_random = _python_random_state() != state
+    return replay if is_run and not (recording.is_refused or is_random) else None
+
+
+def _python_random_state() -> object:
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy and str(numpy.random.get_state())
+
+
+class _Recording(TorchDispatchMode):
+    """Writes the operations on tensors into a graph, of backward passes and of ``torch.vmap`` too.
+
+    Values vary that depend on inputs or random numbers, and with a tensor all others that share its memory.
+    Python may read others, such as data and parameters: where these are other ones a replay fails.
+
+    :param inputs: what a replay gets other ones for; all other tensors are taken by reference.
+    :param end: when it is refused, by ``time.process_time``.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], end: float) -> None:
+        super().__init__()
+        self._graph: Any = torch._C.Graph()
+        self._end = end
+        self._num_numbers = self._num_operations = 0
+        # tensors are known by their identity, and memory by its address, for which they have to be held
+        self._held, self._values = list[Tensor](), dict[int, Any]()
+        self._numbers: dict[Any, Any] = {}
+        self._constants = list[Tensor]()
+        self._failures = list[Any]()  # of linear algebra, which nobody would read otherwise
+        self.is_refused = self.has_lifted = False
+        for value in inputs:
+            self._hold(value, self._graph.addInput())
+        given = {*map(_memory, inputs)} - {0}
+        # what is written, what varies, and what has operations that led to it
+        self._given, self._varying, self._made = given, {-1, *given}, {*given}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # importing it takes a second, and nothing here is compiled
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        try:
+            with torch._C.DisableTorchFunction():
+                return self._record(func, args, kwargs or {})
+        except BaseException:  # a model that catches it goes on by another path
+            self.is_refused = True
+            raise
+
+    def refuse(self, why: str) -> None:
+        self.is_refused = True
+        raise RuntimeError(why)
+
+    def _record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        self._check_time()
+        kind = _Kind.of(func)
+        arguments = kind.bound(args, kwargs)
+        if not _READ_BY.isdisjoint(func.tags):
+            read = arguments if func is not _ATEN.index.Tensor else _masks(args[1])
+            self.read(func, _tensors(read))
+        given = [self._lowered(*pair) for pair in zip(arguments, kind.types)]
+        written = [arguments[i] for i in kind.written]
+        if not self._given.isdisjoint(map(_memory, _tensors(written))):
+            self.refuse(f"{func} writes into a tensor that was there before the call")
+        found = func(*args, **kwargs)
+        if func is _CHECK_ERRORS:
+            self._failures += given[:1]
+        elif torch.Tag.data_dependent_output not in func.tags:
+            self._name(found, self._written(kind, given, found))
+        new = {*map(_memory, _tensors((found, written)))} - {0}
+        self._made |= new - self._given
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        if is_random or not self._varying.isdisjoint(map(_memory, _tensors(arguments))):
+            self._varying |= new
+        self.has_lifted |= func is _ATEN.lift_fresh.default
+        return found
+
+    def _check_time(self) -> None:
+        self._num_operations += 1
+        is_look = self._num_operations % _LOOK_EVERY == 0
+        if self.is_refused or (is_look and (time.process_time() > self._end or is_out_of_time())):
+            self.refuse("the capture was refused, or takes too long")
+
+    def read(self, func: Any, values: Iterable[Tensor]) -> None:
+        """Refuses a function that gives Python values which vary; others have to stay as they are."""
+        for value in values:
+            if _memory(value) in self._varying:
+                self.refuse(f"{func} gives Python a value")
+            given = [self._value_of(value), self._graph.insertConstant(value.detach().clone())]
+            self._failures += self._node("aten::ne", given, [_TENSOR])
+
+    def _lowered(self, value: Any, type_: Any) -> Any:
+        """An argument of an operation in the graph."""
+        if isinstance(value, Tensor):
+            return self._value_of(value)
+        if isinstance(type_, torch._C.OptionalType) and value is not None:
+            return self._lowered(value, type_.getElementType())
+        if not isinstance(value, (list, tuple)):
+            is_whole = isinstance(type_, torch._C.FloatType) and type(value) is int
+            return self._constant(float(value) if is_whole else value)
+        if value and not any(isinstance(each, Tensor) for each in value):
+            return self._constant([*value])
+        element = type_.getElementType()
+        (made,) = self._node(
+            "prim::ListConstruct", [self._lowered(v, element) for v in value], [type_]
+        )
+        return made
+
+    def _constant(self, value: Any) -> Any:
+        for each in value if isinstance(value, list) else [value]:
+            if not isinstance(each, (*_CONSTANTS, torch.memory_format)):
+                self.refuse(f"an operation has an argument of {type(each)}")
+        key = repr(value)
+        if key not in self._numbers:
+            if isinstance(value, torch.memory_format):
+                value = _MEMORY_FORMATS[value]
+            self._numbers[key] = self._graph.insertConstant(value)
+        return self._numbers[key]
+
+    def _value_of(self, value: Tensor) -> Any:
+        """A tensor in the graph: what an operation has made, or one that was there before the call."""
+        if id(value) not in self._values:
+            memory = _memory(value)
+            if memory in self._made:
+                self.refuse(
+                    "a tensor shares the memory of another one that no operation has made it of"
+                )
+            self._given |= {memory} - {0}
+            self._constants.append(value)
+            self._hold(value, self._graph.addInput())
+        return self._values[id(value)]
+
+    def _hold(self, tensor: Tensor, value: Any) -> None:
+        self._values[id(tensor)] = value
+        self._held.append(tensor)
+        self._num_numbers += tensor.numel()
+        if self._num_numbers > _MOST_NUMBERS:
+            self.refuse(f"a call has tensors of more than {_MOST_NUMBERS} numbers in all")
+
+    def _node(self, name: str, inputs: Sequence[Any], types: Sequence[Any]) -> list[Any]:
+        """The outputs of a new node of the graph."""
+        node = self._graph.create(name, inputs, len(types))
+        self._graph.appendNode(node)
+        outputs = [*node.outputs()]
+        for output, type_ in zip(outputs, types):
+            output.setType(type_)
+        return outputs
+
+    def _written(self, kind: "_Kind", inputs: Sequence[Any], found: Any = None) -> list[Any]:
+        """The tensors that an operation makes, in the graph."""
+        outputs = self._node(kind.name, inputs, kind.returns)
+        if not isinstance(found, list):
+            return outputs
+        return self._node("prim::ListUnpack", outputs, [_TENSOR] * len(found))
+
+    def _name(self, found: Any, values: Sequence[Any]) -> None:
+        several = found if isinstance(found, (tuple, list)) else [found]
+        for tensor, value in zip(several, values, strict=found is not None):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor, value)
+            elif tensor is not None:
+                self.refuse(f"an operation makes {type(tensor)}")
+
+    def finished(self, results: Sequence[Tensor]) -> Replay:
+        """The replay of all that is recorded, for these results."""
+        outputs = [*map(self._value_of, results), *self._failures]
+        types = [torch._C.TupleType([_TENSOR] * len(outputs))]
+        (output,) = self._node("prim::TupleConstruct", outputs, types)
+        self._graph.registerOutput(output)
+        script = torch._C._create_function_from_graph("replay", self._graph)
+        shapes = [(value.shape, value.requires_grad) for value in self._constants]
+        return Replay(script, self._constants, shapes, len(results))
+
+
+class _Kind(NamedTuple):
+    """What the schema of an operation says."""
+
+    name: str
+    names: list[str]
+    defaults: list[Any]
+    types: list[Any]
+    returns: list[Any]
+    written: list[int]  #: the arguments that it writes into
+
+    @staticmethod
+    @cache
+    def of(func: Any) -> "_Kind":
+        schema, arguments = func._schema, func._schema.arguments
+        return _Kind(
+            schema.name,
+            [each.name for each in arguments],
+            [each.default_value if each.has_default_value() else None for each in arguments],
+            [each.type for each in arguments],
+            [each.type for each in schema.returns],
+            [i for i, each in enumerate(arguments) if each.alias_info and each.alias_info.is_write],
+        )
+
+    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+        """All arguments of a call, in their order."""
+        rest = zip(self.names[len(args) :], self.defaults[len(args) :])
+        return [*args, *(kwargs.get(name, default) for name, default in rest)]
+
+
+class _Reads(TorchFunctionMode):
+    """Refuses whatever gives Python values by other ways than operations, as memory does, or may do so."""
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()
+        self._recording = recording
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, recording = kwargs or {}, self._recording
+        if isinstance(func, OpOverload):
+            return func(*args, **kwargs)
+        if func in _READS:
+            recording.read(func, args[:1])
+            return func(*args, **kwargs)
+        recording.has_lifted = False
+        if func is torch.autograd.grad:
+            with self:
+                return _grad(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if not _is_known(func, found):
+            recording.refuse(f"{func} may give Python values")
+        is_python = isinstance(func, FunctionType)
+        if (
+            recording.has_lifted
+            and not is_python
+            and any(True for _ in _tensors(_sequences(func, args)))
+        ):
+            recording.refuse(f"{func} makes a tensor of numbers that it reads from others")
+        return found
+
+
+def _is_known(func: Any, found: Any) -> bool:
+    """Whether a function is known to give no values, and to write none but by operations."""
+    name, kind = func.__name__, func.__name__
+    if kind in ("__get__", "__set__", "__delete__"):  # of an attribute
+        attribute = getattr(func.__self__, "fget", func.__self__)
+        name = getattr(attribute, "__name__", "")
+    if kind in ("__set__", "__delete__"):
+        return name == "requires_grad"
+    if name in _METADATA or name.startswith("is_"):
+        return True
+    return name not in _REFUSED and _is_valueless(found)
+
+
+def _is_valueless(found: Any) -> bool:
+    if isinstance(found, (tuple, list)) and not isinstance(found, torch.Size):
+        return all(map(_is_valueless, found))
+    return isinstance(found, _VALUELESS)
+
+
+def _sequences(func: Any, args: Sequence[Any]) -> list[Any]:
+    """The sequences among the arguments of a function, without the tuple that is an index."""
+    if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], tuple):
+        args = (*args[1], *args[2:])
+    return [each for each in args if isinstance(each, (list, tuple))]
+
+
+def _masks(indices: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those of the indices of a tensor that give the shape of what is indexed."""
+    masks = torch.bool, torch.uint8
+    return [index for index in indices if index is not None and index.dtype in masks]
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists and tuples."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _memory(value: Tensor) -> int:
+    """The address of a tensor's memory: 0 where it has no numbers, -1 where that is not known."""
+    return value.untyped_storage().data_ptr() if torch._C._has_storage(value) else -1
