@@ -10,8 +10,12 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from ..arguments import check_callable
+from .activations import ELEMENTWISE
 from .base import Conditioner
 from .masks import check_graph
+
+#: layers that act on each row of a batch alone, without randomness; a subclass may not
+_BY_ROW = {nn.Sequential, nn.Linear, nn.LayerNorm, nn.Unflatten, *ELEMENTWISE}
 
 
 class MaskedInput(Conditioner):
@@ -41,9 +45,9 @@ class MaskedInput(Conditioner):
 
     @property
     def autoregressive(self) -> bool:  # type: ignore[override]  # read-only here
-        """By construction, unless the network has layers that are random or mix rows of a batch now."""
-        kinds = nn.modules.batchnorm._BatchNorm, nn.modules.dropout._DropoutNd, nn.RReLU
-        return not any(isinstance(m, kinds) and m.training for m in self.modules())
+        """By construction where all layers are known not to be random, nor to mix rows of a batch."""
+        net: object = self.net
+        return isinstance(net, nn.Module) and all(type(m) in _BY_ROW for m in net.modules())
 
     def __init__(
         self,

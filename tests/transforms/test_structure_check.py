@@ -86,7 +86,11 @@ def test_check_leaves_parameters_and_random_numbers_alone():
     assert all(torch.equal(p, before[name]) for name, p in foreign.named_parameters())
 
 
-@pytest.mark.parametrize("make", [MaskedMLP, lambda d, p: MaskedInput(Dense(d, p))])
+def masked_layers(*others):
+    return MaskedInput(nn.Sequential(nn.Linear(3, 6), *others, nn.Unflatten(-1, (3, 2))))
+
+
+@pytest.mark.parametrize("make", [MaskedMLP, lambda d, p: masked_layers(nn.Tanh())])
 def test_own_conditioners_skip_the_check(make, monkeypatch):
     def fail(*_):
         raise RuntimeError("checked")
@@ -146,8 +150,9 @@ def test_batch_normalization_is_checked_on_a_copy():
     assert "[0, 1, 2]" in message
     assert meta.norm.num_batches_tracked == 1
     wrapped = MaskedInput(nn.Sequential(Dense(3, 2), nn.BatchNorm2d(3)))
-    assert not wrapped.autoregressive
-    assert wrapped.eval().autoregressive
+    (message,) = found_at_a_call(with_affine(wrapped), torch.randn(5, 3))
+    assert "mixes the rows of a batch" in message
+    assert found_at_a_call(with_affine(wrapped.eval()), torch.randn(5, 3)) == []
 
 
 def test_hidden_network_with_a_last_layer_of_zeros_is_found_later():
@@ -191,12 +196,24 @@ def test_an_activation_that_is_random_or_mixes_rows_is_found(make, message):
 
 
 def test_dropout_is_found_in_a_masked_input_and_in_a_guide():
-    conditioner = MaskedInput(nn.Sequential(Dense(3, 2), nn.Dropout(0.5)))
-    (found,) = found_at_a_call(with_affine(conditioner), torch.randn(5, 3))
+    conditioner = masked_layers(nn.Dropout(0.5))
+    assert found_at_a_call(with_affine(conditioner.eval()), torch.randn(5, 3)) == []
+    (found,) = found_at_a_call(with_affine(conditioner.train()), torch.randn(5, 3))
     assert "is random" in found
-    assert conditioner.eval().autoregressive
     with pytest.raises(ValueError, match="is random"):
         AutoIAF(gaussian, hidden_dims=8, nonlinearity=nn.Dropout(0.5))(torch.zeros(1))
+
+
+def test_a_layer_of_ones_own_is_checked_inside_of_a_masked_input():
+    class Centered(nn.Linear):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    assert masked_layers(nn.Tanh()).autoregressive
+    conditioner = masked_layers(nn.Tanh(), Centered(6, 6))
+    assert not conditioner.autoregressive
+    (found,) = found_at_a_call(with_affine(conditioner), torch.randn(5, 3))
+    assert "mixes the rows of a batch" in found
 
 
 def test_an_activation_of_ones_own_is_as_good():
