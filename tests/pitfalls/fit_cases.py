@@ -11,7 +11,7 @@ from pyro import distributions as dist
 
 from tests.pitfalls import models
 from tests.pitfalls.guide_cases import unconstrained_draws
-from tests.pitfalls.subject import Subject, prepare
+from tests.pitfalls.subject import Subject, default_dtype, prepare
 
 
 def f08_scale_floor(subject: Subject) -> None:
@@ -126,3 +126,16 @@ def f31_above_evidence(subject: Subject) -> None:
                 subject.fit(target.model, guide, steps)
             elbo, error = subject.elbo(target.model, guide)
             assert elbo < 4 * error, f"{name}, {steps} steps: {elbo:.3g} ± {error:.2g}, above 0"
+
+
+def f42_indefinite_curvature(subject: Subject) -> None:
+    """A fit of a state-space model has a finite ELBO, whatever the curvature of its scales at a start is.
+
+    It fails here if ``SparseGaussian.from_precision`` raises pivots to a constant alone.
+    """
+    prepare()
+    with default_dtype(torch.float32):
+        guide = subject.sparse_guide(models.local_linear_trend)
+        subject.fit(models.local_linear_trend, guide, 1)
+        elbo, _ = subject.elbo(models.local_linear_trend, guide)
+    assert abs(elbo) < 1e4, f"an ELBO of {elbo:.3g}"
