@@ -110,7 +110,7 @@ def _in_other_coordinates(
             coordinates.unit.data.copy_(second.unit)
             with torch.no_grad():
                 center, _ = density.from_unconstrained(u.mean(0, keepdim=True))
-            yield _start_at_best(search, guide, search.from_points(center), -math.inf)
+            yield _start_at_best(search, guide, search.from_points(center), initial.elbo)
 
 
 def best_of(guide: PriorGuide | MinibatchGuide, candidates: Iterable[InitialGuide]) -> InitialGuide:
@@ -134,7 +134,7 @@ def _start_from_points(search: "GaussianSearch", guide: FlowGuide) -> InitialGui
         if start.elbo > needed:
             return start
     if elbo > -torch.inf:
-        is_found = start is not None and math.isfinite(start.elbo)
+        is_found = start is not None and start.elbo > -torch.inf
         return InitialGuide(UNCHANGED if is_found else FAILED, elbo)
     sites = ", ".join(density.nonfinite_sites(center[None])) or "the sum of its sites"
     raise ValueError(
@@ -152,12 +152,13 @@ def _start_at_best(
     if isinstance(guide, StructuredGuide):
         steps = config.max_sparse_steps, config.num_ascents // 2
         found = ascend_with_graph(density, guide.markov_graph(), gaussian, *steps)
-        elbo = elbo_of(density, found, noise)
+        elbo = _known(elbo_of(density, found, noise), needed, noise)
         if elbo > needed:
             guide.start_at_gaussian(found)
         return InitialGuide("a Gaussian with the graph of the latents", elbo)
     gaussian, bounds = _finite(density, gaussian, noise)
-    elbo, name = bounds.item(), "a mean-field fit" if gaussian.is_independent else "a Gaussian"
+    elbo = _known(bounds.item(), needed, noise)
+    name = "a mean-field fit" if gaussian.is_independent else "a Gaussian"
     gaussian = gaussian.dense() if gaussian.is_independent else gaussian
     if not elbo > needed:
         return InitialGuide(name, elbo)
@@ -168,10 +169,15 @@ def _start_at_best(
         identity = Gaussians(gaussian.loc, torch.ones_like(gaussian.loc)).dense().scale_tril
         root = torch.linalg.solve_triangular(gaussian.scale_tril, identity, upper=False)
         independent = Gaussians(gaussian.loc, root.norm(dim=-2).reciprocal())
-        elbo = elbos(density, independent, noise).item()
+        elbo = _known(elbos(density, independent, noise).item(), needed, noise)
         if elbo > needed:
             guide.start_at(independent.loc[0], independent.scale_tril[0].diag())
     return InitialGuide(name, elbo)
+
+
+def _known(elbo: float, needed: float, like: Tensor) -> float:
+    """An ELBO; ``-inf`` where it is not finite, or round-off is a nat of it and not of the one needed."""
+    return elbo if abs(elbo) < max(1 / torch.finfo(like.dtype).eps, abs(needed)) else -math.inf
 
 
 @torch.no_grad()
