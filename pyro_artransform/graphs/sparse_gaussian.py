@@ -16,6 +16,8 @@ level by level, and a dense Gaussian of the root block. All coordinates of a lev
 1. Gaussian Markov Random Fields: Theory and Applications (Rue, Held, 2005)
 2. Formation of a Sparse Bus Impedance Matrix and Its Application to Short Circuit Study (Takahashi, Fagan,
    Chen, 1973)
+3. Newton-Type Methods for Unconstrained and Linearly Constrained Optimization (Gill, Murray, 1974), whose
+   bound on the factors of an indefinite matrix is that of pivots here, https://doi.org/10.1007/BF01585529
 """
 
 import math
@@ -27,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .factorization import eigh, lower_factor
 from .markov_graph import Elimination, padded_groups
 
 # Of a precision with a diagonal of ones: pivots below the first are round-off, or the matrix is not positive
@@ -134,8 +137,9 @@ class SparseGaussian:
         coefficients = [loc.new_zeros(group.parents.shape) for group in pattern.groups]
         for parts in reversed(pattern.levels):
             for g, part, own, above in parts:
-                pivot = _raised(entries[pattern.diagonal[own]])
                 row = entries[pattern.index(own[:, None], above)]
+                # a smaller one is none of a positive precision, and what follows grows by each level
+                pivot = _raised(entries[pattern.diagonal[own]]).maximum(row.square().amax(1))
                 coefficients[g][part] = -row / pivot[:, None] * unit[own, None] / units[above]
                 scale[own] = unit[own] * pivot.rsqrt()
                 # the Schur complement
@@ -232,22 +236,18 @@ class SparseGaussian:
         others = pattern.diagonal.new_tensor(on)
         among = covariance[pattern.index(others[:, None], others)]
         across = covariance[pattern.index(own, others)]
-        coefficients = torch.linalg.solve(among, across) if len(on) else across
+        coefficients, failed = torch.linalg.solve_ex(among, across)
+        coefficients = torch.where(failed == 0, coefficients, 0.0)  # none on parents that are one
         variance = covariance[pattern.index(own, own)][0] - coefficients @ across
         return coefficients, variance.clamp_min(0).sqrt()
 
 
 def _raised(pivots: Tensor) -> Tensor:
-    return torch.where(pivots > _FLAT.get(pivots.dtype, 1e-5), pivots, _RAISED)
+    return torch.where(pivots <= _FLAT.get(pivots.dtype, 1e-5), _RAISED, pivots)
 
 
 def _dense_tril(pattern: PrecisionPattern, entries: Tensor, unit: Tensor) -> Tensor:
     """The lower-triangular scale of the root block, whose precision is made positive."""
     root = pattern.root
-    values, vectors = torch.linalg.eigh(entries[pattern.index(root[:, None], root)])
-    values = _raised(values)
-    # the Cholesky factor of the covariance, without squaring its condition number
-    lower = torch.linalg.qr((vectors * values.rsqrt()).T).R.T
-    signs = lower.diagonal().sign()
-    lower = lower * torch.where(signs == 0, 1.0, signs)
-    return unit[root, None] * lower
+    values, vectors = eigh(entries[pattern.index(root[:, None], root)])
+    return unit[root, None] * lower_factor(vectors * _raised(values).rsqrt())

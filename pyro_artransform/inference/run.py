@@ -17,7 +17,13 @@ from .checkpoint import save
 from .evaluation.elements import weigh_elements
 from .evaluation.evaluate import MarginalVerdict, evaluate, evaluate_minibatches, judge_marginals
 from .evaluation.verdict import FitStatus
-from .initialization.start import UNCHANGED, InitialGuide, find_initial_minibatch_guide, find_start
+from .initialization.start import (
+    FAILED,
+    UNCHANGED,
+    InitialGuide,
+    find_initial_minibatch_guide,
+    find_start,
+)
 from .loader import Batch
 from .mcmc import CHAINS_COST_LESS
 from .optimization.objective import PyroObjective
@@ -167,6 +173,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         remedy="" if cut_short else _remedy(set_up),
         has_chains=sampling is not None,
         point_estimates=set_up.point_estimates,
+        start_failed=training.start == FAILED,
         has_data=subject.log_joint.structure(subject.args, subject.kwargs).has_data,
         missing=set_up.missing,
     )

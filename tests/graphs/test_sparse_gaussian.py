@@ -7,7 +7,7 @@ import torch
 
 from pyro_artransform.graphs.markov_graph import eliminate
 from pyro_artransform.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
-from tests.graphs.markov_graphs import GRAPHS, chain, dominant_precision
+from tests.graphs.markov_graphs import GRAPHS, chain, dominant_precision, grid
 
 every_graph = pytest.mark.parametrize("neighbours", GRAPHS.values(), ids=GRAPHS)
 
@@ -69,6 +69,30 @@ def test_pivots_that_are_not_positive_are_raised():
         draws = gaussian.transform(torch.randn(10, 5))
         assert draws.isfinite().all()
         assert gaussian.entropy().isfinite()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("neighbours", [chain(60, 4), grid(16, 16)], ids=["chain", "grid"])
+def test_an_indefinite_precision_does_not_grow_as_it_is_eliminated(neighbours, dtype):
+    """Pivots that are raised to a constant alone give sds of 1e15 here, and a root block that overflows."""
+    pattern = PrecisionPattern(eliminate(neighbours))
+    indefinite = torch.randn(pattern.num_entries, dtype=dtype)
+    indefinite[pattern.diagonal] = 1.0
+    loc = torch.zeros(len(neighbours), dtype=dtype)
+    gaussian = SparseGaussian.from_precision(pattern, loc, indefinite)
+    assert gaussian.sd.max() < 100  # in units of the diagonal
+    assert gaussian.entropy().isfinite()
+
+
+def test_a_precision_that_is_not_finite_has_no_finite_gaussian():
+    neighbours = chain(5, 1)
+    pattern = PrecisionPattern(eliminate(neighbours))
+    for bad in (math.nan, math.inf):
+        precision = entries(pattern, random_precision(neighbours))
+        precision[0] = bad
+        gaussian = SparseGaussian.from_precision(pattern, torch.zeros(6), precision)
+        draws = gaussian.transform(torch.randn(3, 6))
+        assert not (draws.sum() + gaussian.entropy()).isfinite()
 
 
 def test_entries_are_those_of_the_pattern_alone():

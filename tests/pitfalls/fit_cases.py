@@ -171,3 +171,16 @@ def f40_value_read(subject: Subject) -> None:
             draws, is_trusted = subject.chains(model, subject.guide(model), 1_000)
         share = float((draws["z"] > 0).double().mean())
         assert abs(share - exact) < 0.035 or not is_trusted, f"P(z > 0) is {share:.3f}"
+
+
+def f42_indefinite_curvature(subject: Subject) -> None:
+    """A fit of a state-space model has a finite ELBO, whatever the curvature of its scales at a start is.
+
+    It fails here if ``SparseGaussian.from_precision`` raises pivots to a constant alone.
+    """
+    prepare()
+    with default_dtype(torch.float32):
+        guide = subject.sparse_guide(models.local_linear_trend)
+        subject.fit(models.local_linear_trend, guide, 1)
+        elbo, _ = subject.elbo(models.local_linear_trend, guide)
+    assert abs(elbo) < 1e4, f"an ELBO of {elbo:.3g}"

@@ -129,6 +129,17 @@ def _two_modes(apart, weight):
     return _flat(log_density, draws)
 
 
+def local_linear_trend(num=16):
+    """Levels and slopes that are random walks, step by step."""
+    scales = [pyro.sample(f"s{k}", dist.HalfNormal(torch.ones(()))) for k in range(3)]
+    level = slope = torch.zeros(())
+    for t in range(num):
+        level = pyro.sample(f"level_{t}", dist.Normal(level + slope, scales[0]))
+        slope = pyro.sample(f"slope_{t}", dist.Normal(slope, scales[1]))
+        datum = torch.tensor(t).sin()
+        pyro.sample(f"y_{t}", dist.Normal(level, scales[2]), obs=datum)
+
+
 def targets() -> dict[str, Target]:
     """All of them, in the default dtype."""
     return {

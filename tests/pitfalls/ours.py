@@ -96,6 +96,9 @@ class Ours(Subject):
             init_scale=init_scale,
         )
 
+    def sparse_guide(self, model):
+        return guides.AutoStructuredFlow(model)
+
     def prior_guide(self, model):
         return self.guide(model, init_to_mean, 1.0)
 

@@ -127,6 +127,10 @@ class Subject:
         """A new flow guide; ``options`` are ``init_loc_fn`` and ``init_scale``."""
         raise NotApplicable("no guides")
 
+    def sparse_guide(self, model: Callable):
+        """A new guide with the conditional independences of the posterior."""
+        raise NotApplicable("no guide with the graph of the posterior")
+
     def prior_guide(self, model: Callable):
         """A guide that is a standard Normal on the unconstrained space."""
         raise NotApplicable("no guides")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ...arguments import check_integer, first_of, names_the_class, to_tensor
 from ...graphs.dependencies import find_dependencies, missing_dependencies
+from ...graphs.factorization import lower_factor
 from ...graphs.markov_graph import MarkovGraph
 from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
@@ -249,8 +250,7 @@ class AutoStructuredFlow(AutoAutoregressive):
             check_location_and_scale(loc, scale_tril, len(affine.loc))
             covariance = scale_tril @ scale_tril.T
             coefficients, scale = regressions(elimination.parents, covariance)
-            root = list(elimination.root)
-            root_tril = torch.linalg.cholesky(covariance[root][:, root])
+            root_tril = lower_factor(scale_tril[list(elimination.root)])
             sd = covariance.diagonal().sqrt()
         else:
             sd = scale = scale_tril

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.importance import GOOD_GAP, GOOD_LOST_MASS
+from ...graphs.factorization import lower_factor
 from ...joint import LogJoint, MeanLogJoint
 from ..config import FitConfig
 from ..initialization.gaussians import Gaussians, evaluate_density
@@ -236,7 +237,6 @@ def moments(draws: Tensor, max_dense_dim: int) -> Gaussians:
     sd = centered.std(1).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
     if sd.shape[1] > max_dense_dim:
         return Gaussians(loc, sd)
-    scaled = centered / sd[:, None]
-    covariance = scaled.mT @ scaled / (draws.shape[1] - 1)
-    jitter = 1e-6 * torch.eye(sd.shape[1], dtype=sd.dtype, device=sd.device)
-    return Gaussians(loc, sd[..., None] * torch.linalg.cholesky(covariance + jitter))
+    jitter = 1e-3 * torch.diag_embed(torch.ones_like(sd))
+    scaled = (centered / sd[:, None]).mT / (draws.shape[1] - 1) ** 0.5
+    return Gaussians(loc, sd[..., None] * lower_factor(torch.cat([scaled, jitter], -1)))

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.defensive_mixture import base_draws, log_base_density
+from ...graphs.factorization import lower_factor
 from ...joint import LogJoint, MeanLogJoint
 from ..config import FitConfig
 from ..initialization.gaussians import (
@@ -25,7 +26,6 @@ from ..initialization.gaussians import (
     climb,
     climb_by_gradients,
     evaluate_density,
-    lower_factor,
 )
 from ..initialization.points import starting_points
 

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
+import torch
+
 from ...arguments import first_of
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS, GOOD_TAIL
@@ -59,6 +61,7 @@ class FitStatus(NamedTuple):
     point_estimates: Sequence[str] = ()  #: the parameters of the model that were trained
     left_out: Sequence[str] = ()  #: what there was no time for, in words
     has_data: bool = True  #: whether the model has data, or factors
+    start_failed: bool = False  #: whether the search for a start left the guide where it was
 
 
 class Verdict(NamedTuple):
@@ -108,6 +111,11 @@ def judge(
     if status.cut_short and (objections or status.is_interrupted):
         objections.insert(0, status.cut_short)
     note = f"{_MIXES_DRAWS}." if status.mixes_draws else ""
+    if status.start_failed:
+        note += (
+            " The search for a starting point failed, since no Gaussian around one has a finite ELBO: the "
+            "guide began where its arguments put it."
+        )
     if status.point_estimates:
         names = first_of(status.point_estimates)
         note += (
@@ -138,19 +146,20 @@ def about_weights(
     found: Importance, remedy: str, around: MissedModes = NOT_SEARCHED
 ) -> Iterator[str]:
     """Objections to weights of a guide's draws, and of draws around it."""
-    if not math.isfinite(found.elbo) or found.num_nonfinite:
+    if found.num_nonfinite:
         yield (
             f"the model's density is zero or fails at {found.num_nonfinite} of {found.num_samples} "
             "draws of the guide: check supports and data"
         )
         return
-    poor, round_off = list[str](), round_off_of(found.log_weights)
-    if round_off > GOOD_GAP and found.khat == WORST_KHAT:
+    poor, dtype = list[str](), found.log_weights.dtype
+    round_off, of_mean = round_off_of(found.log_weights), torch.finfo(dtype).eps * abs(found.elbo)
+    if not of_mean < 1 or (round_off > GOOD_GAP and found.khat == WORST_KHAT):
         remedy = ""
         yield (
-            f"the weights are the round-off of {found.log_weights.dtype}, which is up to "
-            f"{round_off:.2g} nats of a log-density of {found.elbo:.3g}: nothing is known of their tail. "
-            "Use float64"
+            f"the weights are the round-off of {dtype}, which is up to {max(round_off, of_mean):.2g} nats of "
+            f"a log-density of {found.elbo:.3g}: nothing is known of their tail. Use "
+            + ("tighter priors" if dtype == torch.float64 else "float64")
         )
     elif found.has_heavy_tail:
         poor.append(

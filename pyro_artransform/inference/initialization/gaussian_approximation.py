@@ -38,11 +38,12 @@ import torch
 from torch import Tensor
 
 from ...graphs.dependencies import value_and_gradient
+from ...graphs.factorization import eigh, lower_factor
 from ...graphs.markov_graph import Elimination, MarkovGraph
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint import LogJoint
 from ...time_limit import limited
-from .gaussians import Density, Gaussians, antithetic_noise, evaluate_density, lower_factor
+from .gaussians import Density, Gaussians, antithetic_noise, evaluate_density
 
 # the sd that one begins with, to stay within what a model can take
 _NARROW = 0.1
@@ -135,7 +136,6 @@ def _matched(gaussians: Gaussians, batch: Sampled, rate: Tensor) -> Gaussians:
     away, steeper = (draw - mean[:, None]) * root, (gradient - slope[:, None]) * root
     of_draws = torch.cat([away, (share.sqrt() * (loc - mean))[:, None]], 1)
     of_gradients = torch.cat([steeper, (share.sqrt() * slope)[:, None]], 1)
-    is_good = batch.is_finite.any(-1)
     # the S with S U S + S = V
     if gaussians.is_independent:
         wide, steep = scale.square() + of_draws.square().sum(1), of_gradients.square().sum(1)
@@ -145,14 +145,12 @@ def _matched(gaussians: Gaussians, batch: Sampled, rate: Tensor) -> Gaussians:
         # a difference of matrices whose sds differ by many orders would have no digits
         lower = torch.linalg.qr(torch.cat([scale.mT, of_draws], 1)).R.mT
         inner = of_gradients @ lower
-        squares = inner.mT @ inner  # from afar they overflow
-        is_good = is_good & squares.isfinite().all(-1).all(-1)
-        values, axes = torch.linalg.eigh(_where(is_good, squares, torch.zeros_like(squares)))
+        values, axes = eigh(inner.mT @ inner)  # from afar they overflow
         factors = (0.5 + (values.clamp_min(0) + 0.25).sqrt()).rsqrt()
         axes = lower @ axes * factors[:, None]
         found, step = lower_factor(axes), (axes @ (axes.mT @ slope[..., None]))[..., 0]
     moved = loc / (1 + rate) + share * (mean + step)
-    is_good = is_good & moved.isfinite().all(-1)
+    is_good = batch.is_finite.any(-1) & moved.isfinite().all(-1)
     return Gaussians(_where(is_good, moved, loc), _where(is_good, found, scale))
 
 
@@ -185,7 +183,7 @@ def ascend(log_density: Density, start: Gaussians, num_draws: int, num_steps: in
             now = Gaussians(now.loc + scale * share * mean / values, scale * values.rsqrt())
         else:
             identity = torch.diag_embed(torch.ones_like(now.loc))
-            values, axes = torch.linalg.eigh(-share * change + identity)
+            values, axes = eigh(-share * change + identity)
             values = values.clamp(1 / _MOST_CHANGE, _MOST_CHANGE)[..., None]
             shift = axes @ (axes.mT @ (share * mean[..., None]) / values)
             root = scale @ axes * values.mT.rsqrt()

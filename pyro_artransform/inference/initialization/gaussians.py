@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ...capture import Captured, ReplayError
 from ...graphs.dependencies import value_and_gradient
+from ...graphs.factorization import eigh, lower_factor
 from ...time_limit import check_time
 
 #: a log-density: a function of ``(n, D)`` that returns ``(n,)``
@@ -103,13 +104,6 @@ class Modes(NamedTuple):
         """The log evidence of each mode by its curvature (Laplace's approximation)."""
         dim = self.loc.shape[-1]
         return self.value + self.gaussians.log_volume() + 0.5 * dim * math.log(2 * math.pi)
-
-
-def lower_factor(root: Tensor) -> Tensor:
-    """The Cholesky factor of root @ root.mT, without squaring its condition number."""
-    lower = torch.linalg.qr(root.mT).R.mT
-    signs = lower.diagonal(dim1=-2, dim2=-1).sign()
-    return lower * torch.where(signs == 0, 1.0, signs)[..., None, :]
 
 
 def antithetic_noise(like: Tensor, count: int) -> Tensor:
@@ -266,7 +260,7 @@ def newton_steps(
     diagonal, by_row = curvature.diagonal(dim1=-2, dim2=-1).abs(), curvature.abs().amax(-1)
     tiny = diagonal <= 1e-12 * diagonal.amax(-1, keepdim=True)
     units = torch.where(tiny, torch.where(by_row > 0, by_row, 1.0), diagonal).rsqrt()
-    values, vectors = torch.linalg.eigh(curvature * units[..., None] * units[..., None, :])
+    values, vectors = eigh(curvature * units[..., None] * units[..., None, :])
     floored = values.abs().clamp_min(_LEAST_CURVATURE)
     axes = units[..., None] * vectors
     along = (axes.mT @ gradient[..., None])[..., 0]

@@ -32,6 +32,8 @@ from .points import starting_points
 
 #: the name of the candidate that is the guide itself, which then does not change
 UNCHANGED = "initial guide"
+#: the same, where no Gaussian was found that it could be compared with
+FAILED = "initial guide, since no Gaussian around a starting point has a finite ELBO"
 # how far lambda has to be from where a start was found for another one to be looked for
 _FAR = 0.05
 # draws of a start that the curvature is averaged over
@@ -108,7 +110,7 @@ def _in_other_coordinates(
             coordinates.unit.data.copy_(second.unit)
             with torch.no_grad():
                 center, _ = density.from_unconstrained(u.mean(0, keepdim=True))
-            yield _start_at_best(search, guide, search.from_points(center), -math.inf)
+            yield _start_at_best(search, guide, search.from_points(center), initial.elbo)
 
 
 def best_of(guide: PriorGuide | MinibatchGuide, candidates: Iterable[InitialGuide]) -> InitialGuide:
@@ -126,13 +128,14 @@ def _start_from_points(search: "GaussianSearch", guide: FlowGuide) -> InitialGui
     density, config = search.density, search.config
     elbo, needed, center = _judge(search.target, guide, config)
     check_gradient(density, center)
-    points = starting_points(density, center, config.num_points)
+    points, start = starting_points(density, center, config.num_points), None
     if len(points):
         start = _start_at_best(search, guide, search.from_points(points), needed)
         if start.elbo > needed:
             return start
-        if elbo > -torch.inf:
-            return InitialGuide(UNCHANGED, elbo)
+    if elbo > -torch.inf:
+        is_found = start is not None and start.elbo > -torch.inf
+        return InitialGuide(UNCHANGED if is_found else FAILED, elbo)
     sites = ", ".join(density.nonfinite_sites(center[None])) or "the sum of its sites"
     raise ValueError(
         "expected a model with a finite log density somewhere near its starting values, found none: "
@@ -149,12 +152,13 @@ def _start_at_best(
     if isinstance(guide, StructuredGuide):
         steps = config.max_sparse_steps, config.num_ascents // 2
         found = ascend_with_graph(density, guide.markov_graph(), gaussian, *steps)
-        elbo = elbo_of(density, found, noise)
+        elbo = _known(elbo_of(density, found, noise), needed, noise)
         if elbo > needed:
             guide.start_at_gaussian(found)
         return InitialGuide("a Gaussian with the graph of the latents", elbo)
     gaussian, bounds = _finite(density, gaussian, noise)
-    elbo, name = bounds.item(), "a mean-field fit" if gaussian.is_independent else "a Gaussian"
+    elbo = _known(bounds.item(), needed, noise)
+    name = "a mean-field fit" if gaussian.is_independent else "a Gaussian"
     gaussian = gaussian.dense() if gaussian.is_independent else gaussian
     if not elbo > needed:
         return InitialGuide(name, elbo)
@@ -162,12 +166,18 @@ def _start_at_best(
         guide.start_at(gaussian.loc[0], gaussian.scale_tril[0])
     except ValueError:
         # the nearest independent one in KL(q|p), of the same conditional deviations
-        precision = torch.cholesky_inverse(gaussian.scale_tril).diagonal(dim1=-2, dim2=-1)
-        independent = Gaussians(gaussian.loc, precision.rsqrt())
-        elbo = elbos(density, independent, noise).item()
+        identity = Gaussians(gaussian.loc, torch.ones_like(gaussian.loc)).dense().scale_tril
+        root = torch.linalg.solve_triangular(gaussian.scale_tril, identity, upper=False)
+        independent = Gaussians(gaussian.loc, root.norm(dim=-2).reciprocal())
+        elbo = _known(elbos(density, independent, noise).item(), needed, noise)
         if elbo > needed:
             guide.start_at(independent.loc[0], independent.scale_tril[0].diag())
     return InitialGuide(name, elbo)
+
+
+def _known(elbo: float, needed: float, like: Tensor) -> float:
+    """An ELBO; ``-inf`` where it is not finite, or round-off is a nat of it and not of the one needed."""
+    return elbo if abs(elbo) < max(1 / torch.finfo(like.dtype).eps, abs(needed)) else -math.inf
 
 
 @torch.no_grad()

@@ -34,6 +34,11 @@ def rounded():
     return -1e7 + torch.randint(0, 3, (4000,), dtype=torch.float32)
 
 
+def without_digits():
+    """An ELBO of a few draws that the model all but rules out."""
+    return torch.cat([weights(), torch.full((10,), -1e86)])
+
+
 LATE = {"cut_short": "the time was over after 0 steps: give more seconds", "remedy": ""}
 #: log weights, what was found elsewhere, how the fit ended, and words of the verdict
 NOT_TRUSTED = {
@@ -43,6 +48,7 @@ NOT_TRUSTED = {
     "zero density": (some_zero, NOTHING, {}, ["zero or fails at 7 of 4007 draws"]),
     "nothing": (lambda: torch.full((100,), torch.nan), UNKNOWN, {}, ["100 of 100"]),
     "round-off": (rounded, NOTHING, {}, ["round-off of torch.float32"]),
+    "no digits": (without_digits, NOTHING, {}, ["of torch.float64", "Use tighter priors"]),
     "lost modes": (weights, LOST, {}, ["30 %", "2 other", "starts disagree. Break the symmetry"]),
     "evidence around": (weights, MissedModes(0.4, 0.01), {}, ["0.40 nats more", "Use draws"]),
     "interrupted": (weights, NOTHING, {"is_interrupted": True, **LATE}, ["the time was over"]),
@@ -61,6 +67,7 @@ TRUSTED = {
     # k-hat has no scale: where all weights are alike it says nothing of the posterior
     "light tail": (lambda: heavy(1e-8), NOTHING, {}, ["% of the weight"]),
     "mass elsewhere": (weights, SOME, {}, ["but about 3 % of the posterior is in 1 other mode"]),
+    "start failed": (weights, NOTHING, {"start_failed": True}, ["where its arguments put it"]),
     "cut short, and good": (weights, NOTHING, LATE, ["no start found mass elsewhere"]),
     # within its own noise it says nothing
     "noisy evidence around": (weights, MissedModes(0.4, 0.2), {}, []),

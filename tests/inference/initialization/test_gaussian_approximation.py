@@ -9,6 +9,7 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform import AutoStructuredFlow
+from pyro_artransform.graphs.factorization import lower_factor
 from pyro_artransform.inference.config import InitializationConfig
 from pyro_artransform.inference.initialization.gaussian_approximation import (
     ascend,
@@ -22,7 +23,6 @@ from pyro_artransform.inference.initialization.gaussians import (
     Gaussians,
     antithetic_noise,
     elbos,
-    lower_factor,
 )
 from pyro_artransform.inference.initialization.start import UNCHANGED, find_start
 from pyro_artransform.joint import LogJoint

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from pyro_artransform import AutoAmortized, AutoIAF, AutoStructuredFlow
 from pyro_artransform.inference.config import InitializationConfig
+from pyro_artransform.inference.initialization import start as start_module
 from pyro_artransform.inference.initialization.gaussians import Gaussians, climb
 from pyro_artransform.inference.initialization.gradient_check import check_gradient
 from pyro_artransform.inference.initialization.start import (
+    FAILED,
     UNCHANGED,
     GaussianSearch,
     SharedPrior,
@@ -121,6 +123,32 @@ def test_starts_that_are_not_finite_are_skipped(quick):
     assert torch.tensor(found.elbo).isfinite()
     assert all(value.isfinite().all() for value in guide.parameters())
     assert (guide.sample_posterior(100)["z"].mean(0) - 3).abs().max() < 1
+
+
+def test_where_no_gaussian_is_finite_the_guide_stays_and_the_verdict_says_so():
+    """Only draws within 1e-9 of zero have a density, and no search is as narrow as the guide."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.factor("narrow", torch.where(z.abs().amax(-1) < 1e-9, 0.0, torch.nan))
+
+    start = init_to_value(values={"z": torch.zeros(2)})
+    guide = small(model, init_loc_fn=start, init_scale=1e-11)
+    with pyro.validation_enabled(False):
+        result = quick_fit(model, guide, num_steps=1, progress=False)
+    assert result.start == FAILED
+    assert "The search for a starting point failed" in result.verdict
+    assert all(value.isfinite().all() for value in guide.parameters())
+
+
+@pytest.mark.parametrize("elbo", [math.nan, math.inf, 1e30])
+def test_an_elbo_that_is_none_starts_no_guide(monkeypatch, quick, elbo):
+    monkeypatch.setattr(start_module, "elbo_of", lambda *given: elbo)
+    guide = AutoStructuredFlow(models.raw_scales)
+    guide.set_up()
+    before = state(guide)
+    assert start_of(models.raw_scales, guide, quick.initialization).name == FAILED
+    assert same(before, state(guide))
 
 
 def test_a_model_without_gradients(quick):
