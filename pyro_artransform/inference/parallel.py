@@ -127,7 +127,9 @@ class Parallel:
 
     def seed(self, seed: int | None = None) -> int:
         """The seed of the first process, or a new one."""
-        return self.first("a seed", lambda: int(torch.randint(2**31, ())) if seed is None else seed)
+        return self.first(
+            "a seed", lambda: int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        )
 
     def seed_apart(self) -> None:
         """Gives each of several processes random numbers of its own."""
@@ -143,7 +145,7 @@ class Parallel:
 
     def gather(self, draws: Tensor) -> Tensor:
         """The draws ``(n, ...)`` of all processes, by rank."""
-        parts = self.gather_objects("the draws of all processes", draws.detach().cpu())
+        parts = self.gather_objects("the draws of all processes", draws.detach().to("cpu"))
         return torch.cat(parts).to(draws)
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
@@ -174,7 +176,7 @@ class Parallel:
             return loss, gradients
         gradients = gradients or [None] * len(parameters)
         dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
-        head = torch.tensor([loss, *(g is not None for g in gradients)], dtype=dtype)
+        head = torch.tensor([loss, *(g is not None for g in gradients)], dtype=dtype, device="cpu")
         pairs = zip(parameters, gradients)
         parts = [head, *(torch.zeros_like(p) if g is None else g for p, g in pairs)]
         sums = torch.cat([part.reshape(-1).to(parameters[0].device, dtype) for part in parts])

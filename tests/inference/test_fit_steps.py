@@ -72,9 +72,8 @@ def test_callbacks_that_stop(kind):
         ),
         (
             partial(small, coordinates="model"),
-            # with seeds 0 to 2 the verdict goes on with mass that this guide has missed
-            {"num_steps": 100, "seed": 3},
-            "need no good k-hat), or more layers (num_transforms) or wider ones, or more steps.",
+            {"num_steps": 100},
+            "need no good k-hat), or more layers (num_transforms) or wider ones, or more steps",
         ),
     ],
 )

@@ -151,19 +151,19 @@ def _weigh(minibatches: MinibatchObjective, num_gradients: int) -> ElementWeight
     stream, config = minibatches.stream.whole, minibatches.config
     inner = num_gradients // (stream.num_batches * config.num_shared)
     draws = _Draws(minibatches, min(max(inner, config.min_inner), config.max_inner))
-    total, parts, indices = torch.zeros(()), list[Tensor](), list[Tensor]()
+    logs, parts, indices = list[Tensor](), list[Tensor](), list[Tensor]()
     for batch, rows in stream.one_pass_with_rows():
         if is_out_of_time():
             raise TimeoutError("there was no time for the draws of each element")
         elements, by_prior, index = draws.log_ratios(batch)
         columns = _columns(elements, by_prior)
-        total = total + elements.logsumexp(1).sum(-1) - columns.shape[1] * math.log(draws.inner)
+        logs.append(elements.logsumexp(1).sum(-1) - columns.shape[1] * math.log(draws.inner))
         parts.append(columns)
         if index is None and rows is not None and len(rows) == columns.shape[1]:
             index = torch.as_tensor(rows, device="cpu")
         indices += [] if index is None else [index]
     index = torch.cat(indices) if len(indices) == len(parts) else None
-    return _judged(draws, total, torch.cat(parts, 1), index)
+    return _judged(draws, torch.stack(logs).sum(0), torch.cat(parts, 1), index)
 
 
 def _judged(draws: "_Draws", total: Tensor, found: Tensor, index: Tensor | None) -> ElementWeights:
@@ -176,7 +176,7 @@ def _judged(draws: "_Draws", total: Tensor, found: Tensor, index: Tensor | None)
     numbers = {"khat": khat, "khat_se": khat_se, "tail_share": tail_share, "gap": gap}
     elements = Elements(plate=draws.plate, index=index, **numbers)
     noise, shared = float(noises.sum()), None
-    if draws.shared:
+    if draws.shared and draws.log_ratio_of_shared is not None:
         shared = Importance.from_log_weights(total + draws.log_ratio_of_shared)
         shared = replace(shared, elbo=min(shared.elbo + noise / 2, shared.log_evidence))
     return ElementWeights(elements, shared, noise, draws.inner)
@@ -237,8 +237,8 @@ class _Draws:
             if all(frame.name != self.plate for frame in node["cond_indep_stack"])
             and not isinstance(unwrapped(node["fn"]), Delta)
         }
-        #: the log density of the model less that of the guide of these, empty until a batch says it
-        self.log_ratio_of_shared = torch.empty(0)
+        #: the log density of the model less that of the guide of these, which the first batch says
+        self.log_ratio_of_shared: Tensor | None = None
         self._check_independence()
 
     def _check_independence(self) -> None:
@@ -274,7 +274,7 @@ class _Draws:
             finite = [each.nan_to_num(-torch.inf, torch.inf, -torch.inf) for each in found]
             parts.append([each.to("cpu").unflatten(0, (len(rows), -1)) for each in finite])
         elements, of_shared, by_prior = map(torch.cat, zip(*parts))
-        if not len(self.log_ratio_of_shared):
+        if self.log_ratio_of_shared is None:
             self.log_ratio_of_shared = of_shared.amax(1)
         if not _are_close(of_shared, self.log_ratio_of_shared[:, None]):
             raise ValueError(
