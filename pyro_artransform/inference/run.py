@@ -167,7 +167,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         remedy="" if cut_short else _remedy(set_up),
         has_chains=sampling is not None,
         point_estimates=set_up.point_estimates,
-        has_data=subject.log_joint.structure(subject.args, subject.kwargs).has_data,
+        prior_only=set_up.prior_only,
         missing=set_up.missing,
     )
     chains = None

@@ -29,6 +29,7 @@ from .optimization.optimizers import Scales
 from .optimization.schedule import Schedule
 from .optimization.training import Training
 from .parallel import Parallel
+from .prior_only import warn_of_prior
 
 Function = Callable[..., object]
 #: of a model, its arguments and whether they are a mini-batch: a guide, and why it is this one
@@ -72,6 +73,8 @@ class SetUp:
                 guide, self.guide_reason = given
             self.subject = _run_once(model, guide, batches[0], stream)
         log_joint = self.subject.log_joint
+        #: why the posterior is the prior, in a sentence, if it is
+        self.prior_only = warn_of_prior(log_joint, (LogJoint(model, *b) for b in batches[1:]))
         self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None
         of_batch = _objective_of_batch(self.subject, config, self.stream is not None)

@@ -89,7 +89,6 @@ class ModelStructure(NamedTuple):
     scale: float
     is_evenly_scaled: bool  #: whether all data have this scale, or none
     num_values: int  #: how many values or log-densities all sites have, data included
-    has_data: bool  #: whether there are data, or factors
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
@@ -108,7 +107,6 @@ class ModelStructure(NamedTuple):
             scale=float(scales.max()) / largest,
             is_evenly_scaled=bool(((scales == scales.max()) | (scales == 1)).all()),
             num_values=count_values(trace),
-            has_data=bool(observed),
         )
 
     @property

@@ -3,6 +3,7 @@
 """Cases about fitting, and about what is said of the result."""
 
 import math
+import warnings
 from collections.abc import Callable
 
 import pyro
@@ -20,7 +21,10 @@ def f08_scale_floor(subject: Subject) -> None:
         prepare()
 
         def model(sd=sd):
-            pyro.sample("z", dist.Normal(torch.full((2,), 3 * sd), sd).to_event(1))
+            loc = torch.full((2,), 3 * sd)
+            z = pyro.sample("z", dist.Normal(loc, 2 * sd).to_event(1))
+            # the product of both is of this sd
+            pyro.sample("y", dist.Normal(z, sd * (4 / 3) ** 0.5).to_event(1), obs=loc)
 
         guide = subject.guide(model)
         subject.fit(model, guide, 200)
@@ -126,3 +130,21 @@ def f31_above_evidence(subject: Subject) -> None:
                 subject.fit(target.model, guide, steps)
             elbo, error = subject.elbo(target.model, guide)
             assert elbo < 4 * error, f"{name}, {steps} steps: {elbo:.3g} ± {error:.2g}, above 0"
+
+
+def f43_prior_trusted(subject: Subject) -> None:
+    """Whoever forgets the data is warned, and the prior is not called the posterior."""
+    for data in (None, torch.tensor(models.DATA)):
+        prepare()
+
+        def model(data=data):
+            pyro.sample("loc", dist.Normal(torch.zeros(()), 1.0))
+            with pyro.plate("rows", len(models.DATA)):
+                pyro.sample("y", dist.Normal(torch.zeros(()), 1.0), obs=data)
+
+        guide = subject.guide(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trusted = subject.trusts(model, guide, 50)
+        assert not trusted, "the prior is called the posterior"
+        assert any("prior" in str(each.message) for each in caught), "nobody is warned"

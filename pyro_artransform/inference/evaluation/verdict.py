@@ -12,6 +12,7 @@ from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ..optimization.minibatches import PassEstimate
+from ..prior_only import GIVE_DATA
 from .missed_modes import NOT_SEARCHED, MissedModes
 
 _MOST_SKIPPED = 0.1  # of the steps
@@ -54,7 +55,7 @@ class FitStatus(NamedTuple):
     coarse: Sequence[str] = ()  #: the sites whose draws their dtype hardly tells apart
     point_estimates: Sequence[str] = ()  #: the parameters of the model that were trained
     left_out: Sequence[str] = ()  #: what there was no time for, in words
-    has_data: bool = True  #: whether the model has data, or factors
+    prior_only: str = ""  #: why the posterior is the prior, in a sentence, if it is
 
 
 class Verdict(NamedTuple):
@@ -109,17 +110,16 @@ def judge(
         note += (
             f" The model's own parameters are point estimates ({names}): all this is given them."
         )
-    if not status.has_data:
-        note += (
-            " The model has no data here, neither obs= nor a factor: all this is about its prior."
-        )
+    head = f"{status.prior_only} " if status.prior_only else ""
     if objections or (weights is None and not praise):
-        return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
+        return Verdict(False, f"{head}Not trusted: {'; '.join(objections)}.{note}")
     return Verdict(True, (praise or _about_success(cast(Importance, weights), missed)) + note)
 
 
 def _about_draws(status: FitStatus) -> Iterator[str]:
-    """Objections to draws that are rounded to a few values, and to a verdict that had to end early."""
+    """Objections to draws of the prior or rounded to few values, and to a verdict that had to end early."""
+    if status.prior_only:
+        yield GIVE_DATA
     if status.coarse:
         yield (
             f"the posterior of site {first_of(status.coarse)} is about as narrow as the spacing of "
