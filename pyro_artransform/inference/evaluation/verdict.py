@@ -42,8 +42,8 @@ class FitStatus(NamedTuple):
     """How a fit ended, and of what kind its guide and model are."""
 
     skipped_share: float = 0.0  #: of the steps
-    is_interrupted: bool = False  #: whether it was by Ctrl-C
-    #: why steps ended before the ELBO was seen to settle, if so, and what to do, in words
+    is_interrupted: bool = False  #: whether by Ctrl-C, the end of the time or the callback
+    #: why steps ended before their end, or before the ELBO settled, if so, and what to do, in words
     cut_short: str = ""
     remedy: str = ""  #: what to use where the guide is not the posterior, if that is known
     is_point: bool = False  #: whether the guide is a single value at some site
