@@ -77,7 +77,7 @@ class Likelihood:
                 f"model: expected all data, got the sub-sampled plate '{frame.name}' "
                 f"({frame.size} of {frame.full_size})"
             )
-        check_data(trace)
+        check_data(trace, all_shapes=False)  # Pyro's MCMC gives draws of such models, too
         self._num_plates = plate_nesting(trace)
         latents, observed = latent_nodes(trace), observed_nodes(trace)
         self._event_dims = {site["name"]: site["fn"].event_dim for site in (*latents, *observed)}

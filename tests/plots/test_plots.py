@@ -192,7 +192,8 @@ def test_bands_of_chains_are_wider_where_draws_are_alike():
 
 def test_ranks_of_the_chains_of_a_posterior():
     def model():
-        pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.zeros(2))
 
     chains = mcmc(model, AutoNormal(model), 100, num_chains=4, seed=0, progress=False)
     ax = plots.plot_ranks(chains)
