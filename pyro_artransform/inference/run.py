@@ -168,6 +168,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         has_chains=sampling is not None,
         point_estimates=set_up.point_estimates,
         prior_only=set_up.prior_only,
+        no_sum=set_up.no_sum,
         missing=set_up.missing,
     )
     chains = None

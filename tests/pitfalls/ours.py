@@ -132,6 +132,9 @@ class Ours(Subject):
     def trusts(self, model, guide, steps):
         return self.fit(model, guide, steps, config=None).trusted
 
+    def trusts_batches(self, model, guide, batches, steps):
+        return art.fit(model, guide, loader=batches, num_steps=steps, progress=False).trusted
+
     def elbo(self, model, guide):
         found = art.diagnostics.importance(model, guide, 5_000)
         return found.elbo, found.elbo_se

@@ -166,6 +166,10 @@ class Subject:
         """Trains a guide; whether the package calls it good."""
         raise NotApplicable("no verdict")
 
+    def trusts_batches(self, model: Callable, guide, batches, steps: int) -> bool:
+        """The same of a guide that is trained on mini-batches."""
+        raise NotApplicable("no verdict on mini-batches")
+
     def elbo(self, model: Callable, guide) -> tuple[float, float]:
         """The ELBO and its standard error, in nats."""
         elbo = Trace_ELBO(num_particles=100, vectorize_particles=True, max_plate_nesting=1)

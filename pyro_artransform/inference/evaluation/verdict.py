@@ -31,6 +31,10 @@ _SUBSAMPLED = (
     "noisy density of mini-batches: the ELBO is right but for noise, k-hat and the evidence mean nothing. "
     "Run diagnostics.importance with a model that sees all data"
 )
+_SUM_NOT_CHECKED = (
+    " Whether the density of a mini-batch is a sum over its rows could not be checked: all this "
+    "assumes it."
+)
 _MIXES_DRAWS = (
     " The model gave many draws at once another density than one at a time: the fit was trained on the "
     "former, and all numbers here are of the latter. Write it without branches on values of its latents "
@@ -55,6 +59,8 @@ class FitStatus(NamedTuple):
     coarse: Sequence[str] = ()  #: the sites whose draws their dtype hardly tells apart
     point_estimates: Sequence[str] = ()  #: the parameters of the model that were trained
     left_out: Sequence[str] = ()  #: what there was no time for, in words
+    #: why the density of mini-batches is no sum over rows, if so; ``None`` where that is not known
+    no_sum: str | None = ""
     prior_only: str = ""  #: why the posterior is the prior, in a sentence, if it is
 
 
@@ -87,6 +93,8 @@ def judge(
             "that keep scales away from zero"
         )
     objections += _about_draws(status)
+    if status.no_sum:
+        objections.append(status.no_sum)
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
@@ -110,6 +118,8 @@ def judge(
         note += (
             f" The model's own parameters are point estimates ({names}): all this is given them."
         )
+    if status.no_sum is None and not objections:
+        note += _SUM_NOT_CHECKED
     head = f"{status.prior_only} " if status.prior_only else ""
     if objections or (weights is None and not praise):
         return Verdict(False, f"{head}Not trusted: {'; '.join(objections)}.{note}")
