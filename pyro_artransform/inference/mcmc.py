@@ -133,7 +133,8 @@ def mcmc(
         >>> from pyro.infer.autoguide import AutoNormal
         >>> from pyro_artransform.inference import mcmc
         >>> def model():
-        ...     pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        ...     z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        ...     pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.ones(3))
         >>> chains = mcmc(model, AutoNormal(model), 100, seed=0, progress=False)
         >>> chains.draws["z"].shape, chains.trusted
         (torch.Size([100, 3]), True)

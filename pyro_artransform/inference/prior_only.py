@@ -23,6 +23,9 @@ GIVE_DATA = (
     "pass the data to the model, as in fit(model, x, y), and to a site that depends on its latents, by obs= "
     "or pyro.factor"
 )
+_NO_DATA = (
+    "The model has no observed site, neither obs= nor a pyro.factor, so the answer is its prior."
+)
 # distances from the start, on the unconstrained space, at which the density of the data is compared
 _DISTANCES = (0.0, 0.1, 0.1, 3.0, 3.0, 3.0)
 
@@ -52,15 +55,17 @@ def why_prior(log_joint: LogJoint) -> str:
         if terms is None:  # the model does not take this draw
             continue
         if not terms:
-            what = "The model has no observed site, neither obs= nor a pyro.factor"
-            return f"{what}, so the answer is its prior."
+            return _NO_DATA
         first = first or terms
         if not _are_same(terms, first):
             return ""
     if first is None:
         return ""
-    what = f"The observed sites of the model ({', '.join(first)}) do not depend on any latent"
-    return f"{what}, so the answer is its prior."
+    names = ", ".join(first)
+    return (
+        f"The observed sites of the model ({names}) do not depend on any latent, so the answer is "
+        "its prior."
+    )
 
 
 def _draws(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:

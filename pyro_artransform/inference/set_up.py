@@ -81,6 +81,11 @@ class SetUp:
         self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None
         of_batch = _objective_of_batch(self.subject, config, self.stream is not None)
+        #: why the model is run for one draw after the other, if it is
+        self.looped_because = log_joint.reason
+        if isinstance(of_batch, PyroObjective) and not of_batch.is_vectorized:
+            self.looped_because = log_joint.reason or _NOT_IN_A_PLATE
+            self.config = config = config.for_strategy("loop")
         num_posteriors = 1
         if self.stream is None and isinstance(of_batch, PathObjective):
             of_batch.posteriors = found = Posteriors.of(log_joint, self.subject.guide)
@@ -120,15 +125,10 @@ class SetUp:
         own = wanted if self.stream is not None else parallel.share(wanted)
         #: draws for each step, of all processes
         self.num_particles = own * parallel.size
-        #: why the model is run for one draw after the other, if it is
-        self.looped_because = log_joint.reason
-        if isinstance(of_batch, PyroObjective):
-            reason = log_joint.reason or "model and guide do not run in a plate of particles"
-            self.looped_because = "" if of_batch.is_vectorized else reason
         if parallel.size > 1:
             self._check_processes(batches[0], num_steps, num_particles)
         if self.looped_because:
-            _warn_of_loop(log_joint, self.looped_because, own)
+            _warn_of_loop(of_batch, self.looped_because, own, self.schedule)
 
     @property
     def minibatches(self) -> MinibatchObjective | None:
@@ -187,21 +187,31 @@ class SetUp:
         self.parallel.copy_first(self.tensors)
 
 
-def _warn_of_loop(log_joint: LogJoint, reason: str, num_draws: int) -> None:
-    """Says why a model is run for one draw after the other, and how long a step of so many draws takes."""
+def _warn_of_loop(
+    objective: BatchObjective, reason: str, num_draws: int, schedule: Schedule
+) -> None:
+    """Says why a model is run for one draw after the other, and how long that takes.
+
+    :param num_draws: those of a step.
+    """
     # the draw takes no random numbers of the caller
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        z, began = log_joint.start[None].detach().requires_grad_(), time.perf_counter()
-        if (total := log_joint(z).sum()).requires_grad:
-            torch.autograd.grad(total, z, allow_unused=True)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
+        began = time.perf_counter()
+        if (loss := objective.loss(1)).requires_grad:
+            torch.autograd.grad(loss, [*objective.parameters().values()], allow_unused=True)
         seconds = num_draws * (time.perf_counter() - began)
+    num_steps = schedule.num_steps or schedule.expected_end(0)
     warnings.warn(
         "the model cannot be evaluated at many draws at once, so that it is run for one draw after the "
-        f"other, which is slow ({reason}). A step of {num_draws} draws takes about {seconds:.2g} seconds. "
-        "Write the model without branches on values of its latents, and index from the right "
-        "(docs/vectorization.md), or take fewer num_particles",
+        f"other, which is slow ({reason}). A step of {num_draws} draws takes about {seconds:.2g} seconds, "
+        f"and {num_steps:,} steps about {num_steps * seconds:,.0f}. Write model and guide without branches "
+        "on values of latents, and index from the right (docs/vectorization.md); or take fewer "
+        "num_particles, or max_seconds=",
         stacklevel=4,  # the caller of fit
     )
+
+
+_NOT_IN_A_PLATE = "model and guide do not run in a plate of particles"
 
 
 @contextmanager

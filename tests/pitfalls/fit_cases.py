@@ -165,3 +165,20 @@ def f44_no_sum_over_rows(subject: Subject) -> None:
         trusted = subject.trusts_batches(model, guide, batches, 50)
     assert not trusted, "another density than that of all data is trusted"
     assert any("rows" in str(each.message) for each in caught), "nobody is warned"
+
+
+def f45_silent_loop(subject: Subject) -> None:
+    """Where a model runs for one draw after the other, the seconds to come are said once, at the start."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        loc = z.sum() if z[0].item() > 0 else -z.sum()  # of one draw only
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.ones(()))
+
+    prepare()
+    guide, said = subject.guide(model), list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        subject.fit(model, guide, 3, lambda *_: said.extend(str(w.message) for w in caught))
+    assert "seconds" in "".join(said), "nothing is said before the first step"
+    assert sum("seconds" in str(w.message) for w in caught) == 1, "it is said again"
