@@ -14,11 +14,10 @@ from torch import Tensor
 from torch.distributions import TransformedDistribution
 from torch.utils.data import TensorDataset
 
-from ..arguments import check_integer
+from ..arguments import check_integer, warn_user
 from ..joint.protocols import ScaledSteps, StructuredGuide, UnconstrainingGuide
 from ..time_limit import TimeLimit
 from ..transforms.chain import ComposedTransform, ConditionalComposedTransform
-from ..transforms.flow_module import warn_user
 from ..transforms.scales_and_tails import check_rows, location_and_scale
 from .config import OptimizationConfig
 from .optimization.optimizers import Adam

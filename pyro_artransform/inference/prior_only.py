@@ -12,11 +12,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..arguments import warn_user
 from ..joint import LogJoint
 from ..joint.handlers import hidden_sites
 from ..joint.traces import is_deterministic, observed_nodes
 from ..joint.vectorization import ModelFailures
-from ..transforms.flow_module import warn_user
 
 #: what to do about it
 GIVE_DATA = (

@@ -17,10 +17,10 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch.distributions import biject_to
 
+from ..arguments import warn_user
 from ..joint.handlers import hidden_sites
 from ..joint.sites import initial_value
 from ..joint.traces import is_deterministic, latent_nodes, plate_frames
-from ..transforms.flow_module import warn_user
 from .loader import Batch
 
 Model = Callable[..., object]
