@@ -7,6 +7,7 @@ from typing import Any
 
 import pyro
 import torch
+from prior_as_data import prior_as_data
 from pyro import distributions as dist
 from torch import Tensor
 
@@ -48,6 +49,7 @@ def schools() -> Subject:
     return schools_model, (torch.tensor(ERRORS), torch.tensor(EFFECTS))
 
 
+@prior_as_data
 def funnel_model(num_latents: int) -> None:
     """Neal's funnel (2003, section 8): no data, so that its evidence is 1."""
     v = pyro.sample("v", dist.Normal(0.0, 3.0))

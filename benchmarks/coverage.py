@@ -33,6 +33,7 @@ from coverage_quadrature import Moments
 from coverage_subjects import Subject
 from coverage_table import critical_value, report
 from marked_table import write
+from prior_as_data import prior_as_data
 from pyro.ops.stats import effective_sample_size
 from results import Row, collect
 from torch import Tensor
@@ -165,7 +166,8 @@ def fitted(name: str, seed: int, num_draws: int | None) -> Row:
     row: Row = {"is_heavy": subject.is_heavy, "num_moments": subject.num_moments}
     began = time.process_time()
     try:
-        result = fit(subject.model, *subject.args, progress=False, seed=seed, **options)
+        model = subject.model if subject.has_data else prior_as_data(subject.model)
+        result = fit(model, *subject.args, progress=False, seed=seed, **options)
     except FitError as error:
         return row | {"bounds": None, "verdict": f"FitError: {error}"}
     row["seconds"] = time.process_time() - began

@@ -17,6 +17,7 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 import torch
+from prior_as_data import prior_as_data
 from torch import nn
 
 from pyro_artransform import (
@@ -88,6 +89,7 @@ def logistic() -> None:
         pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
 
 
+@prior_as_data
 def rate() -> None:
     """One latent: a rate whose logarithm has a long left tail."""
     pyro.sample("rate", dist.Gamma(0.5, 1.0))
@@ -100,6 +102,7 @@ def success() -> None:
         pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor([1.0] * 6 + [0.0] * 4))
 
 
+@prior_as_data
 def heavy() -> None:
     """One latent: the tails of a Student's t."""
     pyro.sample("x", dist.StudentT(3.0, 0.0, 1.0))

@@ -15,6 +15,7 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 import torch
+from prior_as_data import prior_as_data
 from torch import Tensor
 
 Model = Callable[[], object]
@@ -50,7 +51,7 @@ class Target:
 
 def prior_only(model: Model) -> Target:
     """A model without data: its prior is its posterior."""
-    return Target(model, exact=model)
+    return Target(prior_as_data(model), exact=model)
 
 
 def of_density(log_density: Callable[[Tensor], Tensor], dim: int, prior_scale: float) -> Model:

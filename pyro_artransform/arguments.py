@@ -1,10 +1,12 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of arguments: each returns the checked value, or raises with what was expected and got."""
+"""Checks of arguments: each returns the checked value, or raises with what was expected and got; warnings."""
 
 import math
 import operator
+import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import wraps
@@ -165,3 +167,12 @@ def _as_index(value: Any) -> int | None:
         return operator.index(value)
     except TypeError:
         return None
+
+
+def warn_user(message: str, category: type[Warning]) -> None:
+    """Warns at the innermost line outside this package, torch and Pyro."""
+    level, frame = 2, sys._getframe(1)
+    inside = (__name__.split(".")[0], "torch", "pyro")
+    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in inside:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, category, stacklevel=level)

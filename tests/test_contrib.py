@@ -3,6 +3,7 @@
 """The slice for Pyro: it is whole, as short as it is said to be, and right in a tree of Pyro's."""
 
 import ast
+import importlib
 import os
 import re
 import shutil
@@ -44,6 +45,19 @@ Indices
 """
 
 
+PYRO_HEADER = "# Copyright Contributors to the Pyro project.\n"
+#: as it begins in Pyro
+EXAMPLES = """
+CPU_EXAMPLES = [
+    "air/main.py --num-steps=1",
+    "contrib/autoname/mixture.py --num-epochs=1",
+]
+CUDA_EXAMPLES = [
+    "contrib/gp/sv-dkl.py --epochs=1 --cuda",
+]
+"""
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """A tree with the settings of Pyro's linter, and the slice."""
@@ -51,6 +65,8 @@ def tree(tmp_path_factory):
     (target / "pyproject.toml").write_text(SETTINGS)
     (target / "docs/source").mkdir(parents=True)
     (target / "docs/source/index.rst").write_text(INDEX)
+    (target / "tests").mkdir()
+    (target / "tests/test_examples.py").write_text(PYRO_HEADER + EXAMPLES)
     command = [sys.executable, TOOLS / "contrib.py", target]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -75,6 +91,22 @@ def test_the_index_of_the_docs_has_its_page(tree):
     index = (tree / "docs/source/index.rst").read_text()
     assert index == INDEX.replace("   contrib.auto", "   contrib.artransform\n   contrib.auto")
     assert (tree / "docs/source/contrib.artransform.rst").exists()
+
+
+def test_its_example_is_tried_by_the_tests_of_pyro(tree):
+    tests = (tree / "tests/test_examples.py").read_text()
+    entry = '    "contrib/artransform/eight_schools.py -n 20",\n    "contrib/autoname'
+    assert tests == PYRO_HEADER + EXAMPLES.replace('    "contrib/autoname', entry)
+    assert (tree / "examples" / "contrib/artransform/eight_schools.py").exists()
+
+
+def test_nothing_is_written_without_ruff(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    contrib = importlib.import_module("contrib")
+    monkeypatch.setattr(contrib, "find_spec", lambda _: None)
+    with pytest.raises(SystemExit, match="pip install ruff"):
+        contrib.write(tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_docstrings_refer_to_what_is_there(tree):

@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tokenize
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 from contrib_files.reachable import Function, Module, Reach, is_text, read_package
@@ -48,11 +49,13 @@ LEFT_OUT = {
 }
 #: methods that users call
 METHODS = {"sample_posterior", "log_prob", "quantiles", "median", "set_up"}
+#: the example, as Pyro's tests name it
+EXAMPLE = "contrib/artransform/eight_schools.py"
 #: files that are copied: those of tests, examples and docs
 COPIED = {
     "test_autoguide.py": "tests/contrib/artransform/test_autoguide.py",
     "test_transform.py": "tests/contrib/artransform/test_transform.py",
-    "eight_schools.py": "examples/contrib/artransform/eight_schools.py",
+    "eight_schools.py": f"examples/{EXAMPLE}",
     "contrib.artransform.rst": "docs/source/contrib.artransform.rst",
 }
 TYPING = {"list": "List", "dict": "Dict", "tuple": "Tuple", "set": "Set", "type": "Type"}
@@ -272,6 +275,14 @@ def files(reach: Reach) -> Iterator[tuple[str, str]]:
     yield "tests/contrib/artransform/__init__.py", for_pyro(header, is_module=False)
 
 
+def with_example(tests: str) -> str:
+    """Pyro's list of examples to try with that of the slice, before the next one of ``contrib``."""
+    entry, next_one = f'    "{EXAMPLE} -n 20",\n', re.search(r'^    "contrib/', tests, re.M)
+    if EXAMPLE in tests or next_one is None:
+        return tests
+    return tests[: next_one.start()] + entry + tests[next_one.start() :]
+
+
 def with_page(index: str) -> str:
     """The index of Pyro's docs with the page of the slice, in the order of the names."""
     lines = index.splitlines(keepends=True)
@@ -296,6 +307,8 @@ def write(target: Path) -> dict[str, int]:
 
     :return: the number of lines by file.
     """
+    if find_spec("ruff") is None:
+        raise SystemExit("tools/contrib.py formats what it writes by ruff: pip install ruff")
     paths = []
     for name, text in files(reached()):
         paths.append(target / name)
@@ -303,6 +316,8 @@ def write(target: Path) -> dict[str, int]:
         paths[-1].write_text(text)
     if (index := target / "docs/source/index.rst").exists():
         index.write_text(with_page(index.read_text()))
+    if (tests := target / "tests/test_examples.py").exists():
+        tests.write_text(with_example(tests.read_text()))
     sources = [str(path) for path in paths if path.suffix == ".py"]
     for command in (["check", "--quiet", "--fix", "--select", "I"], ["format", "--quiet"]):
         subprocess.run([sys.executable, "-m", "ruff", *command, *sources], cwd=target, check=True)

@@ -21,6 +21,7 @@ from .config import FitConfig, OptimizationConfig
 from .evaluation.evaluate import Evaluation, evaluate
 from .evaluation.missed_modes import MissedModes
 from .evaluation.verdict import BREAK_SYMMETRY, ELSEWHERE, FitStatus
+from .prior_only import warn_of_prior
 from .progress import alone, progress_bar, seeded
 
 ENOUGH = "there are enough effective draws of each latent, and chains agree"
@@ -132,7 +133,8 @@ def mcmc(
         >>> from pyro.infer.autoguide import AutoNormal
         >>> from pyro_artransform.inference import mcmc
         >>> def model():
-        ...     pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        ...     z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        ...     pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.ones(3))
         >>> chains = mcmc(model, AutoNormal(model), 100, seed=0, progress=False)
         >>> chains.draws["z"].shape, chains.trusted
         (torch.Size([100, 3]), True)
@@ -157,6 +159,7 @@ def mcmc(
     ):
         limit.enter_phase(CHAINS_UNTIL)
         subject = ModelAndGuide.of(model, guide, args, kwargs)
+        why = warn_of_prior(subject.log_joint)
         bar.say("chains")
         chains = GuideChains(subject, num_chains, num_samples)
         chains.run(num_samples)
@@ -164,8 +167,9 @@ def mcmc(
         bar.say("verdict")
         limit.enter_phase(1.0, has_grace=True)
         config = FitConfig().for_strategy(subject.log_joint.strategy)
-        found = evaluate(subject, FitStatus(), config, chains=chains)
-        return to_chains(chains, num_samples, found.outside, limit, reason, found.missed)
+        status = FitStatus(prior_only=why)
+        found = evaluate(subject, status, config, chains=chains)
+        return to_chains(chains, num_samples, found.outside, limit, reason, found.missed, why)
 
 
 class Sampling:
@@ -220,7 +224,7 @@ class Sampling:
         reason = self._limit.reason
         self._limit.enter_phase(1.0, has_grace=True)
         found = evaluate(self._subject, status, config, chains=self.chains)
-        about = found.outside, self._limit, reason, found.missed
+        about = found.outside, self._limit, reason, found.missed, status.prior_only
         return found, to_chains(self.chains, self._num_draws, *about)
 
 
@@ -231,12 +235,14 @@ def to_chains(
     limit: TimeLimit,
     reason: str,
     missed: MissedModes,
+    prior_only: str = "",
 ) -> Chains:
     """Draws, their convergence, and whether they can be trusted, in words.
 
     :param outside: what they lack although chains agree, in words.
     :param reason: why the time was over, if it was.
     :param missed: how other modes were searched for.
+    :param prior_only: why the posterior is the prior, in a sentence, if it is.
     """
     found, latents = chains.convergence(), chains.log_joint.latents
     min_ess, max_rhat = float(found.bulk.min()), float(found.rhat.max())
@@ -258,7 +264,8 @@ def to_chains(
             short = f"{float(ess.min()):.0f} effective draws{where}, not {num_samples}"
             objections.append(f"{worst} has {short}")
     objections += outside
-    words = f"Draws not trusted: {'; '.join(objections)}."
+    head = f"{prior_only} " if prior_only else ""
+    words = f"{head}Draws not trusted: {'; '.join(objections)}."
     if not objections:
         end = ELSEWHERE["none"] if missed.searched_by == "none" else "."
         words = (

@@ -135,14 +135,14 @@ def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
 
 
 def _cut_short(training: Training, is_saved: bool) -> str:
-    """Why steps ended before the ELBO was seen to settle, if so, and what to do."""
+    """Why steps ended before their end, or before the ELBO was seen to settle, if so, and what to do."""
     schedule, reason = training.schedule, training.schedule.reason
     again = "resume it from its checkpoint" if is_saved else "fit again"
     hints = {INTERRUPTED: again, OUT_OF_TIME: "give more seconds", _ASKED: "let it go on"}
-    if reason != INTERRUPTED and schedule.is_still(training.losses[: schedule.decay_start]):
-        return ""
     if reason in hints:
         return f"{reason} after {training.num_steps:,} steps: {hints[reason]}"
+    if schedule.is_still(training.losses[: schedule.decay_start]):
+        return ""
     if schedule.num_steps is not None:
         return f"{reason}: give more, or none, so that the fit finds its end itself"
     return f"{reason}: give more num_steps" if reason == LIMIT else ""
@@ -168,13 +168,14 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
     cut_short = _cut_short(training, is_saved)
     status = FitStatus(
         training.num_skipped / max(num_steps, 1),
-        training.schedule.reason == INTERRUPTED,
+        training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, _ASKED),
         cut_short=cut_short,
         remedy="" if cut_short else _remedy(set_up),
         has_chains=sampling is not None,
         point_estimates=set_up.point_estimates,
         start_failed=training.start == FAILED,
-        has_data=subject.log_joint.structure(subject.args, subject.kwargs).has_data,
+        prior_only=set_up.prior_only,
+        no_sum=set_up.no_sum,
         missing=set_up.missing,
     )
     chains = None

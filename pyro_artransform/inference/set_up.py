@@ -28,6 +28,8 @@ from .optimization.optimizers import Scales
 from .optimization.schedule import Schedule
 from .optimization.training import Training
 from .parallel import Parallel
+from .prior_only import warn_of_prior
+from .row_sums import warn_of_no_sum
 
 Function = Callable[..., object]
 #: of a model, its arguments and whether they are a mini-batch: a guide, and why it is this one
@@ -71,9 +73,18 @@ class SetUp:
                 guide, self.guide_reason = given
             self.subject = _run_once(model, guide, batches[0], stream)
         log_joint = self.subject.log_joint
+        #: why the posterior is the prior, in a sentence, if it is
+        self.prior_only = warn_of_prior(log_joint, (LogJoint(model, *b) for b in batches[1:]))
+        #: why the density of mini-batches is no sum over rows; ``None`` where that is not known
+        self.no_sum = warn_of_no_sum(model, batches) if is_minibatch else ""
         self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None
         of_batch = _objective_of_batch(self.subject, config, self.stream is not None)
+        #: why the model is run for one draw after the other, if it is
+        self.looped_because = log_joint.reason
+        if isinstance(of_batch, PyroObjective) and not of_batch.is_vectorized:
+            self.looped_because = log_joint.reason or _NOT_IN_A_PLATE
+            self.config = config = config.for_strategy("loop")
         #: that of this process alone
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
@@ -109,15 +120,10 @@ class SetUp:
         own = wanted if self.stream is not None else parallel.share(wanted)
         #: draws for each step, of all processes
         self.num_particles = own * parallel.size
-        #: why the model is run for one draw after the other, if it is
-        self.looped_because = log_joint.reason
-        if isinstance(of_batch, PyroObjective):
-            reason = log_joint.reason or "model and guide do not run in a plate of particles"
-            self.looped_because = "" if of_batch.is_vectorized else reason
         if parallel.size > 1:
             self._check_processes(batches[0], num_steps, num_particles)
         if self.looped_because:
-            _warn_of_loop(log_joint, self.looped_because, own)
+            _warn_of_loop(of_batch, self.looped_because, own, self.schedule)
 
     @property
     def minibatches(self) -> MinibatchObjective | None:
@@ -176,21 +182,31 @@ class SetUp:
         self.parallel.copy_first(self.tensors)
 
 
-def _warn_of_loop(log_joint: LogJoint, reason: str, num_draws: int) -> None:
-    """Says why a model is run for one draw after the other, and how long a step of so many draws takes."""
+def _warn_of_loop(
+    objective: BatchObjective, reason: str, num_draws: int, schedule: Schedule
+) -> None:
+    """Says why a model is run for one draw after the other, and how long that takes.
+
+    :param num_draws: those of a step.
+    """
     # the draw takes no random numbers of the caller
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        z, began = log_joint.start[None].detach().requires_grad_(), time.perf_counter()
-        if (total := log_joint(z).sum()).requires_grad:
-            torch.autograd.grad(total, z, allow_unused=True)
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
+        began = time.perf_counter()
+        if (loss := objective.loss(1)).requires_grad:
+            torch.autograd.grad(loss, [*objective.parameters().values()], allow_unused=True)
         seconds = num_draws * (time.perf_counter() - began)
+    num_steps = schedule.num_steps or schedule.expected_end(0)
     warnings.warn(
         "the model cannot be evaluated at many draws at once, so that it is run for one draw after the "
-        f"other, which is slow ({reason}). A step of {num_draws} draws takes about {seconds:.2g} seconds. "
-        "Write the model without branches on values of its latents, and index from the right "
-        "(docs/vectorization.md), or take fewer num_particles",
+        f"other, which is slow ({reason}). A step of {num_draws} draws takes about {seconds:.2g} seconds, "
+        f"and {num_steps:,} steps about {num_steps * seconds:,.0f}. Write model and guide without branches "
+        "on values of latents, and index from the right (docs/vectorization.md); or take fewer "
+        "num_particles, or max_seconds=",
         stacklevel=4,  # the caller of fit
     )
+
+
+_NOT_IN_A_PLATE = "model and guide do not run in a plate of particles"
 
 
 @contextmanager

@@ -154,7 +154,7 @@ class LogJoint(LogDensity):
                 with warnings.catch_warnings(), suppress(Exception):
                     warnings.simplefilter("ignore")
                     far = self._start + _FAR_SCALE * noise
-                    self.checked(torch.cat([near, far, *self._prior_draws()]))
+                    self.checked(torch.cat([near, far, *self.prior_draws()]))
 
     @property
     def reason(self) -> str:
@@ -303,7 +303,7 @@ class LogJoint(LogDensity):
         return agrees
 
     @torch.no_grad()
-    def _prior_draws(self) -> list[Tensor]:
+    def prior_draws(self) -> list[Tensor]:
         """Draws of the prior, each of shape ``(1, latent_dim)``; an empty list where it has none."""
         found = []
         for _ in range(_NUM_FAR):

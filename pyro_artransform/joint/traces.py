@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_factor, site_is_subsample
@@ -89,7 +90,6 @@ class ModelStructure(NamedTuple):
     scale: float
     is_evenly_scaled: bool  #: whether all data have this scale, or none
     num_values: int  #: how many values or log-densities all sites have, data included
-    has_data: bool  #: whether there are data, or factors
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
@@ -108,7 +108,6 @@ class ModelStructure(NamedTuple):
             scale=float(scales.max()) / largest,
             is_evenly_scaled=bool(((scales == scales.max()) | (scales == 1)).all()),
             num_values=count_values(trace),
-            has_data=bool(observed),
         )
 
     @property
@@ -223,10 +222,12 @@ def _content(array: Any) -> Any:
 
 
 @torch.no_grad()
-def check_data(trace: poutine.Trace) -> None:
+def check_data(trace: poutine.Trace, *, all_shapes: bool = True) -> None:
     """Checks the data of a run and the shapes of its sites, where Pyro's validation is on.
 
     Supports that depend on latents, as that of ``Uniform(0, z)``, are not checked; nor are masked elements.
+
+    :param all_shapes: whether, as Pyro's ``SVI``, to refuse batch dimensions of sites in no plate.
     """
     if not is_validation_enabled():
         return
@@ -236,17 +237,18 @@ def check_data(trace: poutine.Trace) -> None:
             continue
         if has_data(node):
             _check_support(node)
-        if node["cond_indep_stack"]:  # outside of plates a sum over all dimensions is right
+        if all_shapes or node["cond_indep_stack"]:
             _check_plates(node)
         if has_data(node):
             _check_shape(node)
 
 
 def _check_plates(node: Any) -> None:
-    """Refuses a log-density with other dimensions than the plates."""
+    """Refuses a log-density with other dimensions than the plates, as Pyro's ``Trace_ELBO`` does."""
     site, no_limit = node.copy(), sys.maxsize  # dimensions to the left of the plates count
     try:
-        site["log_prob"] = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+        log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
+        site["log_prob"] = scale_and_mask(log_prob, node["scale"], node["mask"])
     except (torch.linalg.LinAlgError, ValueError):  # at these values of latents
         return
     check_site_shape(site, no_limit)

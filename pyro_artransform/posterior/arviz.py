@@ -12,12 +12,13 @@ import torch
 from pyro import poutine
 from pyro.infer import Predictive
 
-from ..arguments import check_integer
+from ..arguments import check_integer, warn_user
 from ..joint.density import Args, Kwargs
 from ..joint.protocols import PosteriorGuide
 from ..joint.traces import in_shape_of_site
 from ..joint.vectorization import Draws, Terms
 from .log_likelihood import Likelihood
+from .marginal_likelihood import MarginalLikelihood
 
 
 @torch.no_grad()
@@ -32,8 +33,8 @@ def to_inference_data(
 
     The groups are ``posterior`` (with deterministic sites, computed from the draws and the data, and
     what a reparametrizer computes), ``posterior_predictive`` (by Pyro's ``Predictive``),
-    ``log_likelihood`` (unless the model has discrete latents that are summed out) and
-    ``observed_data``.
+    ``log_likelihood`` (with discrete latents summed out; with a warning not of sites whose data share
+    some) and ``observed_data``.
 
     Sites without data that the guide has no draws of, as where the model is called with new predictors
     and ``y=None``, are drawn given each draw of the others, and are the group ``predictions``. So are
@@ -97,8 +98,8 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
         groups["predictions" if of_new else "posterior"].update(computed)
     if likelihood.observed:
         groups["posterior_predictive"] = drawn(poutine.uncondition(run), likelihood.observed)
-        if likelihood.latents.keys() <= draws.keys():
-            groups["log_likelihood"] = likelihood(draws)
+        if found := _log_likelihood(likelihood, draws):
+            groups["log_likelihood"] = found
     data = {
         name: {k: v.unflatten(0, (num_chains, -1)).numpy(force=True) for k, v in group.items()}
         for name, group in groups.items()
@@ -108,6 +109,25 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
     if "posterior" in inspect.signature(from_dict).parameters:
         return from_dict(**data)
     return from_dict(data)
+
+
+def _log_likelihood(likelihood: Likelihood, draws: Draws) -> Terms:
+    """That of each datum, discrete latents without draws summed out; a warning names sites without one."""
+    undrawn = likelihood.latents.keys() - draws.keys()
+    if not undrawn:
+        return likelihood(draws)
+    if not undrawn <= likelihood.enumerated:
+        return {}
+    marginal = MarginalLikelihood(likelihood.run)
+    if marginal.left_out:
+        names = ", ".join(marginal.left_out)
+        warn_user(
+            f"log_likelihood is left out for {names}: with discrete latents ({', '.join(sorted(undrawn))}) "
+            "summed out it is not that of each datum, since several data, or continuous latents, depend on "
+            "the same ones. Draw these by pyro.infer.infer_discrete, and give all to log_likelihood",
+            UserWarning,
+        )
+    return marginal(draws) if len(marginal.left_out) < len(likelihood.observed) else {}
 
 
 def _of_shapes(found: Draws, sites: Draws) -> Terms:

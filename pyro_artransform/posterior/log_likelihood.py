@@ -77,19 +77,21 @@ class Likelihood:
                 f"model: expected all data, got the sub-sampled plate '{frame.name}' "
                 f"({frame.size} of {frame.full_size})"
             )
-        check_data(trace)
+        check_data(trace, all_shapes=False)  # Pyro's MCMC gives draws of such models, too
         self._num_plates = plate_nesting(trace)
         latents, observed = latent_nodes(trace), observed_nodes(trace)
         self._event_dims = {site["name"]: site["fn"].event_dim for site in (*latents, *observed)}
         #: a value of each latent site, and of each that has data
         self.latents: Terms = {site["name"]: site["value"] for site in latents}
         self.observed: Terms = {s["name"]: s["value"] for s in observed if has_data(s)}
-        self._enumerated = {site["name"] for site in latents if is_enumerated(site)}
+        #: the names of the discrete latents that are summed out
+        self.enumerated = {site["name"] for site in latents if is_enumerated(site)}
+        self._needed = {*self.latents}  # the sites that have to have draws
         self.has_deterministic = any(map(is_deterministic, observed))
 
     def __call__(self, draws: Draws) -> Terms:
         """The log-likelihoods of each site with data, of shape ``(n,) + batch shape``."""
-        if undrawn := sorted(self.latents.keys() - draws.keys()):
+        if undrawn := sorted(self._needed - draws.keys()):
             raise ValueError(f"draws: expected those of all latents, got none of {undrawn}")
         chosen, rows = self._compared(draws)
         expected = evaluate_many(self._evaluate, _part(chosen, rows), "loop")
@@ -102,7 +104,7 @@ class Likelihood:
 
     def predicted(self, draws: Draws) -> Terms:
         """A value of each latent without draws but those that are summed out given data."""
-        hidden = self._enumerated if self.observed else ()
+        hidden = self.enumerated if self.observed else ()
         return {k: v for k, v in self.latents.items() if not (k in draws or k in hidden)}
 
     def strategy(self, draws: Draws) -> str:

@@ -10,7 +10,7 @@ from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.distributions import Transform
 
-from ..arguments import check_callable, check_integer
+from ..arguments import check_callable, check_integer, warn_user
 from .conditioned import (
     ContextMeta,
     Meta,
@@ -18,7 +18,7 @@ from .conditioned import (
     check_returned,
     is_right_by_construction,
 )
-from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj_over_vectors, warn_user
+from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj_over_vectors
 from .inversion import at_solution, invert, invert_with_score
 from .score import closed_form
 from .structure_check import StructureCheck

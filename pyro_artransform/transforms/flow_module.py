@@ -4,8 +4,6 @@
 """What all transforms of this package have in common: values, inverses, scores, copies."""
 
 import copy
-import sys
-import warnings
 import weakref
 from functools import partial
 from typing import Any
@@ -186,12 +184,3 @@ def call_and_ladj_over_vectors(transform: Transform, x: Tensor) -> tuple[Tensor,
     """:func:`call_and_ladj`, with the sum of the log-determinants of an elementwise transform."""
     y, ladj = call_and_ladj(transform, x)
     return y, ladj if transform.codomain.event_dim else ladj.sum(-1)
-
-
-def warn_user(message: str, category: type[Warning]) -> None:
-    """Warns at the innermost line outside this package, torch and Pyro."""
-    level, frame = 2, sys._getframe(1)
-    inside = (__name__.split(".")[0], "torch", "pyro")
-    while frame.f_back and str(frame.f_globals.get("__name__")).split(".")[0] in inside:
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, category, stacklevel=level)

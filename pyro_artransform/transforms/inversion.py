@@ -28,12 +28,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import values_can_be_read
+from ..arguments import values_can_be_read, warn_user
 from ..conditioners import Blocks, Linearization
 from ..differentiation import has_other_leaves
 from ..univariate import Univariate
 from .conditioned import Meta, StructuredMeta, check_returned
-from .flow_module import call_and_ladj, call_and_ladj_over_vectors, warn_user
+from .flow_module import call_and_ladj, call_and_ladj_over_vectors
 
 _UNSTRUCTURED = StructuredMeta()  # which promises nothing
 _MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper

@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from pyro.ops.indexing import Vindex
 
 from pyro_artransform import AutoIAF
-from tests.inference.models import two_modes
+from tests.inference.models import tilted, two_modes
 
 
 class Doubtful(NamedTuple):
@@ -51,7 +51,7 @@ def labels():
 
 def funnel(dim=9):
     """With a neck and a mouth that trajectories in the coordinates of the model hardly enter."""
-    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    v = tilted("v", dist.Normal(0.0, 5.0), dist.Normal(0.0, 3.0))
     pyro.sample("x", dist.Normal(torch.zeros(dim), (v[..., None] / 2).exp()).to_event(1))
 
 

@@ -120,7 +120,8 @@ SCALE_TRIL = ((2.0, 0.0, 0.0), (1.5, 0.5, 0.0), (-0.3, 0.2, 0.1))
 def gaussian():
     """A correlated Gaussian, of log evidence 0."""
     scale_tril = torch.tensor(SCALE_TRIL)
-    pyro.sample("z", dist.MultivariateNormal(torch.ones(3), scale_tril=scale_tril))
+    scales = 2 * scale_tril, scale_tril
+    tilted("z", *(dist.MultivariateNormal(torch.ones(3), scale_tril=s) for s in scales))
 
 
 def raw_data():
@@ -160,16 +161,24 @@ def two_modes(dim, apart, weight):
     return model
 
 
+def tilted(name, prior, posterior):
+    """A latent site with a posterior that is known: its data are a factor, and of log evidence 0."""
+    value = pyro.sample(name, prior)
+    pyro.factor(f"data of {name}", posterior.log_prob(value) - prior.log_prob(value))
+    return value
+
+
 def funnel():
     """Of log evidence 0, with a neck that no Gaussian enters."""
-    v = pyro.sample("v", dist.Normal(0.0, 3.0))
+    v = tilted("v", dist.Normal(0.0, 5.0), dist.Normal(0.0, 3.0))
     with pyro.plate("below", 2):
         pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
 
 
 def student():
     """Independent, with heavy tails; of log evidence 0."""
-    pyro.sample("z", dist.StudentT(1.5, torch.zeros(2), 1.0).to_event(1))
+    prior, posterior = (dist.StudentT(1.5, torch.zeros(2), s).to_event(1) for s in (3.0, 1.0))
+    tilted("z", prior, posterior)
 
 
 class Faulty(torch.autograd.Function):

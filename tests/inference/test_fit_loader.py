@@ -5,6 +5,7 @@
 
 import math
 import re
+import time
 from dataclasses import replace
 from functools import partial
 
@@ -164,6 +165,25 @@ def test_weights_of_all_data_from_a_pass():
         assert result.elbo_se > 0.3  # the batches that nobody saw, of which there may be any
 
 
+def test_an_amortized_guide_in_a_loop_says_how_long_it_takes_and_ends_in_time():
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 200, subsample_size=len(y)):
+            z = pyro.sample("z", dist.Normal(loc, 1.0))[:, None]
+            pyro.sample("y", dist.Normal(z.expand(len(y), 5), 1.0).to_event(1), obs=y)
+
+    guide, began = AutoAmortized(model, lambda y: y), time.perf_counter()
+    options = {"loader": torch.randn(200, 5).split(50), "max_seconds": 8, "progress": False}
+    with pytest.warns(UserWarning, match=r"about .* seconds, and [\d,]+ steps about") as caught:
+        result = fit(model, guide, config=None, **options)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    # it took a minute, without a step; on a busy machine the last batch of a phase takes its time
+    assert time.perf_counter() - began < 20
+    assert result.one_at_a_time
+    assert "the time was over" in result.verdict
+
+
 def test_arguments_of_all_kinds():
     seen = []
 
@@ -176,7 +196,8 @@ def test_arguments_of_all_kinds():
     for loader in (listed(x, y), by_name):
         seen.clear()
         check(fitted(model, small(model), loader, num_steps=7, size=43), 7)
-        assert set(seen) == {(10, 43), (3, 43)}
+        # two batches are joined to see whether the density is a sum over rows
+        assert set(seen) == {(10, 43), (3, 43), (20, 43)}
 
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])

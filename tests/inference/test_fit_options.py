@@ -56,7 +56,8 @@ def test_model_with_a_parameter_of_an_options_name(name):
 
 def test_bound_parameters_are_none():
     def model(num_steps):
-        pyro.sample("z", dist.Normal(0.0, float(num_steps)))
+        z = pyro.sample("z", dist.Normal(0.0, float(num_steps)))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.ones(()))
 
     for bound in (
         partial(model, num_steps=3),
@@ -330,13 +331,17 @@ def test_a_model_without_data_is_said_to_be_its_prior():
         with pyro.plate("rows", len(x)):
             pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
 
-    def with_factor():
-        pyro.factor("f", -0.5 * pyro.sample("z", dist.Normal(torch.zeros(()), 1.0)) ** 2)
-
-    words, options = "all this is about its prior", {"num_steps": 2, "progress": False}
-    assert words in quick_fit(line, Y, **options).verdict
-    assert words not in quick_fit(line, Y, Y, **options).verdict
-    assert words not in quick_fit(with_factor, **options).verdict
+    words, options = "The model has no observed site", {"num_steps": 2, "progress": False}
+    with pytest.warns(UserWarning, match=f"{words}.*pass the data") as caught:
+        result = quick_fit(line, Y, **options)
+    assert caught[0].filename == __file__
+    assert result.verdict.startswith(words)
+    assert not result.trusted
+    assert "prior" not in quick_fit(line, Y, Y, **options).verdict
+    with pytest.warns(UserWarning, match=words):
+        found = mcmc(line, result.guide, 20, Y, progress=False)
+    assert found.verdict.startswith(words)
+    assert not found.trusted
 
 
 @pytest.mark.parametrize("phase", ["start", "fit", "verdict"])

@@ -4,6 +4,7 @@
 """The steps of a fit: callbacks, optimizers, steps that are not finite."""
 
 import math
+import re
 import signal
 import threading
 from dataclasses import replace
@@ -17,6 +18,7 @@ import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 
+from pyro_artransform import AutoAmortized, time_limit
 from pyro_artransform.inference import FitError
 from tests.inference import models
 from tests.inference.conftest import QUICK
@@ -100,6 +102,41 @@ def test_a_fit_that_is_cut_short_tells_nothing_of_its_guide(options, words):
     result = fitted(models.funnel, AutoNormal(models.funnel), seed=0, **options)
     assert result.verdict.startswith(f"Not trusted: {words}")
     assert "Use " not in result.verdict
+
+
+def rows_of(y):
+    with pyro.plate("rows", 12, subsample_size=len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+AT_THE_POSTERIOR = {
+    "flow": lambda: (linear, small(linear), {}),
+    "stock": lambda: (linear, AutoNormal(linear, init_scale=0.5), {}),
+    "amortized": lambda: (
+        rows_of,
+        AutoAmortized(rows_of, lambda y: y[:, None]),
+        {"loader": torch.linspace(-1.0, 1.0, 12).split(4), "config": None},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", AT_THE_POSTERIOR)
+@pytest.mark.parametrize("end", ["the time was over", "the callback asked to stop"])
+def test_a_good_guide_of_a_fit_that_was_cut_short_is_not_trusted(name, end):
+    """Weights see no fault: the fit did not come to its end all the same."""
+    model, guide, options = AT_THE_POSTERIOR[name]()
+    fitted(model, guide, **{"num_steps": 600, **options})
+
+    def callback(step, _):
+        if end == "the time was over":
+            time_limit._present.get().enter_phase(0.0)
+        return end != "the time was over"
+
+    options = {"callback": callback, "max_seconds": 600, "num_steps": 9, **options}
+    result = fitted(model, guide, **options)
+    assert not result.trusted
+    assert re.match(rf"Not trusted: {end} after 1 steps: [\w ]+\.", result.verdict), result
 
 
 @pytest.mark.parametrize("answer", [None, 1, "stop", torch.tensor(1.0)])

@@ -112,8 +112,9 @@ def test_latents_of_a_short_last_batch():
     """Half of the model sees all rows, and the other has a latent for each of the batch."""
 
     def model(y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
         with pyro.plate("data", 43, subsample_size=len(y)):
-            pyro.sample("y", dist.Normal(0.0, 1.0), obs=y)
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
         with pyro.plate("rows", len(y)):
             pyro.sample("z", dist.Normal(0.0, 1.0))
 

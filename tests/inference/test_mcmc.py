@@ -162,7 +162,7 @@ def shaped():
     pyro.sample("share", dist.Dirichlet(torch.tensor([2.0, 3.0, 4.0])))
     with pyro.plate("rows", 3):
         pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    pyro.sample("rate", dist.Gamma(3.0, 1.0))
+    models.tilted("rate", dist.Gamma(2.0, 1.0), dist.Gamma(3.0, 1.0))
 
 
 def test_shapes_and_supports():
@@ -262,7 +262,8 @@ def test_chains_in_two_modes_speak_for_modes_first():
 
 def test_draws_of_many_latents_say_that_nothing_was_searched_for():
     def model():
-        pyro.sample("z", dist.Normal(torch.zeros(201), 1.0).to_event(1))
+        prior, posterior = (dist.Normal(torch.zeros(201), s).to_event(1) for s in (1.1, 1.0))
+        models.tilted("z", prior, posterior)
 
     chains = mcmc(model, started(AutoNormal(model, init_scale=1.0)), 50)
     assert chains.trusted

@@ -11,6 +11,8 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro import poutine
+from pyro.infer import SVI, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
 from pyro.infer.reparam import ConjugateReparam, LocScaleReparam, TransformReparam
 
 from pyro_artransform.joint import LogJoint
@@ -101,6 +103,65 @@ def test_sites_that_broadcast_against_their_plates():
         LogJoint(model, (torch.zeros(5, 1),))
     with pytest.raises(ValueError, match=r'site "z", invalid log_prob shape'):
         LogJoint(latent)
+
+
+def latent_outside_of_plates():
+    b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0))
+    pyro.sample("y", dist.Normal(b.sum(-1), 1.0), obs=torch.ones(()))
+
+
+def data_outside_of_plates():
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(b, 1.0), obs=torch.zeros(4))
+
+
+def factor_outside_of_plates():
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    pyro.factor("y", -((b - torch.ones(4)) ** 2))
+
+
+def mask_outside_of_plates():
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with poutine.mask(mask=torch.ones(4, dtype=torch.bool)):
+        pyro.sample("y", dist.Normal(b, 1.0), obs=torch.zeros(()))
+
+
+def dimension_left_of_plates():
+    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Normal(b, torch.ones(2, 3)), obs=torch.ones(2, 3))
+
+
+def of_size_one():
+    b = pyro.sample("b", dist.Normal(torch.zeros(1), 1.0))
+    pyro.deterministic("twice", 2 * b * torch.ones(3))
+    pyro.sample("y", dist.Normal(b, 1.0), obs=torch.ones(1))
+
+
+SHAPES = (
+    *(latent_outside_of_plates, data_outside_of_plates, factor_outside_of_plates),
+    *(mask_outside_of_plates, dimension_left_of_plates, of_size_one),
+)
+
+
+@pytest.mark.parametrize("model", SHAPES)
+def test_shapes_are_refused_as_by_svi(model):
+    """With the same words; and accepted without validation."""
+
+    def words(run):
+        pyro.clear_param_store()
+        try:
+            run()
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    guide = AutoNormal(model)
+    expected = words(SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step)
+    assert ("invalid log_prob shape" in expected) == (model is not of_size_one)
+    assert words(lambda: LogJoint(model)) == expected
+    with pyro.validation_enabled(False):
+        assert words(lambda: LogJoint(model)) == ""
 
 
 @pytest.mark.parametrize("event", [(), (2,)])

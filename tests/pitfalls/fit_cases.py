@@ -3,6 +3,7 @@
 """Cases about fitting, and about what is said of the result."""
 
 import math
+import warnings
 from collections.abc import Callable
 
 import pyro
@@ -20,7 +21,10 @@ def f08_scale_floor(subject: Subject) -> None:
         prepare()
 
         def model(sd=sd):
-            pyro.sample("z", dist.Normal(torch.full((2,), 3 * sd), sd).to_event(1))
+            loc = torch.full((2,), 3 * sd)
+            z = pyro.sample("z", dist.Normal(loc, 2 * sd).to_event(1))
+            # the product of both is of this sd
+            pyro.sample("y", dist.Normal(z, sd * (4 / 3) ** 0.5).to_event(1), obs=loc)
 
         guide = subject.guide(model)
         subject.fit(model, guide, 200)
@@ -184,3 +188,55 @@ def f42_indefinite_curvature(subject: Subject) -> None:
         subject.fit(models.local_linear_trend, guide, 1)
         elbo, _ = subject.elbo(models.local_linear_trend, guide)
     assert abs(elbo) < 1e4, f"an ELBO of {elbo:.3g}"
+
+
+def f43_prior_trusted(subject: Subject) -> None:
+    """Whoever forgets the data is warned, and the prior is not called the posterior."""
+    for data in (None, torch.tensor(models.DATA)):
+        prepare()
+
+        def model(data=data):
+            pyro.sample("loc", dist.Normal(torch.zeros(()), 1.0))
+            with pyro.plate("rows", len(models.DATA)):
+                pyro.sample("y", dist.Normal(torch.zeros(()), 1.0), obs=data)
+
+        guide = subject.guide(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trusted = subject.trusts(model, guide, 50)
+        assert not trusted, "the prior is called the posterior"
+        assert any("prior" in str(each.message) for each in caught), "nobody is warned"
+
+
+def f44_no_sum_over_rows(subject: Subject) -> None:
+    """A model that centers its data by the mini-batch is warned of, and not trusted."""
+
+    def model(y):
+        loc = pyro.sample("loc", dist.Normal(torch.zeros(()), 1.0))
+        with pyro.plate("rows", 40, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=y - y.mean())
+
+    prepare()
+    batches, guide = torch.linspace(-2.0, 5.0, 40).split(10), subject.guide(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trusted = subject.trusts_batches(model, guide, batches, 50)
+    assert not trusted, "another density than that of all data is trusted"
+    assert any("rows" in str(each.message) for each in caught), "nobody is warned"
+
+
+def f45_silent_loop(subject: Subject) -> None:
+    """Where a model runs for one draw after the other, the seconds to come are said once, at the start."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        loc = z.sum() if z[0].item() > 0 else -z.sum()  # of one draw only
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.ones(()))
+
+    prepare()
+    guide, said = subject.guide(model), list[str]()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        subject.fit(model, guide, 3, lambda *_: said.extend(str(w.message) for w in caught))
+    assert "seconds" in "".join(said), "nothing is said before the first step"
+    assert sum("seconds" in str(w.message) for w in caught) == 1, "it is said again"

@@ -139,6 +139,9 @@ class Ours(Subject):
         found = art.inference.mcmc(model, guide, n, seed=0, progress=False)
         return found.draws, found.trusted
 
+    def trusts_batches(self, model, guide, batches, steps):
+        return art.fit(model, guide, loader=batches, num_steps=steps, progress=False).trusted
+
     def elbo(self, model, guide):
         found = art.diagnostics.importance(model, guide, 5_000)
         return found.elbo, found.elbo_se

@@ -174,6 +174,10 @@ class Subject:
         """Draws of the posterior by chains, and whether the package trusts them."""
         raise NotApplicable("no chains")
 
+    def trusts_batches(self, model: Callable, guide, batches, steps: int) -> bool:
+        """The same of a guide that is trained on mini-batches."""
+        raise NotApplicable("no verdict on mini-batches")
+
     def elbo(self, model: Callable, guide) -> tuple[float, float]:
         """The ELBO and its standard error, in nats."""
         elbo = Trace_ELBO(num_particles=100, vectorize_particles=True, max_plate_nesting=1)

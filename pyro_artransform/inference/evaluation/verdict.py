@@ -14,6 +14,7 @@ from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS, GOOD_TAIL
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ..optimization.minibatches import PassEstimate
+from ..prior_only import GIVE_DATA
 from .elements import ElementWeights
 from .missed_modes import NOT_SEARCHED, MissedModes
 
@@ -36,6 +37,10 @@ _SUBSAMPLED = (
     "noisy density of mini-batches: the ELBO is right but for noise, k-hat and the evidence mean nothing. "
     "Run diagnostics.importance with a model that sees all data"
 )
+_SUM_NOT_CHECKED = (
+    " Whether the density of a mini-batch is a sum over its rows could not be checked: all this "
+    "assumes it."
+)
 _MIXES_DRAWS = (
     " The model gave many draws at once another density than one at a time: the fit was trained on the "
     "former, and all numbers here are of the latter. Write it without branches on values of its latents "
@@ -47,8 +52,8 @@ class FitStatus(NamedTuple):
     """How a fit ended, and of what kind its guide and model are."""
 
     skipped_share: float = 0.0  #: of the steps
-    is_interrupted: bool = False  #: whether it was by Ctrl-C
-    #: why steps ended before the ELBO was seen to settle, if so, and what to do, in words
+    is_interrupted: bool = False  #: whether by Ctrl-C, the end of the time or the callback
+    #: why steps ended before their end, or before the ELBO settled, if so, and what to do, in words
     cut_short: str = ""
     remedy: str = ""  #: what to use where the guide is not the posterior, if that is known
     is_point: bool = False  #: whether the guide is a single value at some site
@@ -60,8 +65,10 @@ class FitStatus(NamedTuple):
     coarse: Sequence[str] = ()  #: the sites whose draws their dtype hardly tells apart
     point_estimates: Sequence[str] = ()  #: the parameters of the model that were trained
     left_out: Sequence[str] = ()  #: what there was no time for, in words
-    has_data: bool = True  #: whether the model has data, or factors
     start_failed: bool = False  #: whether the search for a start left the guide where it was
+    #: why the density of mini-batches is no sum over rows, if so; ``None`` where that is not known
+    no_sum: str | None = ""
+    prior_only: str = ""  #: why the posterior is the prior, in a sentence, if it is
 
 
 class Verdict(NamedTuple):
@@ -93,6 +100,8 @@ def judge(
             "that keep scales away from zero"
         )
     objections += _about_draws(status)
+    if status.no_sum:
+        objections.append(status.no_sum)
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
@@ -121,17 +130,18 @@ def judge(
         note += (
             f" The model's own parameters are point estimates ({names}): all this is given them."
         )
-    if not status.has_data:
-        note += (
-            " The model has no data here, neither obs= nor a factor: all this is about its prior."
-        )
+    if status.no_sum is None and not objections:
+        note += _SUM_NOT_CHECKED
+    head = f"{status.prior_only} " if status.prior_only else ""
     if objections or (weights is None and not praise):
-        return Verdict(False, f"Not trusted: {'; '.join(objections)}.{note}")
+        return Verdict(False, f"{head}Not trusted: {'; '.join(objections)}.{note}")
     return Verdict(True, (praise or _about_success(cast(Importance, weights), missed)) + note)
 
 
 def _about_draws(status: FitStatus) -> Iterator[str]:
-    """Objections to draws that are rounded to a few values, and to a verdict that had to end early."""
+    """Objections to draws of the prior or rounded to few values, and to a verdict that had to end early."""
+    if status.prior_only:
+        yield GIVE_DATA
     if status.coarse:
         yield (
             f"the posterior of site {first_of(status.coarse)} is about as narrow as the spacing of "

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...joint import LogJoint, MeanLogJoint
 from ...joint.mean_density import Anchor, AnchoredLogJoint
+from ...time_limit import limited
 from ..config import MinibatchConfig
 from ..loader import AllBatches, Batch, BatchStream
 from .objective import BatchObjective, Objective, PathObjective
@@ -123,7 +124,8 @@ class MinibatchObjective(Objective):
         weights = [*map(self._weight, self.validation)]
         total = sum(weights)
         draws = [w / total * estimate(batch) for w, batch in zip(weights, self.validation)]
-        return torch.stack(draws).sum(0)
+        shortest = min(map(len, draws))  # some may be cut off
+        return torch.stack([part[:shortest] for part in draws]).sum(0)
 
     def _estimator(self, count: int) -> Callable[[Batch], Tensor]:
         """Draws of the ELBO of a batch; the same draws for all, where all have the same latents."""
@@ -150,7 +152,7 @@ class MinibatchObjective(Objective):
         count = max(count, config.min_draws)
         estimate = self._estimator(config.num_common_draws if are_common else count)
         draws, scales = list[Tensor](), list[float]()
-        for batch in whole.one_pass(config.max_batches):
+        for batch in limited(whole.one_pass(config.max_batches), at_least=2):
             draws.append(estimate(batch))
             scales.append(self.log_joint.structure(*batch).scale)
         weights, num_batches = [self._least_scale / scale for scale in scales], len(draws)

@@ -23,6 +23,7 @@ from ...joint.handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, trace
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
 from ...joint.vectorization import CholeskyOrNan, DrawPlate, Draws, GuideSampler
+from ...time_limit import limited
 from ..loader import Batch
 
 # numbers of draws that are held at once, 64 MB in double precision
@@ -227,8 +228,9 @@ class PyroObjective(Objective):
         return not self.traces()[1].param_nodes
 
     def elbo_draws(self, count: int) -> Tensor:
-        batch = max(count // self.num_estimates, 1)
-        losses = [self._value(batch) for _ in range(max(count // batch, 1))]
+        # in a loop, draw by draw, so that it ends in time
+        batch = max(count // self.num_estimates, 1) if self.is_vectorized else 1
+        losses = [self._value(batch) for _ in limited(range(max(count // batch, 1)), at_least=2)]
         like = next(iter(self.parameters().values()))
         return -like.new_tensor(losses, dtype=torch.float64)
 

@@ -309,7 +309,7 @@ class Training(Steps):
         name, chosen, draws = "last", last, elbo_draws(last)
         for other, values in candidates.items():
             found = elbo_draws(values)
-            gain = found - draws
+            gain = found[: len(draws)] - draws[: len(found)]  # some may be cut off
             is_clear = float(gain.mean()) > _CLEAR * float(gain.std()) / len(gain) ** 0.5
             if is_clear or (bool(found.isfinite().all()) and not bool(draws.isfinite().all())):
                 name, chosen, draws = other, values, found

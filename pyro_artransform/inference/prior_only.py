@@ -1,0 +1,99 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Whether the data of a model tell anything about its latents, or its posterior is the prior."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ..arguments import warn_user
+from ..joint import LogJoint
+from ..joint.handlers import hidden_sites
+from ..joint.traces import is_deterministic, observed_nodes
+from ..joint.vectorization import ModelFailures
+
+#: what to do about it
+GIVE_DATA = (
+    "pass the data to the model, as in fit(model, x, y), and to a site that depends on its latents, by obs= "
+    "or pyro.factor"
+)
+_NO_DATA = (
+    "The model has no observed site, neither obs= nor a pyro.factor, so the answer is its prior."
+)
+# distances from the start, on the unconstrained space, at which the density of the data is compared
+_DISTANCES = (0.0, 0.1, 0.1, 3.0, 3.0, 3.0)
+
+
+def warn_of_prior(log_joint: LogJoint, others: Iterable[LogJoint] = ()) -> str:
+    """Warns where the posterior of a model is its prior, and returns why, in a sentence.
+
+    :param others: the log joint densities of the same model for further mini-batches.
+    """
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        found = why_prior(log_joint)
+        if not found or not all(map(why_prior, others)):
+            return ""
+    warn_user(f"{found} Please {GIVE_DATA}", UserWarning)
+    return found
+
+
+@torch.no_grad()
+def why_prior(log_joint: LogJoint) -> str:
+    """Why the posterior of a model is its prior; empty where the density of its data depends on latents.
+
+    It is compared at some draws, of which the first two are enough where it depends on them.
+    """
+    first: dict[str, Tensor] | None = None
+    for values in _draws(log_joint):
+        terms = _data_terms(log_joint, values)
+        if terms is None:  # the model does not take this draw
+            continue
+        if not terms:
+            return _NO_DATA
+        first = first or terms
+        if not _are_same(terms, first):
+            return ""
+    if first is None:
+        return ""
+    names = ", ".join(first)
+    return (
+        f"The observed sites of the model ({names}) do not depend on any latent, so the answer is "
+        "its prior."
+    )
+
+
+def _draws(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
+    """Values of all continuous latents near the start, far from it, and of the prior."""
+    start = log_joint.with_coordinates(None).start
+    for distance in _DISTANCES:
+        yield log_joint.latents.constrain(start + distance * torch.randn_like(start))
+    for z in log_joint.prior_draws():
+        yield log_joint.latents.constrain(z[0])
+
+
+def _data_terms(log_joint: LogJoint, values: dict[str, Tensor]) -> dict[str, Tensor] | None:
+    """The log-densities of observed sites and factors in one run; None where it fails.
+
+    Discrete latents are drawn anew in each, while other random numbers of the model stay the same.
+    """
+    with suppress(*ModelFailures), torch.random.fork_rng([], enabled=not log_joint.is_enumerated):
+        run: Any = poutine.condition(log_joint.run, values)
+        with pyro.validation_enabled(False), hidden_sites():
+            trace = poutine.trace(run).get_trace()
+        observed = (site for site in observed_nodes(trace) if not is_deterministic(site))
+        names = [site["name"] for site in observed if site["name"] not in values]
+        trace.compute_log_prob(site_filter=lambda name, _: name in names)
+        return {name: torch.as_tensor(trace.nodes[name]["log_prob"]) for name in names}
+    return None
+
+
+def _are_same(terms: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
+    if terms.keys() != others.keys():
+        return False
+    return all(torch.equal(term, others[name]) for name, term in terms.items())

@@ -1,0 +1,88 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The log-likelihood of each datum with the discrete latents of a model summed out."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from pyro import poutine
+from pyro.poutine.enum_messenger import EnumMessenger
+
+from ..joint.enumeration import marginal_log_prob
+from ..joint.traces import is_enumerated
+from ..joint.vectorization import DRAWS, DrawPlate, Draws, Terms
+from .log_likelihood import Likelihood
+
+
+class _Marginal(NamedTuple):
+    """An observed site and the discrete latents that its data depend on."""
+
+    sites: frozenset[str]
+    plates: list[str]  #: of the observed site, from left to right
+    scale: float
+    shape: torch.Size  #: its batch shape
+
+
+class MarginalLikelihood(Likelihood):
+    """The log-likelihood of each datum of the sites whose data have discrete latents of their own.
+
+    It is not defined for a datum where others depend on the same discrete latents, as in a hidden Markov
+    model, nor where continuous latents do, whose draws tell of the discrete ones: ``left_out`` has these.
+    """
+
+    def __init__(self, run: Callable[[], object]) -> None:
+        super().__init__(run)
+        with poutine.block(), EnumMessenger(-1 - self._num_plates):
+            trace = poutine.trace(run).get_trace()
+        trace.compute_log_prob()
+        trace.pack_tensors()
+        plates = set(trace.plate_to_symbol.values())
+        terms: dict[str, Any] = {
+            name: site["packed"]["log_prob"]
+            for name, site in trace.nodes.items()
+            if site["type"] == "sample" and "packed" in site and "log_prob" in site["packed"]
+        }
+        dims = {name: set(term._pyro_dims) - plates for name, term in terms.items()}
+        found = {name: _marginal(trace, name, dims) for name in self.observed}
+        self._marginals = {name: marginal for name, marginal in found.items() if marginal}
+        self.left_out = sorted(found.keys() - self._marginals.keys())
+        self._needed -= self.enumerated
+
+    def _evaluate(self, draws: Draws, size: int | None) -> Terms:
+        if size == 1:  # Pyro's variable elimination has no dimension for a plate of one
+            single = self._evaluate({name: value[0] for name, value in draws.items()}, None)
+            return {name: value[None] for name, value in single.items()}
+        plate = DrawPlate(size, self._num_plates)
+        given: Any = poutine.condition(self.run, plate.place(draws, self._event_dims))
+        batch, kept = ((), []) if size is None else ((size,), [DRAWS])
+        first_dim, found = -1 - self._num_plates - len(batch), Terms()
+        for name, marginal in self._marginals.items():
+            run = poutine.block(partial(plate.run, given), expose=[*marginal.sites])
+            log_prob = marginal_log_prob(run, first_dim, (*kept, *marginal.plates))
+            found[name] = (log_prob / marginal.scale).reshape(batch + marginal.shape)
+        return found
+
+
+def _marginal(trace: Any, name: str, dims: dict[str, set[str]]) -> _Marginal | None:
+    """What the data of a site are summed over; ``None`` where that is not defined for each datum."""
+    sites, before = {name}, set[str]()
+    while sites != before:
+        before, summed = sites, set[str]().union(*(dims[other] for other in sites))
+        sites = sites | {other for other, own in dims.items() if own & summed}
+    frames = [f for f in trace.nodes[name]["cond_indep_stack"] if f.vectorized]
+    plates = {frame.name for frame in frames}
+    for other in sites - {name}:
+        node = trace.nodes[other]
+        around = {frame.name for frame in node["cond_indep_stack"] if frame.vectorized}
+        if not (is_enumerated(node) and plates <= around) or node["is_observed"]:
+            return None
+    node = trace.nodes[name]
+    scale, value, event_dim = torch.as_tensor(node["scale"]), node["value"], node["fn"].event_dim
+    shape = value.shape[: value.dim() - event_dim]
+    if scale.dim() or shape.numel() != torch.Size(frame.size for frame in frames).numel():
+        return None
+    ordered = [frame.name for frame in sorted(frames, key=lambda frame: frame.dim)]
+    return _Marginal(frozenset(sites), ordered, float(scale), shape)
