@@ -76,10 +76,11 @@ class Elements:
             else f"{self.name_of(k)} (an ELBO {self.gap[k]:,.2f} nats below the log evidence)"
             for k in worst[~self.trusted[worst]].tolist()
         ]
-        count = (
-            f"{len(named):,} of the {len(self.gap):,} elements of plate '{self.plate}' are not good"
+        words = (
+            f"{len(named):,} of the {len(self.gap):,} elements of plate '{self.plate}' are not good: "
+            f"{first_of(named)}: result.elements has them all"
         )
-        return f"{count}: {first_of(named)}: result.elements has them all" if named else ""
+        return words if named else ""
 
     def name_of(self, place: int) -> str:
         """An element in words."""
