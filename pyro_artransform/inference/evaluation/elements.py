@@ -34,7 +34,6 @@ from ..optimization.minibatches import MinibatchObjective, PassEstimate
 from ..optimization.objective import PyroObjective, are_close
 
 _AT_ONCE = 256  # draws that are evaluated at a time
-_DRAW = "_draw"  # the number of a draw
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -60,8 +59,7 @@ class Elements:
     def trusted(self) -> Tensor:
         """Whether each is trusted, shape ``(size,)``, by the bounds of a whole posterior.
 
-        The largest of many estimates of k-hat is large by chance: the bound is increased by as many standard
-        errors as the largest of so many normal errors has as its median.
+        The largest of many k-hats is large by chance: its bound grows by the median of their largest error.
         """
         bound = GOOD_KHAT + _largest_error(len(self.khat)) * self.khat_se
         return ((self.khat <= bound) | (self.tail_share <= GOOD_TAIL)) & (self.gap <= GOOD_GAP)
@@ -119,7 +117,6 @@ def weigh_elements(
 ) -> ElementWeights | str:
     """Weighs draws of the elements of all mini-batches, and of what these share; or says why it cannot.
 
-    :param passed: what a first pass over the loader has found.
     :param num_gradients: the draws of mini-batches that a fit took: not many more are taken.
     """
     try:
@@ -188,38 +185,34 @@ class _Draws:
     """Draws of a guide and their weights by element, batch after batch, with the same shared draws."""
 
     def __init__(self, minibatches: MinibatchObjective, num_gradients: int) -> None:
-        objective, log_joint = minibatches.objective, minibatches.log_joint
+        objective, config = minibatches.objective, minibatches.config
         if not (isinstance(objective, PyroObjective) and objective.is_vectorized):
             raise ValueError("model and guide do not draw many elements at once in a plate")
-        if log_joint.is_enumerated:
+        if objective.log_joint.is_enumerated:
             raise ValueError("the model has discrete latents, which are summed out")
-        (guide, model), config = objective.traces(), minibatches.config
+        guide, model = objective.traces()
         self._objective, self.plate = objective, plate_of_elements(model)
-        self._at_once = min(_AT_ONCE, log_joint.chunk_size)
         inner = num_gradients // (minibatches.stream.whole.num_batches * config.num_shared)
         self.inner = min(max(inner, config.min_inner), config.max_inner)
         # sites outside of the plate, but for what follows from others
         nodes = [n for n in latent_nodes(guide) if not isinstance(unwrapped(n["fn"]), Delta)]
         stacks = {n["name"]: {frame.name for frame in n["cond_indep_stack"]} for n in nodes}
         self.names = [name for name, plates in stacks.items() if self.plate not in plates]
-        self._given: Draws = {_DRAW: torch.arange(config.num_shared, device="cpu")}
-        self._given = {**self._given, **self._of_all(self._shared)}
+        self._given: Draws = {"_draw": torch.arange(config.num_shared, device="cpu")}
+        values = self._of_all(lambda _, n: objective.draws(objective.guide, {}, n or 1).values)
+        self._given = {**self._given, **{name: values[name] for name in self.names}}
         self.log_ratio_of_shared = self._of_all(partial(objective.log_ratios, self.plate))["others"]
         objective.check_elements(self.plate, {k: v[[0, 0]] for k, v in self._given.items()})
 
-    def _shared(self, _: Draws, n: int | None) -> Terms:
-        values = self._objective.draws(self._objective.guide, {}, n or 1).values
-        return {name: values[name] for name in self.names}
-
     def _of_all(self, evaluate: Evaluate) -> Terms:
         """Terms at all shared draws, as many at a time as fit into memory."""
-        return evaluate_many(evaluate, self._given, "plate", None, self._at_once)
+        at_once = min(_AT_ONCE, self._objective.log_joint.chunk_size)
+        return evaluate_many(evaluate, self._given, "plate", None, at_once)
 
     def of_batch(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log ratios of model and guide, and densities of data at draws of the prior, by element.
+        """Log ratios and densities of data at the prior's draws, ``(draws, shared draws, elements)``.
 
-        They have the shape ``(draws, shared draws, elements)``, in float64. The last are the indices of the
-        elements: the guide's, if it has them, or ``rows``.
+        The last are the indices of the elements: the guide's, if it has them, or ``rows``.
         """
         objective = self._objective.with_arguments(batch)
         guide: object = objective.guide
