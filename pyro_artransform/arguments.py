@@ -102,10 +102,10 @@ def describe_tensors(
     return dict(sorted(found.items()))
 
 
-def first_of(words: Sequence[str], most: int = 5) -> str:
-    """The first of many words in a row, and how many more there are."""
-    more = f" and {len(words) - most} more" if len(words) > most else ""
-    return ", ".join(words[:most]) + more
+def first_of(words: Sequence[str]) -> str:
+    """The first five of many words in a row, and how many more there are."""
+    more = f" and {len(words) - 5} more" if len(words) > 5 else ""
+    return ", ".join(words[:5]) + more
 
 
 def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:

@@ -6,14 +6,14 @@
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from math import exp, inf, log, sqrt
+from math import inf, log, sqrt
 
 import torch
 from torch import Tensor
 
 from ..arguments import check_integer
 from .importance_weights import Values, weighted_draws
-from .psis import fit_tail, smooth_tail
+from .psis import fit_tail, share_above, smooth_tail
 
 GOOD_KHAT = 0.7  #: the largest k-hat at which estimates with the weights are reliable
 KHAT_OF_VARIANCE = 0.5  #: the largest k-hat of weights with a variance (Vehtari et al. 2024)
@@ -63,8 +63,8 @@ class Importance:
     def from_log_weights(cls, log_weights: Tensor) -> "Importance":
         """The diagnosis of log weights, log p - log q at draws of the guide, shape ``(S,)``."""
         tail = fit_tail(log_weights)
-        finite = log_weights.detach().to("cpu", torch.float64)
-        finite = finite[finite.isfinite()]
+        known = log_weights.detach().to("cpu", torch.float64)
+        finite = known[known.isfinite()]
         elbo, elbo_se, log_evidence, log_evidence_se, ess = -inf, inf, -inf, inf, 0.0
         if len(finite):
             share = len(finite) / len(log_weights)
@@ -86,7 +86,7 @@ class Importance:
             ess=ess,
             num_samples=len(log_weights),
             num_nonfinite=len(log_weights) - len(finite),
-            tail_share=_share_above(log_weights.detach(), tail.log_cutoff),
+            tail_share=float(share_above(known, known.new_tensor(tail.log_cutoff))),
             log_weights=log_weights.detach(),
         )
 
@@ -116,13 +116,6 @@ class Importance:
         if self.num_nonfinite:
             lines.append(f"{'left out':14}{self.num_nonfinite:10} draws without a finite weight")
         return "\n".join(lines)
-
-
-def _share_above(log_weights: Tensor, log_cutoff: float) -> float:
-    """How much of the sum of weights is their excess above a cutoff; all of it where that is not known."""
-    log_weights = log_weights.to("cpu", torch.float64)
-    cutoff = exp(log_cutoff - log_weights.logsumexp(0).item())
-    return float((log_weights.softmax(0) - cutoff).clamp_min(0).sum().nan_to_num(1.0))
 
 
 def importance(

@@ -115,6 +115,12 @@ def _fit_generalized_pareto(excess: Tensor, count: Tensor) -> tuple[Tensor, Tens
     return (count * k + 5) / (count + 10), -k / ratio[:, 0]
 
 
+def share_above(log_weights: Tensor, log_cutoff: Tensor) -> Tensor:
+    """How much of the sum of weights ``(S, D)`` is their excess above cutoffs; 1 where that is not known."""
+    excess = log_weights.softmax(0) - (log_cutoff - log_weights.logsumexp(0)).exp()
+    return excess.clamp_min(0).sum(0).nan_to_num(1.0)
+
+
 def round_off_of(log_weights: Tensor) -> float:
     """By how many nats round-off may blur the largest of some log weights, in their own dtype."""
     largest = log_weights[log_weights.isfinite()].double().max()

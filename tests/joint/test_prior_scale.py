@@ -38,6 +38,12 @@ def _transformed(base, *transforms):
     return dist.TransformedDistribution(base, list(transforms))
 
 
+@pytest.fixture(autouse=True)
+def _without_validation():
+    """Sites in no plate have batch dimensions here, which Pyro's validation refuses."""
+    pyro.enable_validation(False)
+
+
 #: all that are mapped, of a location m and a scale s that depend on latents
 FAMILIES = {
     "Normal": dist.Normal,

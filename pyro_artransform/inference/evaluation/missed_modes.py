@@ -161,11 +161,10 @@ def find_missed_modes(
         weights = torch.where(is_usable, log_weights, -torch.inf).nan_to_num(-torch.inf)
         heaviest = draws[weights.topk(min(_NUM_HEAVIEST, len(draws))).indices]
     draws = draws[is_usable]
-    if len(draws) < 2:
+    # Hessians of many latents are too expensive
+    if len(draws) < 2 or draws.shape[1] > config.evaluation.max_dense_dim:
         return NOT_SEARCHED
-    around = Shape(moments(draws[None], config.evaluation.max_dense_dim))
-    if around.gaussian.is_independent:  # Hessians of so many latents are too expensive
-        return NOT_SEARCHED
+    around = Shape(moments(draws))
     if ess is not None:  # chains may have more around them than a guide that nobody has trained
         near = around.stratum(log_density, config.evaluation.num_for_mode).log_weights
         log_evidence = max(log_evidence, float(near.logsumexp(0)) - math.log(len(near)))
@@ -230,13 +229,10 @@ def _is_round_off(log_density: LogJoint, found: Mixture) -> bool:
     return float((after - before).abs().median()) > _MOST_ROUND_OFF
 
 
-def moments(draws: Tensor, max_dense_dim: int) -> Gaussians:
-    """The Gaussians of the moments of draws ``(S, n, D)``; of more latents than the most, sds alone."""
-    loc = draws.mean(1)
-    centered = draws - loc[:, None]
-    sd = centered.std(1).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
-    if sd.shape[1] > max_dense_dim:
-        return Gaussians(loc, sd)
-    jitter = 1e-3 * torch.diag_embed(torch.ones_like(sd))
-    scaled = (centered / sd[:, None]).mT / (draws.shape[1] - 1) ** 0.5
-    return Gaussians(loc, sd[..., None] * lower_factor(torch.cat([scaled, jitter], -1)))
+def moments(draws: Tensor) -> Gaussians:
+    """The Gaussian of the moments of draws ``(n, D)``."""
+    loc, centered = draws.mean(0, keepdim=True), draws - draws.mean(0)
+    sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
+    scaled = (centered / sd).mT / (len(draws) - 1) ** 0.5
+    lower = lower_factor(torch.cat([scaled, 1e-3 * torch.ones_like(sd).diag()], -1)[None])
+    return Gaussians(loc, sd[:, None] * lower)

@@ -19,9 +19,7 @@ from .elements import ElementWeights
 from .missed_modes import NOT_SEARCHED, MissedModes
 
 _MOST_SKIPPED = 0.1  # of the steps
-_MOST_NOISE = (
-    1.0  # of log weights, a variance: about the best of pseudo-marginal chains (elements.py)
-)
+_MOST_NOISE = 1.0  # of log weights, a variance
 _POINT = (
     "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
     "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
@@ -230,7 +228,12 @@ def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> str:
 
 
 def about_elements(found: ElementWeights, remedy: str) -> str:
-    """The objection to a fit by mini-batches with latents of their elements; empty where all is trusted."""
+    """The objection to a fit by mini-batches with latents of their elements; empty where all is trusted.
+
+    The noise of log weights that is admitted is about the best for pseudo-marginal chains. See Efficient
+    Implementation of Markov Chain Monte Carlo When Using an Unbiased Likelihood Estimator (Doucet, Pitt,
+    Deligiannidis, Kohn, 2015), https://arxiv.org/abs/1210.1871
+    """
     if words := found.elements.objection:
         hint = f". Where these are few, look at their data; where they are many, use {remedy}"
         return words + (hint if remedy else "")

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from ...capture import CapturedLoss
 from ...joint import LogJoint
 from ...joint.handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, traced_parameters
+from ...joint.paths import Terms
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
-from ...joint.vectorization import CholeskyOrNan, DrawPlate, Draws, GuideSampler
+from ...joint.vectorization import CholeskyOrNan, DrawPlate, Draws, GuideSampler, ModelFailures
 from ...time_limit import limited
 from ..loader import Batch
 
@@ -212,6 +213,42 @@ class PyroObjective(Objective):
             DrawPlate(n, self._num_plates).run(partial(function, *args, **kwargs))
         return scored
 
+    def log_ratios(self, plate: str, given: Draws, n: int | None) -> Terms:
+        """The log weights of n draws of the guide, by element of a plate ``(n, size)`` and of other sites.
+
+        The third ones are the densities of the data, by element, at draws of the elements' prior, which are
+        zero where it cannot be drawn from. All are in float64.
+        """
+        n = n or 1
+        drawn = self.draws(self.guide, given, n)
+        scored = self.draws(self.model, drawn.values, n)
+        pairs = zip(scored.by_element(plate), drawn.by_element(plate))
+        elements, others = (p.double() - q.double() for p, q in pairs)
+        own = {name for name in drawn.frames if drawn.frame(name, plate)}
+        given = {name: value for name, value in drawn.values.items() if name not in own}
+        try:
+            by_prior = self.draws(self.model, given, n).by_element(plate, left_out=own)[0].double()
+        except (NotImplementedError, *ModelFailures):  # an improper prior, or a draw that is none
+            by_prior = torch.full_like(elements, -torch.inf)
+        terms = {"elements": elements, "others": others, "by_prior": by_prior}
+        finite = -torch.inf, torch.inf, -torch.inf
+        return {name: term.nan_to_num(*finite).to("cpu") for name, term in terms.items()}
+
+    def check_elements(self, plate: str, given: Draws) -> None:
+        """Refuses a model in which an element of a plate depends on others, by two draws of the guide.
+
+        :raises ValueError: if the density of an element does not go with it to another draw.
+        """
+        drawn = self.draws(self.guide, given, 2)
+        mixed = dict(drawn.values)
+        for name, event_dim in self.log_joint.latents.event_dims.items():
+            if (frame := drawn.frame(name, plate)) is not None:
+                mixed[name] = _exchanged(mixed[name], (frame.dim or -1) - event_dim)
+        runs = [self.draws(self.model, values, 2) for values in (drawn.values, mixed)]
+        one, other = (run.by_element(plate)[0] for run in runs)
+        if not are_close(other, _exchanged(one, -1)):
+            raise ValueError(f"elements of plate '{plate}' depend on each other")
+
     def loss(self, num_particles: int) -> Tensor:
         guide: object = self.guide
         gradient = guide.path_gradient if isinstance(guide, MinibatchGuide) else nullcontext
@@ -269,6 +306,17 @@ class PyroObjective(Objective):
         guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
         replayed = poutine.replay(self.model, trace=guide_trace)
         return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
+
+
+def _exchanged(draws: Tensor, dim: int) -> Tensor:
+    """Two draws that have exchanged every other entry of a dimension, counted from the last."""
+    is_other = torch.arange(draws.shape[dim], device=draws.device) % 2 == 1
+    return torch.where(is_other[(..., *(None,) * (-1 - dim))], draws.flip(0), draws)
+
+
+def are_close(found: Tensor, expected: Tensor) -> bool:
+    """Whether log densities of the same draws are the same but for round-off."""
+    return torch.allclose(found, expected.expand_as(found), rtol=1e-4, atol=1e-2, equal_nan=True)
 
 
 BatchObjective = PathObjective | PyroObjective

@@ -40,90 +40,6 @@ class FitError(RuntimeError):
     """A fit that cannot go on."""
 
 
-class Steps:
-    """Steps of parameters by an optimizer, with what is needed to clip and to count them.
-
-    :param clip_factor: gradients are clipped to this multiple of the median norm of the last steps.
-    """
-
-    optimizer: Optimizer
-
-    def __init__(
-        self, parameters: Iterable[Tensor], clip_factor: float, parallel: Parallel | None = None
-    ) -> None:
-        self.trained, self._clip_factor = list(parameters), clip_factor
-        self._parallel = parallel or Parallel()
-        #: the loss of each step, NaN where the step was skipped
-        self.losses: list[float] = []
-        #: the sites because of which steps were skipped, with the number of times
-        self.culprits: Counter[str] = Counter()
-        self._norms: list[float] = []
-
-    @property
-    def num_steps(self) -> int:
-        """The steps taken so far, the skipped ones included."""
-        return len(self.losses)
-
-    @property
-    def num_skipped(self) -> int:
-        return sum(map(math.isnan, self.losses))
-
-    def last_are_skipped(self, count: int) -> bool:
-        """Whether so many steps in a row were skipped just now."""
-        return sum(map(math.isnan, self.losses[-count:])) == count
-
-    def take(self, loss: Tensor) -> float:
-        """Takes a step, or skips it where the loss or its gradient is not finite; returns the loss.
-
-        :raises FitError: if too many steps in a row were skipped.
-        """
-        value = loss.item()
-        gradients: Gradients | None = None
-        if math.isfinite(value):
-            gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
-        value, gradients = self._parallel.mean(value, gradients, self.trained)
-        present = [gradient for gradient in gradients or () if gradient is not None]
-        norm = math.inf
-        if gradients is not None:
-            norms = torch._foreach_norm(present)
-            norm = torch.stack([*map(Tensor.double, norms)]).norm().item()
-        if gradients is None or not math.isfinite(norm):
-            self._skip()
-            return value
-        self.losses.append(value)
-        self._norms = [*self._norms[1 - _CLIP_WINDOW :], norm]
-        limit = self._clip_factor * statistics.median(self._norms)
-        shrink = min(1.0, limit / norm) if norm > 0 else 1.0
-        if shrink < 1.0:
-            torch._foreach_mul_(present, shrink)
-        for parameter, gradient in zip(self.trained, gradients):
-            if gradient is not None and gradient.stride() != parameter.stride():
-                # PyTorch's fused Adam reads both in the order of memory
-                gradient = torch.empty_like(parameter).copy_(gradient)
-            parameter.grad = gradient
-        self.optimizer.step()
-        for parameter in self.trained:
-            parameter.grad = None
-        return value
-
-    def nonfinite_sites(self) -> list[str]:
-        """The sites that made the last loss other than finite, as far as they are known."""
-        return []
-
-    def _skip(self) -> None:
-        if self.num_skipped < _MAX_NAMED:  # naming a site runs the model again
-            self.culprits.update(self.nonfinite_sites() or ["the gradient"])
-        self.losses.append(math.nan)
-        if self.last_are_skipped(_MAX_SKIPS):
-            raise FitError(
-                f"the fit stopped: the loss or its gradient was not finite in {_MAX_SKIPS} steps "
-                f"in a row, because of {', '.join(self.culprits)}. The parameters are finite, as the "
-                "last good steps left them. Check the data, and that the model and its gradient are finite "
-                "for all its latents: what a mask or torch.where leaves out of a value, NaN for example, "
-                "stays in its gradient"
-            )
-
-
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     """The values of tensors."""
     return [*map(torch.clone, map(Tensor.detach, tensors))]
@@ -136,7 +52,7 @@ def copy_to(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
         tensor.copy_(value)
 
 
-class Training(Steps):
+class Training:
     """The state of a fit between two steps, all of which can be saved and restored.
 
     :param optim: the user's optimizer; ``None`` for Adam with the step size of the settings.
@@ -154,32 +70,47 @@ class Training(Steps):
     ) -> None:
         self.objective, self.num_particles = objective, num_particles
         self.schedule, self._config = schedule, schedule.config
-        self.parameters = objective.parameters()
+        self._parallel, self.parameters = parallel or Parallel(), objective.parameters()
         if not self.parameters:
             raise ValueError("there is nothing to train: neither guide nor model has parameters")
-        trained = list(self.parameters.values())
+        self.trained = list(self.parameters.values())
         is_guide_alone, config = objective.is_guide_alone(), self._config
-        if optim is None:
-            step_size = config.step_size if is_guide_alone else config.model_step_size
-            self.optimizer = Adam(trained, step_size, scales)
-        else:
-            self.optimizer = users_optimizer(optim, trained)
-        super().__init__(trained, config.clip_factor, parallel)
+        step_size = config.step_size if is_guide_alone else config.model_step_size
+        self.optimizer: Optimizer = (
+            Adam(self.trained, step_size, scales)
+            if optim is None
+            else users_optimizer(optim, self.trained)
+        )
+        #: the loss of each step, NaN where the step was skipped
+        self.losses: list[float] = []
+        #: the sites because of which steps were skipped, with the number of times
+        self.culprits: Counter[str] = Counter()
+        self._norms: list[float] = []
         #: gradients of the model's log density, one for each draw
         self.num_gradients = 0
         self.start = ""  #: the name of the initial guide
         self.earlier_seconds = 0.0  #: the wall time that the fit took before it was resumed
-        self._average, self._best, self._best_loss = (
-            copies(self.trained),
-            copies(self.trained),
-            math.inf,
-        )
+        self._average, self._best = copies(self.trained), copies(self.trained)
+        self._best_loss = math.inf
         # what it was when replays of its losses were last seen to be right
         self._num_compared = 0
         self._confirmed: dict[str, Any] | None = None
         # the weights say nothing of the parameters of a model
         self._has_checks = objective.has_weights and is_guide_alone
         self._num_stored = len(pyro.get_param_store())
+
+    @property
+    def num_steps(self) -> int:
+        """The steps taken so far, the skipped ones included."""
+        return len(self.losses)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(map(math.isnan, self.losses))
+
+    def last_are_skipped(self, count: int) -> bool:
+        """Whether so many steps in a row were skipped just now."""
+        return sum(map(math.isnan, self.losses[-count:])) == count
 
     @property
     def step_size(self) -> float | None:
@@ -208,12 +139,6 @@ class Training(Steps):
         own = self._parallel.share(times * self._config.num_compared)
         return remaining_gap(self._parallel.gather(self.objective.elbo_draws(own)), is_start)
 
-    def nonfinite_sites(self) -> list[str]:
-        found = self._parallel.gather_objects(
-            "the sites of all processes", self.objective.nonfinite_sites()
-        )
-        return list(dict.fromkeys(name for names in found for name in names))
-
     def is_over(self) -> bool:
         """Whether the schedule is at its end."""
         return self.schedule.is_over(self.num_steps)
@@ -237,7 +162,7 @@ class Training(Steps):
             raise FitError("there is nothing to train: neither guide nor model has parameters")
         if isinstance(self.optimizer, Adam):
             self.optimizer.factor = self.schedule.factor(self.num_steps)
-        value = self.take(loss)
+        value = self._take(loss)
         self._remember()
         self.schedule = self.schedule.observe(self.losses)
         if self._has_checks and self.schedule.is_for_check(self.num_steps):
@@ -246,6 +171,60 @@ class Training(Steps):
             self.schedule = self.schedule.after_check(self.num_steps, self._gap())
             copy_to(self.trained, present)
         return value
+
+    def _take(self, loss: Tensor) -> float:
+        """Takes a step, or skips it where the loss or its gradient is not finite; returns the loss.
+
+        :raises FitError: if too many steps in a row were skipped.
+        """
+        value = loss.item()
+        gradients: Gradients | None = None
+        if math.isfinite(value):
+            gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
+        value, gradients = self._parallel.mean(value, gradients, self.trained)
+        present = [gradient for gradient in gradients or () if gradient is not None]
+        norm = math.inf
+        if gradients is not None:
+            norms = torch._foreach_norm(present)
+            norm = torch.stack([*map(Tensor.double, norms)]).norm().item()
+        if gradients is None or not math.isfinite(norm):
+            self._skip()
+            return value
+        self.losses.append(value)
+        self._norms = [*self._norms[1 - _CLIP_WINDOW :], norm]
+        limit = self._config.clip_factor * statistics.median(self._norms)
+        shrink = min(1.0, limit / norm) if norm > 0 else 1.0
+        if shrink < 1.0:
+            torch._foreach_mul_(present, shrink)
+        for parameter, gradient in zip(self.trained, gradients):
+            if gradient is not None and gradient.stride() != parameter.stride():
+                # PyTorch's fused Adam reads both in the order of memory
+                gradient = torch.empty_like(parameter).copy_(gradient)
+            parameter.grad = gradient
+        self.optimizer.step()
+        for parameter in self.trained:
+            parameter.grad = None
+        return value
+
+    def _skip(self) -> None:
+        if self.num_skipped < _MAX_NAMED:  # naming a site runs the model again
+            self.culprits.update(self._nonfinite_sites() or ["the gradient"])
+        self.losses.append(math.nan)
+        if self.last_are_skipped(_MAX_SKIPS):
+            raise FitError(
+                f"the fit stopped: the loss or its gradient was not finite in {_MAX_SKIPS} steps "
+                f"in a row, because of {', '.join(self.culprits)}. The parameters are finite, as the "
+                "last good steps left them. Check the data, and that the model and its gradient are finite "
+                "for all its latents: what a mask or torch.where leaves out of a value, NaN for example, "
+                "stays in its gradient"
+            )
+
+    def _nonfinite_sites(self) -> list[str]:
+        """The sites that made the last loss other than finite, as far as they are known."""
+        found = self._parallel.gather_objects(
+            "the sites of all processes", self.objective.nonfinite_sites()
+        )
+        return list(dict.fromkeys(name for names in found for name in names))
 
     def _refuse_new_parameters(self) -> None:
         """Refuses a model with parameters that its first run did not have: they would not be trained."""

@@ -36,7 +36,7 @@ def exact(model, count=NUM_DRAWS):
 
 
 def missed(model, draws, log_evidence=0.0):
-    around, ess = Shape(moments(draws[None], 100)), torch.full(draws.shape[1:], float(len(draws)))
+    around, ess = Shape(moments(draws)), torch.full(draws.shape[1:], float(len(draws)))
     wide = around._replace(is_heavy=True).stratum(LogJoint(model), 10_000)
     return Mixture.of(draws, around, [wide], []).missed_tail(draws, ess, log_evidence)
 
