@@ -380,7 +380,9 @@ def test_draws_of_another_density_are_dropped(monkeypatch):
 
     def model():
         loc = 2.0 if len(replays) > 20 else 0.0
-        pyro.sample("z", dist.Normal(torch.full((2,), loc), 1.0).to_event(1))
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 2**0.5).to_event(1))
+        # at twice the location: the posterior is Normal(loc, 1)
+        pyro.sample("y", dist.Normal(z, 2**0.5).to_event(1), obs=torch.full((2,), 2 * loc))
 
     def replay(self, *inputs):
         replays.append(1)
