@@ -1,17 +1,19 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether the log density of a mini-batch is a sum over its rows, as training on mini-batches assumes."""
+"""Whether the log density of a mini-batch is a sum over its rows, as training on mini-batches assumes.
 
-import math
+Two batches of the same length exchange every other row. At fixed values of the latents a sum over rows,
+whatever its scale is, adds up to the same number before and after.
+"""
+
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions.util import scale_and_mask
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -20,38 +22,27 @@ from torch.distributions import biject_to
 from ..arguments import warn_user
 from ..joint.handlers import hidden_sites
 from ..joint.sites import initial_value
-from ..joint.traces import is_deterministic, latent_nodes
+from ..joint.traces import latent_nodes
 from .loader import Batch
 
 Model = Callable[..., object]
-# pairs of batches that are compared, how far latents are from the start on the unconstrained space, and
-# units in the last place by which sums of rows may differ
-_NUM_PAIRS, _DISTANCE, _ROUND_OFF = 2, 0.5, 100.0
-
-
-class _Run(NamedTuple):
-    """One run of a model on a batch."""
-
-    totals: dict[str, float]  #: the log-density of each site, without its scale
-    scales: dict[str, float]
-    sizes: dict[str, int]  #: of the plates
-    slack: float  #: by which sums may differ for round-off
+# pairs of batches that are compared, half of an epoch apart, how far latents are from the start on the
+# unconstrained space, and units in the last place by which sums of rows may differ
+_NUM_PAIRS, _DISTANCE, _ROUND_OFF = 3, 0.5, 100.0
 
 
 @torch.no_grad()
 def warn_of_no_sum(model: Model, batches: Sequence[Batch]) -> str | None:
     """Warns where a log density is no sum over rows, and says why; ``None`` where that is not known.
 
-    At random values of the latents that of two batches is compared with that of their union.
+    :param batches: some of an epoch, in its order.
     """
-    found: list[str | None] = []
+    half, found = len(batches) // 2, list[str | None]()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        for pair in [*zip(batches[::2], batches[1::2])][:_NUM_PAIRS]:
+        for pair in [*zip(batches[:half], batches[half:])][:_NUM_PAIRS]:
             try:
                 found.append(_why_no_sum(model, *pair))
-            except (
-                Exception
-            ):  # any error means that the model does not take the union of two batches
+            except Exception:  # any error means that the model does not take rows of both batches
                 found.append(None)
     if objection := next(filter(None, found), ""):
         warn_user(objection, UserWarning)
@@ -60,47 +51,45 @@ def warn_of_no_sum(model: Model, batches: Sequence[Batch]) -> str | None:
 
 
 def _why_no_sum(model: Model, first: Batch, second: Batch) -> str | None:
-    batches = first, second, Batch(*(_joined(*parts) for parts in zip(first, second)))
-    traces = [_trace(model, batch) for batch in batches]
-    sizes = [_plate_sizes(trace) for trace in traces]
-    nodes = latent_nodes(traces[-1])
-    values = {node["name"]: _moved(node) for node in nodes}
-    parts = {node["name"]: _parts(node, values[node["name"]], sizes) for node in nodes}
-    given = [{name: part[k] for name, part in parts.items()} for k in range(2)]
-    state = torch.get_rng_state()
-    one, other, both = (_run(model, *each) for each in zip(batches, (*given, values), (state,) * 3))
-    again = _run(model, batches[-1], values, torch.Generator().manual_seed(0).get_state())
-    if both.totals != again.totals or not _is_union(one, other, both):
+    pairs = [_exchanged(*parts) for parts in zip(first, second)]
+    mixed = [Batch(*parts) for parts in zip(*pairs)]
+    values = _latents(_trace(model, first))
+    batches, state = (first, second, *mixed), torch.get_rng_state()
+    runs = [_log_density(model, *each, state) for each in zip(batches, values)]
+    new_state = torch.Generator().manual_seed(0).get_state()
+    again, *_ = _log_density(model, first, values[0], new_state)
+    (one, other, *new), shares, slacks = zip(*runs)
+    if again != one:  # by random numbers of the model
         return None
-    total = _sum_over_rows(both, one, other, both)
-    apart = sum(_sum_over_rows(part, one, other, both) for part in (one, other))
-    if not abs(total - apart) > both.slack:
+    are_shares_sums = torch.allclose(shares[0] + shares[1], shares[2] + shares[3])
+    if are_shares_sums and not abs(one + other - sum(new)) > sum(slacks):
         return ""
     return (
-        f"the log density of a mini-batch is no sum over its rows: that of two batches is {apart:.6g}, and "
-        f"{total:.6g} where both are one, as of a model that centers (y - y.mean()), standardizes or "
-        "normalizes by the batch. Compute such numbers from all data before the fit, as arguments of it"
+        "the log density of a mini-batch is no sum over its rows: that of two batches is "
+        f"{one + other:.6g}, and {sum(new):.6g} once they have exchanged every other row, as of a model "
+        "that centers (y - y.mean()), standardizes or normalizes by the batch. Compute such numbers from "
+        "all data before the fit, as arguments of it"
     )
 
 
-def _joined(one: Any, other: Any) -> Any:
-    """The arguments of two batches as those of one; a ``ValueError`` if that is not known."""
-    if one is other:
-        return one
+def _exchanged(one: Any, other: Any) -> tuple[Any, Any]:
+    """The arguments of two batches with every other row of each from the other one.
+
+    :raises ValueError: if it is not known how.
+    """
     if isinstance(one, Mapping):
-        return {name: _joined(value, other[name]) for name, value in one.items()}
+        pairs = {name: _exchanged(value, other[name]) for name, value in one.items()}
+        return {k: a for k, (a, _) in pairs.items()}, {k: b for k, (_, b) in pairs.items()}
     if isinstance(one, (tuple, list)):
-        return tuple(_joined(*pair) for pair in zip(one, other, strict=True))
-    if isinstance(one, Tensor) and one.dim():
-        return torch.cat([one, other])
-    if type(one) is type(other) and bool(one == other):
-        return one
-    raise ValueError(f"expected batches of tensors, got {type(one).__name__}")
-
-
-def _plate_sizes(trace: poutine.Trace) -> dict[str, int]:
-    stacks = (node.get("cond_indep_stack", ()) for node in trace.nodes.values())
-    return {frame.name: frame.size for frames in stacks for frame in frames}
+        lists = [_exchanged(*pair) for pair in zip(one, other, strict=True)]
+        return tuple(a for a, _ in lists), tuple(b for _, b in lists)
+    if isinstance(one, Tensor) and one.dim() and one.shape == other.shape:
+        is_kept = torch.arange(len(one), device=one.device) % 2 == 0
+        is_kept = is_kept.reshape(-1, *(1,) * (one.dim() - 1))
+        return torch.where(is_kept, one, other), torch.where(is_kept, other, one)
+    if one is other or (type(one) is type(other) and bool(one == other)):
+        return one, other
+    raise ValueError(f"expected batches of tensors of one shape, got {type(one).__name__}")
 
 
 def _trace(model: Model, batch: Batch) -> poutine.Trace:
@@ -108,6 +97,24 @@ def _trace(model: Model, batch: Batch) -> poutine.Trace:
     with pyro.validation_enabled(False), hidden_sites(), init:
         trace: poutine.Trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
     return trace
+
+
+def _latents(trace: poutine.Trace) -> list[dict[str, Tensor]]:
+    """Values of all latents in each of two batches, and after these have exchanged every other row.
+
+    They are the same in all four but for those of the elements of a sub-sampled plate.
+    """
+    found: list[dict[str, Tensor]] = [{}, {}, {}, {}]
+    for node in latent_nodes(trace):
+        values = [_moved(node)] * 4
+        for frame in node["cond_indep_stack"]:
+            if frame.dim is not None and frame.full_size not in (None, frame.size):
+                dim = frame.dim - node["fn"].event_dim
+                one, other = (_moved(node).movedim(dim, 0) for _ in range(2))
+                values = [v.movedim(0, dim) for v in (one, other, *_exchanged(one, other))]
+        for of_batch, value in zip(found, values):
+            of_batch[node["name"]] = value
+    return found
 
 
 def _moved(node: Any) -> Tensor:
@@ -119,47 +126,22 @@ def _moved(node: Any) -> Tensor:
     return bijection(u + _DISTANCE * torch.randn_like(u))
 
 
-def _parts(node: Any, value: Tensor, sizes: Sequence[Mapping[str, int]]) -> Sequence[Tensor]:
-    """The values of a latent in each of two batches, from that in both."""
-    one, other, both = sizes
-    for frame in node["cond_indep_stack"]:
-        if one[frame.name] != both[frame.name] and frame.dim is not None:
-            dim = frame.dim - node["fn"].event_dim
-            return value.split([one[frame.name], other[frame.name]], dim)
-    return value, value
+def _log_density(
+    model: Model, batch: Batch, values: Mapping[str, Tensor], state: Tensor
+) -> tuple[float, Tensor, float]:
+    """The log density of all sites, the share of all data that each has, and what may be round-off.
 
-
-def _run(model: Model, batch: Batch, values: Mapping[str, Tensor], state: Tensor) -> _Run:
+    A scale that is one number is in the shares, its inverse: those of padded batches add up, too.
+    """
     torch.set_rng_state(state)
     trace = _trace(poutine.condition(model, dict(values)), batch)
-    totals, scales, slack = {}, {}, 0.0
-    site: Any
-    for name, site in trace.nodes.items():
-        if site["type"] != "sample" or site_is_subsample(site):
-            continue
-        if name not in values and is_deterministic(site):
-            continue
-        log_prob = site["fn"].log_prob(site["value"], *site["args"], **site["kwargs"])
-        log_prob = scale_and_mask(log_prob, mask=site["mask"])
-        totals[name] = float(log_prob.double().sum())
-        scales[name] = float(torch.as_tensor(site["scale"]).double().max())
-        slack += _ROUND_OFF * torch.finfo(log_prob.dtype).eps * float(log_prob.double().abs().sum())
-    return _Run(totals, scales, _plate_sizes(trace), slack)
-
-
-def _is_union(one: _Run, other: _Run, both: _Run) -> bool:
-    """Whether one run has the rows of two others, by the sizes of its plates or by its scales."""
-    sizes = [(one.sizes[k], other.sizes[k], size) for k, size in both.sizes.items()]
-    if any(a + b == size for a, b, size in sizes):
-        return all(size in (a + b, a, b) for a, b, size in sizes)
-    a, b, whole = (1 / max(run.scales.values()) for run in (one, other, both))
-    return math.isclose(a + b, whole, rel_tol=1e-6)
-
-
-def _sum_over_rows(run: _Run, one: _Run, other: _Run, both: _Run) -> float:
-    """The log-density of sites but for those that are the same in all batches, such as global latents."""
-    return math.fsum(
-        total
-        for name, total in run.totals.items()
-        if not one.totals.get(name) == other.totals.get(name) == both.totals.get(name)
-    )
+    trace.compute_log_prob(site_filter=lambda _, site: not site_is_subsample(site))
+    total, shares, slack = 0.0, list[float](), 0.0
+    for site in (each for each in trace.nodes.values() if "log_prob" in each):
+        term, scale = site["log_prob"].double(), torch.as_tensor(site["scale"])
+        is_number = scale.numel() == 1 and float(scale) > 0
+        shares.append(1 / float(scale) if is_number else 1.0)
+        total += shares[-1] * float(term.sum())
+        eps = torch.finfo(site["log_prob"].dtype).eps
+        slack += _ROUND_OFF * eps * shares[-1] * float(term.abs().sum())
+    return total, torch.tensor(shares, dtype=torch.float64, device="cpu"), slack

@@ -162,13 +162,15 @@ class LogJoint(LogDensity):
         return self.obstacle if self.strategy == "loop" else ""
 
     def or_origin(self, u: Tensor) -> Tensor:
-        """A start, or the origin where that is a median whose density has no digits left."""
+        """A start, or the origin where that is a median whose density has no digits left, or no slope."""
         if self._init_loc_fn is init_to_median:
-            with pyro.validation_enabled(False), torch.no_grad(), suppress(Exception):
-                both = torch.stack([u, torch.zeros_like(u)])
-                here, there = (float(self._evaluate({"z": z}, None)["total"]) for z in both)
-                if abs(here) * torch.finfo(u.dtype).eps > 1 and here < there < math.inf:
-                    return both[1]
+            with pyro.validation_enabled(False), torch.enable_grad(), suppress(Exception):
+                both = torch.stack([u, torch.zeros_like(u)]).detach().requires_grad_()
+                here, there = (self._evaluate({"z": z}, None)["total"] for z in both)
+                slope = torch.autograd.grad(here + there, both)[0][0]
+                is_sound = (here.abs() * torch.finfo(u.dtype).eps <= 1) & slope.isfinite().all()
+                if bool(~is_sound & (here < there) & there.isfinite()):
+                    return both[1].detach()
         return u
 
     def _latent_vector(self, trace: Any) -> Tensor:

@@ -85,14 +85,55 @@ def batches(size=10):
     return [Batch(pair, {}) for pair in zip(X.split(size), Y.split(size))]
 
 
-SUMS = line, improper, by_scale, latents_of_rows, mixture
-OTHERS = centered, standardized, factor_of_means, batch_norm, prior_of_the_batch
+def weights_of_the_batch(x, y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with (
+        pyro.plate("rows", N, subsample_size=len(y)),
+        poutine.scale(scale=x.exp() / x.exp().mean()),
+    ):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+def scale_of_the_batch(x, y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with poutine.scale(scale=1 / y.var()):
+        pyro.sample("y", dist.Normal(loc + 0 * y, 1.0).to_event(1), obs=y)
+
+
+def of_one_length(x, y):
+    assert len(y) == 10
+    centered(x, y)
+
+
+def weighted(x, y):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", N, subsample_size=len(y)), poutine.scale(scale=x.exp()):
+        pyro.sample("y", dist.Delta(y, log_density=-((y - loc) ** 2)), obs=y)
+
+
+def padded(x, y):
+    is_row = x > -1
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    scaled, masked = poutine.scale(scale=N / float(is_row.sum())), poutine.mask(mask=is_row)
+    with pyro.plate("places", len(y)), scaled, masked:
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
+
+
+SUMS = line, improper, by_scale, latents_of_rows, mixture, weighted
+OTHERS = (
+    *(centered, standardized, factor_of_means, batch_norm, prior_of_the_batch),
+    *(weights_of_the_batch, scale_of_the_batch, of_one_length),
+)
 
 
 @pytest.mark.parametrize("size", [1, 15])
 @pytest.mark.parametrize("model", SUMS)
 def test_sums_over_rows(model, size):
     assert warn_of_no_sum(model, batches(size)) == ""
+
+
+def test_padded_rows_are_a_sum():
+    assert warn_of_no_sum(padded, batches(20)) == ""
 
 
 @pytest.mark.parametrize("model", OTHERS)
@@ -141,15 +182,33 @@ def test_a_fit_warns_and_is_not_trusted(model):
     assert "no sum over its rows" in result.verdict
 
 
-@pytest.mark.parametrize("size", [10, None])
-def test_a_trusted_fit_says_what_it_takes_for_granted(size):
-    """A model of batches of one size only does not take two of them at once."""
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_trusted_fit_says_what_it_takes_for_granted(is_known):
+    class Rows:
+        def __init__(self, y):
+            self.get = lambda: y
 
-    def model(y):
+    def model(rows):
+        y = rows if is_known else rows.get()
         loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
-        with pyro.plate("rows", N, subsample_size=size or len(y)):
+        with pyro.plate("rows", N, subsample_size=10):
             pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
 
-    result = quick_fit(model, loader=Y.split(10), config=None, progress=False, seed=0)
+    loader = Y.split(10) if is_known else [(Rows(y),) for y in Y.split(10)]
+    result = quick_fit(model, loader=loader, config=None, progress=False, seed=0)
     assert result.trusted
-    assert ("could not be checked" in result.verdict) == (size is not None)
+    assert ("could not be checked" in result.verdict) == (not is_known)
+
+
+def test_batches_half_of_an_epoch_apart_are_compared():
+    """In the order of a file neighbours may have the same weights, whose mean is then the same."""
+    weights = torch.where(torch.arange(N) < N // 2, 1.9, 0.1)
+
+    def model(w, y):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", N, subsample_size=len(y)):
+            pyro.factor("y", -w / w.mean() * (y - loc) ** 2)
+
+    found = [Batch(pair, {}) for pair in zip(weights.split(5), Y.split(5))]
+    with pytest.warns(UserWarning, match="no sum over its rows"):
+        assert warn_of_no_sum(model, found)

@@ -356,3 +356,19 @@ def test_a_start_without_digits_is_the_origin():
         vague, init_loc_fn=init_to_value(values={"precision": torch.tensor(1e-30)})
     ).start
     assert far[0] < -60
+
+
+def test_vague_priors_without_a_gradient_at_their_medians_start_at_the_origin():
+    """The median of Gamma(0.001, 0.001) is 1e-301, where the gradient of a chain is infinite."""
+
+    def model():
+        one, other = (pyro.sample(name, dist.Gamma(0.001, 0.001)) for name in ("one", "other"))
+        last = torch.tensor(0.0)
+        for t in range(3):
+            last = pyro.sample(f"z{t}", dist.Normal(last, one.rsqrt()))
+            pyro.sample(f"y{t}", dist.Normal(last, other.rsqrt()), obs=torch.tensor(1.0))
+
+    log_joint = LogJoint(model)
+    z = log_joint.start[None].requires_grad_()
+    (slope,) = torch.autograd.grad(log_joint(z).sum(), z)
+    assert slope.isfinite().all()

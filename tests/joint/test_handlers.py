@@ -90,6 +90,48 @@ def test_masked_latents_have_their_prior_unless_data_depend_on_them(mask):
     assert torch.allclose(log_joint.with_arguments(())(z), expected)
 
 
+def _mask_of_a_latent():
+    switch = pyro.sample("switch", dist.Normal(0.0, 1.0))
+    with poutine.mask(mask=switch > -1):
+        pyro.sample("z", dist.Normal(3.0, 0.3))
+
+
+def _behind_a_kink(link=lambda z: torch.relu(z.abs() - 5)):
+    with poutine.mask(mask=torch.tensor(False)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.factor("data", -10 * link(z) ** 2)
+
+
+def _below_round_off():
+    with poutine.mask(mask=torch.tensor(False)):
+        z = pyro.sample("z", dist.Normal(torch.zeros((), dtype=torch.float32), 1.0))
+    pyro.sample("y", dist.Normal(z, 1e3), obs=torch.tensor(0.0, dtype=torch.float32))
+    pyro.factor("others", torch.tensor(1e6, dtype=torch.float32))
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        _mask_of_a_latent,
+        _behind_a_kink,
+        lambda: _behind_a_kink(torch.round),
+        lambda: _behind_a_kink(lambda z: (z > 3.0).double()),
+        _below_round_off,
+    ],
+    ids=["mask of a latent", "kink", "round", "step", "round-off"],
+)
+def test_masks_stay_unless_nothing_is_known_to_depend_on_what_they_hide(model):
+    """The log density is that of Pyro's trace, at any values."""
+    log_joint = LogJoint(model)
+    z = 4 * torch.randn(20, log_joint.latents.latent_dim, dtype=log_joint.start.dtype)
+    names = list(log_joint.latents.sites)
+    given = [{k: row[i] for i, k in enumerate(names)} for row in z]
+    traces = [poutine.trace(poutine.condition(model, values)).get_trace() for values in given]
+    expected = torch.stack([torch.as_tensor(t.log_prob_sum()) for t in traces]).to(z.dtype)
+    assert log_joint.improper == {"z"}
+    assert torch.allclose(log_joint(z), expected)
+
+
 # Sums over the states of discrete latents
 
 WEIGHTS = torch.tensor([0.4, 0.6], dtype=torch.float64)
