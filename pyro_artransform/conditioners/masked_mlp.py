@@ -3,7 +3,8 @@
 
 """The masked multilayer perceptron and its layer, and parameters that depend on no input."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -176,21 +177,23 @@ class MaskedMLP(Conditioner):
         self._is_narrow = min(self.hidden_dims) < len(sets)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._outputs(self.layers, self.skip, x, context)[-1]
+        # keeps one output at a time: large batches spend their time on memory
+        return deque(self._outputs(self.layers, self.skip, x, context), maxlen=1).pop()
 
     def _outputs(
         self, layers: Iterable[Layer], skip: Layer | None, x: Tensor, context: Tensor | None
-    ) -> list[Tensor]:
+    ) -> Iterator[Tensor]:
         """What each layer returns, before the activation; the parameters are the last."""
         check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
         first, *others = layers
-        outputs = [self._with_context(first(x), context)]
+        output = self._with_context(first(x), context)
         for layer in others:
-            outputs.append(layer(self.nonlinearity(outputs[-1])))
-        last = outputs[-1] if skip is None else outputs[-1] + skip(x)
+            yield output
+            output = layer(self.nonlinearity(output))
+        output = output if skip is None else output + skip(x)
         # each parameter is one contiguous row of D numbers: slices of it are as fast as tensors
-        rows = last.reshape(last.shape[:-1] + (self.num_params, self.input_dim))
-        return [*outputs[:-1], rows.transpose(-1, -2)]
+        rows = output.reshape(output.shape[:-1] + (self.num_params, self.input_dim))
+        yield rows.transpose(-1, -2)
 
     def _with_context(self, hidden: Tensor, context: Tensor | None) -> Tensor:
         if self.context_layer is None or context is None:
