@@ -17,12 +17,11 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import biject_to
 
 from ..arguments import warn_user
 from ..joint.handlers import hidden_sites
 from ..joint.sites import initial_value
-from ..joint.traces import latent_nodes
+from ..joint.traces import latent_nodes, moved_latent
 from .loader import Batch
 
 Model = Callable[..., object]
@@ -118,12 +117,8 @@ def _latents(trace: poutine.Trace) -> list[dict[str, Tensor]]:
 
 
 def _moved(node: Any) -> Tensor:
-    """A random value of a continuous latent near that of a run; that of a discrete one as it is."""
-    if node["fn"].support.is_discrete:
-        return node["value"]
-    bijection = biject_to(node["fn"].support)
-    u = bijection.inv(node["value"])
-    return bijection(u + _DISTANCE * torch.randn_like(u))
+    """A random value near that of a run."""
+    return moved_latent(node, lambda u: u + _DISTANCE * torch.randn_like(u))
 
 
 def _log_density(

@@ -5,6 +5,8 @@
 
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +20,15 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
-from .traces import has_data, is_enumerated, latent_nodes, subsampling_scale
+from .traces import has_data, is_enumerated, latent_nodes, moved_latent, subsampling_scale
 
 _MOST_LOG_PROB = 0.1  # nats by which the log of a probability may exceed 0
 # by which latents are moved on the unconstrained space, to see what depends on them
 _DISTANCES = (0.1, -0.1, 1.0, -1.0, 5.0, -5.0)
+# of a model at values that it was not written for
+_FAILURES = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def hidden_sites() -> BlockMessenger:
@@ -81,10 +85,11 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
         name, mask, value = node["name"], node["mask"], node["value"]
         if not all(torch.equal(each.nodes[name]["mask"], mask) for each in moved):
             return True
-        bijection = biject_to(node["fn"].support)
         is_counted = mask[(..., *(None,) * node["fn"].event_dim)]
         others = [torch.full_like(value, torch.nan)]
-        others += [bijection(bijection.inv(value) + distance) for distance in _DISTANCES]
+        others += [
+            moved_latent(node, partial(torch.add, other=distance)) for distance in _DISTANCES
+        ]
         values = {name: each["value"] for name, each in nodes.items()}
         totals = [
             torch.as_tensor(traced({**values, name: each}).log_prob_sum())
@@ -96,20 +101,25 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
     random, quiet = torch.random.fork_rng(devices=[]), warnings.catch_warnings()
     with random, quiet, hidden_sites(), validation_enabled(False):
         warnings.simplefilter("ignore")  # Pyro warns of NaN
-        moved = [traced(_moved(nodes, distance)) for distance in _DISTANCES]
+        moved = list[Any]()
+        for distance in _DISTANCES:
+            with suppress(*_FAILURES):  # there is no density at these values
+                moved.append(traced(_moved(nodes, distance)))
         for node in masked:
             try:
-                is_kept = is_improper(node, moved)
-            except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError):
+                is_kept = not moved or is_improper(node, moved)
+            except _FAILURES:
                 is_kept = True
             found |= {node["name"]} if is_kept else set()
     return found
 
 
 def _moved(nodes: Mapping[str, Any], distance: float) -> dict[str, Tensor]:
-    """The values of continuous latents, all moved on the unconstrained space."""
-    bijections = {k: biject_to(n["fn"].support) for k, n in nodes.items() if not is_enumerated(n)}
-    return {k: to(to.inv(nodes[k]["value"]) + distance) for k, to in bijections.items()}
+    """The values of all latents that are not summed out, moved on the unconstrained space."""
+    known = {name: node for name, node in nodes.items() if not is_enumerated(node)}
+    return {
+        name: moved_latent(node, partial(torch.add, other=distance)) for name, node in known.items()
+    }
 
 
 class SiteLogProbs(Messenger):

@@ -5,7 +5,7 @@
 
 import math
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import filterfalse
@@ -21,6 +21,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
+from torch.distributions import biject_to
 
 _LONGEST_SEQUENCE = 16
 # the most entries that are counted for a signature: of more, a run of a model takes no longer
@@ -72,6 +73,15 @@ def _address(tensor: Tensor) -> int:
     while is_functorch_wrapped_tensor(tensor):  # as under torch.vmap
         tensor = get_unwrapped(tensor)
     return tensor.data_ptr()
+
+
+def moved_latent(site: Any, move: Callable[[Tensor], Tensor]) -> Tensor:
+    """The value of a latent, moved on the unconstrained space; that of a discrete one as it is."""
+    if site["fn"].support.is_discrete:
+        return site["value"]
+    bijection = biject_to(site["fn"].support)
+    moved: Tensor = bijection(move(bijection.inv(site["value"])))
+    return moved
 
 
 def runs_model(trace: poutine.Trace) -> bool:

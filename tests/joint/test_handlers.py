@@ -12,6 +12,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.ops.indexing import Vindex
 
 from pyro_artransform.joint import LogJoint
+from pyro_artransform.joint.handlers import improper_sites
 from pyro_artransform.posterior import log_likelihood
 from tests.joint.models import data
 
@@ -130,6 +131,23 @@ def test_masks_stay_unless_nothing_is_known_to_depend_on_what_they_hide(model):
     expected = torch.stack([torch.as_tensor(t.log_prob_sum()) for t in traces]).to(z.dtype)
     assert log_joint.improper == {"z"}
     assert torch.allclose(log_joint(z), expected)
+
+
+def test_masks_are_looked_at_where_the_model_has_a_density():
+    """It fails at some of the values at which it is tried, and has a discrete latent that is drawn."""
+
+    def model():
+        k = pyro.sample("k", dist.Bernoulli(0.5))
+        shift = pyro.sample("shift", dist.Normal(0.0, 1.0))
+        torch.linalg.cholesky(torch.eye(2) * (3 - shift))
+        with pyro.plate("data", 2), poutine.mask(mask=torch.tensor([True, False])):
+            z = pyro.sample("z", dist.Normal(k, 1.0))
+            pyro.sample("y", dist.Normal(z + shift, 1.0), obs=torch.ones(2))
+
+    trace = poutine.trace(model).get_trace()
+    with pytest.raises(torch.linalg.LinAlgError):
+        poutine.condition(model, {"shift": torch.tensor(5.0)})()
+    assert improper_sites(model, trace) == set()
 
 
 # Sums over the states of discrete latents

@@ -213,16 +213,6 @@ def prepare(seed: int = 0) -> None:
     pyro.enable_validation(True)
 
 
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def parameters(module) -> dict[str, Tensor]:
     """Copies of all parameters."""
     return {name: value.detach().clone() for name, value in module.named_parameters()}

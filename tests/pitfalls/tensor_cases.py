@@ -12,8 +12,9 @@ import torch
 from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from torch import Tensor, nn
 
+from pyro_artransform.testing.comparison import default_dtype
 from tests.pitfalls import models
-from tests.pitfalls.subject import NotApplicable, Subject, default_dtype, parameters, prepare, train
+from tests.pitfalls.subject import NotApplicable, Subject, parameters, prepare, train
 
 FLOATS = (torch.float32, torch.float64)
 

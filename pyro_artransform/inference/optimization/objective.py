@@ -44,8 +44,11 @@ class Objective(Protocol):
 
     #: whether :meth:`elbo_draws` are log weights of single draws
     has_weights: bool = False
-    #: how often losses that are replayed were compared with others, and were the same
-    num_compared: int = 0
+
+    @property
+    def num_compared(self) -> int:
+        """How often losses that are replayed were compared with others, and were the same."""
+        return 0
 
     def loss(self, num_particles: int) -> Tensor:
         """A differentiable estimate of the negative ELBO in nats, a scalar.
@@ -93,7 +96,7 @@ class PathObjective(Objective):
         self._captured: dict[object, CapturedLoss] = {}
 
     @property
-    def num_compared(self) -> int:  # type: ignore[override]
+    def num_compared(self) -> int:
         return sum(captured.num_compared for captured in self._captured.values())
 
     def with_arguments(self, batch: Batch) -> "PathObjective":
