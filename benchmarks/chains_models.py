@@ -1,8 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The large posteriors of benchmarks/chains.md in Pyro, centred, as users write them; data are simulated.
+"""The posteriors of benchmarks/chains.md, as users write them; data are simulated.
 
-The same posteriors for NumPyro are in chains_peers.py, by the names of the functions.
+Some are written once for Pyro and NumPyro; the others are in Pyro here, hierarchies and paths centred,
+and for NumPyro in chains_peers.py, by the names of the functions.
 """
 
 import math
@@ -13,6 +14,7 @@ import numpy as np
 import pyro
 import torch
 from coordinates_models import funnel_model
+from fit_posteriors import POSTERIORS, Library, Model, Posterior, linear
 from pyro import distributions as dist
 from torch import Tensor
 
@@ -157,10 +159,87 @@ def funnel() -> Subject:
     return funnel_model, (100,)
 
 
+def groups(lib: Library, num_groups: int = 20, size: int = 1_000) -> Model:
+    """Varying intercepts and slopes of large groups."""
+    rng = np.random.default_rng(5)
+    index, x_data = np.repeat(np.arange(num_groups), size), rng.normal(size=num_groups * size)
+    effects = np.array([1.0, -0.5]) + np.array([0.8, 0.4]) * rng.normal(size=(num_groups, 2))
+    mean_data = effects[index, 0] + effects[index, 1] * x_data
+    y = lib.array(mean_data + 1.5 * rng.normal(size=len(index)))
+    group, x = map(lib.array, (index, x_data))
+    normal, half_normal = lib.dist.Normal, lib.dist.HalfNormal
+
+    def model() -> None:
+        a_mean, b_mean = (lib.sample(name, normal(0.0, 5.0)) for name in ("a_mean", "b_mean"))
+        a_sd, b_sd = (lib.sample(name, half_normal(1.0)) for name in ("a_sd", "b_sd"))
+        sigma = lib.sample("sigma", half_normal(2.0))
+        with lib.plate("groups", num_groups):
+            a = lib.sample("a", normal(a_mean, a_sd))
+            b = lib.sample("b", normal(b_mean, b_sd))
+        with lib.plate("rows", len(y)):
+            lib.sample("y", normal(a[..., group] + b[..., group] * x, sigma), obs=y)
+
+    return model
+
+
+def rows_data(num_rows: int = 5_000, num_columns: int = 26) -> tuple[np.ndarray, np.ndarray]:
+    """A constant and columns that are correlated."""
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(num_rows, num_columns)) + 0.7 * rng.normal(size=(num_rows, 1))
+    x[:, 0] = 1.0
+    return x, x @ rng.normal(size=num_columns) + 2.0 * rng.normal(size=num_rows)
+
+
+def logistic_horseshoe(lib: Library, num_rows: int = 200, num_columns: int = 100) -> Model:
+    """Five of the coefficients are not zero."""
+    rng = np.random.default_rng(7)
+    x_data = rng.normal(size=(num_rows, num_columns))
+    logits = 0.5 + x_data[:, :5] @ np.array([3.0, -2.5, 2.0, -1.5, 1.0])
+    x, y = lib.array(x_data), lib.array((rng.random(num_rows) < 1 / (1 + np.exp(-logits))) * 1.0)
+    zeros, ones = (lib.array(np.full(num_columns, value)) for value in (0.0, 1.0))
+
+    def model() -> None:
+        intercept = lib.sample("intercept", lib.dist.Normal(0.0, 2.0))
+        tau = lib.sample("tau", lib.dist.HalfCauchy(1.0))
+        scales = lib.sample("lambda", lib.dist.HalfCauchy(ones).to_event(1))
+        beta = lib.sample("z", lib.dist.Normal(zeros, 1.0).to_event(1)) * scales * tau[..., None]
+        logits = intercept[..., None] + (x @ beta[..., None])[..., 0]
+        lib.sample("y", lib.dist.Bernoulli(logits=logits).to_event(1), obs=y)
+
+    return model
+
+
+def walk(lib: Library, length: int = 2_000) -> Model:
+    """A random walk as sums of white noise, observed with noise."""
+    rng = np.random.default_rng(8)
+    y = lib.array(np.cumsum(0.1 * rng.normal(size=length)) + NOISE * rng.normal(size=length))
+    zeros = lib.array(np.zeros(length))
+
+    def model() -> None:
+        step = lib.sample("step", lib.dist.HalfNormal(1.0))
+        noise = lib.sample("noise", lib.dist.HalfNormal(1.0))
+        level = lib.sample("level", lib.dist.Normal(0.0, 5.0))
+        white = lib.sample("white", lib.dist.Normal(zeros, 1.0).to_event(1))
+        path = level[..., None] + step[..., None] * white.cumsum(-1)
+        lib.sample("y", lib.dist.Normal(path, noise[..., None]).to_event(1), obs=y)
+
+    return model
+
+
+#: models for Pyro
 LARGE: dict[str, Callable[[], Subject]] = {
     "state space": states,
     "hierarchy": hierarchy,
     "volatility": volatility,
     "item responses": items,
     "counts on a grid": field,
+    "funnel": funnel,
 }
+#: models for either library
+BOUND = POSTERIORS | {
+    "groups": Posterior(groups, 45),
+    "regression": linear(rows_data, 27),
+    "logistic_horseshoe": Posterior(logistic_horseshoe, 202),
+    "walk": Posterior(walk, 2_003),
+}
+NAMES = (*LARGE, *BOUND)

@@ -37,11 +37,11 @@ class Library:
 
 @dataclass(frozen=True)
 class Posterior:
-    """A model for either library, its number of latents, and its log evidence."""
+    """A model for either library, its number of latents, and its log evidence if it is known."""
 
     bind: Callable[[Library], Model]
     dim: int
-    evidence: Callable[[], float]
+    evidence: Callable[[], float] = lambda: math.nan
 
 
 def schools(lib: Library, centred: bool) -> Model:

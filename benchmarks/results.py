@@ -50,5 +50,6 @@ def in_a_process(script: str, *arguments: str) -> Row:
     except subprocess.TimeoutExpired:
         return {"rows": [], "error": "too long"}
     if done.returncode:
-        return {"rows": [], "error": done.stderr.strip().splitlines()[-1][:200]}
+        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        return {"rows": [], "error": lines[-1][:200]}
     return json.loads(done.stdout.splitlines()[-1])

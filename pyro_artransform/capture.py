@@ -45,12 +45,13 @@ class Captured:
     is, for good, where Python reads a value that varies, or anything else is not known to be replayed
     right (:mod:`~pyro_artransform.recording`), and at inputs where a replay fails.
 
+    :param patience: after how many calls with the same shapes, 2 at least.
     :raises ReplayError: if replays turn out to differ from calls, as where other state of Python's decides.
         Now and then one is compared.
     """
 
-    def __init__(self, function: Function) -> None:
-        self._function = function
+    def __init__(self, function: Function, patience: int = _PATIENCE) -> None:
+        self._function, self._patience = function, patience
         self._calls, self._seconds = Counter[Hashable](), defaultdict[Hashable, float](float)
         self._replays: dict[Hashable, Replay] = {}
         # the last replay since a comparison
@@ -69,7 +70,7 @@ class Captured:
         self._calls[key] += 1
         if replay is None:
             return self._called(key, inputs)
-        count = self._calls[key] - _PATIENCE
+        count = self._calls[key] - self._patience
         if count % _CHECK_EVERY == 0 or math.log2(count).is_integer():
             return self._compared(replay, inputs)
         found = replay(*inputs)
@@ -85,8 +86,9 @@ class Captured:
             self._judge(found, self._function(*inputs))
 
     def _called(self, key: Hashable, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self._calls[key] == _PATIENCE:
-            seconds = max(_MOST_CALLS * self._seconds[key] / _PATIENCE, _LEAST_SECONDS)
+        if self._calls[key] == self._patience:
+            mean = self._seconds[key] / max(self._patience - 1, 1)
+            seconds = max(_MOST_CALLS * mean, _LEAST_SECONDS)
             replay = record(self._function, inputs, seconds)
             if replay is None:
                 self.can_replay = False

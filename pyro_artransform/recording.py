@@ -167,6 +167,8 @@ class _Recording(TorchDispatchMode):
             read = arguments if func is not _ATEN.index.Tensor else _masks(args[1])
             self.read(func, _tensors(read))
         given = [self._lowered(*pair) for pair in zip(arguments, kind.types)]
+        if func is _ATEN._to_copy.default and not isinstance(arguments[0], Tensor):  # of vmap
+            given[0] = self._graph.insertConstant(_number(arguments[0]))
         written = [arguments[i] for i in kind.written]
         if not self._given.isdisjoint(map(_memory, _tensors(written))):
             self.refuse(f"{func} writes into a tensor that was there before the call")
@@ -381,6 +383,12 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _tensors(value)
+
+
+def _number(value: complex) -> Tensor:
+    """A tensor of a number of Python's, in the precision that it has there."""
+    dtype = torch.float64 if isinstance(value, float) else None
+    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _memory(value: Tensor) -> int:

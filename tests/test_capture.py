@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from pyro_artransform import AutoIAF, AutoStructuredFlow, capture, fit, recording
 from pyro_artransform.capture import Captured, CapturedLoss, ReplayError, agree
-from pyro_artransform.diagnostics.chains import GuideChains
 from pyro_artransform.inference import mcmc
+from pyro_artransform.sampling import Ensemble
 
 _MANY = 3 * capture._PATIENCE
 
@@ -388,9 +388,9 @@ def test_draws_of_another_density_are_dropped(monkeypatch):
         replays.append(1)
         return replayed(self, *inputs)
 
-    anew, begin_anew = [], GuideChains._begin_anew
+    anew, begin_anew = [], Ensemble._forget
     monkeypatch.setattr(recording.Replay, "__call__", replay)
-    monkeypatch.setattr(GuideChains, "_begin_anew", lambda self: begin_anew(anew.append(1) or self))
+    monkeypatch.setattr(Ensemble, "_forget", lambda self: begin_anew(anew.append(1) or self))
     found = mcmc(model, AutoIAF(model, init_scale=2.0), 400, seed=0, progress=False, num_chains=16)
     assert anew
     assert (found.by_chain["z"].mean((0, 1)) - 2.0).abs().max() < 0.25

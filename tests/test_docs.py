@@ -36,7 +36,7 @@ MODULES = [
         "inference",
         "joint",
     ),
-    *("joint.protocols", "plots", "posterior", "testing", "transforms", "univariate"),
+    *("joint.protocols", "plots", "posterior", "sampling", "testing", "transforms", "univariate"),
 ]
 KINDS = {"class": type, "func": FunctionType, "mod": ModuleType}
 INCLUDE = re.compile(r"```{include} (\S+)\n((?::.*\n)*)```")
@@ -181,7 +181,7 @@ def test_the_names_of_zuko_are_there() -> None:
 
 @pytest.mark.parametrize("page", list(PAGES))
 def test_the_names_are_there(page: str) -> None:
-    rooms = "conditioners|diagnostics|inference|plots|testing|transforms|univariate"
+    rooms = "conditioners|diagnostics|inference|plots|sampling|testing|transforms|univariate"
     for room, name in set(re.findall(rf"(?<![\w.])({rooms})\.(\w+)", PAGES[page])):
         assert name in {"py", "md", "html"} or hasattr(module(room), name), f"{room}.{name}"
     for role, target in re.findall(r"{(class|func|mod)}`~?([\w.]+)`", PAGES[page]):

@@ -38,11 +38,12 @@ ARROWS: dict[str, set[str]] = {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "graphs"),
         *("joint", "posterior", "files"),
     },
-    "diagnostics": {"arguments", "capture", "time_limit", "joint", "transforms"},
+    "sampling": {"arguments", "capture", "time_limit", "joint"},
+    "diagnostics": {"arguments", "time_limit", "joint", "transforms", "sampling"},
     "posterior": {"arguments", "joint"},
     "inference": {
         *("arguments", "time_limit", "transforms", "graphs", "joint", "diagnostics", "posterior"),
-        *("files", "capture", "guides"),
+        *("files", "capture", "guides", "sampling"),
     },
     "plots": {"guides", "inference", "diagnostics"},
     "testing": {

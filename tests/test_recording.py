@@ -166,3 +166,27 @@ def test_what_data_alone_decide_is_recorded_and_compared():
     assert torch.equal(replay(x)[0], evaluate(x)[0])
     data[0] = 1.5
     assert replay(x) is None
+
+
+X = torch.linspace(-1.0, 1.0, 12, dtype=torch.float32).reshape(4, 3)
+
+
+@pytest.mark.parametrize(
+    "evaluate",
+    [
+        # numbers with which vmap calls operations of tensors
+        torch.vmap(lambda beta: (X * beta).sum(-1).sum() * 2 - 0.9189385332046727),
+        torch.vmap(lambda beta: beta[0] / 3 + True),
+        # as without it numbers have the precision of the tensors beside them
+        lambda x: (x > 0) * 2.5 * x,
+        lambda x: (x > 0) * 2.5,
+    ],
+)
+def test_numbers_of_python_are_recorded(evaluate):
+    torch.set_default_dtype(torch.float32)
+    replay = recording.record(lambda x: (evaluate(x),), (torch.randn(5, 3),), 100.0)
+    assert replay is not None
+    x = torch.randn(5, 3)
+    (found,) = replay(x)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, evaluate(x))

@@ -1,8 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The base space that chains of a guide move in: a density, and a transform of a standard normal to it."""
+"""Chains in the base space of a guide: a density, and a transform of a standard normal to it."""
 
+import math
 from functools import partial
 from typing import cast
 
@@ -12,8 +13,9 @@ from torch import Tensor
 from ..joint import LogJoint
 from ..joint.coordinates import coordinates_at, non_centered
 from ..joint.protocols import PriorGuide, TransformedGuide
+from ..sampling import Ensemble
+from ..sampling.target import ToLatent
 from ..transforms.flow_module import call_and_ladj_over_vectors
-from .defensive_mixture import ToLatent
 from .importance_weights import ModelAndGuide, check_same_latents
 
 # draws of a guide that is taken by its means and sds, and those at which the curvature is asked
@@ -22,8 +24,22 @@ NUM_DRAWS, _NUM_CENTERED = 10_000, 8
 _MOST_DENSE, _NUM_PROBES = 1200, 8
 
 
-def base_space(subject: ModelAndGuide, count: int) -> tuple[LogJoint, ToLatent, Tensor, bool]:
-    """A density, a transform of a standard normal to its coordinates, points ``(count, D)``, if it is affine.
+def ensemble_of(
+    subject: ModelAndGuide, num_samples: float = math.inf, num_chains: int | None = None
+) -> Ensemble:
+    """Chains in the base space of a guide, where a posterior is nearly a standard normal.
+
+    :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or the guide lacks
+        a latent, was made for another model, is a point, has discrete sites, or has too few finite draws.
+    """
+    if subject.log_joint.is_random:
+        return Ensemble(subject.log_joint)  # the error of a random density
+    log_joint, to_latent = base_space(subject)
+    return Ensemble(log_joint, num_samples, num_chains, to_latent)
+
+
+def base_space(subject: ModelAndGuide) -> tuple[LogJoint, ToLatent]:
+    """A density, and a transform of a standard normal to its coordinates.
 
     A guide that offers no transform is taken by its means and sds, and so is a Gaussian one of a hierarchy:
     it is no more than a place and a scale, which coordinates from the prior can have too.
@@ -34,36 +50,36 @@ def base_space(subject: ModelAndGuide, count: int) -> tuple[LogJoint, ToLatent, 
     if transform is not None:
         guide = partial(subject.guide, *subject.args, **subject.kwargs)
         check_same_latents(log_joint, guide)
-        start = torch.randn_like(draws[:1].expand(count, -1))
-        affine = _affine(transform, start)
-        given = log_joint, affine or transform, start, affine is not None
+        affine = _affine(transform, draws)
+        given = log_joint, affine or transform
         if affine is None or isinstance(cast(object, subject.guide), PriorGuide):
             return given
     unit = non_centered(log_joint)
     if given is not None and unit is log_joint:
         return given
-    draws = subject.draws(max(NUM_DRAWS, count))
+    draws = subject.draws(NUM_DRAWS)
     draws = draws[draws.isfinite().all(-1)]
     if unit is not log_joint and len(draws):
         found = coordinates_at(log_joint, unit.coordinates, draws[:_NUM_CENTERED])
         log_joint = log_joint.with_coordinates(found)
         draws, _ = log_joint.from_unconstrained(draws)
         draws = draws[draws.isfinite().all(-1)]
-    if len(draws) < count:
+    if len(draws) < 2:
         raise ValueError(
-            f"guide: expected at least {count} finite draws, got {len(draws)}: train it first, or "
-            "check supports"
+            f"guide: expected finite draws, got {len(draws)}: train it first, or check supports"
         )
-    to_latent, base = by_moments(draws)
-    return log_joint, to_latent, base[:count], True
+    # a latent that rounding has made equal in all draws never moves, and chains agree on it
+    if len(fixed := (draws == draws[0]).all(0).nonzero()):
+        name = log_joint.latents.name_of(int(fixed[0]))
+        raise ValueError(f"guide: expected draws that differ, got one value of {name} in all")
+    return log_joint, by_moments(draws)
 
 
-def by_moments(draws: Tensor) -> tuple[ToLatent, Tensor]:
-    """The transform of a standard normal to the means and sds of draws ``(n, D)``, and where it has these."""
-    finite = draws[draws.isfinite().all(-1)]
-    loc, scale = finite.mean(0), finite.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
+def by_moments(draws: Tensor) -> ToLatent:
+    """The transform of a standard normal to the means and sds of draws ``(n, D)``."""
+    loc, scale = draws.mean(0), draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
     ladj = scale.log().sum()
-    return lambda base: (loc + base * scale, ladj.expand(len(base))), (draws - loc) / scale
+    return lambda base: (loc + base * scale, ladj.expand(len(base)))
 
 
 def transform_of(subject: ModelAndGuide) -> ToLatent | None:

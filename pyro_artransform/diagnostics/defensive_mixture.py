@@ -8,7 +8,7 @@ what is missing. Half of the draws of the mixture are the guide's, half are furt
 that the densities of both are known without an inverse: a quarter is a Cauchy of all coordinates for a tail
 of all, and a quarter a Cauchy of a single coordinate, any, for a tail of one among many, which the first has
 no draws of. No weight over the mixture is more than twice that over the guide alone. They tell of single
-latents, and are proposals for chains.
+latents.
 
 **References**
 
@@ -19,16 +19,14 @@ latents, and are proposals for chains.
 """
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..joint import LogJoint
+from ..sampling.target import ToLatent
 from ..time_limit import limited
-
-ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
 
 _LOG_PI = math.log(math.pi)
 _CHUNK = 1000

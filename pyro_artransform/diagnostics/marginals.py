@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..arguments import check_integer
 from ..joint import Latents, LogJoint
-from .chains import GuideChains
-from .convergence import GOOD_RHAT, mean_ess
+from ..sampling import GOOD_RHAT, Ensemble
+from ..sampling.convergence import mean_ess
+from .base_space import ensemble_of
 from .defensive_mixture import MixtureDraws
 from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR, KHAT_OF_VARIANCE
 from .importance_weights import ModelAndGuide, Values
@@ -134,14 +135,14 @@ def marginals(
         raise RuntimeError("marginals: expected gradients, got torch.inference_mode: leave it")
     check_integer("num_samples", num_samples)
     subject = ModelAndGuide.of(model, guide, args, kwargs)
-    chains = GuideChains(subject, num_chains)
+    chains = ensemble_of(subject, num_chains=num_chains)
     chains.run(num_samples)
     of_guide, _ = subject.log_joint.to_unconstrained(subject.draws(_NUM_DRAWS))
     return marginals_by_chains(chains, of_guide, subject.log_joint)
 
 
 @torch.no_grad()
-def marginals_by_chains(chains: GuideChains, of_guide: Tensor, log_joint: LogJoint) -> Marginals:
+def marginals_by_chains(chains: Ensemble, of_guide: Tensor, log_joint: LogJoint) -> Marginals:
     """By chains from a guide, and draws of it ``(n, D)`` on the unconstrained space."""
     of_guide = of_guide[of_guide.isfinite().all(-1)]
     draws = chains.draws

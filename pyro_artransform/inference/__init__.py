@@ -4,10 +4,11 @@
 """Fits of guides, and what draws of a posterior say."""
 
 from ..posterior import Summary, log_likelihood, summary, to_inference_data
+from .chains import Chains
 from .config import FitConfig
 from .evaluation.elements import Elements
 from .fit import fit
-from .mcmc import Chains, mcmc
+from .mcmc import mcmc
 from .optimization.training import FitError
 from .result import FitResult
 

@@ -77,6 +77,11 @@ def fit(
     and the guide ends with the last parameters, the averaged or the best ones, by ELBO. Parameters of
     the model are trained as well. The verdict rests on draws that were not trained on.
 
+    With ``draws`` it begins with draws of the posterior itself, by many short Hamiltonian chains, and the
+    verdict is on these first (``docs/chains.md``). A guide of this package is then put at their mean and
+    covariance, and there are no steps unless ``num_steps`` asks for some. Where the chains do not mix, the
+    guide is trained, and others run in its base space.
+
     With a ``loader`` each step sees the next mini-batch. Rows in the model are then
     ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it scales a batch up
     to all data, except where all latents belong to a batch's own rows, as in a variational autoencoder.
@@ -119,10 +124,9 @@ def fit(
         list does. A tuple or list of it is the arguments of model and guide, a mapping their keyword
         arguments, a tensor their only argument.
     :param epochs: how often to go through the loader, instead of ``num_steps``.
-    :param draws: how many effective draws of the posterior to return as ``result.draws``: steps then end
-        as soon as chains from the guide cost less than more of them, and chains finish the work, as
-        :func:`~pyro_artransform.inference.mcmc` does. The verdict is on these draws. With a ``loader``
-        each of their gradients is a pass over it.
+    :param draws: how many effective draws of each latent to return as ``result.draws``, by the chains of
+        :func:`~pyro_artransform.inference.mcmc`. With a ``loader`` each of their gradients is a pass over
+        it.
     :param max_seconds: the wall time of the whole fit, but for the evaluation that it ends in and, for
         ``AutoStructuredFlow``, the search for its graph: with what there is then.
     :param config: all numbers that a fit is tuned by.

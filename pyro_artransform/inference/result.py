@@ -69,7 +69,8 @@ class FitResult:
     #: model is written; empty where all are as it is written
     coordinates: dict[str, Tensor] = field(default_factory=dict)
     #: draws of the posterior by chains, each ``(draws,) + site shape``, where they were asked for; the
-    #: verdict is about them first then, and ``trusted`` about the guide alone
+    #: verdict is about them first then, and ``trusted`` about the guide alone, which has no steps where
+    #: chains without a guide have the draws
     draws: dict[str, Tensor] | None = None
     chains: Any = None  #: their :class:`~pyro_artransform.inference.Chains`
     guide: Any = None  #: that of the user, or the one that the fit has chosen

@@ -14,6 +14,7 @@ from ..files import FilePath
 from ..joint.protocols import CenteredGuide, FlowGuide, MinibatchGuide
 from ..time_limit import INTERRUPTED, OUT_OF_TIME
 from .checkpoint import save
+from .draws_first import AT_DRAWS, DRAWS_ARE_THERE
 from .evaluation.elements import weigh_elements
 from .evaluation.evaluate import MarginalVerdict, evaluate, evaluate_minibatches, judge_marginals
 from .evaluation.verdict import FitStatus
@@ -25,7 +26,6 @@ from .initialization.start import (
     find_start,
 )
 from .loader import Batch
-from .mcmc import CHAINS_COST_LESS
 from .optimization.objective import PyroObjective
 from .optimization.schedule import LIMIT
 from .optimization.training import Training
@@ -35,26 +35,29 @@ from .set_up import SetUp, naming_arguments
 
 _ASKED = "the callback asked to stop"
 # the shares of the seconds after which the start and the steps end, with the verdict or chains to come
-_START_UNTIL, _STEPS_UNTIL, _STEPS_BEFORE_CHAINS_UNTIL = 0.4, 0.75, 0.5
+_START_UNTIL, _STEPS_UNTIL, _STEPS_BEFORE_CHAINS_UNTIL = 0.4, 0.75, 0.7
 
 
 def start(set_up: SetUp) -> Training:
-    """Puts the guide at the best initial one; there may be nothing left to do."""
-    parallel = set_up.parallel
-    set_up.limit.enter_phase(_START_UNTIL)
-    initial = parallel.first("the initial guide", partial(_find_start, set_up))
+    """Draws, where they are asked for, and the guide at the best initial one: there may be no step left."""
+    parallel, draws_first = set_up.parallel, set_up.draws_first
+    has_draws = draws_first is not None and parallel.first("the chains", draws_first.sample)
+    set_up.limit.enter_phase(_START_UNTIL if draws_first is None else _STEPS_BEFORE_CHAINS_UNTIL)
+    initial = parallel.first("the initial guide", partial(_find_start, set_up, has_draws))
     parallel.copy_first(set_up.tensors)
     parallel.seed_apart()
     training = set_up.new_training(set_up.schedule)
     # of some mini-batches: what it is for all data is not known
     training.check_start(initial.name, initial.elbo if set_up.has_all_data else math.nan)
-    if not training.is_over() and _chains_cost_less(set_up, 0):
-        training.schedule = training.schedule.ending_at(0, CHAINS_COST_LESS)
+    if initial.name == AT_DRAWS and set_up.schedule.num_steps is None:
+        training.schedule = training.schedule.ending_at(0, DRAWS_ARE_THERE)
     return training
 
 
-def _find_start(set_up: SetUp) -> InitialGuide:
+def _find_start(set_up: SetUp, has_draws: bool) -> InitialGuide:
     """Puts the guide at the best initial one, if it can be put anywhere."""
+    if has_draws and set_up.draws_first is not None and set_up.draws_first.start_guide():
+        return InitialGuide(AT_DRAWS, math.nan)
     minibatches, objective = set_up.minibatches, set_up.objective
     if minibatches is not None and (missing := set_up.missing()):
         raise ValueError(
@@ -79,14 +82,6 @@ def _find_start(set_up: SetUp) -> InitialGuide:
     return InitialGuide(UNCHANGED, math.nan)
 
 
-def _chains_cost_less(set_up: SetUp, num_steps: int) -> bool:
-    """Whether draws were asked for, and chains give them sooner than after more steps."""
-    sampling = set_up.sampling
-    if sampling is None or not sampling.is_due(num_steps):
-        return False
-    return set_up.parallel.first("the chains", sampling.cost_less)
-
-
 def train(
     set_up: SetUp,
     training: Training,
@@ -96,7 +91,7 @@ def train(
 ) -> bool:
     """Takes steps until there are enough, or the callback or Ctrl-C ends them: whether a file has them."""
     limit, parallel, stream = set_up.limit, set_up.parallel, set_up.stream
-    limit.enter_phase(_STEPS_UNTIL if set_up.sampling is None else _STEPS_BEFORE_CHAINS_UNTIL)
+    limit.enter_phase(_STEPS_UNTIL if set_up.draws_first is None else _STEPS_BEFORE_CHAINS_UNTIL)
     if parallel.rank > 0:
         checkpoint = None
     is_asked, is_late = parallel.any(False, limit.is_over())
@@ -111,8 +106,6 @@ def train(
         # True, or one of NumPy or PyTorch
         is_asked = (answer.item() if hasattr(answer, "item") else answer) is True
         is_asked, is_late = parallel.any(is_asked, limit.is_over())
-        if not (is_asked or is_late) and _chains_cost_less(set_up, step):
-            training.schedule = training.schedule.ending_at(step, CHAINS_COST_LESS)
     if checkpoint is not None:
         is_saved |= save(set_up, training, checkpoint)
     if is_asked or not training.is_over():
@@ -126,9 +119,8 @@ def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
     set_up.limit.enter_phase(1.0, has_grace=True)
     if set_up.stream is not None:
         set_up.stream.close()
-    # chains that were tried are those of the last parameters
-    is_tried = set_up.sampling is not None and training.schedule.reason == CHAINS_COST_LESS
-    end = "last" if is_tried else training.select_parameters()
+    is_at_draws = training.schedule.reason == DRAWS_ARE_THERE
+    end = "last" if is_at_draws else training.select_parameters()
     set_up.parallel.copy_first(set_up.tensors)
     judged = partial(_judge, set_up, training, is_saved, end)
     return replace(set_up.parallel.first("the verdict", judged), guide=set_up.subject.guide)
@@ -155,14 +147,14 @@ def _remedy(set_up: SetUp) -> str:
         way = "more layers (num_transforms) or wider ones"
     elif isinstance(guide, MinibatchGuide) or not set_up.has_all_data:
         way = "an encoder with features that tell more, or a more flexible local_flow"
-    if set_up.sampling is None and set_up.has_all_data:
+    if set_up.draws_first is None and set_up.has_all_data:
         way = f"draws=1000 (chains need no good k-hat), or {way}"
     return way if set_up.schedule.num_steps is None else f"{way}, or more steps"
 
 
 def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitResult:
     """The result of the fit but for its guide."""
-    subject, config, sampling = set_up.subject, set_up.config, set_up.sampling
+    subject, config, draws_first = set_up.subject, set_up.config, set_up.draws_first
     guide: object = subject.guide
     num_steps, num_gradients = training.num_steps, training.num_gradients
     cut_short = _cut_short(training, is_saved)
@@ -171,7 +163,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, _ASKED),
         cut_short=cut_short,
         remedy="" if cut_short else _remedy(set_up),
-        has_chains=sampling is not None,
+        has_chains=draws_first is not None,
         point_estimates=set_up.point_estimates,
         start_failed=training.start == FAILED,
         prior_only=set_up.prior_only,
@@ -184,14 +176,16 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         passed = minibatches.over_a_pass()
         elements = weigh_elements(minibatches, passed, num_gradients)
         found = evaluate_minibatches(subject, passed, status, elements)
-    elif sampling is not None:
-        found, chains = sampling.judge(status, config, num_steps)
+    elif draws_first is not None:
+        chains = draws_first.finish(status)
+        set_up.limit.enter_phase(1.0, has_grace=True)
+        found = evaluate(subject, status, config, has_draws=True)
     else:
         of_few = minibatches.mean_log_joint() if minibatches and minibatches.whole else None
         found = evaluate(subject, status, config, num_gradients, of_few=of_few)
     # chains say themselves how well they know single latents
     marginals = MarginalVerdict()
-    if sampling is None:
+    if draws_first is None:
         marginals = judge_marginals(subject, found, config.evaluation)
     return FitResult(
         **found.result_fields(marginals, chains),

@@ -20,8 +20,8 @@ from ..joint.handlers import traced_parameters
 from ..joint.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
 from ..time_limit import TimeLimit
 from .config import FitConfig
+from .draws_first import DrawsFirst
 from .loader import Batch, BatchStream, check_use
-from .mcmc import Sampling
 from .optimization.minibatches import MinibatchObjective
 from .optimization.objective import BatchObjective, PathObjective, PyroObjective
 from .optimization.optimizers import Scales
@@ -96,7 +96,7 @@ class SetUp:
         #: whether the log joint density is that of all data
         self.has_all_data = self.minibatches is None or self.minibatches.whole is not None
         #: the draws that were asked for
-        self.sampling: Sampling | None = None
+        self.draws_first: DrawsFirst | None = None
         if draws is not None:
             if not self.has_all_data or self.subject.log_joint.is_random:
                 raise ValueError(
@@ -104,7 +104,7 @@ class SetUp:
                     "mini-batches that are not known to be all data, or have latents of their own, or is "
                     "random otherwise: fit without draws"
                 )
-            self.sampling = Sampling(self.subject, draws, limit, num_steps is None)
+            self.draws_first = DrawsFirst(self.subject, draws, limit)
         latent_dim = log_joint.latents.latent_dim
         settings = config.optimization.for_latents(latent_dim)
         # where all data correct a batch, the noise of batches is too small to be averaged

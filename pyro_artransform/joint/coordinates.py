@@ -207,12 +207,15 @@ def map_draws(
 
 
 @torch.no_grad()
-def find_mapped(run: Callable[[], object], latents: Latents, points: Tensor) -> dict[str, bool]:
+def find_mapped(
+    run: Callable[[], object], latents: Latents, points: Tensor, with_shapes: bool = False
+) -> dict[str, bool]:
     """The latents with coordinates from the prior, and whether their prior depends on other latents.
 
     Where none depends, there are none; where some do, scales at the root with a shape are among them.
 
     :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
+    :param with_shapes: whether priors with a shape are among them in any case.
     """
     state, given = torch.get_rng_state(), list(map(latents.constrain, points))
     first, indices = _priors(run, latents, given[0])
@@ -224,7 +227,8 @@ def find_mapped(run: Callable[[], object], latents: Latents, points: Tensor) -> 
     random = depend_on_latents(second, again)
     priors = {name: prior for name, prior in first.items() if name not in random}
     dependent = depend_on_latents(priors, second)
-    shaped = [name for name, prior in priors.items() if prior.shape is not None and dependent]
+    has_shapes = with_shapes or bool(dependent)
+    shaped = [name for name, prior in priors.items() if prior.shape is not None and has_shapes]
     return {name: name in dependent for name in priors if name in {*dependent, *shaped}}
 
 
@@ -308,15 +312,39 @@ def centered_by_curvature(
     return torch.where(lam > _CENTERED, 1.0, lam)
 
 
-def non_centered(log_joint: Any) -> Any:
-    """A log joint density with lambda 0 for all latents that may have coordinates, if it has none yet."""
+def non_centered(log_joint: Any, with_shapes: bool = False) -> Any:
+    """A log joint density with lambda 0 for all latents that may have coordinates, if it has none yet.
+
+    :param with_shapes: see :func:`find_mapped`.
+    """
     if log_joint.coordinates is not None or not log_joint.maps_priors:
         return log_joint
-    if not (sites := log_joint.mapped_sites()):
+    if not (sites := log_joint.mapped_sites(with_shapes)):
         return log_joint
     ones = torch.ones_like(log_joint.start)
-    found = Coordinates(ones, ones, sites).non_centered(log_joint.latents)
+    found = Coordinates(ones, ones, dict.fromkeys(sites, True)).non_centered(log_joint.latents)
     return log_joint.with_coordinates(found)
+
+
+def with_strong_data_centered(log_joint: Any, gradients: Tensor, has_parents: Tensor) -> Any:
+    """A density with lambda 0, or 1 for those elements of which data say far more than their priors.
+
+    The variance of a gradient under the posterior is the mean curvature, 1 + h in
+    :func:`centered_by_curvature`. Where it is not large in nine chains of ten, as where some are in the neck
+    of a funnel, lambda stays 0.
+
+    :param gradients: in the coordinates of the density, by chain: shape ``(C, n, latent_dim)``.
+    :param has_parents: where priors depend on other latents, shape ``(latent_dim,)``; else lambda stays 0.
+    """
+    given = log_joint.coordinates
+    if given is None:
+        return log_joint
+    curvature = gradients.var(1).quantile(0.1, 0)
+    is_strong = (curvature > 1 / (1 - _CENTERED)) & (given.centered < 1) & has_parents
+    if not bool(is_strong.any()):
+        return log_joint
+    centered = given.centered.masked_fill(is_strong, 1.0)
+    return log_joint.with_coordinates(given._replace(centered=centered))
 
 
 @torch.no_grad()

@@ -376,10 +376,10 @@ class LogJoint(LogDensity):
         """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
         return prior_scales(self.enumerated(self.run), self.latents, u)
 
-    def mapped_sites(self) -> dict[str, bool]:
+    def mapped_sites(self, with_shapes: bool = False) -> dict[str, bool]:
         """The latents with coordinates from the prior, and whether it depends on other latents."""
         points = torch.stack([self._start, self._start + 0.1 * (1 + self._start.abs())])
-        return find_mapped(self.enumerated(self.run), self.latents, points)
+        return find_mapped(self.enumerated(self.run), self.latents, points, with_shapes)
 
     def enumerated(self, run: Callable[[], object]) -> Any:
         """A run of the model with its discrete latents, if it has some, enumerated to the left of draws."""

@@ -52,7 +52,10 @@ class Site:
     @cached_property
     def unconstrained_shape(self) -> torch.Size:
         """The shape of its value on the unconstrained space."""
-        return torch.Size(self.bijection.inverse_shape(self.shape))
+        bijection = self.bijection
+        if bijection.domain.event_dim == bijection.codomain.event_dim == 0:
+            return torch.Size(self.shape)  # PyTorch's answer imports SymPy
+        return torch.Size(bijection.inverse_shape(self.shape))
 
     @cached_property
     def is_unconstrained(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
-from pyro.distributions.util import scale_and_mask
+from pyro.distributions.util import broadcast_shape, scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.util import site_is_factor, site_is_subsample
@@ -278,14 +278,15 @@ def _check_shape(node: Any) -> None:
                 "the length of the data, as in subsample_size=len(y)"
             )
     shape = torch.Size((*node["fn"].batch_shape, *node["fn"].event_shape))
-    with suppress(RuntimeError):  # shapes that do not broadcast have an error of their own
-        both = torch.broadcast_shapes(shape, value.shape)
-        if both.numel() > max(shape.numel(), value.numel()):
-            raise ValueError(
-                f"site '{node['name']}': expected data of the shape of their distribution, got data of shape "
-                f"{tuple(value.shape)} and a distribution of shape {tuple(shape)}, which broadcast to "
-                f"{both.numel()} terms. Give both the same shape, as with x.squeeze(-1)"
-            )
+    both = shape
+    with suppress(ValueError):  # shapes that do not broadcast have an error of their own
+        both = torch.Size(broadcast_shape(shape, value.shape))  # PyTorch's imports SymPy
+    if both.numel() > max(shape.numel(), value.numel()):
+        raise ValueError(
+            f"site '{node['name']}': expected data of the shape of their distribution, got data of shape "
+            f"{tuple(value.shape)} and a distribution of shape {tuple(shape)}, which broadcast to "
+            f"{both.numel()} terms. Give both the same shape, as with x.squeeze(-1)"
+        )
 
 
 def _check_support(node: Any) -> None:

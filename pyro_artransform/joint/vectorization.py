@@ -121,6 +121,10 @@ class LargestTensor(TorchDispatchMode):
 
     num_values = 1
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # importing it takes a second, and nothing here is compiled
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:

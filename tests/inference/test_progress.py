@@ -75,10 +75,10 @@ def test_what_a_fit_does_is_shown(monkeypatch):
     assert said == ["start", "fit", *verdict, "verdict: single latents by chains"]
     said.clear()
     quick_fit(models.funnel, AutoNormal(models.funnel), num_steps=1, seed=0, draws=5)
-    assert said == ["start", "fit", "verdict", "chains", verdict[1]]
+    assert said == ["start", "chains", "fit", "verdict"]
     said.clear()
-    mcmc(models.location, AutoNormal(models.location), 5)
-    assert said == ["chains", *verdict]
+    mcmc(models.location, None, 5)
+    assert said == ["chains"]
 
 
 def test_one_line_where_nobody_watches(capsys):

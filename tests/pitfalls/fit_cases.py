@@ -178,6 +178,24 @@ def f40_value_read(subject: Subject) -> None:
         assert abs(share - exact) < 0.035 or not is_trusted, f"P(z > 0) is {share:.3f}"
 
 
+def f41_lower_tail_of_a_scale(subject: Subject) -> None:
+    """Draws of a scale with weak data that are trusted have its lower tail, down the neck of the funnel.
+
+    It fails for chains in coordinates that are centred in part, which agree with each other.
+    """
+    below, quantile = list[float](), models.weak_hierarchy_log_tau(0.03)
+    for seed in range(3):
+        prepare()
+        draws, is_trusted = subject.draws(models.weak_hierarchy, 400, seed)
+        if is_trusted:
+            below.append(float((draws["tau"].log() < quantile).double().mean()))
+    if below:
+        share = sum(below) / len(below)
+        # by four standard errors of so many independent draws
+        slack = 4 * (0.03 * 0.97 / (400 * len(below))) ** 0.5
+        assert abs(share - 0.03) < slack, f"{100 * share:.1f} % are below the quantile of 3 %"
+
+
 def f42_indefinite_curvature(subject: Subject) -> None:
     """A fit of a state-space model has a finite ELBO, whatever the curvature of its scales at a start is.
 

@@ -140,6 +140,34 @@ def local_linear_trend(num=16):
         pyro.sample(f"y_{t}", dist.Normal(level, scales[2]), obs=datum)
 
 
+# means of groups: of four they are known well, and of eight they say nothing of how much groups differ
+MEANS = (0.62, 0.41, 0.55, 0.44, 1.9, -0.6, 0.3, 0.9, -0.2, 1.2, 0.6, -1.0)
+
+
+def _errors():
+    return torch.tensor([0.1] * 4 + [1.0] * 8)
+
+
+def weak_hierarchy():
+    """A hierarchy as one writes it, whose scale may be anything below the differences of groups."""
+    mu = pyro.sample("mu", dist.Normal(torch.zeros(()), 3.0))
+    tau = pyro.sample("tau", dist.HalfCauchy(torch.ones(())))
+    with pyro.plate("groups", len(MEANS)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, _errors()), obs=torch.tensor(MEANS))
+
+
+def weak_hierarchy_log_tau(share: float) -> float:
+    """A quantile of the log of its scale, by quadrature; all else is Gaussian."""
+    log_tau, eye = torch.linspace(-12, 4, 4001), torch.eye(len(MEANS))
+    tau = log_tau.exp()
+    covariance = (tau**2)[:, None, None] * eye + _errors().square().diag() + 9.0
+    density = dist.MultivariateNormal(torch.zeros(len(MEANS)), covariance)
+    log_joint = density.log_prob(torch.tensor(MEANS)) + dist.HalfCauchy(1.0).log_prob(tau) + log_tau
+    below = log_joint.softmax(0).cumsum(0)
+    return float(log_tau[int((below < share).sum())])
+
+
 def targets() -> dict[str, Target]:
     """All of them, in the default dtype."""
     return {

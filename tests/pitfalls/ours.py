@@ -139,6 +139,10 @@ class Ours(Subject):
         found = art.inference.mcmc(model, guide, n, seed=0, progress=False)
         return found.draws, found.trusted
 
+    def draws(self, model, n, seed):
+        found = art.fit(model, draws=n, seed=seed, progress=False)
+        return found.draws, found.chains.trusted
+
     def trusts_batches(self, model, guide, batches, steps):
         return art.fit(model, guide, loader=batches, num_steps=steps, progress=False).trusted
 

@@ -174,6 +174,10 @@ class Subject:
         """Draws of the posterior by chains, and whether the package trusts them."""
         raise NotApplicable("no chains")
 
+    def draws(self, model: Callable, n: int, seed: int) -> tuple[dict[str, Tensor], bool]:
+        """The same by a fit, of a guide that the package chooses, if it takes one."""
+        raise NotApplicable("no draws by a fit")
+
     def trusts_batches(self, model: Callable, guide, batches, steps: int) -> bool:
         """The same of a guide that is trained on mini-batches."""
         raise NotApplicable("no verdict on mini-batches")

@@ -4,7 +4,6 @@
 """The evaluation of a posterior: weighted draws of the guide, mass it misses, and single latents."""
 
 import math
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -12,23 +11,21 @@ import torch
 from torch import Tensor
 
 from ...diagnostics import Importance, Marginals
-from ...diagnostics.base_space import transform_of
-from ...diagnostics.chains import GOOD_RHAT, GuideChains
+from ...diagnostics.base_space import ensemble_of, transform_of
 from ...diagnostics.defensive_mixture import MixtureDraws, mixture_draws
 from ...diagnostics.importance import GOOD_KHAT, GOOD_LOST_MASS
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_by_chains, marginals_by_weights
 from ...joint import MeanLogJoint
-from ...joint.coordinates import non_centered
+from ...sampling import GOOD_RHAT
 from ...time_limit import cut_off, is_out_of_time, left_out, limited, say, within
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
 from .elements import Elements, ElementWeights
-from .missed_modes import NOT_SEARCHED, NUM_FOR_MODES, MissedModes, find_missed_modes
+from .missed_modes import NOT_SEARCHED, MissedModes, find_missed_modes
 from .verdict import (
     FitStatus,
     Verdict,
-    about_chains,
     about_elements,
     about_good_elements,
     about_minibatches,
@@ -36,6 +33,7 @@ from .verdict import (
 )
 
 _UNCLEAR_KHAT_IN_SE = 2.0
+_NUM_BESIDE_DRAWS = 2000  # draws that tell of a guide where chains give those of the posterior
 _MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
 
 
@@ -85,7 +83,6 @@ class Evaluation(NamedTuple):
     is_of_minibatches: bool = False  #: whether it is by a pass over a loader
     #: the first draws behind it, of :func:`draw`; ``None`` where they were of mini-batches
     latents: Tensor | None = None
-    outside: Sequence[str] = ()  #: objections to draws of chains, where they were looked at
     elements: Elements | None = None  #: of mini-batches
 
     def result_fields(self, marginals: MarginalVerdict, chains: Any = None) -> dict[str, Any]:
@@ -115,43 +112,34 @@ def evaluate(
     status: FitStatus,
     config: FitConfig,
     max_more_draws: int = 0,
-    chains: GuideChains | None = None,
+    has_draws: bool = False,
     of_few: MeanLogJoint | None = None,
 ) -> Evaluation:
     """Evaluates a posterior where the density is of all data, or the model draws mini-batches itself.
 
-    :param chains: those that give the draws of the posterior: fewer ones of the guide tell of the guide, and
-        modes and tails are searched for outside of the chains.
+    :param has_draws: whether an ensemble gives the draws of the posterior: then fewer ones of the guide tell
+        of the guide, and no modes are searched for, since superchains were in all that starts lead to.
     :param of_few: the density of a few mini-batches, in which modes are searched for.
     """
     log_joint, is_noisy = subject.log_joint, subject.log_joint.is_random
     strategy = log_joint.strategy
-    if chains is not None:
-        flat = chains.draws.flatten(0, 1)
-        by_chains = flat[torch.randperm(len(flat), device=flat.device)[:NUM_FOR_MODES]]
-        few = min(config.evaluation.num_samples, NUM_FOR_MODES)
-        settings = replace(config.evaluation, num_samples=few, max_searches=2)
-        config = replace(config, evaluation=settings)
+    if has_draws:
+        few = min(config.evaluation.num_samples, _NUM_BESIDE_DRAWS)
+        config = replace(config, evaluation=replace(config.evaluation, num_samples=few))
     with within(0.5):
         log_weights, latents = draw(subject, config.evaluation, max_more_draws)
     found = Importance.from_log_weights(log_weights)
     missed, is_point, coarse = NOT_SEARCHED, False, list[str]()
     if latents is not None:
-        draws, ess = latents, None
-        weights: Tensor | None = found.log_weights[: len(draws)]
-        if chains is not None:
-            # where a narrow scale is as wide as others, and climbs end there
-            log_joint = non_centered(chains.log_joint)
-            draws, weights = log_joint.from_unconstrained(by_chains)[0], None
-            ess = chains.convergence().tail.clamp_max(len(draws))
-        is_point = bool((draws == draws[:1]).all(0).any())
+        is_point = bool((latents == latents[:1]).all(0).any())
         if not is_point:
-            coarse = log_joint.latents.coarse_sites(log_joint.to_unconstrained(draws)[0])
-        if not (is_point or is_noisy):
+            coarse = log_joint.latents.coarse_sites(log_joint.to_unconstrained(latents)[0])
+        if not (is_point or is_noisy or has_draws):
             say("verdict: the search for mass elsewhere")
             with cut_off("the search for mass elsewhere"), within(0.7):
-                known = found.log_evidence, found.elbo, weights, ess, of_few
-                missed = find_missed_modes(log_joint, config, draws, *known)
+                weights = found.log_weights[: len(latents)]
+                known = found.log_evidence, found.elbo, weights, of_few
+                missed = find_missed_modes(log_joint, config, latents, *known)
     status = status._replace(
         is_point=is_point,
         is_random=is_noisy,
@@ -168,7 +156,6 @@ def evaluate(
         verdict=judge(status, found, missed),
         missed=missed,
         latents=latents,
-        outside=list(about_chains(missed, status)),
     )
 
 
@@ -266,7 +253,7 @@ def _judge_by_chains(
 ) -> MarginalVerdict:
     say("verdict: single latents by chains")
     try:
-        chains = GuideChains(subject)
+        chains = ensemble_of(subject)
         convergence = chains.run(config.num_by_chains, most=config.max_by_chains)
         if is_out_of_time() and not float(convergence.rhat.max()) <= GOOD_RHAT:
             return _not_checked("there was no time")

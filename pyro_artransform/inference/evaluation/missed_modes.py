@@ -12,9 +12,7 @@ its own draws alone, and what it leaves out it has no draws of.
 
 Places have regions: the share of the Gaussian of each, as far as it reaches, in the sum of all of them and
 that of the guide. Where the guide is the posterior both have the same mass in each region, whatever the
-regions are. What has much mass by the weights and few of the guide's draws is lost; and so is a tail, of
-chains in the place of a guide, with more mass beyond a quantile than they have draws. Chains that never
-enter a tail agree, whatever R-hat is asked of them.
+regions are. What has much mass by the weights and few of the guide's draws is lost.
 
 **References**
 
@@ -43,13 +41,9 @@ from .mode_search import ModeSearch, Shape, Stratum
 
 _NUM_HEAVIEST = 4  # climbs from the draws of the largest weights
 _UNCLEAR = 3  # times as many draws again around a guide, where the side of a bound is not known
-# draws that say where a guide is, and its chains: where these give those of the posterior, and of many
-NUM_FOR_MODES = 2000
 MIN_SHARE = 0.1  # of its share of the mass, of draws in a place that is not lost
 # lost mass that is a reason to search for more, and the part of it with which a mode is counted
 _MIN_LOST, _MIN_COUNTED = 0.002, 0.01
-# the share of the draws in each tail that is looked at, and by how many standard errors there must be more
-_TAIL, _NUM_SES = 0.005, 4.0
 # draws whose density is taken again, so many ulps away, and nats by which it may change
 _NUM_REPEATED, _ULPS, _MOST_ROUND_OFF = 32, 4, 1.0
 
@@ -64,8 +58,6 @@ class MissedModes(NamedTuple):
     num_lost: int = 0  #: how many these modes are
     #: how they were searched for: by "curvature", in a few mini-"batches", or "none"
     searched_by: str = "curvature"
-    #: of chains, the latent with a tail that they do not enter, and the mass there
-    tail: tuple[str, float] | None = None
 
 
 NOT_SEARCHED = MissedModes(searched_by="none")
@@ -108,23 +100,6 @@ class Mixture(NamedTuple):
             log_weights,
         )
 
-    def missed_tail(
-        self, draws: Tensor, ess: Tensor, log_evidence: float
-    ) -> tuple[int, float] | None:
-        """The latent with the clearest tail that draws ``(n, D)`` of chains lack, and the mass there.
-
-        :param ess: the effective number of draws in the tails of each latent, shape ``(D,)``.
-        :param log_evidence: that of a guide; where all strata find more, theirs counts.
-        """
-        weights = (self.log_weights - max(self.log_evidence, log_evidence)).exp()[:, None]
-        ordered, count = draws.sort(0).values, int(_TAIL * len(draws))
-        is_beyond = torch.cat([self.points < ordered[count], self.points > ordered[-1 - count]], 1)
-        masses = (weights * is_beyond).sum(0)
-        variances = (weights.square() * is_beyond).sum(0) + masses / ess.repeat(2)
-        num_ses = ((masses - _TAIL) / variances.sqrt()).nan_to_num(0.0)
-        at = int(num_ses.argmax())
-        return (at % len(ess), float(masses[at])) if num_ses[at] > _NUM_SES else None
-
 
 def _balanced_weights(strata: Sequence[Stratum], by_stratum: Tensor) -> Tensor:
     """Log weights of all draws, of the model over the densities of all strata: their sum is the evidence."""
@@ -144,15 +119,12 @@ def find_missed_modes(
     log_evidence: float,
     elbo: float = math.nan,
     log_weights: Tensor | None = None,
-    ess: Tensor | None = None,
     of_few: MeanLogJoint | None = None,
 ) -> MissedModes:
     """Searches outside of a guide, of which there are draws ``(n, latent_dim)``, unconstrained.
 
     :param log_evidence: the log evidence according to them; those of the largest weights are starts.
     :param elbo: that of the guide: where its bound is near, more draws around the guide decide.
-    :param ess: where draws are those of chains from the guide, their effective number in the tails of
-        each latent, shape ``(latent_dim,)``.
     :param of_few: the density of a few mini-batches, where that of all data is too expensive to climb in.
     """
     is_usable = draws.isfinite().all(-1)
@@ -165,9 +137,6 @@ def find_missed_modes(
     if len(draws) < 2 or draws.shape[1] > config.evaluation.max_dense_dim:
         return NOT_SEARCHED
     around = Shape(moments(draws))
-    if ess is not None:  # chains may have more around them than a guide that nobody has trained
-        near = around.stratum(log_density, config.evaluation.num_for_mode).log_weights
-        log_evidence = max(log_evidence, float(near.logsumexp(0)) - math.log(len(near)))
     search = ModeSearch(log_density, config, draws, around)
     points = search.points_of_few(of_few) if of_few else torch.cat([heaviest, search.points()])
     found, searched_by = _mixture(search, points, log_evidence, elbo)
@@ -175,13 +144,9 @@ def find_missed_modes(
     # less than one says, or what a climb has made of the round-off of a density
     if not round(100 * lost) or _is_round_off(log_density, found):
         lost, count = 0.0, 0
-    tail = None
-    if ess is not None and not count:
-        at = found.missed_tail(draws, ess, log_evidence)
-        tail = None if at is None else (log_density.latents.name_of(at[0]), at[1])
     if of_few and searched_by != "none":
         searched_by = "batches"
-    return MissedModes(found.log_evidence, found.log_evidence_se, lost, count, searched_by, tail)
+    return MissedModes(found.log_evidence, found.log_evidence_se, lost, count, searched_by)
 
 
 def _mixture(

@@ -97,7 +97,7 @@ def judge(
             "gradient was not finite: result.culprits has the sites. Use tighter priors, or supports "
             "that keep scales away from zero"
         )
-    objections += _about_draws(status)
+    objections += about_draws(status)
     if status.no_sum:
         objections.append(status.no_sum)
     if status.is_point or status.is_random:
@@ -136,7 +136,7 @@ def judge(
     return Verdict(True, (praise or _about_success(cast(Importance, weights), missed)) + note)
 
 
-def _about_draws(status: FitStatus) -> Iterator[str]:
+def about_draws(status: FitStatus) -> Iterator[str]:
     """Objections to draws of the prior or rounded to few values, and to a verdict that had to end early."""
     if status.prior_only:
         yield GIVE_DATA
@@ -202,18 +202,6 @@ def about_far_modes(missed: MissedModes, is_settled: bool = True) -> Iterator[st
             "mode(s), found from other starting points, of which the guide has no draws: the starts "
             f"disagree{f'. {BREAK_SYMMETRY}, or sum out what switches' if is_settled else ''}"
         )
-
-
-def about_chains(missed: MissedModes, status: FitStatus) -> Iterator[str]:
-    """Objections to draws of chains."""
-    yield from about_far_modes(missed)
-    if missed.tail is not None:
-        name, mass = missed.tail
-        yield (
-            f"chains miss a tail of {name}: {100 * mass:.1f} % of the posterior is beyond all but 0.5 % of "
-            "the draws. Train the guide for longer, or use one with coordinates from the prior"
-        )
-    yield from _about_draws(status)
 
 
 def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> str:

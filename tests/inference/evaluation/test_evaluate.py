@@ -182,7 +182,7 @@ def test_single_latents_are_right_where_the_joint_is_not():
     found = judge_marginals(subject, evaluation, config)
     assert not evaluation.verdict.trusted
     assert found.trusted is True
-    assert found.found.num_chains == 64
+    assert found.found.num_chains > 0
     fields = evaluation.result_fields(found)
     assert fields.keys() < set(FitResult.__dataclass_fields__)
     assert fields["verdict"].startswith("Not trusted: ")
@@ -258,10 +258,10 @@ def test_where_weights_of_the_guide_leave_it_open(kind):
     evaluation, found = checked(_wider_tails, guide, config)
     assert evaluation.verdict.trusted
     assert evaluation.weights.khat > 0.4
-    num_chains, by, bound = 64, "by chains", 0.06
+    by, bound = "by chains", 0.06
     if kind is AutoDiagonalNormal:
-        num_chains, by, bound = 0, "as far as the guide draws", 0.02
-    assert found.found.num_chains == num_chains
+        by, bound = "as far as the guide draws", 0.02
+    assert (found.found.num_chains > 0) == (kind is AutoNormal)
     assert f"Of single latents, {by}: means of all 3 latents within" in found.words
     # the sd of the posterior is the root of 1.125
     assert (found.found.sd_ratio["z"] - 1.125**-0.5).abs().max() < bound

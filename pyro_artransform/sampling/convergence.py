@@ -18,6 +18,7 @@ from torch.nn.functional import pad
 
 GOOD_RHAT = 1.02  #: the largest R-hat of chains that agree
 _TAILS = (0.05, 0.95)
+_OUTER = (0.03, 0.97)  # the quantiles whose shares superchains have to agree on
 _MANY = 2**21
 _MOST_TAIL = 0.5  # the tail index of values with a variance
 
@@ -67,12 +68,6 @@ class Convergence(NamedTuple):
     def min_ess(self) -> float:
         """The smallest effective number of draws, of bulk and tails: Vehtari et al. ask it of both."""
         return float(torch.minimum(self.bulk, self.tail).min())
-
-
-def plain_rhat(draws: Tensor) -> Tensor:
-    """The split R-hat without ranks, shape ``(D,)``; 1 of a coordinate without a variance."""
-    halves = _split(draws)
-    return _plain_rhat(halves, _has_variance(halves))
 
 
 def mean_ess(draws: Tensor) -> Tensor:
@@ -158,3 +153,37 @@ def _ess(chains: Tensor) -> Tensor:
     even = torch.where((even > 0) | (pair >= 0), even, 0.0)
     time = (2 * before - 1 + even).clamp_min(1 / math.log10(total))
     return torch.where(variance > 0, total / time, float(total))
+
+
+def nested_rhat(draws: Tensor, num_superchains: int) -> Tensor:
+    """The largest nested R-hat of values, of folded ones and of their outer quantiles, shape ``(D,)``.
+
+    Chains of a superchain begin at one point, so that the variance between superchains tells of what the
+    starts have left, however short chains are. See Nested R-hat: Assessing the Convergence of Markov Chain
+    Monte Carlo When Running Many Short Chains (Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari,
+    Gelman, 2024), https://arxiv.org/abs/2110.13017
+
+    :param draws: shape ``(C, n, D)``, the chains of a superchain one after the other.
+    :return: infinite where a value is not, and of fewer than 4 draws.
+    """
+    if draws.shape[1] < 4:
+        return torch.full_like(draws[0, 0], torch.inf)
+    flat = draws.flatten(0, 1)
+    folded = (draws - flat.median(0).values).abs()
+    found = [_nested(draws, num_superchains), _nested(folded, num_superchains)]
+    for share in _OUTER:
+        rank = math.floor(share * (len(flat) - 1)) + 1
+        below = draws <= flat.kthvalue(rank, 0).values
+        found.append(_nested(below.to(draws.dtype), num_superchains))
+    return torch.where(flat.isfinite().all(0), torch.stack(found).amax(0), torch.inf)
+
+
+def _nested(draws: Tensor, num_superchains: int) -> Tensor:
+    size, dim = len(draws) // num_superchains, draws.shape[-1]
+    means = draws.mean(1).reshape(num_superchains, size, dim)
+    within = draws.var(1).reshape(means.shape).mean(1)
+    if size > 1:
+        within = within + means.var(1)
+    between, within = means.mean(1).var(0), within.mean(0)
+    constant = torch.where(between > 0, torch.inf, 1.0)
+    return torch.where(within > 0, (1 + between / within).sqrt(), constant)

@@ -4,7 +4,7 @@
 import pytest
 import torch
 
-from pyro_artransform.diagnostics.preconditioning import Preconditioner
+from pyro_artransform.sampling.preconditioning import Preconditioner
 
 
 def draws_of(factor, count):

@@ -1,0 +1,196 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Draws of a posterior by chains, and whether they can be trusted."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import first_of
+from ..posterior import Summary, summary
+from ..posterior.arviz import chains_to_inference_data
+from ..sampling import GOOD_RHAT, End, Ensemble, energy_bfmi
+from .evaluation.verdict import BREAK_SYMMETRY, FitStatus, about_draws
+
+# Stan's bounds: of E-BFMI, and of trajectories that diverge, of which some are a matter of the step size
+_LOW_BFMI, _MANY_DIVERGENT = 0.2, 0.01
+# sds within chains that latents are apart in modes, to be named, and the share of all but the first of them
+# that speaks for others which no start has reached
+_APART, _SMALL_MODES = 4.0, 0.05
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Chains:
+    """Draws of a posterior by chains, and whether they can be trusted.
+
+    Effective numbers of draws are ArviZ's, by site of the shape that it has on the unconstrained space. R-hat
+    is the nested one, of superchains, the groups of chains that began at one point: the R-hat of each single
+    chain is larger where chains are short.
+    """
+
+    #: draws of each site, ``(num_samples,) + site shape``, in random order, out of ``by_chain``, which has
+    #: all; fewer where there are not so many in all
+    draws: dict[str, Tensor] = field(repr=False)
+    #: all draws of each site, ``(num_chains, n) + site shape``, chains of a superchain one after the other
+    by_chain: dict[str, Tensor]
+    ess: dict[str, Tensor]  #: the effective number of draws of the bulk, by site
+    ess_tail: dict[str, Tensor]  #: the same of the quantiles of 5 and 95 %
+    rhat: dict[str, Tensor]  #: the nested R-hat, by site
+    min_ess: float  #: the smallest effective number of draws of the bulk
+    max_rhat: float  #: the largest R-hat
+    trusted: (
+        bool  #: whether superchains agree, and there are as many effective draws as were asked for
+    )
+    verdict: str  #: the same in words
+    num_chains: int
+    num_superchains: int
+    num_gradients: int  #: gradients of the model's log density, of warm-up too
+    #: trajectories, of those that the draws come from, whose energy was off by more than 1,000 nats
+    num_divergent: int
+    acceptance: float  #: the mean probability of acceptance
+    step_size: (
+        float  #: the largest one, in sds of the posterior, nearly; those of chains vary below it
+    )
+    bfmi: Tensor  #: the estimated Bayesian fraction of missing information of each chain
+    seconds: float  #: wall time
+    stopped_because: str  #: why the chains ended
+
+    def __repr__(self) -> str:
+        size = next(iter(self.by_chain.values())).shape[1]
+        return (
+            f"Chains: {self.verdict}\n"
+            f"  chains   {self.num_superchains} superchains of {self.num_chains // self.num_superchains}, "
+            f"{size} draws each, {self.num_gradients:,} gradients\n"
+            f"  steps    acceptance {self.acceptance:.2f}, {self.num_divergent} divergent, E-BFMI at "
+            f"least {float(self.bfmi.min()):.2f}\n"
+            f"  time     {self.seconds:.1f} s: {self.stopped_because}"
+        )
+
+    def summary(self) -> Summary:
+        """Mean, sd, quantiles of 5, 50 and 95 %, ess and R-hat of each element, under constrained names.
+
+        Effective draws and R-hat are those of the unconstrained space; of a site that has another shape
+        there, such as a simplex, the smallest and the largest one.
+        """
+        found = summary({name: value.flatten(0, 1) for name, value in self.by_chain.items()})
+        for name, columns in found.items():
+            shape = columns["mean"].shape
+            for key, values, worst in (
+                ("ess", torch.minimum(self.ess[name], self.ess_tail[name]), torch.min),
+                ("r_hat", self.rhat[name], torch.max),
+            ):
+                fits = values.shape == shape
+                columns[key] = values if fits else worst(values).expand(shape)
+        return found
+
+    def to_inference_data(
+        self, model: Callable[..., object], *args: object, **kwargs: object
+    ) -> Any:
+        """The draws by superchain as an ArviZ data set, with predictions and likelihoods.
+
+        A chain of ArviZ's is a superchain, its chains one after the other: single ones are too short for its
+        R-hat.
+
+        :param model: the model of the chains; ``args`` and ``kwargs`` are its arguments.
+        :return: as by :func:`~pyro_artransform.posterior.to_inference_data`.
+        :raises ImportError: if ArviZ is missing.
+        """
+        by_superchain = {
+            name: value.unflatten(0, (self.num_superchains, -1)).flatten(1, 2)
+            for name, value in self.by_chain.items()
+        }
+        return chains_to_inference_data(model, by_superchain, args, kwargs)
+
+
+def chains_of(
+    ensemble: Ensemble, num_samples: int, seconds: float, reason: str, status: FitStatus
+) -> Chains:
+    """Draws of an ensemble, their convergence, and whether they can be trusted, in words.
+
+    :param reason: why the time was over, if it was.
+    """
+    found, latents = ensemble.convergence(), ensemble.log_joint.latents
+    count, size, dim = ensemble.draws.shape
+    flat = ensemble.draws.reshape(-1, dim)
+    values = latents.constrain(flat)
+    chosen = torch.randperm(len(flat), device=flat.device)[:num_samples]
+    infos = ensemble.infos
+    num_divergent = int(torch.stack([info.is_divergent for info in infos]).sum())
+    bfmi = energy_bfmi(torch.stack([info.energy for info in infos], 1))
+    status = status._replace(coarse=latents.coarse_sites(flat))
+    objections = [*_objections(ensemble, num_samples), *about_draws(status)]
+    head = f"{status.prior_only} " if status.prior_only else ""
+    words = f"{head}Draws not trusted: {'; '.join(objections)}."
+    if not objections:
+        words = (
+            f"Draws trusted: {float(found.bulk.min()):,.0f} effective draws of the worst latent, R-hat at "
+            f"most {float(found.rhat.max()):.3f}, by {count} chains of {size} draws."
+        )
+    notes = _notes(ensemble, num_divergent / (count * size), float(bfmi.median()))
+    return Chains(
+        draws={name: value[chosen] for name, value in values.items()},
+        by_chain={k: v.reshape(count, size, *v.shape[1:]) for k, v in values.items()},
+        ess=latents.split(found.bulk),
+        ess_tail=latents.split(found.tail),
+        rhat=latents.split(found.rhat),
+        min_ess=float(found.bulk.min()),
+        max_rhat=float(found.rhat.max()),
+        trusted=not objections,
+        verdict=" ".join([words, *notes]),
+        num_chains=count,
+        num_superchains=ensemble.num_superchains,
+        num_gradients=ensemble.num_gradients,
+        num_divergent=num_divergent,
+        acceptance=float(torch.stack([info.acceptance for info in infos]).mean()),
+        step_size=ensemble.step_size,
+        bfmi=bfmi,
+        seconds=seconds,
+        stopped_because=reason or ensemble.end.value,
+    )
+
+
+def _objections(ensemble: Ensemble, num_samples: int) -> Iterable[str]:
+    """What speaks against the draws, with its remedy."""
+    found, latents = ensemble.convergence(), ensemble.log_joint.latents
+    max_rhat = float(found.rhat.max())
+    modes = ensemble.modes
+    if modes is not None and float(modes.share[1:].sum()) > _SMALL_MODES:
+        names = [latents.name_of(i) for i in (modes.differs > _APART).nonzero()[:, 0].tolist()]
+        shares = first_of([f"{100 * share:.2g} %" for share in modes.share.tolist()])
+        between = "between which chains jump, and perhaps not to others"
+        if ensemble.end is End.APART:
+            between = "between which chains do not move"
+        yield (
+            f"starts led to {len(modes.share)} modes, with about {shares} of the posterior as far as "
+            f"Gaussians tell, which differ in {first_of(names)}, {between}. {BREAK_SYMMETRY}"
+        )
+    if ensemble.end is not End.APART and not max_rhat <= GOOD_RHAT:
+        worst = latents.name_of(int(found.rhat.argmax()))
+        remedy = "Let them run for longer"
+        if ensemble.end is not End.OUT_OF_TIME:
+            remedy = "Use tighter priors, another parametrization, or chains from a guide"
+        yield f"chains have not mixed: R-hat is {max_rhat:.3f} for {worst}, above {GOOD_RHAT}. {remedy}"
+    for ess, where in ((found.bulk, ""), (found.tail, " for its tails")):
+        if not float(ess.min()) >= num_samples:
+            worst = latents.name_of(int(ess.argmin()))
+            yield f"{worst} has {float(ess.min()):.0f} effective draws{where}, not {num_samples}"
+
+
+def _notes(ensemble: Ensemble, divergent: float, bfmi: float) -> Iterable[str]:
+    """What is no objection, but to be known."""
+    if ensemble.left_out:
+        yield (
+            f"Some starts led to other modes, with about {ensemble.left_out:.1g} of the posterior as far as "
+            "Gaussians tell: their chains began anew elsewhere."
+        )
+    if divergent > _MANY_DIVERGENT:
+        yield (
+            f"{100 * divergent:.1f} % of the trajectories diverged: there is a corner that steps of this "
+            "size do not enter, whose mass may be too small in the draws."
+        )
+    if bfmi < _LOW_BFMI:
+        yield f"The median E-BFMI of chains is {bfmi:.2f}: tails are explored slowly."

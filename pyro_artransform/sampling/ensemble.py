@@ -1,0 +1,400 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Many short chains of a posterior, in groups that begin far apart, run until they agree.
+
+Nothing is known of the posterior before: chains climb from their starts, learn the scale of all directions,
+the step size and the length of trajectories in rounds that get longer, and then go on until superchains, the
+groups that began at one point, have the same distribution of each latent.
+
+**References**
+
+1. Nested R-hat: Assessing the Convergence of Markov Chain Monte Carlo When Running Many Short Chains
+   (Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari, Gelman, 2024), https://arxiv.org/abs/2110.13017
+"""
+
+import math
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from ..arguments import check_integer
+from ..capture import ReplayError
+from ..joint import LogJoint
+from ..joint.coordinates import with_strong_data_centered
+from ..joint.density import CACHED
+from ..time_limit import is_out_of_time, limited
+from .adaptation import StepSize, TrajectoryLength
+from .convergence import GOOD_RHAT, Convergence, nested_rhat
+from .modes import IndependentProposals, Modes
+from .preconditioning import Preconditioner
+from .starts import climb, latin_hypercube, overdispersed
+from .target import PulledBack, State, ToLatent, identity
+from .trajectories import Info, integrator_of, trajectory
+
+#: superchains, chains of each where a model is fast for many draws at once, and where it is not
+SUPERCHAINS, MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 8, 64, 16, 8
+# effective draws asked for by chain, and numbers of all chains up to which a gradient costs as one
+_DRAWS_BY_CHAIN, _CACHED_COORDINATES, _SHARE_OF_CACHE = 12, 2**15, 4
+# trajectories of the rounds of warm-up, of the first block after it, and the most in all
+_WARM_UP, _BLOCK, _MOST_TRAJECTORIES = (8, 12, 20, 30, 10, 8), 16, 3000
+# the steps of a trajectory at most, in the first rounds and later
+_FEW_STEPS, _MANY_STEPS = 10, 500
+# step sizes of single chains vary from this share up, else some stick for good
+_SMALLEST = 0.35
+# in the warm-up the step size of a chain grows by this where it moves, and shrinks where it does not, down to
+_GROWTH, _LEAST_FACTOR = 1.5, 0.01
+# chains are lost that move less often than this and are not so many nats above others, or are below these
+_STUCK, _MOVES, _ABOVE, _BELOW, _BELOW_BY_ROOT_DIM = 0.15, 0.3, 5.0, 50.0, 5.0
+# trajectories after which chains have settled in modes
+_NUM_SETTLED = 12
+# the share of draws that is a transient, and left out
+_TRANSIENT = 1 / 3
+# latents that are ranked before all are
+_NUM_SLOWEST = 32
+# nested R-hat that speaks of modes, draws of a chain then, the share of all but the first that has to be
+# looked at, and the least share of proposals in one
+_MODES_RHAT, _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 1.1, 24, 0.01, 0.05
+# dimensions up to which places in the base space of a guide are proposed, beside trajectories
+_MOST_WITH_PROPOSALS = 200
+# R-hat and effective draws are asked how many trajectories they take after so many
+_PATIENCE = 96
+
+
+class End(Enum):
+    """Why an ensemble ended."""
+
+    ENOUGH = "there are enough effective draws of each latent, and chains agree"
+    APART = "superchains stay in modes that chains do not move between"
+    TOO_MANY = "so many trajectories were taken that more would hardly help"
+    OUT_OF_TIME = "the time was over"
+
+
+class Ensemble:
+    """Superchains of a log joint density.
+
+    :param log_joint: the density, in the coordinates where chains move.
+    :param num_samples: how many effective draws will be asked for, where that is known.
+    :param num_chains: how many chains; found where it is not given.
+    :param to_latent: a transform of a standard normal, nearly, to these coordinates, in whose base space
+        chains move; without one they climb from quantiles of the prior.
+    :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or too few starts
+        have a finite density.
+    """
+
+    def __init__(
+        self,
+        log_joint: LogJoint,
+        num_samples: float = math.inf,
+        num_chains: int | None = None,
+        to_latent: ToLatent | None = None,
+    ) -> None:
+        if num_chains is not None:
+            check_integer("num_chains", num_chains, 4)
+        if log_joint.is_random:
+            raise ValueError(
+                "model: expected one that sees all its data, got one that sub-samples them, or whose "
+                "density is random otherwise"
+            )
+        count = num_chains or _num_chains(log_joint, num_samples)
+        self.num_superchains = next(k for k in (SUPERCHAINS, 4, 2, 1) if count % k == 0)
+        if self.num_superchains < 4:
+            self.num_superchains = count
+        self.num_chains, self._to_latent = count, to_latent
+        self._target = PulledBack(log_joint, to_latent or identity)
+        self._blocks = list[Tensor]()
+        self._infos = list[Info]()
+        self._integrator = integrator_of(log_joint.latents.latent_dim)
+        self._step_size = StepSize(log_joint.latents.latent_dim)
+        self._state: State
+        self._has_begun = False
+        self._convergence: Convergence | None = None
+        self.num_begun_anew = 0  #: chains that were lost, and begun anew at another one
+        self.modes: Modes | None = None  #: those that starts led to, where there are several
+        self._proposals: IndependentProposals | None = None
+        if to_latent is not None and log_joint.latents.latent_dim <= _MOST_WITH_PROPOSALS:
+            self._proposals = IndependentProposals.around_origin(log_joint.start)
+        self.left_out = 0.0  #: the share of modes that were left out, about
+        self.end = End.TOO_MANY
+
+    @property
+    def log_joint(self) -> LogJoint:
+        """The density, in the coordinates where chains move now."""
+        return self._target.log_joint
+
+    @property
+    def step_size(self) -> float:
+        """The largest one of single chains, of a step with all its stages, where there was a warm-up."""
+        return self._integrator.num_stages * self._step_size.value
+
+    @property
+    def num_gradients(self) -> int:
+        return self._target.num_gradients
+
+    @property
+    def num_trajectories(self) -> int:
+        """Those of each chain since the warm-up."""
+        return sum(block.shape[1] for block in self._blocks)
+
+    @property
+    def draws(self) -> Tensor:
+        """Draws on the unconstrained space, without the transient: shape ``(C, n, D)``."""
+        draws = torch.cat(self._blocks, 1)
+        return draws[:, math.floor(_TRANSIENT * draws.shape[1]) :]
+
+    @property
+    def infos(self) -> list[Info]:
+        """Of the trajectories that draws come from."""
+        return self._infos[len(self._infos) - self.draws.shape[1] :]
+
+    def convergence(self) -> Convergence:
+        """What the draws say: the nested R-hat, and effective numbers of draws."""
+        if self._convergence is None:
+            draws = self.draws
+            found = Convergence.of(draws)
+            rhat = nested_rhat(draws, self.num_superchains)
+            self._convergence = found._replace(rhat=rhat)
+        return self._convergence
+
+    @torch.no_grad()
+    def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:
+        """Goes on until there are enough effective draws of each latent, or no hope, or the time is over.
+
+        :param most: the most trajectories of a chain, warm-up not counted.
+        """
+        while True:
+            try:
+                self.end = self._run(num_samples, most)
+                return self.convergence()
+            except ReplayError:  # densities, and with them all draws so far, were wrong
+                self._forget()
+                if self._has_begun:
+                    self._state = self._target(self._state.base)
+
+    def _run(self, num_samples: int, most: int) -> End:
+        if not self._blocks:
+            self._warm_up()
+        number = _BLOCK
+        while True:
+            self._extend(number)
+            self._target.confirm()
+            if is_out_of_time():
+                return End.OUT_OF_TIME
+            size, rhat = self.num_trajectories, nested_rhat(self.draws, self.num_superchains)
+            worst = float(rhat.max())
+            if worst <= GOOD_RHAT:
+                ess = self._slowest_ess(rhat)
+                if ess >= num_samples and self.convergence().is_enough(num_samples):
+                    return End.ENOUGH
+                more = size * (num_samples / max(ess, 1.0) - 1)
+                number = math.ceil(min(max(more, size / 8), size / 2))
+            else:
+                number, more = math.ceil(size / 3), size * _excess(worst)
+            if worst > _MODES_RHAT and self.draws.shape[1] >= _NUM_FOR_MODES:
+                if self._are_apart():
+                    return End.APART
+                if not self._blocks:
+                    number = _BLOCK
+                    continue
+            if size >= most or (size >= _PATIENCE and size + more > 4 * most):
+                return End.TOO_MANY
+            number = max(min(number, most - size), _BLOCK)
+
+    def _slowest_ess(self, rhat: Tensor) -> float:
+        """The effective draws of those latents whose superchains agree the least."""
+        slowest = rhat.topk(min(_NUM_SLOWEST, len(rhat))).indices
+        return Convergence.of(self.draws[..., slowest]).min_ess
+
+    def _forget(self) -> None:
+        self._blocks, self._infos = [], []
+        self._convergence = None
+
+    def _start(self) -> State:
+        """Chains at the starts of their superchains, and the first preconditioner."""
+        size = self.num_chains // self.num_superchains
+        if self._to_latent is None:
+            starts = overdispersed(self.log_joint, self.num_superchains)
+            self._has_parents = starts.has_parents
+            # as many as chains, so that what is captured serves them, too
+            starts = starts.repeated(size)
+            state, self._preconditioner = climb(self._target, starts)
+        else:
+            base = latin_hypercube(self.num_superchains, self.log_joint.start)
+            state = self._target(base.repeat_interleave(size, 0))
+            self._preconditioner = Preconditioner.identity(base)
+        usable = state.is_finite.nonzero()[:, 0]
+        if len(usable) <= size:
+            raise ValueError(
+                f"expected at least 2 starts of finite density and gradient, got {len(usable) // size} of "
+                f"{self.num_superchains}: check supports, priors and data"
+            )
+        chosen = torch.arange(self.num_chains, device=usable.device)
+        others = usable[chosen // size * size % len(usable)]
+        return state.at(torch.where(state.is_finite, chosen, others))
+
+    def _warm_up(self) -> None:
+        """Learns what trajectories need, from the starts or from where chains are."""
+        if not self._has_begun:
+            self._state, self._has_begun = self._start(), True
+        dim = self._state.base.shape[-1]
+        self._step_size, self._length, self._count = StepSize(dim), TrajectoryLength(), 0
+        for index, number in enumerate(_WARM_UP):
+            is_last = index >= len(_WARM_UP) - 2
+            states = self._adapt(number, _FEW_STEPS * (1 if index == 0 else 4), not is_last)
+            if len(states) < number:
+                return
+            if index < len(_WARM_UP) - 1:
+                self._learn(self._rejoined(states))
+            if index == len(_WARM_UP) - 3 and self._center(states):
+                self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
+
+    def _adapt(self, number: int, most_steps: int, by_chain: bool) -> list[State]:
+        """Moves chains and learns step size and length; the states after each trajectory.
+
+        :param by_chain: whether a chain that is where steps have to be smaller gets out by smaller ones.
+        """
+        states, self._moves = list[State](), torch.zeros_like(self._state.log_density)
+        factor = torch.ones_like(self._moves)
+        for _ in limited(range(number)):
+            start = self._state.base
+            info = self._step(most_steps, factor)
+            self._step_size.update(info)
+            self._length.update(start, info, self._preconditioner)
+            self._moves += info.is_accepted
+            states.append(self._state)
+            if by_chain:
+                factor = torch.where(info.is_accepted, factor * _GROWTH, factor / _GROWTH)
+                factor = factor.clamp(_LEAST_FACTOR, 1.0)
+        self._step_size.settle()
+        return states
+
+    def _step(self, most_steps: int = _MANY_STEPS, factor: Tensor | None = None) -> Info:
+        self._count += 1
+        stages, like = self._integrator.num_stages, self._state.base[:, :1]
+        size = stages * self._step_size.value
+        num_steps = math.ceil(self._length.next(self._count) / size)
+        sizes = size * (_SMALLEST + (1 - _SMALLEST) * torch.rand_like(like))
+        if factor is not None:
+            sizes = sizes * factor[:, None]
+        self._state, info = trajectory(
+            self._target,
+            self._state,
+            sizes,
+            max(min(num_steps, most_steps // stages), 1),
+            self._preconditioner,
+            self._integrator,
+        )
+        if self._proposals is not None:
+            self._state = self._proposals.step(self._target, self._state)
+        return info
+
+    def _rejoined(self, states: list[State]) -> State:
+        """Puts lost chains where others are, of their superchain if some are left; all other states."""
+        number, dim = len(states), states[0].base.shape[-1]
+        log_density = torch.stack([state.log_density for state in states[number // 2 :]]).mean(0)
+        is_moving = self._moves >= _MOVES * number
+        typical = log_density[is_moving].median() if bool(is_moving.any()) else log_density.max()
+        below = _BELOW + _BELOW_BY_ROOT_DIM * dim**0.5
+        # those that stick far above others are in a narrow mode, which is not to be left unseen
+        is_stuck = (self._moves < _STUCK * number) & ~(log_density > typical + _ABOVE + dim**0.5)
+        is_lost = is_stuck | ~(log_density > typical - below)
+        states = states[number // 4 :]
+        if number >= _NUM_SETTLED:
+            base, log_density = (
+                torch.stack(part, 1) for part in zip(*((s.base, s.log_density) for s in states))
+            )
+            modes = Modes.of(base, log_density)
+            is_lost |= modes.is_negligible[modes.group]
+        if bool(is_lost.all()):
+            return State.cat(states)
+        self._begin_anew(is_lost)
+        return State.cat([state.at(~is_lost) for state in states])
+
+    def _begin_anew(self, is_lost: Tensor) -> None:
+        """Puts chains where others are."""
+        size = self.num_chains // self.num_superchains
+        usable = (~is_lost).nonzero()[:, 0]
+        source = torch.arange(self.num_chains, device=is_lost.device)
+        for chain in is_lost.nonzero()[:, 0].tolist():
+            near = usable[usable // size == chain // size]
+            pool = near if len(near) else usable
+            source[chain] = pool[int(torch.randint_like(pool[:1], len(pool)))]
+        self._state = self._state.at(source)
+        self.num_begun_anew += int(is_lost.sum())
+
+    def _learn(self, states: State) -> None:
+        states = states.at(states.gradient.isfinite().all(-1))
+        self._preconditioner = Preconditioner.of(states.base, states.gradient)
+
+    def _center(self, states: list[State]) -> bool:
+        """Goes on in coordinates that are centred where data are strong; whether there are some."""
+        if self._to_latent is not None:
+            return False
+        gradients = torch.stack([state.gradient for state in states], 1)
+        other = with_strong_data_centered(self.log_joint, gradients, self._has_parents)
+        if other is self.log_joint:
+            return False
+        last = State.cat(states[-len(states) // 4 :])
+        u, _ = self.log_joint.to_unconstrained(last.base)
+        target = PulledBack(other)
+        target.num_gradients, self._target = self._target.num_gradients, target
+        known = target(other.from_unconstrained(u)[0])
+        self._state = known.at(torch.arange(len(u) - self.num_chains, len(u), device=u.device))
+        self._learn(known)
+        return True
+
+    def _extend(self, number: int) -> None:
+        """Keeps the draws of so many trajectories more; fewer, but one, where the time is over before."""
+        latents, bases = list[Tensor](), list[Tensor]()
+        for _ in limited(range(number), at_least=1):
+            self._infos.append(self._step())
+            latents.append(self._state.latent)
+            bases.append(self._state.base)
+        self._recent = torch.stack(bases, 1)
+        block = torch.stack(latents, 1)
+        u, _ = self.log_joint.to_unconstrained(block.flatten(0, 1))
+        self._blocks.append(u.reshape(block.shape))
+        self._convergence = None
+
+    def _are_apart(self) -> bool:
+        """Whether chains are in modes, although they jump; those of modes without mass begin anew."""
+        draws = self.draws
+        # densities of the unconstrained space
+        flat = self.log_joint.with_coordinates(None)(draws.flatten(0, 1)).reshape(draws.shape[:2])
+        modes = Modes.of(draws, flat)
+        is_left_out = modes.is_negligible[modes.group]
+        if bool(is_left_out.any()):
+            self.left_out += float(modes.share[modes.is_negligible].sum())
+            self._begin_anew(is_left_out)
+            self._forget()
+            self._warm_up()
+        elif float(modes.share[1:].sum()) < _LEAST_SHARE_OF_OTHERS:
+            pass  # chains that are slow in a tail
+        elif self.modes is None:
+            parts = [self._recent[modes.group == k].flatten(0, 1) for k in modes.group.unique()]
+            share = modes.share.clamp_min(_LEAST_SHARE)
+            self._proposals, self.modes = IndependentProposals.at_modes(parts, share), modes
+            self._forget()
+        else:
+            self.modes = modes
+            return True
+        return False
+
+
+def _excess(rhat: float) -> float:
+    """How many times as many more draws R-hat needs, which goes to one as their inverse number does."""
+    return (rhat**2 - 1) / (GOOD_RHAT**2 - 1) - 1
+
+
+def _num_chains(log_joint: LogJoint, num_samples: float) -> int:
+    """Many where a model takes many draws in the time of one, and many draws are wanted."""
+    if log_joint.strategy == "loop":
+        return CHAINS_BY_LOOP
+    fast = min(
+        log_joint.chunk_size // (_SHARE_OF_CACHE * CACHED),
+        _CACHED_COORDINATES // log_joint.latents.latent_dim,
+        num_samples // _DRAWS_BY_CHAIN,
+        MOST_CHAINS,
+    )
+    return max(int(fast) // SUPERCHAINS * SUPERCHAINS, FEWEST_CHAINS)

@@ -1,0 +1,144 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Modes that chains do not move between, and how much of the posterior is in each."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from .target import State
+
+# sds within chains by which those of different modes are apart
+_APART, _MOST_MODES = 6.0, 8
+# draws for each dimension from which on a covariance is known, and what its correlations get added
+_DRAWS_BY_DIM, _RIDGE = 4, 1e-6
+# nats by which the evidence of a negligible mode is below that of the first, and more for each dimension
+_NEGLIGIBLE, _NEGLIGIBLE_BY_DIM = 10.0, 2.0
+# degrees of freedom of proposals
+_DEGREES = 5.0
+
+
+class Modes(NamedTuple):
+    """Groups of chains that are apart.
+
+    :param group: that of each chain, shape ``(C,)``, 0 for the one with the most mass.
+    :param share: of the posterior in each group, about, shape ``(num_groups,)``.
+    :param gap: nats by which the evidence of each group is below that of the first, of the same shape.
+    :param differs: how many sds groups are apart in each coordinate, shape ``(D,)``.
+    """
+
+    group: Tensor
+    share: Tensor
+    gap: Tensor
+    differs: Tensor
+
+    @property
+    def is_negligible(self) -> Tensor:
+        """Which groups are far below the first, shape ``(num_groups,)``; short chains have less entropy."""
+        return self.gap > _NEGLIGIBLE + _NEGLIGIBLE_BY_DIM * len(self.differs)
+
+    @classmethod
+    def of(cls, draws: Tensor, log_density: Tensor) -> "Modes":
+        """By draws ``(C, n, D)``, in any coordinates, and their log densities ``(C, n)`` there.
+
+        The evidence of a mode is its mean log density and its entropy, here that of a Gaussian.
+        """
+        means, sds = draws.mean(1), draws.std(1)
+        # some chains may stand still, and some modes be narrow
+        widest = torch.maximum(sds[:, None], sds).maximum(sds.median(0).values)
+        apart = ((means[:, None] - means).abs() / widest).nan_to_num(0.0)
+        group = _components(apart.amax(-1) < _APART)
+        num_groups = int(group.max()) + 1
+        if num_groups > _MOST_MODES:  # chains that have not mixed at all
+            group, num_groups = torch.zeros_like(group), 1
+        # the same estimate of entropies for all
+        least = min(int((group == k).sum()) * draws.shape[1] for k in range(num_groups))
+        is_dense = least >= _DRAWS_BY_DIM * draws.shape[-1]
+        evidence = torch.stack(
+            [
+                log_density[group == k].mean() + _entropy(draws[group == k].flatten(0, 1), is_dense)
+                for k in range(num_groups)
+            ]
+        )
+        order = evidence.argsort(descending=True)
+        share, gap = evidence[order].softmax(0), evidence[order[0]] - evidence[order]
+        return cls(order.argsort()[group], share, gap, apart.flatten(0, 1).amax(0))
+
+
+class IndependentProposals:
+    """Places that do not depend on where a chain is, by which chains move between modes, and into tails.
+
+    :param distribution: of points ``(D,)`` of the base space, with heavier tails than the posterior.
+
+    **References**
+
+    1. Markov Chains for Exploring Posterior Distributions (Tierney, 1994),
+       https://doi.org/10.1214/aos/1176325750
+    2. A Framework for Adaptive MCMC Targeting Multimodal Distributions (Pompe, Holmes, Łatuszyński, 2020),
+       https://arxiv.org/abs/1812.02609
+    """
+
+    def __init__(self, distribution: Distribution) -> None:
+        self._distribution = distribution
+
+    @classmethod
+    def at_modes(cls, base: Sequence[Tensor], share: Tensor) -> "IndependentProposals":
+        """Student's t distributions at draws of each mode, of shapes ``(n, D)``."""
+        loc = torch.stack([part.mean(0) for part in base])
+        scale_tril = torch.stack([_scale_tril(part) for part in base])
+        of_mode = dist.MultivariateStudentT(torch.full_like(share, _DEGREES), loc, scale_tril)
+        return cls(dist.MixtureSameFamily(dist.Categorical(share), of_mode))
+
+    @classmethod
+    def around_origin(cls, like: Tensor) -> "IndependentProposals":
+        """Those of the base space of a guide, with the tails of Student's t and Cauchy distributions."""
+        degrees, scale_tril = (
+            like.new_tensor([_DEGREES, 1.0]),
+            torch.diag_embed(torch.ones_like(like)),
+        )
+        around = dist.MultivariateStudentT(degrees, torch.zeros_like(like), scale_tril)
+        return cls(dist.MixtureSameFamily(dist.Categorical(torch.ones_like(degrees)), around))
+
+    def step(self, target: Callable[[Tensor], State], state: State) -> State:
+        """The next state of each chain, after Metropolis's rule."""
+        # Chi2 has PyTorch's default dtype
+        points = self._distribution.sample((len(state.base),)).to(state.base)
+        there = target(points)
+        here_weight, there_weight = (
+            each.log_density - self._distribution.log_prob(each.base) for each in (state, there)
+        )
+        is_accepted = torch.rand_like(here_weight).log() < there_weight - here_weight
+        return there.where(is_accepted & there.is_finite, state)
+
+
+def _scale_tril(draws: Tensor) -> Tensor:
+    """The Cholesky factor of the covariance of draws ``(n, D)``, of their variances alone if they are few."""
+    scale = draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
+    if draws.shape[1] == 1 or len(draws) < _DRAWS_BY_DIM * draws.shape[1]:
+        return scale.diag()
+    correlation = torch.corrcoef(draws.T) + _RIDGE * torch.ones_like(scale).diag()
+    return scale[:, None] * torch.linalg.cholesky(correlation)
+
+
+def _components(is_near: Tensor) -> Tensor:
+    """The connected component of each node, by the adjacency matrix ``(C, C)``."""
+    label = torch.arange(len(is_near), device=is_near.device)
+    for _ in range(len(is_near)):
+        label = torch.where(is_near, label, len(is_near)).amin(1)
+    return label.unique(return_inverse=True)[1]
+
+
+def _entropy(draws: Tensor, is_dense: bool) -> Tensor:
+    """That of a Gaussian with the covariance of draws ``(n, D)``, or its variances alone."""
+    dim = draws.shape[-1]
+    scale = draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
+    entropy = scale.log().sum() + dim * (1 + math.log(2 * math.pi)) / 2
+    if is_dense and dim > 1:
+        entropy = entropy + torch.linalg.slogdet(torch.corrcoef(draws.T))[1] / 2
+    return entropy

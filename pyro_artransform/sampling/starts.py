@@ -1,0 +1,111 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where superchains begin: at points that are further apart than draws of the posterior.
+
+Chains that begin together agree before any of them has been in a tail. So scales that other priors
+depend on begin at quantiles of their priors, small and large ones among them, and stay there while all other
+latents climb: thus some superchains begin in the neck of a funnel, and some at its mouth.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..joint import LogJoint
+from .preconditioning import Preconditioner
+from .target import PulledBack, State
+
+# sds of the prior by which starts are spread (benchmarks/tails.md)
+_SPREAD = 1.3
+# steps of Adam, their first and last size in units of the spread, and the last ones, whose points make the
+# first preconditioner
+_CLIMB, _FIRST, _SMALLEST, _LAST = 60, 0.3, 0.003, 10
+# spreads of other points where the density is not finite
+_SPREADS_OF_OTHERS = (1.0, 2.0, 0.5, 4.0, 0.25, 1.0, 2.0, 0.5, 0.1, 0.01)
+
+
+class Starts(NamedTuple):
+    """Where superchains begin, in the coordinates of a density.
+
+    :param base: the points, shape ``(K, D)``.
+    :param unit: by how much they are spread in each coordinate, of the same shape.
+    :param is_held: which coordinates are not to climb, shape ``(D,)``.
+    :param has_parents: which have a prior that depends on other latents, of the same shape.
+    """
+
+    base: Tensor
+    unit: Tensor
+    is_held: Tensor
+    has_parents: Tensor
+
+    def repeated(self, count: int) -> "Starts":
+        """Each point so many times."""
+        base, unit = (part.repeat_interleave(count, 0) for part in self[:2])
+        return self._replace(base=base, unit=unit)
+
+
+def latin_hypercube(num_points: int, like: Tensor) -> Tensor:
+    """Points ``(num_points, D)``, each coordinate spread over quantiles of a wide normal distribution.
+
+    See A Comparison of Three Methods for Selecting Values of Input Variables (McKay, Beckman, Conover,
+    1979), https://doi.org/10.1080/00401706.1979.10489755
+    """
+    shape = num_points, like.shape[-1]
+    order = torch.rand(shape, dtype=like.dtype, device=like.device).argsort(0)
+    return _SPREAD * torch.special.ndtri(
+        (order + torch.rand_like(order.to(like.dtype))) / num_points
+    )
+
+
+@torch.no_grad()
+def overdispersed(log_joint: LogJoint, num_points: int) -> Starts:
+    """The first start of the model, and others that are spread around it.
+
+    The spread is that of the prior, of every other one at most one on the unconstrained space, since a vague
+    prior says nothing of where the posterior is.
+    """
+    start, latents = log_joint.start, log_joint.latents
+    z = latin_hypercube(num_points, start)
+    u, _ = log_joint.to_unconstrained(start[None])
+    wide = log_joint.with_coordinates(None).prior_scales(u[0])
+    narrow = wide.clamp_max(1.0)
+    has_parents, is_scale = torch.zeros((2, *start.shape), dtype=torch.bool, device=start.device)
+    if log_joint.coordinates is not None:
+        is_mapped = log_joint.coordinates.centered < 1
+        wide, narrow = wide.masked_fill(is_mapped, 1.0), narrow.masked_fill(is_mapped, 1.0)
+        start = torch.where(is_mapped, 0.0, start)
+        parts = latents.views(has_parents), latents.views(is_scale)
+        for name, depends in log_joint.mapped_sites(with_shapes=True).items():
+            parts[0][name].fill_(depends)
+            parts[1][name].fill_(not (depends or latents.sites[name].is_unconstrained))
+    is_held = is_scale & has_parents.any()
+    is_even = torch.arange(num_points, device=z.device)[:, None] % 2 == 0
+    unit = torch.where(is_even, wide, narrow)
+    points = start + unit * z
+    points[0] = log_joint.start
+    for spread in _SPREADS_OF_OTHERS:
+        others = start + spread * wide * latin_hypercube(num_points, start)
+        is_bad = ~log_joint(points).isfinite()
+        points = torch.where(is_bad[:, None], others, points)
+    return Starts(points, unit, is_held, has_parents)
+
+
+def climb(target: PulledBack, starts: Starts) -> tuple[State, Preconditioner]:
+    """Points higher up, not at a mode, and how a density is stretched there, as far as points tell."""
+    base, unit, is_held, _ = starts
+    first, second = torch.zeros_like(base), torch.zeros_like(base)
+    states = list[State]()
+    for step in range(1, _CLIMB + 1):
+        states = [*states[1 - _LAST :], target(base)]
+        gradient = (unit * states[-1].gradient).nan_to_num(0.0, 0.0, 0.0).masked_fill(is_held, 0.0)
+        first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient.square()
+        size = (second / (1 - 0.95**step)).sqrt().clamp_min(1e-8)
+        rate = _FIRST * (_SMALLEST / _FIRST) ** (step / _CLIMB)
+        base = base + rate * unit * first / (1 - 0.9**step) / size
+    known = State.cat(states)
+    known = known.at(known.is_finite)
+    if len(known.base) < 2:
+        return target(base), Preconditioner.identity(base)
+    return target(base), Preconditioner.of(known.base, known.gradient)

@@ -1,0 +1,143 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Hamiltonian trajectories of many chains side by side, with a step size of its own for each chain.
+
+**References**
+
+1. MCMC Using Hamiltonian Dynamics (Neal, 2011), https://arxiv.org/abs/1206.1901
+2. Numerical Integrators for the Hybrid Monte Carlo Method (Blanes, Casas, Sanz-Serna, 2014),
+   https://arxiv.org/abs/1405.3153
+3. A Conceptual Introduction to Hamiltonian Monte Carlo (Betancourt, 2017),
+   https://arxiv.org/abs/1701.02434
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .preconditioning import Preconditioner
+from .target import State
+
+# Stan's bound of the error of the energy, above which a trajectory is called divergent
+_DIVERGENT = 1000.0
+# up to so many coordinates leapfrog steps are stable for longer (benchmarks/chains.md)
+_MOST_BY_LEAPFROG = 50
+
+
+class Integrator(NamedTuple):
+    """A symmetric step in stages of one gradient each: shares by which points move, and then momenta.
+
+    Momenta move by half of the last share before the first step, and by the other half after the last one.
+    """
+
+    drifts: tuple[float, ...]
+    kicks: tuple[float, ...]
+
+    @property
+    def num_stages(self) -> int:
+        return len(self.kicks)
+
+
+_DRIFT, _KICK = 0.29619504261126, 0.11888010966548
+LEAPFROG = Integrator((1.0,), (1.0,))
+#: that of reference 2, with the least error of the energy of oscillators
+THREE_STAGES = Integrator((_DRIFT, 1 - 2 * _DRIFT, _DRIFT), (0.5 - _KICK, 0.5 - _KICK, 2 * _KICK))
+
+
+class Info(NamedTuple):
+    """What is known of one trajectory of each chain; shapes ``(C,)``, and ``(C, D)`` of points.
+
+    :param acceptance: the probability with which the end was accepted.
+    :param is_accepted: whether it was.
+    :param is_divergent: whether the energy was off by more than 1,000 nats, or not a number.
+    :param energy: the Hamiltonian after the momenta were drawn.
+    :param proposal: the end, with its momenta, preconditioned, and the time that it took.
+    """
+
+    acceptance: Tensor
+    is_accepted: Tensor
+    is_divergent: Tensor
+    energy: Tensor
+    proposal: State
+    momentum: Tensor
+    duration: Tensor
+
+
+def integrator_of(dim: int) -> Integrator:
+    """The one that takes fewer gradients in so many dimensions."""
+    return LEAPFROG if dim <= _MOST_BY_LEAPFROG else THREE_STAGES
+
+
+def trajectory(
+    target: Callable[[Tensor], State],
+    state: State,
+    step_size: Tensor,
+    num_steps: int,
+    preconditioner: Preconditioner,
+    integrator: Integrator,
+) -> tuple[State, Info]:
+    """The next state of each chain, after Metropolis's rule.
+
+    :param step_size: of each chain, shape ``(C, 1)``, for all stages of a step together.
+    """
+    momentum = torch.randn_like(state.base)
+    energy = momentum.square().sum(-1) / 2 - state.log_density
+    end, momentum = integrate(
+        target, state, momentum, step_size, num_steps, preconditioner, integrator
+    )
+    gain = energy - (momentum.square().sum(-1) / 2 - end.log_density)
+    is_divergent = ~(gain > -_DIVERGENT)
+    gain = torch.where(is_divergent, -torch.inf, gain)
+    is_accepted = torch.rand_like(gain).log() < gain
+    info = Info(
+        acceptance=gain.clamp(max=0).exp(),
+        is_accepted=is_accepted,
+        is_divergent=is_divergent,
+        energy=energy,
+        proposal=end,
+        momentum=momentum,
+        duration=step_size[:, 0] * num_steps,
+    )
+    return end.where(is_accepted, state), info
+
+
+def integrate(
+    target: Callable[[Tensor], State],
+    start: State,
+    momentum: Tensor,
+    step_size: Tensor | float,
+    num_steps: int,
+    preconditioner: Preconditioner,
+    integrator: Integrator,
+) -> tuple[State, Tensor]:
+    """The ends of trajectories, and their momenta.
+
+    One whose density or gradient is not finite on the way has a log density of minus infinity at its end.
+    """
+    is_finite, state = torch.ones_like(start.log_density, dtype=torch.bool), start
+    last = integrator.kicks[-1] / 2
+    momentum = momentum + last * step_size * preconditioner.transposed(start.gradient)
+    kicks = (*(integrator.kicks * num_steps)[:-1], last)
+    for drift, kick in zip(integrator.drifts * num_steps, kicks):
+        state = target(state.base + drift * step_size * preconditioner(momentum))
+        is_finite = is_finite & state.is_finite
+        if not bool(is_finite.all()):
+            state = state.where(is_finite, start)
+        momentum = momentum + kick * step_size * preconditioner.transposed(state.gradient)
+    log_density = torch.where(is_finite, state.log_density, -torch.inf)
+    return state._replace(log_density=log_density), momentum
+
+
+def energy_bfmi(energies: Tensor) -> Tensor:
+    """The estimated Bayesian fraction of missing information of each chain, of energies ``(C, n)``.
+
+    Below 0.3 momenta move chains between levels of the energy too slowly (reference 3, section 6.1). Of a
+    single energy it is not a number.
+    """
+    if energies.shape[1] < 2:
+        return energies.new_full(energies.shape[:1], torch.nan)
+    change = energies.diff(dim=1).square().mean(1)
+    return change / energies.var(1)
