@@ -42,7 +42,7 @@ def draw(subject: str, name: str, seed: int) -> Any:
     if subject == "fit":
         found: Any = fit(target.model, *target.args, draws=NUM_DRAWS, seed=seed, progress=False)
         return found.chains
-    return mcmc(target.model, None, NUM_DRAWS, *target.args, seed=seed, progress=False)  # type: ignore[arg-type]
+    return mcmc(target.model, None, NUM_DRAWS, *target.args, seed=seed, progress=False)
 
 
 def one(subject: str, target: str, seed: int) -> Row:

@@ -42,9 +42,8 @@ class Chains:
     rhat: dict[str, Tensor]  #: the nested R-hat, by site
     min_ess: float  #: the smallest effective number of draws of the bulk
     max_rhat: float  #: the largest R-hat
-    trusted: (
-        bool  #: whether superchains agree, and there are as many effective draws as were asked for
-    )
+    #: whether superchains agree, and there are as many effective draws as were asked for
+    trusted: bool
     verdict: str  #: the same in words
     num_chains: int
     num_superchains: int
@@ -52,9 +51,8 @@ class Chains:
     #: trajectories, of those that the draws come from, whose energy was off by more than 1,000 nats
     num_divergent: int
     acceptance: float  #: the mean probability of acceptance
-    step_size: (
-        float  #: the largest one, in sds of the posterior, nearly; those of chains vary below it
-    )
+    #: the largest one, in sds of the posterior, nearly; those of chains vary below it
+    step_size: float
     bfmi: Tensor  #: the estimated Bayesian fraction of missing information of each chain
     seconds: float  #: wall time
     stopped_because: str  #: why the chains ended

@@ -4,22 +4,21 @@
 """Draws that a fit was asked for: an ensemble of chains before any step of the guide."""
 
 import torch
-from torch import Tensor
 
 from ..diagnostics.base_space import ensemble_of
 from ..diagnostics.importance_weights import ModelAndGuide
-from ..graphs.factorization import lower_factor
 from ..joint.protocols import FlowGuide, PriorGuide
 from ..sampling import End, Ensemble
 from ..time_limit import TimeLimit
 from .chains import Chains, chains_of
 from .evaluation.verdict import FitStatus
+from .initialization.gaussians import moments
 from .mcmc import CHAINS_UNTIL, from_nothing
 
 #: why there are no steps, and where the guide is then
 DRAWS_ARE_THERE, AT_DRAWS = "chains have the draws that were asked for", "moments of the draws"
-# the share of the seconds for chains from nothing, and of the identity in the correlations of draws
-_CHAINS_FROM_NOTHING_UNTIL, _RIDGE = 0.5, 1e-3
+# the share of the seconds for chains from nothing, and the root of what is added to correlations of draws
+_CHAINS_FROM_NOTHING_UNTIL, _RIDGE = 0.5, 1e-3**0.5
 
 
 class DrawsFirst:
@@ -53,7 +52,8 @@ class DrawsFirst:
             _center_as(self.ensemble, guide)
         z, _ = log_joint.from_unconstrained(self.ensemble.draws.flatten(0, 1))
         z = z[z.isfinite().all(-1)]
-        guide.start_at(z.mean(0), _scale_tril(z))
+        gaussian = moments(z, _RIDGE)
+        guide.start_at(gaussian.loc[0], gaussian.scale_tril[0])
         return True
 
     def finish(self, status: FitStatus) -> Chains:
@@ -82,11 +82,3 @@ def _center_as(ensemble: Ensemble, guide: PriorGuide) -> None:
     for name, centered in ensemble.log_joint.latents.split(other.centered).items():
         if name in own.with_location:
             parts[name].copy_(centered)
-
-
-def _scale_tril(z: Tensor) -> Tensor:
-    """The Cholesky factor of the covariance of draws ``(n, D)``."""
-    scale = z.std(0).clamp_min(torch.finfo(z.dtype).tiny)
-    centered = (z - z.mean(0)) / scale / (len(z) - 1) ** 0.5
-    ridge = _RIDGE**0.5 * torch.eye(len(scale), dtype=z.dtype, device=z.device)
-    return scale[:, None] * lower_factor(torch.cat([centered.T, ridge], 1))

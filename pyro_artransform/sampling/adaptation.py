@@ -61,9 +61,8 @@ class TrajectoryLength:
     """The time of trajectories by ChEES (reference 2): ascent on the change of squared distances."""
 
     def __init__(self) -> None:
-        self.value = (
-            math.pi / 2
-        )  #: the mean time: a quarter of the oscillation of a standard normal
+        #: the mean time: a quarter of the oscillation of a standard normal
+        self.value = math.pi / 2
         self._second, self._count = 0.0, 0
 
     def next(self, count: int) -> float:

@@ -39,10 +39,10 @@ class Convergence(NamedTuple):
     @classmethod
     def of(cls, draws: Tensor) -> "Convergence":
         """That of chains ``(C, n, D)``."""
+        bulk, tail = effective_draws(draws)
         if draws.shape[1] < 4:
-            none = draws.new_zeros(draws.shape[-1])
-            return cls(torch.full_like(none, torch.inf), none, none)
-        halves, values = _split(draws), draws.flatten(0, 1).T
+            return cls(torch.full_like(bulk, torch.inf), bulk, tail)
+        halves = _split(draws)
         flat, has_variance = halves.flatten(1), _has_variance(halves)
         # the mean of the two values in the middle, of which PyTorch takes the lower one
         middle = 0.5 * (flat.median(1).values - (-flat).median(1).values)
@@ -50,15 +50,7 @@ class Convergence(NamedTuple):
         rhat = torch.stack([_rhat(scores), _rhat(folded), _plain_rhat(halves, has_variance)]).amax(
             0
         )
-        bulk = _ess(scores)
-        bulk = torch.where(has_variance, torch.minimum(bulk, _ess(halves)), bulk)
-        ranks = [math.floor(share * (values.shape[1] - 1)) + 1 for share in _TAILS]
-        quantiles = [values.kthvalue(rank, 1).values for rank in ranks]
-        below = [_split(draws <= quantile) for quantile in quantiles]
-        tail = torch.minimum(*map(_ess, below))
-        is_finite = flat.isfinite().all(1)
-        found = zip((rhat, bulk, tail), (torch.inf, 0.0, 0.0))
-        return cls(*(torch.where(is_finite, values, otherwise) for values, otherwise in found))
+        return cls(torch.where(flat.isfinite().all(1), rhat, torch.inf), bulk, tail)
 
     def is_enough(self, num_samples: int) -> bool:
         """Whether there are so many effective draws of each latent, and chains agree."""
@@ -68,6 +60,21 @@ class Convergence(NamedTuple):
     def min_ess(self) -> float:
         """The smallest effective number of draws, of bulk and tails: Vehtari et al. ask it of both."""
         return float(torch.minimum(self.bulk, self.tail).min())
+
+
+def effective_draws(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of bulk and tails of chains ``(C, n, D)``, see :class:`Convergence`."""
+    if draws.shape[1] < 4:
+        none = draws.new_zeros(draws.shape[-1])
+        return none, none
+    halves, values = _split(draws), draws.flatten(0, 1).T
+    bulk = _ess(_normal_scores(halves))
+    bulk = torch.where(_has_variance(halves), torch.minimum(bulk, _ess(halves)), bulk)
+    ranks = [math.floor(share * (values.shape[1] - 1)) + 1 for share in _TAILS]
+    quantiles = [values.kthvalue(rank, 1).values for rank in ranks]
+    tail = torch.minimum(*(_ess(_split(draws <= quantile)) for quantile in quantiles))
+    is_finite = halves.flatten(1).isfinite().all(1)
+    return torch.where(is_finite, bulk, 0.0), torch.where(is_finite, tail, 0.0)
 
 
 def mean_ess(draws: Tensor) -> Tensor:

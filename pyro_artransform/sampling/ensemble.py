@@ -26,8 +26,8 @@ from ..joint.coordinates import with_strong_data_centered
 from ..joint.density import CACHED
 from ..time_limit import is_out_of_time, limited
 from .adaptation import StepSize, TrajectoryLength
-from .convergence import GOOD_RHAT, Convergence, nested_rhat
-from .modes import IndependentProposals, Modes
+from .convergence import GOOD_RHAT, Convergence, effective_draws, nested_rhat
+from .modes import IndependentProposals, Modes, groups_of
 from .preconditioning import Preconditioner
 from .starts import climb, latin_hypercube, overdispersed
 from .target import PulledBack, State, ToLatent, identity
@@ -98,22 +98,20 @@ class Ensemble:
                 "density is random otherwise"
             )
         count = num_chains or _num_chains(log_joint, num_samples)
-        self.num_superchains = next(k for k in (SUPERCHAINS, 4, 2, 1) if count % k == 0)
-        if self.num_superchains < 4:
-            self.num_superchains = count
+        self.num_superchains = next((k for k in (SUPERCHAINS, 4) if count % k == 0), count)
         self.num_chains, self._to_latent = count, to_latent
         self._target = PulledBack(log_joint, to_latent or identity)
-        self._blocks = list[Tensor]()
-        self._infos = list[Info]()
-        self._integrator = integrator_of(log_joint.latents.latent_dim)
-        self._step_size = StepSize(log_joint.latents.latent_dim)
+        self._blocks, self._infos = list[Tensor](), list[Info]()
+        dim = log_joint.latents.latent_dim
+        self._integrator, self._step_size = integrator_of(dim), StepSize(dim)
         self._state: State
         self._has_begun = False
+        self._rhat: Tensor | None = None
         self._convergence: Convergence | None = None
         self.num_begun_anew = 0  #: chains that were lost, and begun anew at another one
         self.modes: Modes | None = None  #: those that starts led to, where there are several
         self._proposals: IndependentProposals | None = None
-        if to_latent is not None and log_joint.latents.latent_dim <= _MOST_WITH_PROPOSALS:
+        if to_latent is not None and dim <= _MOST_WITH_PROPOSALS:
             self._proposals = IndependentProposals.around_origin(log_joint.start)
         self.left_out = 0.0  #: the share of modes that were left out, about
         self.end = End.TOO_MANY
@@ -140,7 +138,9 @@ class Ensemble:
     @property
     def draws(self) -> Tensor:
         """Draws on the unconstrained space, without the transient: shape ``(C, n, D)``."""
-        draws = torch.cat(self._blocks, 1)
+        if len(self._blocks) > 1:
+            self._blocks = [torch.cat(self._blocks, 1)]
+        (draws,) = self._blocks
         return draws[:, math.floor(_TRANSIENT * draws.shape[1]) :]
 
     @property
@@ -151,11 +151,13 @@ class Ensemble:
     def convergence(self) -> Convergence:
         """What the draws say: the nested R-hat, and effective numbers of draws."""
         if self._convergence is None:
-            draws = self.draws
-            found = Convergence.of(draws)
-            rhat = nested_rhat(draws, self.num_superchains)
-            self._convergence = found._replace(rhat=rhat)
+            self._convergence = Convergence(self._nested_rhat(), *effective_draws(self.draws))
         return self._convergence
+
+    def _nested_rhat(self) -> Tensor:
+        if self._rhat is None:
+            self._rhat = nested_rhat(self.draws, self.num_superchains)
+        return self._rhat
 
     @torch.no_grad()
     def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:
@@ -181,7 +183,7 @@ class Ensemble:
             self._target.confirm()
             if is_out_of_time():
                 return End.OUT_OF_TIME
-            size, rhat = self.num_trajectories, nested_rhat(self.draws, self.num_superchains)
+            size, rhat = self.num_trajectories, self._nested_rhat()
             worst = float(rhat.max())
             if worst <= GOOD_RHAT:
                 ess = self._slowest_ess(rhat)
@@ -190,13 +192,14 @@ class Ensemble:
                 more = size * (num_samples / max(ess, 1.0) - 1)
                 number = math.ceil(min(max(more, size / 8), size / 2))
             else:
-                number, more = math.ceil(size / 3), size * _excess(worst)
-            if worst > _MODES_RHAT and self.draws.shape[1] >= _NUM_FOR_MODES:
-                if self._are_apart():
-                    return End.APART
-                if not self._blocks:
-                    number = _BLOCK
-                    continue
+                # R-hat goes to one as the inverse number of draws does
+                more = size * ((worst**2 - 1) / (GOOD_RHAT**2 - 1) - 1)
+                number = math.ceil(size / 3)
+            if worst > _MODES_RHAT and self.draws.shape[1] >= _NUM_FOR_MODES and self._are_apart():
+                return End.APART
+            if not self._blocks:
+                number = _BLOCK
+                continue
             if size >= most or (size >= _PATIENCE and size + more > 4 * most):
                 return End.TOO_MANY
             number = max(min(number, most - size), _BLOCK)
@@ -204,11 +207,11 @@ class Ensemble:
     def _slowest_ess(self, rhat: Tensor) -> float:
         """The effective draws of those latents whose superchains agree the least."""
         slowest = rhat.topk(min(_NUM_SLOWEST, len(rhat))).indices
-        return Convergence.of(self.draws[..., slowest]).min_ess
+        return float(torch.stack(effective_draws(self.draws[..., slowest])).min())
 
     def _forget(self) -> None:
         self._blocks, self._infos = [], []
-        self._convergence = None
+        self._rhat = self._convergence = None
 
     def _start(self) -> State:
         """Chains at the starts of their superchains, and the first preconditioner."""
@@ -355,11 +358,13 @@ class Ensemble:
         block = torch.stack(latents, 1)
         u, _ = self.log_joint.to_unconstrained(block.flatten(0, 1))
         self._blocks.append(u.reshape(block.shape))
-        self._convergence = None
+        self._rhat = self._convergence = None
 
     def _are_apart(self) -> bool:
         """Whether chains are in modes, although they jump; those of modes without mass begin anew."""
         draws = self.draws
+        if int(groups_of(draws)[0].max()) == 0:
+            return False
         # densities of the unconstrained space
         flat = self.log_joint.with_coordinates(None)(draws.flatten(0, 1)).reshape(draws.shape[:2])
         modes = Modes.of(draws, flat)
@@ -380,11 +385,6 @@ class Ensemble:
             self.modes = modes
             return True
         return False
-
-
-def _excess(rhat: float) -> float:
-    """How many times as many more draws R-hat needs, which goes to one as their inverse number does."""
-    return (rhat**2 - 1) / (GOOD_RHAT**2 - 1) - 1
 
 
 def _num_chains(log_joint: LogJoint, num_samples: float) -> int:

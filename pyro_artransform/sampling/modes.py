@@ -49,14 +49,8 @@ class Modes(NamedTuple):
 
         The evidence of a mode is its mean log density and its entropy, here that of a Gaussian.
         """
-        means, sds = draws.mean(1), draws.std(1)
-        # some chains may stand still, and some modes be narrow
-        widest = torch.maximum(sds[:, None], sds).maximum(sds.median(0).values)
-        apart = ((means[:, None] - means).abs() / widest).nan_to_num(0.0)
-        group = _components(apart.amax(-1) < _APART)
+        group, differs = groups_of(draws)
         num_groups = int(group.max()) + 1
-        if num_groups > _MOST_MODES:  # chains that have not mixed at all
-            group, num_groups = torch.zeros_like(group), 1
         # the same estimate of entropies for all
         least = min(int((group == k).sum()) * draws.shape[1] for k in range(num_groups))
         is_dense = least >= _DRAWS_BY_DIM * draws.shape[-1]
@@ -68,7 +62,19 @@ class Modes(NamedTuple):
         )
         order = evidence.argsort(descending=True)
         share, gap = evidence[order].softmax(0), evidence[order[0]] - evidence[order]
-        return cls(order.argsort()[group], share, gap, apart.flatten(0, 1).amax(0))
+        return cls(order.argsort()[group], share, gap, differs)
+
+
+def groups_of(draws: Tensor) -> tuple[Tensor, Tensor]:
+    """The group ``(C,)`` of each chain of draws ``(C, n, D)``, and how many sds some are apart ``(D,)``."""
+    means, sds = draws.mean(1), draws.std(1)
+    # some chains may stand still, and some modes be narrow
+    widest = torch.maximum(sds[:, None], sds).maximum(sds.median(0).values)
+    apart = ((means[:, None] - means).abs() / widest).nan_to_num(0.0)
+    group = _components(apart.amax(-1) < _APART)
+    if int(group.max()) >= _MOST_MODES:  # chains that have not mixed at all
+        group = torch.zeros_like(group)
+    return group, apart.flatten(0, 1).amax(0)
 
 
 class IndependentProposals:
@@ -98,10 +104,7 @@ class IndependentProposals:
     @classmethod
     def around_origin(cls, like: Tensor) -> "IndependentProposals":
         """Those of the base space of a guide, with the tails of Student's t and Cauchy distributions."""
-        degrees, scale_tril = (
-            like.new_tensor([_DEGREES, 1.0]),
-            torch.diag_embed(torch.ones_like(like)),
-        )
+        degrees, scale_tril = like.new_tensor([_DEGREES, 1.0]), torch.ones_like(like).diag()
         around = dist.MultivariateStudentT(degrees, torch.zeros_like(like), scale_tril)
         return cls(dist.MixtureSameFamily(dist.Categorical(torch.ones_like(degrees)), around))
 

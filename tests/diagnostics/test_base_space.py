@@ -26,7 +26,7 @@ from pyro_artransform.joint.coordinates import non_centered
 from pyro_artransform.sampling import End
 from tests.diagnostics import conjugate
 from tests.diagnostics.conjugate import PathGuide, path
-from tests.sampling.densities import moments_are
+from tests.sampling.densities import moments_are, nowhere, subsampled
 
 
 def subject_of(model, guide):
@@ -105,17 +105,6 @@ def test_a_correlated_path_of_useless_weights():
     moments_are(found, torch.zeros(100), torch.ones(100))
 
 
-def _subsampled():
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 10, subsample_size=2) as indices:
-        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.ones(10)[indices])
-
-
-def _nowhere():
-    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    pyro.factor("wall", torch.where(z[..., 0] > -9, torch.nan, 0.0))
-
-
 def _rounded(model):
     """A guide so far away that round-off makes all its draws one: chains at it would agree."""
     return AutoNormal(
@@ -127,10 +116,10 @@ def _rounded(model):
 @pytest.mark.parametrize(
     ("model", "guide", "words"),
     [
-        (_subsampled, AutoNormal, "one that sees all its data"),
+        (subsampled, AutoNormal, "one that sees all its data"),
         (conjugate.local_normals, AutoDelta, "one value of mean in all"),
         (_model, _rounded, "one value of b"),
-        (_nowhere, AutoDiagonalNormal, "at least 2 starts of finite density and gradient, got 0"),
+        (nowhere, AutoDiagonalNormal, "at least 2 starts of finite density and gradient, got 0"),
     ],
 )
 def test_what_is_refused(model, guide, words):

@@ -15,9 +15,11 @@ from pyro_artransform.sampling import GOOD_RHAT, End, Ensemble, ensemble
 from pyro_artransform.time_limit import TimeLimit
 from tests.sampling.densities import (
     moments_are,
+    nowhere,
     schools,
     schools_log_tau,
     schools_moments,
+    subsampled,
     two_modes,
 )
 
@@ -226,17 +228,6 @@ def test_starts_without_a_density_are_those_of_other_chains():
     assert (first <= 0).all()
     mean = -((2 / math.pi) ** 0.5)
     assert abs(first.mean() - mean) < 5 * (1 - mean**2) ** 0.5 / 400**0.5
-
-
-def subsampled():
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 10, subsample_size=2) as indices:
-        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.ones(10)[indices])
-
-
-def nowhere():
-    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    pyro.factor("wall", torch.where(z[..., 0] > -9, torch.nan, 0.0))
 
 
 @pytest.mark.parametrize(

@@ -33,10 +33,9 @@ import torch
 from torch import Tensor
 
 from ...diagnostics.importance import GOOD_GAP, GOOD_LOST_MASS
-from ...graphs.factorization import lower_factor
 from ...joint import LogJoint, MeanLogJoint
 from ..config import FitConfig
-from ..initialization.gaussians import Gaussians, evaluate_density
+from ..initialization.gaussians import evaluate_density, moments
 from .mode_search import ModeSearch, Shape, Stratum
 
 _NUM_HEAVIEST = 4  # climbs from the draws of the largest weights
@@ -192,12 +191,3 @@ def _is_round_off(log_density: LogJoint, found: Mixture) -> bool:
     values = evaluate_density(log_density, torch.cat([heaviest, heaviest * (1 + ulps)]))
     before, after = values.chunk(2)
     return float((after - before).abs().median()) > _MOST_ROUND_OFF
-
-
-def moments(draws: Tensor) -> Gaussians:
-    """The Gaussian of the moments of draws ``(n, D)``."""
-    loc, centered = draws.mean(0, keepdim=True), draws - draws.mean(0)
-    sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
-    scaled = (centered / sd).mT / (len(draws) - 1) ** 0.5
-    lower = lower_factor(torch.cat([scaled, 1e-3 * torch.ones_like(sd).diag()], -1)[None])
-    return Gaussians(loc, sd[:, None] * lower)

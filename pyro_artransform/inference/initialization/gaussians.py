@@ -280,3 +280,12 @@ def _search_line(
     moved = trials.take_along_dim(k[None, ..., None], 0)[0]
     up = best > value
     return torch.where(up[..., None], moved, points), torch.where(up, best, value)
+
+
+def moments(draws: Tensor, ridge: float = 1e-3) -> Gaussians:
+    """The Gaussian of the moments of draws ``(n, D)``; the ridge squared is added to its correlations."""
+    loc, centered = draws.mean(0, keepdim=True), draws - draws.mean(0)
+    sd = centered.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
+    scaled = (centered / sd).mT / (len(draws) - 1) ** 0.5
+    lower = lower_factor(torch.cat([scaled, ridge * torch.ones_like(sd).diag()], -1)[None])
+    return Gaussians(loc, sd[:, None] * lower)
