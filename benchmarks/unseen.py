@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits with nothing set of posteriors that no number of a fit was made on.
 
-    python benchmarks/unseen.py [POSTERIOR ...] [--seeds 1] [--draws 400]
+    python benchmarks/unseen.py [POSTERIOR ...] [--set more] [--seeds 1] [--draws 400]
 
 Prints CPU seconds, steps, the ELBO, its distance from the evidence by the guide's weights (nats), and k-hat;
 with --draws, of `fit(draws=...)`, effective draws of the worst latent, R-hat, and how far means and sds of
@@ -14,19 +14,24 @@ import time
 
 import pyro
 import torch
+import unseen_models
+import unseen_more
 from torch import Tensor
-from unseen_models import MODELS, Subject
+from unseen_models import Subject
 
 from pyro_artransform import AutoIAF, FitResult, fit
 from pyro_artransform.inference import mcmc
 from pyro_artransform.joint import LogJoint
 
 NUM_REFERENCE = 4000
+SETS = {"first": unseen_models.MODELS, "more": unseen_more.MODELS}
+MODELS = SETS["first"] | SETS["more"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("posteriors", nargs="*", default=list(MODELS))
+    parser.add_argument("posteriors", nargs="*", metavar="POSTERIOR", help=", ".join(MODELS))
+    parser.add_argument("--set", choices=SETS, default="first", help="where no posterior is named")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--draws", type=int)
     args = parser.parse_args()
@@ -35,7 +40,7 @@ def main() -> None:
     more = ["least ESS", "R-hat", "worst mean, sds", "worst sd"] if args.draws else ["ended"]
     names = ["posterior", "seed", "CPU s", "steps", "ELBO", "gap", "k-hat", "trusted", *more]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
-    for name in args.posteriors:
+    for name in args.posteriors or SETS[args.set]:
         subject = MODELS[name]()
         for seed in range(args.seeds):
             pyro.clear_param_store()
