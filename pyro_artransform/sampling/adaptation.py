@@ -50,6 +50,11 @@ class StepSize:
         self.value *= min(max(math.sqrt(sought / actual), 1 / 3), 1.5)
         self._recent.append(self.value)
 
+    def limit(self, most: float) -> None:
+        """Makes the step no longer than this."""
+        self.value = min(self.value, most)
+        self._recent[-1:] = [self.value]
+
     def settle(self) -> None:
         """Takes the mean of the second half of what was tried since the last call."""
         if half := self._recent[len(self._recent) // 2 :]:

@@ -57,9 +57,14 @@ class Convergence(NamedTuple):
         return self.min_ess >= num_samples and float(self.rhat.max()) <= GOOD_RHAT
 
     @property
+    def least(self) -> Tensor:
+        """The smaller number of bulk and tails, ``(D,)``: Vehtari et al. ask it of both."""
+        return torch.minimum(self.bulk, self.tail)
+
+    @property
     def min_ess(self) -> float:
-        """The smallest effective number of draws, of bulk and tails: Vehtari et al. ask it of both."""
-        return float(torch.minimum(self.bulk, self.tail).min())
+        """The smallest effective number of draws of all latents, of bulk and tails."""
+        return float(self.least.min())
 
 
 def effective_draws(draws: Tensor) -> tuple[Tensor, Tensor]:
@@ -173,16 +178,23 @@ def nested_rhat(draws: Tensor, num_superchains: int) -> Tensor:
     :param draws: shape ``(C, n, D)``, the chains of a superchain one after the other.
     :return: infinite where a value is not, and of fewer than 4 draws.
     """
+    found, flat = [nested_rhat_of_values(draws, num_superchains)], draws.flatten(0, 1)
     if draws.shape[1] < 4:
-        return torch.full_like(draws[0, 0], torch.inf)
-    flat = draws.flatten(0, 1)
-    folded = (draws - flat.median(0).values).abs()
-    found = [_nested(draws, num_superchains), _nested(folded, num_superchains)]
+        return found[0]
+    found.append(_nested((draws - flat.median(0).values).abs(), num_superchains))
     for share in _OUTER:
         rank = math.floor(share * (len(flat) - 1)) + 1
         below = draws <= flat.kthvalue(rank, 0).values
         found.append(_nested(below.to(draws.dtype), num_superchains))
-    return torch.where(flat.isfinite().all(0), torch.stack(found).amax(0), torch.inf)
+    return torch.stack(found).nan_to_num(torch.inf, torch.inf).amax(0)
+
+
+def nested_rhat_of_values(draws: Tensor, num_superchains: int) -> Tensor:
+    """That of values alone, which takes a tenth of the time: see :func:`nested_rhat`."""
+    if draws.shape[1] < 4:
+        return torch.full_like(draws[0, 0], torch.inf)
+    is_finite = draws.isfinite().all(1).all(0)
+    return torch.where(is_finite, _nested(draws, num_superchains), torch.inf)
 
 
 def _nested(draws: Tensor, num_superchains: int) -> Tensor:

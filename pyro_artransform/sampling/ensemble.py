@@ -26,8 +26,8 @@ from ..joint.coordinates import with_strong_data_centered
 from ..joint.density import CACHED
 from ..time_limit import is_out_of_time, limited
 from .adaptation import StepSize, TrajectoryLength
-from .convergence import GOOD_RHAT, Convergence, effective_draws, nested_rhat
-from .modes import IndependentProposals, Modes, groups_of
+from .convergence import GOOD_RHAT, Convergence, effective_draws, nested_rhat, nested_rhat_of_values
+from .modes import IndependentProposals, Modes, groups_of, lost_chains
 from .preconditioning import Preconditioner
 from .starts import climb, latin_hypercube, overdispersed
 from .target import PulledBack, State, ToLatent, identity
@@ -41,14 +41,12 @@ _DRAWS_BY_CHAIN, _CACHED_COORDINATES, _SHARE_OF_CACHE = 12, 2**15, 4
 _WARM_UP, _BLOCK, _MOST_TRAJECTORIES = (8, 12, 20, 30, 10, 8), 16, 3000
 # the steps of a trajectory at most, in the first rounds and later
 _FEW_STEPS, _MANY_STEPS = 10, 500
+# the longest step as a multiple of the mean time of trajectories
+_MOST_OF_LENGTH = 2.0
 # step sizes of single chains vary from this share up, else some stick for good
 _SMALLEST = 0.35
 # in the warm-up the step size of a chain grows by this where it moves, and shrinks where it does not, down to
 _GROWTH, _LEAST_FACTOR = 1.5, 0.01
-# chains are lost that move less often than this and are not so many nats above others, or are below these
-_STUCK, _MOVES, _ABOVE, _BELOW, _BELOW_BY_ROOT_DIM = 0.15, 0.3, 5.0, 50.0, 5.0
-# trajectories after which chains have settled in modes
-_NUM_SETTLED = 12
 # the share of draws that is a transient, and left out
 _TRANSIENT = 1 / 3
 # latents that are ranked before all are
@@ -106,8 +104,8 @@ class Ensemble:
         self._integrator, self._step_size = integrator_of(dim), StepSize(dim)
         self._state: State
         self._has_begun = False
-        self._rhat: Tensor | None = None
         self._convergence: Convergence | None = None
+        self._slowest = torch.zeros(0, dtype=torch.long, device=log_joint.start.device)
         self.num_begun_anew = 0  #: chains that were lost, and begun anew at another one
         self.modes: Modes | None = None  #: those that starts led to, where there are several
         self._proposals: IndependentProposals | None = None
@@ -125,6 +123,11 @@ class Ensemble:
     def step_size(self) -> float:
         """The largest one of single chains, of a step with all its stages, where there was a warm-up."""
         return self._integrator.num_stages * self._step_size.value
+
+    @property
+    def has_proposals(self) -> bool:
+        """Whether places are proposed that do not depend on where a chain is, beside trajectories."""
+        return self._proposals is not None
 
     @property
     def num_gradients(self) -> int:
@@ -151,13 +154,9 @@ class Ensemble:
     def convergence(self) -> Convergence:
         """What the draws say: the nested R-hat, and effective numbers of draws."""
         if self._convergence is None:
-            self._convergence = Convergence(self._nested_rhat(), *effective_draws(self.draws))
+            rhat = nested_rhat(self.draws, self.num_superchains)
+            self._convergence = Convergence(rhat, *effective_draws(self.draws))
         return self._convergence
-
-    def _nested_rhat(self) -> Tensor:
-        if self._rhat is None:
-            self._rhat = nested_rhat(self.draws, self.num_superchains)
-        return self._rhat
 
     @torch.no_grad()
     def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:
@@ -183,14 +182,19 @@ class Ensemble:
             self._target.confirm()
             if is_out_of_time():
                 return End.OUT_OF_TIME
-            size, rhat = self.num_trajectories, self._nested_rhat()
-            worst = float(rhat.max())
+            size, rhat = self.num_trajectories, self._rhat_of_values()
+            worst, ess = float(rhat.max()), math.inf
             if worst <= GOOD_RHAT:
                 ess = self._slowest_ess(rhat)
-                if ess >= num_samples and self.convergence().is_enough(num_samples):
+            if ess >= num_samples and worst <= GOOD_RHAT:
+                found = self.convergence()
+                if found.is_enough(num_samples):
                     return End.ENOUGH
+                worst, ess = float(found.rhat.max()), found.min_ess
+                self._slowest = found.least.topk(_count(found.least), largest=False).indices
+            if worst <= GOOD_RHAT:
                 more = size * (num_samples / max(ess, 1.0) - 1)
-                number = math.ceil(min(max(more, size / 8), size / 2))
+                number = math.ceil(min(max(more, size / 8), size))
             else:
                 # R-hat goes to one as the inverse number of draws does
                 more = size * ((worst**2 - 1) / (GOOD_RHAT**2 - 1) - 1)
@@ -204,14 +208,17 @@ class Ensemble:
                 return End.TOO_MANY
             number = max(min(number, most - size), _BLOCK)
 
+    def _rhat_of_values(self) -> Tensor:
+        return nested_rhat_of_values(self.draws, self.num_superchains)
+
     def _slowest_ess(self, rhat: Tensor) -> float:
-        """The effective draws of those latents whose superchains agree the least."""
-        slowest = rhat.topk(min(_NUM_SLOWEST, len(rhat))).indices
+        """The effective draws of latents whose superchains agree the least, or that had the fewest."""
+        slowest = torch.cat([rhat.topk(_count(rhat)).indices, self._slowest])
         return float(torch.stack(effective_draws(self.draws[..., slowest])).min())
 
     def _forget(self) -> None:
         self._blocks, self._infos = [], []
-        self._rhat = self._convergence = None
+        self._convergence = None
 
     def _start(self) -> State:
         """Chains at the starts of their superchains, and the first preconditioner."""
@@ -264,6 +271,10 @@ class Ensemble:
             info = self._step(most_steps, factor)
             self._step_size.update(info)
             self._length.update(start, info, self._preconditioner)
+            # a longer step of nearly a whole period returns
+            self._step_size.limit(
+                _MOST_OF_LENGTH * self._length.value / self._integrator.num_stages
+            )
             self._moves += info.is_accepted
             states.append(self._state)
             if by_chain:
@@ -294,21 +305,7 @@ class Ensemble:
 
     def _rejoined(self, states: list[State]) -> State:
         """Puts lost chains where others are, of their superchain if some are left; all other states."""
-        number, dim = len(states), states[0].base.shape[-1]
-        log_density = torch.stack([state.log_density for state in states[number // 2 :]]).mean(0)
-        is_moving = self._moves >= _MOVES * number
-        typical = log_density[is_moving].median() if bool(is_moving.any()) else log_density.max()
-        below = _BELOW + _BELOW_BY_ROOT_DIM * dim**0.5
-        # those that stick far above others are in a narrow mode, which is not to be left unseen
-        is_stuck = (self._moves < _STUCK * number) & ~(log_density > typical + _ABOVE + dim**0.5)
-        is_lost = is_stuck | ~(log_density > typical - below)
-        states = states[number // 4 :]
-        if number >= _NUM_SETTLED:
-            base, log_density = (
-                torch.stack(part, 1) for part in zip(*((s.base, s.log_density) for s in states))
-            )
-            modes = Modes.of(base, log_density)
-            is_lost |= modes.is_negligible[modes.group]
+        is_lost, states = lost_chains(states, self._moves), states[len(states) // 4 :]
         if bool(is_lost.all()):
             return State.cat(states)
         self._begin_anew(is_lost)
@@ -358,7 +355,7 @@ class Ensemble:
         block = torch.stack(latents, 1)
         u, _ = self.log_joint.to_unconstrained(block.flatten(0, 1))
         self._blocks.append(u.reshape(block.shape))
-        self._rhat = self._convergence = None
+        self._convergence = None
 
     def _are_apart(self) -> bool:
         """Whether chains are in modes, although they jump; those of modes without mass begin anew."""
@@ -385,6 +382,10 @@ class Ensemble:
             self.modes = modes
             return True
         return False
+
+
+def _count(latents: Tensor) -> int:
+    return min(_NUM_SLOWEST, len(latents))
 
 
 def _num_chains(log_joint: LogJoint, num_samples: float) -> int:

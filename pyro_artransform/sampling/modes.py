@@ -22,6 +22,10 @@ _DRAWS_BY_DIM, _RIDGE = 4, 1e-6
 _NEGLIGIBLE, _NEGLIGIBLE_BY_DIM = 10.0, 2.0
 # degrees of freedom of proposals
 _DEGREES = 5.0
+# chains are lost that move less often than this and are not so many nats above others, or are below these
+_STUCK, _MOVES, _ABOVE, _BELOW, _BELOW_BY_ROOT_DIM = 0.15, 0.3, 5.0, 50.0, 5.0
+# trajectories after which chains have settled in modes
+_NUM_SETTLED = 12
 
 
 class Modes(NamedTuple):
@@ -75,6 +79,29 @@ def groups_of(draws: Tensor) -> tuple[Tensor, Tensor]:
     if int(group.max()) >= _MOST_MODES:  # chains that have not mixed at all
         group = torch.zeros_like(group)
     return group, apart.flatten(0, 1).amax(0)
+
+
+def lost_chains(states: Sequence[State], moves: Tensor) -> Tensor:
+    """Which chains stick, are far below the others, or in a mode without mass, shape ``(C,)``.
+
+    :param states: of all chains after each trajectory; ``moves`` is how many were accepted, ``(C,)``.
+    """
+    number, dim = len(states), states[0].base.shape[-1]
+    log_density = torch.stack([state.log_density for state in states[number // 2 :]]).mean(0)
+    is_moving = moves >= _MOVES * number
+    typical = log_density[is_moving].median() if bool(is_moving.any()) else log_density.max()
+    below = _BELOW + _BELOW_BY_ROOT_DIM * dim**0.5
+    # those that stick far above others are in a narrow mode, which is not to be left unseen
+    is_stuck = (moves < _STUCK * number) & ~(log_density > typical + _ABOVE + dim**0.5)
+    is_lost = is_stuck | ~(log_density > typical - below)
+    if number >= _NUM_SETTLED:
+        later = states[number // 4 :]
+        base, log_density = (
+            torch.stack(part, 1) for part in zip(*((s.base, s.log_density) for s in later))
+        )
+        modes = Modes.of(base, log_density)
+        is_lost |= modes.is_negligible[modes.group]
+    return is_lost
 
 
 class IndependentProposals:

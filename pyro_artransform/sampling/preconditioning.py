@@ -22,7 +22,7 @@ from torch import Tensor
 
 #: dimensions up to which all directions are looked at; of more this many are
 _MOST_DIRECTIONS = 512
-_NUM_DIRECTIONS = 32
+_NUM_DIRECTIONS = 64
 _RIDGE = 1e-3
 #: variances this near to one stay as they are
 _NEAR = 1.2

@@ -219,7 +219,7 @@ def test_modes_that_are_left_out_are_a_note():
     assert "about 2e-05 of the posterior" in found.verdict
 
 
-def test_divergent_trajectories_are_a_note():
+def test_draws_of_divergent_trajectories_are_not_trusted():
     """A corner where the density falls off a cliff of 2,000 nats."""
 
     def model():
@@ -228,6 +228,7 @@ def test_divergent_trajectories_are_a_note():
 
     chains = mcmc(model, None, 100)
     assert chains.num_divergent > 0.01 * chains.by_chain["z"][..., 0].numel()
+    assert not chains.trusted
     assert "% of the trajectories diverged" in chains.verdict
     assert (chains.by_chain["z"][..., 0] >= 0).all()
 
