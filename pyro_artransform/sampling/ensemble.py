@@ -182,7 +182,8 @@ class Ensemble:
             self._target.confirm()
             if is_out_of_time():
                 return End.OUT_OF_TIME
-            size, rhat = self.num_trajectories, self._rhat_of_values()
+            size = self.num_trajectories
+            rhat = nested_rhat_of_values(self.draws, self.num_superchains)
             worst, ess = float(rhat.max()), math.inf
             if worst <= GOOD_RHAT:
                 ess = self._slowest_ess(rhat)
@@ -207,9 +208,6 @@ class Ensemble:
             if size >= most or (size >= _PATIENCE and size + more > 4 * most):
                 return End.TOO_MANY
             number = max(min(number, most - size), _BLOCK)
-
-    def _rhat_of_values(self) -> Tensor:
-        return nested_rhat_of_values(self.draws, self.num_superchains)
 
     def _slowest_ess(self, rhat: Tensor) -> float:
         """The effective draws of latents whose superchains agree the least, or that had the fewest."""
