@@ -29,7 +29,7 @@ from .adaptation import StepSize, TrajectoryLength
 from .convergence import GOOD_RHAT, Convergence, effective_draws, nested_rhat, nested_rhat_of_values
 from .modes import IndependentProposals, Modes, groups_of, lost_chains
 from .preconditioning import Preconditioner
-from .starts import climb, latin_hypercube, overdispersed
+from .starts import climb, far_apart, latin_hypercube, overdispersed
 from .target import PulledBack, State, ToLatent, identity
 from .trajectories import Info, integrator_of, trajectory
 
@@ -222,11 +222,12 @@ class Ensemble:
         """Chains at the starts of their superchains, and the first preconditioner."""
         size = self.num_chains // self.num_superchains
         if self._to_latent is None:
-            starts = overdispersed(self.log_joint, self.num_superchains)
-            self._has_parents = starts.has_parents
             # as many as chains, so that what is captured serves them, too
-            starts = starts.repeated(size)
+            starts = overdispersed(self.log_joint, self.num_superchains, size)
+            self._has_parents = starts.has_parents
             state, self._preconditioner = climb(self._target, starts)
+            chosen = far_apart(state, self._preconditioner.scale, self.num_superchains)
+            state = state.at(chosen.repeat_interleave(size))
         else:
             base = latin_hypercube(self.num_superchains, self.log_joint.start)
             state = self._target(base.repeat_interleave(size, 0))
@@ -358,7 +359,7 @@ class Ensemble:
     def _are_apart(self) -> bool:
         """Whether chains are in modes, although they jump; those of modes without mass begin anew."""
         draws = self.draws
-        if int(groups_of(draws)[0].max()) == 0:
+        if int(groups_of(draws, -torch.stack([i.energy for i in self.infos], 1))[0].max()) == 0:
             return False
         # densities of the unconstrained space
         flat = self.log_joint.with_coordinates(None)(draws.flatten(0, 1)).reshape(draws.shape[:2])
@@ -369,8 +370,6 @@ class Ensemble:
             self._begin_anew(is_left_out)
             self._forget()
             self._warm_up()
-        elif float(modes.share[1:].sum()) < _LEAST_SHARE_OF_OTHERS:
-            pass  # chains that are slow in a tail
         elif self.modes is None:
             parts = [self._recent[modes.group == k].flatten(0, 1) for k in modes.group.unique()]
             share = modes.share.clamp_min(_LEAST_SHARE)
@@ -378,7 +377,8 @@ class Ensemble:
             self._forget()
         else:
             self.modes = modes
-            return True
+            # else chains that are slow in a tail
+            return float(modes.share[1:].sum()) > _LEAST_SHARE_OF_OTHERS
         return False
 
 

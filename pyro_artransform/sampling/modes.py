@@ -18,8 +18,8 @@ from .target import State
 _APART, _MOST_MODES = 6.0, 8
 # draws for each dimension from which on a covariance is known, and what its correlations get added
 _DRAWS_BY_DIM, _RIDGE = 4, 1e-6
-# nats by which the evidence of a negligible mode is below that of the first, and more for each dimension
-_NEGLIGIBLE, _NEGLIGIBLE_BY_DIM = 10.0, 2.0
+#: nats by which the evidence of a negligible mode is below that of the first, and more for each dimension
+NEGLIGIBLE, NEGLIGIBLE_BY_DIM = 10.0, 2.0
 # degrees of freedom of proposals
 _DEGREES = 5.0
 # chains are lost that move less often than this and are not so many nats above others, or are below these
@@ -45,7 +45,7 @@ class Modes(NamedTuple):
     @property
     def is_negligible(self) -> Tensor:
         """Which groups are far below the first, shape ``(num_groups,)``; short chains have less entropy."""
-        return self.gap > _NEGLIGIBLE + _NEGLIGIBLE_BY_DIM * len(self.differs)
+        return self.gap > NEGLIGIBLE + NEGLIGIBLE_BY_DIM * len(self.differs)
 
     @classmethod
     def of(cls, draws: Tensor, log_density: Tensor) -> "Modes":
@@ -53,7 +53,7 @@ class Modes(NamedTuple):
 
         The evidence of a mode is its mean log density and its entropy, here that of a Gaussian.
         """
-        group, differs = groups_of(draws)
+        group, differs = groups_of(draws, log_density)
         num_groups = int(group.max()) + 1
         # the same estimate of entropies for all
         least = min(int((group == k).sum()) * draws.shape[1] for k in range(num_groups))
@@ -69,8 +69,12 @@ class Modes(NamedTuple):
         return cls(order.argsort()[group], share, gap, differs)
 
 
-def groups_of(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """The group ``(C,)`` of each chain of draws ``(C, n, D)``, and how many sds some are apart ``(D,)``."""
+def groups_of(draws: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
+    """The group ``(C,)`` of each chain, and how many sds some are apart in each coordinate ``(D,)``.
+
+    A poor mode may be wide, so that only densities ``(C, n)`` of draws ``(C, n, D)`` tell it from the others.
+    """
+    draws = torch.cat([draws, log_density[..., None]], -1)
     means, sds = draws.mean(1), draws.std(1)
     # some chains may stand still, and some modes be narrow
     widest = torch.maximum(sds[:, None], sds).maximum(sds.median(0).values)
@@ -78,7 +82,7 @@ def groups_of(draws: Tensor) -> tuple[Tensor, Tensor]:
     group = _components(apart.amax(-1) < _APART)
     if int(group.max()) >= _MOST_MODES:  # chains that have not mixed at all
         group = torch.zeros_like(group)
-    return group, apart.flatten(0, 1).amax(0)
+    return group, apart.flatten(0, 1).amax(0)[:-1]
 
 
 def lost_chains(states: Sequence[State], moves: Tensor) -> Tensor:

@@ -8,12 +8,14 @@ depend on begin at quantiles of their priors, small and large ones among them, a
 latents climb: thus some superchains begin in the neck of a funnel, and some at its mouth.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..joint import LogJoint
+from .modes import NEGLIGIBLE, NEGLIGIBLE_BY_DIM
 from .preconditioning import Preconditioner
 from .target import PulledBack, State
 
@@ -27,9 +29,9 @@ _SPREADS_OF_OTHERS = (1.0, 2.0, 0.5, 4.0, 0.25, 1.0, 2.0, 0.5, 0.1, 0.01)
 
 
 class Starts(NamedTuple):
-    """Where superchains begin, in the coordinates of a density.
+    """Where superchains may begin, in the coordinates of a density.
 
-    :param base: the points, shape ``(K, D)``.
+    :param base: the points, shape ``(K * M, D)``, those of a superchain one after the other.
     :param unit: by how much they are spread in each coordinate, of the same shape.
     :param is_held: which coordinates are not to climb, shape ``(D,)``.
     :param has_parents: which have a prior that depends on other latents, of the same shape.
@@ -40,34 +42,35 @@ class Starts(NamedTuple):
     is_held: Tensor
     has_parents: Tensor
 
-    def repeated(self, count: int) -> "Starts":
-        """Each point so many times."""
-        base, unit = (part.repeat_interleave(count, 0) for part in self[:2])
-        return self._replace(base=base, unit=unit)
-
 
 def latin_hypercube(num_points: int, like: Tensor) -> Tensor:
     """Points ``(num_points, D)``, each coordinate spread over quantiles of a wide normal distribution.
 
-    See A Comparison of Three Methods for Selecting Values of Input Variables (McKay, Beckman, Conover,
-    1979), https://doi.org/10.1080/00401706.1979.10489755
+    Every other point alone is such a hypercube, too, and so are the rest. See Sliced Latin Hypercube Designs
+    (Qian, 2012), https://doi.org/10.1080/01621459.2011.644132
     """
-    shape = num_points, like.shape[-1]
-    order = torch.rand(shape, dtype=like.dtype, device=like.device).argsort(0)
-    return _SPREAD * torch.special.ndtri(
-        (order + torch.rand_like(order.to(like.dtype))) / num_points
-    )
+    size = math.ceil(num_points / 2)
+    noise = torch.rand((3, 2, size, like.shape[-1]), dtype=like.dtype, device=like.device)
+    # each slice has one of two neighbouring strata
+    pair, is_upper = noise[0].argsort(1), (noise[1, :1] < 0.5).expand_as(noise[1]).clone()
+    is_upper[1] = ~is_upper[1]
+    stratum = 2 * pair + is_upper.gather(1, pair)
+    points = torch.special.ndtri((stratum + noise[2]) / (2 * size))
+    return _SPREAD * points.transpose(0, 1).flatten(0, 1)[:num_points]
 
 
 @torch.no_grad()
-def overdispersed(log_joint: LogJoint, num_points: int) -> Starts:
-    """The first start of the model, and others that are spread around it.
+def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> Starts:
+    """The model's start, and others that are spread around it, ``size`` for each superchain.
 
-    The spread is that of the prior, of every other one at most one on the unconstrained space, since a vague
-    prior says nothing of where the posterior is.
+    Those of every other superchain are spread as the prior is; the rest, among which the model's start is the
+    first, by at most one on the unconstrained space, since a vague prior says nothing of where the posterior
+    is. Points of a superchain have the same values of coordinates that are held.
     """
     start, latents = log_joint.start, log_joint.latents
-    z = latin_hypercube(num_points, start)
+    num_points = num_superchains * size
+    z = latin_hypercube(num_points, start).unflatten(0, (size, num_superchains)).transpose(0, 1)
+    held = latin_hypercube(num_superchains, start)[:, None]
     u, _ = log_joint.to_unconstrained(start[None])
     wide = log_joint.with_coordinates(None).prior_scales(u[0])
     narrow = wide.clamp_max(1.0)
@@ -81,10 +84,10 @@ def overdispersed(log_joint: LogJoint, num_points: int) -> Starts:
             parts[0][name].fill_(depends)
             parts[1][name].fill_(not (depends or latents.sites[name].is_unconstrained))
     is_held = is_scale & has_parents.any()
-    is_even = torch.arange(num_points, device=z.device)[:, None] % 2 == 0
-    unit = torch.where(is_even, wide, narrow)
-    points = start + unit * z
-    points[0] = log_joint.start
+    is_wide = torch.arange(num_superchains, device=start.device)[:, None] % 2 == 0
+    unit = torch.where(is_wide, wide, narrow).repeat_interleave(size, 0)
+    points = start + unit * torch.where(is_held, held, z).flatten(0, 1)
+    points[size] = log_joint.start
     for spread in _SPREADS_OF_OTHERS:
         others = start + spread * wide * latin_hypercube(num_points, start)
         is_bad = ~log_joint(points).isfinite()
@@ -109,3 +112,28 @@ def climb(target: PulledBack, starts: Starts) -> tuple[State, Preconditioner]:
     if len(known.base) < 2:
         return target(base), Preconditioner.identity(base)
     return target(base), Preconditioner.of(known.base, known.gradient)
+
+
+def far_apart(state: State, scale: Tensor, num_superchains: int) -> Tensor:
+    """Of the points of each superchain one that is far from those of others: their places, ``(K,)``.
+
+    :param state: points ``(K * M, D)`` after the climb, of which those are left out that are far below the
+        best one of their superchain.
+    :param scale: by which coordinates are measured, shape ``(D,)``.
+    """
+    points, dim = state.base / scale, len(scale)
+    density = torch.where(state.is_finite, state.log_density, -torch.inf).unflatten(
+        0, (num_superchains, -1)
+    )
+    size, best = density.shape[1], density.amax(1, keepdim=True)
+    is_high = (density >= best - NEGLIGIBLE - NEGLIGIBLE_BY_DIM * dim).flatten()
+    # the first of the second superchain is the model's start
+    chosen = [size]
+    for k in range(num_superchains):
+        if k == 1:
+            continue
+        own = torch.arange(k * size, (k + 1) * size, device=points.device)
+        distance = torch.cdist(points[own], points[chosen]).amin(1).nan_to_num(0.0)
+        chosen.append(int(own[(distance * is_high[own] + is_high[own]).argmax()]))
+    chosen.insert(1, chosen.pop(0))
+    return torch.tensor(chosen, device=points.device)

@@ -154,18 +154,9 @@ def test_modes_that_chains_do_not_move_between_end_them(monkeypatch):
     assert (found.modes.differs > 6).all()
 
 
-@pytest.mark.parametrize(
-    "share",
-    [
-        1e-9,
-        # neither left out nor jumped to: a third of the draws are there, and R-hat is 10
-        pytest.param(
-            1e-4, marks=pytest.mark.xfail(reason="modes of less than 1 % are passed over")
-        ),
-    ],
-)
+@pytest.mark.parametrize("share", [1e-9, 1e-4])
 def test_a_mode_without_mass_has_no_draws(share):
-    """Half of the starts lead there: their chains begin anew."""
+    """Half of the starts lead there: their chains begin anew, or jump to the other one."""
     found = ensemble_of(two_modes(2, 20.0, share))
     found.run(400)
     assert found.end is End.ENOUGH
@@ -235,7 +226,7 @@ def test_starts_without_a_density_are_those_of_other_chains():
     [
         (conjugate, 3, "num_chains: expected an integer of at least 4"),
         (subsampled, None, "expected one that sees all its data, got one that sub-samples them"),
-        (nowhere, None, "at least 2 starts of finite density and gradient, got 0 of 8"),
+        (nowhere, None, "at least 2 starts of finite density and gradient, got . of 8"),
     ],
 )
 def test_what_is_refused(model, num_chains, words):

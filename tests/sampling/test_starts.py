@@ -8,8 +8,14 @@ from pyro import distributions as dist
 
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.joint.coordinates import non_centered
-from pyro_artransform.sampling import PulledBack
-from pyro_artransform.sampling.starts import Starts, climb, latin_hypercube, overdispersed
+from pyro_artransform.sampling import PulledBack, State
+from pyro_artransform.sampling.starts import (
+    Starts,
+    climb,
+    far_apart,
+    latin_hypercube,
+    overdispersed,
+)
 
 
 def hierarchy():
@@ -32,6 +38,11 @@ def test_each_stratum_has_a_point(dtype):
     assert points.dtype == dtype
     strata = (16 * torch.special.ndtr(points / 1.3)).floor().sort(0).values
     assert torch.equal(strata, torch.arange(16.0, dtype=dtype)[:, None].expand(16, 200))
+    # and so has each stratum of eight one of every other point
+    for part in (points[::2], points[1::2]):
+        strata = (8 * torch.special.ndtr(part / 1.3)).floor().sort(0).values
+        assert torch.equal(strata, torch.arange(8.0, dtype=dtype)[:, None].expand(8, 200))
+    assert latin_hypercube(5, points[0]).shape == (5, 200)
     # wider than the prior, by 1.3 in all dimensions, and in no order
     assert float(points.std()) == pytest.approx(1.3, rel=0.05)
     assert torch.corrcoef(points.T).fill_diagonal_(0.0).mean().abs() < 0.02
@@ -40,27 +51,27 @@ def test_each_stratum_has_a_point(dtype):
 def test_starts_are_quantiles_of_the_prior():
     """Scales of the root, small and large ones, stay; what has a location climbs from where it is likely."""
     log_joint = in_units_of_the_prior(hierarchy)
-    points, _, is_held, _ = overdispersed(log_joint, 17)
+    points, _, is_held, _ = overdispersed(log_joint, 18)
     held = {name: bool(part.any()) for name, part in log_joint.latents.views(is_held).items()}
     assert held == {"mu": False, "tau": True, "sigma": True, "theta": False}
     u, _ = log_joint.to_unconstrained(points)
-    tau = log_joint.latents.constrain(u[1:])["tau"]
-    # quantiles of the half normal prior: one in each of 17 strata, but that of the model's own start
+    tau = log_joint.latents.constrain(torch.cat([u[:1], u[2:]]))["tau"]
+    # quantiles of the half normal prior: one in each of 18 strata, but that of the model's own start
     strata = (
-        17 * torch.special.ndtr(torch.special.ndtri(2 * torch.special.ndtr(tau) - 1) / 1.3)
+        18 * torch.special.ndtr(torch.special.ndtri(2 * torch.special.ndtr(tau) - 1) / 1.3)
     ).floor()
-    assert len(strata.unique()) == 16
+    assert len(strata.unique()) == 17
 
 
 def test_without_a_hierarchy_nothing_is_held():
-    """The first start is the model's; of a vague prior every other one is at most one sd away, or so."""
+    """One start is the model's; of a vague prior every other one is at most one sd away, or so."""
     log_joint = in_units_of_the_prior(lambda: pyro.sample("z", dist.Normal(3.0, 1000.0)))
     starts = overdispersed(log_joint, 32)
     assert not starts.is_held.any()
-    assert starts.base[0] == log_joint.start
-    away = (starts.base - log_joint.start)[1:, 0]
-    assert 500 < away[1::2].std() < 2000
-    assert away[::2].std() < 2
+    away = (starts.base - log_joint.start)[:, 0]
+    assert away[1] == 0
+    assert 500 < away[::2].std() < 2000
+    assert away[1::2].std() < 2
 
 
 def test_starts_are_where_the_density_is_finite():
@@ -102,3 +113,17 @@ def test_climbs_learn_how_a_density_is_stretched():
     assert state.is_finite.all()
     found = preconditioner(torch.eye(5)).norm(dim=0) / scale
     assert found.max() / found.min() < 30
+
+
+def test_superchains_begin_at_points_that_are_far_apart():
+    """Of four points each, where one of the third leads to a far mode; one that is far below is none."""
+    base = torch.zeros(16, 2)
+    base[10], base[13] = 20.0, -50.0
+    log_density = torch.zeros(16)
+    log_density[13] = -100.0
+    state = State(base, base, log_density, torch.zeros_like(base))
+    chosen = far_apart(state, torch.ones(2), 4)
+    assert chosen[1] == 4
+    assert chosen[2] == 10
+    assert chosen[3] != 13
+    assert torch.equal(chosen // 4, torch.arange(4))
