@@ -96,6 +96,12 @@ def narrow(loc: float, scale: float) -> known.Target:
     return known.mixture(torch.tensor([[0.0], [loc]]), scales, [0.7, 0.3], prior_scale=10.0)
 
 
+def beside(dim: int) -> known.Target:
+    """A mode where the model starts, and one of mass 0.3 at a distance of 20 sds, two of the prior."""
+    locs = torch.stack([torch.zeros(dim), torch.full((dim,), 20 / math.sqrt(dim))])
+    return known.mixture(locs, torch.ones(2, dim), [0.7, 0.3], prior_scale=10.0)
+
+
 def swapped() -> Target:
     """Three Gaussians, whose names have six orders."""
     torch.manual_seed(2)
@@ -310,6 +316,8 @@ TARGETS: dict[str, Callable[[], Target]] = {
     "two modes, 0.5": partial(mixture, partial(known.two, 8.0, 1, 0.5)),
     "two modes of 21 latents, 0.9": partial(mixture, partial(known.two, 8.0, 21, 0.9)),
     "two modes of 21 latents, 0.5": partial(mixture, partial(known.two, 8.0, 21, 0.5)),
+    "a mode beside the start": partial(mixture, partial(beside, 2)),
+    "a mode beside the start, 10 latents": partial(mixture, partial(beside, 10)),
     "a spike in a slab": partial(mixture, partial(narrow, 0.0, 1e-3)),
     "a narrow mode far away": partial(mixture, partial(narrow, 40.0, 0.01)),
     "swapped labels": swapped,
