@@ -16,21 +16,18 @@ _FEWER = 8  # the share of draws by loop, and of the start by passes
 
 @dataclass(frozen=True)
 class InitializationConfig:
-    """From where the initial Gaussian is fitted, how, and when a guide becomes it."""
+    """The draws that a fit begins with, and those that the initial guide is found by."""
 
-    num_points: int = 12  #: points to start from, all side by side
-    num_points_by_loop: int = 4  #: the same by loop, or by mini-batches
-    max_dense_dim: int = 200  #: coordinates at most for a full Gaussian
-    num_matches: int = 30  #: steps of batch and match
-    #: natural-gradient steps after that, with a graph once the ELBO has settled
-    num_ascents: int = 8
-    max_sparse_steps: int = 60  #: the most of those with a graph
-    num_compared: int = 1024  #: draws that the best Gaussian is compared with the guide on
+    num_draws: int = 400  #: effective draws of each latent, where no other number is asked for
+    num_for_start: int = 100  #: the same where they only start the guide, and by loop
+    max_trajectories_by_loop: int = 60  #: of each chain by loop, where no number of draws is asked for
+    num_gradients: int = 1000  #: draws whose gradients make the initial Gaussian
+    num_compared: int = 512  #: draws that it is compared with the guide on
+    num_points: int = 12  #: points that the search for modes starts from
 
     def with_fewer(self) -> "InitializationConfig":
-        """The same with fewer points and draws, where an evaluation is expensive."""
-        few = self.num_compared // _FEWER
-        return replace(self, num_points=self.num_points_by_loop, num_compared=few)
+        """The same with fewer draws, where an evaluation is expensive."""
+        return _with_fewer(self, "num_gradients", "num_compared", "num_points")
 
 
 @dataclass(frozen=True)

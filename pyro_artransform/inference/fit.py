@@ -196,7 +196,7 @@ def fit(
     counts = {"num_steps": num_steps, "epochs": epochs, "num_particles": num_particles}
     for name, count in {**counts, "draws": draws, "seed": seed}.items():
         if count is not None:
-            check_integer(name, count, least=0 if name == "seed" else 1)
+            check_integer(name, count, least=0 if name in ("draws", "seed") else 1)
     check_model(model, args if loader is None else None, kwargs)
     if callback is not None:
         check_callable("callback", callback, "a function")

@@ -69,6 +69,9 @@ class FlowGuide(ReparametrizedGuide, Protocol):
     def start_at(self, loc: Tensor, scale_tril: Tensor | None = None) -> None:
         """Becomes a Gaussian, by default of a new guide's scale; a ``ValueError`` if it cannot have it."""
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters, as those of a module, with the tensor of ``PriorGuide.prior_coordinates``."""
+
 
 @runtime_checkable
 class CenteredGuide(Protocol):
@@ -95,9 +98,6 @@ class PriorGuide(FlowGuide, Protocol):
     @property
     def chooses_coordinates(self) -> bool:
         """Whether a fit may change how centred they are, in place."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters, as those of a module, with the tensor of ``prior_coordinates``."""
 
 
 @runtime_checkable
