@@ -20,7 +20,9 @@ class InitializationConfig:
 
     num_draws: int = 400  #: effective draws of each latent, where no other number is asked for
     num_for_start: int = 100  #: the same where they only start the guide, and by loop
-    max_trajectories_by_loop: int = 60  #: of each chain by loop, where no number of draws is asked for
+    max_trajectories_by_loop: int = (
+        60  #: of each chain by loop, where no number of draws is asked for
+    )
     num_gradients: int = 1000  #: draws whose gradients make the initial Gaussian
     num_compared: int = 512  #: draws that it is compared with the guide on
     num_points: int = 12  #: points that the search for modes starts from

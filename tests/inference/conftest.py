@@ -18,12 +18,7 @@ from pyro_artransform.inference.config import (
 #: Fewer draws, points and steps of searches and chains, so that a fit takes a fraction of a second.
 QUICK = FitConfig(
     initialization=InitializationConfig(
-        num_points=4,
-        num_points_by_loop=3,
-        num_compared=128,
-        num_matches=8,
-        num_ascents=3,
-        max_sparse_steps=6,
+        num_draws=100, num_for_start=50, num_gradients=200, num_compared=128, num_points=4
     ),
     optimization=OptimizationConfig(num_compared=128, num_estimates=4),
     minibatch=MinibatchConfig(num_draws=100),

@@ -112,7 +112,9 @@ def _negative_slopes(
             right = x.mT @ gradients[:, own].T[..., None]
             slopes = torch.linalg.solve(x.mT @ x + ridge, -right)[..., 0]
             is_used = columns < dim
-            found.append((own[:, None].expand_as(columns)[is_used], columns[is_used], slopes[is_used]))
+            found.append(
+                (own[:, None].expand_as(columns)[is_used], columns[is_used], slopes[is_used])
+            )
     if not found:
         none = torch.zeros(0, dtype=torch.long, device=z.device)
         return none, none, z.new_zeros(0)

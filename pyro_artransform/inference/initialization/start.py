@@ -20,6 +20,7 @@ from torch import Tensor
 from ...graphs.dependencies import value_and_gradient
 from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
+from ...joint.coordinates import centered_by_draws
 from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
 from ...sampling import Ensemble
 from ..config import InitializationConfig
@@ -80,11 +81,13 @@ def _start_at_draws(
     density: LogJoint, guide: FlowGuide, ensemble: Ensemble, config: InitializationConfig
 ) -> float:
     """Makes a guide the best Gaussian that it can be, if there is one of a finite ELBO; returns this."""
-    if isinstance(guide, PriorGuide) and guide.chooses_coordinates:
-        _center_as(ensemble, guide)
-    u = ensemble.draws.flatten(0, 1)
-    count = min(config.num_gradients, len(u))
-    z, _ = density.from_unconstrained(u[torch.linspace(0, len(u) - 1, count).long()])
+    flat = ensemble.draws.flatten(0, 1)
+    u = flat[torch.linspace(0, len(flat) - 1, min(config.num_gradients, len(flat))).long()]
+    own = guide.prior_coordinates if isinstance(guide, PriorGuide) else None
+    if own is not None and cast(PriorGuide, guide).chooses_coordinates:
+        unit = density.with_coordinates(own.non_centered(density.latents))
+        own.centered.data.copy_(centered_by_draws(unit, u))
+    z, _ = density.from_unconstrained(u)
     _, gradients = value_and_gradient(density, z)
     is_finite = (z.isfinite() & gradients.isfinite()).all(-1)
     given = z[is_finite].double(), gradients[is_finite].double()
@@ -121,17 +124,6 @@ def _put(
         guide.start_at(loc, factor * gaussian.scale_tril)
     except ValueError:  # it has no correlations
         guide.start_at(loc, factor * gaussian.independent_sd().diag())
-
-
-def _center_as(ensemble: Ensemble, guide: PriorGuide) -> None:
-    """Makes a guide's coordinates as centred as those in which chains have mixed."""
-    own, other = guide.prior_coordinates, ensemble.log_joint.coordinates
-    if own is None or other is None:
-        return
-    parts = ensemble.log_joint.latents.views(own.centered.data)
-    for name, centered in ensemble.log_joint.latents.split(other.centered).items():
-        if name in own.with_location:
-            parts[name].copy_(centered)
 
 
 def _judge(density: LogJoint, guide: FlowGuide, count: int) -> tuple[float, float]:
