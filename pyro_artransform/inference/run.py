@@ -16,7 +16,7 @@ from ..time_limit import INTERRUPTED, OUT_OF_TIME
 from .checkpoint import save
 from .draws_first import AT_DRAWS, DRAWS_ARE_THERE
 from .evaluation.elements import weigh_elements
-from .evaluation.evaluate import MarginalVerdict, evaluate, evaluate_minibatches, judge_marginals
+from .evaluation.evaluate import evaluate, evaluate_minibatches
 from .evaluation.verdict import FitStatus
 from .initialization.start import (
     FAILED,
@@ -140,8 +140,10 @@ def _cut_short(training: Training, is_saved: bool) -> str:
     return f"{reason}: give more num_steps" if reason == LIMIT else ""
 
 
-def _remedy(set_up: SetUp) -> str:
+def _remedy(set_up: SetUp, num_steps: int) -> str:
     """What to use where the guide is not the posterior, the surest first."""
+    if not num_steps:
+        return "num_steps=1000, since the guide has had no step"
     guide, way = cast(object, set_up.subject.guide), "a flow guide, such as AutoIAF"
     if isinstance(guide, FlowGuide):
         way = "more layers (num_transforms) or wider ones"
@@ -162,7 +164,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         training.num_skipped / max(num_steps, 1),
         training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, _ASKED),
         cut_short=cut_short,
-        remedy="" if cut_short else _remedy(set_up),
+        remedy="" if cut_short else _remedy(set_up, num_steps),
         has_chains=draws_first is not None,
         point_estimates=set_up.point_estimates,
         start_failed=training.start == FAILED,
@@ -170,25 +172,18 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         no_sum=set_up.no_sum,
         missing=set_up.missing,
     )
-    chains = None
+    chains = None if draws_first is None else draws_first.finish(status)
+    set_up.limit.enter_phase(1.0, has_grace=True)
     minibatches = set_up.minibatches
     if minibatches is not None and not set_up.has_all_data:
         passed = minibatches.over_a_pass()
         elements = weigh_elements(minibatches, passed, num_gradients)
         found = evaluate_minibatches(subject, passed, status, elements)
-    elif draws_first is not None:
-        chains = draws_first.finish(status)
-        set_up.limit.enter_phase(1.0, has_grace=True)
-        found = evaluate(subject, status, config, has_draws=True)
     else:
-        of_few = minibatches.mean_log_joint() if minibatches and minibatches.whole else None
-        found = evaluate(subject, status, config, num_gradients, of_few=of_few)
-    # chains say themselves how well they know single latents
-    marginals = MarginalVerdict()
-    if draws_first is None:
-        marginals = judge_marginals(subject, found, config.evaluation)
+        ensemble = None if draws_first is None else draws_first.ensemble
+        found = evaluate(subject, status, config, num_gradients, ensemble)
     return FitResult(
-        **found.result_fields(marginals, chains),
+        **found.result_fields(chains),
         history=[-loss for loss in training.losses],
         num_steps=num_steps,
         num_skipped=training.num_skipped,
