@@ -36,6 +36,7 @@ from .set_up import SetUp, naming_arguments
 _ASKED = "the callback asked to stop"
 # the shares of the seconds after which the start and the steps end, with the verdict or chains to come
 _START_UNTIL, _STEPS_UNTIL, _STEPS_BEFORE_CHAINS_UNTIL = 0.4, 0.75, 0.7
+_NUM_BESIDE_DRAWS = 2000
 
 
 def start(set_up: SetUp) -> Training:
@@ -180,7 +181,11 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         elements = weigh_elements(minibatches, passed, num_gradients)
         found = evaluate_minibatches(subject, passed, status, elements)
     else:
-        ensemble = None if draws_first is None else draws_first.ensemble
+        ensemble = None
+        if draws_first is not None:  # then fewer draws of the guide tell of the guide
+            ensemble = draws_first.ensemble
+            few = min(config.evaluation.num_samples, _NUM_BESIDE_DRAWS)
+            config = replace(config, evaluation=replace(config.evaluation, num_samples=few))
         found = evaluate(subject, status, config, num_gradients, ensemble)
     return FitResult(
         **found.result_fields(chains),

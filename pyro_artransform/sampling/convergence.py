@@ -37,7 +37,12 @@ class Convergence(NamedTuple):
 
     def is_enough(self, num_samples: int) -> bool:
         """Whether there are so many effective draws of each latent, and chains agree."""
-        return self.min_ess >= num_samples and float(self.rhat.max()) <= GOOD_RHAT
+        return self.min_ess >= num_samples and self.has_mixed
+
+    @property
+    def has_mixed(self) -> bool:
+        """Whether chains agree on each latent."""
+        return float(self.rhat.max()) <= GOOD_RHAT
 
     @property
     def min_ess(self) -> float:

@@ -13,7 +13,7 @@ from ...diagnostics import Importance, Marginals
 from ...diagnostics.importance import GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
-from ...sampling import GOOD_RHAT, Ensemble
+from ...sampling import Ensemble
 from ...time_limit import limited
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
@@ -116,7 +116,7 @@ def evaluate(
         draws = draws[draws.isfinite().all(-1)]
         if ensemble is not None and len(draws) > 1:
             lost = lost_modes(ensemble, draws)
-            marginals = marginals_of(ensemble, draws) if has_mixed(ensemble) else None
+            marginals = marginals_of(ensemble, draws) if ensemble.convergence().has_mixed else None
     status = status._replace(
         is_point=is_point,
         is_random=log_joint.is_random,
@@ -135,14 +135,9 @@ def evaluate(
     )
 
 
-def has_mixed(ensemble: Ensemble) -> bool:
-    """Whether superchains agree on each latent."""
-    return float(ensemble.convergence().rhat.max()) <= GOOD_RHAT
-
-
 def lost_modes(ensemble: Ensemble, draws: Tensor) -> LostModes:
     """Modes of an ensemble where a guide has next to no draws, by its draws ``(n, D)``, unconstrained."""
-    modes, is_mixed = ensemble.modes, has_mixed(ensemble)
+    modes, is_mixed = ensemble.modes, ensemble.convergence().has_mixed
     if modes is None:
         return LostModes(was_searched=is_mixed)
     # chains that have not mixed have too many draws of some, and Gaussians are no more than a guess

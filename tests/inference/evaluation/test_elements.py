@@ -169,8 +169,11 @@ def test_the_largest_of_many_khats():
 @pytest.mark.parametrize(
     ("share", "why"),
     [
-        (1.0, "1.10 (above 0.7, as the largest of so many good ones is by chance), but mass else"),
-        (1e-4, "1.10 (above 0.7, of a tail too light to matter), but mass else"),
+        (
+            1.0,
+            "1.10 (above 0.7, as the largest of so many good ones is by chance), but other modes",
+        ),
+        (1e-4, "1.10 (above 0.7, of a tail too light to matter), but other modes"),
     ],
 )
 def test_why_a_large_khat_is_trusted(share, why):
