@@ -61,7 +61,7 @@ TRUSTED = {
     "not searched": (weights, None, {}, ["other modes were not searched for"]),
     # k-hat has no scale: where all weights are alike it says nothing of the posterior
     "light tail": (lambda: heavy(1e-8), NOTHING, {}, ["% of the weight"]),
-    "mass elsewhere": (weights, SOME, {}, ["but about 3 % of the posterior is in 1 other mode"]),
+    "a small mode": (weights, SOME, {}, ["but about 3 % of the posterior is in 1 other mode"]),
     "start failed": (weights, NOTHING, {"start_failed": True}, ["where its arguments put it"]),
     "cut short, and good": (weights, NOTHING, LATE, ["restarts found no other modes"]),
 }
