@@ -86,7 +86,11 @@ def test_the_posterior_itself():
     assert elements.gap.abs().max() < 1e-12
     assert elements.tail_share.max() < 1e-12
     assert verdict(found).trusted
-    for words in ("Trusted: of the latents that all", "43 elements of plate 'groups'", "other modes were not"):
+    for words in (
+        "Trusted: of the latents that all",
+        "43 elements of plate 'groups'",
+        "other modes were not",
+    ):
         assert words in verdict(found).words
 
 
