@@ -65,6 +65,7 @@ class DrawsFirst:
                 best, reason = second, self._limit.reason
         if best is None or not self.gives_draws:
             return None
+        self.ensemble = best
         return chains_of(best, self._num_draws, self._limit.seconds, reason, status)
 
 

@@ -16,7 +16,7 @@ from ..time_limit import INTERRUPTED, OUT_OF_TIME
 from .checkpoint import save
 from .draws_first import DRAWS_ARE_THERE, DrawsFirst
 from .evaluation.elements import weigh_elements
-from .evaluation.evaluate import MarginalVerdict, evaluate, evaluate_minibatches, judge_marginals
+from .evaluation.evaluate import evaluate, evaluate_minibatches
 from .evaluation.verdict import FitStatus
 from .initialization.gradient_check import check_gradient
 from .initialization.start import (
@@ -39,6 +39,8 @@ _ASKED = "the callback asked to stop"
 # the shares of the seconds after which chains end, those that only start a guide, and steps, with the verdict
 # or other chains to come
 _CHAINS_UNTIL, _START_UNTIL, _STEPS_UNTIL, _STEPS_BEFORE_CHAINS_UNTIL = 0.5, 0.4, 0.75, 0.7
+# draws of a guide without steps, beside those that were asked for
+_NUM_BESIDE_DRAWS = 2000
 
 
 def start(set_up: SetUp) -> Training:
@@ -152,8 +154,10 @@ def _cut_short(training: Training, is_saved: bool) -> str:
     return f"{reason}: give more num_steps" if reason == LIMIT else ""
 
 
-def _remedy(set_up: SetUp) -> str:
+def _remedy(set_up: SetUp, num_steps: int) -> str:
     """What to use where the guide is not the posterior, the surest first."""
+    if not num_steps:
+        return "num_steps=1000, since the guide has had no step"
     guide, way = cast(object, set_up.subject.guide), "a flow guide, such as AutoIAF"
     if isinstance(guide, FlowGuide):
         way = "more layers (num_transforms) or wider ones"
@@ -174,7 +178,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         training.num_skipped / max(num_steps, 1),
         training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, _ASKED),
         cut_short=cut_short,
-        remedy="" if cut_short else _remedy(set_up),
+        remedy="" if cut_short else _remedy(set_up, num_steps),
         has_chains=set_up.gives_draws,
         point_estimates=set_up.point_estimates,
         start_failed=training.start == FAILED,
@@ -182,25 +186,21 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         no_sum=set_up.no_sum,
         missing=set_up.missing,
     )
-    chains = None
+    chains = None if draws_first is None else draws_first.finish(status)
+    set_up.limit.enter_phase(1.0, has_grace=True)
     minibatches = set_up.minibatches
     if minibatches is not None and not set_up.has_all_data:
         passed = minibatches.over_a_pass()
         elements = weigh_elements(minibatches, passed, num_gradients)
         found = evaluate_minibatches(subject, passed, status, elements)
     else:
-        if draws_first is not None:
-            chains = draws_first.finish(status)
-            set_up.limit.enter_phase(1.0, has_grace=True)
-        of_few = minibatches.mean_log_joint() if minibatches and not chains else None
-        has_draws = chains is not None
-        found = evaluate(subject, status, config, num_gradients, has_draws, of_few)
-    # chains say themselves how well they know single latents
-    marginals = MarginalVerdict()
-    if chains is None:
-        marginals = judge_marginals(subject, found, config.evaluation)
+        ensemble = None if draws_first is None else draws_first.ensemble
+        if draws_first is not None and draws_first.is_asked:
+            few = min(config.evaluation.num_samples, _NUM_BESIDE_DRAWS)
+            config = replace(config, evaluation=replace(config.evaluation, num_samples=few))
+        found = evaluate(subject, status, config, num_gradients, ensemble)
     return FitResult(
-        **found.result_fields(marginals, chains),
+        **found.result_fields(chains),
         history=[-loss for loss in training.losses],
         num_steps=num_steps,
         num_skipped=training.num_skipped,

@@ -31,7 +31,7 @@ def started(site):
 
 def fitted(model, kind, seed=0, num_steps=150):
     guide = kind(model, init_loc_fn=started)
-    options = {"num_steps": num_steps, "num_particles": 16, "progress": False}
+    options = {"num_steps": num_steps, "num_particles": 16, "progress": False, "draws": 100}
     result = fit(model, guide, seed=seed, config=SHORT_START, **options)
     return result, -importance(model, guide, 20_000).elbo
 
@@ -45,8 +45,8 @@ def test_a_correlated_gaussian_is_trusted():
 CASES = {
     "a correlated Gaussian": (models.gaussian, AutoNormal, 150),
     "two near modes": (partial(models.two_modes, 2, 4.0, 0.5), AutoNormal, 150),
-    "two far modes, a flow": (partial(models.two_modes, 2, 20.0, 0.7), small, 150),
     "two far modes": (partial(models.two_modes, 1, 20.0, 0.7), AutoNormal, 150),
+    "two far modes of a plane": (partial(models.two_modes, 2, 20.0, 0.7), AutoNormal, 150),
     "a funnel": (models.funnel, AutoMultivariateNormal, 100),
     # not so wide that its own draws show the tails, and trained until the gap is least
     "heavy tails": (models.student, AutoNormal, 400),
@@ -60,7 +60,7 @@ def test_a_wrong_posterior_is_not_trusted(name):
     result, gap = fitted(model, kind, num_steps=num_steps)
     assert gap > WRONG
     assert not result.trusted, f"a gap of {gap:.2f}: {result}"
-    assert result.verdict.startswith("Not trusted: ")
+    assert "Of the guide itself: Not trusted: " in result.verdict
 
 
 def test_two_near_modes_by_a_flow_are_not_trusted_unless_it_has_both():
