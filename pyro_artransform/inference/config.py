@@ -24,7 +24,7 @@ class InitializationConfig:
         60  #: of each chain by loop, where no number of draws is asked for
     )
     num_gradients: int = 1000  #: draws whose gradients make the initial Gaussian
-    num_compared: int = 512  #: draws that it is compared with the guide on
+    num_compared: int = 1024  #: draws that it is compared with the guide on
 
     def with_fewer(self) -> "InitializationConfig":
         """The same with fewer draws, where an evaluation is expensive."""

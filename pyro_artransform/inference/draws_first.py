@@ -53,6 +53,11 @@ class DrawsFirst:
         self.ensemble, self._reason = ensemble, self._limit.reason
         return ensemble.end in (End.ENOUGH, End.APART)
 
+    @property
+    def has_mixed(self) -> bool:
+        """Whether there are chains that agree."""
+        return self.ensemble is not None and self.ensemble.convergence().has_mixed
+
     def finish(self, status: FitStatus) -> Chains | None:
         """The draws: by chains in the base space of the guide, where those from nothing have not mixed."""
         best, reason = self.ensemble, self._reason

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from ..arguments import check_callable, check_integer
 from ..guides.choice import choose_guide
 from ..time_limit import TimeLimit
-from .checkpoint import resume as resumed
 from .config import FitConfig
 from .loader import Batch, BatchStream
 from .parallel import open_parallel
@@ -234,7 +233,7 @@ def fit(
             draws=draws,
         )
         bar.say("start")
-        training = start(set_up) if resume is None else resumed(set_up, resume)
+        training = start(set_up, resume)
         bar.say("fit")
         is_saved = train(set_up, training, path, callback, bar)
         bar.say("verdict")

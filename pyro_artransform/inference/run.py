@@ -9,10 +9,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
+import torch
+
 from ..arguments import first_of
 from ..files import FilePath
 from ..joint.protocols import CenteredGuide, FlowGuide, MinibatchGuide
 from ..time_limit import INTERRUPTED, OUT_OF_TIME
+from .checkpoint import resume as resumed
 from .checkpoint import save
 from .draws_first import DRAWS_ARE_THERE, DrawsFirst
 from .evaluation.elements import weigh_elements
@@ -43,9 +46,19 @@ _CHAINS_UNTIL, _START_UNTIL, _STEPS_UNTIL, _STEPS_BEFORE_CHAINS_UNTIL = 0.5, 0.4
 _NUM_BESIDE_DRAWS = 2000
 
 
-def start(set_up: SetUp) -> Training:
-    """The ensemble, and the guide at the best initial one: there may be no step left."""
-    parallel = set_up.parallel
+def start(set_up: SetUp, resume: FilePath | None = None) -> Training:
+    """The ensemble, and the guide at the best initial one, or as a checkpoint has left it.
+
+    There may be no step left.
+    """
+    parallel, chains = set_up.parallel, set_up.draws_first
+    if resume is not None:
+        training = resumed(set_up, resume)
+        if chains is not None:  # steps go on with the random numbers of the checkpoint
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                set_up.limit.enter_phase(_START_UNTIL)
+                parallel.first("the ensemble", chains.sample)
+        return training
     initial, has_draws = parallel.first("the initial guide", partial(_find_start, set_up))
     parallel.copy_first(set_up.tensors)
     parallel.seed_apart()
@@ -163,7 +176,10 @@ def _remedy(set_up: SetUp, num_steps: int) -> str:
         way = "more layers (num_transforms) or wider ones"
     elif isinstance(guide, MinibatchGuide) or not set_up.has_all_data:
         way = "an encoder with features that tell more, or a more flexible local_flow"
-    if not set_up.gives_draws and set_up.has_all_data:
+    chains = set_up.draws_first
+    if chains is not None and chains.gives_draws:
+        way = f"result.draws, or {way}" if chains.has_mixed else way
+    elif set_up.has_all_data:
         way = f"draws=1000 (chains need no good k-hat), or {way}"
     return way if set_up.schedule.num_steps is None else f"{way}, or more steps"
 

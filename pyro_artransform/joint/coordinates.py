@@ -49,6 +49,7 @@ from .vectorization import DrawPlate
 
 # above it an element is as the model is written, which costs nothing (benchmarks/coordinates.md)
 _CENTERED = 0.95
+_BETWEEN_QUARTILES = 1.349  # sds of a normal distribution
 # in units of the prior: curvatures are those of a smooth function
 _DIFFERENCE = 1e-3
 
@@ -313,11 +314,14 @@ def centered_by_curvature(
 def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
     """The same by draws of the posterior on the unconstrained space ``(n, latent_dim)``.
 
-    The variance of the gradient there is the mean curvature, 1 + h.
+    The variance of the gradient there is the mean curvature, 1 + h; by its quartiles, since in the neck of a
+    funnel it is of another order.
     """
     x, _ = non_centered.from_unconstrained(u)
     _, gradients = value_and_gradient(non_centered, x)
-    curvature = gradients[gradients.isfinite().all(-1)].var(0)
+    ordered = gradients[gradients.isfinite().all(-1)].sort(0).values
+    between = ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]
+    curvature = (between / _BETWEEN_QUARTILES).square()
     return _centered(non_centered.coordinates.centered.clone(), curvature)
 
 
