@@ -104,7 +104,10 @@ class ModelAndGuide(NamedTuple):
         """
         with torch.no_grad(), hidden_sites():
             guide(*args, **kwargs)
-        log_joint, offered = LogJoint(model, args, kwargs), cast(object, guide)
+        log_joint, offered = None, cast(object, guide)
+        if isinstance(offered, PriorGuide):
+            log_joint = offered.log_joint_of(model, args, kwargs)
+        log_joint = log_joint or LogJoint(model, args, kwargs)
         if isinstance(offered, CenteredGuide):
             log_joint.maps_priors = offered.maps_priors
         if isinstance(offered, PriorGuide):

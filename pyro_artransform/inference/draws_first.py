@@ -32,11 +32,12 @@ class DrawsFirst:
     ) -> None:
         self._subject, self._limit = subject, limit
         self.is_asked, self.gives_draws = bool(asked), asked != 0
-        is_loop = subject.log_joint.strategy == "loop"
-        usual = config.num_for_start if is_loop or asked == 0 else config.num_draws
+        # a start, or all that there is time for
+        is_short = asked == 0 or (asked is None and subject.log_joint.strategy == "loop")
+        usual = config.num_for_start if is_short else config.num_draws
         self._num_draws, self._most = asked or usual, dict[str, int]()
-        if is_loop and not asked:
-            self._most = {"most": config.max_trajectories_by_loop}
+        if is_short:
+            self._most = {"most": config.max_trajectories}
         self.ensemble: Ensemble | None = None
         self._reason = ""
 

@@ -83,15 +83,15 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, bool]:
     model, _, args, kwargs, log_joint = set_up.subject
     guide: object = set_up.subject.guide
     of_batch = set_up.objective if minibatches is None else minibatches.objective
-    is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
     batch, config, limit = Batch(args, kwargs), set_up.config.initialization, set_up.limit
     limit.enter_phase(_CHAINS_UNTIL if chains is not None and chains.is_asked else _START_UNTIL)
     with naming_arguments(model, batch):
+        is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
         density = whole = log_joint
-        if minibatches is not None:
+        if is_flow and minibatches is not None:
             density = minibatches.mean_log_joint()
             whole = minibatches.whole or density
-        elif log_joint.is_random:
+        elif is_flow and log_joint.is_random:
             density = whole = SharedPrior(log_joint)
         if is_flow:
             check_gradient(density, density.start)

@@ -95,6 +95,9 @@ class PriorGuide(FlowGuide, Protocol):
     def transform_in_coordinates(self) -> Transform:
         """The transform of a standard normal to the coordinates of its draws."""
 
+    def log_joint_of(self, model: object, args: Any, kwargs: Any) -> Any:
+        """The log joint density by which it has its coordinates, at these arguments; None of another model."""
+
     @property
     def chooses_coordinates(self) -> bool:
         """Whether a fit may change how centred they are, in place."""

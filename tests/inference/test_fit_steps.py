@@ -66,7 +66,11 @@ def test_callbacks_that_stop(kind):
 @pytest.mark.parametrize(
     ("kind", "options", "ways"),
     [
-        (AutoNormal, {"draws": 0}, "Use draws=1000 (chains need no good k-hat), or a flow guide, such"),
+        (
+            AutoNormal,
+            {"draws": 0},
+            "Use draws=1000 (chains need no good k-hat), or a flow guide, such",
+        ),
         (
             AutoNormal,
             {"draws": 5, "num_steps": 100},
