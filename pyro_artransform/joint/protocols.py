@@ -96,7 +96,7 @@ class PriorGuide(FlowGuide, Protocol):
         """The transform of a standard normal to the coordinates of its draws."""
 
     def log_joint_of(self, model: object, args: Any, kwargs: Any) -> Any:
-        """The log joint density by which it has its coordinates, at these arguments; None of another model."""
+        """The log joint density that has its coordinates, at these arguments; None of another model."""
 
     @property
     def chooses_coordinates(self) -> bool:
