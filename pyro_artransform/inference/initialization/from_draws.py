@@ -102,7 +102,7 @@ def _negative_slopes(
     (count, dim), found = z.shape, list[tuple[Tensor, Tensor, Tensor]]()
     padded = torch.cat([z, z.new_zeros(count, 1)], 1)
     for group in padded_groups(regressors, [1] * dim):
-        every = torch.tensor(group.coordinates, device=z.device)
+        every = torch.tensor(group.coordinates, dtype=torch.long, device=z.device)
         width = group.parents.shape[1]
         for part in range(0, len(every), max(_MOST_ENTRIES // (count * width), 1)):
             own = every[part : part + max(_MOST_ENTRIES // (count * width), 1)]
