@@ -53,7 +53,11 @@ def test_draws_take_no_step():
     assert result.chains.min_ess >= 400
     # the guide is a Gaussian, which is not trusted, and the draws are
     assert result.verdict.startswith("Draws trusted: ")
-    assert " Of the guide itself: " in result.verdict
+    assert " Of the guide itself: Not trusted: " in result.verdict
+    assert "Use num_steps=1000, since the guide has had no step" in result.verdict
+    # its moments are those of the draws
+    assert result.marginals_trusted
+    assert "Marginals trusted: all means accurate to" in result.verdict
     assert result.chains.verdict in repr(result)
 
 

@@ -15,6 +15,7 @@ from pyro_artransform.inference.config import FitConfig
 from tests.inference import models
 from tests.inference.conftest import QUICK
 from tests.inference.models import small
+from tests.sampling.densities import two_modes
 
 WRONG = 0.2  #: a gap in nats that is too large to trust
 #: Fewer draws for the start; the verdict itself as it is.
@@ -45,8 +46,8 @@ def test_a_correlated_gaussian_is_trusted():
 CASES = {
     "a correlated Gaussian": (models.gaussian, AutoNormal, 150),
     "two near modes": (partial(models.two_modes, 2, 4.0, 0.5), AutoNormal, 150),
-    "two far modes": (partial(models.two_modes, 1, 20.0, 0.7), AutoNormal, 150),
-    "two far modes of a plane": (partial(models.two_modes, 2, 20.0, 0.7), AutoNormal, 150),
+    "two far modes": (partial(two_modes, 1, 20.0, 0.7), AutoNormal, 1000),
+    "two far modes of a plane": (partial(two_modes, 2, 20.0, 0.7), AutoNormal, 1000),
     "a funnel": (models.funnel, AutoMultivariateNormal, 100),
     # not so wide that its own draws show the tails, and trained until the gap is least
     "heavy tails": (models.student, AutoNormal, 400),
