@@ -82,7 +82,7 @@ def _start_at_draws(
 ) -> float:
     """Makes a guide the best Gaussian that it can be, if there is one of a finite ELBO; returns this."""
     flat = ensemble.draws.flatten(0, 1)
-    u = flat[torch.linspace(0, len(flat) - 1, min(config.num_gradients, len(flat))).long()]
+    u = flat[:: math.ceil(len(flat) / config.num_gradients)]
     own = guide.prior_coordinates if isinstance(guide, PriorGuide) else None
     if own is not None and cast(PriorGuide, guide).chooses_coordinates:
         unit = density.with_coordinates(own.non_centered(density.latents))
