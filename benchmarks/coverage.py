@@ -106,9 +106,9 @@ def of_guide(result: FitResult, subject: Subject, names: list[str]) -> Row:
     found, se = moments_of_guide(result.guide, subject.args)
     true, true_se = errors(found, exact), Moments(se.mean / exact.sd, se.sd / exact.sd)
     about = [torch.ones_like(exact.mean, dtype=torch.bool)] * 2
-    row: Row = {"bounds": None, "num_chains": None, "ses_off": None}
+    row: Row = {"bounds": None, "ses_off": None}
     if (stated := result.marginals) is not None:
-        row = {"bounds": [stated.mean_bound, stated.sd_bound], "num_chains": stated.num_chains}
+        row = {"bounds": [stated.mean_bound, stated.sd_bound]}
         estimates = flat(stated.mean_shift, names), flat(stated.sd_ratio, names) - 1
         ses = flat(stated.mean_shift_se, names), flat(stated.sd_ratio_se, names)
         about = [(estimate + se).isfinite() for estimate, se in zip(estimates, ses)]

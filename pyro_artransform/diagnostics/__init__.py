@@ -6,7 +6,7 @@
 from .calibration import SBC, sbc, simultaneous_bands, uniformity_pvalue
 from .importance import Importance, importance, psis_resample
 from .importance_weights import log_weights
-from .marginals import Marginals, marginals
+from .marginals import Marginals
 from .psis import ParetoTail, fit_tail, smooth_tail
 
 __all__ = [  # noqa: RUF022
@@ -17,7 +17,6 @@ __all__ = [  # noqa: RUF022
     "fit_tail",
     "importance",
     "log_weights",
-    "marginals",
     "psis_resample",
     "sbc",
     "simultaneous_bands",

@@ -25,7 +25,8 @@ Model = Callable[..., object]
 Run = Callable[[], object]
 Values = dict[str, Tensor]
 
-_CHUNK, _SMALL_CHUNK = 1000, 100
+# draws at once, and numbers of them: of each chunk some are compared with single runs of the model
+_CHUNK, _SMALL_CHUNK, _MOST_VALUES = 1000, 100, 2**21
 
 
 class Weighted(NamedTuple):
@@ -82,6 +83,8 @@ def weighted_draws(
         draw, is_point = _drawer(run_model, run_guide, log_joint)
     is_slow = log_joint is not None and log_joint.strategy == "loop"
     chunk = _SMALL_CHUNK if is_slow or has_limit() else _CHUNK
+    if log_joint is not None and chunk == _CHUNK:
+        chunk = max(chunk, min(10 * chunk, _MOST_VALUES // log_joint.latents.latent_dim))
     for start in range(0, n, chunk):
         drawn = draw(min(chunk, n - start))
         yield drawn._replace(log_weights=drawn.log_weights - torch.inf) if is_point else drawn
@@ -104,7 +107,10 @@ class ModelAndGuide(NamedTuple):
         """
         with torch.no_grad(), hidden_sites():
             guide(*args, **kwargs)
-        log_joint, offered = LogJoint(model, args, kwargs), cast(object, guide)
+        log_joint, offered = None, cast(object, guide)
+        if isinstance(offered, PriorGuide):
+            log_joint = offered.log_joint_of(model, args, kwargs)
+        log_joint = log_joint or LogJoint(model, args, kwargs)
         if isinstance(offered, CenteredGuide):
             log_joint.maps_priors = offered.maps_priors
         if isinstance(offered, PriorGuide):

@@ -130,6 +130,12 @@ class GuideInCoordinates(PersistentGuide):
         self._prior[0].bind(self._bound)
         return self._bound
 
+    def log_joint_of(self, model: object, args: Args, kwargs: Kwargs) -> LogJoint | None:
+        """See :class:`~pyro_artransform.joint.protocols.PriorGuide`."""
+        if self._bound is None or self._bound.model is not model:
+            return None
+        return self._bound.with_arguments(args, kwargs)
+
     def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
         """Arguments of the specification that the density of the model says; see :meth:`_mapped_sites`."""
         found = self._mapped_sites(args, kwargs, depends)

@@ -16,21 +16,17 @@ _FEWER = 8  # the share of draws by loop, and of the start by passes
 
 @dataclass(frozen=True)
 class InitializationConfig:
-    """From where the initial Gaussian is fitted, how, and when a guide becomes it."""
+    """The draws that a fit begins with, and those that the initial guide is found by."""
 
-    num_points: int = 12  #: points to start from, all side by side
-    num_points_by_loop: int = 4  #: the same by loop, or by mini-batches
-    max_dense_dim: int = 200  #: coordinates at most for a full Gaussian
-    num_matches: int = 30  #: steps of batch and match
-    #: natural-gradient steps after that, with a graph once the ELBO has settled
-    num_ascents: int = 8
-    max_sparse_steps: int = 60  #: the most of those with a graph
-    num_compared: int = 1024  #: draws that the best Gaussian is compared with the guide on
+    num_draws: int = 400  #: effective draws of each latent, where no other number is asked for
+    num_for_start: int = 100  #: the same where they only start the guide, and by loop
+    max_trajectories: int = 100  #: of each chain then, at most
+    num_gradients: int = 1000  #: draws whose gradients make the initial Gaussian
+    num_compared: int = 1024  #: draws that it is compared with the guide on
 
     def with_fewer(self) -> "InitializationConfig":
-        """The same with fewer points and draws, where an evaluation is expensive."""
-        few = self.num_compared // _FEWER
-        return replace(self, num_points=self.num_points_by_loop, num_compared=few)
+        """The same with fewer draws, where an evaluation is expensive."""
+        return _with_fewer(self, "num_gradients", "num_compared")
 
 
 @dataclass(frozen=True)
@@ -89,7 +85,7 @@ class MinibatchConfig:
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """The draws behind a verdict, and the search for missed modes.
+    """The draws behind a verdict.
 
     The bounds of trust are not settings: ``diagnostics/importance.py`` has them.
     """
@@ -99,14 +95,6 @@ class EvaluationConfig:
     #: below its limit: its standard error goes from 0.09 to 0.05 (benchmarks/khat.md)
     num_more_samples: int = 90_000
     num_noisy_samples: int = 500  #: the same where weights are the noise of mini-batches
-    num_around: int = 10_000  #: draws all around the guide
-    num_for_mode: int = 512  #: draws around each mode that was proposed
-    num_screened: int = 500  #: points screened far outside of the guide
-    max_climb_steps: int = 60  #: of a climb by gradients
-    max_searches: int = 5  #: for modes, while they find too much for none and too little for a loss
-    max_dense_dim: int = 200  #: more coordinates are too many for Hessians and covariances
-    num_by_chains: int = 400  #: effective draws of chains that check single latents
-    max_by_chains: int = 150  #: their trajectories at most: a check, not the posterior's draws
 
 
 @dataclass(frozen=True)
@@ -122,22 +110,18 @@ class FitConfig:
         """The same for how a model is run: by "loop", one draw after the other, with fewer draws."""
         if strategy != "loop":
             return self
-        verdict = replace(self.evaluation, num_more_samples=0, max_searches=1)
+        verdict = replace(self.evaluation, num_more_samples=0)
         return replace(
             self,
             initialization=self.initialization.with_fewer(),
             optimization=_with_fewer(self.optimization, "num_particles", "num_compared"),
-            evaluation=_with_fewer(
-                verdict, "num_samples", "num_around", "num_for_mode", "num_screened"
-            ),
+            evaluation=_with_fewer(verdict, "num_samples"),
         )
 
     def for_passes(self) -> "FitConfig":
         """The same where an evaluation of the density is a pass over a loader: with fewer draws."""
         few = self.minibatch.num_common_draws
-        verdict = replace(
-            self.evaluation, num_samples=few, num_more_samples=0, num_around=few, max_searches=1
-        )
+        verdict = replace(self.evaluation, num_samples=few, num_more_samples=0)
         return replace(
             self,
             initialization=self.initialization.with_fewer(),

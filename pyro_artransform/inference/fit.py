@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader
 from ..arguments import check_callable, check_integer
 from ..guides.choice import choose_guide
 from ..time_limit import TimeLimit
-from .checkpoint import resume as resumed
 from .config import FitConfig
 from .loader import Batch, BatchStream
 from .parallel import open_parallel
@@ -71,15 +70,15 @@ def fit(
     What is callable in second place is the guide; where the model itself takes a callable first, give
     that by its name, or the guide as ``guide=``.
 
-    A guide of this package is initialized by ELBO: it stays as it is, or becomes a Gaussian that is fitted
-    to the density's gradients at draws, from several points. It is trained by the path gradient; any other
-    Pyro guide by Pyro's own ELBO, from where it is. The step size goes down when the ELBO stops moving,
-    and the guide ends with the last parameters, the averaged or the best ones, by ELBO. Parameters of
-    the model are trained as well. The verdict rests on draws that were not trained on.
+    It begins with draws of the posterior itself, by many short Hamiltonian chains, and the verdict is on
+    these first (``docs/chains.md``). A guide of this package stays as it is, or becomes the Gaussian that
+    matches these draws and the gradients of the density there, by ELBO. It is trained by the path gradient,
+    unless its weights say that it is the posterior; any other Pyro guide by Pyro's own ELBO, from where it
+    is. The step size goes down when the ELBO stops moving, and the guide ends with the last parameters,
+    the averaged or the best ones, by ELBO. Parameters of the model are trained as well, and the result has
+    no draws then. The verdict on the guide rests on draws that were not trained on.
 
-    With ``draws`` it begins with draws of the posterior itself, by many short Hamiltonian chains, and the
-    verdict is on these first (``docs/chains.md``). A guide of this package is then put at their mean and
-    covariance, and there are no steps unless ``num_steps`` asks for some. Where the chains do not mix, the
+    With ``draws=n`` there are no steps unless ``num_steps`` asks for some. Where the chains do not mix, the
     guide is trained, and others run in its base space.
 
     With a ``loader`` each step sees the next mini-batch. Rows in the model are then
@@ -125,8 +124,10 @@ def fit(
         arguments, a tensor their only argument.
     :param epochs: how often to go through the loader, instead of ``num_steps``.
     :param draws: how many effective draws of each latent to return as ``result.draws``, by the chains of
-        :func:`~pyro_artransform.inference.mcmc`. With a ``loader`` each of their gradients is a pass over
-        it.
+        :func:`~pyro_artransform.inference.mcmc`. By default there are 400, where the model sees all its data
+        by its arguments; of a model that runs for one draw after the other 100, or what some
+        trajectories give. With 0 fewer chains start the guide, and none are returned. With a
+        ``loader`` there are none unless asked for: each of their gradients is a pass over it.
     :param max_seconds: the wall time of the whole fit, but for the evaluation that it ends in and, for
         ``AutoStructuredFlow``, the search for its graph: with what there is then.
     :param config: all numbers that a fit is tuned by.
@@ -196,7 +197,7 @@ def fit(
     counts = {"num_steps": num_steps, "epochs": epochs, "num_particles": num_particles}
     for name, count in {**counts, "draws": draws, "seed": seed}.items():
         if count is not None:
-            check_integer(name, count, least=0 if name == "seed" else 1)
+            check_integer(name, count, least=0 if name in ("draws", "seed") else 1)
     check_model(model, args if loader is None else None, kwargs)
     if callback is not None:
         check_callable("callback", callback, "a function")
@@ -234,7 +235,7 @@ def fit(
             draws=draws,
         )
         bar.say("start")
-        training = start(set_up) if resume is None else resumed(set_up, resume)
+        training = start(set_up, resume)
         bar.say("fit")
         is_saved = train(set_up, training, path, callback, bar)
         bar.say("verdict")

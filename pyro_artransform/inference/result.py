@@ -38,8 +38,8 @@ class FitResult:
     ess: float  #: the effective number of ``num_samples`` draws
     num_samples: int  #: the number of draws behind these numbers
     #: whether k-hat, the standard error of the ELBO and its distance from the evidence are within their
-    #: limits, neither draws around the guide nor other starts, of up to 200 latents, find mass elsewhere,
-    #: few steps were skipped, and the fit ran to its end on all data
+    #: limits, the guide has the modes that chains found, few steps were skipped, and the fit ran to its end
+    #: on all data
     trusted: bool
     verdict: str  #: the same in words, and what to do where it is not trusted
     history: list[float]  #: the ELBO of each step, ``nan`` where the step was skipped
@@ -57,20 +57,19 @@ class FitResult:
     one_at_a_time: str = ""  #: why the model was run for one draw after the other, if it was
     #: the importance weights; ``None`` for a model that sub-samples its data
     importance: Importance | None = None
-    #: whether the mean and the sd of each single latent can be trusted; ``None`` where this was not checked.
-    #: A fit to all data checks it by the weights, or by chains where these leave it open and the model
-    #: takes many draws at once
+    #: whether the mean and the sd of each single latent can be trusted, by draws of chains that have mixed;
+    #: ``None`` without them
     marginals_trusted: bool | None = None
-    marginals: Marginals | None = None  #: how far each of them is off; ``None`` where not checked
+    marginals: Marginals | None = None  #: how far each of them is off; ``None`` without chains
     #: how close the guide is to each element of a plate, of a fit by mini-batches with latents of their own
     #: elements; then ``log_evidence``, ``khat``, ``ess`` and ``importance`` are of what all share
     elements: Elements | None = None
     #: how centred latents with coordinates from the prior are, by site: 0 in units of the prior, 1 as the
     #: model is written; empty where all are as it is written
     coordinates: dict[str, Tensor] = field(default_factory=dict)
-    #: draws of the posterior by chains, each ``(draws,) + site shape``, where they were asked for; the
-    #: verdict is about them first then, and ``trusted`` about the guide alone, which has no steps where
-    #: chains without a guide have the draws
+    #: draws of the posterior by chains, each ``(draws,) + site shape``, of a model of all data; the verdict
+    #: is about them first then, and ``trusted`` about the guide alone, which has no steps where ``draws=``
+    #: asked for draws and chains without a guide have them
     draws: dict[str, Tensor] | None = None
     chains: Any = None  #: their :class:`~pyro_artransform.inference.Chains`
     guide: Any = None  #: that of the user, or the one that the fit has chosen

@@ -9,19 +9,24 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
+import torch
+
 from ..arguments import first_of
 from ..files import FilePath
 from ..joint.protocols import CenteredGuide, FlowGuide, MinibatchGuide
 from ..time_limit import INTERRUPTED, OUT_OF_TIME
+from .checkpoint import resume as resumed
 from .checkpoint import save
-from .draws_first import AT_DRAWS, DRAWS_ARE_THERE
+from .draws_first import DRAWS_ARE_THERE, DrawsFirst
 from .evaluation.elements import weigh_elements
-from .evaluation.evaluate import MarginalVerdict, evaluate, evaluate_minibatches, judge_marginals
+from .evaluation.evaluate import evaluate, evaluate_minibatches
 from .evaluation.verdict import FitStatus
+from .initialization.gradient_check import check_gradient
 from .initialization.start import (
     FAILED,
     UNCHANGED,
     InitialGuide,
+    SharedPrior,
     find_initial_minibatch_guide,
     find_start,
 )
@@ -34,31 +39,40 @@ from .result import FitResult
 from .set_up import SetUp, naming_arguments
 
 _ASKED = "the callback asked to stop"
-# the shares of the seconds after which the start and the steps end, with the verdict or chains to come
-_START_UNTIL, _STEPS_UNTIL, _STEPS_BEFORE_CHAINS_UNTIL = 0.4, 0.75, 0.7
+# the shares of the seconds after which chains end, those that only start a guide, and steps, with the verdict
+# or other chains to come
+_CHAINS_UNTIL, _START_UNTIL, _STEPS_UNTIL, _STEPS_BEFORE_CHAINS_UNTIL = 0.5, 0.4, 0.75, 0.7
+# draws of a guide without steps, beside those that were asked for
+_NUM_BESIDE_DRAWS = 2000
 
 
-def start(set_up: SetUp) -> Training:
-    """Draws, where they are asked for, and the guide at the best initial one: there may be no step left."""
-    parallel, draws_first = set_up.parallel, set_up.draws_first
-    has_draws = draws_first is not None and parallel.first("the chains", draws_first.sample)
-    set_up.limit.enter_phase(_START_UNTIL if draws_first is None else _STEPS_BEFORE_CHAINS_UNTIL)
-    initial = parallel.first("the initial guide", partial(_find_start, set_up, has_draws))
+def start(set_up: SetUp, resume: FilePath | None = None) -> Training:
+    """The ensemble, and the guide at the best initial one, or as a checkpoint has left it.
+
+    There may be no step left.
+    """
+    parallel, chains = set_up.parallel, set_up.draws_first
+    if resume is not None:
+        training = resumed(set_up, resume)
+        if chains is not None:  # steps go on with the random numbers of the checkpoint
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                set_up.limit.enter_phase(_START_UNTIL)
+                parallel.first("the ensemble", chains.sample)
+        return training
+    initial, has_draws = parallel.first("the initial guide", partial(_find_start, set_up))
     parallel.copy_first(set_up.tensors)
     parallel.seed_apart()
     training = set_up.new_training(set_up.schedule)
     # of some mini-batches: what it is for all data is not known
     training.check_start(initial.name, initial.elbo if set_up.has_all_data else math.nan)
-    if initial.name == AT_DRAWS and set_up.schedule.num_steps is None:
+    if has_draws and set_up.schedule.num_steps is None:
         training.schedule = training.schedule.ending_at(0, DRAWS_ARE_THERE)
     return training
 
 
-def _find_start(set_up: SetUp, has_draws: bool) -> InitialGuide:
-    """Puts the guide at the best initial one, if it can be put anywhere."""
-    if has_draws and set_up.draws_first is not None and set_up.draws_first.start_guide():
-        return InitialGuide(AT_DRAWS, math.nan)
-    minibatches, objective = set_up.minibatches, set_up.objective
+def _find_start(set_up: SetUp) -> tuple[InitialGuide, bool]:
+    """Puts the guide at the best initial one, if it can be put anywhere; whether there are no steps then."""
+    minibatches, chains = set_up.minibatches, set_up.draws_first
     if minibatches is not None and (missing := set_up.missing()):
         raise ValueError(
             "loader: the guide's graph lacks dependencies of the posterior that mini-batches have: "
@@ -68,18 +82,30 @@ def _find_start(set_up: SetUp, has_draws: bool) -> InitialGuide:
         )
     model, _, args, kwargs, log_joint = set_up.subject
     guide: object = set_up.subject.guide
-    config = set_up.config.initialization
-    batch = Batch(args, kwargs)
-    of_batch = objective if minibatches is None else minibatches.objective
-    if isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective):
-        density, whole = log_joint, None
-        if minibatches is not None:
-            density, whole = minibatches.mean_log_joint(), minibatches.whole
-        with naming_arguments(model, batch):
-            return find_start(density, guide, config, whole)
-    if isinstance(guide, MinibatchGuide):
-        return find_initial_minibatch_guide(log_joint, guide, batch, objective.elbo_draws, config)
-    return InitialGuide(UNCHANGED, math.nan)
+    of_batch = set_up.objective if minibatches is None else minibatches.objective
+    batch, config, limit = Batch(args, kwargs), set_up.config.initialization, set_up.limit
+    limit.enter_phase(_CHAINS_UNTIL if chains is not None and chains.is_asked else _START_UNTIL)
+    with naming_arguments(model, batch):
+        is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
+        density = whole = log_joint
+        if is_flow and minibatches is not None:
+            density = minibatches.mean_log_joint()
+            whole = minibatches.whole or density
+        elif is_flow and log_joint.is_random:
+            density = whole = SharedPrior(log_joint)
+        if is_flow:
+            check_gradient(density, density.start)
+        has_draws = chains is not None and chains.sample() and chains.is_asked
+        if is_flow and not density.is_random:
+            if chains is None:
+                chains = DrawsFirst(set_up.subject._replace(log_joint=density), 0, limit, config)
+                chains.sample()
+            return find_start(whole, cast(FlowGuide, guide), chains.ensemble, config), has_draws
+        if isinstance(guide, MinibatchGuide):
+            elbo_draws = set_up.objective.elbo_draws
+            found = find_initial_minibatch_guide(log_joint, guide, batch, elbo_draws, config)
+            return found, has_draws
+    return InitialGuide(UNCHANGED, math.nan), has_draws
 
 
 def train(
@@ -91,7 +117,8 @@ def train(
 ) -> bool:
     """Takes steps until there are enough, or the callback or Ctrl-C ends them: whether a file has them."""
     limit, parallel, stream = set_up.limit, set_up.parallel, set_up.stream
-    limit.enter_phase(_STEPS_UNTIL if set_up.draws_first is None else _STEPS_BEFORE_CHAINS_UNTIL)
+    has_chains = set_up.draws_first is not None and set_up.draws_first.is_asked
+    limit.enter_phase(_STEPS_BEFORE_CHAINS_UNTIL if has_chains else _STEPS_UNTIL)
     if parallel.rank > 0:
         checkpoint = None
     is_asked, is_late = parallel.any(False, limit.is_over())
@@ -140,14 +167,19 @@ def _cut_short(training: Training, is_saved: bool) -> str:
     return f"{reason}: give more num_steps" if reason == LIMIT else ""
 
 
-def _remedy(set_up: SetUp) -> str:
+def _remedy(set_up: SetUp, num_steps: int) -> str:
     """What to use where the guide is not the posterior, the surest first."""
+    if not num_steps:
+        return "num_steps=1000, since the guide has had no step"
     guide, way = cast(object, set_up.subject.guide), "a flow guide, such as AutoIAF"
     if isinstance(guide, FlowGuide):
         way = "more layers (num_transforms) or wider ones"
     elif isinstance(guide, MinibatchGuide) or not set_up.has_all_data:
         way = "an encoder with features that tell more, or a more flexible local_flow"
-    if set_up.draws_first is None and set_up.has_all_data:
+    chains = set_up.draws_first
+    if chains is not None and chains.gives_draws:
+        way = f"result.draws, or {way}" if chains.has_mixed else way
+    elif set_up.has_all_data:
         way = f"draws=1000 (chains need no good k-hat), or {way}"
     return way if set_up.schedule.num_steps is None else f"{way}, or more steps"
 
@@ -162,33 +194,29 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         training.num_skipped / max(num_steps, 1),
         training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, _ASKED),
         cut_short=cut_short,
-        remedy="" if cut_short else _remedy(set_up),
-        has_chains=draws_first is not None,
+        remedy="" if cut_short else _remedy(set_up, num_steps),
+        has_chains=set_up.gives_draws,
         point_estimates=set_up.point_estimates,
         start_failed=training.start == FAILED,
         prior_only=set_up.prior_only,
         no_sum=set_up.no_sum,
         missing=set_up.missing,
     )
-    chains = None
+    chains = None if draws_first is None else draws_first.finish(status)
+    set_up.limit.enter_phase(1.0, has_grace=True)
     minibatches = set_up.minibatches
     if minibatches is not None and not set_up.has_all_data:
         passed = minibatches.over_a_pass()
         elements = weigh_elements(minibatches, passed, num_gradients)
         found = evaluate_minibatches(subject, passed, status, elements)
-    elif draws_first is not None:
-        chains = draws_first.finish(status)
-        set_up.limit.enter_phase(1.0, has_grace=True)
-        found = evaluate(subject, status, config, has_draws=True)
     else:
-        of_few = minibatches.mean_log_joint() if minibatches and minibatches.whole else None
-        found = evaluate(subject, status, config, num_gradients, of_few=of_few)
-    # chains say themselves how well they know single latents
-    marginals = MarginalVerdict()
-    if draws_first is None:
-        marginals = judge_marginals(subject, found, config.evaluation)
+        ensemble = None if draws_first is None else draws_first.ensemble
+        if draws_first is not None and draws_first.is_asked:
+            few = min(config.evaluation.num_samples, _NUM_BESIDE_DRAWS)
+            config = replace(config, evaluation=replace(config.evaluation, num_samples=few))
+        found = evaluate(subject, status, config, num_gradients, ensemble)
     return FitResult(
-        **found.result_fields(marginals, chains),
+        **found.result_fields(chains),
         history=[-loss for loss in training.losses],
         num_steps=num_steps,
         num_skipped=training.num_skipped,

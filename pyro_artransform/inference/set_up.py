@@ -7,7 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from typing import cast
 
 import torch
@@ -95,16 +95,20 @@ class SetUp:
                 self.config = config = config.for_passes()
         #: whether the log joint density is that of all data
         self.has_all_data = self.minibatches is None or self.minibatches.whole is not None
-        #: the draws that were asked for
+        #: the ensemble that the fit begins with, where the density is a function, of all data
         self.draws_first: DrawsFirst | None = None
-        if draws is not None:
-            if not self.has_all_data or self.subject.log_joint.is_random:
-                raise ValueError(
-                    "draws: expected a model of all data, since chains need its density, got one that sees "
-                    "mini-batches that are not known to be all data, or have latents of their own, or is "
-                    "random otherwise: fit without draws"
-                )
-            self.draws_first = DrawsFirst(self.subject, draws, limit)
+        is_known = self.has_all_data and not self.subject.log_joint.is_random
+        if draws and not is_known:
+            raise ValueError(
+                "draws: expected a model of all data, since chains need its density, got one that sees "
+                "mini-batches that are not known to be all data, or have latents of their own, or is "
+                "random otherwise: fit without draws"
+            )
+        if draws or (is_known and self.minibatches is None):
+            # draws given the first parameters of a model are none given those that are found
+            asked = 0 if draws is None and self.point_estimates else draws
+            of_fit = self.subject, asked, limit, config.initialization
+            self.draws_first = DrawsFirst(*of_fit)
         latent_dim = log_joint.latents.latent_dim
         settings = config.optimization.for_latents(latent_dim)
         # where all data correct a batch, the noise of batches is too small to be averaged
@@ -140,6 +144,11 @@ class SetUp:
         return Training(self.objective, schedule, *options)
 
     @property
+    def gives_draws(self) -> bool:
+        """Whether the result has draws of the posterior."""
+        return self.draws_first is not None and self.draws_first.gives_draws
+
+    @cached_property
     def point_estimates(self) -> list[str]:
         """The names of the model's own parameters, which are trained as well."""
         model, _, args, kwargs, _ = self.subject

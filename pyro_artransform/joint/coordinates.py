@@ -49,6 +49,7 @@ from .vectorization import DrawPlate
 
 # above it an element is as the model is written, which costs nothing (benchmarks/coordinates.md)
 _CENTERED = 0.95
+_BETWEEN_QUARTILES = 1.349  # sds of a normal distribution
 # in units of the prior: curvatures are those of a smooth function
 _DIFFERENCE = 1e-3
 
@@ -307,7 +308,26 @@ def centered_by_curvature(
             ends = torch.cat([point + steps, point - steps])
             ahead, behind = value_and_gradient(non_centered, ends)[1].chunk(2)
             total += ((behind - ahead) * moved).sum(0) / (2 * _DIFFERENCE)
-    curvature = (weights * total / len(x)).nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
+    return _centered(lam, weights * total / len(x))
+
+
+def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
+    """The same by draws of the posterior on the unconstrained space ``(n, latent_dim)``.
+
+    The variance of the gradient there is the mean curvature, 1 + h; by its quartiles, since in the neck of a
+    funnel it is of another order.
+    """
+    x, _ = non_centered.from_unconstrained(u)
+    _, gradients = value_and_gradient(non_centered, x)
+    ordered = gradients[gradients.isfinite().all(-1)].sort(0).values
+    between = ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]
+    curvature = (between / _BETWEEN_QUARTILES).square()
+    return _centered(non_centered.coordinates.centered.clone(), curvature)
+
+
+def _centered(lam: Tensor, curvature: Tensor) -> Tensor:
+    """lambda by 1 + h where it is below 1, each of shape ``(latent_dim,)``."""
+    curvature = curvature.nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
     lam = torch.where(lam < 1, 1 - 1 / curvature, lam)
     return torch.where(lam > _CENTERED, 1.0, lam)
 

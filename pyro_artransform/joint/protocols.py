@@ -69,6 +69,9 @@ class FlowGuide(ReparametrizedGuide, Protocol):
     def start_at(self, loc: Tensor, scale_tril: Tensor | None = None) -> None:
         """Becomes a Gaussian, by default of a new guide's scale; a ``ValueError`` if it cannot have it."""
 
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Its parameters, as those of a module, with the tensor of ``PriorGuide.prior_coordinates``."""
+
 
 @runtime_checkable
 class CenteredGuide(Protocol):
@@ -92,12 +95,12 @@ class PriorGuide(FlowGuide, Protocol):
     def transform_in_coordinates(self) -> Transform:
         """The transform of a standard normal to the coordinates of its draws."""
 
+    def log_joint_of(self, model: object, args: Any, kwargs: Any) -> Any:
+        """The log joint density that has its coordinates, at these arguments; None of another model."""
+
     @property
     def chooses_coordinates(self) -> bool:
         """Whether a fit may change how centred they are, in place."""
-
-    def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters, as those of a module, with the tensor of ``prior_coordinates``."""
 
 
 @runtime_checkable

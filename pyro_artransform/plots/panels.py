@@ -92,7 +92,7 @@ def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
 
     Each dot is a coordinate on the unconstrained space; errors in the gray box are small enough to trust.
 
-    :param result: what :func:`~pyro_artransform.diagnostics.marginals` found.
+    :param result: the ``marginals`` of a result of :func:`~pyro_artransform.fit`.
     :param ax: where to draw; by default new Axes.
     """
     ax = new_axes(ax, xlabel="mean too large by (sd)", ylabel="sd too large by (%)")

@@ -26,35 +26,23 @@ _MOST_TAIL = 0.5  # the tail index of values with a variance
 class Convergence(NamedTuple):
     """R-hat and effective numbers of draws of each latent, shape ``(D,)``, in its bulk and its tails.
 
-    R-hat is the largest of bulk and tails, rank-normalized, and of the values themselves: 1 where all are
-    the same. The number of the bulk is the smaller one with ranks and without, which is that for the mean;
-    that of the tails the smaller one of the quantiles of 5 and 95 %. Where a value is not finite, and of
-    fewer than 4 draws, R-hat is infinite and the numbers are 0.
+    R-hat is the nested one. The number of the bulk is the smaller one with ranks and without, which is that
+    for the mean; that of the tails the smaller one of the quantiles of 5 and 95 %. Where a value is not
+    finite, and of fewer than 4 draws, R-hat is infinite and the numbers are 0.
     """
 
     rhat: Tensor
     bulk: Tensor
     tail: Tensor
 
-    @classmethod
-    def of(cls, draws: Tensor) -> "Convergence":
-        """That of chains ``(C, n, D)``."""
-        bulk, tail = effective_draws(draws)
-        if draws.shape[1] < 4:
-            return cls(torch.full_like(bulk, torch.inf), bulk, tail)
-        halves = _split(draws)
-        flat, has_variance = halves.flatten(1), _has_variance(halves)
-        # the mean of the two values in the middle, of which PyTorch takes the lower one
-        middle = 0.5 * (flat.median(1).values - (-flat).median(1).values)
-        scores, folded = _normal_scores(halves), _normal_scores((halves - _in_rows(middle)).abs())
-        rhat = torch.stack([_rhat(scores), _rhat(folded), _plain_rhat(halves, has_variance)]).amax(
-            0
-        )
-        return cls(torch.where(flat.isfinite().all(1), rhat, torch.inf), bulk, tail)
-
     def is_enough(self, num_samples: int) -> bool:
         """Whether there are so many effective draws of each latent, and chains agree."""
-        return self.min_ess >= num_samples and float(self.rhat.max()) <= GOOD_RHAT
+        return self.min_ess >= num_samples and self.has_mixed
+
+    @property
+    def has_mixed(self) -> bool:
+        """Whether chains agree on each latent."""
+        return float(self.rhat.max()) <= GOOD_RHAT
 
     @property
     def least(self) -> Tensor:
@@ -128,17 +116,6 @@ def _normal_scores(chains: Tensor) -> Tensor:
         position = (first.cummax(1).values + last.flip(1).cummin(1).values.flip(1)) / 2
     scores = torch.special.ndtri((position - 0.375) / (count + 0.25))
     return torch.empty_like(values).scatter_(1, order, scores.expand_as(values)).view_as(chains)
-
-
-def _rhat(chains: Tensor) -> Tensor:
-    within, between = chains.var(2).mean(1), chains.mean(2).var(1)
-    count = chains.shape[2]
-    found = (between / within + (count - 1) / count).sqrt()
-    return torch.where(within > 0, found, torch.where(between > 0, torch.inf, 1.0))
-
-
-def _plain_rhat(chains: Tensor, has_variance: Tensor) -> Tensor:
-    return torch.where(has_variance, _rhat(chains), 1.0)
 
 
 def _ess(chains: Tensor) -> Tensor:

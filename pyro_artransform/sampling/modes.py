@@ -35,12 +35,16 @@ class Modes(NamedTuple):
     :param share: of the posterior in each group, about, shape ``(num_groups,)``.
     :param gap: nats by which the evidence of each group is below that of the first, of the same shape.
     :param differs: how many sds groups are apart in each coordinate, shape ``(D,)``.
+    :param loc: the mean of each group, shape ``(num_groups, D)``.
+    :param scale: its sds, of the same shape.
     """
 
     group: Tensor
     share: Tensor
     gap: Tensor
     differs: Tensor
+    loc: Tensor
+    scale: Tensor
 
     @property
     def is_negligible(self) -> Tensor:
@@ -58,15 +62,27 @@ class Modes(NamedTuple):
         # the same estimate of entropies for all
         least = min(int((group == k).sum()) * draws.shape[1] for k in range(num_groups))
         is_dense = least >= _DRAWS_BY_DIM * draws.shape[-1]
+        parts = [draws[group == k].flatten(0, 1) for k in range(num_groups)]
         evidence = torch.stack(
             [
-                log_density[group == k].mean() + _entropy(draws[group == k].flatten(0, 1), is_dense)
-                for k in range(num_groups)
+                log_density[group == k].mean() + _entropy(part, is_dense)
+                for k, part in enumerate(parts)
             ]
         )
         order = evidence.argsort(descending=True)
         share, gap = evidence[order].softmax(0), evidence[order[0]] - evidence[order]
-        return cls(order.argsort()[group], share, gap, differs)
+        loc, scale = (
+            torch.stack(each)[order] for each in zip(*((p.mean(0), _sds(p)) for p in parts))
+        )
+        return cls(order.argsort()[group], share, gap, differs, loc, scale)
+
+    def shares_of(self, points: Tensor) -> Tensor:
+        """The share of points ``(n, D)`` next to each group, in its sds: shape ``(num_groups,)``."""
+        distances = [
+            ((points - loc) / scale).square().sum(-1) for loc, scale in zip(self.loc, self.scale)
+        ]
+        nearest = torch.stack(distances).argmin(0)
+        return nearest.bincount(minlength=len(self.loc)) / len(points)
 
 
 def groups_of(draws: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,9 +167,13 @@ class IndependentProposals:
         return there.where(is_accepted & there.is_finite, state)
 
 
+def _sds(draws: Tensor) -> Tensor:
+    return draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
+
+
 def _scale_tril(draws: Tensor) -> Tensor:
     """The Cholesky factor of the covariance of draws ``(n, D)``, of their variances alone if they are few."""
-    scale = draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
+    scale = _sds(draws)
     if draws.shape[1] == 1 or len(draws) < _DRAWS_BY_DIM * draws.shape[1]:
         return scale.diag()
     correlation = torch.corrcoef(draws.T) + _RIDGE * torch.ones_like(scale).diag()
@@ -171,7 +191,7 @@ def _components(is_near: Tensor) -> Tensor:
 def _entropy(draws: Tensor, is_dense: bool) -> Tensor:
     """That of a Gaussian with the covariance of draws ``(n, D)``, or its variances alone."""
     dim = draws.shape[-1]
-    scale = draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
+    scale = _sds(draws)
     entropy = scale.log().sum() + dim * (1 + math.log(2 * math.pi)) / 2
     if is_dense and dim > 1:
         entropy = entropy + torch.linalg.slogdet(torch.corrcoef(draws.T))[1] / 2

@@ -5,12 +5,10 @@ import pytest
 import torch
 from scipy import stats
 
-from pyro_artransform.diagnostics.defensive_mixture import MixtureDraws
 from pyro_artransform.diagnostics.marginals import (
     MarginalErrors,
     critical_value,
     errors_by_chains,
-    errors_by_weights,
     indices_along_rays,
     known,
 )
@@ -100,57 +98,3 @@ def test_critical_values_are_students():
     for count, chains in ((1, 128), (2000, 128), (2000, 34), (60, 18)):
         expected = stats.t.ppf(1 - 0.025 / (2 * count), chains - 2)
         assert critical_value(count, chains, 0.975) == pytest.approx(expected, rel=0.02)
-
-
-def test_errors_by_weights_are_those_of_two_gaussians():
-    """The posterior of two coordinates is N(0.2, 1) and N(0, 0.9^2), that of a third the guide's."""
-    draws = torch.randn(20_000, 3)
-    loc, scale = torch.tensor([0.2, 0.0, 0.0]), torch.tensor([1.0, 0.9, 1.0])
-    posterior, guide = (torch.distributions.Normal(*of) for of in ((loc, scale), (0.0, 1.0)))
-    log_weights = (posterior.log_prob(draws) - guide.log_prob(draws)).sum(-1)
-    found = errors_by_weights(MixtureDraws.of_guide_alone(draws, log_weights))
-    # within 4 standard errors, which are those that are given
-    shift_off = found.mean_shift - torch.tensor([-0.2, 0.0, 0.0])
-    ratio_off = found.sd_ratio - torch.tensor([1.0, 1 / 0.9, 1.0])
-    assert bool((shift_off.abs() < 4 * found.mean_shift_se).all())
-    assert bool((ratio_off.abs() < 4 * found.sd_ratio_se).all())
-    # weights have a variance of 0.05: standard errors are far below those of 20,000 draws, 0.007
-    assert float(found.mean_shift_se.max()) < 0.005
-
-
-def test_standard_errors_by_weights_are_those_of_repetitions():
-    found = []
-    for _ in range(200):
-        draws = torch.randn(500, 1)
-        found.append(
-            errors_by_weights(MixtureDraws.of_guide_alone(draws, 0.3 * draws[:, 0] - 0.045))
-        )
-    shift, shift_se, ratio, ratio_se = (torch.stack(parts) for parts in zip(*found))
-    # an sd from 200 values is known to 5 %; the tail of 500 draws seems too heavy at times
-    for error, se in ((shift, shift_se), (ratio, ratio_se)):
-        known = ~error.isnan()
-        assert known.double().mean() > 0.9
-        assert abs(error[known].std() / se[known].mean() - 1) < 0.2
-
-
-@pytest.mark.parametrize(("scale", "is_known"), [(1.1, True), (2.0, False)])
-def test_weights_without_a_variance_say_nothing(scale, is_known):
-    """Those of a posterior of 1.1 sds of the guide have the index 0.17, those of two sds 0.75."""
-    draws = torch.randn(4000, 2)
-    posterior = torch.distributions.Normal(0.0, scale)
-    log_weights = (
-        posterior.log_prob(draws) - torch.distributions.Normal(0.0, 1.0).log_prob(draws)
-    )[:, 0]
-    found = errors_by_weights(MixtureDraws.of_guide_alone(draws, log_weights))
-    for each in (found.mean_shift, found.sd_ratio):
-        assert bool(each.isfinite().all()) == is_known
-        assert bool(each.isnan().all()) != is_known
-
-
-def test_weights_whose_squares_have_no_variance():
-    """Of one latent: those of the other one say what they said."""
-    draws = torch.cat(
-        [torch.distributions.StudentT(2.0).sample((4000, 1)), torch.randn(4000, 1)], 1
-    )
-    found = errors_by_weights(MixtureDraws.of_guide_alone(draws, torch.zeros(4000)))
-    assert found.sd_ratio.isnan().tolist() == [True, False]

@@ -15,27 +15,14 @@ from pyro_artransform.inference.config import (
     OptimizationConfig,
 )
 
-#: Fewer draws, points and steps of searches and chains, so that a fit takes a fraction of a second.
+#: Fewer draws, and points of searches, so that a fit takes a fraction of a second.
 QUICK = FitConfig(
     initialization=InitializationConfig(
-        num_points=4,
-        num_points_by_loop=3,
-        num_compared=128,
-        num_matches=8,
-        num_ascents=3,
-        max_sparse_steps=6,
+        num_draws=100, num_for_start=50, num_gradients=200, num_compared=256
     ),
     optimization=OptimizationConfig(num_compared=128, num_estimates=4),
     minibatch=MinibatchConfig(num_draws=100),
-    evaluation=EvaluationConfig(
-        num_samples=500,
-        num_noisy_samples=50,
-        num_around=500,
-        num_screened=40,
-        max_climb_steps=20,
-        num_by_chains=100,
-        max_by_chains=1,
-    ),
+    evaluation=EvaluationConfig(num_samples=500, num_noisy_samples=50),
 )
 
 quick_fit = partial(fit, config=QUICK)

@@ -33,7 +33,7 @@ def outcome(result: Any) -> Outcome:
     """What has to be the same in all processes: the parameters, and the result but for the guide."""
     store = pyro.get_param_store()
     fields = {name: value for name, value in vars(result).items() if name != "guide"}
-    for name in ("importance", "marginals", "elements"):
+    for name in ("importance", "marginals", "elements", "chains"):
         fields[name] = repr(fields[name])
     return {"parameters": [store[name].tolist() for name in sorted(store.keys())], **fields}
 

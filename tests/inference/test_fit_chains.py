@@ -9,12 +9,14 @@ import signal
 import pyro
 import pytest
 import torch
+from pyro import distributions as dist
 from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import importance
 from pyro_artransform.inference import draws_first
-from pyro_artransform.inference.draws_first import AT_DRAWS, DRAWS_ARE_THERE
+from pyro_artransform.inference.draws_first import DRAWS_ARE_THERE
+from pyro_artransform.inference.initialization.start import AT_DRAWS, UNCHANGED
 from tests.inference import loaders, models
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
@@ -51,11 +53,15 @@ def test_draws_take_no_step():
     assert result.chains.min_ess >= 400
     # the guide is a Gaussian, which is not trusted, and the draws are
     assert result.verdict.startswith("Draws trusted: ")
-    assert " Of the guide itself: " in result.verdict
+    assert " Of the guide itself: Not trusted: " in result.verdict
+    assert "Use num_steps=1000, since the guide has had no step" in result.verdict
+    # its moments are those of the draws
+    assert result.marginals_trusted
+    assert "Marginals trusted: all means accurate to" in result.verdict
     assert result.chains.verdict in repr(result)
 
 
-def test_the_guide_is_at_the_moments_of_the_draws():
+def test_the_guide_is_where_the_draws_are():
     """On the unconstrained space, with their correlation."""
     torch.set_default_dtype(torch.float32)
     result = fitted(models.gaussian, draws=1000)
@@ -90,7 +96,6 @@ def test_chains_that_have_not_mixed_go_on_from_the_trained_guide(monkeypatch):
     result = fitted(models.regression, small(models.regression), draws=2000)
     assert begun[0].num_trajectories < 40
     assert result.num_steps > 0
-    assert result.start != AT_DRAWS
     assert result.chains.trusted, result
     assert result.chains.num_gradients > begun[0].num_gradients
     are_right(result.chains)
@@ -105,11 +110,43 @@ def test_modes_that_the_draws_are_in():
     assert not result.chains.trusted
 
 
-def test_without_draws_there_are_no_chains():
-    result = fitted(models.location, draws=None)
+def test_draws_that_only_start_the_guide():
+    result = fitted(models.regression, small(models.regression), draws=0, num_steps=3)
     assert result.draws is None
     assert result.chains is None
-    assert result.verdict.startswith("Trusted")
+    assert (result.num_steps, result.start) == (3, AT_DRAWS)
+    assert "Draws" not in result.verdict
+
+
+def test_a_fit_has_draws_in_any_case():
+    """And the guide is trained from them; a second fit goes on from the trained guide."""
+    guide = small(models.regression)
+    result = fitted(models.regression, guide, draws=None, num_steps=200)
+    assert (result.num_steps, result.start) == (200, AT_DRAWS)
+    assert result.chains.trusted
+    assert len(result.draws["loc"]) == 100
+    again = fitted(models.regression, guide, draws=None, num_steps=1, seed=1)
+    assert again.start == UNCHANGED
+    assert abs(again.elbo - result.elbo) < 0.1
+
+
+def test_a_guide_at_the_posterior_takes_no_step():
+    result = fitted(models.gaussian, small(models.gaussian), draws=None)
+    assert (result.num_steps, result.start) == (0, AT_DRAWS)
+    assert result.trusted, result
+
+
+def test_draws_given_parameters_of_the_model_are_none():
+    """They would be given the first ones, not those that are found."""
+
+    def model():
+        scale = pyro.param("scale", torch.tensor(1.0), dist.constraints.positive)
+        z = pyro.sample("z", dist.Normal(0.0, scale))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(3.0))
+
+    result = fitted(model, small(model), draws=None, num_steps=3)
+    assert result.draws is None
+    assert result.start == AT_DRAWS
 
 
 def test_steps_that_are_asked_for_are_taken():
@@ -188,11 +225,9 @@ def taking_draws(draws=3):
 
 
 def test_what_is_refused():
-    for count in (0, -1):
-        with pytest.raises(ValueError, match="draws: expected a positive integer"):
+    for count in (-1, 1.5):
+        with pytest.raises(ValueError, match=f"draws: expected .*, got {count}"):
             fitted(models.location, draws=count)
-    with pytest.raises(ValueError, match=r"draws: expected a positive integer, got 1\.5"):
-        fitted(models.location, draws=1.5)
     with pytest.raises(ValueError, match="max_seconds: expected a positive"):
         fitted(models.location, max_seconds=-1.0)
     with pytest.raises(ValueError, match="a model of all data"):

@@ -4,7 +4,6 @@
 """Fits by mini-batches: what they reach, see and say, and how they go on from a file."""
 
 import math
-import re
 import time
 from dataclasses import replace
 from functools import partial
@@ -58,7 +57,7 @@ def test_regression_reaches_the_posterior(capfd):
     assert result.start != "the guide as it stood"
     assert capfd.readouterr() == ("", "")
     assert result.trusted
-    assert "no climb in a few mini-batches found mass elsewhere" in result.verdict
+    assert "other modes were not searched for" in result.verdict
     assert abs(result.log_evidence - evidence) < 4 * result.log_evidence_se + 1e-6
     assert "nan" not in repr(result)
 
@@ -126,7 +125,7 @@ def test_amortized_locals_and_globals():
     assert abs(result.log_evidence - evidence) < 0.1
     assert len(result.elements.khat) == 43
     assert result.importance.num_samples == result.num_samples == 250
-    assert "mass elsewhere was not searched for" in result.verdict
+    assert "other modes were not searched for" in result.verdict
     part = fitted(loaders.groups, guide, shuffled(y[:20]), epochs=1)
     assert not part.trusted
     assert part.elements is None
@@ -214,21 +213,6 @@ def test_each_step_sees_the_next_batch(kind):
     batches = listed(*rows())
     fitted(model, kind(model), batches, epochs=3, callback=callback)
     assert at_step == [batch[0][0, 0].item() for batch in batches] * 3
-
-
-def test_modes_are_searched_for_by_few_batches():
-    """The other sign of z is as good, and the guide has one of them."""
-
-    def model(y):
-        z = pyro.sample("z", dist.Normal(0.0, 3.0))
-        with pyro.plate("rows", 400, subsample_size=len(y)):
-            pyro.sample("y", dist.Normal(z.square(), 1.0), obs=y)
-
-    y = 4 + torch.randn(400, generator=torch.Generator().manual_seed(0))
-    result = fitted(model, small(model), shuffled(y), num_steps=1, seed=0)
-    share = re.search(r"about (\d+) % of the posterior is in 1 other mode", result.verdict)
-    assert 45 <= int(share[1]) <= 55
-    assert not result.trusted
 
 
 def test_draws_by_passes_over_a_loader():

@@ -66,15 +66,19 @@ def test_callbacks_that_stop(kind):
 @pytest.mark.parametrize(
     ("kind", "options", "ways"),
     [
-        (AutoNormal, {}, "Use draws=1000 (chains need no good k-hat), or a flow guide, such"),
+        (
+            AutoNormal,
+            {"draws": 0},
+            "Use draws=1000 (chains need no good k-hat), or a flow guide, such",
+        ),
         (
             AutoNormal,
             {"draws": 5, "num_steps": 100},
-            "Use a flow guide, such as AutoIAF, or more steps.",
+            "Use result.draws, or a flow guide, such as AutoIAF, or more steps.",
         ),
         (
             partial(small, coordinates="model"),
-            {"num_steps": 100},
+            {"draws": 0, "num_steps": 100},
             "need no good k-hat), or more layers (num_transforms) or wider ones, or more steps",
         ),
     ],
@@ -99,7 +103,7 @@ def test_what_to_use_where_the_guide_is_not_the_posterior(kind, options, ways):
     ],
 )
 def test_a_fit_that_is_cut_short_tells_nothing_of_its_guide(options, words):
-    result = fitted(models.funnel, AutoNormal(models.funnel), seed=0, **options)
+    result = fitted(models.funnel, AutoNormal(models.funnel), seed=0, draws=0, **options)
     assert result.verdict.startswith(f"Not trusted: {words}")
     assert "Use " not in result.verdict
 
@@ -133,7 +137,7 @@ def test_a_good_guide_of_a_fit_that_was_cut_short_is_not_trusted(name, end):
             time_limit._present.get().enter_phase(0.0)
         return end != "the time was over"
 
-    options = {"callback": callback, "max_seconds": 600, "num_steps": 9, **options}
+    options = {"callback": callback, "max_seconds": 600, "num_steps": 9, "draws": 0, **options}
     result = fitted(model, guide, **options)
     assert not result.trusted
     assert re.match(rf"Not trusted: {end} after 1 steps: [\w ]+\.", result.verdict), result

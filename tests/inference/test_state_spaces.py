@@ -9,6 +9,7 @@ import torch
 
 from pyro_artransform import AutoStructuredFlow, fit
 from pyro_artransform.inference.initialization.start import find_start
+from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.joint import LogJoint
 from tests.inference.state_spaces import MODELS, simulated
 
@@ -23,7 +24,9 @@ def test_a_start_is_found_in_single_precision(name, quick):
     guide = AutoStructuredFlow(model)
     guide.set_up(4, y)
     log_joint = LogJoint(model, (4, y)).with_coordinates(guide.prior_coordinates)
-    found = find_start(log_joint, guide, quick.initialization)
+    ensemble = from_nothing(log_joint, 50)
+    ensemble.run(50, most=32)
+    found = find_start(log_joint, guide, ensemble, quick.initialization)
     z, log_q = guide.rsample_and_log_prob(500)
     elbo = (log_joint(z) - log_q).mean().item()
     # of other draws: as near as tails of a Gaussian in a neck allow

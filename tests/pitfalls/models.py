@@ -117,7 +117,7 @@ def _bent(bend):
 
 
 def _two_modes(apart, weight):
-    locs = torch.tensor([[0.0, 0.0], [apart, 0.0]])
+    locs = torch.tensor([[-apart / 2, 0.0], [apart / 2, 0.0]])
 
     def log_density(z):
         parts = dist.Normal(locs, 1.0).to_event(1).log_prob(z.unsqueeze(-2))

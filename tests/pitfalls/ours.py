@@ -128,12 +128,12 @@ class Ours(Subject):
             **custom,
         }
 
-    def fit(self, model, guide, steps, callback=None, config=SHORT_VERDICT):
-        options = {"num_steps": steps, "num_particles": 16, "progress": False}
+    def fit(self, model, guide, steps, callback=None, config=SHORT_VERDICT, draws=None):
+        options = {"num_steps": steps, "num_particles": 16, "progress": False, "draws": draws}
         return art.fit(model, guide, callback=callback, config=config, **options)
 
     def trusts(self, model, guide, steps):
-        return self.fit(model, guide, steps, config=None).trusted
+        return self.fit(model, guide, steps, config=None, draws=100).trusted
 
     def chains(self, model, guide, n):
         found = art.inference.mcmc(model, guide, n, seed=0, progress=False)

@@ -110,14 +110,13 @@ def known_marginals(size=40):
     ratio = {"m": torch.tensor(0.99), "z": torch.linspace(1.05, 0.6, size)}
     small = {name: torch.full_like(value, 0.02) for name, value in shift.items()}
     bounds = {"mean_bound": 0.55, "sd_bound": 0.45}
-    bounds |= {"num_chains": 64, "max_rhat": 1.01}
     return Marginals(shift, small, ratio, small, **bounds, trusted=False, words="")
 
 
 def test_marginals(ax):
     found = known_marginals()
     assert plots.plot_marginals(found, ax=ax) is ax
-    assert ax.get_title() == "means within 0.55 sd, sds within 45 %"
+    assert ax.get_title() == "means accurate to 0.55 posterior sd, sds to 45 %"
     m, z = ax.containers
     assert (m.get_label(), z.get_label()) == ("m", "z")
     x, y = (torch.as_tensor(list(values)) for values in z.lines[0].get_data())

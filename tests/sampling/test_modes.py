@@ -69,3 +69,13 @@ def test_chains_that_stand_still():
     assert len(Modes.of(still, torch.zeros(4, 50)).share) == 1
     still[:2] = 1.0
     assert len(Modes.of(still, torch.zeros(4, 50)).share) == 2
+
+
+def test_points_are_next_to_the_group_in_whose_sds_they_are_nearest():
+    """A tenth of the way from a narrow mode, of 0.1 sds, to a wide one is in the wide one."""
+    draws, log_density = draws_of([0.0, 20.0], [0.1, 2.0], [math.log(0.2), math.log(0.8)], dim=1)
+    found = Modes.of(draws, log_density)
+    assert found.loc[:, 0].tolist() == pytest.approx([20.0, 0.0], abs=0.5)
+    points = torch.tensor([[0.2], [2.0], [19.0], [-0.3]])
+    assert found.shares_of(points).tolist() == [0.5, 0.5]
+    assert found.shares_of(points[:1]).tolist() == [0.0, 1.0]

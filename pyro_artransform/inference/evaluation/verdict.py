@@ -3,20 +3,19 @@
 
 """The verdict on a posterior in words, by the bounds of trust."""
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
 
 from ...arguments import first_of
-from ...diagnostics import Importance
+from ...diagnostics import Importance, Marginals
 from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS, GOOD_TAIL
 from ...diagnostics.psis import WORST_KHAT, round_off_of
+from ...sampling import Ensemble
 from ..optimization.minibatches import PassEstimate
 from ..prior_only import GIVE_DATA
 from .elements import ElementWeights
-from .missed_modes import NOT_SEARCHED, MissedModes
 
 _MOST_SKIPPED = 0.1  # of the steps
 _MOST_NOISE = 1.0  # of log weights, a variance
@@ -24,10 +23,9 @@ _POINT = (
     "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
     "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
 )
-ELSEWHERE = {
-    "curvature": ", and no start found mass elsewhere.",
-    "batches": ", and no climb in a few mini-batches found mass elsewhere.",
-    "none": ", but mass elsewhere was not searched for.",
+_ELSEWHERE = {
+    True: ", and restarts found no other modes.",
+    False: ", but other modes were not searched for.",
 }
 BREAK_SYMMETRY = "Break the symmetry in the model (ordered supports, tighter priors)"
 _SUBSAMPLED = (
@@ -62,11 +60,21 @@ class FitStatus(NamedTuple):
     missing: Callable[[], Sequence[str]] = tuple
     coarse: Sequence[str] = ()  #: the sites whose draws their dtype hardly tells apart
     point_estimates: Sequence[str] = ()  #: the parameters of the model that were trained
-    left_out: Sequence[str] = ()  #: what there was no time for, in words
     start_failed: bool = False  #: whether the search for a start left the guide where it was
     #: why the density of mini-batches is no sum over rows, if so; ``None`` where that is not known
     no_sum: str | None = ""
     prior_only: str = ""  #: why the posterior is the prior, in a sentence, if it is
+
+
+class LostModes(NamedTuple):
+    """Modes of a posterior where a guide has next to no draws."""
+
+    lost_mass: float = 0.0  #: their share of the posterior
+    num_lost: int = 0  #: how many they are
+    was_searched: bool = False  #: whether chains began all over the prior, for others to be seen
+
+
+NOT_SEARCHED = LostModes()
 
 
 class Verdict(NamedTuple):
@@ -79,7 +87,7 @@ class Verdict(NamedTuple):
 def judge(
     status: FitStatus,
     weights: Importance | None = None,
-    missed: MissedModes = NOT_SEARCHED,
+    lost: LostModes = NOT_SEARCHED,
     *,
     about_others: str = "",
     praise: str = "",
@@ -103,8 +111,9 @@ def judge(
     if status.is_point or status.is_random:
         objections.append(_POINT if status.is_point else _SUBSAMPLED)
     elif weights is not None:
-        objections += about_weights(weights, status.remedy, missed)
-        objections += about_far_modes(missed, not status.cut_short)
+        modes = list(about_lost_modes(lost, not status.cut_short))
+        # neither another guide nor more draws help against modes
+        objections += [*about_weights(weights, "" if modes else status.remedy), *modes]
     if about_others:
         objections.append(about_others)
     # chains are right whatever the graph is: then more than seconds are not spent on it in vain
@@ -133,11 +142,11 @@ def judge(
     head = f"{status.prior_only} " if status.prior_only else ""
     if objections or (weights is None and not praise):
         return Verdict(False, f"{head}Not trusted: {'; '.join(objections)}.{note}")
-    return Verdict(True, (praise or _about_success(cast(Importance, weights), missed)) + note)
+    return Verdict(True, (praise or _about_success(cast(Importance, weights), lost)) + note)
 
 
 def about_draws(status: FitStatus) -> Iterator[str]:
-    """Objections to draws of the prior or rounded to few values, and to a verdict that had to end early."""
+    """Objections to draws of the prior, or rounded to few values."""
     if status.prior_only:
         yield GIVE_DATA
     if status.coarse:
@@ -146,14 +155,10 @@ def about_draws(status: FitStatus) -> Iterator[str]:
             "floating-point numbers there: its draws are rounded to a few values. Use float64, or write "
             "the site on the scale of its posterior"
         )
-    if status.left_out:
-        yield f"there was no time for {' and '.join(status.left_out)}: let it run for longer"
 
 
-def about_weights(
-    found: Importance, remedy: str, around: MissedModes = NOT_SEARCHED
-) -> Iterator[str]:
-    """Objections to weights of a guide's draws, and of draws around it."""
+def about_weights(found: Importance, remedy: str) -> Iterator[str]:
+    """Objections to weights of a guide's draws."""
     if found.num_nonfinite:
         yield (
             f"the model's density is zero or fails at {found.num_nonfinite} of {found.num_samples} "
@@ -179,29 +184,32 @@ def about_weights(
             f"the ELBO is known to {found.elbo_se:.2g} nats only: the weights of the guide's draws "
             "vary too much"
         )
-    gap, more = found.log_evidence - found.elbo, around.log_evidence - found.elbo
-    if gap > GOOD_GAP:
+    if (gap := found.log_evidence - found.elbo) > GOOD_GAP:
         poor.append(
             f"the ELBO is {gap:.2f} nats below the log evidence: the guide is not flexible enough, or "
             "was not trained for long enough"
-        )
-    elif more > GOOD_GAP + 2 * math.hypot(around.log_evidence_se, found.elbo_se):
-        poor.append(
-            f"draws around the guide find {more:.2f} nats more evidence than its ELBO: there is "
-            "mass of the posterior where the guide has none"
         )
     if poor:
         yield "; ".join(poor) + (f". Use {remedy}" if remedy else "")
 
 
-def about_far_modes(missed: MissedModes, is_settled: bool = True) -> Iterator[str]:
-    """Objections to draws, of a guide or of chains, that leave out modes."""
-    if missed.lost_mass > GOOD_LOST_MASS:
+def about_lost_modes(lost: LostModes, is_settled: bool = True) -> Iterator[str]:
+    """The objection to a guide that leaves out modes."""
+    if lost.lost_mass > GOOD_LOST_MASS:
         yield (
-            f"about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} other "
-            "mode(s), found from other starting points, of which the guide has no draws: the starts "
-            f"disagree{f'. {BREAK_SYMMETRY}, or sum out what switches' if is_settled else ''}"
+            f"about {100 * lost.lost_mass:.0f} % of the posterior is in {lost.num_lost} other mode(s) that "
+            "restarts found, where the guide has next to no draws"
+            + (f". {BREAK_SYMMETRY}, or sum out what switches" if is_settled else "")
         )
+
+
+def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
+    """What the draws of an ensemble say of single latents, or why they say nothing."""
+    if found is not None:
+        head = "Marginals trusted" if found.trusted else "Marginals not trusted"
+        return f" {head}: {found.words}."
+    reason = "there are no chains" if ensemble is None else "chains have not mixed"
+    return f" Single latents were not checked, since {reason}."
 
 
 def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> str:
@@ -253,11 +261,11 @@ def about_good_elements(found: ElementWeights) -> str:
     return (
         f"{words}of {len(elements.khat):,} elements of plate '{elements.plate}' the largest such distance is "
         f"{elements.gap.max():.3f} nats, and the largest k-hat {elements.khat[worst]:.2f}{why}"
-        f"{ELSEWHERE['none']}"
+        f"{_ELSEWHERE[False]}"
     )
 
 
-def _about_success(found: Importance, missed: MissedModes) -> str:
+def _about_success(found: Importance, lost: LostModes) -> str:
     gap = max(found.log_evidence - found.elbo, 0.0)
     words = (
         f"Trusted: the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "
@@ -266,9 +274,9 @@ def _about_success(found: Importance, missed: MissedModes) -> str:
     if not found.trusted:
         share = f"{100 * found.tail_share:.1g} % of the weight"
         words += f" (of a tail of {share}, too little to matter)"
-    if missed.num_lost:
+    if lost.num_lost:
         return (
-            f"{words}, but about {100 * missed.lost_mass:.0f} % of the posterior is in {missed.num_lost} "
+            f"{words}, but about {100 * lost.lost_mass:.0f} % of the posterior is in {lost.num_lost} "
             "other mode(s) that the guide leaves out."
         )
-    return words + ELSEWHERE[missed.searched_by]
+    return words + _ELSEWHERE[lost.was_searched]

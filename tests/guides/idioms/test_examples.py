@@ -26,8 +26,7 @@ from tests.joint.models import by_trace
 
 LEAN = replace(
     QUICK,
-    initialization=replace(QUICK.initialization, num_points=2, num_matches=5, num_ascents=2),
-    evaluation=replace(QUICK.evaluation, num_samples=200, num_screened=16),
+    evaluation=replace(QUICK.evaluation, num_samples=200),
 )
 
 #: that of each model as it is written; "plate" is faster, and wants indices such as ``a[..., county]``

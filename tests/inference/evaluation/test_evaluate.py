@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+import re
 from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
@@ -10,30 +11,29 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer.autoguide import AutoDelta, AutoDiagonalNormal, AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 
 from pyro_artransform.diagnostics import fit_tail
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide, Weighted
 from pyro_artransform.inference.config import EvaluationConfig
 from pyro_artransform.inference.evaluation.evaluate import (
-    MarginalVerdict,
     draw,
     evaluate,
     evaluate_minibatches,
-    judge_marginals,
+    lost_modes,
 )
-from pyro_artransform.inference.evaluation.missed_modes import NOT_SEARCHED, MissedModes
 from pyro_artransform.inference.evaluation.verdict import FitStatus
+from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.inference.optimization.minibatches import PassEstimate
 from pyro_artransform.inference.result import FitResult
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.time_limit import TimeLimit
 from tests.diagnostics.conjugate import PathGuide, alternating, path
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK
+from tests.sampling.densities import two_modes
 
 OFF = torch.cat([torch.zeros(39), torch.full((1,), 0.35)])
-CONFIG = replace(QUICK.evaluation, num_by_chains=400, max_by_chains=150)
+CONFIG = QUICK.evaluation
 
 
 def subject_of(model, guide, *args):
@@ -61,7 +61,7 @@ def good_guide():
 def test_a_good_guide():
     _, found = evaluated(models.gaussian, good_guide())
     assert found.verdict.trusted
-    fields = found.result_fields(MarginalVerdict())
+    fields = found.result_fields()
     assert fields.keys() < set(FitResult.__dataclass_fields__)
     assert fields["num_samples"] == CONFIG.num_samples
     assert fields["importance"] is found.weights
@@ -110,7 +110,7 @@ def test_a_guide_that_is_a_point():
 def test_a_model_that_draws_mini_batches():
     _, found = evaluated(models.subsampled, AutoNormal(models.subsampled))
     assert "sub-samples" in found.verdict.words
-    fields = found.result_fields(MarginalVerdict())
+    fields = found.result_fields()
     assert fields["importance"] is None
     assert not math.isnan(fields["khat"])
     assert fields["num_samples"] == CONFIG.num_noisy_samples
@@ -126,7 +126,7 @@ def test_a_pass_over_a_loader():
     assert "the ELBO of all data is -3.000 ± 0.100" in found.verdict.words
     assert "not known, since of noise. " in found.verdict.words
     assert "diagnostics.sbc" in found.verdict.words
-    fields = found.result_fields(MarginalVerdict())
+    fields = found.result_fields()
     assert (fields["elbo"], fields["num_samples"]) == (-3.0, 500)
     assert math.isnan(fields["khat"])
     assert fields["importance"] is None
@@ -167,64 +167,44 @@ def test_draws_that_their_dtype_hardly_tells_apart(dtype, is_coarse):
     assert ("the posterior of site z is about as narrow as the spacing" in words) == is_coarse
 
 
-# Single latents
+# Beside the draws of an ensemble
 
 
-def checked(model, guide, config=CONFIG):
-    subject, evaluation = evaluated(model, guide, config)
-    return evaluation, judge_marginals(subject, evaluation, config)
+def chains_of(model, num_samples=400, **options):
+    ensemble = from_nothing(LogJoint(model), num_samples)
+    ensemble.run(num_samples, **options)
+    return ensemble
+
+
+def judged(model, guide, ensemble, num_samples=4000):
+    config = replace(QUICK, evaluation=replace(QUICK.evaluation, num_samples=num_samples))
+    return evaluate(subject_of(model, guide), FitStatus(), config, ensemble=ensemble)
 
 
 def test_single_latents_are_right_where_the_joint_is_not():
-    config = replace(CONFIG, num_samples=4000)
-    guide = PathGuide(100, distort=alternating)
-    subject, evaluation = evaluated(partial(path, 100), guide, config)
-    found = judge_marginals(subject, evaluation, config)
-    assert not evaluation.verdict.trusted
-    assert found.trusted is True
-    assert found.found.num_chains > 0
-    fields = evaluation.result_fields(found)
+    model = partial(path, 100)
+    found = judged(model, PathGuide(100, distort=alternating), chains_of(model, 1000))
+    fields = found.result_fields()
     assert fields.keys() < set(FitResult.__dataclass_fields__)
     assert fields["verdict"].startswith("Not trusted: ")
-    assert "Single latents can be trusted: means of all 100 latents within" in fields["verdict"]
+    assert " Marginals trusted: all means accurate to 0." in fields["verdict"]
     assert fields["trusted"] is False
     assert fields["marginals_trusted"] is True
-    assert "not searched" not in fields["verdict"]
-    # within the modes that the guide has
-    lost = MissedModes(lost_mass=0.5, num_lost=1)
-    found = judge_marginals(subject, evaluation._replace(missed=lost), config)
-    assert found.trusted is False
-    assert "as long as one stays in the modes" in found.words
-    # of more latents than are searched
-    found = judge_marginals(subject, evaluation._replace(missed=NOT_SEARCHED), config)
-    assert found.trusted is True
-    assert found.words.endswith(". Mass elsewhere was not searched for.")
 
 
 def test_single_latents_are_wrong_as_well():
-    _, found = checked(partial(path, 100), PathGuide(100, 0.7))
-    assert found.trusted is False
-    assert "Nor can single latents be trusted: " in found.words
-    assert "sds are off by more than 15 %" in found.words
-
-
-def test_weights_that_are_trusted_tell_of_single_latents():
-    evaluation, found = checked(partial(path, 100), PathGuide(100))
-    assert evaluation.verdict.trusted
-    assert found.trusted is True
-    assert found.found.num_chains == 0
-    assert found.found.mean_bound < 0.01
-    assert "by weights" in repr(found.found)
-    words = evaluation.result_fields(found)["verdict"]
-    assert words.startswith("Trusted: ")
-    assert "Of single latents, as far as the guide draws: means of all 100 latents within" in words
+    model = partial(path, 100)
+    found = judged(model, PathGuide(100, 0.7), chains_of(model))
+    assert not found.marginals.trusted
+    assert " Marginals not trusted: " in found.verdict.words
+    assert "sds are off by more than 15 %" in found.verdict.words
 
 
 @pytest.mark.parametrize(
     ("loc", "scale", "words"),
     [
         # which costs 0.06 nats
-        (OFF, 1.0, "1 of 40 means is off by more than 0.15 sd (that of z[39] by 0.3"),
+        (OFF, 1.0, "1 of 40 means is off by more than 0.15 posterior sd (that of z[39] by 0."),
         # and 0.07
         (torch.zeros(1), 0.75, "1 of 1 sds is off by more than 15 % (that of z[0] is 0.7"),
     ],
@@ -236,78 +216,40 @@ def test_a_latent_may_be_off_where_the_joint_is_trusted(loc, scale, words):
 
     start = init_to_value(values={"z": loc.to(torch.get_default_dtype())})
     guide = AutoNormal(model, init_scale=scale, init_loc_fn=start)
-    evaluation, found = checked(model, guide, replace(CONFIG, num_samples=10_000))
-    assert evaluation.verdict.trusted
-    assert found.trusted is False
-    assert words in found.words
+    found = judged(model, guide, chains_of(model, 2000), 10_000)
+    assert found.verdict.trusted
+    assert not found.marginals.trusted
+    assert words in found.verdict.words
 
 
-def _wider_tails():
-    """A tenth of the posterior is half as wide again as the guide is: weights have no variance."""
-    z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
-    tail = dist.Normal(0.0, 1.5).log_prob(z) - dist.Normal(0.0, 1.0).log_prob(z)
-    pyro.factor("tails", torch.logaddexp(math.log(0.9) + 0 * tail, math.log(0.1) + tail).sum(-1))
+def test_without_chains_that_have_mixed_single_latents_are_not_checked():
+    apart = chains_of(two_modes(2, 20.0, 0.4), most=16)
+    assert not apart.convergence().has_mixed
+    for ensemble, reason in ((None, "there are no chains"), (apart, "chains have not mixed")):
+        found = judged(models.gaussian, good_guide(), ensemble)
+        assert found.marginals is None
+        assert found.verdict.words.endswith(f"Single latents were not checked, since {reason}.")
+        assert "other modes were not searched for" in found.verdict.words
 
 
-@pytest.mark.parametrize("kind", [AutoDiagonalNormal, AutoNormal])
-def test_where_weights_of_the_guide_leave_it_open(kind):
-    """Draws further out than the guide's tell, or, of a guide without a transform, chains."""
-    located = init_to_value(values={"z": torch.zeros(3)})
-    guide = kind(_wider_tails, init_scale=1.0, init_loc_fn=located)
-    config = replace(CONFIG, num_samples=10_000)
-    evaluation, found = checked(_wider_tails, guide, config)
-    assert evaluation.verdict.trusted
-    assert evaluation.weights.khat > 0.4
-    by, bound = "by chains", 0.06
-    if kind is AutoDiagonalNormal:
-        by, bound = "as far as the guide draws", 0.02
-    assert (found.found.num_chains > 0) == (kind is AutoNormal)
-    assert f"Of single latents, {by}: means of all 3 latents within" in found.words
-    # the sd of the posterior is the root of 1.125
-    assert (found.found.sd_ratio["z"] - 1.125**-0.5).abs().max() < bound
+def test_a_mode_that_the_guide_has_lost():
+    """Of 30 %, 20 sds away: no weight says so."""
+    model = two_modes(2, 20.0, 0.7)
+    ensemble = chains_of(model)
+    locs = torch.tensor([[-10.0, -10.0], [10.0, 10.0]])
+    found = judged(model, guide_at(model, locs[0], torch.eye(2)), ensemble)
+    assert found.weights.khat < 0.7
+    assert not found.verdict.trusted
+    assert re.search("about (2[5-9]|3[0-5]) % of the posterior is in 1 other", found.verdict.words)
+    one, other = locs[:, None] + torch.randn(2, 1000, 2)
+    assert lost_modes(ensemble, torch.cat([one, other])) == (0.0, 0, True)
+    # a tenth of what it should have is enough
+    assert lost_modes(ensemble, torch.cat([one, other[:40]])).num_lost == 0
+    assert lost_modes(ensemble, torch.cat([one, other[:10]])).num_lost == 1
+    assert lost_modes(ensemble, other).lost_mass == pytest.approx(0.7, abs=0.05)
 
 
-def _by_loop():
-    z = pyro.sample("z", dist.Normal(torch.zeros(30), 1.0).to_event(1))
-    if float(z[0].detach()) > 0:
-        pyro.factor("none", torch.tensor(0.0))
-
-
-@pytest.mark.parametrize(
-    ("model", "words"), [(_by_loop, "one draw after the other"), (models.subsampled, "sub-samples")]
-)
-def test_where_chains_are_not_run_it_is_said(model, words):
-    _, found = checked(model, AutoNormal(model, init_scale=0.2))
-    assert found.found is None
-    assert found.trusted is None
-    assert "Single latents were not checked" in found.words
-    assert words in found.words
-
-
-def _stepwise():
-    """A density without a gradient anywhere."""
-    z = pyro.sample("z", dist.Normal(torch.zeros(30), 1.0).to_event(1).mask(False))
-    pyro.factor("steps", -(z.detach() ** 2).sum(-1))
-
-
-def test_a_density_without_a_gradient_is_said():
-    _, found = checked(_stepwise, AutoNormal(_stepwise, init_scale=0.2))
-    assert found.trusted is None
-    assert "Single latents could not be checked" in found.words
-
-
-def test_chains_without_time_are_said():
-    """Ctrl-C at the first density of chains, which have one draw each then."""
-    limit, is_due = TimeLimit(), []
-
-    def model():
-        if is_due:
-            is_due.pop()
-            limit.interrupt()
-        return path(100)
-
-    subject, evaluation = evaluated(model, PathGuide(100, 0.7))
-    is_due.append(True)
-    with limit:
-        found = judge_marginals(subject, evaluation, CONFIG)
-    assert found == (None, None, " Single latents were not checked: there was no time.")
+def test_restarts_that_found_no_other_modes():
+    found = judged(models.gaussian, good_guide(), chains_of(models.gaussian))
+    assert found.verdict.trusted
+    assert "and restarts found no other modes." in found.verdict.words

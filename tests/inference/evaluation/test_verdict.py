@@ -1,19 +1,15 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-import math
-
 import pytest
 import torch
 
 from pyro_artransform.diagnostics import Importance
-from pyro_artransform.inference.evaluation.missed_modes import NOT_SEARCHED, MissedModes
-from pyro_artransform.inference.evaluation.verdict import FitStatus, judge
+from pyro_artransform.inference.evaluation.verdict import NOT_SEARCHED, FitStatus, LostModes, judge
 
-NOTHING = MissedModes(0.0, 0.001, 0.0, 0)
-UNKNOWN = MissedModes(math.nan, math.nan, 0.0, 0)
-SOME = NOTHING._replace(lost_mass=0.03, num_lost=1)
-LOST = MissedModes(math.nan, 0.1, 0.3, 2)
+NOTHING = LostModes(0.0, 0, was_searched=True)
+SOME = LostModes(0.03, 1, was_searched=True)
+LOST = LostModes(0.3, 2, was_searched=True)
 
 
 def weights(spread=0.05, size=4000):
@@ -46,41 +42,37 @@ NOT_TRUSTED = {
     "gap": (lambda: weights(1.0), NOTHING, {}, ["nats below the log evidence"]),
     "noise": (lambda: 0.5 * torch.randn(50), NOTHING, {}, ["is known to"]),
     "zero density": (some_zero, NOTHING, {}, ["zero or fails at 7 of 4007 draws"]),
-    "nothing": (lambda: torch.full((100,), torch.nan), UNKNOWN, {}, ["100 of 100"]),
+    "nothing": (lambda: torch.full((100,), torch.nan), NOTHING, {}, ["100 of 100"]),
     "round-off": (rounded, NOTHING, {}, ["round-off of torch.float32"]),
     "no digits": (without_digits, NOTHING, {}, ["of torch.float64", "Use tighter priors"]),
-    "lost modes": (weights, LOST, {}, ["30 %", "2 other", "starts disagree. Break the symmetry"]),
-    "evidence around": (weights, MissedModes(0.4, 0.01), {}, ["0.40 nats more", "Use draws"]),
+    "lost modes": (weights, LOST, {}, ["30 %", "2 other", "no draws. Break the symmetry"]),
+    "heavy tail and lost modes": (lambda: heavy(1e-2), LOST, {}, ["k-hat is", "30 %", "Break"]),
     "interrupted": (weights, NOTHING, {"is_interrupted": True, **LATE}, ["the time was over"]),
     "cut short": (lambda: heavy(1e-2), NOTHING, LATE, ["the time was over", "k-hat is"]),
-    "cut short, with modes": (weights, LOST, LATE, ["disagree."]),
+    "cut short, with modes": (weights, LOST, LATE, ["next to no draws."]),
     "skipped": (weights, NOTHING, {"skipped_share": 0.5}, ["50 % of the steps"]),
     "point": (lambda: torch.full((100,), -torch.inf), None, {"is_point": True}, ["AutoDelta"]),
     "random": (weights, None, {"is_random": True}, ["sub-samples", "diagnostics.importance"]),
 }
 #: where a better guide, or chains, would help
-REMEDIED = {"heavy tail", "gap", "noise", "evidence around"}
+REMEDIED = {"heavy tail", "gap", "noise"}
 TRUSTED = {
-    "good": (weights, NOTHING, {}, ["no start found mass elsewhere"]),
-    "not searched": (weights, None, {}, ["mass elsewhere was not searched for"]),
-    "not searchable": (weights, NOTHING._replace(searched_by="none"), {}, ["not searched for"]),
+    "good": (weights, NOTHING, {}, ["restarts found no other modes"]),
+    "not searched": (weights, None, {}, ["other modes were not searched for"]),
     # k-hat has no scale: where all weights are alike it says nothing of the posterior
     "light tail": (lambda: heavy(1e-8), NOTHING, {}, ["% of the weight"]),
-    "mass elsewhere": (weights, SOME, {}, ["but about 3 % of the posterior is in 1 other mode"]),
+    "a small mode": (weights, SOME, {}, ["but about 3 % of the posterior is in 1 other mode"]),
     "start failed": (weights, NOTHING, {"start_failed": True}, ["where its arguments put it"]),
-    "cut short, and good": (weights, NOTHING, LATE, ["no start found mass elsewhere"]),
-    # within its own noise it says nothing
-    "noisy evidence around": (weights, MissedModes(0.4, 0.2), {}, []),
-    "unknown evidence around": (weights, UNKNOWN, {}, []),
+    "cut short, and good": (weights, NOTHING, LATE, ["restarts found no other modes"]),
 }
 
 
 @pytest.mark.parametrize("case", [*NOT_TRUSTED, *TRUSTED])
 def test_a_verdict_is_one_sentence_that_says_why(case):
-    log_weights, missed, status, words = {**NOT_TRUSTED, **TRUSTED}[case]
+    log_weights, lost, status, words = {**NOT_TRUSTED, **TRUSTED}[case]
     found = Importance.from_log_weights(log_weights())
     how = FitStatus(**{"remedy": "draws=1000", **status})
-    verdict = judge(how, found, missed or NOT_SEARCHED)
+    verdict = judge(how, found, lost or NOT_SEARCHED)
     assert verdict.trusted == (case in TRUSTED)
     assert verdict.words.startswith("Trusted: " if verdict.trusted else "Not trusted: ")
     assert verdict.words.endswith(".")
@@ -93,5 +85,5 @@ def test_a_verdict_is_one_sentence_that_says_why(case):
     if case in {"round-off", "point"}:  # no other objections, which rest on such weights
         assert "does not reach" not in verdict.words
         assert "density is zero" not in verdict.words
-    by_curvature = missed is not None and missed.searched_by == "curvature" and not missed.num_lost
-    assert ("no start found" in verdict.words) == (verdict.trusted and by_curvature)
+    is_good = verdict.trusted and lost == NOTHING
+    assert ("restarts found no other modes" in verdict.words) == is_good

@@ -1,0 +1,122 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Gaussians in closed form, by draws of a density and its gradients there.
+
+With the covariance C of draws and G of gradients, the covariance S of the Gaussian has
+
+.. math::
+
+    S G S = C
+
+which is a step of batch and match without a bound on its size. Of a Gaussian density it is exact, whatever
+noise draws have. With a graph row i of the precision is found by least squares: the gradient of
+coordinate i of a Gaussian is linear in this coordinate and its neighbours alone.
+
+**References**
+
+1. Batch and match: black-box variational inference with a score-based divergence (Cai, Modi,
+   Pillaud-Vivien, Margossian, Gower, Blei, Saul, 2024), https://arxiv.org/abs/2402.14758
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...graphs.factorization import lower_factor
+from ...graphs.markov_graph import MarkovGraph, padded_groups
+from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
+from ...sampling.preconditioning import Preconditioner
+
+# draws for each dimension from which on all directions are known
+_DRAWS_BY_DIM = 2
+# what the correlations of regressors have added, and numbers of these that are held at once
+_RIDGE, _MOST_ENTRIES = 1e-8, 2**22
+
+
+class DenseGaussian(NamedTuple):
+    """A Gaussian by its mean ``(D,)`` and a lower-triangular scale ``(D, D)``."""
+
+    loc: Tensor
+    scale_tril: Tensor
+
+    def solve(self, right: Tensor) -> Tensor:
+        """The covariance times a vector ``(D,)``."""
+        return self.scale_tril @ (self.scale_tril.T @ right)
+
+    def independent_sd(self) -> Tensor:
+        """The sds of the nearest Gaussian without correlations, in KL(q|p): the conditional ones."""
+        identity = torch.ones_like(self.loc).diag()
+        root = torch.linalg.solve_triangular(self.scale_tril, identity, upper=False)
+        return root.norm(dim=0).reciprocal()
+
+
+def dense_gaussian(draws: Tensor, gradients: Tensor) -> DenseGaussian:
+    """The Gaussian at the mean of draws ``(n, D)`` of a density, by its gradients there too."""
+    loc, (count, dim) = draws.mean(0), draws.shape
+    if count < _DRAWS_BY_DIM * dim:
+        scaled = Preconditioner.of(draws, gradients)(torch.ones_like(loc).diag())
+        return DenseGaussian(loc, lower_factor(scaled.T))
+    # without covariances, whose condition number is that of the scale squared
+    lower = torch.linalg.qr(draws - loc).R.T
+    _, values, axes = torch.linalg.svd((gradients - gradients.mean(0)) @ lower, full_matrices=False)
+    return DenseGaussian(loc, lower_factor(lower @ axes.T * values.rsqrt()))
+
+
+def sparse_gaussian(draws: Tensor, gradients: Tensor, graph: MarkovGraph) -> SparseGaussian:
+    """The same with zeros in its precision where the graph has no edge.
+
+    The rows of hubs, which have many neighbours, have the entries of these by symmetry: least squares find
+    those between hubs alone.
+    """
+    loc, dim = draws.mean(0), draws.shape[1]
+    scale = draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
+    z, gradients = (draws - loc) / scale, (gradients - gradients.mean(0)) * scale
+    coloring = graph.coloring
+    is_hub = coloring.on(draws.device) >= coloring.num_colors - coloring.num_hubs
+    hubs = frozenset(is_hub.nonzero()[:, 0].tolist())
+    regressors = [() if i in hubs else (i, *own) for i, own in enumerate(graph.neighbours)]
+    first = _negative_slopes(z, gradients, regressors)
+    # what is left of the gradients of hubs, once the terms of all others are taken away
+    rows, columns, values = first
+    index = is_hub.cumsum(0) - 1
+    terms = z.new_zeros(dim, len(hubs))
+    known = is_hub[columns]
+    terms[rows[known], index[columns[known]]] = values[known]
+    gradients[:, is_hub] += z @ terms
+    among = [(i, *(own & hubs)) if i in hubs else () for i, own in enumerate(graph.neighbours)]
+    rows, columns, values = map(torch.cat, zip(first, _negative_slopes(z, gradients, among)))
+    pattern = PrecisionPattern(graph.elimination, draws.device)
+    index = pattern.index(rows, columns)
+    total, count = z.new_zeros(2, pattern.num_entries)
+    total.index_add_(0, index, values / (scale[rows] * scale[columns]))
+    count.index_add_(0, index, torch.ones_like(values))
+    return SparseGaussian.from_precision(pattern, loc, total / count.clamp_min(1))
+
+
+def _negative_slopes(
+    z: Tensor, gradients: Tensor, regressors: list[tuple[int, ...]]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each coordinate's gradient in its regressors: rows, columns, and slopes with the other sign."""
+    (count, dim), found = z.shape, list[tuple[Tensor, Tensor, Tensor]]()
+    padded = torch.cat([z, z.new_zeros(count, 1)], 1)
+    for group in padded_groups(regressors, [1] * dim):
+        every = torch.tensor(group.coordinates, dtype=torch.long, device=z.device)
+        width = group.parents.shape[1]
+        for part in range(0, len(every), max(_MOST_ENTRIES // (count * width), 1)):
+            own = every[part : part + max(_MOST_ENTRIES // (count * width), 1)]
+            columns = group.parents[part : part + len(own)].to(z.device)
+            x = padded[:, columns].movedim(0, 1)
+            ridge = _RIDGE * count * torch.ones_like(x[0, 0]).diag()
+            right = x.mT @ gradients[:, own].T[..., None]
+            slopes = torch.linalg.solve(x.mT @ x + ridge, -right)[..., 0]
+            is_used = columns < dim
+            found.append(
+                (own[:, None].expand_as(columns)[is_used], columns[is_used], slopes[is_used])
+            )
+    if not found:
+        none = torch.zeros(0, dtype=torch.long, device=z.device)
+        return none, none, z.new_zeros(0)
+    rows, columns, values = map(torch.cat, zip(*found))
+    return rows, columns, values
