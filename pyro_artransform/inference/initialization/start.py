@@ -99,7 +99,7 @@ def _start_at_draws(
         # a graph alone is known by fewer draws than all directions are
         if not found or len(z) >= DRAWS_BY_DIM * z.shape[1]:
             found.append(dense_gaussian(*given))
-    best, chosen = -math.inf, partial(_put, guide)
+    best, chosen = -math.inf, list[Callable[[], None]]()
     for gaussian in found:
         # the mean gradient of a posterior is zero: what is left is the error of the mean
         for loc in (gaussian.loc, gaussian.loc + gaussian.solve(given[1].mean(0))):
@@ -112,12 +112,12 @@ def _start_at_draws(
                     break
                 elbo, _ = _judge(density, guide, config.num_compared)
                 if elbo > best:
-                    best, chosen = elbo, put
+                    best, chosen = elbo, [put]
                 if -math.inf < before >= elbo:
                     break
                 before = elbo
-    if best > -math.inf:
-        chosen()
+    for put in chosen:
+        put()
     return best
 
 
