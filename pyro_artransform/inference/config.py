@@ -20,13 +20,13 @@ class InitializationConfig:
 
     num_draws: int = 400  #: effective draws of each latent, where no other number is asked for
     num_for_start: int = 100  #: the same where they only start the guide, and by loop
-    max_trajectories: int = 100  #: of each chain then, at most
+    max_trajectories: int = 300  #: of each chain at most, where no number of draws is asked for
     num_gradients: int = 1000  #: draws whose gradients make the initial Gaussian
     num_compared: int = 1024  #: draws that it is compared with the guide on
 
     def with_fewer(self) -> "InitializationConfig":
         """The same with fewer draws, where an evaluation is expensive."""
-        return _with_fewer(self, "num_gradients", "num_compared")
+        return _with_fewer(self, "max_trajectories", "num_gradients", "num_compared")
 
 
 @dataclass(frozen=True)

@@ -32,12 +32,10 @@ class DrawsFirst:
     ) -> None:
         self._subject, self._limit = subject, limit
         self.is_asked, self.gives_draws = bool(asked), asked != 0
-        # a start, or all that there is time for
-        is_short = asked == 0 or (asked is None and subject.log_joint.strategy == "loop")
-        usual = config.num_for_start if is_short else config.num_draws
-        self._num_draws, self._most = asked or usual, dict[str, int]()
-        if is_short:
-            self._most = {"most": config.max_trajectories}
+        is_loop = subject.log_joint.strategy == "loop"
+        usual = config.num_for_start if is_loop or asked == 0 else config.num_draws
+        self._num_draws = asked or usual
+        self._most = {} if asked else {"most": config.max_trajectories}
         self.ensemble: Ensemble | None = None
         self._reason = ""
 

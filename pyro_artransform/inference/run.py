@@ -195,7 +195,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, _ASKED),
         cut_short=cut_short,
         remedy="" if cut_short else _remedy(set_up, num_steps),
-        has_chains=set_up.gives_draws,
+        has_chains=draws_first is not None and draws_first.is_asked,
         point_estimates=set_up.point_estimates,
         start_failed=training.start == FAILED,
         prior_only=set_up.prior_only,

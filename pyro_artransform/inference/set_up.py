@@ -143,11 +143,6 @@ class SetUp:
         options = self.num_particles, self.optim, scales, self.parallel
         return Training(self.objective, schedule, *options)
 
-    @property
-    def gives_draws(self) -> bool:
-        """Whether the result has draws of the posterior."""
-        return self.draws_first is not None and self.draws_first.gives_draws
-
     @cached_property
     def point_estimates(self) -> list[str]:
         """The names of the model's own parameters, which are trained as well."""

@@ -29,8 +29,8 @@ from ...graphs.markov_graph import MarkovGraph, padded_groups
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...sampling.preconditioning import Preconditioner
 
-# draws for each dimension from which on all directions are known
-_DRAWS_BY_DIM = 2
+#: draws for each dimension from which on all directions are known
+DRAWS_BY_DIM = 2
 # what the correlations of regressors have added, and numbers of these that are held at once
 _RIDGE, _MOST_ENTRIES = 1e-8, 2**22
 
@@ -55,7 +55,7 @@ class DenseGaussian(NamedTuple):
 def dense_gaussian(draws: Tensor, gradients: Tensor) -> DenseGaussian:
     """The Gaussian at the mean of draws ``(n, D)`` of a density, by its gradients there too."""
     loc, (count, dim) = draws.mean(0), draws.shape
-    if count < _DRAWS_BY_DIM * dim:
+    if count < DRAWS_BY_DIM * dim:
         scaled = Preconditioner.of(draws, gradients)(torch.ones_like(loc).diag())
         return DenseGaussian(loc, lower_factor(scaled.T))
     # without covariances, whose condition number is that of the scale squared

@@ -27,7 +27,7 @@ from ..config import InitializationConfig
 from ..loader import Batch
 from ..mcmc import from_nothing
 from ..optimization.training import copies, copy_to
-from .from_draws import DenseGaussian, dense_gaussian, sparse_gaussian
+from .from_draws import DRAWS_BY_DIM, DenseGaussian, dense_gaussian, sparse_gaussian
 
 #: the name of the candidate that is the guide itself, which then does not change
 UNCHANGED = "initial guide"
@@ -36,7 +36,7 @@ FAILED = "initial guide, since chains found no Gaussian with a finite ELBO"
 AT_DRAWS = "a Gaussian at draws of the ensemble"
 # standard errors, and nats, by which the Gaussian has to beat the guide
 _GAIN_IN_SE, _GAIN = 2.0, 0.01
-_MAX_HALVINGS = 12  # of the scale of a Gaussian that reaches beyond a finite density
+_MAX_HALVINGS = 12  # of the scale of a Gaussian that reaches to where the density is low, or none
 # latents of a mini-batch at most: memory; draws at which the curvature is asked, and those of the ELBO
 _MOST_LATENTS, _NUM_CENTERED, _NUM_FOR_ELBO = 1000, 8, 512
 
@@ -82,7 +82,8 @@ def _start_at_draws(
 ) -> float:
     """Makes a guide the best Gaussian that it can be, if there is one of a finite ELBO; returns this."""
     flat = ensemble.draws.flatten(0, 1)
-    u = flat[:: math.ceil(len(flat) / config.num_gradients)]
+    count = max(config.num_gradients, DRAWS_BY_DIM * flat.shape[1])
+    u = flat[:: max(len(flat) // count, 1)]
     own = guide.prior_coordinates if isinstance(guide, PriorGuide) else None
     if own is not None and cast(PriorGuide, guide).chooses_coordinates:
         unit = density.with_coordinates(own.non_centered(density.latents))
@@ -91,24 +92,33 @@ def _start_at_draws(
     _, gradients = value_and_gradient(density, z)
     is_finite = (z.isfinite() & gradients.isfinite()).all(-1)
     given = z[is_finite].double(), gradients[is_finite].double()
-    elbo = -math.inf
+    found = list[DenseGaussian | SparseGaussian]()
     with suppress(torch.linalg.LinAlgError, ValueError):  # draws that are too few, or all the same
         if isinstance(guide, StructuredGuide):
-            gaussian: DenseGaussian | SparseGaussian = sparse_gaussian(*given, guide.markov_graph())
-        else:
-            gaussian = dense_gaussian(*given)
+            found.append(sparse_gaussian(*given, guide.markov_graph()))
+        # a graph alone is known by fewer draws than all directions are
+        if not found or len(z) >= DRAWS_BY_DIM * z.shape[1]:
+            found.append(dense_gaussian(*given))
+    best, chosen = -math.inf, list[Callable[[], None]]()
+    for gaussian in found:
         # the mean gradient of a posterior is zero: what is left is the error of the mean
-        locs = gaussian.loc, gaussian.loc + gaussian.solve(given[1].mean(0))
-        for k in range(_MAX_HALVINGS):
-            found = []
-            for loc in locs:
-                _put(guide, gaussian, loc, 0.5**k)
-                found.append(_judge(density, guide, config.num_compared)[0])
-            elbo = max(found)
-            if elbo > -math.inf:
-                _put(guide, gaussian, locs[found.index(elbo)], 0.5**k)
-                break
-    return elbo
+        for loc in (gaussian.loc, gaussian.loc + gaussian.solve(given[1].mean(0))):
+            before = -math.inf
+            for k in range(_MAX_HALVINGS):
+                put = partial(_put, guide, gaussian, loc, 0.5**k)
+                try:
+                    put()
+                except ValueError:  # it is not finite
+                    break
+                elbo, _ = _judge(density, guide, config.num_compared)
+                if elbo > best:
+                    best, chosen = elbo, [put]
+                if -math.inf < before >= elbo:
+                    break
+                before = elbo
+    for put in chosen:
+        put()
+    return best
 
 
 def _put(
