@@ -136,4 +136,4 @@ def far_apart(state: State, scale: Tensor, num_superchains: int) -> Tensor:
         distance = torch.cdist(points[own], points[chosen]).amin(1).nan_to_num(0.0)
         chosen.append(int(own[(distance * is_high[own] + is_high[own]).argmax()]))
     chosen.insert(1, chosen.pop(0))
-    return torch.tensor(chosen, device=points.device)
+    return torch.tensor(chosen, dtype=torch.long, device=points.device)
