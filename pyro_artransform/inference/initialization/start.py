@@ -116,8 +116,8 @@ def _start_at_draws(
                 if -math.inf < before >= elbo:
                     break
                 before = elbo
-    for put in chosen:
-        put()
+    for put_best in chosen:
+        put_best()
     return best
 
 
