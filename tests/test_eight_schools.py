@@ -49,8 +49,10 @@ def elbos(printed: str) -> dict[str, tuple[float, float]]:
 
 
 def verdicts(printed: str) -> dict[str, str]:
-    """Whether each guide is trusted: the first word or two of its verdict."""
-    return dict(re.findall(r"^(Auto\w+): (Trusted|Not trusted): ", printed, flags=re.MULTILINE))
+    """Whether each guide is trusted: the words that follow those about the draws."""
+    joined = re.sub(r"(?<!\n)\n(?!\n)", " ", printed)
+    found = r"^(Auto\w+): Draws [^\n]*Of the guide itself: (Trusted|Not trusted): "
+    return dict(re.findall(found, joined, flags=re.MULTILINE))
 
 
 def test_demo_in_short(

@@ -63,12 +63,15 @@ class Modes(NamedTuple):
         least = min(int((group == k).sum()) * draws.shape[1] for k in range(num_groups))
         is_dense = least >= _DRAWS_BY_DIM * draws.shape[-1]
         parts = [draws[group == k].flatten(0, 1) for k in range(num_groups)]
+        # draws of a neck have none where the coordinates of chains are better than these
+        finite = torch.where(log_density.isfinite(), log_density, torch.nan)
         evidence = torch.stack(
             [
-                log_density[group == k].mean() + _entropy(part, is_dense)
+                finite[group == k].nanmean() + _entropy(part, is_dense)
                 for k, part in enumerate(parts)
             ]
         )
+        evidence = evidence.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
         order = evidence.argsort(descending=True)
         share, gap = evidence[order].softmax(0), evidence[order[0]] - evidence[order]
         loc, scale = (

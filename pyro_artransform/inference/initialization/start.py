@@ -99,10 +99,10 @@ def _start_at_draws(
         # a graph alone is known by fewer draws than all directions are
         if not found or len(z) >= DRAWS_BY_DIM * z.shape[1]:
             found.append(dense_gaussian(*given))
-    best, chosen = -math.inf, list[Callable[[], None]]()
+    best, needed, chosen = -math.inf, -math.inf, list[Callable[[], None]]()
     for gaussian in found:
         # the mean gradient of a posterior is zero: what is left is the error of the mean
-        for loc in (gaussian.loc, gaussian.loc + gaussian.solve(given[1].mean(0))):
+        for loc in (gaussian.loc + gaussian.solve(given[1].mean(0)), gaussian.loc):
             before = -math.inf
             for k in range(_MAX_HALVINGS):
                 put = partial(_put, guide, gaussian, loc, 0.5**k)
@@ -110,9 +110,9 @@ def _start_at_draws(
                     put()
                 except ValueError:  # it is not finite
                     break
-                elbo, _ = _judge(density, guide, config.num_compared)
-                if elbo > best:
-                    best, chosen = elbo, [put]
+                elbo, bound = _judge(density, guide, config.num_compared)
+                if elbo > needed:
+                    best, needed, chosen = elbo, bound, [put]
                 if -math.inf < before >= elbo:
                     break
                 before = elbo
