@@ -263,7 +263,7 @@ class Ensemble:
 
         :param by_chain: whether a chain that is where steps have to be smaller gets out by smaller ones.
         """
-        states, self._moves = list[State](), torch.zeros_like(self._state.log_density)
+        states, self._moves = list[State](), torch.zeros_like(self._state.base[:, 0])
         factor = torch.ones_like(self._moves)
         for _ in limited(range(number)):
             start = self._state.base

@@ -232,3 +232,14 @@ def test_starts_without_a_density_are_those_of_other_chains():
 def test_what_is_refused(model, num_chains, words):
     with pyro.validation_enabled(False), pytest.raises(ValueError, match=words):
         ensemble_of(model, num_chains=num_chains).run(1)
+
+
+def test_a_density_in_double_precision_of_latents_in_single():
+    def model():
+        z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=torch.float32), 1.0).to_event(1))
+        pyro.factor("data", -z.double().square().sum(-1) / 2)
+
+    found = ensemble_of(model)
+    found.run(100)
+    assert found.end is End.ENOUGH
+    assert found.draws.dtype == torch.float32
