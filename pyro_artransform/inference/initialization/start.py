@@ -102,7 +102,7 @@ def _start_at_draws(
     best, chosen = -math.inf, list[Callable[[], None]]()
     for gaussian in found:
         # the mean gradient of a posterior is zero: what is left is the error of the mean
-        for loc in (gaussian.loc, gaussian.loc + gaussian.solve(given[1].mean(0))):
+        for loc in (gaussian.loc + gaussian.solve(given[1].mean(0)), gaussian.loc):
             before = -math.inf
             for k in range(_MAX_HALVINGS):
                 put = partial(_put, guide, gaussian, loc, 0.5**k)
@@ -111,7 +111,7 @@ def _start_at_draws(
                 except ValueError:  # it is not finite
                     break
                 elbo, _ = _judge(density, guide, config.num_compared)
-                if elbo > best:
+                if elbo > best + _GAIN:
                     best, chosen = elbo, [put]
                 if -math.inf < before >= elbo:
                     break
