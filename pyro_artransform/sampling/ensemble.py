@@ -289,7 +289,7 @@ class Ensemble:
         num_steps = math.ceil(self._length.next(self._count) / size)
         sizes = size * (_SMALLEST + (1 - _SMALLEST) * torch.rand_like(like))
         if factor is not None:
-            sizes = sizes * factor[:, None]
+            sizes = sizes * factor[:, None].to(sizes)
         self._state, info = trajectory(
             self._target,
             self._state,
