@@ -20,7 +20,7 @@ class InitializationConfig:
 
     num_draws: int = 400  #: effective draws of each latent, where no other number is asked for
     num_for_start: int = 100  #: the same where they only start the guide, and by loop
-    max_trajectories: int = 300  #: of each chain at most, where no number of draws is asked for
+    max_trajectories: int = 1000  #: of each chain at most, where no number of draws is asked for
     num_gradients: int = 1000  #: draws whose gradients make the initial Gaussian
     num_compared: int = 1024  #: draws that it is compared with the guide on
 
