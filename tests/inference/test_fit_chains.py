@@ -121,10 +121,10 @@ def test_draws_that_only_start_the_guide():
 def test_a_fit_has_draws_in_any_case():
     """And the guide is trained from them; a second fit goes on from the trained guide."""
     guide = small(models.regression)
-    result = fitted(models.regression, guide, draws=None, num_steps=200)
+    result = fitted(models.regression, guide, draws=None, num_steps=200, config=None)
     assert (result.num_steps, result.start) == (200, AT_DRAWS)
     assert result.chains.trusted
-    assert len(result.draws["loc"]) == 100
+    assert len(result.draws["loc"]) == 400
     again = fitted(models.regression, guide, draws=None, num_steps=1, seed=1)
     assert again.start == UNCHANGED
     assert abs(again.elbo - result.elbo) < 0.1
