@@ -169,14 +169,16 @@ def _objections(ensemble: Ensemble, num_samples: int, is_divergent: Tensor) -> I
         )
     if ensemble.end is not End.APART and not max_rhat <= GOOD_RHAT:
         worst = latents.name_of(int(found.rhat.argmax()))
-        remedy = "Let them run for longer"
-        if ensemble.end is not End.OUT_OF_TIME:
-            remedy = "Use tighter priors, another parametrization, or chains from a guide"
+        remedy = "Use tighter priors, another parametrization, or chains from a guide"
+        if ensemble.end in (End.OUT_OF_TIME, End.LIMIT):
+            remedy = "Let them run for longer"
         yield f"chains have not mixed: R-hat is {max_rhat:.3f} for {worst}, above {GOOD_RHAT}. {remedy}"
     for ess, where in ((found.bulk, ""), (found.tail, " for its tails")):
         if not float(ess.min()) >= num_samples:
             worst = latents.name_of(int(ess.argmin()))
             yield f"{worst} has {float(ess.min()):.0f} effective draws{where}, not {num_samples}"
+    if ensemble.end is End.LIMIT:
+        yield f"a fit that is not asked for draws ends chains early: ask for them, draws={num_samples}"
     divergent = float(is_divergent.double().mean())
     # independent proposals enter corners that trajectories do not
     if divergent > _MANY_DIVERGENT and not ensemble.has_proposals:

@@ -60,7 +60,9 @@ class DrawsFirst:
     def finish(self, status: FitStatus) -> Chains | None:
         """The draws: by chains in the base space of the guide, where those from nothing have not mixed."""
         best, reason = self.ensemble, self._reason
-        if self.is_asked and (best is None or best.end in (End.TOO_MANY, End.OUT_OF_TIME)):
+        if self.is_asked and (
+            best is None or best.end in (End.TOO_MANY, End.OUT_OF_TIME, End.LIMIT)
+        ):
             self._limit.enter_phase(CHAINS_UNTIL)
             self._limit.say("chains")
             second = ensemble_of(self._subject, self._num_draws)

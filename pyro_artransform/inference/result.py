@@ -75,6 +75,11 @@ class FitResult:
     guide: Any = None  #: that of the user, or the one that the fit has chosen
     guide_reason: str = ""  #: why it has chosen this one
 
+    @property
+    def ok(self) -> bool:
+        """Whether the posterior can be trusted: by its draws, where there are some, else by the guide."""
+        return self.trusted if self.chains is None else bool(self.chains.trusted)
+
     def rows(self) -> dict[str, str]:
         """The numbers in words, by name."""
         rows = {}

@@ -65,6 +65,7 @@ class End(Enum):
 
     ENOUGH = "there are enough effective draws of each latent, and chains agree"
     APART = "superchains stay in modes that chains do not move between"
+    LIMIT = "as many trajectories were taken as a fit takes that is not asked for draws"
     TOO_MANY = "so many trajectories were taken that more would hardly help"
     OUT_OF_TIME = "the time was over"
 
@@ -206,7 +207,7 @@ class Ensemble:
                 number = _BLOCK
                 continue
             if size >= most or (size >= _PATIENCE and size + more > 4 * most):
-                return End.TOO_MANY
+                return End.LIMIT if size >= most < _MOST_TRAJECTORIES else End.TOO_MANY
             number = max(min(number, most - size), _BLOCK)
 
     def _slowest_ess(self, rhat: Tensor) -> float:

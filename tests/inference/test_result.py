@@ -53,3 +53,11 @@ def test_what_went_wrong_is_shown(result):
     assert shared.rows()["k-hat"].endswith(", of what all elements share")
     odd = replace(result, khat=0.8, log_evidence=-3.0, log_evidence_se=0.5, importance=None)
     assert odd.rows()["log evidence"] == "-3.000 ± 0.500 (most often too small: k-hat is above 0.7)"
+
+
+def test_ok_is_about_the_draws_where_there_are_some(result):
+    draws = replace(result.chains, trusted=True)
+    assert replace(result, chains=draws, trusted=False).ok
+    assert not replace(result, chains=replace(draws, trusted=False), trusted=True).ok
+    assert replace(result, chains=None, trusted=True).ok
+    assert not replace(result, chains=None, trusted=False).ok

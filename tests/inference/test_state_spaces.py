@@ -28,9 +28,9 @@ def test_a_start_is_found_in_single_precision(name, quick):
     ensemble.run(50, most=32)
     found = find_start(log_joint, guide, ensemble, quick.initialization)
     z, log_q = guide.rsample_and_log_prob(500)
-    elbo = (log_joint(z) - log_q).mean().item()
-    # of other draws: as near as tails of a Gaussian in a neck allow
-    assert abs(elbo - found.elbo) < 20.0
+    # the median of other draws: in the neck of a scale a Gaussian has draws of any density
+    median = (log_joint(z) - log_q).median().item()
+    assert abs(median - found.elbo) < 20.0
 
 
 @pytest.mark.slow

@@ -167,7 +167,7 @@ def test_a_mode_without_mass_has_no_draws(share):
 def test_too_many_trajectories():
     found = ensemble_of(conjugate)
     convergence = found.run(10**6, most=20)
-    assert found.end is End.TOO_MANY
+    assert found.end is End.LIMIT
     assert not convergence.is_enough(10**6)
     # the most are about half as many more
     assert found.num_trajectories <= 40
