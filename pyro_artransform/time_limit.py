@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -20,10 +19,6 @@ OUT_OF_TIME = "the time was over"
 _GRACE = 1.0
 
 T = TypeVar("T")
-
-
-class OutOfTime(Exception):
-    """Raised and caught here: a computation without a result was cut off."""
 
 
 class TimeLimit:
@@ -47,9 +42,7 @@ class TimeLimit:
         if max_seconds is not None:
             self._most = check_positive("max_seconds", max_seconds)
         self._phase_end, self._grace, self._interrupted = self._most, 0.0, math.inf
-        self.tick, self.say, self.cuts_off = tick, say, False
-        #: what there was no time for, in words
-        self.left_out: list[str] = []
+        self.tick, self.say = tick, say
 
     @property
     def seconds(self) -> float:
@@ -80,16 +73,6 @@ class TimeLimit:
         self._phase_end, self._grace = share * self._most, _GRACE if has_grace else 0.0
         if math.isfinite(self._interrupted):
             self._interrupted = self.seconds
-
-    @contextmanager
-    def within(self, share: float) -> Iterator[None]:
-        """A part of the phase, for a share of what is left of it."""
-        whole, now = self._phase_end, self.seconds
-        self._phase_end = now + share * max(self.end - now, 0.0)
-        try:
-            yield
-        finally:
-            self._phase_end = whole
 
     def interrupt(self, *_: object) -> None:
         """Ends the phases; a second time it interrupts."""
@@ -140,36 +123,6 @@ def say(what: str) -> None:
     _present.get().say(what)
 
 
-def check_time() -> None:
-    """Ends the block of :func:`cut_off`, if the present phase is over."""
-    if _present.get().cuts_off and is_out_of_time():
-        raise OutOfTime
-
-
-@contextmanager
-def cut_off(what: str) -> Iterator[None]:
-    """A block that is left where the present phase is over: what it would find is left out."""
-    limit = _present.get()
-    limit.cuts_off = True
-    try:
-        yield
-    except OutOfTime:
-        if what not in limit.left_out:
-            limit.left_out.append(what)
-    finally:
-        limit.cuts_off = False
-
-
-def within(share: float) -> AbstractContextManager[None]:
-    """A part of the present phase, for a share of the time that is left of it."""
-    return _present.get().within(share)
-
-
 def has_limit() -> bool:
     """Whether the present phase ends at some time, so that its work is to come in small parts."""
     return math.isfinite(_present.get().end)
-
-
-def left_out() -> list[str]:
-    """What there was no time for so far, in words."""
-    return _present.get().left_out

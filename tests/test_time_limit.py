@@ -10,12 +10,8 @@ from pyro_artransform.time_limit import (
     INTERRUPTED,
     OUT_OF_TIME,
     TimeLimit,
-    check_time,
-    cut_off,
     is_out_of_time,
-    left_out,
     limited,
-    within,
 )
 
 
@@ -58,33 +54,6 @@ def test_without_a_limit_nothing_ends(clock):
     with TimeLimit() as limit:
         limit.enter_phase(0.1)
         assert taken(clock, range(100)) == list(range(100))
-        with within(0.1), cut_off("nothing"):
-            check_time()
-        assert left_out() == []
-
-
-def test_parts_of_a_phase(clock):
-    with TimeLimit(10.0) as limit:
-        limit.enter_phase(1.0)
-        with within(0.3):
-            assert len(taken(clock, range(100))) == 3
-        assert not is_out_of_time()
-        assert len(taken(clock, range(100))) == 7
-
-
-def test_what_is_left_out_is_said_once(clock):
-    with TimeLimit(2.0):
-        for _ in range(2):
-            with cut_off("the second half"):
-                for _ in range(5):
-                    check_time()
-                    clock(1.0)
-        assert left_out() == ["the second half"]
-        with cut_off("a search"):
-            check_time()
-            raise AssertionError("expected to be left before")
-        assert left_out() == ["the second half", "a search"]
-        check_time()  # outside of such a block it goes on
 
 
 def test_ctrl_c_ends_phases_and_leaves_a_second_for_the_result(clock):
@@ -97,13 +66,6 @@ def test_ctrl_c_ends_phases_and_leaves_a_second_for_the_result(clock):
         assert not limit.is_over()
         assert len(taken(clock, range(100), 0.25)) == 4
         assert limit.reason == INTERRUPTED
-
-
-def test_ctrl_c_in_a_part_of_a_phase_ends_the_phase(clock):
-    with TimeLimit(100.0):
-        with within(0.5):
-            signal.raise_signal(signal.SIGINT)
-        assert is_out_of_time()
 
 
 def test_a_second_ctrl_c_interrupts():

@@ -95,8 +95,8 @@ def fit(
     as because of what a callback has changed, the steps since the run before are taken again.
 
     Ctrl-C ends the start and the steps, and the verdict is on what was learned until then, by what can be
-    drawn in a second; so does ``max_seconds``, of which a quarter is for the verdict. It names what there
-    was no time for. A second Ctrl-C interrupts.
+    drawn in a second; so does ``max_seconds``, of which a quarter is for the verdict. A second
+    Ctrl-C interrupts.
     Started by ``torchrun``, or where ``torch.distributed`` is initialized, all processes share one fit,
     with the same model, guide, data, options and result (``docs/many_processes.md``).
 
