@@ -98,7 +98,7 @@ class Ensemble:
             )
         count = num_chains or _num_chains(log_joint, num_samples)
         self.num_superchains = next((k for k in (SUPERCHAINS, 4) if count % k == 0), count)
-        self.num_chains, self._to_latent = count, to_latent
+        self.num_chains, self.to_latent = count, to_latent
         self._target = PulledBack(log_joint, to_latent or identity)
         self._blocks, self._infos = list[Tensor](), list[Info]()
         dim = log_joint.latents.latent_dim
@@ -222,7 +222,7 @@ class Ensemble:
     def _start(self) -> State:
         """Chains at the starts of their superchains, and the first preconditioner."""
         size = self.num_chains // self.num_superchains
-        if self._to_latent is None:
+        if self.to_latent is None:
             # as many as chains, so that what is captured serves them, too
             starts = overdispersed(self.log_joint, self.num_superchains, size)
             self._has_parents = starts.has_parents
@@ -329,7 +329,7 @@ class Ensemble:
 
     def _center(self, states: list[State]) -> bool:
         """Goes on in coordinates that are centred where data are strong; whether there are some."""
-        if self._to_latent is not None:
+        if self.to_latent is not None:
             return False
         gradients = torch.stack([state.gradient for state in states], 1)
         other = with_strong_data_centered(self.log_joint, gradients, self._has_parents)

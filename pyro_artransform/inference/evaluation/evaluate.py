@@ -138,12 +138,14 @@ def evaluate(
 def lost_modes(ensemble: Ensemble, draws: Tensor) -> LostModes:
     """Modes of an ensemble where a guide has next to no draws, by its draws ``(n, D)``, unconstrained."""
     modes, is_mixed = ensemble.modes, ensemble.convergence().has_mixed
+    # chains in the base space of a guide began near it
+    was_searched = ensemble.to_latent is None
     if modes is None:
-        return LostModes(was_searched=is_mixed)
+        return LostModes(was_searched=is_mixed and was_searched)
     # chains that have not mixed have too many draws of some, and Gaussians are no more than a guess
     share = modes.shares_of(ensemble.draws.flatten(0, 1)) if is_mixed else modes.share
     is_lost = (share > _MIN_SHARE) & (modes.shares_of(draws) < _MIN_PART * share)
-    return LostModes(float(share[is_lost].sum()), int(is_lost.sum()), was_searched=True)
+    return LostModes(float(share[is_lost].sum()), int(is_lost.sum()), was_searched)
 
 
 def evaluate_minibatches(
