@@ -55,6 +55,7 @@ class Marginals:
     :param trusted: whether no mean is known to be off by more than 0.15 sd and no sd by more than
         15 %, and all are known to be off by less than twice that; where chains find all of the posterior
         this is wrong with a probability of 2.5 %.
+    :param is_off: whether some mean or sd is known to be off by more.
     :param words: the same in words.
     """
 
@@ -65,6 +66,7 @@ class Marginals:
     mean_bound: float
     sd_bound: float
     trusted: bool
+    is_off: bool
     words: str = field(repr=False)
 
     def __repr__(self) -> str:
@@ -129,11 +131,11 @@ def _judged(errors: MarginalErrors, num_chains: int, latents: Latents) -> Margin
         )
     else:
         words = (
-            f"no error is known to be too large, but all are known too little "
-            f"({bounds_in_words(mean_bound, sd_bound)}): more draws= tell more"
+            f"no mean and no sd is seen to be off, but the draws tell only "
+            f"this: {bounds_in_words(mean_bound, sd_bound)}; more draws= tell more"
         )
     shifts, shift_ses, ratios, ratio_ses = map(latents.split, errors)
-    judged = mean_bound, sd_bound, is_known and not objections, words
+    judged = mean_bound, sd_bound, is_known and not objections, bool(objections), words
     return Marginals(shifts, shift_ses, ratios, ratio_ses, *judged)
 
 

@@ -81,7 +81,7 @@ def test_few_draws_know_too_little():
     model, guide = partial(path, 20), PathGuide(20)
     found = marginals_of(chains_of(model, guide), guide.rsample_and_log_prob(60)[0])
     assert not found.trusted
-    assert "known too little (means accurate to" in found.words
+    assert "but the draws tell only this: means accurate to" in found.words
 
 
 def test_of_constrained_sites():

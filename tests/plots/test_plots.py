@@ -110,7 +110,7 @@ def known_marginals(size=40):
     ratio = {"m": torch.tensor(0.99), "z": torch.linspace(1.05, 0.6, size)}
     small = {name: torch.full_like(value, 0.02) for name, value in shift.items()}
     bounds = {"mean_bound": 0.55, "sd_bound": 0.45}
-    return Marginals(shift, small, ratio, small, **bounds, trusted=False, words="")
+    return Marginals(shift, small, ratio, small, **bounds, trusted=False, is_off=False, words="")
 
 
 def test_marginals(ax):

@@ -206,7 +206,8 @@ def about_lost_modes(lost: LostModes, is_settled: bool = True) -> Iterator[str]:
 def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
     """What the draws of an ensemble say of single latents, or why they say nothing."""
     if found is not None:
-        head = "Marginals trusted" if found.trusted else "Marginals not trusted"
+        unclear = "Marginals not trusted" if found.is_off else "Marginals not known well enough"
+        head = "Marginals trusted" if found.trusted else unclear
         return f" {head}: {found.words}."
     reason = "there are no chains" if ensemble is None else "chains have not mixed"
     return f" Single latents were not checked, since {reason}."
