@@ -185,10 +185,8 @@ class Ensemble:
                 return End.OUT_OF_TIME
             size = self.num_trajectories
             rhat = nested_rhat_of_values(self.draws, self.num_superchains)
-            worst, ess = float(rhat.max()), math.inf
-            if worst <= GOOD_RHAT:
-                ess = self._slowest_ess(rhat)
-            if ess >= num_samples and worst <= GOOD_RHAT:
+            worst = float(rhat.max())
+            if worst <= GOOD_RHAT and (ess := self._slowest_ess(rhat)) >= num_samples:
                 found = self.convergence()
                 if found.is_enough(num_samples):
                     return End.ENOUGH
@@ -290,7 +288,7 @@ class Ensemble:
         num_steps = math.ceil(self._length.next(self._count) / size)
         sizes = size * (_SMALLEST + (1 - _SMALLEST) * torch.rand_like(like))
         if factor is not None:
-            sizes = sizes * factor[:, None].to(sizes)
+            sizes = sizes * factor[:, None]
         self._state, info = trajectory(
             self._target,
             self._state,
@@ -348,7 +346,7 @@ class Ensemble:
         """Keeps the draws of so many trajectories more; fewer, but one, where the time is over before."""
         latents, bases = list[Tensor](), list[Tensor]()
         for _ in limited(range(number), at_least=1):
-            self._infos.append(self._step())
+            self._infos.append(self._step().without_points())
             latents.append(self._state.latent)
             bases.append(self._state.base)
         self._recent = torch.stack(bases, 1)

@@ -128,12 +128,11 @@ def far_apart(state: State, scale: Tensor, num_superchains: int) -> Tensor:
     size, best = density.shape[1], density.amax(1, keepdim=True)
     is_high = (density >= best - NEGLIGIBLE - NEGLIGIBLE_BY_DIM * dim).flatten()
     # the first of the second superchain is the model's start
-    chosen = [size]
-    for k in range(num_superchains):
-        if k == 1:
-            continue
+    chosen = {1: size}
+    for k in (0, *range(2, num_superchains)):
         own = torch.arange(k * size, (k + 1) * size, device=points.device)
-        distance = torch.cdist(points[own], points[chosen]).amin(1).nan_to_num(0.0)
-        chosen.append(int(own[(distance * is_high[own] + is_high[own]).argmax()]))
-    chosen.insert(1, chosen.pop(0))
-    return torch.tensor(chosen, dtype=torch.long, device=points.device)
+        distance = torch.cdist(points[own], points[[*chosen.values()]]).amin(1).nan_to_num(0.0)
+        chosen[k] = int(own[(distance * is_high[own] + is_high[own]).argmax()])
+    return torch.tensor(
+        [chosen[k] for k in range(num_superchains)], dtype=torch.long, device=points.device
+    )

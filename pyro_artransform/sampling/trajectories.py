@@ -65,6 +65,12 @@ class Info(NamedTuple):
     momentum: Tensor
     duration: Tensor
 
+    def without_points(self) -> "Info":
+        """The same without coordinates, which take the memory of five draws."""
+        none = self.momentum.new_empty(len(self.momentum), 0)
+        proposal = self.proposal._replace(base=none, latent=none, gradient=none)
+        return self._replace(proposal=proposal, momentum=none)
+
 
 def integrator_of(dim: int) -> Integrator:
     """The one that takes fewer gradients in so many dimensions."""
