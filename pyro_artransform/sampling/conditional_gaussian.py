@@ -10,20 +10,21 @@ other globals g, and is about Gaussian. With its mean m(g) and the Cholesky fact
 
     x = m(g) + L(g)^{-T} e
 
-makes (g, e) nearly standard normal: centred and non-centred coordinates are the two ends of these. Chains are
-right in any coordinates. So m, and the conditionals that L stands for, are polynomials of g, fitted to those at
-some draws, and cost little beside the density.
+makes (g, e) nearly standard normal: centred and non-centred coordinates are the two ends of these. Chains
+are right in any coordinates. So m, and the conditionals that L stands for, are polynomials of g, fitted to
+those at some draws, and cost little beside the density.
 
 **References**
 
-1. Importance Sampling-based Transport Map Hamiltonian Monte Carlo for Bayesian Hierarchical Models (Osmundsen,
-   Kleppe, Liesenfeld, 2021), https://arxiv.org/abs/1812.07929
-2. Approximate Bayesian Inference for Latent Gaussian Models by Using Integrated Nested Laplace Approximations
-   (Rue, Martino, Chopin, 2009), https://doi.org/10.1111/j.1467-9868.2008.00700.x
+1. Importance Sampling-based Transport Map Hamiltonian Monte Carlo for Bayesian Hierarchical Models
+   (Osmundsen, Kleppe, Liesenfeld, 2021), https://arxiv.org/abs/1812.07929
+2. Approximate Bayesian Inference for Latent Gaussian Models by Using Integrated Nested Laplace
+   Approximations (Rue, Martino, Chopin, 2009), https://doi.org/10.1111/j.1467-9868.2008.00700.x
 """
 
+import math
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import torch
@@ -36,20 +37,32 @@ from ..joint import LogJoint
 
 # dimensions from which on a field is looked for, and the most globals, levels, and parents on average
 _LEAST_DIM, _MOST_GLOBALS, _MOST_LEVELS, _MOST_PARENTS = 100, 16, 16, 8
-# draws at which conditionals are found, for each term of the polynomials, and the most terms
-_DRAWS_BY_TERM, _MOST_TERMS = 4, 40
+# the largest degree and the most terms of polynomials; draws for each term, and how much wider these are made
+_MOST_DEGREE, _MOST_TERMS, _DRAWS_BY_TERM, _WIDER = 4, 40, 3, 2.0
+# sds of a normal distribution between its outer tenths
+_BETWEEN_TENTHS = 2.563
 # steps of Newton's method to the mean given the globals, and those of differences, in sds
 _NUM_NEWTON, _DIFFERENCE = 3, 1e-3
 
 
 class Field(NamedTuple):
-    """The globals ``(G,)`` and the field ``(N,)`` among the latents, and the graph of the field given them."""
+    """The globals ``(G,)`` among the latents, the field ``(N,)``, level by level, and its graph given them.
+
+    :param order: the coordinates of the pattern in the order of the field.
+    :param sizes: those of the levels below the root block.
+    :param parents: for each of these, places of parents ``(m, k)`` in the field; those without are last.
+    :param color: for each coordinate of the pattern; columns of one colour have no row in common.
+    :param is_edge: which entries of the pattern are no fill-in, shape ``(num_entries,)``.
+    """
 
     of_globals: Tensor
     of_field: Tensor
+    order: Tensor
+    sizes: list[int]
+    parents: list[list[Tensor]]
     pattern: PrecisionPattern
-    color: Tensor  #: columns of one colour have no row in common, shape ``(N,)``
-    is_edge: Tensor  #: which entries of the pattern are no fill-in, shape ``(num_entries,)``
+    color: Tensor
+    is_edge: Tensor
 
     @classmethod
     def of(cls, log_joint: LogJoint) -> "Field | None":
@@ -66,36 +79,54 @@ class Field(NamedTuple):
         if coloring.num_hubs > _MOST_GLOBALS or bool(is_hub.all()):
             return None
         of_field = (~is_hub).nonzero()[:, 0]
-        place = {i: k for k, i in enumerate(of_field.tolist())}
+        index = {i: k for k, i in enumerate(of_field.tolist())}
         graph = MarkovGraph.from_neighbours(
-            [[place[j] for j in neighbours[i] if j in place] for i in place]
+            [[index[j] for j in neighbours[i] if j in index] for i in index]
         )
         elimination = graph.elimination
         is_deep = len(elimination.levels) > _MOST_LEVELS
         if is_deep or elimination.num_edges > _MOST_PARENTS * len(of_field):
             return None
         pattern = PrecisionPattern(elimination, start.device)
+        level = torch.tensor(elimination.level, device=start.device)
+        order, alone = [pattern.root], torch.zeros_like(level, dtype=torch.bool)
+        alone[pattern.alone] = True
+        for k, parts in enumerate(pattern.levels, 1):
+            order += [own for _, _, own, _ in parts]
+            order.append((alone & (level == k)).nonzero()[:, 0])
+        ordered = torch.cat(order)
+        # padding reads the first one, with a coefficient of zero
+        place = torch.cat([ordered.argsort(), ordered.new_zeros(1)])
         pairs = pattern.pairs().T.tolist()
         is_edge = [i == j or j in graph.neighbours[i] for i, j in pairs]
         return cls(
-            is_hub.nonzero()[:, 0],
-            of_field,
-            pattern,
-            graph.coloring.on(start.device),
-            torch.tensor(is_edge, dtype=torch.bool, device=start.device),
+            of_globals=is_hub.nonzero()[:, 0],
+            of_field=of_field[ordered],
+            order=ordered,
+            sizes=level.bincount()[1:].tolist(),
+            parents=[[place[above] for *_, above in parts] for parts in pattern.levels],
+            pattern=pattern,
+            color=graph.coloring.on(start.device),
+            is_edge=torch.tensor(is_edge, dtype=torch.bool, device=start.device),
         )
+
+    @property
+    def of_pattern(self) -> Tensor:
+        """The field in the order of the pattern, shape ``(N,)``."""
+        return self.of_field[self.order.argsort()]
 
     def gaussians(self, log_joint: LogJoint, points: Tensor, unit: Tensor) -> list[SparseGaussian]:
         """Gaussians of mean zero with the curvature of a density in the field, at points ``(n, D)``.
 
         :param unit: the sds of the latents, nearly, shape ``(D,)``.
         """
+        of_pattern = self.of_pattern
         step = points.new_zeros(int(self.color.max()) + 1, points.shape[1])
-        size = _DIFFERENCE * unit[self.of_field]
-        step[self.color, self.of_field] = size
+        size = _DIFFERENCE * unit[of_pattern]
+        step[self.color, of_pattern] = size
         ends = torch.stack([points[:, None] + step, points[:, None] - step])
         _, gradients = value_and_gradient(log_joint, ends.flatten(0, 2))
-        ahead, behind = gradients.reshape(ends.shape)[..., self.of_field]
+        ahead, behind = gradients.reshape(ends.shape)[..., of_pattern]
         rows, columns = self.pattern.pairs()
         entries = (behind - ahead)[:, self.color[columns], rows] / (2 * size[columns])
         entries = torch.where(self.is_edge, entries, 0.0)
@@ -113,90 +144,104 @@ class ConditionalGaussian:
     def __init__(self, field: Field, log_joint: LogJoint, latents: Tensor, unit: Tensor) -> None:
         self._field = field
         globals_ = latents[:, field.of_globals]
-        self._middle = globals_.mean(0)
-        self._spread = globals_.std(0).clamp_min(torch.finfo(latents.dtype).tiny ** 0.5)
-        self._low, self._high = globals_.amin(0) - self._spread, globals_.amax(0) + self._spread
-        count = globals_.shape[1]
-        self._has_squares = (count + 1) * (count + 2) // 2 <= _MOST_TERMS
-        number = _DRAWS_BY_TERM * self._terms(globals_[:1]).shape[1]
-        points = latents.median(0).values.repeat(min(number, len(latents)), 1)
-        points[:, field.of_globals] = globals_[
-            torch.linspace(0, len(latents) - 1, len(points), device=latents.device).long()
-        ]
+        tiny = torch.finfo(latents.dtype).tiny ** 0.5
+        ordered, count = globals_.sort(0).values, len(globals_)
+        low, self._middle, high = (ordered[count * k // 10] for k in (1, 5, 9))
+        self._spread = ((high - low) / _BETWEEN_TENTHS).clamp_min(tiny)
+        self._powers = _powers(globals_.shape[1]).to(latents.device)
+        number = min(_DRAWS_BY_TERM * len(self._powers), len(latents))
+        points = latents.median(0).values.repeat(number, 1)
+        chosen = torch.linspace(0, len(latents) - 1, number, device=latents.device).long()
+        deviations = (globals_[chosen] - self._middle).clamp(-3 * self._spread, 3 * self._spread)
+        wide = self._middle + _WIDER * deviations
+        self._low, self._high = wide.amin(0), wide.amax(0)
+        points[:, field.of_globals] = wide
         gaussians = field.gaussians(log_joint, points, unit)
         for _ in range(_NUM_NEWTON):
             _, gradients = value_and_gradient(log_joint, points)
-            moves = [g.solve(row) for g, row in zip(gaussians, gradients[:, field.of_field])]
-            points[:, field.of_field] += torch.stack(moves).nan_to_num(0.0, 0.0, 0.0)
+            moves = [g.solve(row) for g, row in zip(gaussians, gradients[:, field.of_pattern])]
+            points[:, field.of_pattern] += torch.stack(moves).nan_to_num(0.0, 0.0, 0.0)
         gaussians = field.gaussians(log_joint, points, unit)
         root = gaussians[0].root_tril
-        self._below = torch.tril_indices(*root.shape, -1, device=root.device)
+        self._below = torch.tril_indices(len(root), len(root), -1, device=root.device)
         found = torch.cat(
             [points[:, field.of_field], torch.stack([*map(self._numbers, gaussians)])], 1
         )
         is_finite = found.isfinite().all(1)
         terms = self._terms(points[:, field.of_globals])
-        self._weights = torch.linalg.pinv(terms[is_finite]) @ found[is_finite]
+        self._weights = (torch.linalg.pinv(terms[is_finite]) @ found[is_finite]).T.contiguous()
 
     def _terms(self, globals_: Tensor) -> Tensor:
         """Those of the polynomials, shape ``(n, num_terms)``; beyond the draws they stay as they are."""
         t = (globals_.clamp(self._low, self._high) - self._middle) / self._spread
-        terms = [torch.ones_like(globals_.sum(1, keepdim=True)), t]
-        if self._has_squares:
-            i, j = torch.triu_indices(t.shape[1], t.shape[1], device=t.device)
-            terms.append(t[:, i] * t[:, j])
-        return torch.cat(terms, 1)
+        factors = torch.cat([torch.ones_like(globals_.sum(1, keepdim=True)), t], 1)
+        terms = torch.ones_like(factors[:, :1])
+        for power in self._powers.T:
+            terms = terms * factors[:, power]
+        return terms
 
     def _numbers(self, gaussian: SparseGaussian) -> Tensor:
         """Those of a Gaussian that polynomials give: log scales, the root's factor, coefficients."""
-        root = gaussian.root_tril
-        log_scale = gaussian.scale.log().index_fill(0, self._field.pattern.root, 0.0)
-        parts = [log_scale, root.diagonal().log(), root[self._below[0], self._below[1]]]
-        return torch.cat([*parts, *(part.flatten() for part in gaussian.coefficients)])
+        field, root = self._field, gaussian.root_tril
+        log_scale = gaussian.scale.log()[field.order[len(root) :]]
+        parts = [root.diagonal().log(), log_scale, root[self._below[0], self._below[1]]]
+        for level in field.pattern.levels:
+            parts += [gaussian.coefficients[g][part].flatten() for g, part, _, _ in level]
+        return torch.cat(parts)
 
-    def _conditionals(
-        self, globals_: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], Tensor]:
-        """Means and scales ``(N, C)``, the root's factors ``(C, R, R)``, coefficients ``(m, k, C)``, log-det."""
-        pattern = self._field.pattern
-        size, root, num_below = len(self._field.of_field), len(pattern.root), self._below.shape[1]
-        sizes = [size, size, root, num_below, *(g.parents.numel() for g in pattern.groups)]
-        numbers = (self._terms(globals_) @ self._weights).T
-        loc, log_scale, log_root, below, *rest = (
-            numbers[a:b] for a, b in pairwise(accumulate(sizes, initial=0))
-        )
-        factors = torch.diag_embed(log_root.exp().T)
+    def _conditionals(self, globals_: Tensor) -> tuple[Tensor, Tensor, Tensor, Iterator[Tensor]]:
+        """Means and log scales ``(N, C)``, the root's factors ``(C, R, R)``, coefficients ``(m k, C)``."""
+        size, num_root = len(self._field.order), len(self._field.pattern.root)
+        above = [parents.numel() for level in self._field.parents for parents in level]
+        sizes = [size, size, self._below.shape[1], *above]
+        numbers = self._weights @ self._terms(globals_).T
+        loc, log_scale, below, *rest = numbers.split(sizes)
+        factors = torch.diag_embed(log_scale[:num_root].exp().T)
         rows = torch.arange(len(factors), device=factors.device)[:, None]
         factors = factors.index_put((rows, self._below[0], self._below[1]), below.T)
-        coefficients = [part.unflatten(0, g.parents.shape) for part, g in zip(rest, pattern.groups)]
-        return loc, log_scale.exp(), factors, coefficients, log_scale.sum(0) + log_root.sum(0)
-
-    def _levels(self, coefficients: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """For each level the coordinates, their parents, and the coefficients of these."""
-        for parts in self._field.pattern.levels:
-            for g, part, own, above in parts:
-                yield own, above, coefficients[g][part]
+        return loc, log_scale, factors, iter(rest)
 
     def __call__(self, base: Tensor) -> tuple[Tensor, Tensor]:
         """Latents at (g, e), both ``(C, D)``, and the log-determinants, shape ``(C,)``."""
-        field, root = self._field, self._field.pattern.root
-        loc, scale, factors, coefficients, ladj = self._conditionals(base[:, field.of_globals])
+        field, num_root = self._field, len(self._field.pattern.root)
+        loc, log_scale, factors, rest = self._conditionals(base[:, field.of_globals])
         noise = base[:, field.of_field].T
-        of_root = (factors @ noise[root].T[..., None])[..., 0].T
-        # padding reads the last row
-        z = torch.cat([(scale * noise).index_copy(0, root, of_root), torch.zeros_like(noise[:1])])
-        for own, above, weight in self._levels(coefficients):
-            z = z.index_add(0, own, (weight * z[above]).sum(1))
-        return base.index_copy(1, field.of_field, (loc + z[:-1]).T), ladj
+        z = (factors @ noise[:num_root].T[..., None])[..., 0].T
+        levels = (log_scale[num_root:].exp() * noise[num_root:]).split(field.sizes)
+        for own, parents in zip(levels, field.parents):
+            z = torch.cat([z, own + _sums(z, parents, rest, len(own))])
+        return base.index_copy(1, field.of_field, (loc + z).T), log_scale.sum(0)
 
     def inverse(self, latents: Tensor) -> Tensor:
         """(g, e) at latents, both of shape ``(C, D)``."""
-        field, root = self._field, self._field.pattern.root
-        loc, scale, factors, coefficients, _ = self._conditionals(latents[:, field.of_globals])
+        field, num_root = self._field, len(self._field.pattern.root)
+        loc, log_scale, factors, rest = self._conditionals(latents[:, field.of_globals])
         z = latents[:, field.of_field].T - loc
-        padded, noise = torch.cat([z, torch.zeros_like(z[:1])]), z
-        for own, above, weight in self._levels(coefficients):
-            noise = noise.index_add(0, own, -(weight * padded[above]).sum(1))
-        of_root = torch.linalg.solve_triangular(factors, z[root].T[..., None], upper=False)
-        noise = (noise / scale).index_copy(0, root, of_root[..., 0].T)
-        return latents.index_copy(1, field.of_field, noise.T)
+        of_root = z[:num_root].T[..., None]
+        noise = [torch.linalg.solve_triangular(factors, of_root, upper=False)[..., 0].T]
+        start = num_root
+        for size, parents in zip(field.sizes, field.parents):
+            own = slice(start, start + size)
+            deviation = z[own] - _sums(z[:start], parents, rest, size)
+            noise.append(deviation / log_scale[own].exp())
+            start += size
+        return latents.index_copy(1, field.of_field, torch.cat(noise).T)
+
+
+def _powers(num_globals: int) -> Tensor:
+    """The factors of each term, 0 for one and k for global k: shape ``(num_terms, degree)``."""
+    degree = 1
+    while degree < _MOST_DEGREE and math.comb(num_globals + degree + 1, degree + 1) <= _MOST_TERMS:
+        degree += 1
+    found = [*combinations_with_replacement(range(num_globals + 1), degree)]
+    return torch.tensor(found, dtype=torch.long, device="cpu")
+
+
+def _sums(z: Tensor, parents: list[Tensor], coefficients: Iterator[Tensor], size: int) -> Tensor:
+    """What coordinates of a level have from those above, ``(size, C)``; the last ones have no parents."""
+    found = []
+    for above in parents:
+        weight = next(coefficients).unflatten(0, above.shape)
+        found.append((weight * z[above]).sum(1))
+    num_alone = size - sum(map(len, found))
+    return torch.cat([*found, z.new_zeros(num_alone, z.shape[1])])

@@ -19,8 +19,8 @@ from .starts import climb, far_apart, latin_hypercube, overdispersed
 from .target import PulledBack, State, ToLatent, identity
 from .trajectories import Info, integrator_of, trajectory
 
-# trajectories of the rounds of warm-up, the rounds after which other coordinates are tried for a field, and that
-# after which they are fitted again, or elements with strong data are centred
+# trajectories of the rounds of warm-up, the round after which other coordinates are tried for a field, and
+# that after which these are fitted again, or elements with strong data are centred
 _WARM_UP, _FIELD_AFTER, _CENTERED_AFTER = (8, 12, 20, 30, 10, 8), 1, 3
 # the steps of a trajectory at most, in the first rounds and later
 _FEW_STEPS, _MANY_STEPS = 10, 500
@@ -56,7 +56,7 @@ class MovingChains:
         self._integrator, self._step_size = integrator_of(dim), StepSize(dim)
         self._state: State
         self._has_begun = False
-        self._field: Field | None = None
+        self._field: tuple[LogJoint, Field] | None = None
         self.num_begun_anew = 0  #: chains that were lost, and begun anew at another one
         self._proposals: IndependentProposals | None = None
         if to_latent is not None and dim <= _MOST_WITH_PROPOSALS:
@@ -119,11 +119,15 @@ class MovingChains:
             if index < len(_WARM_UP) - 1:
                 self._learn(self._rejoined(states))
             if index == _FIELD_AFTER and self.to_latent is None:
-                self._field = self._field or Field.of(self._all_centered())
+                self._field = self._field or self._find_field()
                 self._transform_field(states)
             if index == _CENTERED_AFTER and self.to_latent is None:
-                is_of_field = self._target.to_latent is not identity
-                if self._transform_field(states) if is_of_field else self._center(states):
+                if self._target.to_latent is not identity:
+                    # from draws that come nearer to the posterior
+                    if self._transform_field(states):
+                        states = self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
+                    self._transform_field(states)
+                elif self._center(states):
                     self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
 
     def _adapt(self, number: int, most_steps: int, by_chain: bool) -> list[State]:
@@ -200,22 +204,31 @@ class MovingChains:
         other = with_strong_data_centered(self.log_joint, gradients, self._has_parents)
         return other is not self.log_joint and self._go_on_in(PulledBack(other), states)
 
-    def _all_centered(self) -> LogJoint:
-        """The density in coordinates where the graph of a field is that of the model."""
-        given = self.log_joint.coordinates
-        if given is None:
-            return self.log_joint
-        centered = given.centered.masked_fill(self._has_parents, 1.0)
-        return self.log_joint.with_coordinates(given._replace(centered=centered))
+    def _find_field(self) -> tuple[LogJoint, Field] | None:
+        """The coordinates of a field, and the field: those of the prior, or of its scales alone.
+
+        A path whose location is the state before has a sparse graph in the latter only. Those of the model
+        would do as well where the posterior is, but not in the neck of a funnel.
+        """
+        densities, given = [self.log_joint], self.log_joint.coordinates
+        if given is not None and bool(self._has_parents.any()):
+            parts = self.log_joint.latents.split(self._has_parents)
+            is_root = {name: not bool(parts[name].any()) for name in given.with_location}
+            of_scales = {name: has and is_root[name] for name, has in given.with_location.items()}
+            other = given._replace(with_location=of_scales)
+            densities.append(self.log_joint.with_coordinates(other))
+        found = ((density, Field.of(density)) for density in densities)
+        return next(((density, field) for density, field in found if field is not None), None)
 
     def _transform_field(self, states: list[State]) -> bool:
         """Goes on in coordinates where a field is standard normal given its globals, if it is, nearly."""
         if self._field is None:
             return False
-        density = self._all_centered()
-        latent, _ = density.from_unconstrained(self._unconstrained(states))
+        density, field = self._field
+        settled = states[-max(len(states) // 3, 1) :]
+        latent, _ = density.from_unconstrained(self._unconstrained(settled))
         sds = latent.std(0).clamp_min(torch.finfo(latent.dtype).tiny ** 0.5)
-        fitted = ConditionalGaussian(self._field, density, latent, sds)
+        fitted = ConditionalGaussian(field, density, latent, sds)
         return self._go_on_in(PulledBack(density, fitted), states, only_if_better=True)
 
     def _unconstrained(self, states: list[State]) -> Tensor:
