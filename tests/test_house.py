@@ -39,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "graphs"),
         *("joint", "posterior", "files"),
     },
-    "sampling": {"arguments", "capture", "time_limit", "joint"},
+    "sampling": {"arguments", "capture", "time_limit", "graphs", "joint"},
     "diagnostics": {"arguments", "time_limit", "joint", "transforms", "sampling"},
     "posterior": {"arguments", "joint"},
     "inference": {
