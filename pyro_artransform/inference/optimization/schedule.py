@@ -19,9 +19,12 @@ LITTLE_TO_WIN = "little was left to win, as far as its weights tell"
 LIMIT = (
     "the largest number of steps that a fit takes by itself was reached while the ELBO still moved"
 )
-# steps in which the step size rises at first, the constant part of a given number of steps, and the steps
-# that the average of parameters reaches back at least
-_WARM_UP, _CONSTANT_SHARE, _AVERAGED_STEPS = 20, 0.4, 100
+# steps in which the step size rises at first, and those in which it falls, of a given number a share at most
+_WARM_UP, _DECAY, _DECAY_SHARE = 20, 150, 0.4
+# the share of the step size that it falls from: the noise of its gradient for the tails is larger
+_DECAY_FACTOR = 0.3
+# what the average of parameters reaches back, as a share of all steps
+_AVERAGED_SHARE = 1 / 3
 # epochs in a window, and in the longest constant phase where these are more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
@@ -44,6 +47,8 @@ def remaining_gap(draws: Tensor, is_start: bool = False) -> float:
 class Schedule:
     """A constant step size for as long as the ELBO improves, then half a cosine down to zero.
 
+    The cosine begins at the average of the parameters.
+
     :param epoch: the steps in which the noise of mini-batches cancels; 1 without a loader.
     :param num_steps: the number of steps that were asked for, if they were.
     :param end: the number of steps in all; ``None`` while it is not known.
@@ -64,18 +69,19 @@ class Schedule:
             self,
             num_steps=num_steps,
             end=num_steps,
-            decay_start=math.ceil(_CONSTANT_SHARE * num_steps),
+            decay_start=num_steps - min(self._num_decaying, int(_DECAY_SHARE * num_steps)),
             reason=f"all {num_steps} steps that were asked for were taken",
         )
 
     def ending_at(self, step: int, reason: str) -> "Schedule":
         """The schedule of a fit that ends now."""
-        return replace(self, end=step, reason=reason)
+        start = step if self.end is None else min(self.decay_start, step)
+        return replace(self, decay_start=start, end=step, reason=reason)
 
     def observe(self, losses: Sequence[float]) -> "Schedule":
         """The schedule after the losses of all steps: once they stop falling the step size does."""
         step = len(losses)
-        if self.end is not None or step % self.whole_epochs(self.config.window // 6):
+        if self.end is not None or step % self.whole_epochs(self.config.window // 4):
             return self
         if self.is_still(losses):
             return self._decaying(step, PLATEAU)
@@ -85,19 +91,20 @@ class Schedule:
 
     def _decaying(self, step: int, reason: str) -> "Schedule":
         """The schedule whose step size goes down from now on."""
-        return replace(self, decay_start=step, end=self._end_of_decay(step), reason=reason)
+        return replace(self, decay_start=step, end=step + self._num_decaying, reason=reason)
 
-    def _end_of_decay(self, start: int) -> int:
-        return start + self.whole_epochs(math.ceil(self.config.decay_share * start))
+    @property
+    def _num_decaying(self) -> int:
+        return self.whole_epochs(_DECAY)
 
     def expected_end(self, step: int) -> int:
         """The number of steps in all; while it is not known, that of a fit that stops moving now."""
         still = max(step, 2 * self.whole_epochs(self.config.window, _MIN_EPOCHS))
-        return self._end_of_decay(still) if self.end is None else self.end
+        return still + self._num_decaying if self.end is None else self.end
 
     def is_for_check(self, step: int) -> bool:
         """Whether to check, after a number of steps, what is left to win."""
-        every = self.config.check_every
+        every = self.config.window // 4
         return self.end is None and step >= 2 * every and step % every == 0
 
     def after_check(self, step: int, gap: float) -> "Schedule":
@@ -125,26 +132,28 @@ class Schedule:
         (old, old_var), (new, new_var) = _mean_and_variance(before), _mean_and_variance(after)
         return not old - new > max(self.config.min_improvement, math.sqrt(old_var + new_var))
 
+    def is_constant_until(self, step: int) -> bool:
+        """Whether the step size falls from a number of steps on."""
+        return self.end is not None and step == self.decay_start
+
     def is_over(self, step: int) -> bool:
         """Whether a number of steps is enough."""
         return self.end is not None and step >= self.end
 
     def factor(self, step: int) -> float:
         """What to multiply the step size by, after a number of steps."""
-        size = min(1.0, (step + 1) / _WARM_UP)
-        if self.end is None:
-            return size
-        share = max(step - self.decay_start, 0) / max(self.end - self.decay_start, 1)
-        return size * 0.5 * (1 + math.cos(math.pi * share))
+        if self.end is None or step < self.decay_start:
+            return min(1.0, (step + 1) / _WARM_UP)
+        share = (step - self.decay_start) / (self.end - self.decay_start)
+        return _DECAY_FACTOR * 0.5 * (1 + math.cos(math.pi * share))
 
     def average_weight(self, step: int) -> float:
-        """The weight of the newest parameters in their average, by a share that of polynomial decay.
+        """The weight of the parameters after so many steps in their average, as of polynomial decay.
 
         See Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
         Averaging Schemes (Shamir, Zhang, 2013), https://arxiv.org/abs/1212.1824.
         """
-        reach = max(_AVERAGED_STEPS, self.config.averaged_share * step)
-        return 1 / min(reach, step + 1)
+        return 1 / max(_AVERAGED_SHARE * step, 1)
 
 
 def _mean_and_variance(losses: Sequence[float]) -> tuple[float, float]:

@@ -10,6 +10,9 @@ import torch
 from pyro_artransform.inference.config import OptimizationConfig
 from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.schedule import (
+    _AVERAGED_SHARE,
+    _DECAY,
+    _DECAY_FACTOR,
     LIMIT,
     LITTLE_TO_WIN,
     NOTHING_TO_WIN,
@@ -57,7 +60,7 @@ def test_ends_where_nothing_moves():
     plan, taken = steps(schedule(), noise(20_000))
     assert plan.reason == PLATEAU
     assert taken == plan.end < 20_000
-    assert plan.factor(plan.decay_start) == 1.0
+    assert plan.factor(plan.decay_start) == _DECAY_FACTOR
     assert plan.factor(plan.end - 1) < 0.01
 
 
@@ -93,7 +96,7 @@ def test_the_average_reaches_back_a_share_of_the_steps():
     for step, value in enumerate(values[1:], 1):
         found = found + plan.average_weight(step) * (value - found)
     # an average of n values has a variance of 1 / n, one with exponential weights of 1 / (2 n)
-    assert found.std() < 2 * (2 * CONFIG.averaged_share * 9000) ** -0.5
+    assert found.std() < 2 * (2 * _AVERAGED_SHARE * 9000) ** -0.5
 
 
 # Checks of what is left to win
@@ -139,7 +142,7 @@ def test_a_fit_ends_before_its_first_step_where_nothing_is_left_to_win():
 
 def test_a_fit_with_little_left_to_win_goes_to_its_end():
     plan = schedule().after_check(300, NEAR)
-    assert (plan.decay_start, plan.end, plan.reason) == (300, 480, LITTLE_TO_WIN)
+    assert (plan.decay_start, plan.end, plan.reason) == (300, 300 + _DECAY, LITTLE_TO_WIN)
     assert not plan.is_for_check(350)
     # one that is far off goes on, and is checked again
     assert schedule().after_check(100, 0.5) == schedule().after_check(100, math.inf) == schedule()
@@ -149,9 +152,9 @@ def test_a_fit_with_little_left_to_win_goes_to_its_end():
 def test_the_expected_end():
     plan = schedule()
     # two windows, the decay
-    assert plan.expected_end(1) == plan.expected_end(600) == 600 + 360
-    assert plan.expected_end(1000) == 1000 + 600
-    assert plan.after_check(300, NEAR).expected_end(350) == 480
+    assert plan.expected_end(1) == plan.expected_end(400) == 400 + _DECAY
+    assert plan.expected_end(1000) == 1000 + _DECAY
+    assert plan.after_check(300, NEAR).expected_end(350) == 300 + _DECAY
     assert schedule(50).expected_end(10) == 50
     assert schedule().ending_at(0, "now").expected_end(0) == 0
 
