@@ -4,7 +4,7 @@
 """When the step size goes down, when a fit ends, and what its parameters are averaged over."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -19,24 +19,28 @@ LITTLE_TO_WIN = "little was left to win, as far as its weights tell"
 LIMIT = (
     "the largest number of steps that a fit takes by itself was reached while the ELBO still moved"
 )
-# steps in which the step size rises at first, and those in which it falls, of a given number a share at most
-_WARM_UP, _DECAY, _DECAY_SHARE = 20, 150, 0.4
-# the share of the step size that it falls from: the noise of its gradient for the tails is larger
-_DECAY_FACTOR = 0.3
+# steps in which the step size rises at first
+_WARM_UP = 20
+# steps in which it falls, and the share of it that it falls from: the gradient for the tails is noisier
+_DECAY, _DECAY_FACTOR = 150, 0.3
+# the same of a given number of steps, which may end far from the posterior: all of them have to move
+_DECAY_SHARE, _DECAY_FACTOR_OF_GIVEN = 0.4, 1.0
+# how many times as many draws say that no step is left: by a thousand k-hat is known to 0.15
+_TIMES_AT_END = 5
 # what the average of parameters reaches back, as a share of all steps
 _AVERAGED_SHARE = 1 / 3
 # epochs in a window, and in the longest constant phase where these are more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
 
-def remaining_gap(draws: Tensor, is_start: bool = False) -> float:
+def remaining_gap(draws: Tensor, has_variance: bool = False) -> float:
     """What the ELBO lacks to the evidence in nats, by log weights ``(n,)``.
 
-    It is inf where they do not know it; of a start where they may have no variance either, as those of a
+    It is inf where they do not know it; and where they may have no variance, if they have to, as those of a
     Gaussian of a posterior with a tail, whose gap is 0.001 nats and whose k-hat 0.9.
     """
     # weights with a heavy tail know too little of the evidence
-    bound, num_se = (KHAT_OF_VARIANCE, 1.0) if is_start else (GOOD_KHAT, 0.0)
+    bound, num_se = (KHAT_OF_VARIANCE, 1.0) if has_variance else (GOOD_KHAT, 0.0)
     tail, elbo = fit_tail(draws), draws.mean()
     if not math.isfinite(elbo) or tail.khat + num_se * tail.khat_se > bound:
         return math.inf
@@ -69,7 +73,7 @@ class Schedule:
             self,
             num_steps=num_steps,
             end=num_steps,
-            decay_start=num_steps - min(self._num_decaying, int(_DECAY_SHARE * num_steps)),
+            decay_start=num_steps - int(_DECAY_SHARE * num_steps),
             reason=f"all {num_steps} steps that were asked for were taken",
         )
 
@@ -107,11 +111,20 @@ class Schedule:
         every = self.config.window // 4
         return self.end is None and step >= 2 * every and step % every == 0
 
-    def after_check(self, step: int, gap: float) -> "Schedule":
-        """The schedule after a check of the gap to the evidence: with a good one the step size falls."""
-        if gap > self.config.good_gap:
+    def after_check(self, step: int, log_weights: Callable[[int], Tensor]) -> "Schedule":
+        """The schedule after a check of the gap to the evidence: with a good one the step size falls.
+
+        Where weights have a variance as well there are no more steps.
+
+        :param log_weights: those of a number of draws.
+        """
+        config = self.config
+        if remaining_gap(log_weights(config.num_compared)) > config.good_gap:
             return self
-        return self._decaying(step, LITTLE_TO_WIN) if step else self.ending_at(0, NOTHING_TO_WIN)
+        more = log_weights(_TIMES_AT_END * config.num_compared)
+        if remaining_gap(more, has_variance=True) <= config.good_gap:
+            return self.ending_at(step, NOTHING_TO_WIN)
+        return self._decaying(step, LITTLE_TO_WIN) if step else self
 
     def whole_epochs(self, steps: int, min_epochs: int = 1) -> int:
         """A number of steps rounded up to whole epochs, and to a number of these."""
@@ -145,7 +158,8 @@ class Schedule:
         if self.end is None or step < self.decay_start:
             return min(1.0, (step + 1) / _WARM_UP)
         share = (step - self.decay_start) / (self.end - self.decay_start)
-        return _DECAY_FACTOR * 0.5 * (1 + math.cos(math.pi * share))
+        size = _DECAY_FACTOR if self.num_steps is None else _DECAY_FACTOR_OF_GIVEN
+        return size * 0.5 * (1 + math.cos(math.pi * share))
 
     def average_weight(self, step: int) -> float:
         """The weight of the parameters after so many steps in their average, as of polynomial decay.

@@ -19,12 +19,10 @@ from ...capture import ReplayError
 from ..parallel import Gradients, Parallel
 from .objective import Objective
 from .optimizers import Adam, Optimizer, Scales, users_optimizer
-from .schedule import Schedule, remaining_gap
+from .schedule import Schedule
 
 _END = ("decay_start", "end", "reason")
 _COPIED = ("norms", "average")
-# how many times as many draws say that a start is the posterior: by a thousand k-hat is known to 0.15
-_MORE_AT_START = 5
 # gradients are clipped to a multiple of the median norm of so many steps
 _CLIP_FACTOR, _CLIP_WINDOW = 3.0, 100
 # steps in a row that are not finite before a fit gives up, and skipped steps whose sites are named
@@ -64,12 +62,12 @@ class Training:
         parallel: Parallel | None = None,
     ) -> None:
         self.objective, self.num_particles = objective, num_particles
-        self.schedule, self._config = schedule, schedule.config
+        self.schedule = schedule
         self._parallel, self.parameters = parallel or Parallel(), objective.parameters()
         if not self.parameters:
             raise ValueError("there is nothing to train: neither guide nor model has parameters")
         self.trained = list(self.parameters.values())
-        is_guide_alone, config = objective.is_guide_alone(), self._config
+        is_guide_alone, config = objective.is_guide_alone(), schedule.config
         step_size = config.step_size if is_guide_alone else config.model_step_size
         self.optimizer: Optimizer = (
             Adam(self.trained, step_size, scales)
@@ -112,13 +110,13 @@ class Training:
         """Ends a fit before its first step that finds its end itself, and has nothing left to win."""
         self.start = name
         is_asked = self.schedule.num_steps is not None or not self._has_decay
-        if self._has_checks and not is_asked and self._gap() <= self._config.good_gap:
-            self.schedule = self.schedule.after_check(0, self._gap(_MORE_AT_START, is_start=True))
+        if self._has_checks and not is_asked:
+            self.schedule = self.schedule.after_check(0, self._log_weights)
 
-    def _gap(self, times: int = 1, is_start: bool = False) -> float:
-        """What is left to win, by a number of times as many draws as ever."""
-        own = self._parallel.share(times * self._config.num_compared)
-        return remaining_gap(self._parallel.gather(self.objective.elbo_draws(own)), is_start)
+    def _log_weights(self, count: int) -> Tensor:
+        """Those of so many draws of all processes."""
+        own = self._parallel.share(count)
+        return self._parallel.gather(self.objective.elbo_draws(own))
 
     def is_over(self) -> bool:
         """Whether the schedule is at its end."""
@@ -150,7 +148,7 @@ class Training:
         if self._has_checks and self.schedule.is_for_check(self.num_steps):
             present = copies(self.trained)
             copy_to(self.trained, self._average)
-            self.schedule = self.schedule.after_check(self.num_steps, self._gap())
+            self.schedule = self.schedule.after_check(self.num_steps, self._log_weights)
             copy_to(self.trained, present)
         if self._has_decay and self.schedule.is_constant_until(self.num_steps):
             copy_to(self.trained, self._average)
