@@ -21,9 +21,7 @@ class InitializationConfig:
     num_draws: int = 400  #: effective draws of each latent, where no other number is asked for
     num_for_start: int = 100  #: the same where they only start the guide, and by loop
     max_trajectories: int = 1000  #: of each chain at most, where no number of draws is asked for
-    num_compared: int = (
-        1024  #: draws that make the initial Gaussian, and that the guide is compared on
-    )
+    num_compared: int = 1024  #: draws of the initial Gaussian, and of its comparison with the guide
 
     def with_fewer(self) -> "InitializationConfig":
         """The same with fewer draws, where an evaluation is expensive."""
@@ -41,12 +39,9 @@ class OptimizationConfig:
     model_step_size: float = 5e-3
     window: int = 200  #: steps whose mean ELBO is compared with that of the same number before
     min_improvement: float = 0.01  #: nats between windows below which a fit does not go on
-    good_gap: float = (
-        0.005  #: nats at which the step size falls: a mean that is 0.1 sd off costs so much
-    )
-    num_compared: int = (
-        1000  #: draws that an estimate of the gap is from, at each quarter of a window
-    )
+    #: nats at which the step size falls: a mean that is 0.1 sd off costs so much
+    good_gap: float = 0.005
+    num_compared: int = 1000  #: draws of an estimate of the gap, at each quarter of a window
     max_constant: int = 3000  #: the longest constant phase
     checkpoint_every: int = 100  #: steps between two checkpoints
 

@@ -102,10 +102,6 @@ class Training:
     def num_skipped(self) -> int:
         return sum(map(math.isnan, self.losses))
 
-    def last_are_skipped(self, count: int) -> bool:
-        """Whether so many steps in a row were skipped just now."""
-        return sum(map(math.isnan, self.losses[-count:])) == count
-
     def check_start(self, name: str) -> None:
         """Ends a fit before its first step that finds its end itself, and has nothing left to win."""
         self.start = name
@@ -192,7 +188,7 @@ class Training:
         if self.num_skipped < _MAX_NAMED:  # naming a site runs the model again
             self.culprits.update(self._nonfinite_sites() or ["the gradient"])
         self.losses.append(math.nan)
-        if self.last_are_skipped(_MAX_SKIPS):
+        if sum(map(math.isnan, self.losses[-_MAX_SKIPS:])) == _MAX_SKIPS:
             raise FitError(
                 f"the fit stopped: the loss or its gradient was not finite in {_MAX_SKIPS} steps "
                 f"in a row, because of {', '.join(self.culprits)}. The parameters are finite, as the "
