@@ -74,7 +74,7 @@ class Training:
             if optim is None
             else users_optimizer(optim, self.trained)
         )
-        # the steps of a user's optimizer have its own size
+        # a user's optimizer ends where its own step sizes lead
         self._has_decay = optim is None
         #: the loss of each step, NaN where the step was skipped
         self.losses: list[float] = []
@@ -222,8 +222,8 @@ class Training:
         return self.objective.loss(own), own
 
     def finish(self) -> None:
-        """Leaves the average of the parameters, or what smaller steps have made of it."""
-        if self.losses and not (self._has_decay and self.num_steps > self.schedule.decay_start):
+        """Leaves the average of the parameters, or what smaller or a user's own steps have made."""
+        if self.losses and self._has_decay and self.num_steps <= self.schedule.decay_start:
             copy_to(self.trained, self._average)
 
     def state(self) -> dict[str, Any]:
