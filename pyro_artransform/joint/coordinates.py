@@ -27,7 +27,7 @@ costs one run.
    https://arxiv.org/abs/1906.03028
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -50,8 +50,6 @@ from .vectorization import DrawPlate
 # above it an element is as the model is written, which costs nothing (benchmarks/coordinates.md)
 _CENTERED = 0.95
 _BETWEEN_QUARTILES = 1.349  # sds of a normal distribution
-# in units of the prior: curvatures are those of a smooth function
-_DIFFERENCE = 1e-3
 
 
 class SiteCoordinates(NamedTuple):
@@ -209,62 +207,69 @@ def map_draws(
 
 @torch.no_grad()
 def find_mapped(
-    run: Callable[[], object], latents: Latents, points: Tensor, with_shapes: bool = False
+    run: Callable[[], object], latents: Latents, points: Tensor, improper: Container[str] = ()
 ) -> dict[str, bool]:
-    """The latents with coordinates from the prior, and whether their prior depends on other latents.
-
-    Where none depends, there are none; where some do, scales at the root with a shape are among them.
+    """The latents that may have coordinates from the prior, and whether this depends on other latents.
 
     :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
-    :param with_shapes: whether priors with a shape are among them in any case.
+    :param improper: the sites whose masks make their priors improper.
     """
     state, given = torch.get_rng_state(), list(map(latents.constrain, points))
-    first, indices = _priors(run, latents, given[0])
+    first = traced_at(run, given[0])
     torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
-    second, indices = _priors(run, latents, {**given[1], **indices})
-    again, _ = _priors(run, latents, {**given[1], **indices})
+    second = traced_at(run, given[1])
+    nodes: Iterable[tuple[str, Any]] = second.nodes.items()
+    indices = {k: n["value"] for k, n in nodes if n["type"] == "sample" and site_is_subsample(n)}
+    again = traced_at(run, {**given[1], **indices})
     torch.set_rng_state(state)
+    one, two, three = (priors_of(t.nodes, latents, improper) for t in (first, second, again))
     # that of a latent which depends on one that is hidden is no function of the latents
-    random = depend_on_latents(second, again)
-    priors = {name: prior for name, prior in first.items() if name not in random}
-    dependent = depend_on_latents(priors, second)
-    has_shapes = with_shapes or bool(dependent)
-    shaped = [name for name, prior in priors.items() if prior.shape is not None and has_shapes]
-    return {name: name in dependent for name in priors if name in {*dependent, *shaped}}
+    random = depend_on_latents(two, three)
+    return compare_priors({k: prior for k, prior in one.items() if k not in random}, two)
 
 
-@torch.no_grad()
-def prior_scales(run: Callable[[], object], latents: Latents, u: Tensor) -> Tensor:
-    """The scale of each prior at a point of the unconstrained space, shape ``(latent_dim,)``; else 1."""
-    priors, _ = _priors(run, latents, latents.constrain(u))
-    found = torch.ones_like(u)
+def compare_priors(
+    one: Mapping[str, PriorScale], other: Mapping[str, PriorScale]
+) -> dict[str, bool]:
+    """The latents whose priors depend on others, or have a shape, by their priors at two points."""
+    dependent = depend_on_latents(one, other)
+    shaped = (name for name, prior in one.items() if prior.shape is not None)
+    kept = {*dependent, *shaped}
+    return {name: name in dependent for name in one if name in kept}
+
+
+def scales_of(priors: Mapping[str, PriorScale], latents: Latents, like: Tensor) -> Tensor:
+    """The scale of each prior as a vector like another one ``(latent_dim,)``; 1 where it has none."""
+    found = torch.ones_like(like)
     for name, part in latents.views(found).items():
         if name in priors:
             part.copy_(priors[name].diagonal)
     return torch.where(found.isfinite() & (found > 0), found, 1.0)
 
 
-def _priors(
-    run: Callable[[], object], latents: Latents, values: dict[str, Tensor]
-) -> tuple[dict[str, PriorScale], dict[str, Tensor]]:
-    """The priors with a location and a scale in a run at values of sites, and the plates' indices."""
+def traced_at(run: Callable[[], object], values: Mapping[str, Any]) -> poutine.Trace:
+    """The trace of a run at given values of sites."""
     with validation_enabled(False), hidden_sites():
-        trace = poutine.trace(poutine.condition(run, values)).get_trace()
-    priors, indices = dict[str, PriorScale](), {}
-    site: Any
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and site_is_subsample(site):
-            indices[name] = site["value"]
-        # a mask that is still there makes the prior improper
-        is_proper = name in latents.sites and site["mask"] is None
-        prior = PriorScale.of(site["fn"]) if is_proper else None
+        trace: poutine.Trace = poutine.trace(poutine.condition(run, dict(values))).get_trace()
+    return trace
+
+
+def priors_of(
+    nodes: Mapping[str, Any], latents: Latents, improper: Container[str] = ()
+) -> dict[str, PriorScale]:
+    """The proper priors with a location and a scale among the nodes of a traced run."""
+    priors = dict[str, PriorScale]()
+    for name, site in latents.sites.items():
+        node: Any = nodes.get(name, {"mask": False})
+        is_improper = node["mask"] is False or (node["mask"] is not None and name in improper)
+        prior = None if is_improper else PriorScale.of(node["fn"])
         # more dimensions are those of discrete latents that are summed out
-        if prior is None or prior.loc.dim() > site["value"].dim():
+        if prior is None or prior.loc.dim() > node["value"].dim():
             continue
         # a log density of u is one of the value by these alone
-        if prior.log_prob is None or is_identity_or_exp(latents.sites[name].bijection):
+        if prior.log_prob is None or is_identity_or_exp(site.bijection):
             priors[name] = prior
-    return priors, indices
+    return priors
 
 
 def depend_on_latents(
@@ -300,15 +305,17 @@ def centered_by_curvature(
     """
     lam = non_centered.coordinates.centered.clone()
     labels = torch.arange(len(lam), device=lam.device) if together is None else together
-    total, size = torch.zeros_like(lam), max(non_centered.chunk_size // 2, 1)
-    for point in x:
-        for part in labels[lam < 1].unique().split(size):
-            moved = (labels == part[:, None]) & (lam < 1)
-            steps = _DIFFERENCE * moved.to(x.dtype)
-            ends = torch.cat([point + steps, point - steps])
-            ahead, behind = value_and_gradient(non_centered, ends)[1].chunk(2)
-            total += ((behind - ahead) * moved).sum(0) / (2 * _DIFFERENCE)
-    return _centered(lam, weights * total / len(x))
+    total, is_moved = torch.ones_like(lam), lam < 1
+    with torch.enable_grad(), suppress(RuntimeError):  # some functions have no second derivative
+        point = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(non_centered(point).sum(), point, create_graph=True)
+        found = torch.zeros_like(lam)
+        for label in labels[is_moved].unique():
+            part = is_moved & (labels == label)
+            (second,) = torch.autograd.grad(gradient[:, part].sum(), point, retain_graph=True)
+            found[part] = -second[:, part].mean(0)
+        total = found
+    return _centered(lam, weights * total)
 
 
 def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ by name: log-densities by datum, or their sum.
 """
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..graphs.dependencies import ROUND_OFF
 from .enumeration import ScaleError
 from .handlers import SiteLogProbs, hidden_sites
 from .paths import Draws, Evaluate, ManyPathsError, Terms, evaluate_by_path
@@ -53,6 +54,7 @@ _MAX_VALUES = 2**23
 _FEW = 32
 #: draws at which two ways to evaluate the same are compared
 NUM_COMPARED = 3
+_SEED = 20260104
 
 
 def evaluate_many(
@@ -67,7 +69,7 @@ def evaluate_many(
     :param at_failure: gives the terms of a draw that the model cannot take; by default its error is raised.
     :param chunk_size: how many draws are evaluated at a time; by default all.
     """
-    num_draws = len(next(iter(draws.values())))
+    num_draws = _num_draws(draws)
     if chunk_size is not None and num_draws > chunk_size:
         parts = zip(*(value.split(chunk_size) for value in draws.values()))
         found = [evaluate_many(evaluate, dict(zip(draws, v)), strategy, at_failure) for v in parts]
@@ -99,8 +101,11 @@ def evaluate_many(
 
 
 def _at_once(evaluate: Evaluate, draws: Draws, strategy: str) -> Terms:
+    num_draws = _num_draws(draws)
+    if num_draws == 1:  # by a run that suits every model
+        return stack([evaluate({name: value[0] for name, value in draws.items()}, None)])
     if strategy == "plate":
-        return evaluate(draws, len(next(iter(draws.values()))))
+        return evaluate(draws, num_draws)
     return evaluate_by_path(evaluate, draws, has_copies=strategy == "copies")
 
 
@@ -145,24 +150,89 @@ def stack(rows: list[Terms]) -> Terms:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def choose_strategy(
-    evaluate: Evaluate, draws: Draws, at_failure: Callable[[Draws], Terms] | None = None
-) -> tuple[str, str]:
-    """The fastest strategy that agrees with a loop at some draws, and why the next faster one does not."""
-    state = torch.get_rng_state()
-    expected = evaluate_many(evaluate, draws, "loop", at_failure)
-    obstacle = ""
+class Choice(NamedTuple):
+    """How draws are evaluated, and what comparisons of strategies have shown beside it."""
+
+    strategy: str
+    obstacle: str  #: why the next faster strategy does not suit the model
+    is_random: bool  #: whether terms are others with other random numbers
+    num_values: float  #: the entries of the largest tensor, by draw
+
+
+def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = None) -> Choice:
+    """The fastest strategy that agrees with single runs at some draws.
+
+    :param num_single: how many draws, the first ones, are evaluated one at a time, by default all; up to
+        twice as many until two are finite. The others are only beside them, where draws may be mixed.
+    """
+    trials, obstacle = _Trials(evaluate, draws, num_single or _num_draws(draws)), ""
     for strategy in STRATEGIES[:-1]:
-        torch.set_rng_state(state)
         try:
-            found = evaluate_many(evaluate, draws, strategy)
+            agrees, is_random, num_values = trials.compare(strategy)
         except Exception as error:  # any error means that the model does not take many draws
             obstacle = describe(error)
             continue
-        if agree(found, expected):
-            return strategy, obstacle
+        if agrees:
+            return Choice(strategy, obstacle, is_random, num_values)
         obstacle = MIXED
-    return "loop", obstacle
+    return Choice("loop", obstacle, *trials.compare("loop")[1:])
+
+
+class _Trials:
+    """Evaluations of draws by strategies, compared with single runs."""
+
+    def __init__(self, evaluate: Evaluate, draws: Draws, num_single: int) -> None:
+        self._evaluate, self._draws = evaluate, draws
+        # single runs have other random numbers than many draws at once, which shows whether these count
+        self._state = torch.get_rng_state()
+        self._other = torch.Generator().manual_seed(_SEED).get_state()
+        single, failures, self._finite = dict[int, Terms](), list[Exception](), list[int]()
+        for i in range(min(2 * num_single, _num_draws(draws))):
+            if i >= num_single and len(self._finite) > 1:
+                break
+            try:
+                single[i], _ = self._run("loop", [i], self._state)
+            except Exception as error:  # that the model does not take this draw
+                failures.append(error)
+            else:
+                is_finite = all(bool(term.isfinite().all()) for term in single[i].values())
+                self._finite += [i] if is_finite else []
+        if not single:
+            raise failures[0]
+        self._single = single
+
+    def _run(self, strategy: str, rows: Sequence[int], state: Tensor) -> tuple[Terms, float]:
+        draws = {name: value[list(rows)] for name, value in self._draws.items()}
+        torch.set_rng_state(state)
+        with LargestTensor() as largest:
+            found = evaluate_many(self._evaluate, draws, strategy)
+        return found, largest.num_values / len(rows)
+
+    def compare(self, strategy: str) -> tuple[bool, bool, float]:
+        """Whether terms agree with single runs, whether they are random, and the largest tensor by draw."""
+        if strategy == "loop":
+            return self._compare(strategy, [*self._single][:1])
+        try:
+            return self._compare(strategy, range(_num_draws(self._draws)))
+        except Exception:  # perhaps at draws that the model does not take one at a time either
+            if len(self._finite) < 2:
+                raise
+            return self._compare(strategy, self._finite)
+
+    def _compare(self, strategy: str, rows: Sequence[int]) -> tuple[bool, bool, float]:
+        known = [k for k, i in enumerate(rows) if i in self._single]
+        single = [self._single[rows[k]] for k in known]
+        wanted = {name: torch.cat([terms[name] for terms in single]) for name in single[0]}
+        found, num_values = self._run(strategy, rows, self._other)
+        is_random = not agree({k: v[known] for k, v in found.items()}, wanted, slack=None)
+        if is_random:
+            again, _ = self._run(strategy, rows, self._state)
+            found, is_random = again, not agree(again, found, slack=None)
+        return agree({k: v[known] for k, v in found.items()}, wanted), is_random, num_values
+
+
+def _num_draws(draws: Draws) -> int:
+    return len(next(iter(draws.values())))
 
 
 def nonfinite_sites(run: Callable[[], object], values: Draws) -> list[str]:
@@ -190,12 +260,24 @@ def describe(error: Exception) -> str:
     return words
 
 
-def agree(found: Terms, expected: Terms, slack: float = 1.0) -> bool:
-    """Whether terms are equal to round-off times a slack, with NaN in the same places."""
+def tolerance(terms: Tensor) -> float:
+    """The relative and absolute round-off that terms may have, ill-conditioned ones among them."""
+    return 1e-4 if terms.dtype == torch.float32 else 1e-8
+
+
+def agree(found: Terms, expected: Terms, slack: float | None = 1.0) -> bool:
+    """Whether terms are equal to round-off times a slack, with NaN in the same places.
+
+    :param slack: ``None`` for no more than the round-off of a sum.
+    """
     if found.keys() != expected.keys():
         return False
     for name, wanted in expected.items():
-        tol = slack * (1e-4 if wanted.dtype == torch.float32 else 1e-8)
+        tol = (
+            ROUND_OFF * torch.finfo(wanted.dtype).eps
+            if slack is None
+            else slack * tolerance(wanted)
+        )
         same_shape = found[name].shape == wanted.shape
         if not (same_shape and torch.allclose(found[name], wanted, tol, tol, equal_nan=True)):
             return False
