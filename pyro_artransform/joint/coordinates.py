@@ -303,19 +303,27 @@ def centered_by_curvature(
     :param weights: by which the density of a coordinate is scaled down: the share of a mini-batch.
     :return: shape ``(latent_dim,)``; 1 for all other latents.
     """
-    lam = non_centered.coordinates.centered.clone()
-    labels = torch.arange(len(lam), device=lam.device) if together is None else together
-    total, is_moved = torch.ones_like(lam), lam < 1
-    with torch.enable_grad(), suppress(RuntimeError):  # some functions have no second derivative
+    _, second = _second_derivatives(non_centered, x, together)
+    return _centered(non_centered.coordinates.centered.clone(), -weights * second)
+
+
+def _second_derivatives(
+    non_centered: Any, x: Tensor, together: Tensor | None
+) -> tuple[bool, Tensor]:
+    """Whether the density has digits and a slope at points ``(n, latent_dim)``, and the mean derivatives."""
+    is_mapped, found = non_centered.coordinates.centered < 1, torch.zeros_like(x[0])
+    labels = torch.arange(len(found), device=x.device) if together is None else together
+    with torch.enable_grad():
         point = x.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(non_centered(point).sum(), point, create_graph=True)
-        found = torch.zeros_like(lam)
-        for label in labels[is_moved].unique():
-            part = is_moved & (labels == label)
-            (second,) = torch.autograd.grad(gradient[:, part].sum(), point, retain_graph=True)
-            found[part] = -second[:, part].mean(0)
-        total = found
-    return _centered(lam, weights * total)
+        value = non_centered(point)
+        (slope,) = torch.autograd.grad(value.sum(), point, create_graph=True)
+        with suppress(RuntimeError):  # some functions have no second derivative
+            for label in labels[is_mapped].unique():
+                part = is_mapped & (labels == label)
+                (second,) = torch.autograd.grad(slope[:, part].sum(), point, retain_graph=True)
+                found[part] = second[:, part].mean(0)
+    has_digits = value.detach().abs() * torch.finfo(x.dtype).eps <= 1
+    return bool(has_digits.all() and slope.isfinite().all()), found
 
 
 def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
@@ -381,10 +389,15 @@ def coordinates_at(
     """As centred as the curvature at points ``(n, latent_dim)`` asks, with the units of the prior there.
 
     :param mapped: which latents of the log joint density have coordinates.
-    :param u: the points, on the unconstrained space.
+    :param u: the points, on the unconstrained space; one that is a start may be left for the origin.
     :param together: see :func:`centered_by_curvature`.
     """
     unit = log_joint.with_coordinates(mapped.non_centered(log_joint.latents))
     x, _ = unit.from_unconstrained(u)
-    centered = centered_by_curvature(unit, x, together)
+    is_sound, second = _second_derivatives(unit, x, together)
+    if len(u) == 1 and not is_sound:
+        (point,) = u
+        if (other := log_joint.or_origin(point)) is not point:
+            return coordinates_at(log_joint, mapped, other[None], together)
+    centered = _centered(unit.coordinates.centered.clone(), -second)
     return mapped._replace(centered=centered, unit=log_joint.prior_scales(u.mean(0)))

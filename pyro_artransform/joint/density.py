@@ -140,7 +140,7 @@ class LogJoint(LogDensity):
         self.num_plates, self._is_part = plate_nesting(trace), bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(first)))
         self.latents, self._num_values = Latents.from_trace(first), count_values(trace)
-        self._structures: dict[Any, ModelStructure] = {}
+        self._arguments, self._structures = (args, kwargs), dict[Any, ModelStructure]()
         self._checked = {argument_signature((args, kwargs))}
         self.coordinates: Coordinates | None = None
         self.maps_priors = True  #: not where the user wants the coordinates of the model
@@ -234,6 +234,9 @@ class LogJoint(LogDensity):
 
         :raises ValueError: if with these the model has other latents, or some of other shapes.
         """
+        kwargs = kwargs or {}
+        if _identities((args, kwargs)) == _identities(self._arguments):
+            return copy.copy(self)
         structure = self.structure(args, kwargs)
         expected = {name: tuple(site.shape) for name, site in self.latents.sites.items()}
         if structure.shapes != expected:
@@ -242,13 +245,16 @@ class LogJoint(LogDensity):
                 f"{expected}, got {structure.shapes}. Latents of the elements of a mini-batch need a "
                 "guide that is told of the mini-batch, such as AutoAmortized"
             )
-        other = self.bound_to(args, kwargs or {})
+        other = self.bound_to(args, kwargs)
         other.chunk_size = self._chunk_size(structure.num_values)
         return other
 
     def bound_to(self, args: Args, kwargs: Kwargs) -> "LogJoint":
         """The same for other arguments, whose latents are not compared: some may have been data."""
-        other = copy.copy(self)
+        other, given = copy.copy(self), (args, kwargs)
+        if _identities(given) == _identities(self._arguments):
+            return other
+        other._arguments = given
         other.run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
         other._nodes = []
         other._find_mapped = lru_cache(maxsize=1)(other._compare_priors)
@@ -481,6 +487,11 @@ def _quietly() -> Iterator[None]:
 def _sample(nodes: Iterable[Any]) -> None:
     for node in nodes:
         pyro.sample(node["name"], node["fn"])
+
+
+def _identities(arguments: tuple[Args, Kwargs]) -> tuple[list[int], dict[str, int]]:
+    args, kwargs = arguments
+    return [*map(id, args)], {name: id(value) for name, value in kwargs.items()}
 
 
 def _nan(draws: Draws) -> Terms:
