@@ -9,7 +9,8 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache, partial
-from typing import Any, NamedTuple
+from itertools import cycle
+from typing import Any
 
 import pyro
 import torch
@@ -21,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
+from .checks import Checked, checked
 from .coordinates import (
     Coordinates,
     PriorMap,
@@ -48,18 +50,15 @@ from .traces import (
 )
 from .vectorization import (
     DRAWS,
-    MIXED,
     STRATEGIES,
     Choice,
     DrawPlate,
     Draws,
     Terms,
     choose_strategy,
-    describe,
     draws_at_a_time,
     evaluate_many,
     nonfinite_sites,
-    tolerance,
 )
 
 Args = tuple[object, ...]
@@ -68,24 +67,11 @@ Kwargs = Mapping[str, object]
 #: What part of them fits into a processor's cache, and is worth a run of the model: a regression of 100,000
 #: rows takes half the time a draw of four times larger parts, and two thirds of that of smaller ones
 CACHED = 16
-# strategies are compared by single runs at a point spread as the prior is, and at one far away on either side;
-# many draws at once have so many of each kind
-_NUM_SINGLE, _FAR, _NUM_EACH, _NEAR = 3, 3.0, 4, 0.1
-# of draws with weights: the largest, the smallest, twice as many others, the extremes of some coordinates
-_NUM_EXTREME, _NUM_COORDINATES = 2, 8
-# In float32 that is 0.01 nats of a log density of 1e4, the round-off of its sum. Where single runs differ by
-# more, the worst draws are evaluated many times over.
-_TIGHT, _NUM_REPEATED = 0.01, 2
+# strategies are compared at a point as far from the start as the prior is wide, at most one, and at one far
+# away on either side; at more near ones where these are not finite
+_NUM_NEAR, _FAR, _SEED = 3, 2.5, 20260105
 # the most structures that are remembered, as arguments of other shapes come and go by batches
 _MOST_SIGNATURES = 64
-
-
-class Checked(NamedTuple):
-    """The log density of draws, and the strategy by which it agrees with single runs."""
-
-    values: Tensor
-    strategy: str
-    obstacle: str  #: why the next faster strategy does not suit the model
 
 
 class LogJoint(LogDensity):
@@ -136,12 +122,12 @@ class LogJoint(LogDensity):
         self.improper = improper_sites(run, trace)  #: the sites whose masks are left alone
         #: the model with its arguments, where masks of proper latents do not count
         self.run = UnmaskedLatents(self.improper)(run)
-        self._turn = 0
         self.num_plates, self._is_part = plate_nesting(trace), bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(first)))
         self.latents, self._num_values = Latents.from_trace(first), count_values(trace)
         self._arguments, self._structures = (args, kwargs), dict[Any, ModelStructure]()
         self._checked = {argument_signature((args, kwargs))}
+        self.turns = cycle(range(self.latents.latent_dim))  #: the coordinates that are checked next
         self.coordinates: Coordinates | None = None
         self.maps_priors = True  #: not where the user wants the coordinates of the model
         self._first = self._latent_vector(first)
@@ -150,30 +136,20 @@ class LogJoint(LogDensity):
         # these are found once, for all copies
         self._choice: Callable[[], Choice] = lru_cache(maxsize=1)(self._choose)
         self._find_start: Callable[[], Tensor] = lru_cache(maxsize=1)(self._choose_start)
-        self._find_mapped: Callable[[], dict[str, bool]] = lru_cache(maxsize=1)(
-            self._compare_priors
-        )
+        self._find_mapped: Callable[[], Any] = lru_cache(maxsize=1)(self._compare_priors)
         if traces is None:
             self._choice()
 
     def _choose(self) -> Choice:
-        start, count = self._start, max(draws_at_a_time(self._num_values), _NUM_SINGLE + 2)
         with _quietly():
-            wide = scales_of(priors_of(self._nodes[0], self.latents), self.latents, start)
-            noise = torch.randn(1 + 3 * _NUM_EACH, *start.shape).to(start)
-            far = _FAR + torch.rand_like(start) - 0.5
-            first, near, as_prior, away = noise.split([1, *[_NUM_EACH] * 3])
-            points = [
-                wide * first,
-                far[None],
-                -far[None],
-                _NEAR * near,
-                wide * as_prior,
-                _FAR * away,
-            ]
-            return choose_strategy(
-                self._evaluate, {"z": (start + torch.cat(points))[:count]}, _NUM_SINGLE
+            start, generator = self._find_start(), torch.Generator().manual_seed(_SEED)
+            noise = torch.randn(_NUM_NEAR, *start.shape, generator=generator, device="cpu").to(
+                start
             )
+            wide = scales_of(priors_of(self._nodes[0], self.latents), self.latents, start)
+            near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
+            points = start + torch.cat([near[:1], far, -far, near[1:]])
+            return choose_strategy(self._evaluate, {"z": points}, num_single=3)
 
     @cached_property
     def strategy(self) -> str:
@@ -203,10 +179,6 @@ class LogJoint(LogDensity):
     def reason(self) -> str:
         """Why the model is run for one draw after the other, if it is."""
         return self.obstacle if self.strategy == "loop" else ""
-
-    @property
-    def _start(self) -> Tensor:
-        return self._find_start()
 
     def _choose_start(self) -> Tensor:
         with _quietly():
@@ -298,84 +270,14 @@ class LogJoint(LogDensity):
         return torch.cat(found)
 
     def _at(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
-        strategy = (
-            self.strategy if len(z) > 1 else STRATEGIES[0]
-        )  # one draw is a single run in any case
+        # one draw is a single run in any case
+        strategy = self.strategy if len(z) > 1 else STRATEGIES[0]
         with pyro.validation_enabled(False):
             return evaluate_many(self._evaluate, {"z": z}, strategy, _nan, chunk_size)["total"]
 
-    @torch.no_grad()
     def checked(self, z: Tensor, log_q: Tensor | None = None) -> Checked:
-        """The log density of draws, without gradients, by a strategy that agrees with single runs there.
-
-        A branch such as ``if (z > 2).any()`` mixes draws only where one of them takes it. So strategies
-        are compared where much rests on the density.
-
-        :param z: draws, shape ``(n, latent_dim)``.
-        :param log_q: the log density of their distribution, shape ``(n,)``: draws of extreme weights
-            or extreme coordinates are compared, and a few others; by default all draws.
-        """
-        state, other, obstacle = torch.get_rng_state(), copy.copy(self), self.obstacle
-        for other.strategy in STRATEGIES[STRATEGIES.index(self.strategy) :]:
-            torch.set_rng_state(state)
-            try:
-                values = other(z)
-            except Exception as error:  # a branch that does not take many draws
-                if other.strategy == "loop":
-                    raise
-                obstacle = describe(error)
-                continue
-            if other.strategy == "loop" or other._agrees(z, values, log_q, state):
-                break
-            obstacle = MIXED
-        self._turn = other._turn
-        return Checked(values, other.strategy, obstacle)
-
-    def _agrees(self, z: Tensor, values: Tensor, log_q: Tensor | None, state: Tensor) -> bool:
-        """Whether the values of draws at once are those of one at a time from a random state."""
-        after, rows = torch.get_rng_state(), list(range(len(z)))
-        if log_q is not None:
-            order, few, dim = (values - log_q).argsort().tolist(), _NUM_EXTREME, z.shape[-1]
-            rows = [*order[:few], *order[-few:], *rows[: 2 * few]]
-            if self.strategy == "plate":
-                # few draws may take a branch, or not take it: those that are extreme in some coordinate
-                last = self._turn + min(_NUM_COORDINATES, dim)
-                part = z[:, torch.arange(self._turn, last, device=z.device) % dim]
-                self._turn = last
-                rows += [*part.argmin(0).tolist(), *part.argmax(0).tolist()]
-        rows = sorted({*rows})
-        single = self._one_by_one(z[rows], state)
-        tol = _TIGHT * tolerance(single)
-        differs = ~torch.isclose(values[rows], single, tol, tol, equal_nan=True)
-        # NaN where the other has a number is the worst of all
-        excess = torch.where(differs, (values[rows] - single).abs().nan_to_num(torch.inf), -1.0)
-        agrees = True
-        for k in excess.argsort(descending=True)[:_NUM_REPEATED].tolist():
-            if differs[k]:
-                # the same draw many times over tells mixed draws from an ill-conditioned density
-                torch.set_rng_state(state)
-                alike = self(z[rows[k]].expand_as(z))[rows[k]]
-                agrees &= torch.allclose(values[rows[k]], alike, tol, tol, equal_nan=True)
-        torch.set_rng_state(after)
-        return agrees
-
-    def _one_by_one(self, z: Tensor, state: Tensor) -> Tensor:
-        """The log density of draws, none of which can be mixed with others, each from a random state."""
-        evaluate = partial(evaluate_many, self._evaluate, at_failure=_nan)
-        with pyro.validation_enabled(False), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, that its rules for vmap are slow
-            if self.strategy == "plate":
-                torch.set_rng_state(state)
-                with suppress(Exception):
-                    return evaluate({"z": z}, "vmap", chunk_size=self.chunk_size)["total"]
-            found = list[Tensor]()
-            for row in z:
-                torch.set_rng_state(state)
-                try:
-                    found.append(self._evaluate({"z": row}, None)["total"])
-                except Exception:
-                    found.append(_nan({"z": row})["total"])
-        return torch.stack(found)
+        """The log density of draws, compared with single runs: see :func:`.checks.checked`."""
+        return checked(self, z, log_q)
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
@@ -383,9 +285,6 @@ class LogJoint(LogDensity):
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         z = draws["z"]
-        if self.is_enumerated and size == 1:
-            # Pyro's variable elimination has no dimension for a plate of one
-            return {"total": self._evaluate({"z": z[0]}, None)["total"][None]}
         plate, prior = DrawPlate(size, self.num_plates), PriorMap(self.mapped_coordinates)
         values, total = self.latents.constrain_with_ladj(z, prior.sites)
         placed = prior.take(plate.place(values, self.latents.event_dims))
@@ -414,7 +313,7 @@ class LogJoint(LogDensity):
 
     @property
     def start(self) -> Tensor:
-        return self.from_unconstrained(self._start[None])[0][0]
+        return self.from_unconstrained(self._find_start()[None])[0][0]
 
     def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Draws ``(n, latent_dim)`` on the unconstrained space, and the log-determinant of the map to it."""
@@ -456,7 +355,8 @@ class LogJoint(LogDensity):
     def _compare_priors(self) -> dict[str, bool]:
         if len(self._nodes) > 1 and not self.is_enumerated:
             return compare_priors(*(priors_of(n, self.latents, self.improper) for n in self._nodes))
-        points = torch.stack([self._start, self._start + 0.1 * (1 + self._start.abs())])
+        start = self._find_start()
+        points = torch.stack([start, start + 0.1 * (1 + start.abs())])
         return find_mapped(self.enumerated(self.run), self.latents, points, self.improper)
 
     def _nodes_at(self, u: Tensor) -> Mapping[str, Any]:

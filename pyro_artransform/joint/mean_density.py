@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..differentiation import sum_with_gradient
 from ..graphs.dependencies import value_and_gradient
-from .density import Args, Checked, Kwargs, LogJoint
+from .checks import Checked
+from .density import Args, Kwargs, LogJoint
 from .handlers import FirstIndices
 from .vectorization import agree
 

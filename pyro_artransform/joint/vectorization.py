@@ -23,6 +23,7 @@ by name: log-densities by datum, or their sum.
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,7 +55,8 @@ _MAX_VALUES = 2**23
 _FEW = 32
 #: draws at which two ways to evaluate the same are compared
 NUM_COMPARED = 3
-_SEED = 20260104
+# the fewest draws at once that are compared: the same ones several times where there are fewer
+_LEAST_AT_ONCE, _SEED = 5, 20260104
 
 
 def evaluate_many(
@@ -162,73 +164,44 @@ class Choice(NamedTuple):
 def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = None) -> Choice:
     """The fastest strategy that agrees with single runs at some draws.
 
-    :param num_single: how many draws, the first ones, are evaluated one at a time, by default all; up to
-        twice as many until two are finite. The others are only beside them, where draws may be mixed.
+    :param num_single: how many draws, the first ones, are compared, by default all; more until two are finite.
     """
-    trials, obstacle = _Trials(evaluate, draws, num_single or _num_draws(draws)), ""
-    for strategy in STRATEGIES[:-1]:
+    state, obstacle = torch.get_rng_state(), ""
+    # with other random numbers than those of single runs, the same comparison shows whether they count
+    other = torch.Generator().manual_seed(_SEED).get_state()
+
+    def run(strategy: str, rows: Sequence[int], state: Tensor) -> Terms:
+        torch.set_rng_state(state)
+        return evaluate_many(evaluate, {k: v[list(rows)] for k, v in draws.items()}, strategy)
+
+    single, failures, num_finite = dict[int, Terms](), list[Exception](), 0
+    for i in range(_num_draws(draws)):
+        if num_single is not None and i >= num_single and num_finite > 1:
+            break
         try:
-            agrees, is_random, num_values = trials.compare(strategy)
+            single[i] = run("loop", [i], state)
+            num_finite += all(bool(term.isfinite().all()) for term in single[i].values())
+        except Exception as error:  # the model does not take this draw
+            failures.append(error)
+    if not single:
+        raise failures[0]
+    rows = [*islice(cycle(single), max(len(single), _LEAST_AT_ONCE))]
+    for strategy in STRATEGIES:
+        rows = rows[:1] if strategy == "loop" else rows
+        wanted = {k: torch.cat([single[i][k] for i in rows]) for k in single[rows[0]]}
+        try:
+            with LargestTensor() as largest:
+                found = run(strategy, rows, other)
+            if is_random := not agree(found, wanted, slack=None):
+                found, before = run(strategy, rows, state), found
+                is_random = not agree(found, before, slack=None)
         except Exception as error:  # any error means that the model does not take many draws
             obstacle = describe(error)
             continue
-        if agrees:
-            return Choice(strategy, obstacle, is_random, num_values)
+        if strategy == "loop" or agree(found, wanted):
+            break
         obstacle = MIXED
-    return Choice("loop", obstacle, *trials.compare("loop")[1:])
-
-
-class _Trials:
-    """Evaluations of draws by strategies, compared with single runs."""
-
-    def __init__(self, evaluate: Evaluate, draws: Draws, num_single: int) -> None:
-        self._evaluate, self._draws = evaluate, draws
-        # single runs have other random numbers than many draws at once, which shows whether these count
-        self._state = torch.get_rng_state()
-        self._other = torch.Generator().manual_seed(_SEED).get_state()
-        single, failures, self._finite = dict[int, Terms](), list[Exception](), list[int]()
-        for i in range(min(2 * num_single, _num_draws(draws))):
-            if i >= num_single and len(self._finite) > 1:
-                break
-            try:
-                single[i], _ = self._run("loop", [i], self._state)
-            except Exception as error:  # that the model does not take this draw
-                failures.append(error)
-            else:
-                is_finite = all(bool(term.isfinite().all()) for term in single[i].values())
-                self._finite += [i] if is_finite else []
-        if not single:
-            raise failures[0]
-        self._single = single
-
-    def _run(self, strategy: str, rows: Sequence[int], state: Tensor) -> tuple[Terms, float]:
-        draws = {name: value[list(rows)] for name, value in self._draws.items()}
-        torch.set_rng_state(state)
-        with LargestTensor() as largest:
-            found = evaluate_many(self._evaluate, draws, strategy)
-        return found, largest.num_values / len(rows)
-
-    def compare(self, strategy: str) -> tuple[bool, bool, float]:
-        """Whether terms agree with single runs, whether they are random, and the largest tensor by draw."""
-        if strategy == "loop":
-            return self._compare(strategy, [*self._single][:1])
-        try:
-            return self._compare(strategy, range(_num_draws(self._draws)))
-        except Exception:  # perhaps at draws that the model does not take one at a time either
-            if len(self._finite) < 2:
-                raise
-            return self._compare(strategy, self._finite)
-
-    def _compare(self, strategy: str, rows: Sequence[int]) -> tuple[bool, bool, float]:
-        known = [k for k, i in enumerate(rows) if i in self._single]
-        single = [self._single[rows[k]] for k in known]
-        wanted = {name: torch.cat([terms[name] for terms in single]) for name in single[0]}
-        found, num_values = self._run(strategy, rows, self._other)
-        is_random = not agree({k: v[known] for k, v in found.items()}, wanted, slack=None)
-        if is_random:
-            again, _ = self._run(strategy, rows, self._state)
-            found, is_random = again, not agree(again, found, slack=None)
-        return agree({k: v[known] for k, v in found.items()}, wanted), is_random, num_values
+    return Choice(strategy, obstacle, is_random, largest.num_values / len(rows))
 
 
 def _num_draws(draws: Draws) -> int:
