@@ -5,6 +5,7 @@
 
 import copy
 import warnings
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import torch
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from .vectorization import MIXED, STRATEGIES, describe, tolerance
 
-# of draws with weights: the largest, the smallest, twice as many others, the extremes of some coordinates
-_NUM_EXTREME, _NUM_COORDINATES = 2, 8
+# of draws with weights: the largest, the smallest, and twice as many others
+_NUM_EXTREME = 2
 # In float32 that is 0.01 nats of a log density of 1e4, the round-off of its sum. Where single runs differ by
 # more, the worst draws are evaluated many times over.
 _TIGHT, _NUM_REPEATED = 0.01, 2
@@ -35,8 +36,8 @@ def checked(log_joint: Any, z: Tensor, log_q: Tensor | None = None) -> Checked:
     compared where much rests on the density.
 
     :param z: draws, shape ``(n, latent_dim)``.
-    :param log_q: the log density of their distribution, shape ``(n,)``: draws of extreme weights or extreme
-        coordinates are compared, and a few others; by default all draws.
+    :param log_q: the log density of their distribution, shape ``(n,)``: where single runs are needed, draws of
+        extreme weights are compared, and a few others; by default all draws.
     """
     state, density, obstacle = torch.get_rng_state(), copy.copy(log_joint), log_joint.obstacle
     for density.strategy in STRATEGIES[STRATEGIES.index(log_joint.strategy) :]:
@@ -51,7 +52,7 @@ def checked(log_joint: Any, z: Tensor, log_q: Tensor | None = None) -> Checked:
         if density.strategy == "loop" or len(z) == 1:
             break
         after = torch.get_rng_state()
-        agrees = _agrees(density, z, values, _compared(density, z, values, log_q), state)
+        agrees = _agrees(density, z, values, log_q, state)
         torch.set_rng_state(after)
         if agrees:
             break
@@ -59,23 +60,9 @@ def checked(log_joint: Any, z: Tensor, log_q: Tensor | None = None) -> Checked:
     return Checked(values, density.strategy, obstacle)
 
 
-def _compared(density: Any, z: Tensor, values: Tensor, log_q: Tensor | None) -> list[int]:
-    """The draws that are compared."""
-    rows = list(range(len(z)))
-    if log_q is None:
-        return rows
-    order, few = (values - log_q).argsort().tolist(), _NUM_EXTREME
-    rows = [*order[:few], *order[-few:], *rows[: 2 * few]]
-    if density.strategy == "plate":
-        # few draws may take a branch, or not take it: those that are extreme in some coordinate
-        part = z[:, [next(density.turns) for _ in range(min(_NUM_COORDINATES, z.shape[-1]))]]
-        rows += [*part.argmin(0).tolist(), *part.argmax(0).tolist()]
-    return sorted({*rows})
-
-
-def _agrees(density: Any, z: Tensor, values: Tensor, rows: list[int], state: Tensor) -> bool:
+def _agrees(density: Any, z: Tensor, values: Tensor, log_q: Tensor | None, state: Tensor) -> bool:
     """Whether the values of draws at once are those of one at a time from a random state."""
-    single = _one_by_one(density, z[rows], state)
+    rows, single = _one_by_one(density, z, None if log_q is None else values - log_q, state)
     tol, differs = _TIGHT * tolerance(single), (values[rows] - single).abs().nan_to_num(torch.inf)
     # NaN where the other has a number is the worst of all
     differs[torch.isclose(values[rows], single, tol, tol, equal_nan=True)] = -1.0
@@ -89,18 +76,28 @@ def _agrees(density: Any, z: Tensor, values: Tensor, rows: list[int], state: Ten
     return True
 
 
-def _one_by_one(density: Any, z: Tensor, state: Tensor) -> Tensor:
-    """The log density of draws, each from a random state, NaN where there is none: under vmap no two mix."""
-    found, apart = list[Tensor](), copy.copy(density)
-    apart.strategy = "vmap"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch, that its rules for vmap are slow
-        for part in [z, *z.split(1)] if density.strategy == "plate" else z.split(1):
-            torch.set_rng_state(state)
-            try:
-                found.append(apart(part))
-            except Exception:  # the model does not run under vmap, or not at this draw
-                found += [] if part is z else [z.new_full((1,), torch.nan)]
-            if found and part is z:
-                break
-    return torch.cat(found)
+def _one_by_one(
+    density: Any, z: Tensor, log_weights: Tensor | None, state: Tensor
+) -> tuple[list[int], Tensor]:
+    """The draws that are compared, and their log density, NaN where there is none.
+
+    These are all in place of draws in a plate, if the model runs under vmap, which mixes none.
+    """
+    found, rows = list[Tensor](), list(range(len(z)))
+    if density.strategy == "plate":
+        apart = copy.copy(density)
+        apart.strategy = "vmap"
+        torch.set_rng_state(state)
+        with suppress(Exception), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, that its rules for vmap are slow
+            return rows, apart(z)
+    if log_weights is not None:
+        order, few = log_weights.argsort().tolist(), _NUM_EXTREME
+        rows = sorted({*order[:few], *order[-few:], *rows[: 2 * few]})
+    for i in rows:
+        torch.set_rng_state(state)
+        try:
+            found.append(density(z[i : i + 1]))
+        except Exception:  # the model does not take this draw
+            found.append(z.new_full((1,), torch.nan))
+    return rows, torch.cat(found)

@@ -214,13 +214,13 @@ def find_mapped(
     :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
     :param improper: the sites whose masks make their priors improper.
     """
-    state, given = torch.get_rng_state(), list(map(latents.constrain, points))
-    first = traced_at(run, given[0])
+    state, (start, other) = torch.get_rng_state(), map(latents.constrain, points)
+    first = traced_at(run, start)
     torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
-    second = traced_at(run, given[1])
+    second = traced_at(run, other)
     nodes: Iterable[tuple[str, Any]] = second.nodes.items()
     indices = {k: n["value"] for k, n in nodes if n["type"] == "sample" and site_is_subsample(n)}
-    again = traced_at(run, {**given[1], **indices})
+    again = traced_at(run, {**other, **indices})
     torch.set_rng_state(state)
     one, two, three = (priors_of(t.nodes, latents, improper) for t in (first, second, again))
     # that of a latent which depends on one that is hidden is no function of the latents

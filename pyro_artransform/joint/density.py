@@ -9,13 +9,12 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import cached_property, lru_cache, partial
-from itertools import cycle
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.enum_messenger import EnumMessenger
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -37,7 +36,7 @@ from .coordinates import (
 from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .protocols import LogDensity
-from .sites import Latents, initial_value
+from .sites import Latents, started_trace
 from .traces import (
     ModelStructure,
     argument_signature,
@@ -127,7 +126,6 @@ class LogJoint(LogDensity):
         self.latents, self._num_values = Latents.from_trace(first), count_values(trace)
         self._arguments, self._structures = (args, kwargs), dict[Any, ModelStructure]()
         self._checked = {argument_signature((args, kwargs))}
-        self.turns = cycle(range(self.latents.latent_dim))  #: the coordinates that are checked next
         self.coordinates: Coordinates | None = None
         self.maps_priors = True  #: not where the user wants the coordinates of the model
         self._first = self._latent_vector(first)
@@ -135,17 +133,16 @@ class LogJoint(LogDensity):
         self._nodes = [{n["name"]: n for n in latent_nodes(t)} for t in traces or (first,)]
         # these are found once, for all copies
         self._choice: Callable[[], Choice] = lru_cache(maxsize=1)(self._choose)
-        self._find_start: Callable[[], Tensor] = lru_cache(maxsize=1)(self._choose_start)
+        start = partial(self.or_origin, self._first)
+        self._find_start: Callable[[], Tensor] = lru_cache(maxsize=1)(start)
         self._find_mapped: Callable[[], Any] = lru_cache(maxsize=1)(self._compare_priors)
         if traces is None:
             self._choice()
 
     def _choose(self) -> Choice:
+        start, generator = self._find_start(), torch.Generator().manual_seed(_SEED)
         with _quietly():
-            start, generator = self._find_start(), torch.Generator().manual_seed(_SEED)
-            noise = torch.randn(_NUM_NEAR, *start.shape, generator=generator, device="cpu").to(
-                start
-            )
+            noise = torch.randn(_NUM_NEAR, len(start), generator=generator, device="cpu").to(start)
             wide = scales_of(priors_of(self._nodes[0], self.latents), self.latents, start)
             near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
             points = start + torch.cat([near[:1], far, -far, near[1:]])
@@ -180,14 +177,10 @@ class LogJoint(LogDensity):
         """Why the model is run for one draw after the other, if it is."""
         return self.obstacle if self.strategy == "loop" else ""
 
-    def _choose_start(self) -> Tensor:
-        with _quietly():
-            return self.or_origin(self._first)
-
     def or_origin(self, u: Tensor) -> Tensor:
         """A start, or the origin where that is a median whose density has no digits left, or no slope."""
         if self._init_loc_fn is init_to_median:
-            with pyro.validation_enabled(False), torch.enable_grad(), suppress(Exception):
+            with _quietly(), torch.enable_grad(), suppress(Exception):
                 z, origin = u.detach().requires_grad_(), torch.zeros_like(u)
                 here = self._evaluate({"z": z}, None)["total"]
                 (slope,) = torch.autograd.grad(here, z)
@@ -207,7 +200,7 @@ class LogJoint(LogDensity):
         :raises ValueError: if with these the model has other latents, or some of other shapes.
         """
         kwargs = kwargs or {}
-        if _identities((args, kwargs)) == _identities(self._arguments):
+        if _identities(args, kwargs) == _identities(*self._arguments):
             return copy.copy(self)
         structure = self.structure(args, kwargs)
         expected = {name: tuple(site.shape) for name, site in self.latents.sites.items()}
@@ -223,10 +216,10 @@ class LogJoint(LogDensity):
 
     def bound_to(self, args: Args, kwargs: Kwargs) -> "LogJoint":
         """The same for other arguments, whose latents are not compared: some may have been data."""
-        other, given = copy.copy(self), (args, kwargs)
-        if _identities(given) == _identities(self._arguments):
+        other = copy.copy(self)
+        if _identities(args, kwargs) == _identities(*self._arguments):
             return other
-        other._arguments = given
+        other._arguments = args, kwargs
         other.run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
         other._nodes = []
         other._find_mapped = lru_cache(maxsize=1)(other._compare_priors)
@@ -369,9 +362,8 @@ class LogJoint(LogDensity):
         return EnumMessenger(-2 - self.num_plates)(run) if self.is_enumerated else run
 
     def _trace(self, args: Args, kwargs: Kwargs) -> Any:
-        init = InitMessenger(partial(initial_value, self._init_loc_fn))
-        with pyro.validation_enabled(False), torch.no_grad(), hidden_sites(), init:
-            return poutine.trace(self.model).get_trace(*args, **kwargs)
+        with torch.no_grad():
+            return started_trace(partial(self.model, *args, **kwargs), self._init_loc_fn)
 
 
 @contextmanager
@@ -389,9 +381,8 @@ def _sample(nodes: Iterable[Any]) -> None:
         pyro.sample(node["name"], node["fn"])
 
 
-def _identities(arguments: tuple[Args, Kwargs]) -> tuple[list[int], dict[str, int]]:
-    args, kwargs = arguments
-    return [*map(id, args)], {name: id(value) for name, value in kwargs.items()}
+def _identities(args: Args, kwargs: Kwargs) -> list[Any]:
+    return [*map(id, args), *((name, id(value)) for name, value in kwargs.items())]
 
 
 def _nan(draws: Draws) -> Terms:

@@ -164,7 +164,8 @@ class Choice(NamedTuple):
 def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = None) -> Choice:
     """The fastest strategy that agrees with single runs at some draws.
 
-    :param num_single: how many draws, the first ones, are compared, by default all; more until two are finite.
+    :param num_single: how many draws, the first ones, are compared, by default all; more until two are
+        finite.
     """
     state, obstacle = torch.get_rng_state(), ""
     # with other random numbers than those of single runs, the same comparison shows whether they count
