@@ -241,5 +241,6 @@ class ShiftedLatents(Messenger):
         if latent is not None and not message["is_observed"]:
             shifted = biject_to(message["fn"].support)(latent + 0.01 * (1 + latent.abs()))
             # a site of another shape now keeps it, to be refused for it
-            if message["value"] is None or message["value"].shape == shifted.shape:
+            given = message["value"]
+            if (message["fn"].shape() if given is None else given.shape) == shifted.shape:
                 message["value"] = shifted
