@@ -17,8 +17,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..joint.coordinates import depend_on_latents
 from ..joint.prior_scale import PriorScale
+from ..joint.priors import depend_on_latents
 from ..joint.sites import Latents, Site, check_continuous, initial_value, same_support
 from ..joint.traces import is_enumerated
 

@@ -36,8 +36,8 @@ def checked(log_joint: Any, z: Tensor, log_q: Tensor | None = None) -> Checked:
     compared where much rests on the density.
 
     :param z: draws, shape ``(n, latent_dim)``.
-    :param log_q: the log density of their distribution, shape ``(n,)``: where single runs are needed, those of
-        extreme weights are compared, and a few others; by default all.
+    :param log_q: the log density of their distribution, shape ``(n,)``: where single runs are needed, draws
+        of extreme weights are compared, and a few others; by default all.
     """
     state, density, obstacle = torch.get_rng_state(), copy.copy(log_joint), log_joint.obstacle
     for density.strategy in STRATEGIES[STRATEGIES.index(log_joint.strategy) :]:

@@ -26,15 +26,11 @@ from .coordinates import (
     Coordinates,
     PriorMap,
     SiteCoordinates,
-    compare_priors,
-    find_mapped,
     map_draws,
-    priors_of,
-    scales_of,
-    traced_at,
 )
 from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
+from .priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
 from .protocols import LogDensity
 from .sites import Latents, started_trace
 from .traces import (

@@ -63,7 +63,7 @@ class MeanLogJoint(LogJoint):
             is_even = is_even and structure.is_evenly_scaled
             shares.append(1 / structure.scale)
             ends.append(part.from_unconstrained(log_joint.start[None])[0])
-        if not all(torch.equal(end, ends[0]) for end in ends):
+        if not all(torch.allclose(end, ends[0]) for end in ends):
             raise ValueError(
                 "expected priors that are the same for each mini-batch, got some whose location or scale "
                 "depends on its data: make the guide with coordinates='model'"

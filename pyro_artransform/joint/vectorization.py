@@ -187,12 +187,14 @@ def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = N
     if not single:
         raise failures[0]
     rows = [*islice(cycle(single), max(len(single), _LEAST_AT_ONCE))]
+    is_random, num_values = False, 1.0
     for strategy in STRATEGIES:
         rows = rows[:1] if strategy == "loop" else rows
         wanted = {k: torch.cat([single[i][k] for i in rows]) for k in single[rows[0]]}
         try:
             with LargestTensor() as largest:
                 found = run(strategy, rows, other)
+            num_values = largest.num_values / len(rows)
             if is_random := not agree(found, wanted, slack=None):
                 found, before = run(strategy, rows, state), found
                 is_random = not agree(found, before, slack=None)
@@ -202,7 +204,7 @@ def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = N
         if strategy == "loop" or agree(found, wanted):
             break
         obstacle = MIXED
-    return Choice(strategy, obstacle, is_random, largest.num_values / len(rows))
+    return Choice(strategy, obstacle, is_random, num_values)
 
 
 def _num_draws(draws: Draws) -> int:
