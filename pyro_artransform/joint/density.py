@@ -62,8 +62,8 @@ Kwargs = Mapping[str, object]
 #: What part of them fits into a processor's cache, and is worth a run of the model: a regression of 100,000
 #: rows takes half the time a draw of four times larger parts, and two thirds of that of smaller ones
 CACHED = 16
-# strategies are compared at a point as far from the start as the prior is wide, at most one, and at one far
-# away on either side; at more near ones where these are not finite
+# strategies are compared near the start, and far away on either side, on one as far as the prior is wide; at
+# more points near the start where these are not finite
 _NUM_NEAR, _FAR, _SEED = 3, 2.5, 20260105
 # the most structures that are remembered, as arguments of other shapes come and go by batches
 _MOST_SIGNATURES = 64
@@ -141,7 +141,7 @@ class LogJoint(LogDensity):
             noise = torch.randn(_NUM_NEAR, len(start), generator=generator, device="cpu").to(start)
             wide = scales_of(priors_of(self._nodes[0], self.latents), self.latents, start)
             near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
-            points = start + torch.cat([near[:1], far, -far, near[1:]])
+            points = start + torch.cat([near[:1], wide.clamp_min(1.0) * far, -far, near[1:]])
             return choose_strategy(self._evaluate, {"z": points}, num_single=3)
 
     @cached_property

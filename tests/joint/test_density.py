@@ -141,6 +141,22 @@ def test_a_branch_far_from_the_start_is_seen(seed):
     assert torch.allclose(log_joint(z), expected)
 
 
+@pytest.mark.parametrize(
+    ("takes", "sd"),
+    [
+        (lambda z: (z > 2).all(), 1.0),
+        (lambda z: z.max() < -2, 1.0),
+        (lambda z: (z > 500).any(), 1000.0),
+    ],
+)
+def test_branches_that_few_draws_take_are_seen(takes, sd):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, sd))
+        pyro.factor("tail", torch.tensor(-20.0 if takes(z) else 0.0))
+
+    assert LogJoint(model).strategy == "vmap"
+
+
 def test_checked_compares_draws_at_once_with_single_runs():
     """A branch that only the draws at hand take, their smallest weights or their largest."""
     log_joint = LogJoint(branch_above, (50.0,))
