@@ -49,8 +49,6 @@ class LogDensityOfRows(Protocol):
 
     @property
     def start(self) -> Tensor: ...
-    @property
-    def is_random(self) -> bool: ...
     def __call__(self, z: Tensor) -> Tensor: ...
     def nonfinite_sites(self, z: Tensor) -> list[str]: ...
 
@@ -97,11 +95,7 @@ def find_dependencies(
     search = _Search(log_density, eps)
     generator = search.generator
     point = _finite_point(log_density, 0.1, generator)
-    if log_density.is_random:
-        raise ValueError(
-            "expected a model whose density is the same in each run, got one that is random, as with sites "
-            "that are hidden or drawn anew, and plates that sub-sample"
-        )
+    _refuse_randomness(log_density, point)
     other = point + 0.1 * _steps(point, generator)
     left = torch.arange(len(point), device=point.device)
     if elements is not None:
@@ -318,3 +312,16 @@ def _finite_point(
         "expected a log density that is finite near the starting values, and its gradient too, got one "
         f"that is not: {', '.join(names)}. Give the guide an init_loc_fn with values that the data allow"
     )
+
+
+def _refuse_randomness(log_density: LogDensityOfRows, point: Tensor) -> None:
+    """Refuses a density whose second evaluation differs from the first."""
+    one, other = (value_and_gradient(log_density, point[None])[1][0] for _ in range(2))
+    slack = ROUND_OFF * torch.finfo(one.dtype).eps * one.abs().amax()
+    differ = ((one - other).abs() > slack).nonzero()[:, 0]
+    if len(differ):
+        raise ValueError(
+            "expected a model whose density is the same in each run, got one that is random: "
+            f"{len(differ)} of {len(point)} gradients differ between two runs at the same latents, as with "
+            "sites that are hidden or drawn anew, and plates that sub-sample"
+        )

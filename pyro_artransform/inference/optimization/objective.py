@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 from typing import Protocol
 
 import pyro
@@ -153,12 +153,9 @@ class PathObjective(Objective):
         if isinstance(self.guide, nn.Module):
             found.update(self.guide.named_parameters(prefix="guide"))
         known = set(found.values())
-        return found | {name: p for name, p in self._traced.items() if p not in known}
-
-    @cached_property
-    def _traced(self) -> dict[str, Tensor]:
         with torch.no_grad():
-            return traced_parameters(partial(self._mean, 1))
+            traced = traced_parameters(partial(self._mean, 1))
+        return found | {name: p for name, p in traced.items() if p not in known}
 
     def is_guide_alone(self) -> bool:
         return all(name.startswith("guide.") for name in self.parameters())
