@@ -18,6 +18,7 @@ from ..joint.sites import Latents
 from ..transforms import FlowModule
 from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments, GuideSpec
+from .prototype import Traces
 
 CoordinatesArgument = str | Mapping[str, Any]
 
@@ -84,6 +85,7 @@ class GuideInCoordinates(PersistentGuide):
     asked: CoordinatesArgument  #: the argument ``coordinates``
     _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _functions = (*PersistentGuide._functions, "_bound")
+    _traces: Traces | None = None  # two runs of the model, while the guide is set up
     # the model's log joint density for the arguments of the last call, where draws need the model
     _bound: LogJoint | None = None
     # the last layer in a tuple: as a part of the transform it is registered already
@@ -115,7 +117,8 @@ class GuideInCoordinates(PersistentGuide):
         """The log density of the model, whose runs leave no trace and take no random numbers."""
         self.model  # noqa: B018 (raises where there is none)
         with torch.random.fork_rng(devices=[]), poutine.block():
-            return LogJoint(self._model[1], args, kwargs, init_loc_fn=self._model[2])
+            start, traces = self._model[2], self._traces
+            return LogJoint(self._model[1], args, kwargs, init_loc_fn=start, traces=traces)
 
     def _bind(self, args: Args, kwargs: Kwargs) -> LogJoint:
         """Gives the last layer the model at these arguments, by default those of the last call."""
@@ -185,12 +188,11 @@ class GuideInCoordinates(PersistentGuide):
         """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates."""
         prior, log_joint = self._prior[0], cast(LogJoint, self._bound)
         with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-            near = log_joint.or_origin(start)
             if isinstance(self.asked, Mapping):
-                prior.unit.copy_(log_joint.prior_scales(near))
+                prior.unit.copy_(log_joint.prior_scales(log_joint.or_origin(start)))
                 self._center_as_asked(log_joint.latents)
             else:
-                found = coordinates_at(log_joint, prior.coordinates, near[None], self._colors())
+                found = coordinates_at(log_joint, prior.coordinates, start[None], self._colors())
                 prior.unit.copy_(found.unit)
                 prior.centered.copy_(found.centered)
             mapped = log_joint.with_coordinates(prior.coordinates)

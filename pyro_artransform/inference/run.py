@@ -93,7 +93,7 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, bool]:
         elif is_flow and log_joint.is_random:
             density = whole = SharedPrior(log_joint)
         if is_flow:
-            check_gradient(density, density.start)
+            check_gradient(density, density.with_coordinates(None).start)
         has_draws = chains is not None and chains.sample() and chains.is_asked
         if is_flow and not density.is_random:
             if chains is None:

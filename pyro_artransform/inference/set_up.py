@@ -239,7 +239,7 @@ def _run_once(
     subject = ModelAndGuide.of(model, guide, args, kwargs)
     if stream is not None:
         check_use(stream, guide, subject.log_joint, batch)
-    next(subject.weighted_draws(1))  # an error if the guide lacks a latent
+    list(subject.weighted_draws(0))  # an error if the guide lacks a latent
     return subject
 
 
