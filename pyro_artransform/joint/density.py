@@ -138,7 +138,8 @@ class LogJoint(LogDensity):
     def _choose(self) -> Choice:
         start, generator = self._find_start(), torch.Generator().manual_seed(_SEED)
         with _quietly():
-            noise = torch.randn(_NUM_NEAR, len(start), generator=generator, device="cpu").to(start)
+            on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}
+            noise = torch.randn(_NUM_NEAR, len(start), generator=generator, **on_cpu).to(start)
             wide = scales_of(priors_of(self._nodes[0], self.latents), self.latents, start)
             near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
             points = start + torch.cat([near[:1], wide.clamp_min(1.0) * far, -far, near[1:]])

@@ -88,7 +88,7 @@ class Field(NamedTuple):
         if is_deep or elimination.num_edges > _MOST_PARENTS * len(of_field):
             return None
         pattern = PrecisionPattern(elimination, start.device)
-        level = torch.tensor(elimination.level, device=start.device)
+        level = torch.tensor(elimination.level, dtype=torch.long, device=start.device)
         order, alone = [pattern.root], torch.zeros_like(level, dtype=torch.bool)
         alone[pattern.alone] = True
         for k, parts in enumerate(pattern.levels, 1):
@@ -151,7 +151,8 @@ class ConditionalGaussian:
         self._powers = _powers(globals_.shape[1]).to(latents.device)
         number = min(_DRAWS_BY_TERM * len(self._powers), len(latents))
         points = latents.median(0).values.repeat(number, 1)
-        chosen = torch.linspace(0, len(latents) - 1, number, device=latents.device).long()
+        chosen = torch.arange(number, dtype=torch.long, device=latents.device)
+        chosen = chosen * (len(latents) - 1) // max(number - 1, 1)
         deviations = (globals_[chosen] - self._middle).clamp(-3 * self._spread, 3 * self._spread)
         wide = self._middle + _WIDER * deviations
         self._low, self._high = wide.amin(0), wide.amax(0)

@@ -51,13 +51,17 @@ def test_draws_take_no_step():
     }
     assert result.draws is result.chains.draws
     assert result.chains.min_ess >= 400
-    # the guide is a Gaussian, which is not trusted, and the draws are
     assert result.verdict.startswith("Draws trusted: ")
-    assert " Of the guide itself: Not trusted: " in result.verdict
-    assert "Use num_steps=1000, since the guide has had no step" in result.verdict
     # its moments are those of the draws
     assert result.marginals_trusted
     assert "Marginals trusted: all means accurate to" in result.verdict
+
+
+def test_a_gaussian_beside_trusted_draws_is_not_trusted():
+    result = fitted(models.funnel)
+    assert result.verdict.startswith("Draws trusted: ")
+    assert " Of the guide itself: Not trusted: " in result.verdict
+    assert "Use num_steps=1000, since the guide has had no step" in result.verdict
     assert result.chains.verdict in repr(result)
 
 

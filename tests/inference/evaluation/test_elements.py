@@ -54,7 +54,7 @@ def minibatches(guide, model=groups, make_loader=shuffled, data=Y, **numbers):
     stream, config = BatchStream(make_loader(data)), MinibatchConfig(**numbers)
     first = next(stream.one_pass(1))
     log_joint = LogJoint(model, *first)
-    objective = PyroObjective(model, guide, first, log_joint, 4)
+    objective = PyroObjective(model, guide, first, log_joint)
     validation = list(stream.one_pass(config.num_compared))
     return MinibatchObjective(objective, stream, log_joint, validation, config)
 
