@@ -109,12 +109,12 @@ class ModelAndGuide(NamedTuple):
             guide(*args, **kwargs)
         log_joint, offered = None, cast(object, guide)
         if isinstance(offered, PriorGuide):
-            log_joint = offered.log_joint_of(model, args, kwargs)
+            log_joint = offered.prior.log_joint_of(model, args, kwargs)
         log_joint = log_joint or LogJoint(model, args, kwargs)
         if isinstance(offered, CenteredGuide):
-            log_joint.maps_priors = offered.maps_priors
+            log_joint.maps_priors = offered.prior.is_wanted
         if isinstance(offered, PriorGuide):
-            log_joint = log_joint.with_coordinates(offered.prior_coordinates)
+            log_joint = log_joint.with_coordinates(offered.prior.coordinates)
         return cls(model, guide, args, kwargs, log_joint)
 
     def weighted_draws(self, count: int) -> Iterator[Weighted]:
@@ -134,7 +134,7 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
     """Draws with a density that the guide gives itself, in the coordinates of the log joint density."""
     density = log_joint
     if isinstance(guide, PriorGuide) and log_joint.coordinates is None:
-        density = log_joint.with_coordinates(guide.prior_coordinates)
+        density = log_joint.with_coordinates(guide.prior.coordinates)
     latent, log_q = guide.rsample_and_log_prob(n)
     expected = (n, log_joint.latents.latent_dim)
     if latent.shape != expected or log_q.shape != (n,):

@@ -5,35 +5,30 @@
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import TransformModule
 from pyro.infer.autoguide import AutoContinuous, init_to_median
-from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, names_the_class, to_tensor
+from ..joint.model_prior import CoordinatesArgument
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, LocationScale
 from . import prototype
 from .distributions import FlowDistribution, check_flow_argument, make_flow, standard_normal
-from .persistence.param_store import Ownership
+from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments, GuideSpec
-from .prior_coordinates import (
-    CoordinatesArgument,
-    GuideInCoordinates,
-    check_coordinates,
-    prior_layer,
-)
+from .prior_coordinates import ToUnconstrained
 
 
-class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
+class AutoAutoregressive(PersistentGuide, AutoContinuous):
     r"""A guide that is a flow on the unconstrained space of all latents of a model.
 
     .. math::
@@ -99,8 +94,8 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         if full_rank not in (None, True, False):
             raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
         init_scale = check_positive("init_scale", init_scale)
-        super().__init__(model, init_loc_fn, {"full_rank": full_rank, "init_scale": init_scale})
-        self.asked = check_coordinates(coordinates)
+        arguments = {"full_rank": full_rank, "init_scale": init_scale}
+        super().__init__(model, init_loc_fn, arguments, coordinates)
         self._arguments_seen: Hashable = None
         self._make_flow = flow
 
@@ -116,8 +111,8 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
             arguments |= self._found_in_model(args, kwargs, bool(dependent))
             spec = GuideSpec(Latents(sites), arguments, observed, start.device)
             self._set_up_from(spec, start)
-            if self._prior:
-                self._parts[1].loc.data.copy_(self._start_coordinates(start))
+            if self.prior.coordinates is not None:
+                self._parts[1].loc.data.copy_(self.prior.start_at(start, self._colors()))
         except BaseException:
             # the next call must not find a guide that is set up by half
             self.prototype_trace = None
@@ -136,12 +131,8 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         flow = make_flow("flow", self._flow_maker(), start)
         arguments = spec.arguments
         affine = LocationScale(start, arguments["init_scale"], full_rank=arguments["full_rank"])
-        self._parts: tuple[TransformModule, LocationScale] = flow, affine
         self._flow_start: dict[str, Tensor] = copy.deepcopy(flow.state_dict())
-        inner, prior = ComposedTransform(flow, affine), prior_layer(spec, start)
-        # in tuples, as they may be parts of the transform
-        self._inner, self._prior = (inner,), () if prior is None else (prior,)
-        self.transform = ComposedTransform(inner, prior) if prior else inner
+        self.transform = ComposedTransform(flow, affine)
         # what Pyro's autoguides remember of a run of the model
         sites, self.latent_dim = spec.latents.sites, spec.latents.latent_dim
         self._unconstrained_shapes = {name: s.unconstrained_shape for name, s in sites.items()}
@@ -164,6 +155,15 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
             self._flow_start = {name: fn(value) for name, value in self._flow_start.items()}
         return self
 
+    @property
+    def _parts(self) -> Any:
+        """The flow, and the location and scale after it, without the param statements of reading them."""
+        return cast(ComposedTransform, self._modules["transform"]).transforms
+
+    def _colors(self) -> Tensor | None:
+        """Labels ``(latent_dim,)`` of latents whose curvatures can be told apart when they move at once."""
+        return None
+
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draws all latents, as a Pyro guide does.
 
@@ -171,8 +171,21 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         :raises ValueError: if a latent has another shape than at the first call (where Pyro's
             validation is on); if the model of a guide that was loaded has other latents than the file.
         """
+        if self._spec is None:
+            self._setup_prototype(*args, **kwargs)
         self._check_latents(args, kwargs, with_values=False)
-        return super().forward(*args, **kwargs)
+        z, space = self.sample_latent(), self.prior.space
+        if space.is_mapped:
+            self._bind(args, kwargs)
+        values, ladjs = space.to_sites(space.latents.place(z), self.prior.run)
+        plates = self._create_plates(*args, **kwargs)
+        for name, site in space.latents.sites.items():
+            delta = dist.Delta(values[name], log_density=-ladjs[name], event_dim=site.event_dim)
+            with ExitStack() as stack:
+                for frame in site.plates:
+                    stack.enter_context(plates[frame.name])
+                values[name] = pyro.sample(name, delta)
+        return values
 
     def _check_latents(self, args: Any, kwargs: Any, *, with_values: bool = True) -> None:
         """Refuses other latents than the guide's, by a run of the model where shapes or values are new."""
@@ -186,7 +199,8 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
                 prototype.refuse_other_model(sites, spec.observed, run)
                 self._model_is_checked = True
             elif signature != self._arguments_seen and dist.is_validation_enabled():
-                mapped = self._prior[0].with_location if self._prior else ()
+                given = self.prior.coordinates
+                mapped = () if given is None else given.with_location
                 prototype.refuse_other_latents(sites, mapped, run)
             self._arguments_seen = signature
 
@@ -197,25 +211,19 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The flow, then location and scale: from the base to the unconstrained space."""
-        inner = self.transform_in_coordinates()
-        if not self._prior or self._prior[0].coordinates.is_identity:
-            return inner
-        self._bind(args, kwargs)
-        return self.transform
+        transform = self._flow()
+        if self.prior.space.is_mapped:
+            transform = ComposedTransform(
+                transform, ToUnconstrained(self._bind(args, kwargs).density)
+            )
+        return transform
 
-    def transform_in_coordinates(self) -> ComposedTransform:
-        """The flow, then location and scale: from the base to the coordinates that fits work in."""
+    def _flow(self) -> ComposedTransform:
+        """The flow, then location and scale: from the base to the coordinates of the latents."""
         self._checked_spec()
-        # not in a function of its own, since it is done in each step
-        stored = dict(pyro.get_param_store().named_parameters())
-        owner, is_settled = f"{self._pyro_name}.transform", self._ownership is Ownership.SETTLED
-        for name, parameter in self.__dict__["_modules"]["transform"].named_parameters():
-            is_stored = stored.get(param_with_module_name(owner, name)) is parameter
-            is_settled = is_settled and (is_stored or not parameter.requires_grad)
-        if not is_settled:
-            self._register()
+        self._synchronize()
         transform: ComposedTransform = self.transform  # read: Pyro learns of the parameters here
-        return self._inner[0] if self._prior else transform
+        return transform
 
     def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
         """The distribution of all latents on the unconstrained space."""
@@ -223,13 +231,12 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         return dist.TransformedDistribution(base, transform, validate_args=False)
 
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
-        """Draws the vector of all latents, as the auxiliary site of the guide.
+        """Draws the vector of all latents, as the auxiliary site of the guide, in its coordinates.
 
         :return: shape ``(latent_dim,)``, after the shapes of the plates around the guide.
         """
         # one for each call: it knows the density of its own draw
-        base, transform = self.get_base_dist(), self.get_transform(*args, **kwargs)
-        posterior = FlowDistribution(base, transform, validate_args=False)
+        posterior = FlowDistribution(self.get_base_dist(), self._flow(), validate_args=False)
         name = f"_{self._pyro_name}_latent"
         return pyro.sample(name, posterior, infer={"is_auxiliary": True})
 
@@ -306,7 +313,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         flow, affine = self._parts
         if scale_tril is None:
             scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"]).diag()
-        self.transform_in_coordinates()  # entries of the store that count more are adopted first
+        self._flow()  # entries of the store that count more are adopted first
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         affine.set_(to_tensor("loc", loc, affine.loc), scale_tril)
         flow.load_state_dict(self._flow_start)
@@ -323,7 +330,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         1. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
            Inference (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
         """
-        base, transform = self.get_base_dist(), self.transform_in_coordinates()
+        base, transform = self.get_base_dist(), self._flow()
         x = base.rsample((check_integer("n", n),))
         if not path:
             latent, ladj = transform.call_and_ladj(x)

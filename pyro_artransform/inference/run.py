@@ -228,6 +228,8 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         step_size=training.step_size,
         culprits=dict(training.culprits),
         one_at_a_time=set_up.looped_because or subject.log_joint.reason,
-        coordinates=dict(guide.centered_by_site()) if isinstance(guide, CenteredGuide) else {},
+        coordinates=guide.prior.space.centered_by_site()
+        if isinstance(guide, CenteredGuide)
+        else {},
         guide_reason=set_up.guide_reason,
     )

@@ -1,210 +1,28 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Coordinates of latents from the model's own prior.
-
-What bends a hierarchical posterior most is what the model says: the scale of theta is tau. In
-
-.. math::
-
-    u = \mathrm{loc} + (\mathrm{scale} / \mathrm{unit})^{1 - \lambda} (x - \lambda \, \mathrm{loc})
-
-u is a latent on the unconstrained space, loc and scale are those of its prior given its parents, and
-:math:`\lambda`, element by element, is how centred x is: at 1 it is u itself, as the model is written, and
-at 0 it is in units of the prior. The unit is a constant near the scale: at it u moves by :math:`1 - \lambda`
-with the location, whatever units the model has. Where the prior has another shape than a normal one, and
-lambda is below 0.9, it is 0, and x goes through the quantiles of that shape too, so that x is standard
-normal under the prior. Sites come in the order of the model, so that the map is triangular; its
-log-determinant is the sum of :math:`(1 - \lambda) \log (\mathrm{scale} / \mathrm{unit})`, and of the
-shapes. It is made as the model runs, each latent as its distribution comes by, so that a density in x
-costs one run.
-
-**References**
-
-1. A General Framework for the Parametrization of Hierarchical Models (Papaspiliopoulos, Roberts, Skold,
-   2007), https://arxiv.org/abs/0708.3797
-2. Automatic Reparameterisation of Probabilistic Programs (Gorinova, Moore, Hoffman, 2020),
-   https://arxiv.org/abs/1906.03028
-"""
+"""Which latents have coordinates from the model's own prior, and how centred these are."""
 
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import validation_enabled
-from pyro.distributions.util import sum_rightmost
-from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Transform
 
 from ..graphs.dependencies import value_and_gradient
 from .handlers import hidden_sites
+from .prior_map import Coordinates
 from .prior_scale import PriorScale, is_identity_or_exp
 from .sites import Latents
-from .vectorization import DrawPlate
 
 # above it an element is as the model is written, which costs nothing (benchmarks/coordinates.md)
 _CENTERED = 0.95
 _BETWEEN_QUARTILES = 1.349  # sds of a normal distribution
 # in units of the prior: curvatures are those of a smooth function
 _DIFFERENCE = 1e-3
-
-
-class SiteCoordinates(NamedTuple):
-    """How the coordinates of one latent are made.
-
-    :param centered: lambda, broadcasts to the latent on the unconstrained space.
-    :param unit: positive, broadcasts to it too.
-    :param with_location: whether the location of the prior is a part of the map; without it x is in units
-        of the scale alone, and latents depend on each other as the model writes it.
-    :param bijection: from the unconstrained space onto the support.
-    """
-
-    centered: Tensor
-    unit: Tensor
-    with_location: bool
-    bijection: Transform
-
-
-class Coordinates(NamedTuple):
-    """Which latents have coordinates from the prior, and how centred these are.
-
-    :param centered: lambda, shape ``(latent_dim,)``, between 0 and 1; 1 for all other latents.
-    :param unit: of the same shape, positive: about the scale of each prior.
-    :param with_location: by site, see :class:`SiteCoordinates`.
-    """
-
-    centered: Tensor
-    unit: Tensor
-    with_location: Mapping[str, bool]
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether all latents are as the model is written."""
-        return min(self.centered.tolist()) == 1
-
-    def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
-        """The coordinates of each of these latents, among all in the vector."""
-        found, units = {}, latents.split(self.unit.detach())
-        for name, centered in latents.split(self.centered.detach()).items():
-            if name in self.with_location:
-                rest = self.with_location[name], latents.sites[name].bijection
-                found[name] = SiteCoordinates(centered, units[name], *rest)
-        return found
-
-    def non_centered(self, latents: Latents) -> "Coordinates":
-        """The same with lambda 0 for all of these latents, in units of their priors."""
-        found = torch.ones_like(self.centered)
-        for name, part in latents.views(found).items():
-            if name in self.with_location:
-                part.zero_()
-        return self._replace(centered=found, unit=torch.ones_like(found))
-
-
-class AllMapped(Exception):
-    """Ends a run of a model of which no more is wanted: neither its data nor what it predicts."""
-
-
-class PriorMap(Messenger):
-    """Gives latents their values as a model runs: from coordinates x, or from u, whose x are then found.
-
-    :param sites: the latents, by name.
-    :param is_inverse: whether it is u that is given.
-    :param is_alone: whether the run ends, by :class:`AllMapped`, once all of these latents have come by.
-    """
-
-    def __init__(
-        self,
-        sites: Mapping[str, SiteCoordinates],
-        is_inverse: bool = False,
-        is_alone: bool = False,
-    ) -> None:
-        super().__init__()
-        self.sites, self._is_inverse, self._is_alone = sites, is_inverse, is_alone
-        self._given: dict[str, Tensor] = {}
-        self.found: dict[str, Tensor] = {}  #: what was not given, u or x, by site
-        #: the log-determinants of the map from x to u, of the batch shape of a site, and from u to the value
-        self.ladjs: dict[str, Tensor] = {}
-        self.bijection_ladjs: dict[str, Tensor] = {}
-
-    def take(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Takes x, or u, of its latents, and returns the values of the others."""
-        self._given = {name: values[name] for name in self.sites}
-        return {name: value for name, value in values.items() if name not in self.sites}
-
-    def _pyro_sample(self, message: Any) -> None:
-        name = message["name"]
-        if name not in self.sites or message["is_observed"]:
-            return
-        centered, unit, with_location, bijection = self.sites[name]
-        given, prior = self._given[name], PriorScale.of(message["fn"])
-        if prior is None:
-            raise TypeError(
-                f"site '{name}': expected a prior with a location and a scale, as when the guide was "
-                f"set up, got {type(message['fn']).__name__}: make the guide with coordinates='model'"
-            )
-        if not with_location:
-            prior = prior._replace(loc=torch.zeros_like(prior.loc), shape=None)
-        log_prob = None
-        if self._is_inverse:
-            u, (self.found[name], ladj) = given, prior.coordinates(given, centered, unit)
-        else:
-            u, ladj, log_prob = prior.unconstrained(given, centered, unit)
-            self.found[name] = u
-        message["value"] = value = bijection(u)
-        event_dim = message["fn"].event_dim
-        batch_dim = value.dim() - event_dim
-        of_value = bijection.log_abs_det_jacobian(u, value)
-        self.ladjs[name] = sum_rightmost(ladj, ladj.dim() - batch_dim)
-        self.bijection_ladjs[name] = of_value = sum_rightmost(of_value, of_value.dim() - batch_dim)
-        if self._is_alone and len(self.found) == len(self.sites):
-            raise AllMapped
-        if log_prob is not None and with_location:
-            log_prob = log_prob.expand_as(u)
-            log_prob = sum_rightmost(log_prob, log_prob.dim() - batch_dim) - of_value
-            message["fn"] = dist.Delta(value, log_prob, event_dim)
-
-
-def map_sites(
-    run: Callable[[], object],
-    sites: Mapping[str, SiteCoordinates],
-    values: Mapping[str, Tensor],
-    is_inverse: bool = False,
-) -> PriorMap:
-    """One run of a model, at x or u of the mapped latents and the values of other sites."""
-    prior = PriorMap(sites, is_inverse, is_alone=True)
-    rest = prior.take(values)
-    # not in a plate of draws: in a guide another one, of particles, may have its dimension
-    with validation_enabled(False), hidden_sites(), suppress(AllMapped), prior:
-        poutine.condition(run, rest)()
-    return prior
-
-
-def map_draws(
-    run: Callable[[], object],
-    latents: Latents,
-    sites: Mapping[str, SiteCoordinates],
-    num_plates: int,
-    is_inverse: bool,
-    draws: Mapping[str, Tensor],
-    size: int | None,
-) -> dict[str, Tensor]:
-    """Draws "z" in coordinates on the unconstrained space, or the other way, as ``evaluate_many`` takes it.
-
-    :return: "z", and the log-determinant of the map from coordinates to the unconstrained space, "total".
-    """
-    z, plate = draws["z"], DrawPlate(size, num_plates)
-    values, _ = latents.constrain_with_ladj(z, sites)
-    prior = map_sites(run, sites, plate.place(values, latents.event_dims), is_inverse)
-    parts = latents.split(z)
-    for name, part in prior.found.items():
-        parts[name] = part.reshape(parts[name].shape)
-    found = torch.cat([part.reshape((*z.shape[:-1], -1)) for part in parts.values()], -1)
-    return {"z": found, "total": plate.total(prior.ladjs, z.new_zeros(z.shape[:-1]))}
 
 
 @torch.no_grad()
@@ -298,7 +116,7 @@ def centered_by_curvature(
     :param weights: by which the density of a coordinate is scaled down: the share of a mini-batch.
     :return: shape ``(latent_dim,)``; 1 for all other latents.
     """
-    lam = non_centered.coordinates.centered.clone()
+    lam = non_centered.coordinates.centered.detach().clone()
     labels = torch.arange(len(lam), device=lam.device) if together is None else together
     total, size = torch.zeros_like(lam), max(non_centered.chunk_size // 2, 1)
     for point in x:
@@ -322,7 +140,7 @@ def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
     ordered = gradients[gradients.isfinite().all(-1)].sort(0).values
     between = ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]
     curvature = (between / _BETWEEN_QUARTILES).square()
-    return _centered(non_centered.coordinates.centered.clone(), curvature)
+    return _centered(non_centered.coordinates.centered.detach(), curvature)
 
 
 def _centered(lam: Tensor, curvature: Tensor) -> Tensor:
@@ -364,7 +182,7 @@ def with_strong_data_centered(log_joint: Any, gradients: Tensor, has_parents: Te
     if not bool(is_strong.any()):
         return log_joint
     centered = given.centered.masked_fill(is_strong, 1.0)
-    return log_joint.with_coordinates(given._replace(centered=centered))
+    return log_joint.with_coordinates(Coordinates(centered, given.unit, given.with_location))
 
 
 @torch.no_grad()
@@ -380,4 +198,4 @@ def coordinates_at(
     unit = log_joint.with_coordinates(mapped.non_centered(log_joint.latents))
     x, _ = unit.from_unconstrained(u)
     centered = centered_by_curvature(unit, x, together)
-    return mapped._replace(centered=centered, unit=log_joint.prior_scales(u.mean(0)))
+    return Coordinates(centered, log_joint.prior_scales(u.mean(0)), mapped.with_location)

@@ -22,18 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
 from ..graphs.dependencies import ROUND_OFF
-from .coordinates import (
-    Coordinates,
-    PriorMap,
-    SiteCoordinates,
-    find_mapped,
-    map_draws,
-    prior_scales,
-)
+from .coordinates import find_mapped, prior_scales
 from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
+from .prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
 from .protocols import LogDensity
-from .sites import Latents, initial_value
+from .sites import Latents, LatentSpace, initial_value
 from .traces import (
     ModelStructure,
     argument_signature,
@@ -348,8 +342,7 @@ class LogJoint(LogDensity):
     @property
     def mapped_coordinates(self) -> dict[str, SiteCoordinates]:
         """The latents that have coordinates from the prior."""
-        given = self.coordinates
-        return {} if given is None or given.is_identity else given.of_sites(self.latents)
+        return LatentSpace(self.latents, self.coordinates).mapped
 
     @property
     def start(self) -> Tensor:

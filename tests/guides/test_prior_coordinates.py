@@ -78,14 +78,15 @@ def test_it_survives(make, tmp_path):
     twins[-1].model = schools
     for twin in twins:
         assert torch.equal(twin.log_prob(draws), expected)
-        assert twin.chooses_coordinates
+        assert twin.prior.is_chosen
     given = trained(make, coordinates={"theta": 0.3})
     given.save(path)
-    assert not type(given).load(path, schools).chooses_coordinates
+    assert not type(given).load(path, schools).prior.is_chosen
     guide.save(path)
     with pytest.raises(RuntimeError, match=r"load\(path, model\)"):
         type(guide).load(path).sample_posterior(2)
-    guide._prior[0].centered.data[2:] = 0.7
+    with torch.no_grad():
+        guide.prior_coordinates.centered[2:] = 0.7
     expected = guide.log_prob(draws)
     pyro.get_param_store().save(str(path))
     pyro.clear_param_store()
@@ -100,7 +101,7 @@ def test_lambda_is_as_asked_for():
     guide = GUIDES["iaf"](coordinates={"theta": theta})
     guide()
     assert torch.equal(guide.prior_coordinates.centered[2:], theta)
-    assert not guide.chooses_coordinates
+    assert not guide.prior.is_chosen
     guide = GUIDES["iaf"](coordinates="model")
     guide()
     assert guide.prior_coordinates is None

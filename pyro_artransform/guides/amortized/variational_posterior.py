@@ -19,7 +19,6 @@ from ...univariate.affine import GivenLocationScale
 from ...univariate.base import soft_bound
 from ..distributions import FlowDistribution, PathDistribution, make_flow, standard_normal
 from ..persistence.spec import Arguments, GuideSpec
-from ..prior_coordinates import prior_layer
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .plates import GLOBAL, Group, LatentLayout, Plates, PlateSizes, Vectors
 
@@ -214,7 +213,6 @@ class AmortizedPosterior(nn.Module):
             factor = LocalFactor(make_local, loc, rest_dim, group, arguments)
             self._factors[group.name] = factor
             self.locals.append(factor)
-        self.prior = prior_layer(spec, start)
         self.encoder: Any = encoder
 
     @torch.no_grad()

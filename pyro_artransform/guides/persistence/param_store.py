@@ -13,7 +13,6 @@ import gc
 import itertools
 
 import pyro
-from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -50,7 +49,7 @@ def resolve_conflicts(
     misfit = None
     while True:
         name = next(candidates)
-        prefix = param_with_module_name(f"{name}.transform", "")
+        prefix = f"{name}."
         entries = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
         foreign = [tensor for short, tensor in entries.items() if own.get(short) is not tensor]
         if not foreign:

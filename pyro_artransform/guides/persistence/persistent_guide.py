@@ -7,13 +7,14 @@ import copy
 import gc
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar, cast
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.infer.autoguide import AutoGuide, init_to_median
 from pyro.nn import PyroModule
@@ -24,6 +25,10 @@ from torch.distributions import Transform
 from ... import files
 from ...arguments import asks_for_data, check_callable, check_integer
 from ...files import FilePath
+from ...joint import LogJoint
+from ...joint.density import Args, Kwargs
+from ...joint.model_prior import CoordinatesArgument, ModelPrior
+from ...joint.prior_map import Coordinates
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, is_hidden, prototype_trace
 from .param_store import OWNERS, Ownership, resolve_conflicts
@@ -45,12 +50,18 @@ class PersistentGuide(AutoGuide):
     #: functions of the user: a deep copy shares them, a pickle drops them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
     #: arguments in a spec that the constructor does not take
-    _found_arguments: ClassVar[tuple[str, ...]] = ()
+    _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
     _make_flow: Any  #: makes the flow, or the flows
 
-    def __init__(self, model: Model, init_loc_fn: Callable[..., Any], arguments: Arguments) -> None:
+    def __init__(
+        self,
+        model: Model,
+        init_loc_fn: Callable[..., Any],
+        arguments: Arguments,
+        coordinates: CoordinatesArgument,
+    ) -> None:
         if not callable(model):
             raise TypeError(f"model: expected a callable, got {type(model).__name__}")
         if isinstance(model, (Transform, ConditionalTransform)):
@@ -65,6 +76,8 @@ class PersistentGuide(AutoGuide):
         #: the name before any suffix
         self.first_name: str = self._pyro_name
         self._arguments = arguments
+        #: what it holds of the prior of its model
+        self.prior = self._make_prior(coordinates)
         self._spec: GuideSpec | None = None
         self._ownership = Ownership.NEW
         #: whether the latents are known to be the model's, and not only a file's
@@ -92,6 +105,41 @@ class PersistentGuide(AutoGuide):
         """Takes a model, in a tuple: one that is a module would become a part of the guide."""
         names = None if self._spec is None else self._spec.latents.sites.keys()
         self._model = StartMessenger(init_loc_fn, names)(model), model, init_loc_fn
+
+    _make_prior: Any = ModelPrior
+
+    @property
+    def prior_coordinates(self) -> Coordinates | None:
+        """The coordinates that fits work in; None where they are the unconstrained space."""
+        self._checked_spec()
+        return self.prior.coordinates
+
+    def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
+        """The log density of the model, whose runs leave no trace and take no random numbers."""
+        self.model  # noqa: B018 (raises where there is none)
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            return LogJoint(self._model[1], args, kwargs, init_loc_fn=self._model[2])
+
+    def _bind(self, args: Args, kwargs: Kwargs) -> ModelPrior:
+        """Gives the prior the model at these arguments, by default those of the last call."""
+        self.prior.bind(self._model and self._model[1], self._log_joint, args, kwargs)
+        return self.prior
+
+    def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
+        """The sites with coordinates from the prior, and whether this depends on other latents.
+
+        :param depends: whether the prior of some latent was seen to depend on others.
+        """
+        asked = self.prior.asked
+        if asked == "model" or not (depends or isinstance(asked, Mapping)):
+            return {}
+        self.prior.log_joint = None  # of a set-up that failed
+        return self._bind(args, kwargs).find_sites()
+
+    def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
+        """Arguments of the specification that the density of the model says; see :meth:`_mapped_sites`."""
+        found = self._mapped_sites(args, kwargs, depends)
+        return self.prior.arguments_of(dict.fromkeys(found, True))
 
     def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model, to learn its latents, and builds the flows, as the first call does."""
@@ -121,6 +169,8 @@ class PersistentGuide(AutoGuide):
         with torch.inference_mode(False):
             start = start.detach().clone()
             self._build(spec, start)
+            self.prior.set_up(spec.arguments, spec.latents, start)
+            self.coordinates = self.prior.coordinates  # which makes its tensors the guide's
             self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
         if self._model is not None:
             # from now on other latents of the model are predictions
@@ -194,7 +244,7 @@ class PersistentGuide(AutoGuide):
         if in_call or is_adopted:
             store, stored = pyro.get_param_store(), dict(pyro.get_param_store().named_parameters())
             for short, parameter in self._trainable().items():
-                key = param_with_module_name(f"{name}.transform", short)
+                key = f"{name}.{short}"
                 if stored.get(key) is not parameter:
                     if key in stored:
                         del store[key]
@@ -209,7 +259,7 @@ class PersistentGuide(AutoGuide):
         if self._spec is not None:
             return
         store = pyro.get_param_store()
-        pattern = re.compile(rf"{re.escape(self.first_name)}(_\d+)?\.transform\W")
+        pattern = re.compile(rf"{re.escape(self.first_name)}(_\d+)?\.")
         entries = {k: t for k, t in store.named_parameters() if pattern.match(k) and t in OWNERS}
         if entries:
             gc.collect()  # a guide that nobody can reach any more may wait in a cycle
@@ -217,11 +267,24 @@ class PersistentGuide(AutoGuide):
             if OWNERS[tensor]() is None:
                 del store[key]
 
+    def _synchronize(self) -> None:
+        """:meth:`_register`, unless guide and store agree already: a store may be cleared, or loaded."""
+        store, is_settled = pyro.get_param_store(), self._ownership is Ownership.SETTLED
+        for short, parameter in self._trainable().items() if is_settled else ():
+            key = f"{self._pyro_name}.{short}"
+            is_settled = is_settled and key in store and store[key] is parameter
+        if not is_settled:
+            self._register()
+
     def _trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by their names in ``transform``."""
-        # not by the attribute, whose reading is a param statement
-        transform = cast(nn.Module, self._modules["transform"])
-        return {name: p for name, p in transform.named_parameters() if p.requires_grad}
+        """The parameters that train, by their names in the param store, without that of the guide."""
+        # not by attributes, whose reading is a param statement
+        return {
+            param_with_module_name(part, name): p
+            for part, module in self._modules.items()
+            for name, p in cast(nn.Module, module).named_parameters()
+            if p.requires_grad
+        }
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         super()._pyro_set_supermodule(name, context)
@@ -255,6 +318,7 @@ class PersistentGuide(AutoGuide):
         super()._apply(fn, recurse)
         if self._spec is not None:
             spec = self._spec = self._spec.to(fn)
+            self.prior.space = self.prior.space._replace(latents=spec.latents)
             self.prototype_trace = prototype_trace(spec.latents, spec.zeros())
         return self
 
