@@ -134,9 +134,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         self._flow_start: dict[str, Tensor] = copy.deepcopy(flow.state_dict())
         self.transform = ComposedTransform(flow, affine)
         # what Pyro's autoguides remember of a run of the model
-        sites, self.latent_dim = spec.latents.sites, spec.latents.latent_dim
-        self._unconstrained_shapes = {name: s.unconstrained_shape for name, s in sites.items()}
-        self._cond_indep_stacks = {name: site.plates for name, site in sites.items()}
+        self.latent_dim = spec.latents.latent_dim
         self._prototype_frames = {f.name: f for site in spec.sites for f in site.plates}
         if self.master is None:
             # NeuTraReparam reads the plates, and may come before the first call
@@ -241,9 +239,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return pyro.sample(name, posterior, infer={"is_auxiliary": True})
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        for site, value in super()._unpack_latent(latent):
-            # latents of mixed dtypes share one vector
-            yield site, value.to(site["value"].dtype)
+        for name, value in self._checked_spec().latents.place(latent).items():
+            yield self.prototype_trace.nodes[name], value
 
     @torch.no_grad()
     def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:

@@ -110,17 +110,18 @@ class Coordinates(nn.Module):
         if unit is not None:
             self.unit.copy_(unit)
 
-    def to_values(
-        self, latents: Latents, given: Mapping[str, Tensor], run: Callable[[], object]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """See :meth:`LatentSpace.to_sites`: those of the latents that the model has now.
+    def map_into(
+        self, values: dict[str, Tensor], latents: Latents, run: Callable[[], object]
+    ) -> dict[str, Tensor]:
+        """Puts values where their coordinates are given, of latents that the model has now.
 
-        :param given: coordinates, values of the other sites, and indices of plates.
+        :param values: coordinates, values of the other sites, and indices of plates.
+        :return: the log-determinant of each, of the site's batch shape.
         """
-        prior = PriorMapAlone(self.of_sites(latents), given)
+        prior = PriorMapAlone(self.of_sites(latents), values)
         prior.run(run)
-        ladjs = {name: ladj + prior.bijection_ladjs[name] for name, ladj in prior.ladjs.items()}
-        return prior.values, ladjs
+        values.update(prior.values)
+        return {name: ladj + prior.bijection_ladjs[name] for name, ladj in prior.ladjs.items()}
 
     def extra_repr(self) -> str:
         return ", ".join(self.with_location)

@@ -20,7 +20,6 @@ from torch.distributions import Transform
 from ..graphs.markov_graph import MarkovGraph
 from ..graphs.sparse_gaussian import SparseGaussian
 from .model_prior import ModelPrior
-from .prior_map import Coordinates
 from .sites import Latents
 
 
@@ -127,10 +126,9 @@ class MinibatchGuide(Protocol):
         Draws in coordinates of the prior are taken to the supports by the sites' bijections alone.
         """
 
-    prior: ModelPrior
-
-    def coordinates_of(self, latents: Latents) -> Coordinates | None:
-        """The coordinates of a mini-batch's latents; None where they are the unconstrained space."""
+    prior: (
+        Any  #: a ``ModelPrior`` with ``coordinates_of(latents)``: those of a mini-batch's latents
+    )
 
     def center_at(self, u: Tensor | None, log_joint: Any, share: float) -> float:
         """Sets lambda by the curvature at draws, or to 1: returns the largest change."""

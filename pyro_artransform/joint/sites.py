@@ -120,14 +120,13 @@ class LatentSpace(NamedTuple):
         :param parts: of each site, as :meth:`Latents.place` has them; indices of plates that are known.
         :param run: the model, which runs where there are coordinates from its prior.
         """
-        values, ladjs, sites = dict(parts), {}, self.latents.sites
         mapped = self.coordinates.with_location if self.is_mapped else {}
-        for name in sites.keys() - mapped:
+        sites, values, ladjs = self.latents.sites, dict(parts), dict[str, Tensor]()
+        for name in [name for name in sites if name not in mapped]:
             values[name], ladjs[name] = sites[name].constrain_with_ladj(parts[name])
         if mapped:
-            found = self.coordinates.to_values(self.latents, values, run)
-            values, ladjs = {**values, **found[0]}, {**ladjs, **found[1]}
-            for name in mapped.keys() - ladjs:  # that have data now
+            ladjs.update(self.coordinates.map_into(values, self.latents, run))
+            for name in [name for name in mapped if name not in ladjs]:  # it has data now
                 values[name], ladjs[name] = sites[name].constrain_with_ladj(parts[name])
         return values, ladjs
 
@@ -189,10 +188,10 @@ class Latents:
     def place(self, z: Tensor) -> dict[str, Tensor]:
         """As :meth:`split`, with the batch dimensions of z where those of plates around a guide lie."""
         placed = {}
-        for name, part in self.split(z).items():
-            site = self.sites[name]
+        for site, part in zip(self.sites.values(), z.split(self._sizes, -1)):
             ones = z.shape[:-1] + (1,) * site.unconstrained_event_dim
-            placed[name] = part.reshape(torch.broadcast_shapes(site.unconstrained_shape, ones))
+            shape = torch.broadcast_shapes(site.unconstrained_shape, ones)
+            placed[site.name] = part.reshape(shape).to(site.dtype)
         return placed
 
     def elements_of(self, frame: CondIndepStackFrame) -> Tensor:

@@ -19,8 +19,6 @@ from ...arguments import check_callable, check_integer, check_positive, names_th
 from ...joint import LogJoint
 from ...joint.density import Args, Kwargs
 from ...joint.model_prior import CoordinatesArgument
-from ...joint.prior_map import Coordinates
-from ...joint.sites import Latents
 from ...joint.traces import argument_signature
 from ..distributions import check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
@@ -28,7 +26,6 @@ from ..persistence.spec import GuideSpec
 from ..prototype import compare_names, one_more_run, refuse_moving_structure, sites_by_name
 from .encoder import Encoder, check_encoder, first_feature_units
 from .plates import (
-    GLOBAL,
     GivenIndices,
     LatentLayout,
     Plates,
@@ -49,6 +46,7 @@ from .variational_posterior import (
     MakeLocalFlow,
     default_flow,
     default_local_flow,
+    least_numbers,
 )
 
 # latent vectors that are drawn at a time
@@ -198,25 +196,13 @@ class AutoAmortized(PersistentGuide):
         arguments |= self._found_in_model(args, kwargs, bool(dependent))
         self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
         if self.prior.coordinates is not None:
-            log_joint = self.prior.log_joint
-            self.prior.center_at_start(1 / log_joint.structure(args, kwargs).scale)
-            self._posterior.locate_at(self.prior.start(log_joint))
+            self.prior.center_at_start(1 / self.prior.log_joint.structure(args, kwargs).scale)
+            self._posterior.locate_at(self.prior.start(self.prior.log_joint))
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
     def _least_numbers(self, spec: GuideSpec) -> int:
-        feature_dims, size = spec.arguments["feature_dims"], 0
-        for group in LatentLayout(spec.latents).groups:
-            dim = group.latents.latent_dim
-            if group.name == GLOBAL:
-                # flows of the user are not counted
-                is_default = self._make_flow is not None and self._make_flow[0] is default_flow
-                size += dim * dim if is_default else dim
-                continue
-            features = feature_dims.get(group.name, spec.arguments["embedding_dim"])
-            rows = 0 if group.name in feature_dims else group.num_elements
-            size += (dim + features) * dim + rows * (features + 2 * dim)
-        return size
+        return least_numbers(spec, self._make_flow)
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         (encoder,), make_flows = self._encoder, self._flow_maker()
@@ -273,9 +259,7 @@ class AutoAmortized(PersistentGuide):
         for group in posterior.layout.groups:
             with entered(plates[plate] for plate in group.dims):
                 for name, site in group.latents.sites.items():
-                    delta = dist.Delta(
-                        found[name], log_density=-ladjs[name], event_dim=site.event_dim
-                    )
+                    delta = dist.Delta(found[name], -ladjs[name], site.event_dim)
                     values[name] = pyro.sample(name, delta)
         return values
 
@@ -291,7 +275,8 @@ class AutoAmortized(PersistentGuide):
             if not self._model_is_checked:
                 # what had data at the set-up may be predicted now
                 compare_names(known, now.keys() - set(spec.observed))
-            compare_names(self.prior.mapped, self.prior.mapped.keys() & now.keys())
+            mapped = self.prior.space.mapped
+            compare_names(mapped, mapped.keys() & now.keys())
             common = [name for name in known if name in now]
             for name in common:
                 compare_elements(known[name], now[name])
@@ -313,10 +298,6 @@ class AutoAmortized(PersistentGuide):
         return self.plates
 
     # Fits, draws and densities
-
-    def coordinates_of(self, latents: Latents) -> Coordinates | None:
-        """The coordinates of all these latents, of any number of elements."""
-        return self.prior.coordinates_of(latents)
 
     @torch.no_grad()
     def center_at(self, u: Tensor | None, log_joint: LogJoint, share: float) -> float:
@@ -387,7 +368,7 @@ class AutoAmortized(PersistentGuide):
         chunk = max(1, _CHUNK // max(row.shape[:-1].numel() for row in rows.values()))
         sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
         parts = (posterior.draw(rows, size) for size in sizes)
-        if self.prior.mapped:
+        if self.prior.space.is_mapped:
             self._bind(args, kwargs)
             element_map = self.prior.element_map(posterior.layout)
             parts = (element_map(vectors)[0] for vectors in parts)
@@ -408,7 +389,7 @@ class AutoAmortized(PersistentGuide):
         rows, posterior = self._all_rows(args, kwargs), self._posterior
         shapes = {name: row.shape[:-1] for name, row in rows.items()}
         vectors, ladj = posterior.layout.unconstrain_with_ladj(values, shapes, posterior.like)
-        if self.prior.mapped:
+        if self.prior.space.is_mapped:
             self._bind(args, kwargs)
             vectors, of_map = self.prior.element_map(posterior.layout, is_inverse=True)(vectors)
             ladj = ladj + of_map

@@ -130,11 +130,6 @@ class ElementMap(NamedTuple):
 class ElementPrior(ModelPrior):
     """The prior of a model with plates: the coordinates are those of one element of each."""
 
-    @property
-    def mapped(self) -> dict[str, SiteCoordinates]:
-        """The sites with coordinates from the prior."""
-        return self.space.mapped
-
     def coordinates_of(self, latents: Latents) -> Coordinates | None:
         """The coordinates of all these latents, of any number of elements."""
         given, own = self.coordinates, self.space.latents
@@ -187,7 +182,7 @@ class ElementPrior(ModelPrior):
 
     def element_map(self, layout: LatentLayout, *, is_inverse: bool = False) -> ElementMap:
         """The map for all elements, by the model at the arguments of :meth:`bind`."""
-        log_joint, given, sites = self.density, GivenIndices(), self.mapped
+        log_joint, given, sites = self.density, GivenIndices(), self.space.mapped
         now = sites_by_name(one_more_run(given(log_joint.run)))
         compare_names(sites, sites.keys() & now.keys())
         # not those around what is predicted

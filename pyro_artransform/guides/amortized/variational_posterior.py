@@ -47,6 +47,20 @@ def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
     return conditional_spline_autoregressive(1, context_dim)
 
 
+def least_numbers(spec: GuideSpec, make_flows: MakeFlows | None) -> int:
+    """How many numbers the state of a posterior has at least, flows of the user not counted."""
+    feature_dims, size = spec.arguments["feature_dims"], 0
+    for group in LatentLayout(spec.latents).groups:
+        dim = group.latents.latent_dim
+        if group.name == GLOBAL:
+            size += dim * dim if make_flows and make_flows[0] is default_flow else dim
+            continue
+        features = feature_dims.get(group.name, spec.arguments["embedding_dim"])
+        rows = 0 if group.name in feature_dims else group.num_elements
+        size += (dim + features) * dim + rows * (features + 2 * dim)
+    return size
+
+
 class GlobalFactor(nn.Module):
     """The posterior of the global latents: a flow, if any, then location and scale."""
 

@@ -9,7 +9,6 @@ a guide and the store hold the same tensors: the guide takes those of the store,
 """
 
 import enum
-import gc
 import itertools
 
 import pyro
@@ -61,33 +60,17 @@ def resolve_conflicts(
             if problem is None:
                 _adopt(guide, entries, own)
                 return name, True
-            if not _were_of_another(foreign, guide):
+            if not any(tensor in OWNERS and OWNERS[tensor]() is not guide for tensor in foreign):
                 misfit = misfit or problem
         # from here on a guide with values of its own takes no name but a free one
         ownership = Ownership.NEW if ownership is Ownership.NEW else Ownership.CARRIED
 
 
 def _may_adopt(guide: nn.Module, foreign: list[Tensor], ownership: Ownership) -> bool:
-    if ownership is Ownership.CARRIED:
-        return False
-    if ownership is Ownership.SETTLED:
-        return not _were_of_another(foreign, guide)
-    if _are_of_a_living_one(foreign, guide):
-        gc.collect()  # a guide that nobody can reach any more may wait in a cycle
-    return not _are_of_a_living_one(foreign, guide)
-
-
-def _were_of_another(tensors: list[Tensor], guide: nn.Module) -> bool:
-    return any(tensor in OWNERS and OWNERS[tensor]() is not guide for tensor in tensors)
-
-
-def _are_of_a_living_one(tensors: list[Tensor], guide: nn.Module) -> bool:
-    for tensor in tensors:
-        other = OWNERS[tensor]() if tensor in OWNERS else None
-        parameters = [] if other is None or other is guide else other.parameters()
-        if any(parameter is tensor for parameter in parameters):
-            return True
-    return False
+    owners = [OWNERS[tensor]() for tensor in foreign if tensor in OWNERS]
+    if ownership is Ownership.NEW:
+        return all(owner is None or owner is guide for owner in owners)
+    return ownership is Ownership.SETTLED and all(owner is guide for owner in owners)
 
 
 def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> str | None:

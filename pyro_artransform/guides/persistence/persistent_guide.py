@@ -262,16 +262,17 @@ class PersistentGuide(AutoGuide):
         pattern = re.compile(rf"{re.escape(self.first_name)}(_\d+)?\.")
         entries = {k: t for k, t in store.named_parameters() if pattern.match(k) and t in OWNERS}
         if entries:
-            gc.collect()  # a guide that nobody can reach any more may wait in a cycle
+            gc.collect()  # that of a fit before waits in the cycle of its captured loss
         for key, tensor in entries.items():
             if OWNERS[tensor]() is None:
                 del store[key]
 
     def _synchronize(self) -> None:
         """:meth:`_register`, unless guide and store agree already: a store may be cleared, or loaded."""
-        store, is_settled = pyro.get_param_store(), self._ownership is Ownership.SETTLED
+        store, owner = pyro.get_param_store(), self._pyro_name
+        is_settled = self._ownership is Ownership.SETTLED
         for short, parameter in self._trainable().items() if is_settled else ():
-            key = f"{self._pyro_name}.{short}"
+            key = f"{owner}.{short}"
             is_settled = is_settled and key in store and store[key] is parameter
         if not is_settled:
             self._register()

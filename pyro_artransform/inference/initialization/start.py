@@ -220,7 +220,7 @@ def find_initial_minibatch_guide(
         u = ensemble.draws.flatten(0, 1)
         if guide.prior.is_chosen:
             guide.center_at(u[:: math.ceil(len(u) / _NUM_CENTERED)], log_joint, share)
-        coordinates = guide.coordinates_of(shared.latents)
+        coordinates = guide.prior.coordinates_of(shared.latents)
         z, _ = shared.with_coordinates(coordinates).from_unconstrained(u)
         with suppress(torch.linalg.LinAlgError):  # at the edge of a support: without covariance
             guide.start_near(log_joint.latents.constrain(z), share)

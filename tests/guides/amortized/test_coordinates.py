@@ -185,7 +185,7 @@ def test_the_density_of_a_mini_batch_in_coordinates():
     guide = set_up(hierarchy, data())
     log_joint = LogJoint(poutine.condition(hierarchy, {"groups": torch.arange(5)}), (data(),))
     density = SharedPrior(log_joint, 5 / SIZE, ["local", "child"])
-    coordinates = guide.coordinates_of(log_joint.latents)
+    coordinates = guide.prior.coordinates_of(log_joint.latents)
     mapped = density.with_coordinates(coordinates)
     x = 0.3 * torch.randn(6, log_joint.latents.latent_dim).double()
     u, ladj = mapped.to_unconstrained(x)
