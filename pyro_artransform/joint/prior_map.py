@@ -118,8 +118,8 @@ class Coordinates(nn.Module):
         :param values: coordinates, values of the other sites, and indices of plates.
         :return: the log-determinant of each, of the site's batch shape.
         """
-        prior = PriorMapAlone(self.of_sites(latents), values)
-        prior.run(run)
+        prior = PriorMap(self.of_sites(latents))
+        prior.run_alone(values, run)
         values.update(prior.values)
         return {name: ladj + prior.bijection_ladjs[name] for name, ladj in prior.ladjs.items()}
 
@@ -142,6 +142,8 @@ class PriorMap(Messenger):
         super().__init__()
         self.sites, self._is_inverse = sites, is_inverse
         self._given: dict[str, Tensor] = {}
+        #: the values of other sites, in a run for the map alone
+        self._rest: dict[str, Tensor] | None = None
         self.found: dict[str, Tensor] = {}  #: what was not given, u or x, by site
         self.values: dict[str, Tensor] = {}
         #: the log-determinants of the map from x to u, of the batch shape of a site, and from u to the value
@@ -153,8 +155,22 @@ class PriorMap(Messenger):
         self._given = {name: values[name] for name in self.sites}
         return {name: value for name, value in values.items() if name not in self.sites}
 
+    def run_alone(self, values: Mapping[str, Tensor], model: Callable[[], object]) -> None:
+        """Runs a model that handlers around it do not see, but for its parameters, up to the last latent.
+
+        :param values: x, or u, of the latents; values of other sites, and indices of plates.
+        """
+        self._rest = self.take(values)
+        # not in a plate of draws: in a guide another one, of particles, may have its dimension
+        with validation_enabled(False), suppress(AllMapped), self:
+            model()
+
     def _pyro_sample(self, message: Any) -> None:
         name = message["name"]
+        if self._rest is not None:
+            message["stop"] = True
+            if name in self._rest:
+                message["value"], message["is_observed"] = self._rest[name], True
         if name not in self.sites or message["is_observed"]:
             return
         centered, unit, with_location, bijection = self.sites[name]
@@ -178,41 +194,12 @@ class PriorMap(Messenger):
         of_value = bijection.log_abs_det_jacobian(u, value)
         self.ladjs[name] = sum_rightmost(ladj, ladj.dim() - batch_dim)
         self.bijection_ladjs[name] = of_value = sum_rightmost(of_value, of_value.dim() - batch_dim)
+        if self._rest is not None and len(self.found) == len(self.sites):
+            raise AllMapped
         if log_prob is not None and with_location:
             log_prob = log_prob.expand_as(u)
             log_prob = sum_rightmost(log_prob, log_prob.dim() - batch_dim) - of_value
             message["fn"] = dist.Delta(value, log_prob, event_dim)
-
-
-class PriorMapAlone(PriorMap):
-    """The map by a run of its own, which handlers around it do not see and which ends with the last latent.
-
-    The run's parameters are seen: they are trained.
-
-    :param values: x, or u, of the latents; values of other sites, and indices of plates.
-    """
-
-    def __init__(
-        self,
-        sites: Mapping[str, SiteCoordinates],
-        values: Mapping[str, Tensor],
-        is_inverse: bool = False,
-    ) -> None:
-        super().__init__(sites, is_inverse)
-        self._rest = self.take(values)
-
-    def run(self, model: Callable[[], object]) -> None:
-        # not in a plate of draws: in a guide another one, of particles, may have its dimension
-        with validation_enabled(False), suppress(AllMapped), self:
-            model()
-
-    def _pyro_sample(self, message: Any) -> None:
-        message["stop"] = True
-        if message["name"] in self._rest:
-            message["value"], message["is_observed"] = self._rest[message["name"]], True
-        super()._pyro_sample(message)
-        if len(self.found) == len(self.sites):
-            raise AllMapped
 
 
 def map_draws(
@@ -230,8 +217,8 @@ def map_draws(
     """
     z, plate = draws["z"], DrawPlate(size, num_plates)
     values, _ = latents.constrain_with_ladj(z, sites)
-    prior = PriorMapAlone(sites, plate.place(values, latents.event_dims), is_inverse)
-    prior.run(run)
+    prior = PriorMap(sites, is_inverse)
+    prior.run_alone(plate.place(values, latents.event_dims), run)
     parts = latents.split(z)
     for name, part in prior.found.items():
         parts[name] = part.reshape(parts[name].shape)

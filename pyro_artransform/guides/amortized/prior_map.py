@@ -14,7 +14,7 @@ from torch import Tensor
 from ...joint import LogJoint
 from ...joint.coordinates import centered_by_curvature
 from ...joint.model_prior import ModelPrior
-from ...joint.prior_map import Coordinates, PriorMapAlone, SiteCoordinates
+from ...joint.prior_map import Coordinates, PriorMap, SiteCoordinates
 from ...joint.sites import Latents
 from ...joint.vectorization import DrawPlate, Draws, Terms, evaluate_many
 from ..prototype import compare_names, one_more_run, sites_by_name
@@ -112,8 +112,8 @@ class ElementMap(NamedTuple):
         }
         placed = DrawPlate(size, self.log_joint.num_plates).place(values, latents.event_dims)
         model = self.log_joint.enumerated(self.log_joint.run)
-        prior = PriorMapAlone(self.sites, {**placed, **indices}, self.is_inverse)
-        prior.run(model)
+        prior = PriorMap(self.sites, self.is_inverse)
+        prior.run_alone({**placed, **indices}, model)
         found = {}
         for group in self.layout.groups:
             z = draws[group.name]
