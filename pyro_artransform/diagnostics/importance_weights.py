@@ -16,7 +16,7 @@ from torch import Tensor
 from ..joint import LogJoint
 from ..joint.density import Args, Kwargs
 from ..joint.handlers import hidden_sites
-from ..joint.protocols import CenteredGuide, PriorGuide, ReparametrizedGuide, SetUpGuide
+from ..joint.protocols import FlowGuide, PriorGuide, ReparametrizedGuide, SetUpGuide
 from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
 from ..joint.vectorization import NUM_COMPARED, GuideSampler, stack
 from ..time_limit import has_limit
@@ -107,14 +107,15 @@ class ModelAndGuide(NamedTuple):
         """
         with torch.no_grad(), hidden_sites():
             guide(*args, **kwargs)
-        log_joint, offered = None, cast(object, guide)
-        if isinstance(offered, PriorGuide):
-            log_joint = offered.prior.log_joint_of(model, args, kwargs)
+        offered, log_joint = cast(object, guide), None
+        prior = offered.prior if isinstance(offered, PriorGuide) else None
+        if prior and isinstance(offered, FlowGuide):
+            log_joint = prior.log_joint_of(model, args, kwargs)
         log_joint = log_joint or LogJoint(model, args, kwargs)
-        if isinstance(offered, CenteredGuide):
-            log_joint.maps_priors = offered.prior.is_wanted
-        if isinstance(offered, PriorGuide):
-            log_joint = log_joint.with_coordinates(offered.prior.coordinates)
+        if prior:
+            log_joint.maps_priors = prior.is_wanted
+            if isinstance(offered, FlowGuide):
+                log_joint = log_joint.with_coordinates(prior.coordinates)
         return cls(model, guide, args, kwargs, log_joint)
 
     def weighted_draws(self, count: int) -> Iterator[Weighted]:

@@ -17,15 +17,34 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, names_the_class, to_tensor
-from ..joint.model_prior import CoordinatesArgument
+from ..joint.density import LogJoint
+from ..joint.model_prior import CoordinatesArgument, ModelPrior
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
-from ..transforms import ComposedTransform, LocationScale
+from ..transforms import ComposedTransform, FlowModule, LocationScale
 from . import prototype
 from .distributions import FlowDistribution, check_flow_argument, make_flow, standard_normal
 from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments, GuideSpec
-from .prior_coordinates import ToUnconstrained
+
+
+class ToUnconstrained(FlowModule):
+    """From coordinates of the prior to the unconstrained space, by runs of the model.
+
+    :param log_joint: the log joint density of the model, in these coordinates.
+    """
+
+    def __init__(self, log_joint: LogJoint) -> None:
+        super().__init__()
+        self._log_joint = log_joint
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        u, ladj = self._log_joint.to_unconstrained(x.reshape(-1, x.shape[-1]))
+        return u.reshape(x.shape), ladj.reshape(x.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = self._log_joint.from_unconstrained(y.reshape(-1, y.shape[-1]))
+        return x.reshape(y.shape), ladj.reshape(y.shape[:-1])
 
 
 class AutoAutoregressive(PersistentGuide, AutoContinuous):
@@ -72,11 +91,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         >>> guide = AutoAutoregressive(model, flow=spline_autoregressive)
         >>> {name: tuple(value.shape) for name, value in guide.sample_posterior(10).items()}
         {'scale': (10,), 'z': (10, 3)}
-
-    **References**
-
-    1. Automatic Reparameterisation of Probabilistic Programs (Gorinova, Moore, Hoffman, 2020),
-       https://arxiv.org/abs/1906.03028
     """
 
     @names_the_class
@@ -95,7 +109,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
         init_scale = check_positive("init_scale", init_scale)
         arguments = {"full_rank": full_rank, "init_scale": init_scale}
-        super().__init__(model, init_loc_fn, arguments, coordinates)
+        super().__init__(model, init_loc_fn, arguments, ModelPrior(coordinates))
         self._arguments_seen: Hashable = None
         self._make_flow = flow
 
@@ -115,7 +129,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
                 self._parts[1].loc.data.copy_(self.prior.start_at(start, self._colors()))
         except BaseException:
             # the next call must not find a guide that is set up by half
-            self.prototype_trace = None
+            self._spec = self.prototype_trace = None
             raise
         if args or kwargs:
             self._arguments_seen = argument_signature((args, kwargs))
@@ -172,12 +186,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         if self._spec is None:
             self._setup_prototype(*args, **kwargs)
         self._check_latents(args, kwargs, with_values=False)
-        z, space = self.sample_latent(), self.prior.space
-        if space.is_mapped:
-            self._bind(args, kwargs)
-        values, ladjs = space.to_sites(space.latents.place(z), self.prior.run)
+        z, latents = self.sample_latent(), self.prior.space.latents
+        values, ladjs = self._to_sites(latents.place(z), args, kwargs)
         plates = self._create_plates(*args, **kwargs)
-        for name, site in space.latents.sites.items():
+        for name, site in latents.sites.items():
             delta = dist.Delta(values[name], log_density=-ladjs[name], event_dim=site.event_dim)
             with ExitStack() as stack:
                 for frame in site.plates:
@@ -219,7 +231,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     def _flow(self) -> ComposedTransform:
         """The flow, then location and scale: from the base to the coordinates of the latents."""
         self._checked_spec()
-        self._synchronize()
+        self._register()
         transform: ComposedTransform = self.transform  # read: Pyro learns of the parameters here
         return transform
 

@@ -53,11 +53,11 @@ class ModelPrior:
             coordinates = Coordinates(ones, ones.clone(), with_location)
         self.space = LatentSpace(latents, coordinates)
 
-    def arguments_of(self, with_location: Mapping[str, bool]) -> dict[str, Any]:
+    def arguments_of(self, with_location: dict[str, bool]) -> dict[str, Any]:
         """The arguments of a specification that :meth:`set_up` reads."""
         if not (with_location or self.asked == "model"):
             return {}
-        return {"coordinates": dict(with_location), "chooses_coordinates": self.asked == "prior"}
+        return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
 
     def bind(self, model: Any, make: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """Takes the model at these arguments, by default those before.
@@ -69,9 +69,9 @@ class ModelPrior:
             of_file = "coordinates from the prior, which the model says at its data, and no file has these"
             with asks_for_data(args, kwargs, f"expected {wanted}: this guide has {of_file}"):
                 self.log_joint = make(*args, **kwargs)
-            self._arguments = args, kwargs
-        elif args or kwargs:
-            self._arguments = args, kwargs
+        elif not (args or kwargs):
+            return
+        self._arguments = args, kwargs
 
     def run(self) -> object:
         """Runs the model at the arguments of :meth:`bind`."""
@@ -85,9 +85,8 @@ class ModelPrior:
 
     def log_joint_of(self, model: object, args: Any, kwargs: Any) -> Any:
         """The log joint density at these arguments; None of another model."""
-        if self.log_joint is None or self.log_joint.model is not model:
-            return None
-        return self.log_joint.with_arguments(args, kwargs)
+        is_own = self.log_joint is not None and self.log_joint.model is model
+        return self.log_joint.with_arguments(args, kwargs) if is_own else None
 
     def find_sites(self) -> dict[str, bool]:
         """The sites with coordinates from the prior, and whether it depends on other latents."""

@@ -74,18 +74,11 @@ class FlowGuide(ReparametrizedGuide, Protocol):
 
 
 @runtime_checkable
-class CenteredGuide(Protocol):
-    """A guide that holds its model's prior: which of its latents have coordinates, how centred these are."""
+class PriorGuide(Protocol):
+    """A guide that holds its model's prior; the draws of a flow guide are in the coordinates of it."""
 
     prior: ModelPrior
-
-
-@runtime_checkable
-class PriorGuide(FlowGuide, Protocol):
-    """A guide whose draws may be in coordinates of its model's prior, see ``joint.coordinates``."""
-
-    prior: ModelPrior
-    transform: Any  #: that of a standard normal to the coordinates of its draws, a torch transform
+    transform: Any  #: from a standard normal to these draws, a torch transform
 
 
 @runtime_checkable

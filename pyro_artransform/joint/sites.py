@@ -80,10 +80,7 @@ class Site:
     def constrain_with_ladj(
         self, part: Tensor, batch: torch.Size | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The value of a part ``batch + unconstrained_shape``, and the log-determinant, shape ``batch``.
-
-        :param batch: by default all but the event dimensions of the part.
-        """
+        """The value of a part ``batch + unconstrained_shape``, and the log-determinant, shape ``batch``."""
         if batch is None:
             batch = part.shape[: part.dim() - self.unconstrained_event_dim]
         value = self.bijection(part)

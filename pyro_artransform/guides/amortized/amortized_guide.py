@@ -6,7 +6,7 @@
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
-from typing import Any, cast
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -133,7 +133,6 @@ class AutoAmortized(PersistentGuide):
     _num_quantile_draws = 2_000
     _functions = (*PersistentGuide._functions, "create_plates")
     _found_arguments = (*PersistentGuide._found_arguments, "feature_dims", "feature_units")
-    _make_prior = ElementPrior
     prior: ElementPrior
 
     @names_the_class
@@ -160,7 +159,7 @@ class AutoAmortized(PersistentGuide):
             "embedding_dim": check_integer("embedding_dim", embedding_dim),
             "init_scale": check_positive("init_scale", init_scale),
         }
-        super().__init__(model, init_loc_fn, arguments, coordinates)
+        super().__init__(model, init_loc_fn, arguments, ElementPrior(coordinates))
         if create_plates is not None:
             self.create_plates = check_callable("create_plates", create_plates)
         self._make_flow = flow, local_flow
@@ -220,10 +219,10 @@ class AutoAmortized(PersistentGuide):
         return {**super().__getstate__(), "create_plates": plates}
 
     @property
-    def _posterior(self) -> AmortizedPosterior:
+    def _posterior(self) -> Any:
         """The posterior, without the param statements that reading ``transform`` makes."""
         self._checked_spec()
-        return cast(AmortizedPosterior, self._modules["transform"])
+        return self._modules["transform"]
 
     # The guide as Pyro calls it
 
@@ -245,17 +244,14 @@ class AutoAmortized(PersistentGuide):
             self._update_sizes(args, kwargs, again=True)  # they may follow from values
         rows = posterior.minibatch_rows(features, plates := make())
         vectors, values = Vectors(), dict[str, Tensor]()
+        parts: dict[str, Any] = {name: plate.indices for name, plate in plates.items()}
         for group in posterior.layout.groups:
             distribution = posterior.distribution(group, rows[group.name], vectors, path=self.path)
             name = f"_{self._pyro_name}_{group.name and group.name + '_'}latent"
             with entered(plates[plate] for plate in group.dims):
                 vectors[group.name] = pyro.sample(name, distribution, infer={"is_auxiliary": True})
-        parts: dict[str, Any] = {name: plate.indices for name, plate in plates.items()}
-        for group in posterior.layout.groups:
             parts.update(group.latents.place(vectors[group.name]))
-        if self.prior.space.is_mapped:
-            self._bind(args, kwargs)
-        found, ladjs = self.prior.space.to_sites(parts, self.prior.run)
+        found, ladjs = self._to_sites(parts, args, kwargs)
         for group in posterior.layout.groups:
             with entered(plates[plate] for plate in group.dims):
                 for name, site in group.latents.sites.items():

@@ -5,7 +5,7 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -132,24 +132,18 @@ class ElementPrior(ModelPrior):
 
     def coordinates_of(self, latents: Latents) -> Coordinates | None:
         """The coordinates of all these latents, of any number of elements."""
-        given, own = self.coordinates, self.space.latents
-        if given is None:
+        if (given := self.coordinates) is None:
             return None
-        centered, unit = (
-            every_element(own, x.detach(), latents) for x in (given.centered, given.unit)
-        )
-        return Coordinates(centered, unit, given.with_location)
+        all_of = partial(every_element, self.space.latents, latents=latents)
+        return Coordinates(all_of(given.centered), all_of(given.unit), given.with_location)
 
     def center_at(self, u: Tensor | None, log_joint: LogJoint, share: float) -> float:
         """See ``MinibatchGuide``: lambda is by the mean curvature of all elements of a mini-batch."""
-        own, latents, given = (
-            self.space.latents,
-            log_joint.latents,
-            cast(Coordinates, self.coordinates),
-        )
+        own, latents = self.space.latents, log_joint.latents
+        given: Any = self.coordinates
         now = torch.ones_like(given.centered)
         if u is not None:
-            coordinates = cast(Coordinates, self.coordinates_of(latents))
+            coordinates: Any = self.coordinates_of(latents)
             unit = log_joint.with_coordinates(coordinates.non_centered(latents))
             labels = every_element(own, now.cumsum(0), latents)
             weights = torch.ones_like(labels)
@@ -177,8 +171,9 @@ class ElementPrior(ModelPrior):
         return mean_element(log_joint.latents, mapped.start)
 
     def _set_unit(self, log_joint: LogJoint, u: Tensor) -> None:
-        scales, given = log_joint.prior_scales(u), cast(Coordinates, self.coordinates)
-        given.set_(given.centered, mean_element(log_joint.latents, scales.log()).exp())
+        given: Any = self.coordinates
+        scales = mean_element(log_joint.latents, log_joint.prior_scales(u).log()).exp()
+        given.set_(given.centered, scales)
 
     def element_map(self, layout: LatentLayout, *, is_inverse: bool = False) -> ElementMap:
         """The map for all elements, by the model at the arguments of :meth:`bind`."""

@@ -15,10 +15,6 @@ import pyro
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-_ADVICE = (
-    "Build the guide as the one that was saved, or call pyro.clear_param_store() to start anew"
-)
-
 #: for each parameter that a guide has put into a store, a weak reference to that guide
 OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
@@ -43,9 +39,8 @@ def resolve_conflicts(
     :return: the name, and whether entries were adopted.
     """
     with_suffix = (f"{names[-1]}_{number}" for number in itertools.count(1))
+    stored, misfit = dict(pyro.get_param_store().named_parameters()), None
     candidates = itertools.chain(dict.fromkeys(names), with_suffix)
-    stored = dict(pyro.get_param_store().named_parameters())
-    misfit = None
     while True:
         name = next(candidates)
         prefix = f"{name}."
@@ -55,35 +50,31 @@ def resolve_conflicts(
             if misfit is not None:
                 raise ValueError(misfit)
             return name, False
-        if _may_adopt(guide, foreign, ownership):
+        owners = [OWNERS[tensor]() for tensor in foreign if tensor in OWNERS]
+        were_loaded = all(owner is guide for owner in owners)
+        are_free = ownership is Ownership.NEW and all(owner in (None, guide) for owner in owners)
+        if are_free or (were_loaded and ownership is Ownership.SETTLED):
             problem = _misfit(name, entries, own)
-            if problem is None:
+            if not problem:
                 _adopt(guide, entries, own)
                 return name, True
-            if not any(tensor in OWNERS and OWNERS[tensor]() is not guide for tensor in foreign):
-                misfit = misfit or problem
+            misfit = misfit or (problem if were_loaded else None)
         # from here on a guide with values of its own takes no name but a free one
         ownership = Ownership.NEW if ownership is Ownership.NEW else Ownership.CARRIED
 
 
-def _may_adopt(guide: nn.Module, foreign: list[Tensor], ownership: Ownership) -> bool:
-    owners = [OWNERS[tensor]() for tensor in foreign if tensor in OWNERS]
-    if ownership is Ownership.NEW:
-        return all(owner is None or owner is guide for owner in owners)
-    return ownership is Ownership.SETTLED and all(owner is guide for owner in owners)
-
-
-def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> str | None:
+def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> str:
     """What keeps a guide from adopting the entries, in words."""
+    advice = "Build the guide as it was saved, or call pyro.clear_param_store() to start anew"
     for short in sorted(entries.keys() ^ own.keys()):
         where = "no" if short in own else "a"
-        return f"the param store has {where} parameter '{short}' of the guide '{name}'. {_ADVICE}"
+        return f"the param store has {where} parameter '{short}' of the guide '{name}'. {advice}"
     for short, tensor in entries.items():
         expected, got = ((tuple(t.shape), t.dtype, str(t.device)) for t in (own[short], tensor))
         if expected != got:
             where = f"the param store's '{short}' of the guide '{name}'"
-            return f"{where} does not fit: expected {expected}, got {got}. {_ADVICE}"
-    return None
+            return f"{where} does not fit: expected {expected}, got {got}. {advice}"
+    return ""
 
 
 def _adopt(guide: nn.Module, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> None:

@@ -27,7 +27,7 @@ from ...arguments import asks_for_data, check_callable, check_integer
 from ...files import FilePath
 from ...joint import LogJoint
 from ...joint.density import Args, Kwargs
-from ...joint.model_prior import CoordinatesArgument, ModelPrior
+from ...joint.model_prior import ModelPrior
 from ...joint.prior_map import Coordinates
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, is_hidden, prototype_trace
@@ -60,7 +60,7 @@ class PersistentGuide(AutoGuide):
         model: Model,
         init_loc_fn: Callable[..., Any],
         arguments: Arguments,
-        coordinates: CoordinatesArgument,
+        prior: ModelPrior,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: expected a callable, got {type(model).__name__}")
@@ -76,8 +76,7 @@ class PersistentGuide(AutoGuide):
         #: the name before any suffix
         self.first_name: str = self._pyro_name
         self._arguments = arguments
-        #: what it holds of the prior of its model
-        self.prior = self._make_prior(coordinates)
+        self.prior = prior
         self._spec: GuideSpec | None = None
         self._ownership = Ownership.NEW
         #: whether the latents are known to be the model's, and not only a file's
@@ -106,8 +105,6 @@ class PersistentGuide(AutoGuide):
         names = None if self._spec is None else self._spec.latents.sites.keys()
         self._model = StartMessenger(init_loc_fn, names)(model), model, init_loc_fn
 
-    _make_prior: Any = ModelPrior
-
     @property
     def prior_coordinates(self) -> Coordinates | None:
         """The coordinates that fits work in; None where they are the unconstrained space."""
@@ -125,11 +122,14 @@ class PersistentGuide(AutoGuide):
         self.prior.bind(self._model and self._model[1], self._log_joint, args, kwargs)
         return self.prior
 
-    def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
-        """The sites with coordinates from the prior, and whether this depends on other latents.
+    def _to_sites(self, parts: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Any:
+        """See ``LatentSpace.to_sites``, with the model at these arguments."""
+        if self.prior.space.is_mapped:
+            self._bind(args, kwargs)
+        return self.prior.space.to_sites(parts, self.prior.run)
 
-        :param depends: whether the prior of some latent was seen to depend on others.
-        """
+    def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
+        """See ``ModelPrior.find_sites``; none where no prior was seen to depend on other latents."""
         asked = self.prior.asked
         if asked == "model" or not (depends or isinstance(asked, Mapping)):
             return {}
@@ -137,9 +137,9 @@ class PersistentGuide(AutoGuide):
         return self._bind(args, kwargs).find_sites()
 
     def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
-        """Arguments of the specification that the density of the model says; see :meth:`_mapped_sites`."""
-        found = self._mapped_sites(args, kwargs, depends)
-        return self.prior.arguments_of(dict.fromkeys(found, True))
+        """Arguments of the specification that the density of the model says."""
+        mapped = self._mapped_sites(args, kwargs, depends)
+        return self.prior.arguments_of(dict.fromkeys(mapped, True))
 
     def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model, to learn its latents, and builds the flows, as the first call does."""
@@ -233,21 +233,24 @@ class PersistentGuide(AutoGuide):
 
     def _register(self) -> None:
         """Makes the guide's parameters and those of its name in the store the same tensors."""
+        own = self._trainable()
         if pyro.settings.get("module_local_params"):
-            for parameter in self._trainable().values():
+            for parameter in own.values():
                 # SVI asks each parameter for this, which otherwise the store sets
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # Pyro's
             self._ownership = Ownership.CARRIED
             return
-        in_call, names = bool(self._pyro_context.active), [self._pyro_name, self.first_name]
-        name, is_adopted = resolve_conflicts(self, self._trainable(), names, self._ownership)
+        store, names = pyro.get_param_store(), [self._pyro_name, self.first_name]
+        keys = [(f"{self._pyro_name}.{short}", parameter) for short, parameter in own.items()]
+        is_stored = all(key in store and store[key] is parameter for key, parameter in keys)
+        if is_stored and self._ownership is Ownership.SETTLED:  # it was not cleared, or loaded
+            return
+        in_call = bool(self._pyro_context.active)
+        name, is_adopted = resolve_conflicts(self, own, names, self._ownership)
         if in_call or is_adopted:
-            store, stored = pyro.get_param_store(), dict(pyro.get_param_store().named_parameters())
             for short, parameter in self._trainable().items():
                 key = f"{name}.{short}"
-                if stored.get(key) is not parameter:
-                    if key in stored:
-                        del store[key]
+                if key not in store or store[key] is not parameter:
                     store[key] = parameter
                 OWNERS[parameter] = weakref.ref(self)
             self._pyro_name = name
@@ -266,16 +269,6 @@ class PersistentGuide(AutoGuide):
         for key, tensor in entries.items():
             if OWNERS[tensor]() is None:
                 del store[key]
-
-    def _synchronize(self) -> None:
-        """:meth:`_register`, unless guide and store agree already: a store may be cleared, or loaded."""
-        store, owner = pyro.get_param_store(), self._pyro_name
-        is_settled = self._ownership is Ownership.SETTLED
-        for short, parameter in self._trainable().items() if is_settled else ():
-            key = f"{owner}.{short}"
-            is_settled = is_settled and key in store and store[key] is parameter
-        if not is_settled:
-            self._register()
 
     def _trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by their names in the param store, without that of the guide."""
