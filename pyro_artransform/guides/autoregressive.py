@@ -17,13 +17,19 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, names_the_class, to_tensor
+from ..joint.coordinates import CoordinatesArgument, ModelPrior
 from ..joint.density import LogJoint
-from ..joint.model_prior import CoordinatesArgument, ModelPrior
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, FlowModule, LocationScale
 from . import prototype
-from .distributions import FlowDistribution, check_flow_argument, make_flow, standard_normal
+from .distributions import (
+    FlowDistribution,
+    SiteDelta,
+    check_flow_argument,
+    make_flow,
+    standard_normal,
+)
 from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments, GuideSpec
 
@@ -190,7 +196,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         values, ladjs = self._to_sites(latents.place(z), args, kwargs)
         plates = self._create_plates(*args, **kwargs)
         for name, site in latents.sites.items():
-            delta = dist.Delta(values[name], log_density=-ladjs[name], event_dim=site.event_dim)
+            delta = SiteDelta(values[name], -ladjs[name], site.event_dim)
             with ExitStack() as stack:
                 for frame in site.plates:
                     stack.enter_context(plates[frame.name])
@@ -221,14 +227,14 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The flow, then location and scale: from the base to the unconstrained space."""
-        transform = self._flow()
+        transform = self._current_transform()
         if self.prior.space.is_mapped:
             transform = ComposedTransform(
                 transform, ToUnconstrained(self._bind(args, kwargs).density)
             )
         return transform
 
-    def _flow(self) -> ComposedTransform:
+    def _current_transform(self) -> ComposedTransform:
         """The flow, then location and scale: from the base to the coordinates of the latents."""
         self._checked_spec()
         self._register()
@@ -246,7 +252,9 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         :return: shape ``(latent_dim,)``, after the shapes of the plates around the guide.
         """
         # one for each call: it knows the density of its own draw
-        posterior = FlowDistribution(self.get_base_dist(), self._flow(), validate_args=False)
+        posterior = FlowDistribution(
+            self.get_base_dist(), self._current_transform(), validate_args=False
+        )
         name = f"_{self._pyro_name}_latent"
         return pyro.sample(name, posterior, infer={"is_auxiliary": True})
 
@@ -322,7 +330,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         flow, affine = self._parts
         if scale_tril is None:
             scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"]).diag()
-        self._flow()  # entries of the store that count more are adopted first
+        self._current_transform()  # entries of the store that count more are adopted first
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         affine.set_(to_tensor("loc", loc, affine.loc), scale_tril)
         flow.load_state_dict(self._flow_start)
@@ -339,7 +347,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         1. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
            Inference (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
         """
-        base, transform = self.get_base_dist(), self._flow()
+        base, transform = self.get_base_dist(), self._current_transform()
         x = base.rsample((check_integer("n", n),))
         if not path:
             latent, ladj = transform.call_and_ladj(x)

@@ -20,7 +20,7 @@ from ..arguments import (
 )
 from ..conditioners import default_activation
 from ..flows import hinged_marginals, iaf, maf, spline_marginals
-from ..joint.model_prior import CoordinatesArgument
+from ..joint.coordinates import CoordinatesArgument
 from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive

@@ -138,8 +138,7 @@ def refuse_moving_structure(
     expected, got = sites_by_name(first), sites_by_name(second)
     compare_names(expected, got, _DEPENDS_ON_LATENTS["names"])
     _compare(expected, got, _DEPENDS_ON_LATENTS)
-    traces = first, second
-    scales = ({name: PriorScale.of(run.nodes[name]["fn"]) for name in got} for run in traces)
+    scales = ({k: PriorScale.of(run.nodes[k]["fn"]) for k in got} for run in (first, second))
     return tuple(second.observation_nodes), depend_on_latents(*scales)
 
 
@@ -219,8 +218,7 @@ class ShiftedLatents(Messenger):
                 raise ValueError(f"site '{name}': expected {wanted} {got}")
             if not bijection(latent).isfinite().all():
                 wanted = "a support onto which the real numbers can be mapped"
-                got = node["fn"].support
-                raise ValueError(f"site '{name}': expected {wanted}, got {got}")
+                raise ValueError(f"site '{name}': expected {wanted}, got {node['fn'].support}")
             self._latents[name] = latent
 
     def _pyro_sample(self, message: Any) -> None:

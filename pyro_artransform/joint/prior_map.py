@@ -104,11 +104,10 @@ class Coordinates(nn.Module):
         return Coordinates(found, torch.ones_like(found), self.with_location)
 
     @torch.no_grad()
-    def set_(self, centered: Tensor, unit: Tensor | None = None) -> None:
-        """Sets lambda, and the unit, in place."""
+    def set_(self, centered: Tensor, unit: Tensor) -> None:
+        """Sets lambda and the unit in place."""
         self.centered.copy_(centered)
-        if unit is not None:
-            self.unit.copy_(unit)
+        self.unit.copy_(unit)
 
     def map_into(
         self, values: dict[str, Tensor], latents: Latents, run: Callable[[], object]
@@ -122,9 +121,6 @@ class Coordinates(nn.Module):
         prior.run_alone(values, run)
         values.update(prior.values)
         return {name: ladj + prior.bijection_ladjs[name] for name, ladj in prior.ladjs.items()}
-
-    def extra_repr(self) -> str:
-        return ", ".join(self.with_location)
 
 
 class AllMapped(Exception):

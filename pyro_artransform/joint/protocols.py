@@ -19,7 +19,7 @@ from torch.distributions import Transform
 
 from ..graphs.markov_graph import MarkovGraph
 from ..graphs.sparse_gaussian import SparseGaussian
-from .model_prior import ModelPrior
+from .coordinates import ModelPrior
 from .sites import Latents
 
 

@@ -110,7 +110,7 @@ class LatentSpace(NamedTuple):
         return self.coordinates.of_sites(self.latents) if self.is_mapped else {}
 
     def to_sites(
-        self, parts: Mapping[str, Tensor], run: Callable[[], object]
+        self, parts: Mapping[str, Tensor], run: Callable[[], object] | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The value of each site, and the log-determinant of the way there, of its batch shape.
 

@@ -9,18 +9,16 @@ from functools import cache, partial
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ...arguments import check_callable, check_integer, check_positive, names_the_class
-from ...joint import LogJoint
-from ...joint.density import Args, Kwargs
-from ...joint.model_prior import CoordinatesArgument
+from ...joint.coordinates import CoordinatesArgument
+from ...joint.density import Args, Kwargs, LogJoint
 from ...joint.traces import argument_signature
-from ..distributions import check_flow_argument
+from ..distributions import SiteDelta, check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
 from ..persistence.spec import GuideSpec
 from ..prototype import compare_names, one_more_run, refuse_moving_structure, sites_by_name
@@ -255,7 +253,7 @@ class AutoAmortized(PersistentGuide):
         for group in posterior.layout.groups:
             with entered(plates[plate] for plate in group.dims):
                 for name, site in group.latents.sites.items():
-                    delta = dist.Delta(found[name], -ladjs[name], site.event_dim)
+                    delta = SiteDelta(found[name], -ladjs[name], site.event_dim)
                     values[name] = pyro.sample(name, delta)
         return values
 
@@ -365,8 +363,7 @@ class AutoAmortized(PersistentGuide):
         sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
         parts = (posterior.draw(rows, size) for size in sizes)
         if self.prior.space.is_mapped:
-            self._bind(args, kwargs)
-            element_map = self.prior.element_map(posterior.layout)
+            element_map = self._bind(args, kwargs).element_map(posterior.layout)
             parts = (element_map(vectors)[0] for vectors in parts)
         draws = [posterior.layout.constrain(vectors) for vectors in parts]
         return {name: torch.cat([d[name] for d in draws]) for name in draws[0]}
@@ -386,8 +383,8 @@ class AutoAmortized(PersistentGuide):
         shapes = {name: row.shape[:-1] for name, row in rows.items()}
         vectors, ladj = posterior.layout.unconstrain_with_ladj(values, shapes, posterior.like)
         if self.prior.space.is_mapped:
-            self._bind(args, kwargs)
-            vectors, of_map = self.prior.element_map(posterior.layout, is_inverse=True)(vectors)
+            element_map = self._bind(args, kwargs).element_map(posterior.layout, is_inverse=True)
+            vectors, of_map = element_map(vectors)
             ladj = ladj + of_map
         return posterior.log_prob(rows, vectors) - ladj
 

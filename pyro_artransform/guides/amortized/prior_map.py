@@ -12,8 +12,7 @@ from pyro import poutine
 from torch import Tensor
 
 from ...joint import LogJoint
-from ...joint.coordinates import centered_by_curvature
-from ...joint.model_prior import ModelPrior
+from ...joint.coordinates import ModelPrior, centered_by_curvature
 from ...joint.prior_map import Coordinates, PriorMap, SiteCoordinates
 from ...joint.sites import Latents
 from ...joint.vectorization import DrawPlate, Draws, Terms, evaluate_many
@@ -153,7 +152,7 @@ class ElementPrior(ModelPrior):
             now = mean_element(latents, centered_by_curvature(unit, x, labels, weights)).to(now)
             self._set_unit(log_joint, u.mean(0))
         change = (now - given.centered).abs().max().item()
-        given.set_(now)
+        given.set_(now, given.unit)
         return change
 
     def center_at_start(self, share: float) -> None:

@@ -8,8 +8,8 @@ Pyro it never trains (pyro#3094), nor does a guide that meets a store that was l
 a guide and the store hold the same tensors: the guide takes those of the store, or another name.
 """
 
-import enum
 import itertools
+from typing import Literal
 
 import pyro
 from torch import Tensor, nn
@@ -19,12 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
-class Ownership(enum.Enum):
-    """Which values count where the store has others under the guide's name."""
-
-    NEW = "those of the store"
-    CARRIED = "the own ones of a guide that was copied, unpickled or loaded"
-    SETTLED = "those that were loaded into the store since the guide was registered"
+#: Whose values count where the store has others under a guide's name: those of the store; those of a guide
+#: that was copied, unpickled or loaded; those that were loaded into the store since it was registered
+Ownership = Literal["new", "carried", "settled"]
 
 
 def resolve_conflicts(
@@ -52,15 +49,15 @@ def resolve_conflicts(
             return name, False
         owners = [OWNERS[tensor]() for tensor in foreign if tensor in OWNERS]
         were_loaded = all(owner is guide for owner in owners)
-        are_free = ownership is Ownership.NEW and all(owner in (None, guide) for owner in owners)
-        if are_free or (were_loaded and ownership is Ownership.SETTLED):
+        are_free = ownership == "new" and all(owner in (None, guide) for owner in owners)
+        if are_free or (were_loaded and ownership == "settled"):
             problem = _misfit(name, entries, own)
             if not problem:
                 _adopt(guide, entries, own)
                 return name, True
             misfit = misfit or (problem if were_loaded else None)
-        # from here on a guide with values of its own takes no name but a free one
-        ownership = Ownership.NEW if ownership is Ownership.NEW else Ownership.CARRIED
+        if ownership == "settled":  # from here on it takes no name but a free one
+            ownership = "carried"
 
 
 def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> str:

@@ -25,9 +25,8 @@ from torch.distributions import Transform
 from ... import files
 from ...arguments import asks_for_data, check_callable, check_integer
 from ...files import FilePath
-from ...joint import LogJoint
-from ...joint.density import Args, Kwargs
-from ...joint.model_prior import ModelPrior
+from ...joint.coordinates import ModelPrior
+from ...joint.density import Args, Kwargs, LogJoint
 from ...joint.prior_map import Coordinates
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, is_hidden, prototype_trace
@@ -54,6 +53,11 @@ class PersistentGuide(AutoGuide):
     _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
     _make_flow: Any  #: makes the flow, or the flows
+    #: makes ``transform`` from a spec, at a starting point of shape ``(latent_dim,)``
+    _build: Callable[..., None]
+    #: how many numbers the state dict of a guide of a spec has at least: it bounds what is built
+    _least_numbers: Callable[[GuideSpec], int]
+    sample_posterior: Callable[..., dict[str, Tensor]]
 
     def __init__(
         self,
@@ -78,7 +82,7 @@ class PersistentGuide(AutoGuide):
         self._arguments = arguments
         self.prior = prior
         self._spec: GuideSpec | None = None
-        self._ownership = Ownership.NEW
+        self._ownership: Ownership = "new"
         #: whether the latents are known to be the model's, and not only a file's
         self._model_is_checked = True
         self._use_model(model, init_loc_fn)
@@ -117,16 +121,14 @@ class PersistentGuide(AutoGuide):
         with torch.random.fork_rng(devices=[]), poutine.block():
             return LogJoint(self._model[1], args, kwargs, init_loc_fn=self._model[2])
 
-    def _bind(self, args: Args, kwargs: Kwargs) -> ModelPrior:
-        """Gives the prior the model at these arguments, by default those of the last call."""
-        self.prior.bind(self._model and self._model[1], self._log_joint, args, kwargs)
-        return self.prior
+    def _bind(self, args: Args, kwargs: Kwargs) -> Any:
+        """The prior with the model at these arguments, by default those of the last call."""
+        return self.prior.bind(self._model and self._model[1], self._log_joint, args, kwargs)
 
     def _to_sites(self, parts: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Any:
         """See ``LatentSpace.to_sites``, with the model at these arguments."""
-        if self.prior.space.is_mapped:
-            self._bind(args, kwargs)
-        return self.prior.space.to_sites(parts, self.prior.run)
+        space = self.prior.space
+        return space.to_sites(parts, self._bind(args, kwargs).run if space.is_mapped else None)
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
         """See ``ModelPrior.find_sites``; none where no prior was seen to depend on other latents."""
@@ -146,10 +148,6 @@ class PersistentGuide(AutoGuide):
         if self._spec is None:
             with asks_for_data(args, kwargs, self._unknown):
                 self._setup_prototype(*args, **kwargs)
-
-    def _build(self, spec: GuideSpec, start: Tensor) -> None:
-        """Makes ``transform`` from a spec, at a starting point of shape ``(latent_dim,)``."""
-        raise NotImplementedError
 
     def _resolved_arguments(self, latent_dim: int) -> Arguments:
         """The arguments of the constructor that count before those of a file, with their defaults."""
@@ -176,17 +174,13 @@ class PersistentGuide(AutoGuide):
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
 
-    def _least_numbers(self, spec: GuideSpec) -> int:
-        """How many numbers the state dict of a guide of a spec has at least: it bounds what is built."""
-        raise NotImplementedError
-
     def _restore(self, spec: GuideSpec, state: State) -> None:
         """Sets the guide up without its model; its own arguments count before those of the spec."""
         arguments = {**spec.arguments, **self._resolved_arguments(spec.latents.latent_dim)}
         spec = replace(spec, arguments=arguments)
         check_size(state, self._least_numbers(spec))
         self._set_up_from(spec, spec.zeros())
-        self._ownership, self._model_is_checked = Ownership.CARRIED, False
+        self._ownership, self._model_is_checked = "carried", False
 
     @property
     def _unknown(self) -> str:
@@ -199,10 +193,6 @@ class PersistentGuide(AutoGuide):
         if self._spec is None:
             raise RuntimeError(self._unknown)
         return self._spec
-
-    def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Draws of all sites."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def quantiles(
@@ -238,12 +228,12 @@ class PersistentGuide(AutoGuide):
             for parameter in own.values():
                 # SVI asks each parameter for this, which otherwise the store sets
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # Pyro's
-            self._ownership = Ownership.CARRIED
+            self._ownership = "carried"
             return
         store, names = pyro.get_param_store(), [self._pyro_name, self.first_name]
         keys = [(f"{self._pyro_name}.{short}", parameter) for short, parameter in own.items()]
         is_stored = all(key in store and store[key] is parameter for key, parameter in keys)
-        if is_stored and self._ownership is Ownership.SETTLED:  # it was not cleared, or loaded
+        if is_stored and self._ownership == "settled":  # it was not cleared, or loaded
             return
         in_call = bool(self._pyro_context.active)
         name, is_adopted = resolve_conflicts(self, own, names, self._ownership)
@@ -254,8 +244,8 @@ class PersistentGuide(AutoGuide):
                     store[key] = parameter
                 OWNERS[parameter] = weakref.ref(self)
             self._pyro_name = name
-        if in_call or self._ownership is not Ownership.CARRIED:
-            self._ownership = Ownership.SETTLED
+        if in_call or self._ownership != "carried":
+            self._ownership = "settled"
 
     def drop_orphans(self) -> None:
         """Before the first call: deletes what guides of its name that are gone have left in the store."""
@@ -296,7 +286,7 @@ class PersistentGuide(AutoGuide):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ownership = Ownership.CARRIED
+        self._ownership = "carried"
 
     def __deepcopy__(self: Guide, memo: dict[int, Any]) -> Guide:
         twin = type(self).__new__(type(self))

@@ -17,8 +17,8 @@ from ...graphs.factorization import lower_factor
 from ...graphs.markov_graph import MarkovGraph
 from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
+from ...joint.coordinates import CoordinatesArgument
 from ...joint.density import Args, Kwargs
-from ...joint.model_prior import CoordinatesArgument
 from ...joint.prior_map import Coordinates
 from ...joint.sites import Latents
 from ...transforms.scales_and_tails import check_location_and_scale
@@ -269,7 +269,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         self, loc: Tensor, sd: Tensor, coefficients: list[Tensor], scale: Tensor, root_tril: Tensor
     ) -> None:
         flow, affine = self._parts
-        self._flow()  # entries of the store that count more are adopted first
+        self._current_transform()  # entries of the store that count more are adopted first
         affine.set_(loc, sd)
         flow.load_state_dict(self._flow_start)
         flow.start_at(sd, coefficients, scale, root_tril)

@@ -87,7 +87,7 @@ def _start_at_draws(
     own = guide.prior.coordinates if isinstance(guide, PriorGuide) else None
     if own is not None and cast(PriorGuide, guide).prior.is_chosen:
         unit = density.with_coordinates(own.non_centered(density.latents))
-        own.set_(centered_by_draws(unit, u))
+        own.set_(centered_by_draws(unit, u), own.unit)
     z, _ = density.from_unconstrained(u)
     _, gradients = value_and_gradient(density, z)
     is_finite = (z.isfinite() & gradients.isfinite()).all(-1)
