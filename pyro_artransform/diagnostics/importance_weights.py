@@ -247,7 +247,8 @@ def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
 def _is_point(distribution: Any) -> bool:
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-    return type(distribution) is Delta  # a subclass may be random
+    kind = type(distribution)  # a subclass may be random
+    return issubclass(kind, Delta) and (kind.sample, kind.rsample) == (Delta.sample, Delta.rsample)
 
 
 def _check_latents(wanted: Iterable[str], drawn: Container[str]) -> None:

@@ -229,9 +229,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         """The flow, then location and scale: from the base to the unconstrained space."""
         transform = self._current_transform()
         if self.prior.space.is_mapped:
-            transform = ComposedTransform(
-                transform, ToUnconstrained(self._bind(args, kwargs).density)
-            )
+            density = self._bind(args, kwargs).density
+            transform = ComposedTransform(transform, ToUnconstrained(density))
         return transform
 
     def _current_transform(self) -> ComposedTransform:
@@ -252,9 +251,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         :return: shape ``(latent_dim,)``, after the shapes of the plates around the guide.
         """
         # one for each call: it knows the density of its own draw
-        posterior = FlowDistribution(
-            self.get_base_dist(), self._current_transform(), validate_args=False
-        )
+        base, transform = self.get_base_dist(), self._current_transform()
+        posterior = FlowDistribution(base, transform, validate_args=False)
         name = f"_{self._pyro_name}_latent"
         return pyro.sample(name, posterior, infer={"is_auxiliary": True})
 
