@@ -25,7 +25,8 @@ ARROWS: dict[str, set[str]] = {
     "arguments": set(),
     "time_limit": {"arguments"},
     "differentiation": set(),
-    "recording": {"time_limit"},
+    "products": set(),
+    "recording": {"products", "time_limit"},
     "capture": {"differentiation", "recording"},
     "files": set(),
     "univariate": {"arguments", "differentiation"},
@@ -38,7 +39,7 @@ ARROWS: dict[str, set[str]] = {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "graphs"),
         *("joint", "posterior", "files"),
     },
-    "sampling": {"arguments", "capture", "time_limit", "joint"},
+    "sampling": {"arguments", "capture", "time_limit", "graphs", "joint"},
     "diagnostics": {"arguments", "time_limit", "joint", "transforms", "sampling"},
     "posterior": {"arguments", "joint"},
     "inference": {

@@ -184,15 +184,15 @@ def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
     """The log weights of draws, with a warning if a model turns out to mix draws at once."""
     if log_joint.is_random:  # each draw sees a mini-batch of its own
         return torch.cat([*map(log_joint, latent.split(1))]) - log_q
-    strategy = log_joint.strategy
-    log_p = log_joint.checked(latent, log_q)
-    if log_joint.strategy != strategy:
+    found = log_joint.checked(latent, log_q)
+    if found.strategy != log_joint.strategy:
+        log_joint.strategy, log_joint.obstacle = found.strategy, found.obstacle
         warnings.warn(
             "the model gives many draws at once another log-density than one at a time: from now on its "
             f"draws are evaluated by {log_joint.strategy}. Write it without branches (torch.where)",
             stacklevel=2,
         )
-    return log_p - log_q
+    return found.values - log_q
 
 
 def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:

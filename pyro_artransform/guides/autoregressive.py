@@ -124,8 +124,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         try:
             super()._setup_prototype(*args, **kwargs)
             first, start = self.prototype_trace, self._init_loc()
-            run = partial(self.model, *args, **kwargs)
-            observed, dependent = prototype.refuse_moving_structure(first, run, rng_state)
+            runs = (partial(model, *args, **kwargs) for model in (self.model, self._model[1]))
+            run, plain = runs
+            found = prototype.refuse_moving_structure(first, run, rng_state, plain)
+            observed, dependent, self._traces = found
             sites = [s.to(Tensor.clone) for s in prototype.sites_by_name(first).values()]
             arguments = self._resolved_arguments(len(start))
             arguments |= self._found_in_model(args, kwargs, bool(dependent))
@@ -137,6 +139,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             # the next call must not find a guide that is set up by half
             self._spec = self.prototype_trace = None
             raise
+        finally:
+            self._traces = None
         if args or kwargs:
             self._arguments_seen = argument_signature((args, kwargs))
         self._register()

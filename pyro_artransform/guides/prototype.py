@@ -17,10 +17,12 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..joint.coordinates import depend_on_latents
 from ..joint.prior_scale import PriorScale
+from ..joint.priors import depend_on_latents
 from ..joint.sites import Latents, Site, check_continuous, initial_value, same_support
 from ..joint.traces import is_enumerated
+
+Traces = tuple[poutine.Trace, poutine.Trace]
 
 _DEPENDS_ON_LATENTS = {
     "names": "site '{name}' is there for some values of the other latents only: expected the same "
@@ -124,22 +126,34 @@ def refuse_subsampling(sites: Iterable[Site]) -> None:
 
 
 def refuse_moving_structure(
-    first: poutine.Trace, run: Callable[[], object], rng_state: Tensor
-) -> tuple[tuple[str, ...], list[str]]:
+    first: poutine.Trace,
+    run: Callable[[], object],
+    rng_state: Tensor,
+    plain: Callable[[], object] | None = None,
+) -> tuple[tuple[str, ...], list[str], Traces | None]:
     """Refuses a model whose sites or supports depend on the values of its latents.
 
     The model is run again with other latents and the same random numbers.
 
-    :return: the sites that have data, and the latents whose prior has a location or a scale that differs.
+    :param plain: the run without starting values, which takes no random numbers, unless the model does.
+    :return: the sites that have data, the latents whose prior has a location or a scale that differs, and
+        both runs, where the model takes no random numbers.
     """
-    with torch.random.fork_rng(devices=[]), poutine.block(), ShiftedLatents(first):
-        torch.set_rng_state(rng_state)
-        second = poutine.trace(run).get_trace()
+    is_random = True
+    for again in (run,) if plain is None else (plain, run):
+        with torch.random.fork_rng(devices=[]), poutine.block(), ShiftedLatents(first):
+            torch.set_rng_state(rng_state)
+            second = poutine.trace(again).get_trace()
+            is_random = not torch.equal(torch.get_rng_state(), rng_state)
+        if not is_random:
+            break
     expected, got = sites_by_name(first), sites_by_name(second)
     compare_names(expected, got, _DEPENDS_ON_LATENTS["names"])
     _compare(expected, got, _DEPENDS_ON_LATENTS)
-    scales = ({k: PriorScale.of(run.nodes[k]["fn"]) for k in got} for run in (first, second))
-    return tuple(second.observation_nodes), depend_on_latents(*scales)
+    traces = first, second
+    scales = ({name: PriorScale.of(run.nodes[name]["fn"]) for name in got} for run in traces)
+    given = None if is_random else traces
+    return tuple(second.observation_nodes), depend_on_latents(*scales), given
 
 
 def refuse_other_latents(
@@ -226,5 +240,6 @@ class ShiftedLatents(Messenger):
         if latent is not None and not message["is_observed"]:
             shifted = biject_to(message["fn"].support)(latent + 0.01 * (1 + latent.abs()))
             # a site of another shape now keeps it, to be refused for it
-            if message["value"] is None or message["value"].shape == shifted.shape:
+            given = message["value"]
+            if (message["fn"].shape() if given is None else given.shape) == shifted.shape:
                 message["value"] = shifted

@@ -3,7 +3,7 @@
 
 """Fits of guides, and what draws of a posterior say."""
 
-from ..posterior import Summary, log_likelihood, summary, to_inference_data
+from ..posterior import Summary, log_likelihood, predict, summary, to_inference_data
 from .chains import Chains
 from .config import FitConfig
 from .evaluation.elements import Elements
@@ -22,6 +22,7 @@ __all__ = [
     "fit",
     "log_likelihood",
     "mcmc",
+    "predict",
     "summary",
     "to_inference_data",
 ]

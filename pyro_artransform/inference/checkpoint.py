@@ -14,7 +14,7 @@ from .. import files
 from .optimization.training import Training
 from .set_up import SetUp
 
-_KIND = "a checkpoint of fit, format 9"
+_KIND = "a checkpoint of fit, format 10"
 
 
 def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:

@@ -21,40 +21,28 @@ class InitializationConfig:
     num_draws: int = 400  #: effective draws of each latent, where no other number is asked for
     num_for_start: int = 100  #: the same where they only start the guide, and by loop
     max_trajectories: int = 1000  #: of each chain at most, where no number of draws is asked for
-    num_gradients: int = 1000  #: draws whose gradients make the initial Gaussian
-    num_compared: int = 1024  #: draws that it is compared with the guide on
+    num_compared: int = 1024  #: draws of the initial Gaussian, and of its comparison with the guide
 
     def with_fewer(self) -> "InitializationConfig":
         """The same with fewer draws, where an evaluation is expensive."""
-        return _with_fewer(self, "max_trajectories", "num_gradients", "num_compared")
+        return _with_fewer(self, "max_trajectories", "num_compared")
 
 
 @dataclass(frozen=True)
 class OptimizationConfig:
-    """The step size, its schedule, the gradient, and the draws that parameters are compared by."""
+    """The step size, and when it falls."""
 
     num_particles: int = 64  #: draws for each step
-    many_latents: int = 200  #: the number of latents from which on draws are expensive
-    num_particles_of_many: int = 16  #: the same of many, with a graph: half the time, same ELBO
     step_size: float = 2e-2  #: of Adam
     #: the same where the model has parameters, such as networks: with 2e-2 an autoencoder ended 5 nats an
     #: image lower (tutorials/vae_iaf.ipynb)
     model_step_size: float = 5e-3
-    window: int = 300  #: steps whose mean ELBO is compared with that of the same number before
-    min_improvement: float = 0.004  #: nats between windows below which a fit does not go on
-    #: nats at which the step size falls: one mean that is 0.06 sd off costs so much
-    good_gap: float = 0.002
-    check_every: int = 50  #: steps between two estimates of the remaining gap
-    num_compared: int = 1000  #: draws of such an estimate, and of the comparison at the end
+    window: int = 200  #: steps whose mean ELBO is compared with that of the same number before
+    min_improvement: float = 0.01  #: nats between windows below which a fit does not go on
+    #: nats at which the step size falls: a mean that is 0.1 sd off costs so much
+    good_gap: float = 0.005
+    num_compared: int = 1000  #: draws of an estimate of the gap, at each quarter of a window
     max_constant: int = 3000  #: the longest constant phase
-    decay_share: float = 0.6  #: the decay as a share of the constant phase
-    #: what the average of parameters reaches back as a share of all steps (Shamir and Zhang 2013)
-    averaged_share: float = 1 / 3
-    clip_factor: float = 3.0  #: gradients are clipped to this multiple of the median norm
-    #: the factor of the step size where the median loss of the last steps exceeds all of the first ones'
-    #: (a Gaussian autoencoder, tutorials/vae_iaf.ipynb)
-    retreat: float = 0.25
-    num_estimates: int = 32  #: of an ELBO where draws have no log weights
     checkpoint_every: int = 100  #: steps between two checkpoints
 
     def for_latents(self, latent_dim: int) -> "OptimizationConfig":
@@ -68,19 +56,15 @@ class OptimizationConfig:
 class MinibatchConfig:
     """How many mini-batches and draws of them stand for all data."""
 
-    num_compared: int = 32  #: batches that candidates are compared on
+    num_compared: int = 32  #: batches that guides are compared on
     num_for_start: int = 8  #: batches whose mean an initial guide is found in
-    min_draws: int = 8  #: the fewest draws a batch
-    num_estimates: int = 4  #: independent ones of an ELBO where draws cannot be told apart
     max_batches: int = 500  #: batches of the pass at the end: time
     num_draws: int = 4000  #: its draws
     #: its draws where all batches have the same, and those of a verdict on all data
     num_common_draws: int = 400
     #: draws of what the elements of all batches share, of a pass that weighs them
     num_shared: int = 250
-    #: draws of each element given each of these, between them as many as a fit took gradients
-    min_inner: int = 4
-    max_inner: int = 16
+    min_inner: int = 4  #: the fewest draws of each element given each of these
 
 
 @dataclass(frozen=True)

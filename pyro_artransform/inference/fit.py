@@ -74,9 +74,9 @@ def fit(
     these first (``docs/chains.md``). A guide of this package stays as it is, or becomes the Gaussian that
     matches these draws and the gradients of the density there, by ELBO. It is trained by the path gradient,
     unless its weights say that it is the posterior; any other Pyro guide by Pyro's own ELBO, from where it
-    is. The step size goes down when the ELBO stops moving, and the guide ends with the last parameters,
-    the averaged or the best ones, by ELBO. Parameters of the model are trained as well, and the result has
-    no draws then. The verdict on the guide rests on draws that were not trained on.
+    is. When the ELBO stops moving, or little is left to win, smaller steps go on from the average of the
+    parameters. Parameters of the model are trained as well, and the result has no draws then. The verdict
+    on the guide rests on draws that were not trained on.
 
     With ``draws=n`` there are no steps unless ``num_steps`` asks for some. Where the chains do not mix, the
     guide is trained, and others run in its base space.

@@ -73,8 +73,14 @@ def _draws(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
     start = log_joint.with_coordinates(None).start
     for distance in _DISTANCES:
         yield log_joint.latents.constrain(start + distance * torch.randn_like(start))
-    for z in log_joint.prior_draws():
-        yield log_joint.latents.constrain(z[0])
+    for _ in _DISTANCES:
+        with (
+            suppress(Exception),
+            pyro.validation_enabled(False),
+            hidden_sites(),
+        ):  # as of an improper one
+            nodes: Any = poutine.trace(log_joint.run).get_trace().nodes
+            yield {name: nodes[name]["value"] for name in log_joint.latents.sites}
 
 
 def _data_terms(log_joint: LogJoint, values: dict[str, Tensor]) -> dict[str, Tensor] | None:

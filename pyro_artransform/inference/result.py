@@ -49,9 +49,6 @@ class FitResult:
     seconds: float  #: wall time of the whole fit
     stopped_because: str  #: why the steps ended
     start: str  #: the candidate that the guide was initialized with
-    end: str  #: which parameters the guide has: the last ones, their average, or the best ones
-    #: at the end of its constant phase; ``None`` where the optimizer is the user's
-    step_size: float | None
     #: the sites because of which steps were skipped, with the number of times
     culprits: dict[str, int] = field(default_factory=dict)
     one_at_a_time: str = ""  #: why the model was run for one draw after the other, if it was

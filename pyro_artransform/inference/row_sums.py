@@ -11,16 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import pyro
 import torch
 from pyro import poutine
-from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
+from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..arguments import warn_user
-from ..joint.handlers import hidden_sites
-from ..joint.sites import initial_value
+from ..joint.sites import started_trace
 from ..joint.traces import latent_nodes, moved_latent
 from .loader import Batch
 
@@ -52,7 +50,7 @@ def warn_of_no_sum(model: Model, batches: Sequence[Batch]) -> str | None:
 def _why_no_sum(model: Model, first: Batch, second: Batch) -> str | None:
     pairs = [_exchanged(*parts) for parts in zip(first, second)]
     mixed = [Batch(*parts) for parts in zip(*pairs)]
-    values = _latents(_trace(model, first))
+    values = _latents(started_trace(partial(model, *first.args, **first.kwargs), init_to_median))
     batches, state = (first, second, *mixed), torch.get_rng_state()
     runs = [_log_density(model, *each, state) for each in zip(batches, values)]
     new_state = torch.Generator().manual_seed(0).get_state()
@@ -91,13 +89,6 @@ def _exchanged(one: Any, other: Any) -> tuple[Any, Any]:
     raise ValueError(f"expected batches of tensors of one shape, got {type(one).__name__}")
 
 
-def _trace(model: Model, batch: Batch) -> poutine.Trace:
-    init = InitMessenger(partial(initial_value, init_to_median))
-    with pyro.validation_enabled(False), hidden_sites(), init:
-        trace: poutine.Trace = poutine.trace(model).get_trace(*batch.args, **batch.kwargs)
-    return trace
-
-
 def _latents(trace: poutine.Trace) -> list[dict[str, Tensor]]:
     """Values of all latents in each of two batches, and after these have exchanged every other row.
 
@@ -129,7 +120,8 @@ def _log_density(
     A scale that is one number is in the shares, its inverse: those of padded batches add up, too.
     """
     torch.set_rng_state(state)
-    trace = _trace(poutine.condition(model, dict(values)), batch)
+    run = partial(poutine.condition(model, dict(values)), *batch.args, **batch.kwargs)
+    trace = started_trace(run, init_to_median)
     trace.compute_log_prob(site_filter=lambda _, site: not site_is_subsample(site))
     total, shares, slack = 0.0, list[float](), 0.0
     for site in (each for each in trace.nodes.values() if "log_prob" in each):

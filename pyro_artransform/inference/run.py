@@ -63,8 +63,7 @@ def start(set_up: SetUp, resume: FilePath | None = None) -> Training:
     parallel.copy_first(set_up.tensors)
     parallel.seed_apart()
     training = set_up.new_training(set_up.schedule)
-    # of some mini-batches: what it is for all data is not known
-    training.check_start(initial.name, initial.elbo if set_up.has_all_data else math.nan)
+    training.check_start(initial.name)
     if has_draws and set_up.schedule.num_steps is None:
         training.schedule = training.schedule.ending_at(0, DRAWS_ARE_THERE)
     return training
@@ -94,7 +93,7 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, bool]:
         elif is_flow and log_joint.is_random:
             density = whole = SharedPrior(log_joint)
         if is_flow:
-            check_gradient(density, density.start)
+            check_gradient(density, density.with_coordinates(None).start)
         has_draws = chains is not None and chains.sample() and chains.is_asked
         if is_flow and not density.is_random:
             if chains is None:
@@ -142,14 +141,13 @@ def train(
 
 
 def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
-    """The result of the fit, with the guide at the better parameters."""
+    """The result of the fit, with the guide at its last parameters."""
     set_up.limit.enter_phase(1.0, has_grace=True)
     if set_up.stream is not None:
         set_up.stream.close()
-    is_at_draws = training.schedule.reason == DRAWS_ARE_THERE
-    end = "last" if is_at_draws else training.select_parameters()
+    training.finish()
     set_up.parallel.copy_first(set_up.tensors)
-    judged = partial(_judge, set_up, training, is_saved, end)
+    judged = partial(_judge, set_up, training, is_saved)
     return replace(set_up.parallel.first("the verdict", judged), guide=set_up.subject.guide)
 
 
@@ -184,7 +182,7 @@ def _remedy(set_up: SetUp, num_steps: int) -> str:
     return way if set_up.schedule.num_steps is None else f"{way}, or more steps"
 
 
-def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitResult:
+def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
     """The result of the fit but for its guide."""
     subject, config, draws_first = set_up.subject, set_up.config, set_up.draws_first
     guide: object = subject.guide
@@ -224,8 +222,6 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool, end: str) -> FitRe
         seconds=training.earlier_seconds + set_up.limit.seconds,
         stopped_because=training.schedule.reason,
         start=training.start,
-        end=end,
-        step_size=training.step_size,
         culprits=dict(training.culprits),
         one_at_a_time=set_up.looped_because or subject.log_joint.reason,
         coordinates=guide.prior.space.centered_by_site() if isinstance(guide, PriorGuide) else {},

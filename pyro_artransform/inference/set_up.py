@@ -31,6 +31,9 @@ from .parallel import Parallel
 from .prior_only import warn_of_prior
 from .row_sums import warn_of_no_sum
 
+# latents from which on a step of a guide with a graph has fewer draws: half the time, same ELBO
+_MANY_LATENTS, _NUM_PARTICLES_OF_MANY = 200, 16
+
 Function = Callable[..., object]
 #: of a model, its arguments and whether they are a mini-batch: a guide, and why it is this one
 Chooser = Callable[..., tuple[Function, str]]
@@ -79,7 +82,7 @@ class SetUp:
         self.no_sum = warn_of_no_sum(model, batches) if is_minibatch else ""
         self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None
-        of_batch = _objective_of_batch(self.subject, config, self.stream is not None)
+        of_batch = _objective_of_batch(self.subject)
         #: why the model is run for one draw after the other, if it is
         self.looped_because = log_joint.reason
         if isinstance(of_batch, PyroObjective) and not of_batch.is_vectorized:
@@ -118,8 +121,8 @@ class SetUp:
         self.schedule = Schedule(settings, epoch).of_length(num_steps)
         wanted = num_particles or settings.num_particles
         is_structured = isinstance(cast(object, guide), StructuredGuide)
-        if num_particles is None and is_structured and latent_dim >= settings.many_latents:
-            wanted = settings.num_particles_of_many
+        if num_particles is None and is_structured and latent_dim >= _MANY_LATENTS:
+            wanted = _NUM_PARTICLES_OF_MANY
         # a batch is not shared: each process has another one
         own = wanted if self.stream is not None else parallel.share(wanted)
         #: draws for each step, of all processes
@@ -236,13 +239,11 @@ def _run_once(
     subject = ModelAndGuide.of(model, guide, args, kwargs)
     if stream is not None:
         check_use(stream, guide, subject.log_joint, batch)
-    next(subject.weighted_draws(1))  # an error if the guide lacks a latent
+    list(subject.weighted_draws(0))  # an error if the guide lacks a latent
     return subject
 
 
-def _objective_of_batch(
-    subject: ModelAndGuide, config: FitConfig, is_minibatch: bool
-) -> BatchObjective:
+def _objective_of_batch(subject: ModelAndGuide) -> BatchObjective:
     """The objective for a batch: by the path gradient, if the guide has all latents of the model."""
     model, _, args, kwargs, log_joint = subject
     guide: object = subject.guide
@@ -251,5 +252,4 @@ def _objective_of_batch(
             latent, _ = guide.rsample_and_log_prob(1)
         if latent.shape[-1] == log_joint.latents.latent_dim:
             return PathObjective(log_joint, guide)
-    num = (config.minibatch if is_minibatch else config.optimization).num_estimates
-    return PyroObjective(model, subject.guide, Batch(args, kwargs), log_joint, num)
+    return PyroObjective(model, subject.guide, Batch(args, kwargs), log_joint)

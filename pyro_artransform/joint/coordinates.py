@@ -3,102 +3,28 @@
 
 """Which latents have coordinates from the model's own prior, how centred these are, and who holds them."""
 
+import warnings
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from copy import deepcopy
+from functools import partial
 from typing import Any, cast
 
 import torch
 from pyro import poutine
-from pyro.distributions import validation_enabled
-from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..arguments import asks_for_data
 from ..graphs.dependencies import value_and_gradient
-from .handlers import hidden_sites
 from .prior_map import Coordinates
-from .prior_scale import PriorScale, is_identity_or_exp
 from .sites import Latents, LatentSpace
 
 # above it an element is as the model is written, which costs nothing (benchmarks/coordinates.md)
 _CENTERED = 0.95
 _BETWEEN_QUARTILES = 1.349  # sds of a normal distribution
-# in units of the prior: curvatures are those of a smooth function
-_DIFFERENCE = 1e-3
+_LABELS_AT_ONCE = 64  # second derivatives that are computed together
 
 CoordinatesArgument = str | Mapping[str, Any]
-
-
-@torch.no_grad()
-def find_mapped(
-    run: Callable[[], object], latents: Latents, points: Tensor, with_shapes: bool = False
-) -> dict[str, bool]:
-    """The latents with coordinates from the prior, and whether their prior depends on other latents.
-
-    Where none depends, there are none; where some do, scales at the root with a shape are among them.
-
-    :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
-    :param with_shapes: whether priors with a shape are among them in any case.
-    """
-    state, given = torch.get_rng_state(), list(map(latents.constrain, points))
-    first, indices = _priors(run, latents, given[0])
-    torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
-    second, indices = _priors(run, latents, {**given[1], **indices})
-    again, _ = _priors(run, latents, {**given[1], **indices})
-    torch.set_rng_state(state)
-    # that of a latent which depends on one that is hidden is no function of the latents
-    random = depend_on_latents(second, again)
-    priors = {name: prior for name, prior in first.items() if name not in random}
-    dependent = depend_on_latents(priors, second)
-    has_shapes = with_shapes or bool(dependent)
-    shaped = [name for name, prior in priors.items() if prior.shape is not None and has_shapes]
-    return {name: name in dependent for name in priors if name in {*dependent, *shaped}}
-
-
-@torch.no_grad()
-def prior_scales(run: Callable[[], object], latents: Latents, u: Tensor) -> Tensor:
-    """The scale of each prior at a point of the unconstrained space, shape ``(latent_dim,)``; else 1."""
-    priors, _ = _priors(run, latents, latents.constrain(u))
-    found = torch.ones_like(u)
-    for name, part in latents.views(found).items():
-        if name in priors:
-            part.copy_(priors[name].diagonal)
-    return torch.where(found.isfinite() & (found > 0), found, 1.0)
-
-
-def _priors(
-    run: Callable[[], object], latents: Latents, values: dict[str, Tensor]
-) -> tuple[dict[str, PriorScale], dict[str, Tensor]]:
-    """The priors with a location and a scale in a run at values of sites, and the plates' indices."""
-    with validation_enabled(False), hidden_sites():
-        trace = poutine.trace(poutine.condition(run, values)).get_trace()
-    priors, indices = dict[str, PriorScale](), {}
-    site: Any
-    for name, site in trace.nodes.items():
-        if site["type"] == "sample" and site_is_subsample(site):
-            indices[name] = site["value"]
-        # a mask that is still there makes the prior improper
-        is_proper = name in latents.sites and site["mask"] is None
-        prior = PriorScale.of(site["fn"]) if is_proper else None
-        # more dimensions are those of discrete latents that are summed out
-        if prior is None or prior.loc.dim() > site["value"].dim():
-            continue
-        # a log density of u is one of the value by these alone
-        if prior.log_prob is None or is_identity_or_exp(latents.sites[name].bijection):
-            priors[name] = prior
-    return priors, indices
-
-
-def depend_on_latents(
-    one: Mapping[str, PriorScale | None], other: Mapping[str, PriorScale | None]
-) -> list[str]:
-    """The latents whose location or scale differs between runs with other values of the latents."""
-    found = []
-    for name, prior in one.items():
-        second = other.get(name)
-        if prior and second and not all(map(torch.equal, prior[:2], second[:2])):
-            found.append(name)
-    return found
 
 
 def centered_by_curvature(
@@ -120,17 +46,36 @@ def centered_by_curvature(
     :param weights: by which the density of a coordinate is scaled down: the share of a mini-batch.
     :return: shape ``(latent_dim,)``; 1 for all other latents.
     """
-    lam = non_centered.coordinates.centered.detach().clone()
-    labels = torch.arange(len(lam), device=lam.device) if together is None else together
-    total, size = torch.zeros_like(lam), max(non_centered.chunk_size // 2, 1)
-    for point in x:
-        for part in labels[lam < 1].unique().split(size):
-            moved = (labels == part[:, None]) & (lam < 1)
-            steps = _DIFFERENCE * moved.to(x.dtype)
-            ends = torch.cat([point + steps, point - steps])
-            ahead, behind = value_and_gradient(non_centered, ends)[1].chunk(2)
-            total += ((behind - ahead) * moved).sum(0) / (2 * _DIFFERENCE)
-    return _centered(lam, weights * total / len(x))
+    _, second = _second_derivatives(non_centered, x, together)
+    return _centered(non_centered.coordinates.centered.detach(), -weights * second)
+
+
+def _second_derivatives(
+    non_centered: Any, x: Tensor, together: Tensor | None
+) -> tuple[bool, Tensor]:
+    """Whether the density has digits and a slope at points ``(n, latent_dim)``, and the mean derivatives."""
+    is_mapped, found = non_centered.coordinates.centered < 1, torch.zeros_like(x[0])
+    labels = torch.arange(len(found), device=x.device) if together is None else together
+    with torch.enable_grad():
+        point = x.detach().requires_grad_()
+        value = non_centered(point)
+        (slope,) = torch.autograd.grad(value.sum(), point, create_graph=True)
+        for some in labels[is_mapped].unique().split(_LABELS_AT_ONCE):
+            moved = (is_mapped & (labels == some[:, None])).to(slope)[:, None].expand(-1, *x.shape)
+            with suppress(RuntimeError):  # some functions have no second derivative
+                found += (_pulled_back(slope, point, moved) * moved).mean(1).sum(0)
+    has_digits = value.detach().abs() * torch.finfo(x.dtype).eps <= 1
+    return bool(has_digits.all() and slope.isfinite().all()), found
+
+
+def _pulled_back(slope: Tensor, point: Tensor, directions: Tensor) -> Tensor:
+    grad = partial(torch.autograd.grad, slope, point, retain_graph=True)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, that its rules for vmap are slow
+            return grad(grad_outputs=directions, is_grads_batched=True)[0]
+    except RuntimeError:  # a function without such a rule
+        return torch.stack([grad(grad_outputs=direction)[0] for direction in directions])
 
 
 def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
@@ -196,12 +141,17 @@ def coordinates_at(
     """As centred as the curvature at points ``(n, latent_dim)`` asks, with the units of the prior there.
 
     :param mapped: which latents of the log joint density have coordinates.
-    :param u: the points, on the unconstrained space.
+    :param u: the points, on the unconstrained space; one that is a start may be left for the origin.
     :param together: see :func:`centered_by_curvature`.
     """
     unit = log_joint.with_coordinates(mapped.non_centered(log_joint.latents))
     x, _ = unit.from_unconstrained(u)
-    centered = centered_by_curvature(unit, x, together)
+    is_sound, second = _second_derivatives(unit, x, together)
+    if len(u) == 1 and not is_sound:
+        (point,) = u
+        if (other := log_joint.or_origin(point)) is not point:
+            return coordinates_at(log_joint, mapped, other[None], together)
+    centered = _centered(unit.coordinates.centered.detach(), -second)
     return Coordinates(centered, log_joint.prior_scales(u.mean(0)), mapped.with_location)
 
 
@@ -322,12 +272,11 @@ class ModelPrior:
         """
         log_joint, given = self.log_joint, cast(Coordinates, self.coordinates)
         with torch.random.fork_rng(devices=[]), poutine.block():
-            near = log_joint.or_origin(start)
             if isinstance(self.asked, Mapping):
-                given.set_(given.centered, log_joint.prior_scales(near))
+                given.set_(given.centered, log_joint.prior_scales(log_joint.or_origin(start)))
                 self.center_as_asked(log_joint.latents)
             else:
-                found = coordinates_at(log_joint, given, near[None], together)
+                found = coordinates_at(log_joint, given, start[None], together)
                 given.set_(found.centered, found.unit)
             return log_joint.with_coordinates(given).from_unconstrained(start[None])[0][0]
 

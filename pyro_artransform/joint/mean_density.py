@@ -3,6 +3,7 @@
 
 """The log joint density of a model from mini-batches: their mean, and one that knows all data at a point."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -13,8 +14,10 @@ from torch import Tensor
 
 from ..differentiation import sum_with_gradient
 from ..graphs.dependencies import value_and_gradient
+from .checks import Checked
 from .density import Args, Kwargs, LogJoint
 from .handlers import FirstIndices
+from .vectorization import agree
 
 # parts of draws are larger by this factor: each is a run of the model for each mini-batch
 _FEWER_PARTS = 4
@@ -60,7 +63,7 @@ class MeanLogJoint(LogJoint):
             is_even = is_even and structure.is_evenly_scaled
             shares.append(1 / structure.scale)
             ends.append(part.from_unconstrained(log_joint.start[None])[0])
-        if not all(torch.equal(end, ends[0]) for end in ends):
+        if not all(torch.allclose(end, ends[0]) for end in ends):
             raise ValueError(
                 "expected priors that are the same for each mini-batch, got some whose location or scale "
                 "depends on its data: make the guide with coordinates='model'"
@@ -75,6 +78,12 @@ class MeanLogJoint(LogJoint):
         # a plate without data of its own draws indices that nobody asks for
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
             self.is_random = self.is_random and self._changes_by_itself(self.start[None])
+
+    def _changes_by_itself(self, z: Tensor) -> bool:
+        """Whether a second evaluation at the same draws, with other random numbers, gives other values."""
+        one = self(z)
+        torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
+        return not agree({"total": self(z)}, {"total": one}, slack=None)
 
     def bound_to(self, args: Args, kwargs: Kwargs) -> LogJoint:
         part = LogJoint.__new__(LogJoint)
@@ -96,12 +105,11 @@ class MeanLogJoint(LogJoint):
             yield partial(_weighted, weight, self.bound_to(*batch))
 
     @torch.no_grad()
-    def checked(self, z: Tensor, log_q: Tensor | None = None) -> Tensor:
+    def checked(self, z: Tensor, log_q: Tensor | None = None) -> Checked:
         """The log density of draws, by a strategy that agrees with single runs on one mini-batch."""
-        part = self.bound_to(*next(iter(self._batches)))
-        part.checked(z, log_q)
-        self.strategy, self.obstacle = part.strategy, part.obstacle
-        return self(z)
+        found, other = self.bound_to(*next(iter(self._batches))).checked(z, log_q), copy.copy(self)
+        other.strategy = found.strategy
+        return found._replace(values=other(z))
 
     def nonfinite_sites(self, z: Tensor) -> list[str]:
         found = (self.bound_to(*batch).nonfinite_sites(z) for batch in self._batches)

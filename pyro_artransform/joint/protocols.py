@@ -27,7 +27,10 @@ class LogDensity(Protocol):
     """A log density of the latents of a model, on the unconstrained space or in other coordinates."""
 
     latents: Latents
-    strategy: str  #: how many draws are evaluated: "plate", "vmap", "copies" or "loop"
+
+    @property
+    def strategy(self) -> str:
+        """How many draws are evaluated: by "plate", "vmap", "copies" or "loop"."""
 
     @property
     def start(self) -> Tensor:

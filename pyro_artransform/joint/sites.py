@@ -6,18 +6,20 @@
 import copy
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, is_validation_enabled
+from pyro.distributions import Delta, is_validation_enabled, validation_enabled
 from pyro.distributions.constraints import Constraint
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
 from ..arguments import to_tensor, values_can_be_read
+from .handlers import hidden_sites
 from .traces import is_enumerated, latent_nodes, unwrapped
 
 
@@ -344,6 +346,14 @@ def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
         # on the default device, which PyTorch 2.9 and older cannot name once it was set back
         origin = torch.zeros(shape, dtype=torch.get_default_dtype(), device=None)
         return torch.as_tensor(bijection(origin))
+
+
+def started_trace(run: Callable[[], object], init_loc_fn: Callable[[Any], Tensor]) -> poutine.Trace:
+    """The trace of a run at starting values, without Pyro's validation."""
+    init = InitMessenger(partial(initial_value, init_loc_fn))
+    with validation_enabled(False), hidden_sites(), init:
+        trace: poutine.Trace = poutine.trace(run).get_trace()
+    return trace
 
 
 def map_bounds(support: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:

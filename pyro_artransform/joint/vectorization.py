@@ -21,8 +21,9 @@ by name: log-densities by datum, or their sum.
 """
 
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +35,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..graphs.dependencies import ROUND_OFF
 from .enumeration import ScaleError
 from .handlers import SiteLogProbs, hidden_sites
 from .paths import Draws, Evaluate, ManyPathsError, Terms, evaluate_by_path
@@ -53,6 +55,8 @@ _MAX_VALUES = 2**23
 _FEW = 32
 #: draws at which two ways to evaluate the same are compared
 NUM_COMPARED = 3
+# the fewest draws at once that are compared: the same ones several times where there are fewer
+_LEAST_AT_ONCE, _SEED = 5, 20260104
 
 
 def evaluate_many(
@@ -67,7 +71,7 @@ def evaluate_many(
     :param at_failure: gives the terms of a draw that the model cannot take; by default its error is raised.
     :param chunk_size: how many draws are evaluated at a time; by default all.
     """
-    num_draws = len(next(iter(draws.values())))
+    num_draws = _num_draws(draws)
     if chunk_size is not None and num_draws > chunk_size:
         parts = zip(*(value.split(chunk_size) for value in draws.values()))
         found = [evaluate_many(evaluate, dict(zip(draws, v)), strategy, at_failure) for v in parts]
@@ -99,8 +103,11 @@ def evaluate_many(
 
 
 def _at_once(evaluate: Evaluate, draws: Draws, strategy: str) -> Terms:
+    num_draws = _num_draws(draws)
+    if num_draws == 1:  # by a run that suits every model
+        return stack([evaluate({name: value[0] for name, value in draws.items()}, None)])
     if strategy == "plate":
-        return evaluate(draws, len(next(iter(draws.values()))))
+        return evaluate(draws, num_draws)
     return evaluate_by_path(evaluate, draws, has_copies=strategy == "copies")
 
 
@@ -145,24 +152,63 @@ def stack(rows: list[Terms]) -> Terms:
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def choose_strategy(
-    evaluate: Evaluate, draws: Draws, at_failure: Callable[[Draws], Terms] | None = None
-) -> tuple[str, str]:
-    """The fastest strategy that agrees with a loop at some draws, and why the next faster one does not."""
-    state = torch.get_rng_state()
-    expected = evaluate_many(evaluate, draws, "loop", at_failure)
-    obstacle = ""
-    for strategy in STRATEGIES[:-1]:
+class Choice(NamedTuple):
+    """How draws are evaluated, and what comparisons of strategies have shown beside it."""
+
+    strategy: str
+    obstacle: str  #: why the next faster strategy does not suit the model
+    is_random: bool  #: whether terms are others with other random numbers
+    num_values: float  #: the entries of the largest tensor, by draw
+
+
+def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = None) -> Choice:
+    """The fastest strategy that agrees with single runs at some draws.
+
+    :param num_single: how many draws, the first ones, are compared, by default all; more until two are
+        finite.
+    """
+    state, obstacle = torch.get_rng_state(), ""
+    # with other random numbers than those of single runs, the same comparison shows whether they count
+    other = torch.Generator().manual_seed(_SEED).get_state()
+
+    def run(strategy: str, rows: Sequence[int], state: Tensor) -> Terms:
         torch.set_rng_state(state)
+        return evaluate_many(evaluate, {k: v[list(rows)] for k, v in draws.items()}, strategy)
+
+    single, failures, num_finite = dict[int, Terms](), list[Exception](), 0
+    for i in range(_num_draws(draws)):
+        if num_single is not None and i >= num_single and num_finite > 1:
+            break
         try:
-            found = evaluate_many(evaluate, draws, strategy)
+            single[i] = run("loop", [i], state)
+            num_finite += all(bool(term.isfinite().all()) for term in single[i].values())
+        except Exception as error:  # the model does not take this draw
+            failures.append(error)
+    if not single:
+        raise failures[0]
+    rows = [*islice(cycle(single), max(len(single), _LEAST_AT_ONCE))]
+    is_random, num_values = False, 1.0
+    for strategy in STRATEGIES:
+        rows = rows[:1] if strategy == "loop" else rows
+        wanted = {k: torch.cat([single[i][k] for i in rows]) for k in single[rows[0]]}
+        try:
+            with LargestTensor() as largest:
+                found = run(strategy, rows, other)
+            num_values = largest.num_values / len(rows)
+            if is_random := not agree(found, wanted, slack=None):
+                found, before = run(strategy, rows, state), found
+                is_random = not agree(found, before, slack=None)
         except Exception as error:  # any error means that the model does not take many draws
             obstacle = describe(error)
             continue
-        if agree(found, expected):
-            return strategy, obstacle
+        if strategy == "loop" or agree(found, wanted):
+            break
         obstacle = MIXED
-    return "loop", obstacle
+    return Choice(strategy, obstacle, is_random, num_values)
+
+
+def _num_draws(draws: Draws) -> int:
+    return len(next(iter(draws.values())))
 
 
 def nonfinite_sites(run: Callable[[], object], values: Draws) -> list[str]:
@@ -190,12 +236,24 @@ def describe(error: Exception) -> str:
     return words
 
 
-def agree(found: Terms, expected: Terms, slack: float = 1.0) -> bool:
-    """Whether terms are equal to round-off times a slack, with NaN in the same places."""
+def tolerance(terms: Tensor) -> float:
+    """The relative and absolute round-off that terms may have, ill-conditioned ones among them."""
+    return 1e-4 if terms.dtype == torch.float32 else 1e-8
+
+
+def agree(found: Terms, expected: Terms, slack: float | None = 1.0) -> bool:
+    """Whether terms are equal to round-off times a slack, with NaN in the same places.
+
+    :param slack: ``None`` for no more than the round-off of a sum.
+    """
     if found.keys() != expected.keys():
         return False
     for name, wanted in expected.items():
-        tol = slack * (1e-4 if wanted.dtype == torch.float32 else 1e-8)
+        tol = (
+            ROUND_OFF * torch.finfo(wanted.dtype).eps
+            if slack is None
+            else slack * tolerance(wanted)
+        )
         same_shape = found[name].shape == wanted.shape
         if not (same_shape and torch.allclose(found[name], wanted, tol, tol, equal_nan=True)):
             return False

@@ -1,10 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws of a posterior: summaries, log-likelihoods, and ArviZ data sets."""
+"""Draws of a posterior: summaries, predictions, log-likelihoods, and ArviZ data sets."""
 
 from .arviz import to_inference_data
 from .log_likelihood import log_likelihood
+from .predictive import predict
 from .summary import Summary, summary
 
-__all__ = ["Summary", "log_likelihood", "summary", "to_inference_data"]
+__all__ = ["Summary", "log_likelihood", "predict", "summary", "to_inference_data"]

@@ -15,7 +15,7 @@ from pyro.infer import Predictive
 from ..arguments import check_integer, warn_user
 from ..joint.density import Args, Kwargs
 from ..joint.protocols import PosteriorGuide
-from ..joint.traces import in_shape_of_site
+from ..joint.traces import in_shape_of_site, is_deterministic
 from ..joint.vectorization import Draws, Terms
 from .log_likelihood import Likelihood
 from .marginal_likelihood import MarginalLikelihood
@@ -93,7 +93,8 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
     if predicted:
         groups["predictions"] = drawn(run, predicted)
     if not parallel:
-        computed = likelihood.deterministic({**draws, **groups.get("predictions", {})})
+        known = {**draws, **groups.get("predictions", {})}
+        computed = likelihood.sites(known, run, is_deterministic)
         of_new = predicted and not likelihood.observed
         groups["predictions" if of_new else "posterior"].update(computed)
     if likelihood.observed:

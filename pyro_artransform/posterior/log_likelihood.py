@@ -5,6 +5,7 @@
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -111,15 +112,21 @@ class Likelihood:
         """How many draws are evaluated: by "plate", "vmap", "copies" or "loop"."""
         return choose_strategy(self._evaluate, _part(*self._compared(draws)))[0]
 
-    def _compared(self, draws: Draws) -> tuple[Terms, list[int]]:
-        """The draws of latents, and the rows at which strategies are compared: some, and extreme ones."""
+    def given(self, draws: Draws) -> Terms:
+        """The draws of latents of the model, whose shapes are checked."""
         chosen = {name: draws[name] for name in self.latents if name in draws}
         n = next((len(value) for value in chosen.values() if value.dim()), 1)
         for name, value in chosen.items():
             expected, got = (n, *self.latents[name].shape), tuple(value.shape)
             if got != expected:
                 raise ValueError(f"draws: expected '{name}' of shape {expected}, got {got}")
-        if not (chosen and n):
+        return chosen
+
+    def _compared(self, draws: Draws) -> tuple[Terms, list[int]]:
+        """The draws of latents, and the rows at which strategies are compared: some, and extreme ones."""
+        chosen = self.given(draws)
+        n = len(next(iter(chosen.values()), ()))
+        if not n:
             return chosen, []
         rows = set(range(0, n, -(-n // 8)))
         coordinates = torch.cat([value.reshape(n, -1).double() for value in chosen.values()], -1)
@@ -131,14 +138,17 @@ class Likelihood:
         size = len(next(iter(draws.values())))
         return DrawPlate(size, self._num_plates).place(draws, self._event_dims)
 
-    def deterministic(self, draws: Draws) -> Terms:
-        """The values of deterministic sites at each draw and the data, of shape ``(n,) + site shape``."""
-        rows = []
+    def sites(
+        self, draws: Draws, run: Callable[[], object], is_wanted: Callable[[Any], bool]
+    ) -> Terms:
+        """The values ``(n,) + site shape`` of sites of a model that runs once at each of some draws."""
+        rows = list[Terms]()
         for values in zip(*draws.values()):
             with poutine.block():
-                run = poutine.condition(self.run, dict(zip(draws, values)))
-                sites = observed_nodes(poutine.trace(run).get_trace())
-            rows.append({site["name"]: site["value"] for site in sites if is_deterministic(site)})
+                conditioned = poutine.condition(run, dict(zip(draws, values)))
+                nodes: dict[str, Any] = poutine.trace(conditioned).get_trace().nodes
+            is_site = {k: v["type"] == "sample" and is_wanted(v) for k, v in nodes.items()}
+            rows.append({name: nodes[name]["value"] for name in nodes if is_site[name]})
             _check_same(rows[0], rows[-1])
         return stack(rows)
 

@@ -22,31 +22,20 @@ from torch import Tensor
 from ..arguments import check_integer
 from ..capture import ReplayError
 from ..joint import LogJoint
-from ..joint.coordinates import with_strong_data_centered
 from ..joint.density import CACHED
 from ..time_limit import is_out_of_time, limited
-from .adaptation import StepSize, TrajectoryLength
 from .convergence import GOOD_RHAT, Convergence, effective_draws, nested_rhat, nested_rhat_of_values
-from .modes import IndependentProposals, Modes, groups_of, lost_chains
-from .preconditioning import Preconditioner
-from .starts import climb, far_apart, latin_hypercube, overdispersed
-from .target import PulledBack, State, ToLatent, identity
-from .trajectories import Info, integrator_of, trajectory
+from .modes import IndependentProposals, Modes, groups_of
+from .moving_chains import MovingChains
+from .target import ToLatent
+from .trajectories import Info
 
 #: superchains, chains of each where a model is fast for many draws at once, and where it is not
 SUPERCHAINS, MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 8, 64, 16, 8
 # effective draws asked for by chain, and numbers of all chains up to which a gradient costs as one
 _DRAWS_BY_CHAIN, _CACHED_COORDINATES, _SHARE_OF_CACHE = 12, 2**15, 4
-# trajectories of the rounds of warm-up, of the first block after it, and the most in all
-_WARM_UP, _BLOCK, _MOST_TRAJECTORIES = (8, 12, 20, 30, 10, 8), 16, 3000
-# the steps of a trajectory at most, in the first rounds and later
-_FEW_STEPS, _MANY_STEPS = 10, 500
-# the longest step as a multiple of the mean time of trajectories
-_MOST_OF_LENGTH = 2.0
-# step sizes of single chains vary from this share up, else some stick for good
-_SMALLEST = 0.35
-# in the warm-up the step size of a chain grows by this where it moves, and shrinks where it does not, down to
-_GROWTH, _LEAST_FACTOR = 1.5, 0.01
+# trajectories of the first block after the warm-up, and the most in all
+_BLOCK, _MOST_TRAJECTORIES = 16, 3000
 # the share of draws that is a transient, and left out
 _TRANSIENT = 1 / 3
 # latents that are ranked before all are
@@ -54,8 +43,6 @@ _NUM_SLOWEST = 32
 # nested R-hat that speaks of modes, draws of a chain then, the share of all but the first that has to be
 # looked at, and the least share of proposals in one
 _MODES_RHAT, _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 1.1, 24, 0.01, 0.05
-# dimensions up to which places in the base space of a guide are proposed, beside trajectories
-_MOST_WITH_PROPOSALS = 200
 # R-hat and effective draws are asked how many trajectories they take after so many
 _PATIENCE = 96
 
@@ -70,7 +57,7 @@ class End(Enum):
     OUT_OF_TIME = "the time was over"
 
 
-class Ensemble:
+class Ensemble(MovingChains):
     """Superchains of a log joint density.
 
     :param log_joint: the density, in the coordinates where chains move.
@@ -97,42 +84,14 @@ class Ensemble:
                 "density is random otherwise"
             )
         count = num_chains or _num_chains(log_joint, num_samples)
-        self.num_superchains = next((k for k in (SUPERCHAINS, 4) if count % k == 0), count)
-        self.num_chains, self.to_latent = count, to_latent
-        self._target = PulledBack(log_joint, to_latent or identity)
+        num_superchains = next((k for k in (SUPERCHAINS, 4) if count % k == 0), count)
+        super().__init__(log_joint, count, num_superchains, to_latent)
         self._blocks, self._infos = list[Tensor](), list[Info]()
-        dim = log_joint.latents.latent_dim
-        self._integrator, self._step_size = integrator_of(dim), StepSize(dim)
-        self._state: State
-        self._has_begun = False
         self._convergence: Convergence | None = None
         self._slowest = torch.zeros(0, dtype=torch.long, device=log_joint.start.device)
-        self.num_begun_anew = 0  #: chains that were lost, and begun anew at another one
         self.modes: Modes | None = None  #: those that starts led to, where there are several
-        self._proposals: IndependentProposals | None = None
-        if to_latent is not None and dim <= _MOST_WITH_PROPOSALS:
-            self._proposals = IndependentProposals.around_origin(log_joint.start)
         self.left_out = 0.0  #: the share of modes that were left out, about
         self.end = End.TOO_MANY
-
-    @property
-    def log_joint(self) -> LogJoint:
-        """The density, in the coordinates where chains move now."""
-        return self._target.log_joint
-
-    @property
-    def step_size(self) -> float:
-        """The largest one of single chains, of a step with all its stages, where there was a warm-up."""
-        return self._integrator.num_stages * self._step_size.value
-
-    @property
-    def has_proposals(self) -> bool:
-        """Whether places are proposed that do not depend on where a chain is, beside trajectories."""
-        return self._proposals is not None
-
-    @property
-    def num_gradients(self) -> int:
-        return self._target.num_gradients
 
     @property
     def num_trajectories(self) -> int:
@@ -216,131 +175,6 @@ class Ensemble:
     def _forget(self) -> None:
         self._blocks, self._infos = [], []
         self._convergence = None
-
-    def _start(self) -> State:
-        """Chains at the starts of their superchains, and the first preconditioner."""
-        size = self.num_chains // self.num_superchains
-        if self.to_latent is None:
-            # as many as chains, so that what is captured serves them, too
-            starts = overdispersed(self.log_joint, self.num_superchains, size)
-            self._has_parents = starts.has_parents
-            state, self._preconditioner = climb(self._target, starts)
-            chosen = far_apart(state, self._preconditioner.scale, self.num_superchains)
-            state = state.at(chosen.repeat_interleave(size))
-        else:
-            base = latin_hypercube(self.num_superchains, self.log_joint.start)
-            state = self._target(base.repeat_interleave(size, 0))
-            self._preconditioner = Preconditioner.identity(base)
-        usable = state.is_finite.nonzero()[:, 0]
-        if len(usable) <= size:
-            raise ValueError(
-                f"expected at least 2 starts of finite density and gradient, got {len(usable) // size} of "
-                f"{self.num_superchains}: check supports, priors and data"
-            )
-        chosen = torch.arange(self.num_chains, device=usable.device)
-        others = usable[chosen // size * size % len(usable)]
-        return state.at(torch.where(state.is_finite, chosen, others))
-
-    def _warm_up(self) -> None:
-        """Learns what trajectories need, from the starts or from where chains are."""
-        if not self._has_begun:
-            self._state, self._has_begun = self._start(), True
-        dim = self._state.base.shape[-1]
-        self._step_size, self._length, self._count = StepSize(dim), TrajectoryLength(), 0
-        for index, number in enumerate(_WARM_UP):
-            is_last = index >= len(_WARM_UP) - 2
-            states = self._adapt(number, _FEW_STEPS * (1 if index == 0 else 4), not is_last)
-            if len(states) < number:
-                return
-            if index < len(_WARM_UP) - 1:
-                self._learn(self._rejoined(states))
-            if index == len(_WARM_UP) - 3 and self._center(states):
-                self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
-
-    def _adapt(self, number: int, most_steps: int, by_chain: bool) -> list[State]:
-        """Moves chains and learns step size and length; the states after each trajectory.
-
-        :param by_chain: whether a chain that is where steps have to be smaller gets out by smaller ones.
-        """
-        states, self._moves = list[State](), torch.zeros_like(self._state.base[:, 0])
-        factor = torch.ones_like(self._moves)
-        for _ in limited(range(number)):
-            start = self._state.base
-            info = self._step(most_steps, factor)
-            self._step_size.update(info)
-            self._length.update(start, info, self._preconditioner)
-            # a longer step of nearly a whole period returns
-            self._step_size.limit(
-                _MOST_OF_LENGTH * self._length.value / self._integrator.num_stages
-            )
-            self._moves += info.is_accepted
-            states.append(self._state)
-            if by_chain:
-                factor = torch.where(info.is_accepted, factor * _GROWTH, factor / _GROWTH)
-                factor = factor.clamp(_LEAST_FACTOR, 1.0)
-        self._step_size.settle()
-        return states
-
-    def _step(self, most_steps: int = _MANY_STEPS, factor: Tensor | None = None) -> Info:
-        self._count += 1
-        stages, like = self._integrator.num_stages, self._state.base[:, :1]
-        size = stages * self._step_size.value
-        num_steps = math.ceil(self._length.next(self._count) / size)
-        sizes = size * (_SMALLEST + (1 - _SMALLEST) * torch.rand_like(like))
-        if factor is not None:
-            sizes = sizes * factor[:, None]
-        self._state, info = trajectory(
-            self._target,
-            self._state,
-            sizes,
-            max(min(num_steps, most_steps // stages), 1),
-            self._preconditioner,
-            self._integrator,
-        )
-        if self._proposals is not None:
-            self._state = self._proposals.step(self._target, self._state)
-        return info
-
-    def _rejoined(self, states: list[State]) -> State:
-        """Puts lost chains where others are, of their superchain if some are left; all other states."""
-        is_lost, states = lost_chains(states, self._moves), states[len(states) // 4 :]
-        if bool(is_lost.all()):
-            return State.cat(states)
-        self._begin_anew(is_lost)
-        return State.cat([state.at(~is_lost) for state in states])
-
-    def _begin_anew(self, is_lost: Tensor) -> None:
-        """Puts chains where others are."""
-        size = self.num_chains // self.num_superchains
-        usable = (~is_lost).nonzero()[:, 0]
-        source = torch.arange(self.num_chains, device=is_lost.device)
-        for chain in is_lost.nonzero()[:, 0].tolist():
-            near = usable[usable // size == chain // size]
-            pool = near if len(near) else usable
-            source[chain] = pool[int(torch.randint_like(pool[:1], len(pool)))]
-        self._state = self._state.at(source)
-        self.num_begun_anew += int(is_lost.sum())
-
-    def _learn(self, states: State) -> None:
-        states = states.at(states.gradient.isfinite().all(-1))
-        self._preconditioner = Preconditioner.of(states.base, states.gradient)
-
-    def _center(self, states: list[State]) -> bool:
-        """Goes on in coordinates that are centred where data are strong; whether there are some."""
-        if self.to_latent is not None:
-            return False
-        gradients = torch.stack([state.gradient for state in states], 1)
-        other = with_strong_data_centered(self.log_joint, gradients, self._has_parents)
-        if other is self.log_joint:
-            return False
-        last = State.cat(states[-len(states) // 4 :])
-        u, _ = self.log_joint.to_unconstrained(last.base)
-        target = PulledBack(other)
-        target.num_gradients, self._target = self._target.num_gradients, target
-        known = target(other.from_unconstrained(u)[0])
-        self._state = known.at(torch.arange(len(u) - self.num_chains, len(u), device=u.device))
-        self._learn(known)
-        return True
 
     def _extend(self, number: int) -> None:
         """Keeps the draws of so many trajectories more; fewer, but one, where the time is over before."""

@@ -71,8 +71,8 @@ def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> S
     num_points = num_superchains * size
     z = latin_hypercube(num_points, start).unflatten(0, (size, num_superchains)).transpose(0, 1)
     held = latin_hypercube(num_superchains, start)[:, None]
-    u, _ = log_joint.to_unconstrained(start[None])
-    wide = log_joint.with_coordinates(None).prior_scales(u[0])
+    written = log_joint.with_coordinates(None)
+    wide = written.prior_scales(written.start)
     narrow = wide.clamp_max(1.0)
     has_parents, is_scale = torch.zeros((2, *start.shape), dtype=torch.bool, device=start.device)
     if log_joint.coordinates is not None:
@@ -89,8 +89,10 @@ def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> S
     points = start + unit * torch.where(is_held, held, z).flatten(0, 1)
     points[size] = log_joint.start
     for spread in _SPREADS_OF_OTHERS:
-        others = start + spread * wide * latin_hypercube(num_points, start)
         is_bad = ~log_joint(points).isfinite()
+        if not is_bad.any():
+            break
+        others = start + spread * wide * latin_hypercube(num_points, start)
         points = torch.where(is_bad[:, None], others, points)
     return Starts(points, unit, is_held, has_parents)
 

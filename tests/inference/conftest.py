@@ -18,9 +18,9 @@ from pyro_artransform.inference.config import (
 #: Fewer draws, and points of searches, so that a fit takes a fraction of a second.
 QUICK = FitConfig(
     initialization=InitializationConfig(
-        num_draws=100, num_for_start=50, num_gradients=200, num_compared=256, max_trajectories=48
+        num_draws=100, num_for_start=50, num_compared=256, max_trajectories=48
     ),
-    optimization=OptimizationConfig(num_compared=128, num_estimates=4),
+    optimization=OptimizationConfig(num_compared=128),
     minibatch=MinibatchConfig(num_draws=100),
     evaluation=EvaluationConfig(num_samples=500, num_noisy_samples=50),
 )

@@ -230,7 +230,7 @@ def test_draws_by_passes_over_a_loader():
 
 
 def test_ends_by_itself():
-    optimization = replace(QUICK.optimization, window=18, check_every=1000)
+    optimization = replace(QUICK.optimization, window=18, good_gap=-1.0)
     options = {"seed": 1, "config": replace(QUICK, optimization=optimization)}
     x, y = rows()
     guide = AutoNormal(loaders.regression)

@@ -132,7 +132,7 @@ def test_settings_are_public():
     config = replace(config, optimization=replace(config.optimization, num_particles=4))
     guide = models.small(models.location)
     result = fit(models.location, guide, num_steps=20, progress=False, config=config)
-    assert result.num_gradients == 4 * (8 + 12 * 4)  # more draws while the step size falls
+    assert result.num_gradients == 4 * (12 + 8 * 4)  # more draws while the step size falls
 
 
 @pytest.mark.parametrize("run", [partial(fit), partial(mcmc, num_samples=4)])

@@ -141,18 +141,37 @@ def test_a_branch_far_from_the_start_is_seen(seed):
     assert torch.allclose(log_joint(z), expected)
 
 
+@pytest.mark.parametrize(
+    ("takes", "sd"),
+    [
+        (lambda z: (z > 2).all(), 1.0),
+        (lambda z: z.max() < -2, 1.0),
+        (lambda z: (z > 500).any(), 1000.0),
+    ],
+)
+def test_branches_that_few_draws_take_are_seen(takes, sd):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, sd))
+        pyro.factor("tail", torch.tensor(-20.0 if takes(z) else 0.0))
+
+    assert LogJoint(model).strategy == "vmap"
+
+
 def test_checked_compares_draws_at_once_with_single_runs():
     """A branch that only the draws at hand take, their smallest weights or their largest."""
     log_joint = LogJoint(branch_above, (50.0,))
     z = torch.randn(200, 1)
-    assert torch.equal(log_joint.checked(z, z[:, 0]), log_joint(z))
-    assert log_joint.strategy == "plate"
+    found = log_joint.checked(z, z[:, 0])
+    assert torch.equal(found.values, log_joint(z))
+    assert found.strategy == "plate"
     z[100] = 60.0
     expected = dist.Normal(0.0, 1.0).log_prob(z[:, 0])
     expected[100] -= 20.0
-    assert torch.allclose(log_joint.checked(z, torch.zeros(200)), expected)
-    assert log_joint.strategy == "vmap"
-    assert "another log-density" in log_joint.obstacle
+    found = log_joint.checked(z, torch.zeros(200))
+    assert torch.allclose(found.values, expected)
+    assert found.strategy == "vmap"
+    assert "another log-density" in found.obstacle
+    assert log_joint.strategy == "plate"  # what a check finds is for the caller to decide
 
 
 @pytest.mark.parametrize("bound", [-8.5, 8.5])
@@ -171,7 +190,8 @@ def test_a_branch_that_most_draws_take_or_few(bound):
         z = 3 * torch.randn(1000, 20)
         log_q = prior.log_prob(z)
         found = log_joint.checked(z, log_q)
-    assert torch.allclose(found, log_q - 0.1 * (z[:, 7] > bound))
+        log_joint.strategy = found.strategy
+    assert torch.allclose(found.values, log_q - 0.1 * (z[:, 7] > bound))
 
 
 def test_a_branch_beside_a_large_density_in_float32():
@@ -187,7 +207,7 @@ def test_a_branch_beside_a_large_density_in_float32():
             pyro.sample("y", dist.Normal(z, 3.0), obs=data)
 
     z = torch.randn(200, 1)
-    found = LogJoint(model).checked(z, dist.Normal(0.0, 1.0).log_prob(z[:, 0]))
+    found = LogJoint(model).checked(z, dist.Normal(0.0, 1.0).log_prob(z[:, 0])).values
     expected = torch.stack([by_trace(model, row) for row in z])
     assert (found - expected).abs().max() < 1
 

@@ -46,7 +46,7 @@ def writes_at_a_mask(draws, size):
 )
 def test_strategies(evaluate, strategy, reason):
     draws = {"x": torch.randn(5, 3)}
-    found, why = choose_strategy(evaluate, draws)
+    found, why, *_ = choose_strategy(evaluate, draws)
     assert found == strategy
     assert why.startswith(reason)
     terms = evaluate_many(evaluate, draws, found)

@@ -11,7 +11,7 @@ from pyro import distributions as dist
 from pyro_artransform.capture import ReplayError
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.joint.coordinates import non_centered
-from pyro_artransform.sampling import GOOD_RHAT, End, Ensemble, ensemble
+from pyro_artransform.sampling import GOOD_RHAT, End, Ensemble, ensemble, target
 from pyro_artransform.time_limit import TimeLimit
 from tests.sampling.densities import (
     moments_are,
@@ -192,7 +192,7 @@ def test_the_time_is_over():
 
 def test_draws_of_wrong_replays_are_dropped(monkeypatch):
     """A comparison fails once, after the second block: all draws are from after that."""
-    found, confirm, blocks = ensemble_of(conjugate), ensemble.PulledBack.confirm, []
+    found, confirm, blocks = ensemble_of(conjugate), target.PulledBack.confirm, []
 
     def fails(self):
         blocks.append(found.num_trajectories)
@@ -200,7 +200,7 @@ def test_draws_of_wrong_replays_are_dropped(monkeypatch):
             raise ReplayError("another density")
         confirm(self)
 
-    monkeypatch.setattr(ensemble.PulledBack, "confirm", fails)
+    monkeypatch.setattr(target.PulledBack, "confirm", fails)
     found.run(2000)
     assert found.end is End.ENOUGH
     assert blocks[2] < blocks[1]

@@ -180,7 +180,7 @@ class AutoAmortized(PersistentGuide):
         super()._setup_prototype(*args, **kwargs)
         latents, start = latents_of_one_element(self.prototype_trace)
         run = partial(given(self.model), *args, **kwargs)
-        observed, dependent = refuse_moving_structure(self.prototype_trace, run, rng_state)
+        observed, dependent, _ = refuse_moving_structure(self.prototype_trace, run, rng_state)
         sizes = plate_sizes(latents.sites.values())
         given.refuse(sizes, self, args, kwargs)
         (encoder,), units = self._encoder, {}

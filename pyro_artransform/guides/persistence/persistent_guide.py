@@ -29,7 +29,7 @@ from ...joint.coordinates import ModelPrior
 from ...joint.density import Args, Kwargs, LogJoint
 from ...joint.prior_map import Coordinates
 from ...posterior.summary import check_levels, quantiles_of
-from ..prototype import StartMessenger, is_hidden, prototype_trace
+from ..prototype import StartMessenger, Traces, is_hidden, prototype_trace
 from .param_store import OWNERS, Ownership, resolve_conflicts
 from .spec import Arguments, GuideSpec, State, check_finite, check_size
 
@@ -53,6 +53,7 @@ class PersistentGuide(AutoGuide):
     _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
     _make_flow: Any  #: makes the flow, or the flows
+    _traces: Traces | None = None  # two runs of the model, while the guide is set up
     #: makes ``transform`` from a spec, at a starting point of shape ``(latent_dim,)``
     _build: Callable[..., None]
     #: how many numbers the state dict of a guide of a spec has at least: it bounds what is built
@@ -119,7 +120,8 @@ class PersistentGuide(AutoGuide):
         """The log density of the model, whose runs leave no trace and take no random numbers."""
         self.model  # noqa: B018 (raises where there is none)
         with torch.random.fork_rng(devices=[]), poutine.block():
-            return LogJoint(self._model[1], args, kwargs, init_loc_fn=self._model[2])
+            start, traces = self._model[2], self._traces
+            return LogJoint(self._model[1], args, kwargs, init_loc_fn=start, traces=traces)
 
     def _bind(self, args: Args, kwargs: Kwargs) -> Any:
         """The prior with the model at these arguments, by default those of the last call."""

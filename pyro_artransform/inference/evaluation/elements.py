@@ -34,6 +34,7 @@ from ..optimization.minibatches import MinibatchObjective, PassEstimate
 from ..optimization.objective import PyroObjective, are_close
 
 _AT_ONCE = 256  # draws that are evaluated at a time
+_MAX_INNER = 16  # draws of each element given each draw of what all share
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
@@ -193,7 +194,7 @@ class _Draws:
         guide, model = objective.traces()
         self._objective, self.plate = objective, plate_of_elements(model)
         inner = num_gradients // (minibatches.stream.whole.num_batches * config.num_shared)
-        self.inner = min(max(inner, config.min_inner), config.max_inner)
+        self.inner = min(max(inner, config.min_inner), _MAX_INNER)
         # sites outside of the plate, but for what follows from others
         nodes = [n for n in latent_nodes(guide) if not isinstance(unwrapped(n["fn"]), Delta)]
         stacks = {n["name"]: {frame.name for frame in n["cond_indep_stack"]} for n in nodes}

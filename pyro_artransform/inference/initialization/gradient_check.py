@@ -31,9 +31,9 @@ _SEED = 20260102
 def check_gradient(density: LogJoint, center: Tensor) -> None:
     """Refuses a model whose density has no gradient, or one that lacks the part of some latents.
 
-    :param center: shape ``(latent_dim,)``, in the coordinates of the density.
+    :param center: shape ``(latent_dim,)``, on the unconstrained space.
     """
-    z = center.detach()[None].requires_grad_()
+    z = density.from_unconstrained(center[None])[0].detach().requires_grad_()
     with torch.enable_grad():
         value = density(z).sum()
     if not value.requires_grad or torch.autograd.grad(value, z, allow_unused=True)[0] is None:
@@ -43,9 +43,8 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
         )
     if density.is_random:
         return
-    with torch.no_grad():
-        u, _ = density.to_unconstrained(center.detach()[None])
     written, latents = density.with_coordinates(None), density.latents
+    u = center.detach()[None]
     if _lacking(written, u, torch.ones_like(u)) > _MOST:
         axes = torch.eye(latents.latent_dim, dtype=u.dtype, device=u.device)[:_MOST_NAMED]
         found = [i for i, axis in enumerate(axes) if _lacking(written, u, axis) > 0.5 * _MOST]

@@ -82,7 +82,7 @@ def _start_at_draws(
 ) -> float:
     """Makes a guide the best Gaussian that it can be, if there is one of a finite ELBO; returns this."""
     flat = ensemble.draws.flatten(0, 1)
-    count = max(config.num_gradients, DRAWS_BY_DIM * flat.shape[1])
+    count = max(config.num_compared, DRAWS_BY_DIM * flat.shape[1])
     u = flat[:: max(len(flat) // count, 1)]
     own = guide.prior.coordinates if isinstance(guide, PriorGuide) else None
     if own is not None and cast(PriorGuide, guide).prior.is_chosen:

@@ -19,6 +19,7 @@ from ..loader import AllBatches, Batch, BatchStream
 from .objective import BatchObjective, Objective, PathObjective
 
 _NUM_FOR_MEDIAN = 100  # draws of a guide
+_MIN_DRAWS = 8  # the fewest draws a batch
 _SAME_SHARE = 1e-6  # to which shares of the data are equal
 
 
@@ -120,7 +121,7 @@ class MinibatchObjective(Objective):
         """Each of them on all data, or the mean over the batches for validation."""
         if self.on_all is not None:
             return self.on_all.elbo_draws(count)
-        estimate = self._estimator(max(count // len(self.validation), self.config.min_draws))
+        estimate = self._estimator(max(count // len(self.validation), _MIN_DRAWS))
         weights = [*map(self._weight, self.validation)]
         total = sum(weights)
         draws = [w / total * estimate(batch) for w, batch in zip(weights, self.validation)]
@@ -149,7 +150,7 @@ class MinibatchObjective(Objective):
         config, whole = self.config, self.stream.whole
         are_common = isinstance(self.objective, PathObjective)
         count = config.num_draws // min(whole.num_batches, config.max_batches)
-        count = max(count, config.min_draws)
+        count = max(count, _MIN_DRAWS)
         estimate = self._estimator(config.num_common_draws if are_common else count)
         draws, scales = list[Tensor](), list[float]()
         for batch in limited(whole.one_pass(config.max_batches), at_least=2):

@@ -29,6 +29,8 @@ from ..loader import Batch
 
 # numbers of draws that are held at once, 64 MB in double precision
 _MOST_VALUES = 2**23
+# independent estimates of an ELBO where draws cannot be told apart
+_NUM_ESTIMATES = 4
 # runs of the model in which a site that is not finite is searched for
 _NUM_TRACED = 16
 
@@ -191,7 +193,6 @@ class PyroObjective(Objective):
     guide: Callable[..., object]
     arguments: Batch
     log_joint: LogJoint
-    num_estimates: int = 32
 
     def __post_init__(self) -> None:
         self.model = UnmaskedLatents(self.log_joint.improper)(self.model)
@@ -269,7 +270,7 @@ class PyroObjective(Objective):
 
     def elbo_draws(self, count: int) -> Tensor:
         # in a loop, draw by draw, so that it ends in time
-        batch = max(count // self.num_estimates, 1) if self.is_vectorized else 1
+        batch = max(count // _NUM_ESTIMATES, 1) if self.is_vectorized else 1
         losses = [self._value(batch) for _ in limited(range(max(count // batch, 1)), at_least=2)]
         like = next(iter(self.parameters().values()))
         return -like.new_tensor(losses, dtype=torch.float64)

@@ -4,7 +4,6 @@
 """The optimizers of a fit: its own Adam, and those that users bring."""
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
 from typing import Any, cast
 
 import torch
@@ -33,7 +32,7 @@ class Adam:
     def __init__(
         self, parameters: Sequence[Tensor], step_size: float, scales: Scales | None = None
     ) -> None:
-        self.step_size, self._scales = step_size, scales
+        self._step_size, self._scales = step_size, scales
         #: of the step size, by the schedule
         self.factor = 1.0
         has_kernel = all(p.device.type in ("cpu", "cuda") for p in parameters)
@@ -47,12 +46,6 @@ class Adam:
             steps = torch.zeros((), dtype=torch.float32, device=device)
             self._moments[p] = torch.zeros_like(p.detach()), torch.zeros_like(p.detach()), steps
 
-    def restart(self, factor: float) -> None:
-        """Forgets the gradients so far, and multiplies the step size by a factor."""
-        for part in chain.from_iterable(self._moments.values()):
-            part.zero_()
-        self.step_size *= factor
-
     @torch.no_grad()
     def step(self) -> None:
         """Takes a step along each ``grad``; a parameter without one stays where it is."""
@@ -63,18 +56,16 @@ class Adam:
             return
         moved, gradients, means, squares, counts = map(list, zip(*present))
         options: Any = {**_RATES, **self._kind, "amsgrad": False, "maximize": False}
-        options["lr"] = self.step_size * self.factor
+        options["lr"] = self._step_size * self.factor
         adam(moved, gradients, means, squares, [], counts, **options)
         for parameter, scale, before in scaled:
             parameter.copy_(torch.addcmul(before, scale, parameter - before))
 
     def state_dict(self) -> Any:
-        moments = [[part.clone() for part in parts] for parts in self._moments.values()]
-        return [self.step_size, moments]
+        return [[part.clone() for part in parts] for parts in self._moments.values()]
 
     def load_state_dict(self, state: Any) -> None:
-        self.step_size, moments = state
-        for parts, saved in zip(self._moments.values(), moments):
+        for parts, saved in zip(self._moments.values(), state):
             for part, value in zip(parts, saved):
                 part.copy_(value)
 

@@ -4,7 +4,7 @@
 """When the step size goes down, when a fit ends, and what its parameters are averaged over."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor
@@ -19,21 +19,28 @@ LITTLE_TO_WIN = "little was left to win, as far as its weights tell"
 LIMIT = (
     "the largest number of steps that a fit takes by itself was reached while the ELBO still moved"
 )
-# steps in which the step size rises at first, the constant part of a given number of steps, and the steps
-# that the average of parameters reaches back at least
-_WARM_UP, _CONSTANT_SHARE, _AVERAGED_STEPS = 20, 0.4, 100
+# steps in which the step size rises at first
+_WARM_UP = 20
+# steps in which it falls, and the share of it that it falls from: the gradient for the tails is noisier
+_DECAY, _DECAY_FACTOR = 150, 0.3
+# the same of a given number of steps, which may end far from the posterior: all of them have to move
+_DECAY_SHARE, _DECAY_FACTOR_OF_GIVEN = 0.4, 1.0
+# how many times as many draws say that no step is left: by a thousand k-hat is known to 0.15
+_TIMES_AT_END = 5
+# what the average of parameters reaches back, as a share of all steps
+_AVERAGED_SHARE = 1 / 3
 # epochs in a window, and in the longest constant phase where these are more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
 
-def remaining_gap(draws: Tensor, is_start: bool = False) -> float:
+def remaining_gap(draws: Tensor, has_variance: bool = False) -> float:
     """What the ELBO lacks to the evidence in nats, by log weights ``(n,)``.
 
-    It is inf where they do not know it; of a start where they may have no variance either, as those of a
+    It is inf where they do not know it; and where they may have no variance, if they have to, as those of a
     Gaussian of a posterior with a tail, whose gap is 0.001 nats and whose k-hat 0.9.
     """
     # weights with a heavy tail know too little of the evidence
-    bound, num_se = (KHAT_OF_VARIANCE, 1.0) if is_start else (GOOD_KHAT, 0.0)
+    bound, num_se = (KHAT_OF_VARIANCE, 1.0) if has_variance else (GOOD_KHAT, 0.0)
     tail, elbo = fit_tail(draws), draws.mean()
     if not math.isfinite(elbo) or tail.khat + num_se * tail.khat_se > bound:
         return math.inf
@@ -43,6 +50,8 @@ def remaining_gap(draws: Tensor, is_start: bool = False) -> float:
 @dataclass(frozen=True)
 class Schedule:
     """A constant step size for as long as the ELBO improves, then half a cosine down to zero.
+
+    The cosine begins at the average of the parameters.
 
     :param epoch: the steps in which the noise of mini-batches cancels; 1 without a loader.
     :param num_steps: the number of steps that were asked for, if they were.
@@ -64,18 +73,19 @@ class Schedule:
             self,
             num_steps=num_steps,
             end=num_steps,
-            decay_start=math.ceil(_CONSTANT_SHARE * num_steps),
+            decay_start=num_steps - int(_DECAY_SHARE * num_steps),
             reason=f"all {num_steps} steps that were asked for were taken",
         )
 
     def ending_at(self, step: int, reason: str) -> "Schedule":
         """The schedule of a fit that ends now."""
-        return replace(self, end=step, reason=reason)
+        start = step if self.end is None else min(self.decay_start, step)
+        return replace(self, decay_start=start, end=step, reason=reason)
 
     def observe(self, losses: Sequence[float]) -> "Schedule":
         """The schedule after the losses of all steps: once they stop falling the step size does."""
         step = len(losses)
-        if self.end is not None or step % self.whole_epochs(self.config.window // 6):
+        if self.end is not None or step % self.whole_epochs(self.config.window // 4):
             return self
         if self.is_still(losses):
             return self._decaying(step, PLATEAU)
@@ -85,26 +95,36 @@ class Schedule:
 
     def _decaying(self, step: int, reason: str) -> "Schedule":
         """The schedule whose step size goes down from now on."""
-        return replace(self, decay_start=step, end=self._end_of_decay(step), reason=reason)
+        return replace(self, decay_start=step, end=step + self._num_decaying, reason=reason)
 
-    def _end_of_decay(self, start: int) -> int:
-        return start + self.whole_epochs(math.ceil(self.config.decay_share * start))
+    @property
+    def _num_decaying(self) -> int:
+        return self.whole_epochs(_DECAY)
 
     def expected_end(self, step: int) -> int:
         """The number of steps in all; while it is not known, that of a fit that stops moving now."""
         still = max(step, 2 * self.whole_epochs(self.config.window, _MIN_EPOCHS))
-        return self._end_of_decay(still) if self.end is None else self.end
+        return still + self._num_decaying if self.end is None else self.end
 
     def is_for_check(self, step: int) -> bool:
         """Whether to check, after a number of steps, what is left to win."""
-        every = self.config.check_every
+        every = self.config.window // 4
         return self.end is None and step >= 2 * every and step % every == 0
 
-    def after_check(self, step: int, gap: float) -> "Schedule":
-        """The schedule after a check of the gap to the evidence: with a good one the step size falls."""
-        if gap > self.config.good_gap:
+    def after_check(self, step: int, log_weights: Callable[[int], Tensor]) -> "Schedule":
+        """The schedule after a check of the gap to the evidence: with a good one the step size falls.
+
+        Where weights have a variance as well there are no more steps.
+
+        :param log_weights: those of a number of draws.
+        """
+        config = self.config
+        if remaining_gap(log_weights(config.num_compared)) > config.good_gap:
             return self
-        return self._decaying(step, LITTLE_TO_WIN) if step else self.ending_at(0, NOTHING_TO_WIN)
+        more = log_weights(_TIMES_AT_END * config.num_compared)
+        if remaining_gap(more, has_variance=True) <= config.good_gap:
+            return self.ending_at(step, NOTHING_TO_WIN)
+        return self._decaying(step, LITTLE_TO_WIN) if step else self
 
     def whole_epochs(self, steps: int, min_epochs: int = 1) -> int:
         """A number of steps rounded up to whole epochs, and to a number of these."""
@@ -125,26 +145,29 @@ class Schedule:
         (old, old_var), (new, new_var) = _mean_and_variance(before), _mean_and_variance(after)
         return not old - new > max(self.config.min_improvement, math.sqrt(old_var + new_var))
 
+    def is_constant_until(self, step: int) -> bool:
+        """Whether the step size falls from a number of steps on."""
+        return self.end is not None and step == self.decay_start
+
     def is_over(self, step: int) -> bool:
         """Whether a number of steps is enough."""
         return self.end is not None and step >= self.end
 
     def factor(self, step: int) -> float:
         """What to multiply the step size by, after a number of steps."""
-        size = min(1.0, (step + 1) / _WARM_UP)
-        if self.end is None:
-            return size
-        share = max(step - self.decay_start, 0) / max(self.end - self.decay_start, 1)
+        if self.end is None or step < self.decay_start:
+            return min(1.0, (step + 1) / _WARM_UP)
+        share = (step - self.decay_start) / (self.end - self.decay_start)
+        size = _DECAY_FACTOR if self.num_steps is None else _DECAY_FACTOR_OF_GIVEN
         return size * 0.5 * (1 + math.cos(math.pi * share))
 
     def average_weight(self, step: int) -> float:
-        """The weight of the newest parameters in their average, by a share that of polynomial decay.
+        """The weight of the parameters after so many steps in their average, as of polynomial decay.
 
         See Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
         Averaging Schemes (Shamir, Zhang, 2013), https://arxiv.org/abs/1212.1824.
         """
-        reach = max(_AVERAGED_STEPS, self.config.averaged_share * step)
-        return 1 / min(reach, step + 1)
+        return 1 / max(_AVERAGED_SHARE * step, 1)
 
 
 def _mean_and_variance(losses: Sequence[float]) -> tuple[float, float]:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The steps of a fit, and the choice of the parameters that it ends with."""
+"""The steps of a fit, and the parameters that it ends with."""
 
 import copy
 import math
@@ -19,19 +19,12 @@ from ...capture import ReplayError
 from ..parallel import Gradients, Parallel
 from .objective import Objective
 from .optimizers import Adam, Optimizer, Scales, users_optimizer
-from .schedule import Schedule, remaining_gap
+from .schedule import Schedule
 
 _END = ("decay_start", "end", "reason")
-# standard errors by which others have to be better than the last parameters
-_CLEAR = 2.0
-# nats below its ELBO from which on steps have lost a start (a horseshoe of 403 latents loses a hundred)
-_LOST = 1.0
-_COPIED = ("norms", "average", "best", "best_loss")
-# how many times as many draws say that a start is the posterior: by a thousand k-hat is known to 0.15
-_MORE_AT_START = 5
-_BLOCK = 50  # steps whose mean loss says which parameters were the best
-# steps whose median norm clips gradients
-_CLIP_WINDOW = 100
+_COPIED = ("norms", "average")
+# gradients are clipped to a multiple of the median norm of so many steps
+_CLIP_FACTOR, _CLIP_WINDOW = 3.0, 100
 # steps in a row that are not finite before a fit gives up, and skipped steps whose sites are named
 _MAX_SKIPS, _MAX_NAMED = 100, 20
 
@@ -69,18 +62,20 @@ class Training:
         parallel: Parallel | None = None,
     ) -> None:
         self.objective, self.num_particles = objective, num_particles
-        self.schedule, self._config = schedule, schedule.config
+        self.schedule = schedule
         self._parallel, self.parameters = parallel or Parallel(), objective.parameters()
         if not self.parameters:
             raise ValueError("there is nothing to train: neither guide nor model has parameters")
         self.trained = list(self.parameters.values())
-        is_guide_alone, config = objective.is_guide_alone(), self._config
+        is_guide_alone, config = objective.is_guide_alone(), schedule.config
         step_size = config.step_size if is_guide_alone else config.model_step_size
         self.optimizer: Optimizer = (
             Adam(self.trained, step_size, scales)
             if optim is None
             else users_optimizer(optim, self.trained)
         )
+        # a user's optimizer ends where its own step sizes lead
+        self._has_decay = optim is None
         #: the loss of each step, NaN where the step was skipped
         self.losses: list[float] = []
         #: the sites because of which steps were skipped, with the number of times
@@ -90,8 +85,7 @@ class Training:
         self.num_gradients = 0
         self.start = ""  #: the name of the initial guide
         self.earlier_seconds = 0.0  #: the wall time that the fit took before it was resumed
-        self._average, self._best = copies(self.trained), copies(self.trained)
-        self._best_loss = math.inf
+        self._average = copies(self.trained)
         # what it was when replays of its losses were last seen to be right
         self._num_compared = 0
         self._confirmed: dict[str, Any] | None = None
@@ -108,36 +102,17 @@ class Training:
     def num_skipped(self) -> int:
         return sum(map(math.isnan, self.losses))
 
-    def last_are_skipped(self, count: int) -> bool:
-        """Whether so many steps in a row were skipped just now."""
-        return sum(map(math.isnan, self.losses[-count:])) == count
-
-    @property
-    def step_size(self) -> float | None:
-        """The largest step size from now on; ``None`` where the optimizer is the user's."""
-        return self.optimizer.step_size if isinstance(self.optimizer, Adam) else None
-
-    def check_start(self, name: str, elbo: float) -> None:
-        """Ends a fit before its first step that finds its end itself, and has nothing left to win.
-
-        :param elbo: that of the initial guide, ``nan`` where it is not known for all data.
-        """
+    def check_start(self, name: str) -> None:
+        """Ends a fit before its first step that finds its end itself, and has nothing left to win."""
         self.start = name
-        if math.isfinite(elbo):
-            self._best_loss = -elbo + _LOST
-        is_asked = self.schedule.num_steps is not None or self.step_size is None
+        is_asked = self.schedule.num_steps is not None or not self._has_decay
         if self._has_checks and not is_asked:
-            found = self.schedule.after_check(0, self._gap())
-            if found.is_over(0):  # steps draw the same numbers, whatever is checked
-                with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                    gap = self._gap(_MORE_AT_START, is_start=True)
-                found = self.schedule.after_check(0, gap)
-            self.schedule = found
+            self.schedule = self.schedule.after_check(0, self._log_weights)
 
-    def _gap(self, times: int = 1, is_start: bool = False) -> float:
-        """What is left to win, by a number of times as many draws as ever."""
-        own = self._parallel.share(times * self._config.num_compared)
-        return remaining_gap(self._parallel.gather(self.objective.elbo_draws(own)), is_start)
+    def _log_weights(self, count: int) -> Tensor:
+        """Those of so many draws of all processes."""
+        own = self._parallel.share(count)
+        return self._parallel.gather(self.objective.elbo_draws(own))
 
     def is_over(self) -> bool:
         """Whether the schedule is at its end."""
@@ -163,13 +138,16 @@ class Training:
         if isinstance(self.optimizer, Adam):
             self.optimizer.factor = self.schedule.factor(self.num_steps)
         value = self._take(loss)
-        self._remember()
+        weight = self.schedule.average_weight(self.num_steps)
+        torch._foreach_lerp_(self._average, [*map(Tensor.detach, self.trained)], weight)
         self.schedule = self.schedule.observe(self.losses)
         if self._has_checks and self.schedule.is_for_check(self.num_steps):
             present = copies(self.trained)
             copy_to(self.trained, self._average)
-            self.schedule = self.schedule.after_check(self.num_steps, self._gap())
+            self.schedule = self.schedule.after_check(self.num_steps, self._log_weights)
             copy_to(self.trained, present)
+        if self._has_decay and self.schedule.is_constant_until(self.num_steps):
+            copy_to(self.trained, self._average)
         return value
 
     def _take(self, loss: Tensor) -> float:
@@ -192,7 +170,7 @@ class Training:
             return value
         self.losses.append(value)
         self._norms = [*self._norms[1 - _CLIP_WINDOW :], norm]
-        limit = self._config.clip_factor * statistics.median(self._norms)
+        limit = _CLIP_FACTOR * statistics.median(self._norms)
         shrink = min(1.0, limit / norm) if norm > 0 else 1.0
         if shrink < 1.0:
             torch._foreach_mul_(present, shrink)
@@ -210,7 +188,7 @@ class Training:
         if self.num_skipped < _MAX_NAMED:  # naming a site runs the model again
             self.culprits.update(self._nonfinite_sites() or ["the gradient"])
         self.losses.append(math.nan)
-        if self.last_are_skipped(_MAX_SKIPS):
+        if sum(map(math.isnan, self.losses[-_MAX_SKIPS:])) == _MAX_SKIPS:
             raise FitError(
                 f"the fit stopped: the loss or its gradient was not finite in {_MAX_SKIPS} steps "
                 f"in a row, because of {', '.join(self.culprits)}. The parameters are finite, as the "
@@ -243,57 +221,10 @@ class Training:
             return self.objective.tail_loss(own)
         return self.objective.loss(own), own
 
-    def _remember(self) -> None:
-        """Updates the average and the best parameters; goes back to these where the loss runs away."""
-        parameters = [*map(Tensor.detach, self.trained)]
-        weight = self.schedule.average_weight(self.num_steps)
-        torch._foreach_lerp_(self._average, parameters, weight)
-        if self.num_steps % _BLOCK:
-            return
-        loss = statistics.fmean(self.losses[-_BLOCK:])
-        if loss < self._best_loss:
-            self._best, self._best_loss = copies(self.trained), loss
-        elif isinstance(self.optimizer, Adam) and self._runs_away():
-            copy_to(self.trained, self._best)
-            self._average, self._norms = copies(self.trained), []
-            self.optimizer.restart(self._config.retreat)
-
-    def _runs_away(self) -> bool:
-        """Whether half of the last steps have a larger loss than any of the first, or all of them none."""
-        if self.last_are_skipped(_BLOCK):
-            return True
-        # of whole epochs: some batches have larger losses than others
-        count = self.schedule.whole_epochs(_BLOCK)
-        if self.num_steps < 2 * count:
-            return False
-        first = [*filter(math.isfinite, self.losses[:count])]
-        last = [*filter(math.isfinite, self.losses[-count:])]
-        return bool(first and last) and statistics.median(last) > max(first)
-
-    def select_parameters(self) -> str:
-        """Leaves the last parameters, the averaged or the best ones if their ELBO is clearly larger."""
-        if not self.losses:
-            return "last"
-        last, state = copies(self.trained), torch.get_rng_state()
-        candidates = {"averaged": self._average}
-        if not self._best_loss >= statistics.fmean(self.losses[-_BLOCK:]):
-            candidates["best"] = self._best
-
-        def elbo_draws(values: list[Tensor]) -> Tensor:
-            torch.set_rng_state(state)
-            copy_to(self.trained, values)
-            own = self._parallel.share(self._config.num_compared)
-            return self._parallel.gather(self.objective.elbo_draws(own).detach()).double()
-
-        name, chosen, draws = "last", last, elbo_draws(last)
-        for other, values in candidates.items():
-            found = elbo_draws(values)
-            gain = found[: len(draws)] - draws[: len(found)]  # some may be cut off
-            is_clear = float(gain.mean()) > _CLEAR * float(gain.std()) / len(gain) ** 0.5
-            if is_clear or (bool(found.isfinite().all()) and not bool(draws.isfinite().all())):
-                name, chosen, draws = other, values, found
-        copy_to(self.trained, chosen)
-        return name
+    def finish(self) -> None:
+        """Leaves the average of the parameters, or what smaller or a user's own steps have made."""
+        if self.losses and self._has_decay and self.num_steps <= self.schedule.decay_start:
+            copy_to(self.trained, self._average)
 
     def state(self) -> dict[str, Any]:
         """Everything that changes, in tensors and plain data."""

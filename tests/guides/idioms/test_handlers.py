@@ -80,7 +80,10 @@ CASES = {
     ),
     "block": (poutine.block(with_more_data, hide=["more"]), {}),
     "reparam": (poutine.reparam(location, {"loc": LocScaleReparam(0.0)}), {}),
-    "lift": (poutine.lift(with_parameter, {"loc": dist.Normal(0.0, SD)}), {}),
+    "lift": (
+        poutine.lift(with_parameter, {"loc": dist.Normal(torch.tensor(0.0).double(), SD)}),
+        {},
+    ),
 }
 
 

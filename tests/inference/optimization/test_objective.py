@@ -218,7 +218,7 @@ def objectives(kind=loaders.small, make_loader=loaders.listed, **numbers):
         objective = PathObjective(log_joint, guide)
     else:
         arguments = Batch((x, y), {})
-        objective = PyroObjective(loaders.regression, guide, arguments, log_joint, 4)
+        objective = PyroObjective(loaders.regression, guide, arguments, log_joint)
     validation = list(batches.one_pass(config.num_compared))
     by_batch = MinibatchObjective(objective, batches, log_joint, validation, config)
     return by_batch, objective.with_arguments(Batch((x, y), {}))

@@ -10,6 +10,9 @@ import torch
 from pyro_artransform.inference.config import OptimizationConfig
 from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.schedule import (
+    _AVERAGED_SHARE,
+    _DECAY,
+    _DECAY_FACTOR,
     LIMIT,
     LITTLE_TO_WIN,
     NOTHING_TO_WIN,
@@ -57,7 +60,7 @@ def test_ends_where_nothing_moves():
     plan, taken = steps(schedule(), noise(20_000))
     assert plan.reason == PLATEAU
     assert taken == plan.end < 20_000
-    assert plan.factor(plan.decay_start) == 1.0
+    assert plan.factor(plan.decay_start) == _DECAY_FACTOR
     assert plan.factor(plan.end - 1) < 0.01
 
 
@@ -93,7 +96,7 @@ def test_the_average_reaches_back_a_share_of_the_steps():
     for step, value in enumerate(values[1:], 1):
         found = found + plan.average_weight(step) * (value - found)
     # an average of n values has a variance of 1 / n, one with exponential weights of 1 / (2 n)
-    assert found.std() < 2 * (2 * CONFIG.averaged_share * 9000) ** -0.5
+    assert found.std() < 2 * (2 * _AVERAGED_SHARE * 9000) ** -0.5
 
 
 # Checks of what is left to win
@@ -120,38 +123,47 @@ def test_weights_with_a_heavy_tail_or_not_finite_know_no_gap(sd):
     assert remaining_gap(Weights(sd).elbo_draws(5000)) == math.inf
 
 
-def test_a_start_is_taken_as_it_is_where_its_weights_have_a_variance():
+def test_a_guide_is_taken_as_it_is_where_its_weights_have_a_variance():
     """Weights exp(a x) of exponential x have the index a: no variance from 0.5 on, and no mean from 1 on."""
     draws = torch.randn(1000) * 0.01
-    assert remaining_gap(draws, is_start=True) < 0.001
+    assert remaining_gap(draws, has_variance=True) < 0.001
     heavy = 0.6 * torch.distributions.Exponential(1.0).sample((1000,))
     assert math.isfinite(remaining_gap(heavy))
-    assert remaining_gap(heavy, is_start=True) == math.inf
+    assert remaining_gap(heavy, has_variance=True) == math.inf
 
 
-NEAR = 0.0015
+def near(count):
+    return Weights(0.05).elbo_draws(count)
 
 
-def test_a_fit_ends_before_its_first_step_where_nothing_is_left_to_win():
-    ended = schedule().after_check(0, NEAR)
-    assert (ended.is_over(0), ended.reason) == (True, NOTHING_TO_WIN)
+def with_a_tail(count):
+    """A thousand draws do not see the tail."""
+    heavy = 0.6 * torch.distributions.Exponential(1.0).sample((count,))
+    return near(count) if count == CONFIG.num_compared else heavy
+
+
+@pytest.mark.parametrize("step", [0, 100])
+def test_a_fit_ends_where_nothing_is_left_to_win(step):
+    ended = schedule().after_check(step, near)
+    assert (ended.is_over(step), ended.reason) == (True, NOTHING_TO_WIN)
 
 
 def test_a_fit_with_little_left_to_win_goes_to_its_end():
-    plan = schedule().after_check(300, NEAR)
-    assert (plan.decay_start, plan.end, plan.reason) == (300, 480, LITTLE_TO_WIN)
+    plan = schedule().after_check(300, with_a_tail)
+    assert (plan.decay_start, plan.end, plan.reason) == (300, 300 + _DECAY, LITTLE_TO_WIN)
     assert not plan.is_for_check(350)
     # one that is far off goes on, and is checked again
-    assert schedule().after_check(100, 0.5) == schedule().after_check(100, math.inf) == schedule()
+    assert schedule().after_check(0, with_a_tail) == schedule()
+    assert schedule().after_check(100, Weights(1.0).elbo_draws) == schedule()
     assert [step for step in range(200) if schedule().is_for_check(step)] == [100, 150]
 
 
 def test_the_expected_end():
     plan = schedule()
     # two windows, the decay
-    assert plan.expected_end(1) == plan.expected_end(600) == 600 + 360
-    assert plan.expected_end(1000) == 1000 + 600
-    assert plan.after_check(300, NEAR).expected_end(350) == 480
+    assert plan.expected_end(1) == plan.expected_end(400) == 400 + _DECAY
+    assert plan.expected_end(1000) == 1000 + _DECAY
+    assert plan.after_check(300, with_a_tail).expected_end(350) == 300 + _DECAY
     assert schedule(50).expected_end(10) == 50
     assert schedule().ending_at(0, "now").expected_end(0) == 0
 

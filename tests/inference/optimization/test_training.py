@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from pyro_artransform.inference.config import OptimizationConfig
 from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.optimizers import Adam
 from pyro_artransform.inference.optimization.schedule import Schedule
-from pyro_artransform.inference.optimization.training import _MAX_SKIPS, FitError, Training, copy_to
+from pyro_artransform.inference.optimization.training import _MAX_SKIPS, FitError, Training, copies
 
 
 class Bowl(Objective):
@@ -77,59 +78,10 @@ def test_a_step_that_is_not_finite_is_skipped(fault, at):
     assert (objective.x - 3).abs().max() < 0.3
 
 
-def test_a_loss_that_runs_away_goes_back_with_a_smaller_step():
+def test_large_losses_of_some_steps_do_not_lose_what_others_have_found():
     objective = Bowl(dict.fromkeys(range(120, 151), 1e6))
-    training = run(training_of(objective, 400), 100)
-    best = objective.x.detach().clone()
-    run(training, 50)
-    assert training.step_size == 0.05 / 4
-    assert torch.equal(objective.x, best)
-    run(training, 1)
-    assert (objective.x - best).abs().max() <= 0.05 / 4
-    run(training)
+    run(training_of(objective, 400))
     assert (objective.x - 3).abs().max() < 0.3
-
-
-def test_it_ends_with_the_best_parameters_where_steps_lose_them():
-    """Those of the start among them: the gradient of a wrong sign leads away from it."""
-
-    class Far(Bowl):
-        def loss(self, num_particles):
-            loss = super().loss(num_particles)
-            return 2 * loss.detach() - loss
-
-    objective = Far()
-    objective.x.data.fill_(3.0)
-    training = training_of(objective, 100)
-    training.check_start("a start", 0.0)
-    run(training, 90)
-    assert (objective.x - 3).abs().max() > 0.01
-    assert training.select_parameters() == "best"
-    assert torch.equal(objective.x, torch.full((4,), 3.0))
-
-
-def test_steps_that_are_not_finite_go_back_with_a_smaller_step():
-    """As an autoencoder's were at a step size that is too large for it."""
-
-    class Cliff(Bowl):
-        def loss(self, num_particles):
-            is_lost = training.step_size == 0.05 and training.num_steps > 60
-            return super().loss(num_particles) * (math.nan if is_lost else 1.0)
-
-    training = training_of(Cliff(), 1000)
-    run(training)
-    assert training.step_size == 0.05 / 4
-    assert 50 <= training.num_skipped < _MAX_SKIPS
-    assert (training.objective.x - 3).abs().max() < 0.3
-
-
-@pytest.mark.parametrize("epoch", [1, 100])
-def test_large_losses_of_some_steps_or_batches_change_no_step_size(epoch):
-    """Of a few steps, or of the second half of each epoch."""
-    faults = {step: 1e6 for step in range(1, 401) if (step - 1) % 100 >= 50}
-    if epoch == 1:
-        faults = dict.fromkeys(range(120, 140), 1e6)
-    assert run(training_of(Bowl(faults), 400, epoch=epoch)).step_size == 0.05
 
 
 def test_stops_after_many_in_a_row():
@@ -232,45 +184,45 @@ def test_gradients_are_in_the_layout_of_their_parameters():
 # Parameters
 
 
-@pytest.mark.parametrize("good", ["last", "averaged"])
-def test_keeps_the_better(good):
-    training = run(training_of(Bowl(), 200))
-    values = dict.fromkeys(("last", "averaged"), torch.full((4,), 2.0))
-    values[good] = torch.full((4,), 3.0)
-    training._average = [values["averaged"], torch.ones(2)]
-    copy_to(training.trained, [values["last"], torch.ones(2)])
-    assert training.select_parameters() == good
-    assert torch.equal(training.objective.x, values[good])
+def test_the_last_steps_go_on_from_the_average():
+    training = run(training_of(Bowl(), 200), 120)
+    assert training.schedule.decay_start == 120
+    before = copies(training.trained)
+    assert all(map(torch.equal, before, training._average))
+    run(training)
+    last = training.objective.x.detach().clone()
+    training.finish()
+    assert torch.equal(training.objective.x, last)
+    assert not torch.equal(last, before[0])
 
 
-def test_what_is_not_finite_is_not_kept():
-    assert training_of(Bowl()).select_parameters() == "last"
-    training = run(training_of(Bowl(), 200))
-    copy_to(training.trained, [torch.full((4,), torch.nan), torch.ones(2)])
-    assert training.select_parameters() == "averaged"
-    assert training.objective.x.isfinite().all()
-
-
-def test_common_noise():
-    class Noisy(Bowl):
-        def elbo_draws(self, count):
-            return super().elbo_draws(count) + 100 * torch.randn(())
-
-    for _ in range(5):
-        training = run(training_of(Noisy(), 100))
-        training._average = [torch.full((4,), 3.0), torch.ones(2)]
-        assert training.select_parameters() == "averaged"
+@pytest.mark.parametrize("optim", [None, partial(torch.optim.SGD, lr=0.1)])
+def test_a_fit_that_is_cut_short_ends_with_the_average(optim):
+    """With a user's optimizer it ends with the last parameters."""
+    config = OptimizationConfig(step_size=0.05)
+    training = Training(Bowl(), Schedule(config).of_length(200), 8, optim)
+    run(training, 60)
+    training.schedule = training.schedule.ending_at(60, "now")
+    assert not torch.equal(training.objective.x, training._average[0])
+    training.finish()
+    assert torch.equal(training.objective.x, training._average[0]) == (optim is None)
 
 
 def test_parameters_of_a_model_take_smaller_steps(monkeypatch):
     """The networks of an autoencoder run away at the larger one."""
-    assert training_of(Bowl()).step_size == 0.05
-    monkeypatch.setattr(Bowl, "is_guide_alone", lambda self: False)
-    assert training_of(Bowl()).step_size == OptimizationConfig().model_step_size
+    sizes = list[float]()
+    for is_alone in (True, False):
+        monkeypatch.setattr(Bowl, "is_guide_alone", lambda self, answer=is_alone: answer)
+        objective = Bowl()
+        run(training_of(objective, 100), 20)
+        before = objective.x.detach().clone()
+        run(training_of(objective, 100), 1)
+        sizes.append((objective.x - before).abs().max().item())
+    assert sizes[1] < sizes[0] / 5
 
 
 def test_a_step_size_that_is_too_large_ends_small():
     """A hundred times too large; the decay makes up for it."""
     training = run(training_of(Bowl(), 2000, step_size=5.0))
-    training.select_parameters()
+    training.finish()
     assert (training.objective.x - 3).abs().max() < 0.3

@@ -1,0 +1,59 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Data that a model predicts at draws of a posterior."""
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from ..arguments import first_of
+from ..joint.traces import is_deterministic
+from .log_likelihood import Likelihood
+
+
+@torch.no_grad()
+def predict(
+    model: Callable[..., object], draws: Mapping[str, Tensor], *args: object, **kwargs: object
+) -> dict[str, Tensor]:
+    """One draw of all data at each draw of the latents, and of whatever else has no draws.
+
+    The model runs once for each draw, with latents of exactly the shape that its sites have, so that any
+    model can be predicted from, ``X @ b`` among it; Pyro's ``Predictive`` gives latents the dimensions of
+    all plates.
+
+    :param draws: for each latent site a tensor of shape ``(n,) + site shape``, such as ``result.draws``;
+        further sites are ignored. Latents without draws, as those of new groups, are drawn from their priors.
+    :param args: the arguments of the model, new ones for predictions, or those of the fit for checks.
+    :return: for each site with data, each latent without draws and each deterministic site a tensor of
+        shape ``(n,) + site shape``.
+    :raises ValueError: if there are no draws, or they have wrong shapes, or a site exists at some only.
+
+    Example::
+
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_artransform.posterior import predict
+        >>> def model(x, y=None):
+        ...     b = pyro.sample("b", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        ...     with pyro.plate("data", len(x)):
+        ...         pyro.sample("y", dist.Normal(x @ b, 1.0), obs=y)
+        >>> predict(model, {"b": torch.zeros(100, 2)}, torch.ones(3, 2))["y"].shape
+        torch.Size([100, 3])
+    """
+    likelihood = Likelihood(partial(model, *args, **kwargs))
+    given = likelihood.given(draws)
+    if not any(map(len, given.values())):
+        raise ValueError(
+            f"draws: expected some of the model's latents, {first_of([*likelihood.latents])}, got none; for "
+            "draws of the prior use pyro.infer.Predictive(model, num_samples=n)"
+        )
+    wanted = (likelihood.observed.keys() | likelihood.latents.keys()) - given.keys()
+
+    def is_wanted(node: Any) -> bool:
+        return node["name"] in wanted or is_deterministic(node)
+
+    return likelihood.sites(given, poutine.uncondition(likelihood.run), is_wanted)

@@ -1,0 +1,264 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Chains that find their starts, and learn what their trajectories need, in rounds that get longer."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from ..joint import LogJoint
+from ..joint.coordinates import with_strong_data_centered
+from ..joint.prior_map import Coordinates
+from ..time_limit import limited
+from .adaptation import StepSize, TrajectoryLength
+from .conditional_gaussian import ConditionalGaussian, Field
+from .modes import IndependentProposals, lost_chains
+from .preconditioning import Preconditioner, fisher_divergence
+from .starts import climb, far_apart, latin_hypercube, overdispersed
+from .target import PulledBack, State, ToLatent, identity
+from .trajectories import Info, integrator_of, trajectory
+
+# trajectories of the rounds of warm-up, the round after which other coordinates are tried for a field, and
+# that after which these are fitted again, or elements with strong data are centred
+_WARM_UP, _FIELD_AFTER, _CENTERED_AFTER = (8, 12, 20, 30, 10, 8), 1, 3
+# the steps of a trajectory at most, in the first rounds and later
+_FEW_STEPS, _MANY_STEPS = 10, 500
+# the longest step as a multiple of the mean time of trajectories
+_MOST_OF_LENGTH = 2.0
+# step sizes of single chains vary from this share up, else some stick for good
+_SMALLEST = 0.35
+# in the warm-up the step size of a chain grows by this where it moves, and shrinks where it does not, down to
+_GROWTH, _LEAST_FACTOR = 1.5, 0.01
+# dimensions up to which places in the base space of a guide are proposed, beside trajectories
+_MOST_WITH_PROPOSALS = 200
+
+
+class MovingChains:
+    """Chains of a log joint density, in superchains that begin at one point each.
+
+    :param log_joint: the density, in the coordinates where chains move at first.
+    :param to_latent: a transform of a standard normal, nearly, to these coordinates, in whose base space
+        chains move; without one they climb from quantiles of the prior.
+    """
+
+    def __init__(
+        self,
+        log_joint: LogJoint,
+        num_chains: int,
+        num_superchains: int,
+        to_latent: ToLatent | None = None,
+    ) -> None:
+        self.num_chains, self.num_superchains = num_chains, num_superchains
+        self.to_latent = to_latent
+        self._target = PulledBack(log_joint, to_latent or identity)
+        dim = log_joint.latents.latent_dim
+        self._integrator, self._step_size = integrator_of(dim), StepSize(dim)
+        self._state: State
+        self._has_begun = False
+        self._field: tuple[LogJoint, Field] | None = None
+        self.num_begun_anew = 0  #: chains that were lost, and begun anew at another one
+        self._proposals: IndependentProposals | None = None
+        if to_latent is not None and dim <= _MOST_WITH_PROPOSALS:
+            self._proposals = IndependentProposals.around_origin(log_joint.start)
+
+    @property
+    def log_joint(self) -> LogJoint:
+        """The density, in the coordinates of latents now."""
+        return self._target.log_joint
+
+    @property
+    def step_size(self) -> float:
+        """The largest one of single chains, of a step with all its stages, where there was a warm-up."""
+        return self._integrator.num_stages * self._step_size.value
+
+    @property
+    def has_proposals(self) -> bool:
+        """Whether places are proposed that do not depend on where a chain is, beside trajectories."""
+        return self._proposals is not None
+
+    @property
+    def num_gradients(self) -> int:
+        return self._target.num_gradients
+
+    def _start(self) -> State:
+        """Chains at the starts of their superchains, and the first preconditioner."""
+        size = self.num_chains // self.num_superchains
+        if self.to_latent is None:
+            # as many as chains, so that what is captured serves them, too
+            starts = overdispersed(self.log_joint, self.num_superchains, size)
+            self._has_parents = starts.has_parents
+            state, self._preconditioner = climb(self._target, starts)
+            chosen = far_apart(state, self._preconditioner.scale, self.num_superchains)
+            state = state.at(chosen.repeat_interleave(size))
+        else:
+            base = latin_hypercube(self.num_superchains, self.log_joint.start)
+            state = self._target(base.repeat_interleave(size, 0))
+            self._preconditioner = Preconditioner.identity(base)
+        usable = state.is_finite.nonzero()[:, 0]
+        if len(usable) <= size:
+            raise ValueError(
+                f"expected at least 2 starts of finite density and gradient, got {len(usable) // size} of "
+                f"{self.num_superchains}: check supports, priors and data"
+            )
+        chosen = torch.arange(self.num_chains, device=usable.device)
+        others = usable[chosen // size * size % len(usable)]
+        return state.at(torch.where(state.is_finite, chosen, others))
+
+    def _warm_up(self) -> None:
+        """Learns what trajectories need, from the starts or from where chains are."""
+        if not self._has_begun:
+            self._state, self._has_begun = self._start(), True
+        dim = self._state.base.shape[-1]
+        self._step_size, self._length, self._count = StepSize(dim), TrajectoryLength(), 0
+        for index, number in enumerate(_WARM_UP):
+            is_last = index >= len(_WARM_UP) - 2
+            states = self._adapt(number, _FEW_STEPS * (1 if index == 0 else 4), not is_last)
+            if len(states) < number:
+                return
+            if index < len(_WARM_UP) - 1:
+                self._learn(self._rejoined(states))
+            if index == _FIELD_AFTER and self.to_latent is None:
+                self._field = self._field or self._find_field()
+                self._transform_field(states)
+            if index == _CENTERED_AFTER and self.to_latent is None:
+                if self._target.to_latent is not identity:
+                    # from draws that come nearer to the posterior
+                    if self._transform_field(states):
+                        states = self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
+                    self._transform_field(states)
+                elif self._center(states):
+                    self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
+
+    def _adapt(self, number: int, most_steps: int, by_chain: bool) -> list[State]:
+        """Moves chains and learns step size and length; the states after each trajectory.
+
+        :param by_chain: whether a chain that is where steps have to be smaller gets out by smaller ones.
+        """
+        states, self._moves = list[State](), torch.zeros_like(self._state.base[:, 0])
+        factor = torch.ones_like(self._moves)
+        for _ in limited(range(number)):
+            start = self._state.base
+            info = self._step(most_steps, factor)
+            self._step_size.update(info)
+            self._length.update(start, info, self._preconditioner)
+            # a longer step of nearly a whole period returns
+            self._step_size.limit(
+                _MOST_OF_LENGTH * self._length.value / self._integrator.num_stages
+            )
+            self._moves += info.is_accepted
+            states.append(self._state)
+            if by_chain:
+                factor = torch.where(info.is_accepted, factor * _GROWTH, factor / _GROWTH)
+                factor = factor.clamp(_LEAST_FACTOR, 1.0)
+        self._step_size.settle()
+        return states
+
+    def _step(self, most_steps: int = _MANY_STEPS, factor: Tensor | None = None) -> Info:
+        self._count += 1
+        stages, like = self._integrator.num_stages, self._state.base[:, :1]
+        size = stages * self._step_size.value
+        num_steps = math.ceil(self._length.next(self._count) / size)
+        sizes = size * (_SMALLEST + (1 - _SMALLEST) * torch.rand_like(like))
+        if factor is not None:
+            sizes = sizes * factor[:, None]
+        self._state, info = trajectory(
+            self._target,
+            self._state,
+            sizes,
+            max(min(num_steps, most_steps // stages), 1),
+            self._preconditioner,
+            self._integrator,
+        )
+        if self._proposals is not None:
+            self._state = self._proposals.step(self._target, self._state)
+        return info
+
+    def _rejoined(self, states: list[State]) -> State:
+        """Puts lost chains where others are, of their superchain if some are left; all other states."""
+        is_lost, states = lost_chains(states, self._moves), states[len(states) // 4 :]
+        if bool(is_lost.all()):
+            return State.cat(states)
+        self._begin_anew(is_lost)
+        return State.cat([state.at(~is_lost) for state in states])
+
+    def _begin_anew(self, is_lost: Tensor) -> None:
+        """Puts chains where others are."""
+        size = self.num_chains // self.num_superchains
+        usable = (~is_lost).nonzero()[:, 0]
+        source = torch.arange(self.num_chains, device=is_lost.device)
+        for chain in is_lost.nonzero()[:, 0].tolist():
+            near = usable[usable // size == chain // size]
+            pool = near if len(near) else usable
+            source[chain] = pool[int(torch.randint_like(pool[:1], len(pool)))]
+        self._state = self._state.at(source)
+        self.num_begun_anew += int(is_lost.sum())
+
+    def _learn(self, states: State) -> None:
+        states = states.at(states.gradient.isfinite().all(-1))
+        self._preconditioner = Preconditioner.of(states.base, states.gradient)
+
+    def _center(self, states: list[State]) -> bool:
+        """Goes on in coordinates that are centred where data are strong; whether there are some."""
+        gradients = torch.stack([state.gradient for state in states], 1)
+        other = with_strong_data_centered(self.log_joint, gradients, self._has_parents)
+        return other is not self.log_joint and self._go_on_in(PulledBack(other), states)
+
+    def _find_field(self) -> tuple[LogJoint, Field] | None:
+        """The coordinates of a field, and the field: those of the prior, or of its scales alone.
+
+        A path whose location is the state before has a sparse graph in the latter only. Those of the model
+        would do as well where the posterior is, but not in the neck of a funnel.
+        """
+        densities, given = [self.log_joint], self.log_joint.coordinates
+        if given is not None and bool(self._has_parents.any()):
+            parts = self.log_joint.latents.split(self._has_parents)
+            is_root = {name: not bool(parts[name].any()) for name in given.with_location}
+            of_scales = {name: has and is_root[name] for name, has in given.with_location.items()}
+            other = Coordinates(given.centered, given.unit, of_scales)
+            densities.append(self.log_joint.with_coordinates(other))
+        found = ((density, Field.of(density)) for density in densities)
+        return next(((density, field) for density, field in found if field is not None), None)
+
+    def _transform_field(self, states: list[State]) -> bool:
+        """Goes on in coordinates where a field is standard normal given its globals, if it is, nearly."""
+        if self._field is None:
+            return False
+        density, field = self._field
+        settled = states[-max(len(states) // 3, 1) :]
+        latent, _ = density.from_unconstrained(self._unconstrained(settled))
+        sds = latent.std(0).clamp_min(torch.finfo(latent.dtype).tiny ** 0.5)
+        fitted = ConditionalGaussian(field, density, latent, sds)
+        return self._go_on_in(PulledBack(density, fitted), states, only_if_better=True)
+
+    def _unconstrained(self, states: list[State]) -> Tensor:
+        return self.log_joint.to_unconstrained(torch.cat([state.latent for state in states]))[0]
+
+    def _go_on_in(
+        self, target: PulledBack, states: list[State], only_if_better: bool = False
+    ) -> bool:
+        """Moves chains to other coordinates; whether they are there.
+
+        :param only_if_better: stays where a preconditioned Gaussian is nearer to the density.
+        """
+        states = states[-max(len(states) // 4, 1) :]
+        target.num_gradients = self._target.num_gradients
+        latent, _ = target.log_joint.from_unconstrained(self._unconstrained(states))
+        to_latent = target.to_latent
+        if isinstance(to_latent, ConditionalGaussian):
+            latent = to_latent.inverse(latent)
+        known, before = target(latent), State.cat(states)
+        if only_if_better and not _divergence(known) < _divergence(before):
+            self._target.num_gradients = target.num_gradients
+            return False
+        self._target = target
+        count = len(latent)
+        self._state = known.at(torch.arange(count - self.num_chains, count, device=latent.device))
+        self._learn(known)
+        return True
+
+
+def _divergence(states: State) -> float:
+    known = states.at(states.is_finite)
+    return fisher_divergence(known.base, known.gradient) if len(known.base) > 1 else math.inf
