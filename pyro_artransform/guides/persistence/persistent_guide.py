@@ -233,8 +233,8 @@ class PersistentGuide(AutoGuide):
             self._ownership = "carried"
             return
         store, names = pyro.get_param_store(), [self._pyro_name, self.first_name]
-        keys = [(f"{self._pyro_name}.{short}", parameter) for short, parameter in own.items()]
-        is_stored = all(key in store and store[key] is parameter for key, parameter in keys)
+        stored = store._params  # as Pyro's modules read it: store[key] would transform each
+        is_stored = all(stored.get(f"{self._pyro_name}.{k}") is p for k, p in own.items())
         if is_stored and self._ownership == "settled":  # it was not cleared, or loaded
             return
         in_call = bool(self._pyro_context.active)
@@ -242,7 +242,7 @@ class PersistentGuide(AutoGuide):
         if in_call or is_adopted:
             for short, parameter in self._trainable().items():
                 key = f"{name}.{short}"
-                if key not in store or store[key] is not parameter:
+                if stored.get(key) is not parameter:
                     store[key] = parameter
                 OWNERS[parameter] = weakref.ref(self)
             self._pyro_name = name
