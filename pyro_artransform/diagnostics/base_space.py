@@ -91,7 +91,7 @@ def transform_of(subject: ModelAndGuide) -> ToLatent | None:
         # products with AutoMultivariateNormal's matrix are ten times slower where it has no graph
         with torch.enable_grad():
             if subject.log_joint.coordinates is not None and isinstance(guide, PriorGuide):
-                transform = guide.transform_in_coordinates()
+                transform = guide.transform
             else:
                 transform = guide.get_transform(*subject.args, **subject.kwargs)
     except NotImplementedError:  # some of Pyro's guides have no more than the method

@@ -16,7 +16,7 @@ from torch import Tensor
 from ..joint import LogJoint
 from ..joint.density import Args, Kwargs
 from ..joint.handlers import hidden_sites
-from ..joint.protocols import CenteredGuide, PriorGuide, ReparametrizedGuide, SetUpGuide
+from ..joint.protocols import FlowGuide, PriorGuide, ReparametrizedGuide, SetUpGuide
 from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
 from ..joint.vectorization import NUM_COMPARED, GuideSampler, stack
 from ..time_limit import has_limit
@@ -107,14 +107,15 @@ class ModelAndGuide(NamedTuple):
         """
         with torch.no_grad(), hidden_sites():
             guide(*args, **kwargs)
-        log_joint, offered = None, cast(object, guide)
-        if isinstance(offered, PriorGuide):
-            log_joint = offered.log_joint_of(model, args, kwargs)
+        offered, log_joint = cast(object, guide), None
+        prior = offered.prior if isinstance(offered, PriorGuide) else None
+        if prior and isinstance(offered, FlowGuide):
+            log_joint = prior.log_joint_of(model, args, kwargs)
         log_joint = log_joint or LogJoint(model, args, kwargs)
-        if isinstance(offered, CenteredGuide):
-            log_joint.maps_priors = offered.maps_priors
-        if isinstance(offered, PriorGuide):
-            log_joint = log_joint.with_coordinates(offered.prior_coordinates)
+        if prior:
+            log_joint.maps_priors = prior.is_wanted
+            if isinstance(offered, FlowGuide):
+                log_joint = log_joint.with_coordinates(prior.coordinates)
         return cls(model, guide, args, kwargs, log_joint)
 
     def weighted_draws(self, count: int) -> Iterator[Weighted]:
@@ -134,7 +135,7 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
     """Draws with a density that the guide gives itself, in the coordinates of the log joint density."""
     density = log_joint
     if isinstance(guide, PriorGuide) and log_joint.coordinates is None:
-        density = log_joint.with_coordinates(guide.prior_coordinates)
+        density = log_joint.with_coordinates(guide.prior.coordinates)
     latent, log_q = guide.rsample_and_log_prob(n)
     expected = (n, log_joint.latents.latent_dim)
     if latent.shape != expected or log_q.shape != (n,):
@@ -246,7 +247,8 @@ def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
 def _is_point(distribution: Any) -> bool:
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-    return type(distribution) is Delta  # a subclass may be random
+    kind = type(distribution)  # a subclass may be random
+    return issubclass(kind, Delta) and (kind.sample, kind.rsample) == (Delta.sample, Delta.rsample)
 
 
 def _check_latents(wanted: Iterable[str], drawn: Container[str]) -> None:

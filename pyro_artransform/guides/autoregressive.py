@@ -5,35 +5,55 @@
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import ExitStack
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import TransformModule
 from pyro.infer.autoguide import AutoContinuous, init_to_median
-from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 
 from ..arguments import check_integer, check_positive, names_the_class, to_tensor
+from ..joint.coordinates import CoordinatesArgument, ModelPrior
+from ..joint.density import LogJoint
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
-from ..transforms import ComposedTransform, LocationScale
+from ..transforms import ComposedTransform, FlowModule, LocationScale
 from . import prototype
-from .distributions import FlowDistribution, check_flow_argument, make_flow, standard_normal
-from .persistence.param_store import Ownership
-from .persistence.spec import Arguments, GuideSpec
-from .prior_coordinates import (
-    CoordinatesArgument,
-    GuideInCoordinates,
-    check_coordinates,
-    prior_layer,
+from .distributions import (
+    FlowDistribution,
+    SiteDelta,
+    check_flow_argument,
+    make_flow,
+    standard_normal,
 )
+from .persistence.persistent_guide import PersistentGuide
+from .persistence.spec import Arguments, GuideSpec
 
 
-class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
+class ToUnconstrained(FlowModule):
+    """From coordinates of the prior to the unconstrained space, by runs of the model.
+
+    :param log_joint: the log joint density of the model, in these coordinates.
+    """
+
+    def __init__(self, log_joint: LogJoint) -> None:
+        super().__init__()
+        self._log_joint = log_joint
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        u, ladj = self._log_joint.to_unconstrained(x.reshape(-1, x.shape[-1]))
+        return u.reshape(x.shape), ladj.reshape(x.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = self._log_joint.from_unconstrained(y.reshape(-1, y.shape[-1]))
+        return x.reshape(y.shape), ladj.reshape(y.shape[:-1])
+
+
+class AutoAutoregressive(PersistentGuide, AutoContinuous):
     r"""A guide that is a flow on the unconstrained space of all latents of a model.
 
     .. math::
@@ -77,11 +97,6 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         >>> guide = AutoAutoregressive(model, flow=spline_autoregressive)
         >>> {name: tuple(value.shape) for name, value in guide.sample_posterior(10).items()}
         {'scale': (10,), 'z': (10, 3)}
-
-    **References**
-
-    1. Automatic Reparameterisation of Probabilistic Programs (Gorinova, Moore, Hoffman, 2020),
-       https://arxiv.org/abs/1906.03028
     """
 
     @names_the_class
@@ -99,8 +114,8 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         if full_rank not in (None, True, False):
             raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
         init_scale = check_positive("init_scale", init_scale)
-        super().__init__(model, init_loc_fn, {"full_rank": full_rank, "init_scale": init_scale})
-        self.asked = check_coordinates(coordinates)
+        arguments = {"full_rank": full_rank, "init_scale": init_scale}
+        super().__init__(model, init_loc_fn, arguments, ModelPrior(coordinates))
         self._arguments_seen: Hashable = None
         self._make_flow = flow
 
@@ -118,11 +133,11 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
             arguments |= self._found_in_model(args, kwargs, bool(dependent))
             spec = GuideSpec(Latents(sites), arguments, observed, start.device)
             self._set_up_from(spec, start)
-            if self._prior:
-                self._parts[1].loc.data.copy_(self._start_coordinates(start))
+            if self.prior.coordinates is not None:
+                self._parts[1].loc.data.copy_(self.prior.start_at(start, self._colors()))
         except BaseException:
             # the next call must not find a guide that is set up by half
-            self.prototype_trace = None
+            self._spec = self.prototype_trace = None
             raise
         finally:
             self._traces = None
@@ -140,16 +155,10 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         flow = make_flow("flow", self._flow_maker(), start)
         arguments = spec.arguments
         affine = LocationScale(start, arguments["init_scale"], full_rank=arguments["full_rank"])
-        self._parts: tuple[TransformModule, LocationScale] = flow, affine
         self._flow_start: dict[str, Tensor] = copy.deepcopy(flow.state_dict())
-        inner, prior = ComposedTransform(flow, affine), prior_layer(spec, start)
-        # in tuples, as they may be parts of the transform
-        self._inner, self._prior = (inner,), () if prior is None else (prior,)
-        self.transform = ComposedTransform(inner, prior) if prior else inner
+        self.transform = ComposedTransform(flow, affine)
         # what Pyro's autoguides remember of a run of the model
-        sites, self.latent_dim = spec.latents.sites, spec.latents.latent_dim
-        self._unconstrained_shapes = {name: s.unconstrained_shape for name, s in sites.items()}
-        self._cond_indep_stacks = {name: site.plates for name, site in sites.items()}
+        self.latent_dim = spec.latents.latent_dim
         self._prototype_frames = {f.name: f for site in spec.sites for f in site.plates}
         if self.master is None:
             # NeuTraReparam reads the plates, and may come before the first call
@@ -168,6 +177,15 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
             self._flow_start = {name: fn(value) for name, value in self._flow_start.items()}
         return self
 
+    @property
+    def _parts(self) -> Any:
+        """The flow, and the location and scale after it, without the param statements of reading them."""
+        return cast(ComposedTransform, self._modules["transform"]).transforms
+
+    def _colors(self) -> Tensor | None:
+        """Labels ``(latent_dim,)`` of latents whose curvatures can be told apart when they move at once."""
+        return None
+
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
         """Draws all latents, as a Pyro guide does.
 
@@ -175,8 +193,19 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         :raises ValueError: if a latent has another shape than at the first call (where Pyro's
             validation is on); if the model of a guide that was loaded has other latents than the file.
         """
+        if self._spec is None:
+            self._setup_prototype(*args, **kwargs)
         self._check_latents(args, kwargs, with_values=False)
-        return super().forward(*args, **kwargs)
+        z, latents = self.sample_latent(), self.prior.space.latents
+        values, ladjs = self._to_sites(latents.place(z), args, kwargs)
+        plates = self._create_plates(*args, **kwargs)
+        for name, site in latents.sites.items():
+            delta = SiteDelta(values[name], -ladjs[name], site.event_dim)
+            with ExitStack() as stack:
+                for frame in site.plates:
+                    stack.enter_context(plates[frame.name])
+                values[name] = pyro.sample(name, delta)
+        return values
 
     def _check_latents(self, args: Any, kwargs: Any, *, with_values: bool = True) -> None:
         """Refuses other latents than the guide's, by a run of the model where shapes or values are new."""
@@ -190,7 +219,8 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
                 prototype.refuse_other_model(sites, spec.observed, run)
                 self._model_is_checked = True
             elif signature != self._arguments_seen and dist.is_validation_enabled():
-                mapped = self._prior[0].with_location if self._prior else ()
+                given = self.prior.coordinates
+                mapped = () if given is None else given.with_location
                 prototype.refuse_other_latents(sites, mapped, run)
             self._arguments_seen = signature
 
@@ -201,25 +231,18 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The flow, then location and scale: from the base to the unconstrained space."""
-        inner = self.transform_in_coordinates()
-        if not self._prior or self._prior[0].coordinates.is_identity:
-            return inner
-        self._bind(args, kwargs)
-        return self.transform
+        transform = self._current_transform()
+        if self.prior.space.is_mapped:
+            density = self._bind(args, kwargs).density
+            transform = ComposedTransform(transform, ToUnconstrained(density))
+        return transform
 
-    def transform_in_coordinates(self) -> ComposedTransform:
-        """The flow, then location and scale: from the base to the coordinates that fits work in."""
+    def _current_transform(self) -> ComposedTransform:
+        """The flow, then location and scale: from the base to the coordinates of the latents."""
         self._checked_spec()
-        # not in a function of its own, since it is done in each step
-        stored = dict(pyro.get_param_store().named_parameters())
-        owner, is_settled = f"{self._pyro_name}.transform", self._ownership is Ownership.SETTLED
-        for name, parameter in self.__dict__["_modules"]["transform"].named_parameters():
-            is_stored = stored.get(param_with_module_name(owner, name)) is parameter
-            is_settled = is_settled and (is_stored or not parameter.requires_grad)
-        if not is_settled:
-            self._register()
+        self._register()
         transform: ComposedTransform = self.transform  # read: Pyro learns of the parameters here
-        return self._inner[0] if self._prior else transform
+        return transform
 
     def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
         """The distribution of all latents on the unconstrained space."""
@@ -227,20 +250,19 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         return dist.TransformedDistribution(base, transform, validate_args=False)
 
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
-        """Draws the vector of all latents, as the auxiliary site of the guide.
+        """Draws the vector of all latents, as the auxiliary site of the guide, in its coordinates.
 
         :return: shape ``(latent_dim,)``, after the shapes of the plates around the guide.
         """
         # one for each call: it knows the density of its own draw
-        base, transform = self.get_base_dist(), self.get_transform(*args, **kwargs)
+        base, transform = self.get_base_dist(), self._current_transform()
         posterior = FlowDistribution(base, transform, validate_args=False)
         name = f"_{self._pyro_name}_latent"
         return pyro.sample(name, posterior, infer={"is_auxiliary": True})
 
     def _unpack_latent(self, latent: Tensor) -> Iterator[tuple[dict[str, Any], Tensor]]:
-        for site, value in super()._unpack_latent(latent):
-            # latents of mixed dtypes share one vector
-            yield site, value.to(site["value"].dtype)
+        for name, value in self._checked_spec().latents.place(latent).items():
+            yield self.prototype_trace.nodes[name], value
 
     @torch.no_grad()
     def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
@@ -310,7 +332,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         flow, affine = self._parts
         if scale_tril is None:
             scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"]).diag()
-        self.transform_in_coordinates()  # entries of the store that count more are adopted first
+        self._current_transform()  # entries of the store that count more are adopted first
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         affine.set_(to_tensor("loc", loc, affine.loc), scale_tril)
         flow.load_state_dict(self._flow_start)
@@ -327,7 +349,7 @@ class AutoAutoregressive(GuideInCoordinates, AutoContinuous):
         1. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
            Inference (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
         """
-        base, transform = self.get_base_dist(), self.transform_in_coordinates()
+        base, transform = self.get_base_dist(), self._current_transform()
         x = base.rsample((check_integer("n", n),))
         if not path:
             latent, ladj = transform.call_and_ladj(x)

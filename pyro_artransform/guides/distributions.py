@@ -11,7 +11,7 @@ import torch
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor, nn
-from torch.distributions import Transform
+from torch.distributions import Transform, register_kl
 
 from ..transforms import FlowModule, check_structure
 
@@ -64,6 +64,15 @@ def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: i
 def standard_normal(zeros: Tensor) -> Any:
     """Standard Normals, whose values are never checked: that would read them, in each step."""
     return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+
+
+class SiteDelta(dist.Delta):
+    """The value of a site, whose density counts in ``TraceMeanField_ELBO`` too, unlike a Delta's."""
+
+
+@register_kl(SiteDelta, dist.Distribution)
+def _kl_of_site(p: SiteDelta, q: Any) -> Tensor:
+    return p.log_prob(p.v) - q.log_prob(p.v)
 
 
 class FlowDistribution(dist.TransformedDistribution):

@@ -20,11 +20,11 @@ from ..arguments import (
 )
 from ..conditioners import default_activation
 from ..flows import hinged_marginals, iaf, maf, spline_marginals
+from ..joint.coordinates import CoordinatesArgument
 from ..transforms import CompressedTails, FlowModule, chain
 from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
 from .persistence.spec import Arguments, GuideSpec
-from .prior_coordinates import CoordinatesArgument
 
 # of the outputs of networks: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow
 # models in some runs, never at 0.3 and 0.1 (benchmarks/float32.md)

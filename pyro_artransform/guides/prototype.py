@@ -232,8 +232,7 @@ class ShiftedLatents(Messenger):
                 raise ValueError(f"site '{name}': expected {wanted} {got}")
             if not bijection(latent).isfinite().all():
                 wanted = "a support onto which the real numbers can be mapped"
-                got = node["fn"].support
-                raise ValueError(f"site '{name}': expected {wanted}, got {got}")
+                raise ValueError(f"site '{name}': expected {wanted}, got {node['fn'].support}")
             self._latents[name] = latent
 
     def _pyro_sample(self, message: Any) -> None:

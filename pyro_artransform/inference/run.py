@@ -13,7 +13,7 @@ import torch
 
 from ..arguments import first_of
 from ..files import FilePath
-from ..joint.protocols import CenteredGuide, FlowGuide, MinibatchGuide
+from ..joint.protocols import FlowGuide, MinibatchGuide, PriorGuide
 from ..time_limit import INTERRUPTED, OUT_OF_TIME
 from .checkpoint import resume as resumed
 from .checkpoint import save
@@ -224,6 +224,6 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         start=training.start,
         culprits=dict(training.culprits),
         one_at_a_time=set_up.looped_because or subject.log_joint.reason,
-        coordinates=dict(guide.centered_by_site()) if isinstance(guide, CenteredGuide) else {},
+        coordinates=guide.prior.space.centered_by_site() if isinstance(guide, PriorGuide) else {},
         guide_reason=set_up.guide_reason,
     )

@@ -1,210 +1,30 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Coordinates of latents from the model's own prior.
-
-What bends a hierarchical posterior most is what the model says: the scale of theta is tau. In
-
-.. math::
-
-    u = \mathrm{loc} + (\mathrm{scale} / \mathrm{unit})^{1 - \lambda} (x - \lambda \, \mathrm{loc})
-
-u is a latent on the unconstrained space, loc and scale are those of its prior given its parents, and
-:math:`\lambda`, element by element, is how centred x is: at 1 it is u itself, as the model is written, and
-at 0 it is in units of the prior. The unit is a constant near the scale: at it u moves by :math:`1 - \lambda`
-with the location, whatever units the model has. Where the prior has another shape than a normal one, and
-lambda is below 0.9, it is 0, and x goes through the quantiles of that shape too, so that x is standard
-normal under the prior. Sites come in the order of the model, so that the map is triangular; its
-log-determinant is the sum of :math:`(1 - \lambda) \log (\mathrm{scale} / \mathrm{unit})`, and of the
-shapes. It is made as the model runs, each latent as its distribution comes by, so that a density in x
-costs one run.
-
-**References**
-
-1. A General Framework for the Parametrization of Hierarchical Models (Papaspiliopoulos, Roberts, Skold,
-   2007), https://arxiv.org/abs/0708.3797
-2. Automatic Reparameterisation of Probabilistic Programs (Gorinova, Moore, Hoffman, 2020),
-   https://arxiv.org/abs/1906.03028
-"""
+"""Which latents have coordinates from the model's own prior, how centred these are, and who holds them."""
 
 import warnings
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from copy import deepcopy
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, cast
 
-import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.distributions import validation_enabled
-from pyro.distributions.util import sum_rightmost
-from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Transform
 
+from ..arguments import asks_for_data
 from ..graphs.dependencies import value_and_gradient
-from .handlers import hidden_sites
-from .prior_scale import PriorScale
-from .sites import Latents
-from .vectorization import DrawPlate
+from .prior_map import Coordinates
+from .sites import Latents, LatentSpace
 
 # above it an element is as the model is written, which costs nothing (benchmarks/coordinates.md)
 _CENTERED = 0.95
 _BETWEEN_QUARTILES = 1.349  # sds of a normal distribution
 _LABELS_AT_ONCE = 64  # second derivatives that are computed together
 
-
-class SiteCoordinates(NamedTuple):
-    """How the coordinates of one latent are made.
-
-    :param centered: lambda, broadcasts to the latent on the unconstrained space.
-    :param unit: positive, broadcasts to it too.
-    :param with_location: whether the location of the prior is a part of the map; without it x is in units
-        of the scale alone, and latents depend on each other as the model writes it.
-    :param bijection: from the unconstrained space onto the support.
-    """
-
-    centered: Tensor
-    unit: Tensor
-    with_location: bool
-    bijection: Transform
-
-
-class Coordinates(NamedTuple):
-    """Which latents have coordinates from the prior, and how centred these are.
-
-    :param centered: lambda, shape ``(latent_dim,)``, between 0 and 1; 1 for all other latents.
-    :param unit: of the same shape, positive: about the scale of each prior.
-    :param with_location: by site, see :class:`SiteCoordinates`.
-    """
-
-    centered: Tensor
-    unit: Tensor
-    with_location: Mapping[str, bool]
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether all latents are as the model is written."""
-        return min(self.centered.tolist()) == 1
-
-    def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
-        """The coordinates of each of these latents, among all in the vector."""
-        found, units = {}, latents.split(self.unit.detach())
-        for name, centered in latents.split(self.centered.detach()).items():
-            if name in self.with_location:
-                rest = self.with_location[name], latents.sites[name].bijection
-                found[name] = SiteCoordinates(centered, units[name], *rest)
-        return found
-
-    def non_centered(self, latents: Latents) -> "Coordinates":
-        """The same with lambda 0 for all of these latents, in units of their priors."""
-        found = torch.ones_like(self.centered)
-        for name, part in latents.views(found).items():
-            if name in self.with_location:
-                part.zero_()
-        return self._replace(centered=found, unit=torch.ones_like(found))
-
-
-class AllMapped(Exception):
-    """Ends a run of a model of which no more is wanted: neither its data nor what it predicts."""
-
-
-class PriorMap(Messenger):
-    """Gives latents their values as a model runs: from coordinates x, or from u, whose x are then found.
-
-    :param sites: the latents, by name.
-    :param is_inverse: whether it is u that is given.
-    :param is_alone: whether the run ends, by :class:`AllMapped`, once all of these latents have come by.
-    """
-
-    def __init__(
-        self,
-        sites: Mapping[str, SiteCoordinates],
-        is_inverse: bool = False,
-        is_alone: bool = False,
-    ) -> None:
-        super().__init__()
-        self.sites, self._is_inverse, self._is_alone = sites, is_inverse, is_alone
-        self._given: dict[str, Tensor] = {}
-        self.found: dict[str, Tensor] = {}  #: what was not given, u or x, by site
-        #: the log-determinants of the map from x to u, of the batch shape of a site, and from u to the value
-        self.ladjs: dict[str, Tensor] = {}
-        self.bijection_ladjs: dict[str, Tensor] = {}
-
-    def take(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Takes x, or u, of its latents, and returns the values of the others."""
-        self._given = {name: values[name] for name in self.sites}
-        return {name: value for name, value in values.items() if name not in self.sites}
-
-    def _pyro_sample(self, message: Any) -> None:
-        name = message["name"]
-        if name not in self.sites or message["is_observed"]:
-            return
-        centered, unit, with_location, bijection = self.sites[name]
-        given, prior = self._given[name], PriorScale.of(message["fn"])
-        if prior is None:
-            raise TypeError(
-                f"site '{name}': expected a prior with a location and a scale, as when the guide was "
-                f"set up, got {type(message['fn']).__name__}: make the guide with coordinates='model'"
-            )
-        if not with_location:
-            prior = prior._replace(loc=torch.zeros_like(prior.loc), shape=None)
-        log_prob = None
-        if self._is_inverse:
-            u, (self.found[name], ladj) = given, prior.coordinates(given, centered, unit)
-        else:
-            u, ladj, log_prob = prior.unconstrained(given, centered, unit)
-            self.found[name] = u
-        message["value"] = value = bijection(u)
-        event_dim = message["fn"].event_dim
-        batch_dim = value.dim() - event_dim
-        of_value = bijection.log_abs_det_jacobian(u, value)
-        self.ladjs[name] = sum_rightmost(ladj, ladj.dim() - batch_dim)
-        self.bijection_ladjs[name] = of_value = sum_rightmost(of_value, of_value.dim() - batch_dim)
-        if self._is_alone and len(self.found) == len(self.sites):
-            raise AllMapped
-        if log_prob is not None and with_location:
-            log_prob = log_prob.expand_as(u)
-            log_prob = sum_rightmost(log_prob, log_prob.dim() - batch_dim) - of_value
-            message["fn"] = dist.Delta(value, log_prob, event_dim)
-
-
-def map_sites(
-    run: Callable[[], object],
-    sites: Mapping[str, SiteCoordinates],
-    values: Mapping[str, Tensor],
-    is_inverse: bool = False,
-) -> PriorMap:
-    """One run of a model, at x or u of the mapped latents and the values of other sites."""
-    prior = PriorMap(sites, is_inverse, is_alone=True)
-    rest = prior.take(values)
-    # not in a plate of draws: in a guide another one, of particles, may have its dimension
-    with validation_enabled(False), hidden_sites(), suppress(AllMapped), prior:
-        poutine.condition(run, rest)()
-    return prior
-
-
-def map_draws(
-    run: Callable[[], object],
-    latents: Latents,
-    sites: Mapping[str, SiteCoordinates],
-    num_plates: int,
-    is_inverse: bool,
-    draws: Mapping[str, Tensor],
-    size: int | None,
-) -> dict[str, Tensor]:
-    """Draws "z" in coordinates on the unconstrained space, or the other way, as ``evaluate_many`` takes it.
-
-    :return: "z", and the log-determinant of the map from coordinates to the unconstrained space, "total".
-    """
-    z, plate = draws["z"], DrawPlate(size, num_plates)
-    values, _ = latents.constrain_with_ladj(z, sites)
-    prior = map_sites(run, sites, plate.place(values, latents.event_dims), is_inverse)
-    parts = latents.split(z)
-    for name, part in prior.found.items():
-        parts[name] = part.reshape(parts[name].shape)
-    found = torch.cat([part.reshape((*z.shape[:-1], -1)) for part in parts.values()], -1)
-    return {"z": found, "total": plate.total(prior.ladjs, z.new_zeros(z.shape[:-1]))}
+CoordinatesArgument = str | Mapping[str, Any]
 
 
 def centered_by_curvature(
@@ -227,7 +47,7 @@ def centered_by_curvature(
     :return: shape ``(latent_dim,)``; 1 for all other latents.
     """
     _, second = _second_derivatives(non_centered, x, together)
-    return _centered(non_centered.coordinates.centered.clone(), -weights * second)
+    return _centered(non_centered.coordinates.centered.detach(), -weights * second)
 
 
 def _second_derivatives(
@@ -269,7 +89,7 @@ def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
     ordered = gradients[gradients.isfinite().all(-1)].sort(0).values
     between = ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]
     curvature = (between / _BETWEEN_QUARTILES).square()
-    return _centered(non_centered.coordinates.centered.clone(), curvature)
+    return _centered(non_centered.coordinates.centered.detach(), curvature)
 
 
 def _centered(lam: Tensor, curvature: Tensor) -> Tensor:
@@ -311,7 +131,7 @@ def with_strong_data_centered(log_joint: Any, gradients: Tensor, has_parents: Te
     if not bool(is_strong.any()):
         return log_joint
     centered = given.centered.masked_fill(is_strong, 1.0)
-    return log_joint.with_coordinates(given._replace(centered=centered))
+    return log_joint.with_coordinates(Coordinates(centered, given.unit, given.with_location))
 
 
 @torch.no_grad()
@@ -331,5 +151,142 @@ def coordinates_at(
         (point,) = u
         if (other := log_joint.or_origin(point)) is not point:
             return coordinates_at(log_joint, mapped, other[None], together)
-    centered = _centered(unit.coordinates.centered.clone(), -second)
-    return mapped._replace(centered=centered, unit=log_joint.prior_scales(u.mean(0)))
+    centered = _centered(unit.coordinates.centered.detach(), -second)
+    return Coordinates(centered, log_joint.prior_scales(u.mean(0)), mapped.with_location)
+
+
+class ModelPrior:
+    """The coordinates of a guide from its model's prior, and the model's log joint density.
+
+    :param asked: the argument ``coordinates`` of a guide: "prior", "model", or a mapping of sites to numbers
+        from 0 to 1.
+    """
+
+    space: LatentSpace  #: the latents, and their coordinates, from :meth:`set_up` on
+
+    def __init__(self, asked: CoordinatesArgument) -> None:
+        if isinstance(asked, Mapping):
+            asked = {name: torch.as_tensor(value) for name, value in asked.items()}
+            is_right = all(bool(((c >= 0) & (c <= 1)).all()) for c in asked.values())
+        else:
+            is_right = isinstance(asked, str) and asked in ("prior", "model")
+        if not is_right:
+            raise ValueError(
+                "coordinates: expected 'prior', 'model', or a mapping of sites to how centred they are, "
+                f"between 0 (in units of the prior) and 1 (as the model is written), got {asked!r}"
+            )
+        self.asked = asked
+        self.is_chosen = False  #: whether a fit may change how centred they are, in place
+        self.is_wanted = True  #: whether chains may have them: not with ``coordinates="model"``
+        self.log_joint: Any = None  #: on the unconstrained space, see :meth:`bind`
+        self._arguments: tuple[Any, Any] = (), {}
+
+    @property
+    def coordinates(self) -> Coordinates | None:
+        """Those that a fit works in; None where they are the unconstrained space."""
+        return self.space.coordinates
+
+    def set_up(self, arguments: Mapping[str, Any], latents: Latents, like: Tensor) -> None:
+        """Makes the coordinates of a specification's arguments, for vectors like this one."""
+        with_location, coordinates = arguments.get("coordinates"), None
+        self.is_wanted = with_location != {}
+        self.is_chosen = bool(arguments.get("chooses_coordinates"))
+        if with_location:
+            if unknown := sorted(with_location.keys() - latents.sites.keys()):
+                expected = f"expected sites of {list(latents.sites)}"
+                raise ValueError(f"coordinates: {expected}, got {unknown}")
+            ones = torch.ones_like(like)
+            coordinates = Coordinates(ones, ones.clone(), with_location)
+        self.space = LatentSpace(latents, coordinates)
+
+    def arguments_of(self, with_location: dict[str, bool]) -> dict[str, Any]:
+        """The arguments of a specification that :meth:`set_up` reads."""
+        if not (with_location or self.asked == "model"):
+            return {}
+        return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
+
+    def bind(self, model: Any, make: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Takes the model at these arguments, by default those before, and returns itself.
+
+        :param make: makes the log joint density of the model from its arguments.
+        """
+        if self.log_joint is None or self.log_joint.model is not model:
+            wanted = "the model's arguments with the first call, as in sample_posterior(n, *data)"
+            of_file = "coordinates from the prior, which the model says at its data, and no file has these"
+            with asks_for_data(args, kwargs, f"expected {wanted}: this guide has {of_file}"):
+                self.log_joint = make(*args, **kwargs)
+        elif not (args or kwargs):
+            return self
+        self._arguments = args, kwargs
+        return self
+
+    def run(self) -> object:
+        """Runs the model at the arguments of :meth:`bind`."""
+        args, kwargs = self._arguments
+        return self.log_joint.model(*args, **kwargs)
+
+    @property
+    def density(self) -> Any:
+        """The log joint density at the arguments of :meth:`bind`, in the coordinates."""
+        return self.log_joint.bound_to(*self._arguments).with_coordinates(self.coordinates)
+
+    def log_joint_of(self, model: object, args: Any, kwargs: Any) -> Any:
+        """The log joint density at these arguments; None of another model."""
+        is_own = self.log_joint is not None and self.log_joint.model is model
+        return self.log_joint.with_arguments(args, kwargs) if is_own else None
+
+    def find_sites(self) -> dict[str, bool]:
+        """The sites with coordinates from the prior, and whether it depends on other latents."""
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            found: dict[str, bool] = self.log_joint.mapped_sites()
+        if isinstance(self.asked, Mapping):
+            if unknown := sorted(self.asked.keys() - found.keys()):
+                raise ValueError(
+                    "coordinates: expected latents whose prior has a location or a scale that depends "
+                    f"on other latents, or a shape to be made normal, {list(found)}, got {unknown}"
+                )
+            found = {name: found[name] for name in found if name in self.asked}
+        return found
+
+    def center_as_asked(self, latents: Latents) -> None:
+        """Sets lambda to the numbers of the user."""
+        given = cast(Coordinates, self.coordinates)
+        centered = torch.ones_like(given.centered)
+        parts = latents.views(centered)
+        for name, value in cast(Mapping[str, Tensor], self.asked).items():
+            try:
+                parts[name].copy_(value)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"coordinates['{name}']: expected a number, or some that broadcast to shape "
+                    f"{tuple(parts[name].shape)}, got shape {tuple(value.shape)}"
+                ) from error
+        given.set_(centered, given.unit)
+
+    @torch.no_grad()
+    def start_at(self, start: Tensor, together: Tensor | None) -> Tensor:
+        """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates.
+
+        :param start: on the unconstrained space, shape ``(latent_dim,)``.
+        :param together: see :func:`~pyro_artransform.joint.coordinates.centered_by_curvature`.
+        """
+        log_joint, given = self.log_joint, cast(Coordinates, self.coordinates)
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            if isinstance(self.asked, Mapping):
+                given.set_(given.centered, log_joint.prior_scales(log_joint.or_origin(start)))
+                self.center_as_asked(log_joint.latents)
+            else:
+                found = coordinates_at(log_joint, given, start[None], together)
+                given.set_(found.centered, found.unit)
+            return log_joint.with_coordinates(given).from_unconstrained(start[None])[0][0]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a pickle has neither the model nor its data
+        return {**self.__dict__, "log_joint": None, "_arguments": ((), {})}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelPrior":
+        twin = type(self)(self.asked)
+        twin.__dict__.update(self.__dict__)
+        if hasattr(self, "space"):
+            twin.space = deepcopy(self.space, memo)
+        return twin

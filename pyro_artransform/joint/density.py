@@ -22,17 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
 from .checks import Checked, checked
-from .coordinates import (
-    Coordinates,
-    PriorMap,
-    SiteCoordinates,
-    map_draws,
-)
 from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
+from .prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
 from .priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
 from .protocols import LogDensity
-from .sites import Latents, started_trace
+from .sites import Latents, LatentSpace, started_trace
 from .traces import (
     ModelStructure,
     argument_signature,
@@ -298,8 +293,7 @@ class LogJoint(LogDensity):
     @property
     def mapped_coordinates(self) -> dict[str, SiteCoordinates]:
         """The latents that have coordinates from the prior."""
-        given = self.coordinates
-        return {} if given is None or given.is_identity else given.of_sites(self.latents)
+        return LatentSpace(self.latents, self.coordinates).mapped
 
     @property
     def start(self) -> Tensor:

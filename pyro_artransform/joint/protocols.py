@@ -19,7 +19,7 @@ from torch.distributions import Transform
 
 from ..graphs.markov_graph import MarkovGraph
 from ..graphs.sparse_gaussian import SparseGaussian
-from .coordinates import Coordinates
+from .coordinates import ModelPrior
 from .sites import Latents
 
 
@@ -73,37 +73,15 @@ class FlowGuide(ReparametrizedGuide, Protocol):
         """Becomes a Gaussian, by default of a new guide's scale; a ``ValueError`` if it cannot have it."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters, as those of a module, with the tensor of ``PriorGuide.prior_coordinates``."""
+        """Its parameters, as those of a module, with those of its coordinates."""
 
 
 @runtime_checkable
-class CenteredGuide(Protocol):
-    """A guide that says how centred its latents are, by site: none where it has no map of the prior."""
+class PriorGuide(Protocol):
+    """A guide that holds its model's prior; the draws of a flow guide are in the coordinates of it."""
 
-    def centered_by_site(self) -> Mapping[str, Tensor]: ...
-
-    @property
-    def maps_priors(self) -> bool:
-        """Whether chains may use coordinates of the prior: not where the user wants the model's."""
-
-
-@runtime_checkable
-class PriorGuide(FlowGuide, Protocol):
-    """A guide whose draws may be in coordinates of its model's prior, see ``joint.coordinates``."""
-
-    @property
-    def prior_coordinates(self) -> Coordinates | None:
-        """Which latents, and how centred; None where draws are on the unconstrained space."""
-
-    def transform_in_coordinates(self) -> Transform:
-        """The transform of a standard normal to the coordinates of its draws."""
-
-    def log_joint_of(self, model: object, args: Any, kwargs: Any) -> Any:
-        """The log joint density that has its coordinates, at these arguments; None of another model."""
-
-    @property
-    def chooses_coordinates(self) -> bool:
-        """Whether a fit may change how centred they are, in place."""
+    prior: ModelPrior
+    transform: Any  #: from a standard normal to these draws, a torch transform
 
 
 @runtime_checkable
@@ -144,12 +122,9 @@ class MinibatchGuide(Protocol):
         Draws in coordinates of the prior are taken to the supports by the sites' bijections alone.
         """
 
-    @property
-    def chooses_coordinates(self) -> bool:
-        """Whether a fit may change how centred its coordinates are, see :class:`PriorGuide`."""
-
-    def coordinates_of(self, latents: Latents) -> Coordinates | None:
-        """The coordinates of a mini-batch's latents; None where they are the unconstrained space."""
+    prior: (
+        Any  #: a ``ModelPrior`` with ``coordinates_of(latents)``: those of a mini-batch's latents
+    )
 
     def center_at(self, u: Tensor | None, log_joint: Any, share: float) -> float:
         """Sets lambda by the curvature at draws, or to 1: returns the largest change."""

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
@@ -60,6 +60,11 @@ class Site:
         return torch.Size(bijection.inverse_shape(self.shape))
 
     @cached_property
+    def unconstrained_event_dim(self) -> int:
+        """The number of event dimensions of its value on the unconstrained space."""
+        return len(self.unconstrained_shape) - len(self.batch_shape)
+
+    @cached_property
     def is_unconstrained(self) -> bool:
         """Whether the bijection is the identity."""
         return isinstance(self.bijection, ComposeTransform) and not self.bijection.parts
@@ -74,8 +79,12 @@ class Site:
         """The shape without the event dimensions."""
         return self.shape[: len(self.shape) - self.event_dim]
 
-    def constrain_with_ladj(self, part: Tensor, batch: torch.Size) -> tuple[Tensor, Tensor]:
+    def constrain_with_ladj(
+        self, part: Tensor, batch: torch.Size | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The value of a part ``batch + unconstrained_shape``, and the log-determinant, shape ``batch``."""
+        if batch is None:
+            batch = part.shape[: part.dim() - self.unconstrained_event_dim]
         value = self.bijection(part)
         ladj = self.bijection.log_abs_det_jacobian(part, value)
         return value, ladj.reshape((*batch, -1)).sum(-1)
@@ -84,6 +93,46 @@ class Site:
         """The site after a conversion of its dtype and of the bounds of its support: ``Tensor.double``."""
         dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return replace(self, support=map_bounds(self.support, fn), dtype=dtype)
+
+
+class LatentSpace(NamedTuple):
+    """The latents of a model, some of them in coordinates from its prior, where there are any."""
+
+    latents: "Latents"
+    coordinates: Any = None  #: :class:`~pyro_artransform.joint.prior_map.Coordinates`
+
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the way to the sites takes a run of the model."""
+        return self.coordinates is not None and not self.coordinates.is_identity
+
+    @property
+    def mapped(self) -> dict[str, Any]:
+        """The coordinates of each site that the model has to be run for."""
+        return self.coordinates.of_sites(self.latents) if self.is_mapped else {}
+
+    def to_sites(
+        self, parts: Mapping[str, Tensor], run: Callable[[], object] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The value of each site, and the log-determinant of the way there, of its batch shape.
+
+        :param parts: of each site, as :meth:`Latents.place` has them; indices of plates that are known.
+        :param run: the model, which runs where there are coordinates from its prior.
+        """
+        mapped = self.coordinates.with_location if self.is_mapped else {}
+        sites, values, ladjs = self.latents.sites, dict(parts), dict[str, Tensor]()
+        for name in [name for name in sites if name not in mapped]:
+            values[name], ladjs[name] = sites[name].constrain_with_ladj(parts[name])
+        if mapped:
+            ladjs.update(self.coordinates.map_into(values, self.latents, run))
+            for name in [name for name in mapped if name not in ladjs]:  # it has data now
+                values[name], ladjs[name] = sites[name].constrain_with_ladj(parts[name])
+        return values, ladjs
+
+    def centered_by_site(self) -> dict[str, Tensor]:
+        """lambda by site, of its unconstrained shape; empty without coordinates."""
+        sites = {} if self.coordinates is None else self.coordinates.of_sites(self.latents)
+        return {name: site.centered.clone() for name, site in sites.items()}
 
 
 class Latents:
@@ -134,6 +183,15 @@ class Latents:
         """As :meth:`split`, in the dtype of z: what is written into a part of a vector is written into it."""
         parts = zip(self.sites.values(), z.split(self._sizes, -1))
         return {s.name: part.reshape(z.shape[:-1] + s.unconstrained_shape) for s, part in parts}
+
+    def place(self, z: Tensor) -> dict[str, Tensor]:
+        """As :meth:`split`, with the batch dimensions of z where those of plates around a guide lie."""
+        placed = {}
+        for site, part in zip(self.sites.values(), z.split(self._sizes, -1)):
+            ones = z.shape[:-1] + (1,) * site.unconstrained_event_dim
+            shape = torch.broadcast_shapes(site.unconstrained_shape, ones)
+            placed[site.name] = part.reshape(shape).to(site.dtype)
+        return placed
 
     def elements_of(self, frame: CondIndepStackFrame) -> Tensor:
         """The element of a plate that each coordinate is of, shape ``(latent_dim,)``; -1 outside of it."""

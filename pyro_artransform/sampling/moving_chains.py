@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..joint import LogJoint
 from ..joint.coordinates import with_strong_data_centered
+from ..joint.prior_map import Coordinates
 from ..time_limit import limited
 from .adaptation import StepSize, TrajectoryLength
 from .conditional_gaussian import ConditionalGaussian, Field
@@ -215,7 +216,7 @@ class MovingChains:
             parts = self.log_joint.latents.split(self._has_parents)
             is_root = {name: not bool(parts[name].any()) for name in given.with_location}
             of_scales = {name: has and is_root[name] for name, has in given.with_location.items()}
-            other = given._replace(with_location=of_scales)
+            other = Coordinates(given.centered, given.unit, of_scales)
             densities.append(self.log_joint.with_coordinates(other))
         found = ((density, Field.of(density)) for density in densities)
         return next(((density, field) for density, field in found if field is not None), None)

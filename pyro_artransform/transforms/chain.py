@@ -89,6 +89,10 @@ class ComposedTransform(FlowModule):
         self.domain = domain if domain.event_dim else constraints.independent(domain, 1)
         self.codomain = codomain if codomain.event_dim else constraints.independent(codomain, 1)
         self.bijective = composed.bijective
+        #: the transforms that were given
+        self.parts = [
+            t.transform if isinstance(t, ForeignTransform) else t for t in self.transforms
+        ]
         # the parts as flows, with the dimensions of their log-determinants that are events here
         self._steps: list[tuple[FlowModule, tuple[int, ...]]] = []
         event_dim = self.domain.event_dim
@@ -96,11 +100,6 @@ class ComposedTransform(FlowModule):
             flow = part if isinstance(part, FlowModule) else ForeignTransform(part)
             self._steps.append((flow, tuple(range(part.domain.event_dim - event_dim, 0))))
             event_dim += part.codomain.event_dim - part.domain.event_dim
-
-    @property
-    def parts(self) -> list[Transform]:
-        """The transforms that were given."""
-        return [t.transform if isinstance(t, ForeignTransform) else t for t in self.transforms]
 
     def call_and_ladj(self, x: Tensor) -> Any:
         return self._each("call_and_ladj", x)

@@ -9,7 +9,8 @@ from pyro.infer import config_enumerate
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.coordinates import Coordinates, centered_by_curvature
+from pyro_artransform.joint.coordinates import centered_by_curvature
+from pyro_artransform.joint.prior_map import Coordinates
 
 #: of a location m, real, and a scale s, positive
 PRIORS = {
@@ -62,9 +63,10 @@ def in_coordinates(log_joint, centered, with_location=True, unit=None):
         lam = torch.rand(len(found.centered), generator=torch.Generator().manual_seed(1))
         centered = lam.to(found.centered.dtype)
     return log_joint.with_coordinates(
-        found._replace(
-            centered=torch.where(found.centered < 1, centered, 1.0),
-            unit=torch.full_like(ones, 1.0 if unit is None else unit),
+        Coordinates(
+            torch.where(found.centered < 1, centered, 1.0),
+            torch.full_like(ones, 1.0 if unit is None else unit),
+            found.with_location,
         )
     )
 

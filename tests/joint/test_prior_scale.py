@@ -14,7 +14,8 @@ from pyro.distributions import transforms as T
 from torch.distributions import biject_to, constraints
 
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.coordinates import Coordinates, non_centered
+from pyro_artransform.joint.coordinates import non_centered
+from pyro_artransform.joint.prior_map import Coordinates
 from pyro_artransform.joint.prior_scale import PriorScale
 
 MASK = torch.tensor([True, False, True])
@@ -210,7 +211,7 @@ def check_map(family, form, dtype, centered):
     ones = torch.ones_like(written.start)
     unit = Coordinates(ones, 0.7 * ones, {"z": True}).non_centered(written.latents)
     density = written.with_coordinates(
-        unit._replace(centered=torch.where(unit.centered < 1, centered, 1.0), unit=0.7 * ones)
+        Coordinates(torch.where(unit.centered < 1, centered, 1.0), 0.7 * ones, {"z": True})
     )
     x = 0.7 * torch.randn(3, len(ones), dtype=dtype, generator=torch.Generator().manual_seed(3))
     u, ladj = density.to_unconstrained(x)

@@ -9,23 +9,21 @@ from functools import cache, partial
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ...arguments import check_callable, check_integer, check_positive, names_the_class
-from ...joint.density import Args, Kwargs
+from ...joint.coordinates import CoordinatesArgument
+from ...joint.density import Args, Kwargs, LogJoint
 from ...joint.traces import argument_signature
-from ..distributions import check_flow_argument
-from ..persistence.persistent_guide import Model
+from ..distributions import SiteDelta, check_flow_argument
+from ..persistence.persistent_guide import Model, PersistentGuide
 from ..persistence.spec import GuideSpec
-from ..prior_coordinates import CoordinatesArgument, GuideInCoordinates, check_coordinates
 from ..prototype import compare_names, one_more_run, refuse_moving_structure, sites_by_name
 from .encoder import Encoder, check_encoder, first_feature_units
 from .plates import (
-    GLOBAL,
     GivenIndices,
     LatentLayout,
     Plates,
@@ -39,13 +37,14 @@ from .plates import (
     plates_of_user,
     plates_were_dropped,
 )
-from .prior_map import AmortizedInCoordinates
+from .prior_map import ElementPrior
 from .variational_posterior import (
     AmortizedPosterior,
     MakeFlow,
     MakeLocalFlow,
     default_flow,
     default_local_flow,
+    least_numbers,
 )
 
 # latent vectors that are drawn at a time
@@ -56,7 +55,7 @@ _MAX_SHAPES = 64
 _LOCATION_STEP = 2.0
 
 
-class AutoAmortized(AmortizedInCoordinates):
+class AutoAmortized(PersistentGuide):
     r"""A guide of a model with plates: a flow for the global latents, and one for each element.
 
     .. math::
@@ -130,8 +129,9 @@ class AutoAmortized(AmortizedInCoordinates):
     path = False
 
     _num_quantile_draws = 2_000
-    _functions = (*GuideInCoordinates._functions, "create_plates")
-    _found_arguments = (*AmortizedInCoordinates._found_arguments, "feature_dims", "feature_units")
+    _functions = (*PersistentGuide._functions, "create_plates")
+    _found_arguments = (*PersistentGuide._found_arguments, "feature_dims", "feature_units")
+    prior: ElementPrior
 
     @names_the_class
     def __init__(
@@ -157,8 +157,7 @@ class AutoAmortized(AmortizedInCoordinates):
             "embedding_dim": check_integer("embedding_dim", embedding_dim),
             "init_scale": check_positive("init_scale", init_scale),
         }
-        super().__init__(model, init_loc_fn, arguments)
-        self.asked = check_coordinates(coordinates)
+        super().__init__(model, init_loc_fn, arguments, ElementPrior(coordinates))
         if create_plates is not None:
             self.create_plates = check_callable("create_plates", create_plates)
         self._make_flow = flow, local_flow
@@ -193,24 +192,14 @@ class AutoAmortized(AmortizedInCoordinates):
         arguments = {**self._arguments, "feature_dims": feature_dims, "feature_units": units}
         arguments |= self._found_in_model(args, kwargs, bool(dependent))
         self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
-        if self._prior:
-            self._center_at_start(args, kwargs)
+        if self.prior.coordinates is not None:
+            self.prior.center_at_start(1 / self.prior.log_joint.structure(args, kwargs).scale)
+            self._posterior.locate_at(self.prior.start(self.prior.log_joint))
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
     def _least_numbers(self, spec: GuideSpec) -> int:
-        feature_dims, size = spec.arguments["feature_dims"], 0
-        for group in LatentLayout(spec.latents).groups:
-            dim = group.latents.latent_dim
-            if group.name == GLOBAL:
-                # flows of the user are not counted
-                is_default = self._make_flow is not None and self._make_flow[0] is default_flow
-                size += dim * dim if is_default else dim
-                continue
-            features = feature_dims.get(group.name, spec.arguments["embedding_dim"])
-            rows = 0 if group.name in feature_dims else group.num_elements
-            size += (dim + features) * dim + rows * (features + 2 * dim)
-        return size
+        return least_numbers(spec, self._make_flow)
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         (encoder,), make_flows = self._encoder, self._flow_maker()
@@ -221,13 +210,17 @@ class AutoAmortized(AmortizedInCoordinates):
                 "encoder= of the guide or of load, since no file or state dict holds it, got none"
             )
         self.transform = AmortizedPosterior(spec, start, make_flows, encoder)
-        prior = self.transform.prior
-        self._prior = () if prior is None else (prior,)
         self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}
 
     def __getstate__(self) -> dict[str, Any]:
         plates = None if self.create_plates is None else plates_were_dropped
         return {**super().__getstate__(), "create_plates": plates}
+
+    @property
+    def _posterior(self) -> Any:
+        """The posterior, without the param statements that reading ``transform`` makes."""
+        self._checked_spec()
+        return self._modules["transform"]
 
     # The guide as Pyro calls it
 
@@ -249,17 +242,18 @@ class AutoAmortized(AmortizedInCoordinates):
             self._update_sizes(args, kwargs, again=True)  # they may follow from values
         rows = posterior.minibatch_rows(features, plates := make())
         vectors, values = Vectors(), dict[str, Tensor]()
+        parts: dict[str, Any] = {name: plate.indices for name, plate in plates.items()}
         for group in posterior.layout.groups:
             distribution = posterior.distribution(group, rows[group.name], vectors, path=self.path)
             name = f"_{self._pyro_name}_{group.name and group.name + '_'}latent"
             with entered(plates[plate] for plate in group.dims):
                 vectors[group.name] = pyro.sample(name, distribution, infer={"is_auxiliary": True})
-        found = self._values_and_ladjs(vectors, plates, args, kwargs)
+            parts.update(group.latents.place(vectors[group.name]))
+        found, ladjs = self._to_sites(parts, args, kwargs)
         for group in posterior.layout.groups:
             with entered(plates[plate] for plate in group.dims):
                 for name, site in group.latents.sites.items():
-                    value, ladj = found[name]
-                    delta = dist.Delta(value, log_density=-ladj, event_dim=site.event_dim)
+                    delta = SiteDelta(found[name], -ladjs[name], site.event_dim)
                     values[name] = pyro.sample(name, delta)
         return values
 
@@ -275,7 +269,8 @@ class AutoAmortized(AmortizedInCoordinates):
             if not self._model_is_checked:
                 # what had data at the set-up may be predicted now
                 compare_names(known, now.keys() - set(spec.observed))
-            compare_names(self._mapped(), self._mapped().keys() & now.keys())
+            mapped = self.prior.space.mapped
+            compare_names(mapped, mapped.keys() & now.keys())
             common = [name for name in known if name in now]
             for name in common:
                 compare_elements(known[name], now[name])
@@ -297,6 +292,13 @@ class AutoAmortized(AmortizedInCoordinates):
         return self.plates
 
     # Fits, draws and densities
+
+    @torch.no_grad()
+    def center_at(self, u: Tensor | None, log_joint: LogJoint, share: float) -> float:
+        """See ``MinibatchGuide``. The location is that of the starting values in the coordinates."""
+        change = self.prior.center_at(u, log_joint, share)
+        self._posterior.locate_at(self.prior.start(log_joint))
+        return change
 
     @contextmanager
     def path_gradient(self) -> Iterator[None]:
@@ -360,8 +362,8 @@ class AutoAmortized(AmortizedInCoordinates):
         chunk = max(1, _CHUNK // max(row.shape[:-1].numel() for row in rows.values()))
         sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
         parts = (posterior.draw(rows, size) for size in sizes)
-        if self._mapped():
-            element_map = self._element_map(args, kwargs)
+        if self.prior.space.is_mapped:
+            element_map = self._bind(args, kwargs).element_map(posterior.layout)
             parts = (element_map(vectors)[0] for vectors in parts)
         draws = [posterior.layout.constrain(vectors) for vectors in parts]
         return {name: torch.cat([d[name] for d in draws]) for name in draws[0]}
@@ -380,8 +382,9 @@ class AutoAmortized(AmortizedInCoordinates):
         rows, posterior = self._all_rows(args, kwargs), self._posterior
         shapes = {name: row.shape[:-1] for name, row in rows.items()}
         vectors, ladj = posterior.layout.unconstrain_with_ladj(values, shapes, posterior.like)
-        if self._mapped():
-            vectors, of_map = self._element_map(args, kwargs, is_inverse=True)(vectors)
+        if self.prior.space.is_mapped:
+            element_map = self._bind(args, kwargs).element_map(posterior.layout, is_inverse=True)
+            vectors, of_map = element_map(vectors)
             ladj = ladj + of_map
         return posterior.log_prob(rows, vectors) - ladj
 

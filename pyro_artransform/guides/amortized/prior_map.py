@@ -5,29 +5,19 @@
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from ...joint import LogJoint
-from ...joint.coordinates import Coordinates, SiteCoordinates, centered_by_curvature, map_sites
-from ...joint.density import Args, Kwargs
+from ...joint.coordinates import ModelPrior, centered_by_curvature
+from ...joint.prior_map import Coordinates, PriorMap, SiteCoordinates
 from ...joint.sites import Latents
 from ...joint.vectorization import DrawPlate, Draws, Terms, evaluate_many
-from ..prior_coordinates import GuideInCoordinates
 from ..prototype import compare_names, one_more_run, sites_by_name
-from .plates import (
-    GivenIndices,
-    LatentLayout,
-    Plates,
-    PlateSizes,
-    Vectors,
-    mean_element,
-    plate_sizes,
-)
-from .variational_posterior import AmortizedPosterior
+from .plates import GivenIndices, LatentLayout, PlateSizes, Vectors, mean_element, plate_sizes
 
 # in which the map of an element in two places of a mini-batch may differ
 _TOLERANCE = 1e-4
@@ -121,7 +111,8 @@ class ElementMap(NamedTuple):
         }
         placed = DrawPlate(size, self.log_joint.num_plates).place(values, latents.event_dims)
         model = self.log_joint.enumerated(self.log_joint.run)
-        prior = map_sites(model, self.sites, {**placed, **indices}, self.is_inverse)
+        prior = PriorMap(self.sites, self.is_inverse)
+        prior.run_alone({**placed, **indices}, model)
         found = {}
         for group in self.layout.groups:
             z = draws[group.name]
@@ -135,34 +126,23 @@ class ElementMap(NamedTuple):
         return found
 
 
-class AmortizedInCoordinates(GuideInCoordinates):
-    """The part of an amortized guide that has to do with coordinates from the prior."""
-
-    @property
-    def _posterior(self) -> AmortizedPosterior:
-        """The posterior, without the param statements that reading ``transform`` makes."""
-        self._checked_spec()
-        return cast(AmortizedPosterior, self._modules["transform"])
+class ElementPrior(ModelPrior):
+    """The prior of a model with plates: the coordinates are those of one element of each."""
 
     def coordinates_of(self, latents: Latents) -> Coordinates | None:
         """The coordinates of all these latents, of any number of elements."""
-        coordinates = self.prior_coordinates
-        if coordinates is None:
+        if (given := self.coordinates) is None:
             return None
-        own = self._checked_spec().latents
-        centered, unit = (every_element(own, part.detach(), latents) for part in coordinates[:2])
-        return coordinates._replace(centered=centered, unit=unit)
+        all_of = partial(every_element, self.space.latents, latents=latents)
+        return Coordinates(all_of(given.centered), all_of(given.unit), given.with_location)
 
-    @torch.no_grad()
     def center_at(self, u: Tensor | None, log_joint: LogJoint, share: float) -> float:
-        """Sets lambda by the curvature of a mini-batch's density, the mean of all its elements.
-
-        The location is that of the starting values in these coordinates. See ``MinibatchGuide``.
-        """
-        own, latents, prior = self._checked_spec().latents, log_joint.latents, self._prior[0]
-        before, now = prior.centered, torch.ones_like(prior.centered)
+        """See ``MinibatchGuide``: lambda is by the mean curvature of all elements of a mini-batch."""
+        own, latents = self.space.latents, log_joint.latents
+        given: Any = self.coordinates
+        now = torch.ones_like(given.centered)
         if u is not None:
-            coordinates = cast(Coordinates, self.coordinates_of(latents))
+            coordinates: Any = self.coordinates_of(latents)
             unit = log_joint.with_coordinates(coordinates.non_centered(latents))
             labels = every_element(own, now.cumsum(0), latents)
             weights = torch.ones_like(labels)
@@ -171,72 +151,34 @@ class AmortizedInCoordinates(GuideInCoordinates):
             x, _ = unit.from_unconstrained(u)
             now = mean_element(latents, centered_by_curvature(unit, x, labels, weights)).to(now)
             self._set_unit(log_joint, u.mean(0))
-        change = (now - before).abs().max().item()
-        before.copy_(now)
-        self._locate(log_joint)
+        change = (now - given.centered).abs().max().item()
+        given.set_(now, given.unit)
         return change
 
-    def _set_unit(self, log_joint: LogJoint, u: Tensor) -> None:
-        scales = log_joint.prior_scales(u)
-        self._prior[0].unit.copy_(mean_element(log_joint.latents, scales.log()).exp())
-
-    def _locate(self, log_joint: LogJoint) -> None:
-        """Moves the location to the starting values of one element."""
-        mapped = log_joint.with_coordinates(self.coordinates_of(log_joint.latents))
-        self._posterior.locate_at(mean_element(log_joint.latents, mapped.start))
-
-    @torch.no_grad()
-    def _center_at_start(self, args: Args, kwargs: Kwargs) -> None:
-        """Sets lambda as asked for, or by the curvature at the starting values, and the location there."""
-        log_joint = cast(LogJoint, self._bound)
-        with torch.random.fork_rng(devices=[]), poutine.block():
+    def center_at_start(self, share: float) -> None:
+        """Sets lambda as asked for, or by the curvature at the starting values of the elements."""
+        with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
             if isinstance(self.asked, Mapping):
-                self._set_unit(log_joint, log_joint.start)
-                self._center_as_asked(self._checked_spec().latents)
+                self._set_unit(self.log_joint, self.log_joint.start)
+                self.center_as_asked(self.space.latents)
             else:
-                share = 1 / log_joint.structure(args, kwargs).scale
-                self.center_at(log_joint.start[None], log_joint, share)
-            self._locate(log_joint)
+                self.center_at(self.log_joint.start[None], self.log_joint, share)
 
-    def _values_and_ladjs(
-        self, vectors: Vectors, plates: Plates, args: Args, kwargs: Kwargs
-    ) -> dict[str, tuple[Tensor, Tensor]]:
-        """The value of each site at the vectors of a call, and its log-determinant, of its batch shape."""
-        mapped, placed, found = self._mapped(), dict[str, Tensor](), {}
-        for group in self._posterior.layout.groups:
-            z = vectors[group.name]
-            for name, part in group.latents.split(z).items():
-                site = group.latents.sites[name]
-                # batch dimensions of a site outside all plates lie where those of plates lie
-                event_dim = len(site.unconstrained_shape) - len(site.batch_shape)
-                ones = z.shape[:-1] + (1,) * event_dim
-                part = part.reshape(torch.broadcast_shapes(site.unconstrained_shape, ones))
-                placed[name] = part
-                if name not in mapped:
-                    batch = part.shape[: part.dim() - event_dim]
-                    found[name] = site.constrain_with_ladj(part, batch)
-                    placed[name] = found[name][0]
-        if mapped:
-            indices = {name: plate.indices for name, plate in plates.items()}
-            prior = map_sites(self._bind(args, kwargs).run, mapped, {**placed, **indices})
-            for name, u in prior.found.items():
-                ladj = prior.ladjs[name] + prior.bijection_ladjs[name]
-                found[name] = mapped[name].bijection(u), ladj
-        return found
+    def start(self, log_joint: LogJoint) -> Tensor:
+        """The starting values of one element, in coordinates."""
+        mapped = log_joint.with_coordinates(self.coordinates_of(log_joint.latents))
+        return mean_element(log_joint.latents, mapped.start)
 
-    def _element_map(self, args: Args, kwargs: Kwargs, *, is_inverse: bool = False) -> ElementMap:
-        """The map for all elements, by the model with these arguments, by default the last ones."""
-        log_joint, given, sites = self._bind(args, kwargs), GivenIndices(), self._mapped()
+    def _set_unit(self, log_joint: LogJoint, u: Tensor) -> None:
+        given: Any = self.coordinates
+        scales = mean_element(log_joint.latents, log_joint.prior_scales(u).log()).exp()
+        given.set_(given.centered, scales)
+
+    def element_map(self, layout: LatentLayout, *, is_inverse: bool = False) -> ElementMap:
+        """The map for all elements, by the model at the arguments of :meth:`bind`."""
+        log_joint, given, sites = self.density, GivenIndices(), self.space.mapped
         now = sites_by_name(one_more_run(given(log_joint.run)))
         compare_names(sites, sites.keys() & now.keys())
         # not those around what is predicted
-        layout = self._posterior.layout
         plates = plate_sizes(now[name] for name in layout.latents.sites if name in now)
         return ElementMap(log_joint, layout, sites, plates, given.names, is_inverse)
-
-    def _mapped(self) -> dict[str, SiteCoordinates]:
-        """The sites with coordinates from the prior."""
-        coordinates = self.prior_coordinates
-        if coordinates is None or coordinates.is_identity:
-            return {}
-        return coordinates.of_sites(self._posterior.layout.latents)

@@ -19,7 +19,6 @@ from ...univariate.affine import GivenLocationScale
 from ...univariate.base import soft_bound
 from ..distributions import FlowDistribution, PathDistribution, make_flow, standard_normal
 from ..persistence.spec import Arguments, GuideSpec
-from ..prior_coordinates import prior_layer
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .plates import GLOBAL, Group, LatentLayout, Plates, PlateSizes, Vectors
 
@@ -46,6 +45,20 @@ def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
     if latent_dim > 1:
         return conditional_iaf(latent_dim, context_dim, 2)
     return conditional_spline_autoregressive(1, context_dim)
+
+
+def least_numbers(spec: GuideSpec, make_flows: MakeFlows | None) -> int:
+    """How many numbers the state of a posterior has at least, flows of the user not counted."""
+    feature_dims, size = spec.arguments["feature_dims"], 0
+    for group in LatentLayout(spec.latents).groups:
+        dim = group.latents.latent_dim
+        if group.name == GLOBAL:
+            size += dim * dim if make_flows and make_flows[0] is default_flow else dim
+            continue
+        features = feature_dims.get(group.name, spec.arguments["embedding_dim"])
+        rows = 0 if group.name in feature_dims else group.num_elements
+        size += (dim + features) * dim + rows * (features + 2 * dim)
+    return size
 
 
 class GlobalFactor(nn.Module):
@@ -214,7 +227,6 @@ class AmortizedPosterior(nn.Module):
             factor = LocalFactor(make_local, loc, rest_dim, group, arguments)
             self._factors[group.name] = factor
             self.locals.append(factor)
-        self.prior = prior_layer(spec, start)
         self.encoder: Any = encoder
 
     @torch.no_grad()

@@ -8,29 +8,20 @@ Pyro it never trains (pyro#3094), nor does a guide that meets a store that was l
 a guide and the store hold the same tensors: the guide takes those of the store, or another name.
 """
 
-import enum
-import gc
 import itertools
+from typing import Literal
 
 import pyro
-from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
-
-_ADVICE = (
-    "Build the guide as the one that was saved, or call pyro.clear_param_store() to start anew"
-)
 
 #: for each parameter that a guide has put into a store, a weak reference to that guide
 OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
-class Ownership(enum.Enum):
-    """Which values count where the store has others under the guide's name."""
-
-    NEW = "those of the store"
-    CARRIED = "the own ones of a guide that was copied, unpickled or loaded"
-    SETTLED = "those that were loaded into the store since the guide was registered"
+#: Whose values count where the store has others under a guide's name: those of the store; those of a guide
+#: that was copied, unpickled or loaded; those that were loaded into the store since it was registered
+Ownership = Literal["new", "carried", "settled"]
 
 
 def resolve_conflicts(
@@ -45,63 +36,42 @@ def resolve_conflicts(
     :return: the name, and whether entries were adopted.
     """
     with_suffix = (f"{names[-1]}_{number}" for number in itertools.count(1))
+    stored, misfit = dict(pyro.get_param_store().named_parameters()), None
     candidates = itertools.chain(dict.fromkeys(names), with_suffix)
-    stored = dict(pyro.get_param_store().named_parameters())
-    misfit = None
     while True:
         name = next(candidates)
-        prefix = param_with_module_name(f"{name}.transform", "")
+        prefix = f"{name}."
         entries = {k.removeprefix(prefix): t for k, t in stored.items() if k.startswith(prefix)}
         foreign = [tensor for short, tensor in entries.items() if own.get(short) is not tensor]
         if not foreign:
             if misfit is not None:
                 raise ValueError(misfit)
             return name, False
-        if _may_adopt(guide, foreign, ownership):
+        owners = [OWNERS[tensor]() for tensor in foreign if tensor in OWNERS]
+        were_loaded = all(owner is guide for owner in owners)
+        are_free = ownership == "new" and all(owner in (None, guide) for owner in owners)
+        if are_free or (were_loaded and ownership == "settled"):
             problem = _misfit(name, entries, own)
-            if problem is None:
+            if not problem:
                 _adopt(guide, entries, own)
                 return name, True
-            if not _were_of_another(foreign, guide):
-                misfit = misfit or problem
-        # from here on a guide with values of its own takes no name but a free one
-        ownership = Ownership.NEW if ownership is Ownership.NEW else Ownership.CARRIED
+            misfit = misfit or (problem if were_loaded else None)
+        if ownership == "settled":  # from here on it takes no name but a free one
+            ownership = "carried"
 
 
-def _may_adopt(guide: nn.Module, foreign: list[Tensor], ownership: Ownership) -> bool:
-    if ownership is Ownership.CARRIED:
-        return False
-    if ownership is Ownership.SETTLED:
-        return not _were_of_another(foreign, guide)
-    if _are_of_a_living_one(foreign, guide):
-        gc.collect()  # a guide that nobody can reach any more may wait in a cycle
-    return not _are_of_a_living_one(foreign, guide)
-
-
-def _were_of_another(tensors: list[Tensor], guide: nn.Module) -> bool:
-    return any(tensor in OWNERS and OWNERS[tensor]() is not guide for tensor in tensors)
-
-
-def _are_of_a_living_one(tensors: list[Tensor], guide: nn.Module) -> bool:
-    for tensor in tensors:
-        other = OWNERS[tensor]() if tensor in OWNERS else None
-        parameters = [] if other is None or other is guide else other.parameters()
-        if any(parameter is tensor for parameter in parameters):
-            return True
-    return False
-
-
-def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> str | None:
+def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> str:
     """What keeps a guide from adopting the entries, in words."""
+    advice = "Build the guide as it was saved, or call pyro.clear_param_store() to start anew"
     for short in sorted(entries.keys() ^ own.keys()):
         where = "no" if short in own else "a"
-        return f"the param store has {where} parameter '{short}' of the guide '{name}'. {_ADVICE}"
+        return f"the param store has {where} parameter '{short}' of the guide '{name}'. {advice}"
     for short, tensor in entries.items():
         expected, got = ((tuple(t.shape), t.dtype, str(t.device)) for t in (own[short], tensor))
         if expected != got:
             where = f"the param store's '{short}' of the guide '{name}'"
-            return f"{where} does not fit: expected {expected}, got {got}. {_ADVICE}"
-    return None
+            return f"{where} does not fit: expected {expected}, got {got}. {advice}"
+    return ""
 
 
 def _adopt(guide: nn.Module, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> None:

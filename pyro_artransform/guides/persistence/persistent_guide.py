@@ -7,13 +7,14 @@ import copy
 import gc
 import re
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, ClassVar, TypeVar, cast
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.infer.autoguide import AutoGuide, init_to_median
 from pyro.nn import PyroModule
@@ -24,8 +25,11 @@ from torch.distributions import Transform
 from ... import files
 from ...arguments import asks_for_data, check_callable, check_integer
 from ...files import FilePath
+from ...joint.coordinates import ModelPrior
+from ...joint.density import Args, Kwargs, LogJoint
+from ...joint.prior_map import Coordinates
 from ...posterior.summary import check_levels, quantiles_of
-from ..prototype import StartMessenger, is_hidden, prototype_trace
+from ..prototype import StartMessenger, Traces, is_hidden, prototype_trace
 from .param_store import OWNERS, Ownership, resolve_conflicts
 from .spec import Arguments, GuideSpec, State, check_finite, check_size
 
@@ -45,12 +49,24 @@ class PersistentGuide(AutoGuide):
     #: functions of the user: a deep copy shares them, a pickle drops them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
     #: arguments in a spec that the constructor does not take
-    _found_arguments: ClassVar[tuple[str, ...]] = ()
+    _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
     _make_flow: Any  #: makes the flow, or the flows
+    _traces: Traces | None = None  # two runs of the model, while the guide is set up
+    #: makes ``transform`` from a spec, at a starting point of shape ``(latent_dim,)``
+    _build: Callable[..., None]
+    #: how many numbers the state dict of a guide of a spec has at least: it bounds what is built
+    _least_numbers: Callable[[GuideSpec], int]
+    sample_posterior: Callable[..., dict[str, Tensor]]
 
-    def __init__(self, model: Model, init_loc_fn: Callable[..., Any], arguments: Arguments) -> None:
+    def __init__(
+        self,
+        model: Model,
+        init_loc_fn: Callable[..., Any],
+        arguments: Arguments,
+        prior: ModelPrior,
+    ) -> None:
         if not callable(model):
             raise TypeError(f"model: expected a callable, got {type(model).__name__}")
         if isinstance(model, (Transform, ConditionalTransform)):
@@ -65,8 +81,9 @@ class PersistentGuide(AutoGuide):
         #: the name before any suffix
         self.first_name: str = self._pyro_name
         self._arguments = arguments
+        self.prior = prior
         self._spec: GuideSpec | None = None
-        self._ownership = Ownership.NEW
+        self._ownership: Ownership = "new"
         #: whether the latents are known to be the model's, and not only a file's
         self._model_is_checked = True
         self._use_model(model, init_loc_fn)
@@ -93,15 +110,46 @@ class PersistentGuide(AutoGuide):
         names = None if self._spec is None else self._spec.latents.sites.keys()
         self._model = StartMessenger(init_loc_fn, names)(model), model, init_loc_fn
 
+    @property
+    def prior_coordinates(self) -> Coordinates | None:
+        """The coordinates that fits work in; None where they are the unconstrained space."""
+        self._checked_spec()
+        return self.prior.coordinates
+
+    def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
+        """The log density of the model, whose runs leave no trace and take no random numbers."""
+        self.model  # noqa: B018 (raises where there is none)
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            start, traces = self._model[2], self._traces
+            return LogJoint(self._model[1], args, kwargs, init_loc_fn=start, traces=traces)
+
+    def _bind(self, args: Args, kwargs: Kwargs) -> Any:
+        """The prior with the model at these arguments, by default those of the last call."""
+        return self.prior.bind(self._model and self._model[1], self._log_joint, args, kwargs)
+
+    def _to_sites(self, parts: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Any:
+        """See ``LatentSpace.to_sites``, with the model at these arguments."""
+        space = self.prior.space
+        return space.to_sites(parts, self._bind(args, kwargs).run if space.is_mapped else None)
+
+    def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
+        """See ``ModelPrior.find_sites``; none where no prior was seen to depend on other latents."""
+        asked = self.prior.asked
+        if asked == "model" or not (depends or isinstance(asked, Mapping)):
+            return {}
+        self.prior.log_joint = None  # of a set-up that failed
+        return self._bind(args, kwargs).find_sites()
+
+    def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
+        """Arguments of the specification that the density of the model says."""
+        mapped = self._mapped_sites(args, kwargs, depends)
+        return self.prior.arguments_of(dict.fromkeys(mapped, True))
+
     def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model, to learn its latents, and builds the flows, as the first call does."""
         if self._spec is None:
             with asks_for_data(args, kwargs, self._unknown):
                 self._setup_prototype(*args, **kwargs)
-
-    def _build(self, spec: GuideSpec, start: Tensor) -> None:
-        """Makes ``transform`` from a spec, at a starting point of shape ``(latent_dim,)``."""
-        raise NotImplementedError
 
     def _resolved_arguments(self, latent_dim: int) -> Arguments:
         """The arguments of the constructor that count before those of a file, with their defaults."""
@@ -121,14 +169,12 @@ class PersistentGuide(AutoGuide):
         with torch.inference_mode(False):
             start = start.detach().clone()
             self._build(spec, start)
+            self.prior.set_up(spec.arguments, spec.latents, start)
+            self.coordinates = self.prior.coordinates  # which makes its tensors the guide's
             self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
         if self._model is not None:
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
-
-    def _least_numbers(self, spec: GuideSpec) -> int:
-        """How many numbers the state dict of a guide of a spec has at least: it bounds what is built."""
-        raise NotImplementedError
 
     def _restore(self, spec: GuideSpec, state: State) -> None:
         """Sets the guide up without its model; its own arguments count before those of the spec."""
@@ -136,7 +182,7 @@ class PersistentGuide(AutoGuide):
         spec = replace(spec, arguments=arguments)
         check_size(state, self._least_numbers(spec))
         self._set_up_from(spec, spec.zeros())
-        self._ownership, self._model_is_checked = Ownership.CARRIED, False
+        self._ownership, self._model_is_checked = "carried", False
 
     @property
     def _unknown(self) -> str:
@@ -149,10 +195,6 @@ class PersistentGuide(AutoGuide):
         if self._spec is None:
             raise RuntimeError(self._unknown)
         return self._spec
-
-    def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Draws of all sites."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def quantiles(
@@ -183,45 +225,52 @@ class PersistentGuide(AutoGuide):
 
     def _register(self) -> None:
         """Makes the guide's parameters and those of its name in the store the same tensors."""
+        own = self._trainable()
         if pyro.settings.get("module_local_params"):
-            for parameter in self._trainable().values():
+            for parameter in own.values():
                 # SVI asks each parameter for this, which otherwise the store sets
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # Pyro's
-            self._ownership = Ownership.CARRIED
+            self._ownership = "carried"
             return
-        in_call, names = bool(self._pyro_context.active), [self._pyro_name, self.first_name]
-        name, is_adopted = resolve_conflicts(self, self._trainable(), names, self._ownership)
+        store, names = pyro.get_param_store(), [self._pyro_name, self.first_name]
+        stored = store._params  # as Pyro's modules read it: store[key] would transform each
+        is_stored = all(stored.get(f"{self._pyro_name}.{k}") is p for k, p in own.items())
+        if is_stored and self._ownership == "settled":  # it was not cleared, or loaded
+            return
+        in_call = bool(self._pyro_context.active)
+        name, is_adopted = resolve_conflicts(self, own, names, self._ownership)
         if in_call or is_adopted:
-            store, stored = pyro.get_param_store(), dict(pyro.get_param_store().named_parameters())
             for short, parameter in self._trainable().items():
-                key = param_with_module_name(f"{name}.transform", short)
+                key = f"{name}.{short}"
                 if stored.get(key) is not parameter:
-                    if key in stored:
-                        del store[key]
                     store[key] = parameter
                 OWNERS[parameter] = weakref.ref(self)
             self._pyro_name = name
-        if in_call or self._ownership is not Ownership.CARRIED:
-            self._ownership = Ownership.SETTLED
+        if in_call or self._ownership != "carried":
+            self._ownership = "settled"
 
     def drop_orphans(self) -> None:
         """Before the first call: deletes what guides of its name that are gone have left in the store."""
         if self._spec is not None:
             return
         store = pyro.get_param_store()
-        pattern = re.compile(rf"{re.escape(self.first_name)}(_\d+)?\.transform\W")
+        pattern = re.compile(rf"{re.escape(self.first_name)}(_\d+)?\.")
         entries = {k: t for k, t in store.named_parameters() if pattern.match(k) and t in OWNERS}
         if entries:
-            gc.collect()  # a guide that nobody can reach any more may wait in a cycle
+            gc.collect()  # that of a fit before waits in the cycle of its captured loss
         for key, tensor in entries.items():
             if OWNERS[tensor]() is None:
                 del store[key]
 
     def _trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by their names in ``transform``."""
-        # not by the attribute, whose reading is a param statement
-        transform = cast(nn.Module, self._modules["transform"])
-        return {name: p for name, p in transform.named_parameters() if p.requires_grad}
+        """The parameters that train, by their names in the param store, without that of the guide."""
+        # not by attributes, whose reading is a param statement
+        return {
+            param_with_module_name(part, name): p
+            for part, module in self._modules.items()
+            for name, p in cast(nn.Module, module).named_parameters()
+            if p.requires_grad
+        }
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
         super()._pyro_set_supermodule(name, context)
@@ -239,7 +288,7 @@ class PersistentGuide(AutoGuide):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._ownership = Ownership.CARRIED
+        self._ownership = "carried"
 
     def __deepcopy__(self: Guide, memo: dict[int, Any]) -> Guide:
         twin = type(self).__new__(type(self))
@@ -255,6 +304,7 @@ class PersistentGuide(AutoGuide):
         super()._apply(fn, recurse)
         if self._spec is not None:
             spec = self._spec = self._spec.to(fn)
+            self.prior.space = self.prior.space._replace(latents=spec.latents)
             self.prototype_trace = prototype_trace(spec.latents, spec.zeros())
         return self
 

@@ -27,9 +27,8 @@ _SUPPORTS = (
     *("positive_ordered_vector", "softplus_positive"),
 )
 _ACTIVATIONS = {*activation.__all__} - {"MultiheadAttention", "PReLU"}  # without parameters
-_FOUND = [
-    *(getattr(constraints, name) for name in _SUPPORTS),
-    *(getattr(activation, name) for name in _ACTIVATIONS),
+_FOUND = [getattr(constraints, n) for n in _SUPPORTS] + [
+    getattr(activation, n) for n in _ACTIVATIONS
 ]
 _KINDS = (TiltedSiLU, *(kind if isinstance(kind, type) else type(kind) for kind in _FOUND))
 #: the classes of objects that a file may hold

@@ -17,13 +17,13 @@ from ...graphs.factorization import lower_factor
 from ...graphs.markov_graph import MarkovGraph
 from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
-from ...joint.coordinates import Coordinates
+from ...joint.coordinates import CoordinatesArgument
 from ...joint.density import Args, Kwargs
+from ...joint.prior_map import Coordinates
 from ...joint.sites import Latents
-from ...transforms.scales_and_tails import LocationScale, check_location_and_scale
+from ...transforms.scales_and_tails import check_location_and_scale
 from ..autoregressive import AutoAutoregressive
 from ..persistence.spec import Arguments, GuideSpec
-from ..prior_coordinates import CoordinatesArgument
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
 
@@ -95,7 +95,6 @@ class AutoStructuredFlow(AutoAutoregressive):
     """
 
     _graph: LatentGraph
-    _parts: tuple[StructuredFlow, LocationScale]
     _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank")
 
     @names_the_class
@@ -139,14 +138,14 @@ class AutoStructuredFlow(AutoAutoregressive):
         it is a chain in units of the scale.
         """
         mapped = self._mapped_sites(args, kwargs, depends)
-        log_joint = self._bound or self._log_joint(*args, **kwargs)
+        log_joint = self.prior.log_joint or self._log_joint(*args, **kwargs)
         graph = self._find_graph(log_joint)
         for with_location in (True, False) if mapped else ():
             sites = {name: with_location or not mapped[name] for name in mapped}
             found = self._graph_in(log_joint, sites)
-            if self.asked != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
-                return {**self._coordinate_arguments(sites), "graph": found.to_plain()}
-        return {**self._coordinate_arguments({}), "graph": graph.to_plain()}
+            if self.prior.asked != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
+                return {**self.prior.arguments_of(sites), "graph": found.to_plain()}
+        return {**self.prior.arguments_of({}), "graph": graph.to_plain()}
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         arguments = spec.arguments
@@ -162,9 +161,9 @@ class AutoStructuredFlow(AutoAutoregressive):
         ``centered_by_curvature``, an element is independent of its location.
         """
         ones, latents = torch.ones_like(log_joint.start), log_joint.latents
-        mapped = Coordinates(ones, ones, sites).non_centered(latents)
+        centered = Coordinates(ones, ones, sites).non_centered(latents).centered
         between = 0.9 + 0.05 * (_GOLDEN * ones.cumsum(0) % 1)  # no two alike
-        mapped = mapped._replace(centered=torch.where(mapped.centered < 1, between, ones))
+        mapped = Coordinates(torch.where(centered < 1, between, ones), ones, sites)
         return self._find_graph(log_joint.with_coordinates(mapped))
 
     def _find_graph(self, log_joint: LogJoint) -> LatentGraph:
@@ -270,7 +269,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         self, loc: Tensor, sd: Tensor, coefficients: list[Tensor], scale: Tensor, root_tril: Tensor
     ) -> None:
         flow, affine = self._parts
-        self.transform_in_coordinates()  # entries of the store that count more are adopted first
+        self._current_transform()  # entries of the store that count more are adopted first
         affine.set_(loc, sd)
         flow.load_state_dict(self._flow_start)
         flow.start_at(sd, coefficients, scale, root_tril)

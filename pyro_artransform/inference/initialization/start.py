@@ -84,10 +84,10 @@ def _start_at_draws(
     flat = ensemble.draws.flatten(0, 1)
     count = max(config.num_compared, DRAWS_BY_DIM * flat.shape[1])
     u = flat[:: max(len(flat) // count, 1)]
-    own = guide.prior_coordinates if isinstance(guide, PriorGuide) else None
-    if own is not None and cast(PriorGuide, guide).chooses_coordinates:
+    own = guide.prior.coordinates if isinstance(guide, PriorGuide) else None
+    if own is not None and cast(PriorGuide, guide).prior.is_chosen:
         unit = density.with_coordinates(own.non_centered(density.latents))
-        own.centered.data.copy_(centered_by_draws(unit, u))
+        own.set_(centered_by_draws(unit, u), own.unit)
     z, _ = density.from_unconstrained(u)
     _, gradients = value_and_gradient(density, z)
     is_finite = (z.isfinite() & gradients.isfinite()).all(-1)
@@ -218,9 +218,9 @@ def find_initial_minibatch_guide(
         ensemble = from_nothing(shared, config.num_for_start)
         ensemble.run(config.num_for_start)
         u = ensemble.draws.flatten(0, 1)
-        if guide.chooses_coordinates:
+        if guide.prior.is_chosen:
             guide.center_at(u[:: math.ceil(len(u) / _NUM_CENTERED)], log_joint, share)
-        coordinates = guide.coordinates_of(shared.latents)
+        coordinates = guide.prior.coordinates_of(shared.latents)
         z, _ = shared.with_coordinates(coordinates).from_unconstrained(u)
         with suppress(torch.linalg.LinAlgError):  # at the edge of a support: without covariance
             guide.start_near(log_joint.latents.constrain(z), share)

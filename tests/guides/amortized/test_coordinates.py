@@ -138,7 +138,8 @@ def test_mini_batches_as_arguments():
 def test_it_survives(tmp_path):
     """In files, copies, pickles and the param store, lambda included; without its model it says so."""
     guide = set_up(hierarchy, data())
-    guide._prior[0].centered.data[-2:] = 0.3
+    with torch.no_grad():
+        guide.prior_coordinates.centered[-2:] = 0.3
     expected = guide.log_prob(draws := guide.sample_posterior(5))
     guide.save(tmp_path / "guide")
     twins = [AutoAmortized.load(tmp_path / "guide", hierarchy), copy.deepcopy(guide)]
@@ -165,7 +166,7 @@ def test_lambda_is_by_the_data_or_as_asked_for():
         assert least <= child <= most
     guide = set_up(hierarchy, data(), coordinates={"local": 0.25})
     assert list(guide.prior_coordinates.with_location) == ["local"]
-    assert not guide.chooses_coordinates
+    assert not guide.prior.is_chosen
     for model, coordinates in ((hierarchy, "model"), (hierarchies.standard, "prior")):
         guide = AutoAmortized(model, coordinates=coordinates)
         guide(*[data()][: model is hierarchy])
@@ -184,7 +185,7 @@ def test_the_density_of_a_mini_batch_in_coordinates():
     guide = set_up(hierarchy, data())
     log_joint = LogJoint(poutine.condition(hierarchy, {"groups": torch.arange(5)}), (data(),))
     density = SharedPrior(log_joint, 5 / SIZE, ["local", "child"])
-    coordinates = guide.coordinates_of(log_joint.latents)
+    coordinates = guide.prior.coordinates_of(log_joint.latents)
     mapped = density.with_coordinates(coordinates)
     x = 0.3 * torch.randn(6, log_joint.latents.latent_dim).double()
     u, ladj = mapped.to_unconstrained(x)

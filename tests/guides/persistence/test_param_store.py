@@ -72,18 +72,23 @@ def test_a_dead_guides_entries_are_adopted():
     assert in_the_store(second)
 
 
-def test_a_guide_in_a_cycle_is_dead():
+def test_a_guide_in_a_cycle_lives_until_it_is_collected():
     guide = new_guide()
     train(guide)
     guide.cycle = [guide]
+    names = []
     gc.disable()
     try:
         del guide
-        second = new_guide()
-        second(models.data())
+        for collect in (False, True):
+            if collect:
+                gc.collect()
+            second = new_guide()
+            second(models.data())
+            names.append(second._pyro_name)
     finally:
         gc.enable()
-    assert second._pyro_name == "AutoIAF"
+    assert names == ["AutoIAF_1", "AutoIAF"]
 
 
 def test_store_cleared_while_a_guide_lives():
