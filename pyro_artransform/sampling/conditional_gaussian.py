@@ -37,8 +37,10 @@ from ..joint import LogJoint
 
 # dimensions from which on a field is looked for, and the most globals, levels, and parents on average
 _LEAST_DIM, _MOST_GLOBALS, _MOST_LEVELS, _MOST_PARENTS = 100, 16, 16, 8
-# the largest degree and the most terms of polynomials; draws for each term, and how much wider these are made
-_MOST_DEGREE, _MOST_TERMS, _DRAWS_BY_TERM, _WIDER = 4, 40, 3, 2.0
+#: the largest degree of polynomials of the globals
+MOST_DEGREE = 4
+# the most terms of these; draws for each term, and how much wider these are made
+_MOST_TERMS, _DRAWS_BY_TERM, _WIDER = 40, 2, 2.0
 # sds of a normal distribution between its outer tenths
 _BETWEEN_TENTHS = 2.563
 # steps of Newton's method to the mean given the globals, and those of differences, in sds
@@ -139,16 +141,24 @@ class ConditionalGaussian:
 
     :param latents: draws ``(n, D)``, from among which the globals are taken.
     :param unit: the sds of the latents, nearly, shape ``(D,)``.
+    :param degree: the largest one of polynomials.
     """
 
-    def __init__(self, field: Field, log_joint: LogJoint, latents: Tensor, unit: Tensor) -> None:
+    def __init__(
+        self,
+        field: Field,
+        log_joint: LogJoint,
+        latents: Tensor,
+        unit: Tensor,
+        degree: int = MOST_DEGREE,
+    ) -> None:
         self._field = field
         globals_ = latents[:, field.of_globals]
         tiny = torch.finfo(latents.dtype).tiny ** 0.5
         ordered, count = globals_.sort(0).values, len(globals_)
         low, self._middle, high = (ordered[count * k // 10] for k in (1, 5, 9))
         self._spread = ((high - low) / _BETWEEN_TENTHS).clamp_min(tiny)
-        self._powers = _powers(globals_.shape[1]).to(latents.device)
+        self._powers = _powers(globals_.shape[1], degree).to(latents.device)
         number = min(_DRAWS_BY_TERM * len(self._powers), len(latents))
         points = latents.median(0).values.repeat(number, 1)
         chosen = torch.arange(number, dtype=torch.long, device=latents.device)
@@ -229,10 +239,10 @@ class ConditionalGaussian:
         return latents.index_copy(1, field.of_field, torch.cat(noise).T)
 
 
-def _powers(num_globals: int) -> Tensor:
+def _powers(num_globals: int, most: int) -> Tensor:
     """The factors of each term, 0 for one and k for global k: shape ``(num_terms, degree)``."""
     degree = 1
-    while degree < _MOST_DEGREE and math.comb(num_globals + degree + 1, degree + 1) <= _MOST_TERMS:
+    while degree < most and math.comb(num_globals + degree + 1, degree + 1) <= _MOST_TERMS:
         degree += 1
     found = [*combinations_with_replacement(range(num_globals + 1), degree)]
     return torch.tensor(found, dtype=torch.long, device="cpu")

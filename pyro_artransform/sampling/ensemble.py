@@ -144,13 +144,21 @@ class Ensemble(MovingChains):
                 return End.OUT_OF_TIME
             size = self.num_trajectories
             rhat = nested_rhat_of_values(self.draws, self.num_superchains)
-            worst = float(rhat.max())
-            if worst <= GOOD_RHAT and (ess := self._slowest_ess(rhat)) >= num_samples:
-                found = self.convergence()
+            worst, ess = float(rhat.max()), 0.0
+            if worst <= GOOD_RHAT:
+                found = self._of_slowest(rhat)
                 if found.is_enough(num_samples):
-                    return End.ENOUGH
+                    found = self.convergence()
+                    if found.is_enough(num_samples):
+                        return End.ENOUGH
+                    count = _count(found.least)
+                    self._slowest = torch.cat(
+                        [
+                            found.least.topk(count, largest=False).indices,
+                            found.rhat.topk(count).indices,
+                        ]
+                    )
                 worst, ess = float(found.rhat.max()), found.min_ess
-                self._slowest = found.least.topk(_count(found.least), largest=False).indices
             if worst <= GOOD_RHAT:
                 more = size * (num_samples / max(ess, 1.0) - 1)
                 number = math.ceil(min(max(more, size / 8), size))
@@ -167,10 +175,11 @@ class Ensemble(MovingChains):
                 return End.LIMIT if size >= most < _MOST_TRAJECTORIES else End.TOO_MANY
             number = max(min(number, most - size), _BLOCK)
 
-    def _slowest_ess(self, rhat: Tensor) -> float:
-        """The effective draws of latents whose superchains agree the least, or that had the fewest."""
+    def _of_slowest(self, rhat: Tensor) -> Convergence:
+        """Of the latents whose superchains agree the least, and of those that were the last to pass."""
         slowest = torch.cat([rhat.topk(_count(rhat)).indices, self._slowest])
-        return float(torch.stack(effective_draws(self.draws[..., slowest])).min())
+        draws = self.draws[..., slowest]
+        return Convergence(nested_rhat(draws, self.num_superchains), *effective_draws(draws))
 
     def _forget(self) -> None:
         self._blocks, self._infos = [], []

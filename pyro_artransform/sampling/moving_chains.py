@@ -13,7 +13,7 @@ from ..joint.coordinates import with_strong_data_centered
 from ..joint.prior_map import Coordinates
 from ..time_limit import limited
 from .adaptation import StepSize, TrajectoryLength
-from .conditional_gaussian import ConditionalGaussian, Field
+from .conditional_gaussian import MOST_DEGREE, ConditionalGaussian, Field
 from .modes import IndependentProposals, lost_chains
 from .preconditioning import Preconditioner, fisher_divergence
 from .starts import climb, far_apart, latin_hypercube, overdispersed
@@ -23,6 +23,9 @@ from .trajectories import Info, integrator_of, trajectory
 # trajectories of the rounds of warm-up, the round after which other coordinates are tried for a field, and
 # that after which these are fitted again, or elements with strong data are centred
 _WARM_UP, _FIELD_AFTER, _CENTERED_AFTER = (8, 12, 20, 30, 10, 8), 1, 3
+# the Fisher divergence above which a field is looked for (of benchmarks/chains.md, 0.4 for a linear state space,
+# which is faster without, 1.3 for a volatility), and the degree of polynomials while draws are on their way
+_FAR, _FIRST_DEGREE = 0.5, 2
 # the steps of a trajectory at most, in the first rounds and later
 _FEW_STEPS, _MANY_STEPS = 10, 500
 # the longest step as a multiple of the mean time of trajectories
@@ -119,9 +122,9 @@ class MovingChains:
                 return
             if index < len(_WARM_UP) - 1:
                 self._learn(self._rejoined(states))
-            if index == _FIELD_AFTER and self.to_latent is None:
+            if index == _FIELD_AFTER and self.to_latent is None and _divergence(states) > _FAR:
                 self._field = self._field or self._find_field()
-                self._transform_field(states)
+                self._transform_field(states, _FIRST_DEGREE)
             if index == _CENTERED_AFTER and self.to_latent is None:
                 if self._target.to_latent is not identity:
                     # from draws that come nearer to the posterior
@@ -221,7 +224,7 @@ class MovingChains:
         found = ((density, Field.of(density)) for density in densities)
         return next(((density, field) for density, field in found if field is not None), None)
 
-    def _transform_field(self, states: list[State]) -> bool:
+    def _transform_field(self, states: list[State], degree: int = MOST_DEGREE) -> bool:
         """Goes on in coordinates where a field is standard normal given its globals, if it is, nearly."""
         if self._field is None:
             return False
@@ -229,7 +232,7 @@ class MovingChains:
         settled = states[-max(len(states) // 3, 1) :]
         latent, _ = density.from_unconstrained(self._unconstrained(settled))
         sds = latent.std(0).clamp_min(torch.finfo(latent.dtype).tiny ** 0.5)
-        fitted = ConditionalGaussian(field, density, latent, sds)
+        fitted = ConditionalGaussian(field, density, latent, sds, degree)
         return self._go_on_in(PulledBack(density, fitted), states, only_if_better=True)
 
     def _unconstrained(self, states: list[State]) -> Tensor:
@@ -242,14 +245,14 @@ class MovingChains:
 
         :param only_if_better: stays where a preconditioned Gaussian is nearer to the density.
         """
-        states = states[-max(len(states) // 4, 1) :]
+        states = _last(states)
         target.num_gradients = self._target.num_gradients
         latent, _ = target.log_joint.from_unconstrained(self._unconstrained(states))
         to_latent = target.to_latent
         if isinstance(to_latent, ConditionalGaussian):
             latent = to_latent.inverse(latent)
-        known, before = target(latent), State.cat(states)
-        if only_if_better and not _divergence(known) < _divergence(before):
+        known = target(latent)
+        if only_if_better and not _divergence([known]) < _divergence(states):
             self._target.num_gradients = target.num_gradients
             return False
         self._target = target
@@ -259,6 +262,12 @@ class MovingChains:
         return True
 
 
-def _divergence(states: State) -> float:
-    known = states.at(states.is_finite)
+def _last(states: list[State]) -> list[State]:
+    return states[-max(len(states) // 4, 1) :]
+
+
+def _divergence(states: list[State]) -> float:
+    """How far the density of the last states is from a Gaussian."""
+    known = State.cat(_last(states))
+    known = known.at(known.is_finite)
     return fisher_divergence(known.base, known.gradient) if len(known.base) > 1 else math.inf
