@@ -23,8 +23,8 @@ from .trajectories import Info, integrator_of, trajectory
 # trajectories of the rounds of warm-up, the round after which other coordinates are tried for a field, and
 # that after which these are fitted again, or elements with strong data are centred
 _WARM_UP, _FIELD_AFTER, _CENTERED_AFTER = (8, 12, 20, 30, 10, 8), 1, 3
-# the Fisher divergence above which a field is looked for (of benchmarks/chains.md, 0.4 for a linear state space,
-# which is faster without, 1.3 for a volatility), and the degree of polynomials while draws are on their way
+# the Fisher divergence above which a field is looked for (of benchmarks/chains.md, 0.4 for a linear state
+# space, which is faster without, 1.3 for a volatility), and the degree of polynomials at first
 _FAR, _FIRST_DEGREE = 0.5, 2
 # the steps of a trajectory at most, in the first rounds and later
 _FEW_STEPS, _MANY_STEPS = 10, 500
