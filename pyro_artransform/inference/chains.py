@@ -19,8 +19,8 @@ from .evaluation.verdict import BREAK_SYMMETRY, FitStatus, about_draws
 # Stan's bound of E-BFMI, and the share of trajectories with a large, finite error of the energy from which on
 # draws are not trusted: benchmarks/unseen.md has a factor model with 3 %, whose draws lack a corner
 _LOW_BFMI, _MANY_DIVERGENT = 0.3, 0.01
-# sds within chains that latents are apart in modes, to be named, and the share of all but the first of them
-# that speaks for others which no start has reached
+# sds within chains by which a latent differs between modes that is named, and the share of all modes but the
+# first above which draws are not trusted, since no start may have reached others
 _APART, _SMALL_MODES = 4.0, 0.05
 
 
@@ -162,17 +162,18 @@ def _objections(ensemble: Ensemble, num_samples: int, is_divergent: Tensor) -> I
     found, latents = ensemble.convergence(), ensemble.log_joint.latents
     max_rhat = float(found.rhat.max())
     modes = ensemble.modes
-    if modes is not None and float(modes.share[1:].sum()) > _SMALL_MODES:
+    is_apart = ensemble.end is End.APART
+    if modes is not None and (is_apart or float(modes.share[1:].sum()) > _SMALL_MODES):
         names = [latents.name_of(i) for i in (modes.differs > _APART).nonzero()[:, 0].tolist()]
         shares = first_of([f"{100 * share:.2g} %" for share in modes.share.tolist()])
         between = "between which chains jump, and perhaps not to others"
-        if ensemble.end is End.APART:
+        if is_apart:
             between = "between which chains do not move"
         yield (
             f"starts led to {len(modes.share)} modes, with about {shares} of the posterior as far as "
             f"Gaussians tell, which differ in {first_of(names)}, {between}. {BREAK_SYMMETRY}"
         )
-    if ensemble.end is not End.APART and not max_rhat <= GOOD_RHAT:
+    if not is_apart and not max_rhat <= GOOD_RHAT:
         worst = latents.name_of(int(found.rhat.argmax()))
         remedy = "Use tighter priors, another parametrization, or chains from a guide"
         if ensemble.end in (End.OUT_OF_TIME, End.LIMIT):

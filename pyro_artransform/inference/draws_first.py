@@ -21,6 +21,8 @@ class DrawsFirst:
 
     :param asked: how many effective draws of each latent are asked for; 0 where they only start the guide,
         ``None`` for as many as the settings say.
+    :param trains_model: whether parameters of the model are trained: then chains before the steps only start
+        the guide, since they draw from the posterior at the first parameters.
     """
 
     def __init__(
@@ -29,8 +31,9 @@ class DrawsFirst:
         asked: int | None,
         limit: TimeLimit,
         config: InitializationConfig,
+        trains_model: bool = False,
     ) -> None:
-        self._subject, self._limit = subject, limit
+        self._subject, self._limit, self._trains_model = subject, limit, trains_model
         self.is_asked, self.gives_draws = bool(asked), asked != 0
         is_loop = subject.log_joint.strategy == "loop"
         usual = config.num_for_start if is_loop or asked == 0 else config.num_draws
@@ -40,7 +43,7 @@ class DrawsFirst:
         self._reason = ""
 
     def sample(self) -> bool:
-        """Runs chains from nothing; whether more of them, from a trained guide, would tell no more."""
+        """Runs chains from nothing; whether chains in the base space of a trained guide are not needed."""
         self._limit.say("chains")
         try:
             ensemble = from_nothing(self._subject.log_joint, self._num_draws)
@@ -50,7 +53,7 @@ class DrawsFirst:
                 raise
             return False
         self.ensemble, self._reason = ensemble, self._limit.reason
-        return ensemble.end in (End.ENOUGH, End.APART)
+        return ensemble.end in (End.ENOUGH, End.APART) and not self._trains_model
 
     @property
     def has_mixed(self) -> bool:
@@ -59,16 +62,23 @@ class DrawsFirst:
 
     def finish(self, status: FitStatus) -> Chains | None:
         """The draws: by chains in the base space of the guide, where those from nothing have not mixed."""
+        if self._trains_model:
+            self.ensemble = None
         best, reason = self.ensemble, self._reason
         if self.is_asked and (
             best is None or best.end in (End.TOO_MANY, End.OUT_OF_TIME, End.LIMIT)
         ):
             self._limit.enter_phase(CHAINS_UNTIL)
             self._limit.say("chains")
-            second = ensemble_of(self._subject, self._num_draws)
-            second.run(self._num_draws)
-            if best is None or _worst_rhat(second) < _worst_rhat(best):
-                best, reason = second, self._limit.reason
+            try:
+                second = ensemble_of(self._subject, self._num_draws)
+                second.run(self._num_draws)
+            except (RuntimeError, ValueError):  # the guide has no base space, or no density there
+                if best is None:
+                    raise
+            else:
+                if best is None or _worst_rhat(second) < _worst_rhat(best):
+                    best, reason = second, self._limit.reason
         if best is None or not self.gives_draws:
             return None
         self.ensemble = best

@@ -71,15 +71,15 @@ def fit(
     that by its name, or the guide as ``guide=``.
 
     It begins with draws of the posterior itself, by many short Hamiltonian chains, and the verdict is on
-    these first (``docs/chains.md``). A guide of this package stays as it is, or becomes the Gaussian that
-    matches these draws and the gradients of the density there, by ELBO. It is trained by the path gradient,
-    unless its weights say that it is the posterior; any other Pyro guide by Pyro's own ELBO, from where it
-    is. When the ELBO stops moving, or little is left to win, smaller steps go on from the average of the
-    parameters. Parameters of the model are trained as well, and the result has no draws then. The verdict
-    on the guide rests on draws that were not trained on.
+    these first (``docs/chains.md``). A guide of this package starts as it is, or at the Gaussian that matches
+    these draws and the gradients of the density there, whichever has the larger ELBO. It is trained by the
+    path gradient, unless its weights say that it is the posterior; any other Pyro guide by Pyro's own ELBO,
+    from where it is. When the ELBO stops moving, or little is left to win, smaller steps go on from the
+    average of the parameters. Parameters of the model are trained as well, and the result has no draws then
+    unless they are asked for. The verdict on the guide rests on draws that were not trained on.
 
-    With ``draws=n`` there are no steps unless ``num_steps`` asks for some. Where the chains do not mix, the
-    guide is trained, and others run in its base space.
+    With ``draws=n`` there are no steps unless ``num_steps`` asks for some, or the model has parameters. Where
+    the chains do not mix, or parameters were trained, others run in the base space of the trained guide.
 
     With a ``loader`` each step sees the next mini-batch. Rows in the model are then
     ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it scales a batch up
@@ -91,12 +91,11 @@ def fit(
     last batch has the weight of its rows.
 
     Operations that are the same in each step are captured and replayed, so that the model's Python runs
-    only now and then: what it prints or counts is no number of steps. Where a run then differs from replays,
-    as because of what a callback has changed, the steps since the run before are taken again.
+    only now and then: what it prints or counts is no number of steps. Where such a run differs from the
+    replay, for example because a callback has changed something, training goes back to the run before.
 
-    Ctrl-C ends the start and the steps, and the verdict is on what was learned until then, by what can be
-    drawn in a second; so does ``max_seconds``, of which a quarter is for the verdict. A second
-    Ctrl-C interrupts.
+    Ctrl-C ends chains and steps, and the verdict on what was learned until then takes a second; so does
+    ``max_seconds``, of which a quarter is for the verdict. A second Ctrl-C interrupts.
     Started by ``torchrun``, or where ``torch.distributed`` is initialized, all processes share one fit,
     with the same model, guide, data, options and result (``docs/many_processes.md``).
 
@@ -128,8 +127,8 @@ def fit(
         by its arguments; of a model that runs for one draw after the other 100, or what some
         trajectories give. With 0 fewer chains start the guide, and none are returned. With a
         ``loader`` there are none unless asked for: each of their gradients is a pass over it.
-    :param max_seconds: the wall time of the whole fit, but for the evaluation that it ends in and, for
-        ``AutoStructuredFlow``, the search for its graph: with what there is then.
+    :param max_seconds: the wall time of the whole fit. The verdict, and for ``AutoStructuredFlow`` the search
+        for its graph, may exceed it.
     :param config: all numbers that a fit is tuned by.
     :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
     :raises TypeError: if the arguments are not those of the model, or an option is of another type.

@@ -64,9 +64,9 @@ class FitResult:
     #: how centred latents with coordinates from the prior are, by site: 0 in units of the prior, 1 as the
     #: model is written; empty where all are as it is written
     coordinates: dict[str, Tensor] = field(default_factory=dict)
-    #: draws of the posterior by chains, each ``(draws,) + site shape``, of a model of all data; the verdict
-    #: is about them first then, and ``trusted`` about the guide alone, which has no steps where ``draws=``
-    #: asked for draws and chains without a guide have them
+    #: draws of the posterior by chains, each ``(draws,) + site shape``, of a model of all data. The verdict
+    #: begins with them, and ``trusted`` is about the guide alone, which is not trained where ``draws=`` asked
+    #: for draws and chains from the prior have them
     draws: dict[str, Tensor] | None = None
     chains: Any = None  #: their :class:`~pyro_artransform.inference.Chains`
     guide: Any = None  #: that of the user, or the one that the fit has chosen

@@ -39,8 +39,8 @@ from .result import FitResult
 from .set_up import SetUp, naming_arguments
 
 _ASKED = "the callback asked to stop"
-# the shares of the seconds after which chains end, those that only start a guide, and steps, with the verdict
-# or other chains to come
+# the shares of max_seconds at which phases end: chains that were asked for, chains that only start a guide,
+# steps, and steps before other chains
 _CHAINS_UNTIL, _START_UNTIL, _STEPS_UNTIL, _STEPS_BEFORE_CHAINS_UNTIL = 0.5, 0.4, 0.75, 0.7
 # draws of a guide without steps, beside those that were asked for
 _NUM_BESIDE_DRAWS = 2000
@@ -56,7 +56,7 @@ def start(set_up: SetUp, resume: FilePath | None = None) -> Training:
         training = resumed(set_up, resume)
         if chains is not None:  # steps go on with the random numbers of the checkpoint
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                set_up.limit.enter_phase(_START_UNTIL)
+                set_up.limit.enter_phase(_CHAINS_UNTIL if chains.is_asked else _START_UNTIL)
                 parallel.first("the ensemble", chains.sample)
         return training
     initial, has_draws = parallel.first("the initial guide", partial(_find_start, set_up))
@@ -114,7 +114,7 @@ def train(
     callback: Callable[[int, float], object] | None,
     bar: ProgressBar,
 ) -> bool:
-    """Takes steps until there are enough, or the callback or Ctrl-C ends them: whether a file has them."""
+    """Takes steps until the schedule, the callback or Ctrl-C ends them; whether a checkpoint was written."""
     limit, parallel, stream = set_up.limit, set_up.parallel, set_up.stream
     has_chains = set_up.draws_first is not None and set_up.draws_first.is_asked
     limit.enter_phase(_STEPS_BEFORE_CHAINS_UNTIL if has_chains else _STEPS_UNTIL)

@@ -19,7 +19,7 @@ from ..joint import LogJoint
 from ..joint.handlers import traced_parameters
 from ..joint.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
 from ..time_limit import TimeLimit
-from .config import FitConfig
+from .config import FitConfig, OptimizationConfig
 from .draws_first import DrawsFirst
 from .loader import Batch, BatchStream, check_use
 from .optimization.minibatches import MinibatchObjective
@@ -87,7 +87,8 @@ class SetUp:
         self.looped_because = log_joint.reason
         if isinstance(of_batch, PyroObjective) and not of_batch.is_vectorized:
             self.looped_because = log_joint.reason or _NOT_IN_A_PLATE
-            self.config = config = config.for_strategy("loop")
+            if log_joint.strategy != "loop":
+                self.config = config = config.for_strategy("loop")
         #: that of this process alone
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
@@ -108,9 +109,9 @@ class SetUp:
                 "random otherwise: fit without draws"
             )
         if draws or (is_known and self.minibatches is None):
-            # draws given the first parameters of a model are none given those that are found
-            asked = 0 if draws is None and self.point_estimates else draws
-            of_fit = self.subject, asked, limit, config.initialization
+            trains_model = bool(self.point_estimates)
+            asked = 0 if draws is None and trains_model else draws
+            of_fit = self.subject, asked, limit, config.initialization, trains_model
             self.draws_first = DrawsFirst(*of_fit)
         latent_dim = log_joint.latents.latent_dim
         settings = config.optimization.for_latents(latent_dim)
@@ -121,7 +122,8 @@ class SetUp:
         self.schedule = Schedule(settings, epoch).of_length(num_steps)
         wanted = num_particles or settings.num_particles
         is_structured = isinstance(cast(object, guide), StructuredGuide)
-        if num_particles is None and is_structured and latent_dim >= _MANY_LATENTS:
+        is_default = num_particles is None and wanted == OptimizationConfig.num_particles
+        if is_default and is_structured and latent_dim >= _MANY_LATENTS:
             wanted = _NUM_PARTICLES_OF_MANY
         # a batch is not shared: each process has another one
         own = wanted if self.stream is not None else parallel.share(wanted)

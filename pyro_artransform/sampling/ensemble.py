@@ -40,10 +40,10 @@ _BLOCK, _MOST_TRAJECTORIES = 16, 3000
 _TRANSIENT = 1 / 3
 # latents that are ranked before all are
 _NUM_SLOWEST = 32
-# nested R-hat that speaks of modes, draws of a chain then, the share of all but the first that has to be
-# looked at, and the least share of proposals in one
+# the nested R-hat and the draws of a chain from which on modes are looked for, the share of all but the first
+# below which slow chains are no modes, and the least share of proposals in one
 _MODES_RHAT, _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 1.1, 24, 0.01, 0.05
-# R-hat and effective draws are asked how many trajectories they take after so many
+# trajectories after which chains end if far more would be needed
 _PATIENCE = 96
 
 

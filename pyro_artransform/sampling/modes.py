@@ -22,7 +22,8 @@ _DRAWS_BY_DIM, _RIDGE = 4, 1e-6
 NEGLIGIBLE, NEGLIGIBLE_BY_DIM = 10.0, 2.0
 # degrees of freedom of proposals
 _DEGREES = 5.0
-# chains are lost that move less often than this and are not so many nats above others, or are below these
+# a chain is lost that moves less often than the first share and is not so many nats above those that move
+# more often than the second, or is so many nats below these
 _STUCK, _MOVES, _ABOVE, _BELOW, _BELOW_BY_ROOT_DIM = 0.15, 0.3, 5.0, 50.0, 5.0
 # trajectories after which chains have settled in modes
 _NUM_SETTLED = 12

@@ -137,7 +137,7 @@ class MovingChains:
     def _adapt(self, number: int, most_steps: int, by_chain: bool) -> list[State]:
         """Moves chains and learns step size and length; the states after each trajectory.
 
-        :param by_chain: whether a chain that is where steps have to be smaller gets out by smaller ones.
+        :param by_chain: whether each chain has a step size of its own, so that those in narrow places move.
         """
         states, self._moves = list[State](), torch.zeros_like(self._state.base[:, 0])
         factor = torch.ones_like(self._moves)
@@ -245,7 +245,8 @@ class MovingChains:
 
         :param only_if_better: stays where a preconditioned Gaussian is nearer to the density.
         """
-        states = _last(states)
+        # chains that were lost have begun anew since the last of these
+        states = [*_last(states), self._state]
         target.num_gradients = self._target.num_gradients
         latent, _ = target.log_joint.from_unconstrained(self._unconstrained(states))
         to_latent = target.to_latent

@@ -58,7 +58,8 @@ def test_draws_take_no_step():
 
 
 def test_a_gaussian_beside_trusted_draws_is_not_trusted():
-    result = fitted(models.funnel)
+    guide = AutoIAF(models.funnel, coordinates="model")
+    result = fitted(models.funnel, guide)
     assert result.verdict.startswith("Draws trusted: ")
     assert " Of the guide itself: Not trusted: " in result.verdict
     assert "Use num_steps=1000, since the guide has had no step" in result.verdict
@@ -267,3 +268,36 @@ def test_errors_are_those_of_so_many_effective_draws(name):
     # of 12 values of each latent, known to a fifth
     assert found.max() < 1.8
     assert 0.7 < found.square().mean().sqrt() < 1.4
+
+
+def with_a_location():
+    """Of a datum of 4 the location of the prior is 4, and the posterior has a sd of 0.5**0.5 there."""
+    loc = pyro.param("loc", torch.tensor(3.0))
+    z = pyro.sample("z", dist.Normal(loc, 1.0))
+    pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(4.0))
+
+
+def test_draws_are_those_at_the_parameters_that_were_trained():
+    result = fitted(with_a_location, num_steps=400)
+    assert pyro.param("loc").item() == pytest.approx(4.0, abs=0.3)
+    mean, sd = pyro.param("loc").item() / 2 + 2, 0.5**0.5
+    found = result.chains.by_chain["z"]
+    assert abs(float(found.mean()) - mean) < 5 * sd / result.chains.min_ess**0.5
+
+
+def test_a_model_with_parameters_is_trained_before_draws():
+    result = fitted(with_a_location)
+    assert result.num_steps > 0
+    assert result.stopped_because != DRAWS_ARE_THERE
+
+
+def test_chains_at_the_first_parameters_judge_no_trained_guide():
+    result = fitted(with_a_location, num_steps=300, draws=None)
+    assert result.draws is None
+    assert result.marginals is None
+    assert "Single latents were not checked, since there are no chains" in result.verdict
+
+
+def test_a_point_is_not_told_that_chains_have_not_mixed():
+    result = fitted(models.gaussian, AutoDelta(models.gaussian), num_steps=10)
+    assert "since the guide is a point or not finite" in result.verdict

@@ -25,7 +25,7 @@ from pyro_artransform.inference.chains import chains_of
 from pyro_artransform.inference.evaluation.verdict import FitStatus
 from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.sampling import target
+from pyro_artransform.sampling import End, modes, target
 from tests.inference import models
 from tests.inference.models import small
 from tests.sampling.densities import schools, schools_moments, two_modes
@@ -386,3 +386,12 @@ def test_a_funnel_in_coordinates_of_the_prior(make):
     share = (v < -5).double().mean()
     expected = 0.5 * math.erfc(5 / 3 / 2**0.5)
     assert abs(share - expected) < 5 * (expected / float(chains.ess_tail["v"])) ** 0.5
+
+
+def test_chains_that_stay_in_modes_are_not_trusted_however_small_one_is(monkeypatch):
+    """A mode of 3 %, which proposals that are never accepted do not lead to and from."""
+    monkeypatch.setattr(modes.IndependentProposals, "step", lambda self, target, state: state)
+    chains = run(two_modes(2, 20.0, 0.03), None, 20, seed=0, progress=False)
+    assert chains.stopped_because == End.APART.value
+    assert not chains.trusted
+    assert "starts led to 2 modes" in chains.verdict

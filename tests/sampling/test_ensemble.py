@@ -154,6 +154,17 @@ def test_modes_that_chains_do_not_move_between_end_them(monkeypatch):
     assert (found.modes.differs > 6).all()
 
 
+def test_chains_that_begin_anew_stay_there_in_other_coordinates():
+    """The states of a round are from before lost chains were moved."""
+    found = ensemble_of(conjugate, num_chains=24)
+    found._warm_up()
+    states = [found._state] * 8
+    moved = found._state.at(torch.arange(23, -1, -1))
+    found._state = moved
+    found._go_on_in(target.PulledBack(found.log_joint), states)
+    torch.testing.assert_close(found._state.latent, moved.latent)
+
+
 @pytest.mark.parametrize("share", [1e-9, 1e-4])
 def test_a_mode_without_mass_has_no_draws(share):
     """Half of the starts lead there: their chains begin anew, or jump to the other one."""

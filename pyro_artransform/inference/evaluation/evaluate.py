@@ -100,7 +100,7 @@ def evaluate(
 ) -> Evaluation:
     """Evaluates a guide where the density is of all data, or the model draws mini-batches itself.
 
-    :param num_gradients: those that the fit has taken: where more draws decide, they are not more.
+    :param num_gradients: those of the steps, the most draws to add where k-hat is close to its limit.
     :param ensemble: chains from all over the prior, beside whose draws the guide is judged.
     """
     log_joint = subject.log_joint

@@ -209,7 +209,10 @@ def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
         unclear = "Marginals not trusted" if found.is_off else "Marginals not known well enough"
         head = "Marginals trusted" if found.trusted else unclear
         return f" {head}: {found.words}."
-    reason = "there are no chains" if ensemble is None else "chains have not mixed"
+    reason = "there are no chains"
+    if ensemble is not None:
+        has_mixed = ensemble.convergence().has_mixed
+        reason = "the guide is a point or not finite" if has_mixed else "chains have not mixed"
     return f" Single latents were not checked, since {reason}."
 
 

@@ -57,7 +57,7 @@ class PassEstimate(NamedTuple):
 
 @dataclass
 class MinibatchObjective(Objective):
-    """An objective that sees the next batch of a stream at each step, and the same ones otherwise.
+    """An objective that trains on the next batch of a stream, and compares on the same ones each time.
 
     A short last batch, which a model scales up to all data, makes a smaller step: then the steps of an
     epoch add up to the gradient of all data. Parameters are compared on the batches for validation; or,

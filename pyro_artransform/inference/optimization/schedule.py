@@ -34,10 +34,12 @@ _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
 
 def remaining_gap(draws: Tensor, has_variance: bool = False) -> float:
-    """What the ELBO lacks to the evidence in nats, by log weights ``(n,)``.
+    """The gap between the ELBO and the evidence in nats, by log weights ``(n,)``.
 
-    It is inf where they do not know it; and where they may have no variance, if they have to, as those of a
-    Gaussian of a posterior with a tail, whose gap is 0.001 nats and whose k-hat 0.9.
+    It is inf where k-hat is too large for these to know it.
+
+    :param has_variance: whether the weights have to have a variance: those of a Gaussian guide of a posterior
+        with a tail may have a gap of 0.001 nats and a k-hat of 0.9.
     """
     # weights with a heavy tail know too little of the evidence
     bound, num_se = (KHAT_OF_VARIANCE, 1.0) if has_variance else (GOOD_KHAT, 0.0)
@@ -133,7 +135,7 @@ class Schedule:
         return self.epoch * max(math.ceil(steps / self.epoch), min_epochs)
 
     def is_still(self, losses: Sequence[float]) -> bool:
-        """Whether the mean fell by no more than is worth while, or can be seen; not of too few to tell."""
+        """Whether the mean loss fell by less than is worth while, or than its standard error."""
         window = self.whole_epochs(self.config.window, _MIN_EPOCHS)
         before, after = losses[-2 * window : -window], losses[-window:]
         if len(losses) < 2 * window:
@@ -146,7 +148,7 @@ class Schedule:
         return not old - new > max(self.config.min_improvement, math.sqrt(old_var + new_var))
 
     def is_constant_until(self, step: int) -> bool:
-        """Whether the step size falls from a number of steps on."""
+        """Whether the step size begins to fall after exactly so many steps."""
         return self.end is not None and step == self.decay_start
 
     def is_over(self, step: int) -> bool:

@@ -103,7 +103,7 @@ class Training:
         return sum(map(math.isnan, self.losses))
 
     def check_start(self, name: str) -> None:
-        """Ends a fit before its first step that finds its end itself, and has nothing left to win."""
+        """Leaves out all steps where their number was not given, and the initial guide is good enough."""
         self.start = name
         is_asked = self.schedule.num_steps is not None or not self._has_decay
         if self._has_checks and not is_asked:
@@ -143,7 +143,8 @@ class Training:
         self.schedule = self.schedule.observe(self.losses)
         if self._has_checks and self.schedule.is_for_check(self.num_steps):
             present = copies(self.trained)
-            copy_to(self.trained, self._average)
+            if self._has_decay:
+                copy_to(self.trained, self._average)
             self.schedule = self.schedule.after_check(self.num_steps, self._log_weights)
             copy_to(self.trained, present)
         if self._has_decay and self.schedule.is_constant_until(self.num_steps):
@@ -222,7 +223,7 @@ class Training:
         return self.objective.loss(own), own
 
     def finish(self) -> None:
-        """Leaves the average of the parameters, or what smaller or a user's own steps have made."""
+        """Takes the average of the parameters, unless smaller steps or a user's optimizer came after it."""
         if self.losses and self._has_decay and self.num_steps <= self.schedule.decay_start:
             copy_to(self.trained, self._average)
 
