@@ -14,11 +14,10 @@ from ..arguments import first_of
 from ..posterior import Summary, summary
 from ..posterior.arviz import chains_to_inference_data
 from ..sampling import GOOD_RHAT, End, Ensemble, energy_bfmi
+from ..sampling.trajectories import MANY_DIVERGENT, share_of_divergent
 from .evaluation.verdict import BREAK_SYMMETRY, FitStatus, about_draws
 
-# Stan's bound of E-BFMI, and the share of trajectories with a large, finite error of the energy from which on
-# draws are not trusted: benchmarks/unseen.md has a factor model with 3 %, whose draws lack a corner
-_LOW_BFMI, _MANY_DIVERGENT = 0.3, 0.01
+_LOW_BFMI = 0.3  # Stan's bound of E-BFMI
 # sds within chains by which a latent differs between modes that is named, and the share of all modes but the
 # first above which draws are not trusted, since no start may have reached others
 _APART, _SMALL_MODES = 4.0, 0.05
@@ -119,12 +118,10 @@ def chains_of(
     chosen = torch.randperm(len(flat), device=flat.device)[:num_samples]
     infos = ensemble.infos
     is_divergent = torch.stack([info.is_divergent for info in infos])
-    # what is not finite is the edge of a support, or beyond the range of a dtype
-    is_finite = torch.stack([info.proposal.log_density.isfinite() for info in infos])
     bfmi = energy_bfmi(torch.stack([info.energy for info in infos], 1))
     status = status._replace(coarse=latents.coarse_sites(flat))
     objections = [
-        *_objections(ensemble, num_samples, is_divergent & is_finite),
+        *_objections(ensemble, num_samples),
         *about_draws(status),
     ]
     head = f"{status.prior_only} " if status.prior_only else ""
@@ -157,7 +154,7 @@ def chains_of(
     )
 
 
-def _objections(ensemble: Ensemble, num_samples: int, is_divergent: Tensor) -> Iterable[str]:
+def _objections(ensemble: Ensemble, num_samples: int) -> Iterable[str]:
     """What speaks against the draws, with its remedy."""
     found, latents = ensemble.convergence(), ensemble.log_joint.latents
     max_rhat = float(found.rhat.max())
@@ -185,9 +182,9 @@ def _objections(ensemble: Ensemble, num_samples: int, is_divergent: Tensor) -> I
             yield f"{worst} has {float(ess.min()):.0f} effective draws{where}, not {num_samples}"
     if ensemble.end is End.LIMIT:
         yield f"a fit that is not asked for draws ends chains early: ask for them, draws={num_samples}"
-    divergent = float(is_divergent.double().mean())
+    divergent = share_of_divergent(ensemble.infos)
     # independent proposals enter corners that trajectories do not
-    if divergent > _MANY_DIVERGENT and not ensemble.has_proposals:
+    if divergent > MANY_DIVERGENT and not ensemble.has_proposals:
         yield (
             f"{100 * divergent:.2g} % of the trajectories diverged: there is a corner that steps of this "
             "size do not enter, such as a scale near zero, and draws have too little of it. Use a prior "

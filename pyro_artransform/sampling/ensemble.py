@@ -28,7 +28,7 @@ from .convergence import GOOD_RHAT, Convergence, effective_draws, nested_rhat, n
 from .modes import IndependentProposals, Modes, groups_of
 from .moving_chains import MovingChains
 from .target import ToLatent
-from .trajectories import Info
+from .trajectories import MANY_DIVERGENT, Info, share_of_divergent
 
 #: superchains, chains of each where a model is fast for many draws at once, and where it is not
 SUPERCHAINS, MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 8, 64, 16, 8
@@ -43,6 +43,8 @@ _NUM_SLOWEST = 32
 # the nested R-hat and the draws of a chain from which on modes are looked for, the share of all but the first
 # below which slow chains are no modes, and the least share of proposals in one
 _MODES_RHAT, _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 1.1, 24, 0.01, 0.05
+# how often step sizes are halved because of divergent trajectories
+_MOST_HALVED = 3
 # trajectories after which chains end if far more would be needed
 _PATIENCE = 96
 
@@ -91,7 +93,7 @@ class Ensemble(MovingChains):
         self._slowest = torch.zeros(0, dtype=torch.long, device=log_joint.start.device)
         self.modes: Modes | None = None  #: those that starts led to, where there are several
         self.left_out = 0.0  #: the share of modes that were left out, about
-        self.end = End.TOO_MANY
+        self.end, self._num_halved = End.TOO_MANY, 0
 
     @property
     def num_trajectories(self) -> int:
@@ -142,6 +144,12 @@ class Ensemble(MovingChains):
             self._target.confirm()
             if is_out_of_time():
                 return End.OUT_OF_TIME
+            if self._num_halved < _MOST_HALVED and self._diverge():
+                self._step_size.value /= 2
+                self._num_halved += 1
+                self._forget()
+                number = _BLOCK
+                continue
             size = self.num_trajectories
             rhat = nested_rhat_of_values(self.draws, self.num_superchains)
             worst, ess = float(rhat.max()), 0.0
@@ -174,6 +182,10 @@ class Ensemble(MovingChains):
             if size >= most or (size >= _PATIENCE and size + more > 4 * most):
                 return End.LIMIT if size >= most < _MOST_TRAJECTORIES else End.TOO_MANY
             number = max(min(number, most - size), _BLOCK)
+
+    def _diverge(self) -> bool:
+        """Whether smaller steps would enter corners that these do not; nor do independent proposals."""
+        return self._proposals is None and share_of_divergent(self.infos) > MANY_DIVERGENT
 
     def _of_slowest(self, rhat: Tensor) -> Convergence:
         """Of the latents whose superchains agree the least, and of those that were the last to pass."""

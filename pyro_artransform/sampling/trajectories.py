@@ -12,7 +12,7 @@
    https://arxiv.org/abs/1701.02434
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,6 +23,9 @@ from .target import State
 
 # Stan's bound of the error of the energy, above which a trajectory is called divergent
 _DIVERGENT = 1000.0
+#: the share of divergent trajectories from which on smaller steps are taken, and then draws are not trusted:
+#: benchmarks/unseen.md has a factor model with 3 %, whose draws lack a corner
+MANY_DIVERGENT = 0.01
 # up to so many coordinates leapfrog steps are stable for longer (benchmarks/chains.md)
 _MOST_BY_LEAPFROG = 50
 
@@ -70,6 +73,16 @@ class Info(NamedTuple):
         none = self.momentum.new_empty(len(self.momentum), 0)
         proposal = self.proposal._replace(base=none, latent=none, gradient=none)
         return self._replace(proposal=proposal, momentum=none)
+
+
+def share_of_divergent(infos: Sequence[Info]) -> float:
+    """The share of trajectories that diverged at a finite density.
+
+    One that is not finite is the edge of a support, or beyond the range of a dtype.
+    """
+    is_finite = torch.stack([info.proposal.log_density.isfinite() for info in infos])
+    is_divergent = torch.stack([info.is_divergent for info in infos])
+    return float((is_divergent & is_finite).double().mean())
 
 
 def integrator_of(dim: int) -> Integrator:

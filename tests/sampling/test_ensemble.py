@@ -12,6 +12,7 @@ from pyro_artransform.capture import ReplayError
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.joint.coordinates import non_centered
 from pyro_artransform.sampling import GOOD_RHAT, End, Ensemble, ensemble, target
+from pyro_artransform.sampling.trajectories import MANY_DIVERGENT, share_of_divergent
 from pyro_artransform.time_limit import TimeLimit
 from tests.sampling.densities import (
     moments_are,
@@ -152,6 +153,26 @@ def test_modes_that_chains_do_not_move_between_end_them(monkeypatch):
     assert found.num_trajectories < 200
     assert torch.allclose(found.modes.share, torch.tensor([0.7, 0.3]), atol=0.15)
     assert (found.modes.differs > 6).all()
+
+
+def test_steps_that_diverge_are_halved():
+    """The data bend the posterior: at its ends steps have to be smaller than in the middle."""
+
+    def bent():
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 2.0).to_event(1))
+        pyro.sample("y", dist.Normal(z[..., 1] - z[..., 0] ** 2, 1.0), obs=torch.tensor(0.0))
+
+    found = ensemble_of(bent)
+    convergence = found.run(400)
+    assert found.end is End.ENOUGH
+    assert share_of_divergent(found.infos) <= MANY_DIVERGENT
+    grid = torch.linspace(-6, 6, 4001)
+    mass = (-grid.square() / 8 - grid**4 / 10).exp().cumsum(0)
+    for share in (0.03, 0.97):
+        quantile = grid[int((mass / mass[-1] < share).sum())]
+        below = float((found.draws[..., 0] < quantile).double().mean())
+        # four standard errors of so many effective draws
+        assert below == pytest.approx(share, abs=4 * (0.03 * 0.97 / convergence.min_ess) ** 0.5)
 
 
 def test_chains_that_begin_anew_stay_there_in_other_coordinates():
