@@ -59,7 +59,7 @@ def test_draws_take_no_step():
 
 def bent():
     """The data bend the posterior, so that no coordinates from the prior make it a Gaussian."""
-    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 2.0).to_event(1))
     pyro.sample("y", dist.Normal(z[..., 1] - z[..., 0] ** 2, 1.0), obs=torch.tensor(0.0))
 
 
