@@ -185,7 +185,7 @@ def fitted(name: str, seed: int, num_draws: int | None) -> Row:
         **of_guide(result, subject, list(log_joint.latents.sites)),
     }
     row["holds"] = None if row["bounds"] is None else holds(row)
-    if num_draws is not None:
+    if result.chains is not None:
         row["chains"] = of_chains(result, subject, log_joint)
     return row
 
