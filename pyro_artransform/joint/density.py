@@ -261,7 +261,10 @@ class LogJoint(LogDensity):
             return evaluate_many(self._evaluate, {"z": z}, strategy, _nan, chunk_size)["total"]
 
     def checked(self, z: Tensor, log_q: Tensor | None = None) -> Checked:
-        """The log density of draws, compared with single runs: see :func:`.checks.checked`."""
+        """The log density of draws, compared with single runs.
+
+        See :func:`~pyro_artransform.joint.checks.checked`.
+        """
         return checked(self, z, log_q)
 
     @torch.no_grad()

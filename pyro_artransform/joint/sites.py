@@ -116,7 +116,7 @@ class LatentSpace(NamedTuple):
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The value of each site, and the log-determinant of the way there, of its batch shape.
 
-        :param parts: of each site, as :meth:`Latents.place` has them; indices of plates that are known.
+        :param parts: of each site, as ``Latents.place`` has them; indices of plates that are known.
         :param run: the model, which runs where there are coordinates from its prior.
         """
         mapped = self.coordinates.with_location if self.is_mapped else {}
