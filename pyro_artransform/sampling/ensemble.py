@@ -43,8 +43,8 @@ _NUM_SLOWEST = 32
 # the nested R-hat and the draws of a chain from which on modes are looked for, the share of all but the first
 # below which slow chains are no modes, and the least share of proposals in one
 _MODES_RHAT, _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 1.1, 24, 0.01, 0.05
-# how often step sizes are halved because of divergent trajectories
-_MOST_HALVED = 3
+# how often step sizes are halved because of divergent trajectories, and the steps of one up to which that is cheap
+_MOST_HALVED, _SHORT = 1, 8
 # trajectories after which chains end if far more would be needed
 _PATIENCE = 96
 
@@ -185,7 +185,9 @@ class Ensemble(MovingChains):
 
     def _diverge(self) -> bool:
         """Whether smaller steps would enter corners that these do not; nor do independent proposals."""
-        return self._proposals is None and share_of_divergent(self.infos) > MANY_DIVERGENT
+        is_short = self._length.value <= _SHORT * self.step_size
+        is_alone = is_short and self._proposals is None
+        return is_alone and share_of_divergent(self.infos) > MANY_DIVERGENT
 
     def _of_slowest(self, rhat: Tensor) -> Convergence:
         """Of the latents whose superchains agree the least, and of those that were the last to pass."""
