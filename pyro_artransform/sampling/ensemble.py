@@ -43,8 +43,8 @@ _NUM_SLOWEST = 32
 # the nested R-hat and the draws of a chain from which on modes are looked for, the share of all but the first
 # below which slow chains are no modes, and the least share of proposals in one
 _MODES_RHAT, _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 1.1, 24, 0.01, 0.05
-# how often step sizes are halved because of divergent trajectories, and the steps of one up to which that is cheap
-_MOST_HALVED, _SHORT = 1, 8
+# how often step sizes are halved because trajectories diverge, and the steps of one up to which that is cheap
+_MOST_HALVED, _SHORT = 1, 10
 # trajectories after which chains end if far more would be needed
 _PATIENCE = 96
 
