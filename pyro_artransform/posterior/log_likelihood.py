@@ -147,8 +147,8 @@ class Likelihood:
             with poutine.block():
                 conditioned = poutine.condition(run, dict(zip(draws, values)))
                 nodes: dict[str, Any] = poutine.trace(conditioned).get_trace().nodes
-            is_site = {k: v["type"] == "sample" and is_wanted(v) for k, v in nodes.items()}
-            rows.append({name: nodes[name]["value"] for name in nodes if is_site[name]})
+            found = [n for n in nodes.values() if n["type"] == "sample" and is_wanted(n)]
+            rows.append({node["name"]: node["value"] for node in found})
             _check_same(rows[0], rows[-1])
         return stack(rows)
 

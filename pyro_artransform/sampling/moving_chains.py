@@ -122,7 +122,11 @@ class MovingChains:
                 return
             if index < len(_WARM_UP) - 1:
                 self._learn(self._rejoined(states))
-            if index == _FIELD_AFTER and self.to_latent is None and _divergence(states) > _FAR:
+            if (
+                index == _FIELD_AFTER
+                and self.to_latent is None
+                and _divergence(_last(states)) > _FAR
+            ):
                 self._field = self._field or self._find_field()
                 self._transform_field(states, _FIRST_DEGREE)
             if index == _CENTERED_AFTER and self.to_latent is None:
@@ -268,7 +272,7 @@ def _last(states: list[State]) -> list[State]:
 
 
 def _divergence(states: list[State]) -> float:
-    """How far the density of the last states is from a Gaussian."""
-    known = State.cat(_last(states))
+    """How far the density of states is from a Gaussian."""
+    known = State.cat(states)
     known = known.at(known.is_finite)
     return fisher_divergence(known.base, known.gradient) if len(known.base) > 1 else math.inf
