@@ -21,6 +21,10 @@ _LOW_BFMI = 0.3  # Stan's bound of E-BFMI
 # sds within chains by which a latent differs between modes that is named, and the share of all modes but the
 # first above which draws are not trusted, since no start may have reached others
 _APART, _SMALL_MODES = 4.0, 0.05
+# the share beyond an outer 1 % quantile of draws above which these lack a tail: 0.037 at most in
+# benchmarks/chains.md where draws are right
+_MOST_BEYOND = 0.04
+_CORNER = "Use a prior that keeps scales away from zero, or another parametrization"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -187,8 +191,15 @@ def _objections(ensemble: Ensemble, num_samples: int) -> Iterable[str]:
     if divergent > MANY_DIVERGENT and not ensemble.has_proposals:
         yield (
             f"{100 * divergent:.2g} % of the trajectories diverged: there is a corner that steps of this "
-            "size do not enter, such as a scale near zero, and draws have too little of it. Use a prior "
-            "that keeps scales away from zero, or another parametrization"
+            f"size do not enter, such as a scale near zero, and draws have too little of it. {_CORNER}"
+        )
+    beyond = ensemble.share_beyond()
+    if float(beyond.max()) > _MOST_BEYOND:
+        lacking = int(beyond.argmax())
+        yield (
+            f"the draws of {latents.name_of(lacking)} lack a tail: by Laplace's approximation "
+            f"{100 * float(beyond[lacking]):.2g} % of the posterior is beyond their outer "
+            f"1 % quantile. {_CORNER}"
         )
 
 

@@ -65,9 +65,7 @@ class DrawsFirst:
         if self._trains_model:
             self.ensemble = None
         best, reason = self.ensemble, self._reason
-        if self.is_asked and (
-            best is None or best.end in (End.TOO_MANY, End.OUT_OF_TIME, End.LIMIT)
-        ):
+        if self.is_asked and (best is None or best.end not in (End.ENOUGH, End.APART)):
             self._limit.enter_phase(CHAINS_UNTIL)
             self._limit.say("chains")
             try:

@@ -43,6 +43,8 @@ MOST_DEGREE = 4
 _MOST_TERMS, _DRAWS_BY_TERM, _WIDER = 40, 2, 2.0
 # sds of a normal distribution between its outer tenths
 _BETWEEN_TENTHS = 2.563
+# the share beyond an outer quantile of draws, how far beyond it the density is looked at, in sds, and in parts
+_OUTER, _BEYOND, _PARTS = 0.01, 6.0, 8
 # steps of Newton's method to the mean given the globals, and those of differences, in sds
 _NUM_NEWTON, _DIFFERENCE = 3, 1e-3
 
@@ -135,6 +137,17 @@ class Field(NamedTuple):
         zero = torch.zeros_like(size)
         return [SparseGaussian.from_precision(self.pattern, zero, row) for row in entries]
 
+    def conditionals(
+        self, log_joint: LogJoint, points: Tensor, unit: Tensor
+    ) -> list[SparseGaussian]:
+        """Gaussians of mean zero at modes given the globals, to which points are moved, in place."""
+        gaussians, of_pattern = self.gaussians(log_joint, points, unit), self.of_pattern
+        for _ in range(_NUM_NEWTON):
+            _, gradients = value_and_gradient(log_joint, points)
+            moves = [g.solve(row) for g, row in zip(gaussians, gradients[:, of_pattern])]
+            points[:, of_pattern] += torch.stack(moves).nan_to_num(0.0, 0.0, 0.0)
+        return self.gaussians(log_joint, points, unit)
+
 
 class ConditionalGaussian:
     """The transform from (g, e) to (g, x), by polynomials of the globals that are fitted to some draws.
@@ -152,7 +165,8 @@ class ConditionalGaussian:
         unit: Tensor,
         degree: int = MOST_DEGREE,
     ) -> None:
-        self._field = field
+        self._field, self._log_joint, self._unit = field, log_joint, unit
+        self.of_globals, self.of_field = field.of_globals, field.of_field
         globals_ = latents[:, field.of_globals]
         tiny = torch.finfo(latents.dtype).tiny ** 0.5
         ordered, count = globals_.sort(0).values, len(globals_)
@@ -161,18 +175,15 @@ class ConditionalGaussian:
         self._powers = _powers(globals_.shape[1], degree).to(latents.device)
         number = min(_DRAWS_BY_TERM * len(self._powers), len(latents))
         points = latents.median(0).values.repeat(number, 1)
-        chosen = torch.arange(number, dtype=torch.long, device=latents.device)
-        chosen = chosen * (len(latents) - 1) // max(number - 1, 1)
+        # of each global in turn: its least one, its largest one, and those between
+        rank, each = globals_.argsort(0), max(math.ceil(number / len(self._middle)), 2)
+        places = torch.arange(each, dtype=torch.long, device=latents.device)
+        chosen = rank[places * (len(latents) - 1) // (each - 1)].flatten()[:number]
         deviations = (globals_[chosen] - self._middle).clamp(-3 * self._spread, 3 * self._spread)
         wide = self._middle + _WIDER * deviations
         self._low, self._high = wide.amin(0), wide.amax(0)
         points[:, field.of_globals] = wide
-        gaussians = field.gaussians(log_joint, points, unit)
-        for _ in range(_NUM_NEWTON):
-            _, gradients = value_and_gradient(log_joint, points)
-            moves = [g.solve(row) for g, row in zip(gaussians, gradients[:, field.of_pattern])]
-            points[:, field.of_pattern] += torch.stack(moves).nan_to_num(0.0, 0.0, 0.0)
-        gaussians = field.gaussians(log_joint, points, unit)
+        gaussians = field.conditionals(log_joint, points, unit)
         root = gaussians[0].root_tril
         self._below = torch.tril_indices(len(root), len(root), -1, device=root.device)
         found = torch.cat(
@@ -181,6 +192,42 @@ class ConditionalGaussian:
         is_finite = found.isfinite().all(1)
         terms = self._terms(points[:, field.of_globals])
         self._weights = (torch.linalg.pinv(terms[is_finite]) @ found[is_finite]).T.contiguous()
+
+    def share_beyond(self, latents: Tensor) -> Tensor:
+        """The share of each global beyond an outer 1 % quantile of draws ``(n, D)``, the larger one.
+
+        By Laplace's approximation of the density of the globals (reference 2), on the line of their means
+        given one of them: about 1 %, if draws lack no tail. Shape ``(G,)``.
+        """
+        globals_ = latents[:, self.of_globals]
+        middle, covariance = globals_.median(0).values, torch.atleast_2d(globals_.T.cov())
+        reach = _BEYOND * covariance.diagonal().sqrt()
+        low, high = globals_.quantile(latents.new_tensor([_OUTER, 1 - _OUTER]), 0)
+        part = torch.linspace(0, 1, _PARTS + 1, dtype=low.dtype, device=low.device)[:, None]
+        grid = [low + reach * (part[:-1] - 1), low + (high - low) * part, high + reach * part[1:]]
+        found = []
+        for k, line in enumerate(torch.cat(grid).T):
+            slope = covariance[k] / covariance[k, k].clamp_min(torch.finfo(low.dtype).tiny)
+            log_density = self._log_marginal(middle + (line - middle[k])[:, None] * slope)
+            density = (log_density - log_density.nan_to_num(-torch.inf).max()).exp().nan_to_num(0.0)
+            mass = (density[1:] + density[:-1]) * line.diff()
+            beyond = torch.stack([mass[:_PARTS].sum(), mass[-_PARTS:].sum()])
+            found.append(beyond.max() / mass.sum())
+        return torch.stack(found)
+
+    def _log_marginal(self, globals_: Tensor) -> Tensor:
+        """Laplace's approximation of the log density of globals ``(n, G)``, up to a constant."""
+        field = self._field
+        points = self._unit.expand(len(globals_), -1).clone()
+        points[:, self.of_globals] = globals_
+        points[:, self.of_field] = self._conditionals(globals_)[0].T
+        gaussians = field.conditionals(self._log_joint, points, self._unit)
+        log_density, _ = value_and_gradient(self._log_joint, points)
+        inner = field.order[len(field.pattern.root) :]
+        widths = [
+            g.scale[inner].log().sum() + g.root_tril.diagonal().log().sum() for g in gaussians
+        ]
+        return log_density.to(globals_.dtype) + torch.stack(widths)
 
     def _terms(self, globals_: Tensor) -> Tensor:
         """Those of the polynomials, shape ``(n, num_terms)``; beyond the draws they stay as they are."""

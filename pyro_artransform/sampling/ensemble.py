@@ -24,6 +24,7 @@ from ..capture import ReplayError
 from ..joint import LogJoint
 from ..joint.density import CACHED
 from ..time_limit import is_out_of_time, limited
+from .conditional_gaussian import ConditionalGaussian
 from .convergence import GOOD_RHAT, Convergence, effective_draws, nested_rhat, nested_rhat_of_values
 from .modes import IndependentProposals, Modes, groups_of
 from .moving_chains import MovingChains
@@ -44,9 +45,9 @@ _NUM_SLOWEST = 32
 # below which slow chains are no modes, and the least share of proposals in one
 _MODES_RHAT, _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 1.1, 24, 0.01, 0.05
 # how often step sizes are halved because trajectories diverge, and the steps of one up to which that is cheap
-_MOST_HALVED, _SHORT = 1, 10
-# trajectories after which chains end if far more would be needed
-_PATIENCE = 96
+_MOST_HALVED, _SHORT = 3, 64
+# trajectories after which chains end if far more would be needed, and if too many diverge
+_PATIENCE, _ENOUGH_DIVERGENT = 96, 48
 
 
 class End(Enum):
@@ -56,6 +57,7 @@ class End(Enum):
     APART = "superchains stay in modes that chains do not move between"
     LIMIT = "as many trajectories were taken as a fit takes that is not asked for draws"
     TOO_MANY = "so many trajectories were taken that more would hardly help"
+    DIVERGENT = "so many trajectories diverged that more draws would not be trusted"
     OUT_OF_TIME = "the time was over"
 
 
@@ -120,6 +122,17 @@ class Ensemble(MovingChains):
             self._convergence = Convergence(rhat, *effective_draws(self.draws))
         return self._convergence
 
+    def share_beyond(self) -> Tensor:
+        """For each latent the share beyond an outer 1 % quantile of its draws, shape ``(D,)``.
+
+        By Laplace's approximation; zero where there is no field, or its priors say how it scales with others.
+        """
+        found, fitted = torch.zeros_like(self.log_joint.start), self._target.to_latent
+        if isinstance(fitted, ConditionalGaussian) and not self._has_parents[fitted.of_field].all():
+            latents, _ = self.log_joint.from_unconstrained(self.draws.flatten(0, 1))
+            found[fitted.of_globals] = fitted.share_beyond(latents)
+        return found
+
     @torch.no_grad()
     def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:
         """Goes on until there are enough effective draws of each latent, or no hope, or the time is over.
@@ -144,13 +157,19 @@ class Ensemble(MovingChains):
             self._target.confirm()
             if is_out_of_time():
                 return End.OUT_OF_TIME
-            if self._num_halved < _MOST_HALVED and self._diverge():
-                self._step_size.value /= 2
-                self._num_halved += 1
-                self._forget()
-                number = _BLOCK
-                continue
             size = self.num_trajectories
+            if self._diverge():
+                if (
+                    self._num_halved < _MOST_HALVED
+                    and self._length.value <= _SHORT * self.step_size
+                ):
+                    self._step_size.value /= 2
+                    self._num_halved += 1
+                    self._forget()
+                    number = _BLOCK
+                    continue
+                if size >= _ENOUGH_DIVERGENT:
+                    return End.DIVERGENT
             rhat = nested_rhat_of_values(self.draws, self.num_superchains)
             worst, ess = float(rhat.max()), 0.0
             if worst <= GOOD_RHAT:
@@ -184,10 +203,8 @@ class Ensemble(MovingChains):
             number = max(min(number, most - size), _BLOCK)
 
     def _diverge(self) -> bool:
-        """Whether smaller steps would enter corners that these do not; nor do independent proposals."""
-        is_short = self._length.value <= _SHORT * self.step_size
-        is_alone = is_short and self._proposals is None
-        return is_alone and share_of_divergent(self.infos) > MANY_DIVERGENT
+        """Whether trajectories leave a corner out, and so do independent proposals."""
+        return self._proposals is None and share_of_divergent(self.infos) > MANY_DIVERGENT
 
     def _of_slowest(self, rhat: Tensor) -> Convergence:
         """Of the latents whose superchains agree the least, and of those that were the last to pass."""

@@ -166,3 +166,18 @@ def test_the_divergence_of_a_gaussian_from_itself_is_zero():
     score = -torch.cholesky_solve(draws.T, scale).T
     assert fisher_divergence(draws, score) < 1e-4
     assert fisher_divergence(draws.sinh(), score) > 0.1
+
+
+def test_draws_without_a_tail_are_seen():
+    """Of a walk's scale: about 1 % is beyond the 1 % quantile, and far more once the lowest tenth is gone."""
+    pyro.set_rng_seed(0)
+    ensemble = Ensemble(non_centered(LogJoint(walk, (data(),)), with_shapes=True), 400)
+    with torch.no_grad():
+        ensemble.run(400)
+        fitted = ensemble._target.to_latent
+        latents, _ = ensemble.log_joint.from_unconstrained(ensemble.draws.flatten(0, 1))
+        q = latents[:, fitted.of_globals[0]]
+        beyond = fitted.share_beyond(latents)
+        truncated = fitted.share_beyond(latents[q > q.quantile(0.1)])
+    assert (beyond < 0.025).all(), beyond
+    assert 0.07 < truncated[0] < 0.15, truncated
