@@ -43,7 +43,7 @@ MOST_DEGREE = 4
 _MOST_TERMS, _DRAWS_BY_TERM, _WIDER = 40, 2, 2.0
 # sds of a normal distribution between its outer tenths
 _BETWEEN_TENTHS = 2.563
-# the share beyond an outer quantile of draws, and how far beyond it the density is looked at, in sds and parts
+# the share beyond an outer quantile of draws, and how far beyond it the density goes, in sds and parts
 _OUTER, _BEYOND, _PARTS = 0.01, 6.0, 8
 # steps of Newton's method to the mean given the globals, and those of differences, in sds
 _NUM_NEWTON, _DIFFERENCE = 3, 1e-3
