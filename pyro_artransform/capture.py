@@ -25,7 +25,7 @@ Function = Callable[..., tuple[Tensor, ...]]
 # calls with the same shapes after which a capture is worth while, how many of them it may take, or seconds
 _PATIENCE, _MOST_CALLS, _LEAST_SECONDS = 12, 30, 1.0
 # every so many replays one is compared with a call of the function, the first ones more often
-_CHECK_EVERY = 64
+_CHECK_EVERY = 256
 # units in the last place by which the two may differ
 _SLACK = 64.0
 
