@@ -33,8 +33,6 @@ _CHECK_ERRORS = _ATEN._linalg_check_errors.default
 # numbers of all tensors of a call, which are held while it is captured: where there are more, arithmetic
 # takes the time, and not what is around it
 _MOST_NUMBERS = 2**25
-# operations between two looks at the clock
-_LOOK_EVERY = 32
 # what gives Python numbers, and no more
 _READS = {
     *(Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
@@ -129,7 +127,7 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self._graph: Any = torch._C.Graph()
         self._end = end
-        self._num_numbers = self._num_operations = 0
+        self._num_numbers = 0
         # tensors are known by their identity, and memory by its address, for which they have to be held
         self._held, self._values = list[Tensor](), dict[int, Any]()
         self._numbers: dict[Any, Any] = {}
@@ -164,7 +162,8 @@ class _Recording(TorchDispatchMode):
         raise RuntimeError(why)
 
     def _record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        self._check_time()
+        if self.is_refused or time.process_time() > self._end or is_out_of_time():
+            self.refuse("the capture was refused, or takes too long")
         kind = _Kind.of(func)
         arguments = kind.bound(args, kwargs)
         if not _READ_BY.isdisjoint(func.tags):
@@ -188,12 +187,6 @@ class _Recording(TorchDispatchMode):
             self._varying |= new
         self.has_lifted |= func is _ATEN.lift_fresh.default
         return found
-
-    def _check_time(self) -> None:
-        self._num_operations += 1
-        is_look = self._num_operations % _LOOK_EVERY == 0
-        if self.is_refused or (is_look and (time.process_time() > self._end or is_out_of_time())):
-            self.refuse("the capture was refused, or takes too long")
 
     def read(self, func: Any, values: Iterable[Tensor]) -> None:
         """Refuses a function that gives Python values which vary; others have to stay as they are."""
@@ -339,11 +332,7 @@ class _Reads(TorchFunctionMode):
         if not _is_known(func, found):
             recording.refuse(f"{func} may give Python values")
         is_python = isinstance(func, FunctionType)
-        if (
-            recording.has_lifted
-            and not is_python
-            and any(True for _ in _tensors(_sequences(func, args)))
-        ):
+        if recording.has_lifted and not is_python and [*_tensors(_sequences(func, args))]:
             recording.refuse(f"{func} makes a tensor of numbers that it reads from others")
         return found
 

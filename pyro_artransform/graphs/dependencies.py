@@ -36,7 +36,6 @@ _NUM_GROUPINGS = 4
 _NUM_REPEATED, _MOST_ULPS, _CLEAR = 6, 8.0, 6.0
 # nats by which one sd of each of a pair interacts, below which a graph may lack it: half their square is lost
 _LEAST = 0.01
-_SEED = 20260101
 # a generator of the CPU works for every device
 _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
@@ -57,9 +56,8 @@ class DependencyGraph(NamedTuple):
     """The Markov graph of a density, with the largest second derivatives that were seen."""
 
     neighbours: tuple[frozenset[int], ...]
-    pairs: (
-        Tensor  #: of neighbours, the smaller coordinate first, and of each coordinate with itself
-    )
+    #: of neighbours, the smaller coordinate first, and of each coordinate with itself
+    pairs: Tensor
     second: Tensor  #: of each pair
 
 
@@ -140,13 +138,10 @@ class _Search:
     """A search for pairs of coordinates that depend on each other."""
 
     def __init__(
-        self,
-        log_density: LogDensityOfRows,
-        eps: float,
-        neighbours: list[set[int]] | None = None,
+        self, log_density: LogDensityOfRows, eps: float, neighbours: list[set[int]] | None = None
     ) -> None:
         self.log_density, self._eps = log_density, eps
-        self.generator = torch.Generator().manual_seed(_SEED)
+        self.generator = torch.Generator().manual_seed(0)
         #: whether there is a graph that the search adds to, so that each new pair is a finding
         self._is_known = neighbours is not None
         self.neighbours = neighbours or [set[int]() for _ in log_density.start]
@@ -213,7 +208,7 @@ class _Search:
     def _gradients(self, points: Tensor) -> Tensor:
         """Gradients with the same random numbers each time, so that they are of one mini-batch."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(_SEED)
+            torch.manual_seed(0)
             return value_and_gradient(self.log_density, points)[1]
 
     def _note(self, columns: Tensor, changed: Tensor, second: Tensor) -> None:

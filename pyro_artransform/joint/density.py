@@ -40,6 +40,7 @@ from .traces import (
 )
 from .vectorization import (
     DRAWS,
+    NUM_COMPARED,
     STRATEGIES,
     Choice,
     DrawPlate,
@@ -59,7 +60,7 @@ Kwargs = Mapping[str, object]
 CACHED = 16
 # strategies are compared near the start, and far away on either side, on one as far as the prior is wide; at
 # more points near the start where these are not finite
-_NUM_NEAR, _FAR, _SEED = 3, 2.5, 20260105
+_FAR = 2.5
 # the most structures that are remembered, as arguments of other shapes come and go by batches
 _MOST_SIGNATURES = 64
 
@@ -119,7 +120,8 @@ class LogJoint(LogDensity):
         self._checked = {argument_signature((args, kwargs))}
         self.coordinates: Coordinates | None = None
         self.maps_priors = True  #: not where the user wants the coordinates of the model
-        self._first = self._latent_vector(first)
+        values = {name: first.nodes[name]["value"].detach() for name in self.latents.sites}
+        self._first = self.latents.unconstrain(values)
         #: the latents of known runs, of which the first is at the start
         self._nodes = [{n["name"]: n for n in latent_nodes(t)} for t in traces or (first,)]
         # these are found once, for all copies
@@ -131,14 +133,14 @@ class LogJoint(LogDensity):
             self._choice()
 
     def _choose(self) -> Choice:
-        start, generator = self._find_start(), torch.Generator().manual_seed(_SEED)
+        start, generator = self._find_start(), torch.Generator().manual_seed(0)
         with _quietly():
             on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}
-            noise = torch.randn(_NUM_NEAR, len(start), generator=generator, **on_cpu).to(start)
+            noise = torch.randn(NUM_COMPARED, len(start), generator=generator, **on_cpu).to(start)
             wide = scales_of(priors_of(self._nodes[0], self.latents), self.latents, start)
             near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
             points = start + torch.cat([near[:1], wide.clamp_min(1.0) * far, -far, near[1:]])
-            return choose_strategy(self._evaluate, {"z": points}, num_single=3)
+            return choose_strategy(self._evaluate, {"z": points}, NUM_COMPARED)
 
     @cached_property
     def strategy(self) -> str:
@@ -181,10 +183,6 @@ class LogJoint(LogDensity):
                     there = self._evaluate({"z": origin}, None)["total"]
                     return origin if bool((here < there) & there.isfinite()) else u
         return u
-
-    def _latent_vector(self, trace: Any) -> Tensor:
-        sites = self.latents.sites
-        return self.latents.unconstrain({k: trace.nodes[k]["value"].detach() for k in sites})
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
@@ -320,7 +318,7 @@ class LogJoint(LogDensity):
             run = partial(_sample, [nodes[name] for name in sites])
         evaluate = partial(map_draws, run, self.latents, sites, self.num_plates, is_inverse)
         with pyro.validation_enabled(False):
-            found = evaluate_many(evaluate, {"z": z}, strategy, _nan_at, size)
+            found = evaluate_many(evaluate, {"z": z}, strategy, _nan, size)
         return found["z"], found["total"]
 
     def prior_scales(self, u: Tensor) -> Tensor:
@@ -380,9 +378,6 @@ def _identities(args: Args, kwargs: Kwargs) -> list[Any]:
 
 
 def _nan(draws: Draws) -> Terms:
-    """The log joint density of a draw at which the model fails, with a gradient."""
-    return {"total": draws["z"].sum() * torch.nan}
-
-
-def _nan_at(draws: Draws) -> Terms:
-    return {"z": draws["z"] * torch.nan, **_nan(draws)}
+    """What is known of a draw at which the model fails, with a gradient."""
+    z = draws["z"] * torch.nan
+    return {"z": z, "total": z.sum()}

@@ -25,7 +25,6 @@ from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, Structured
 from ...sampling import Ensemble
 from ..config import InitializationConfig
 from ..loader import Batch
-from ..mcmc import from_nothing
 from ..optimization.training import copies, copy_to
 from .from_draws import DRAWS_BY_DIM, DenseGaussian, dense_gaussian, sparse_gaussian
 
@@ -37,8 +36,8 @@ AT_DRAWS = "a Gaussian at draws of the ensemble"
 # standard errors, and nats, by which the Gaussian has to beat the guide
 _GAIN_IN_SE, _GAIN = 2.0, 0.01
 _MAX_HALVINGS = 12  # of the scale of a Gaussian that reaches to where the density is low, or none
-# latents of a mini-batch at most: memory; draws at which the curvature is asked, and those of the ELBO
-_MOST_LATENTS, _NUM_CENTERED, _NUM_FOR_ELBO = 1000, 8, 512
+# latents of a mini-batch at most: memory; and draws at which the curvature is asked
+_MOST_LATENTS, _NUM_CENTERED = 1000, 8
 
 
 class InitialGuide(NamedTuple):
@@ -192,6 +191,7 @@ def find_initial_minibatch_guide(
     guide: MinibatchGuide,
     batch: Batch,
     elbo_draws: Callable[[int], Tensor],
+    chains_of: Callable[[LogJoint], Ensemble | None],
     config: InitializationConfig,
 ) -> InitialGuide:
     """Starts a guide near draws of the latents of one mini-batch, if it is better there.
@@ -199,6 +199,7 @@ def find_initial_minibatch_guide(
     A guide of too many latents, or without any that all mini-batches share, stays as it is.
 
     :param elbo_draws: estimates of the guide's ELBO, from a number of draws.
+    :param chains_of: chains of a density; ``None`` where none can be run.
     """
     structure = log_joint.structure(*batch)
     is_large = log_joint.latents.latent_dim > _MOST_LATENTS
@@ -210,13 +211,11 @@ def find_initial_minibatch_guide(
 
     def candidate(name: str) -> InitialGuide:
         with _common_noise():
-            elbo = elbo_draws(_NUM_FOR_ELBO).mean()
+            elbo = elbo_draws(config.num_compared).mean()
         return InitialGuide(name, elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item())
 
     initial, before = candidate(UNCHANGED), copies(guide.parameters())
-    with suppress(ValueError):  # too few starts with a finite density
-        ensemble = from_nothing(shared, config.num_for_start)
-        ensemble.run(config.num_for_start)
+    if (ensemble := chains_of(shared)) is not None:
         u = ensemble.draws.flatten(0, 1)
         if guide.prior.is_chosen:
             guide.center_at(u[:: math.ceil(len(u) / _NUM_CENTERED)], log_joint, share)

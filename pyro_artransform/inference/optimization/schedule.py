@@ -23,8 +23,8 @@ LIMIT = (
 _WARM_UP = 20
 # steps in which it falls, and the share of it that it falls from: the gradient for the tails is noisier
 _DECAY, _DECAY_FACTOR = 150, 0.3
-# the same of a given number of steps, which may end far from the posterior: all of them have to move
-_DECAY_SHARE, _DECAY_FACTOR_OF_GIVEN = 0.4, 1.0
+# the share of a given number of steps in which it falls, from all of it: they may end far from the posterior
+_DECAY_SHARE = 0.4
 # how many times as many draws say that no step is left: by a thousand k-hat is known to 0.15
 _TIMES_AT_END = 5
 # what the average of parameters reaches back, as a share of all steps
@@ -97,16 +97,13 @@ class Schedule:
 
     def _decaying(self, step: int, reason: str) -> "Schedule":
         """The schedule whose step size goes down from now on."""
-        return replace(self, decay_start=step, end=step + self._num_decaying, reason=reason)
-
-    @property
-    def _num_decaying(self) -> int:
-        return self.whole_epochs(_DECAY)
+        end = step + self.whole_epochs(_DECAY)
+        return replace(self, decay_start=step, end=end, reason=reason)
 
     def expected_end(self, step: int) -> int:
         """The number of steps in all; while it is not known, that of a fit that stops moving now."""
         still = max(step, 2 * self.whole_epochs(self.config.window, _MIN_EPOCHS))
-        return still + self._num_decaying if self.end is None else self.end
+        return still + self.whole_epochs(_DECAY) if self.end is None else self.end
 
     def is_for_check(self, step: int) -> bool:
         """Whether to check, after a number of steps, what is left to win."""
@@ -160,7 +157,7 @@ class Schedule:
         if self.end is None or step < self.decay_start:
             return min(1.0, (step + 1) / _WARM_UP)
         share = (step - self.decay_start) / (self.end - self.decay_start)
-        size = _DECAY_FACTOR if self.num_steps is None else _DECAY_FACTOR_OF_GIVEN
+        size = _DECAY_FACTOR if self.num_steps is None else 1.0
         return size * 0.5 * (1 + math.cos(math.pi * share))
 
     def average_weight(self, step: int) -> float:
