@@ -48,7 +48,8 @@ _METADATA = {
 _REFUSED = {"apply_", "map_", "map2_", "backward"}
 _VALUELESS = (Tensor, torch.Size, torch.dtype, torch.device, torch.layout, type(None))
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, type(None))
-_MEMORY_FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2}
+# in the order of their numbers
+_MEMORY_FORMATS = [torch.contiguous_format, torch.preserve_format, torch.channels_last]
 
 
 # without the detour by which hooks and backward passes in Python would run out of sight
@@ -171,7 +172,9 @@ class _Recording(TorchDispatchMode):
             self.read(func, _tensors(read))
         given = [self._lowered(*pair) for pair in zip(arguments, kind.types)]
         if func is _ATEN._to_copy.default and not isinstance(arguments[0], Tensor):  # of vmap
-            given[0] = self._graph.insertConstant(_number(arguments[0]))
+            dtype = torch.float64 if isinstance(arguments[0], float) else None  # as Python has it
+            number = torch.tensor(arguments[0], dtype=dtype, device="cpu")
+            given[0] = self._graph.insertConstant(number)
         written = [arguments[i] for i in kind.written]
         if not self._given.isdisjoint(map(_memory, _tensors(written))):
             self.refuse(f"{func} writes into a tensor that was there before the call")
@@ -220,7 +223,7 @@ class _Recording(TorchDispatchMode):
         key = repr(value)
         if key not in self._numbers:
             if isinstance(value, torch.memory_format):
-                value = _MEMORY_FORMATS[value]
+                value = _MEMORY_FORMATS.index(value)
             self._numbers[key] = self._graph.insertConstant(value)
         return self._numbers[key]
 
@@ -376,12 +379,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _tensors(value)
-
-
-def _number(value: complex) -> Tensor:
-    """A tensor of a number of Python's, in the precision that it has there."""
-    dtype = torch.float64 if isinstance(value, float) else None
-    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _memory(value: Tensor) -> int:

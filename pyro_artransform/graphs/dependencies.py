@@ -27,7 +27,7 @@ from .markov_graph import color_columns
 _MOST_ENTRIES = 2_000_000
 #: units in the last place by which sums of about a thousand terms in another order may differ
 ROUND_OFF = 1e3
-_MAX_HALVINGS = 12
+MAX_HALVINGS = 12  #: of a step, or a scale, before it is given up
 # random halves of elements: two that depend on each other are in one half of all with probability 1e-6
 _NUM_HALVINGS = 20
 # of coordinates, at draws and at a wider point: one shows what another hides
@@ -177,7 +177,7 @@ class _Search:
         """
         left, step, base = coordinates, other - point, self._gradients(point[None])[:, None]
         all_of_one = torch.zeros(len(point), dtype=torch.long, device=point.device)
-        for _ in range(_MAX_HALVINGS):
+        for _ in range(MAX_HALVINGS):
             if len(left):
                 left, step = self._move(point, step, left[:, None], all_of_one, base), 0.5 * step
         # of the rest nothing is known: they may depend on everything
@@ -298,7 +298,7 @@ def _finite_point(
     """A point around the start with a finite gradient."""
     start = log_density.start
     noise = torch.randn(len(start), generator=generator, **_ON_CPU).to(start)
-    for k in range(_MAX_HALVINGS):
+    for k in range(MAX_HALVINGS):
         point = start + spread * 0.5**k * noise
         if bool(value_and_gradient(log_density, point[None])[1].isfinite().all()):
             return point

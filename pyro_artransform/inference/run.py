@@ -42,7 +42,7 @@ from .set_up import SetUp, naming_arguments
 
 _ASKED = "the callback asked to stop"
 # the shares of max_seconds at which the first chains end, and steps
-_START_UNTIL, _STEPS_UNTIL = 0.5, 0.7
+_START_UNTIL, _STEPS_UNTIL = 0.5, 0.75
 # draws of a guide without steps, beside those that were asked for
 _NUM_BESIDE_DRAWS = 2000
 

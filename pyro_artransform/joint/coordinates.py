@@ -22,7 +22,8 @@ from .sites import Latents, LatentSpace
 # above it an element is as the model is written, which costs nothing (benchmarks/coordinates.md)
 _CENTERED = 0.95
 _BETWEEN_QUARTILES = 1.349  # sds of a normal distribution
-_LABELS_AT_ONCE = 64  # second derivatives that are computed together
+# points at which the curvature is found, and second derivatives that are computed together
+_NUM_POINTS, _LABELS_AT_ONCE = 8, 64
 
 CoordinatesArgument = str | Mapping[str, Any]
 
@@ -40,7 +41,7 @@ def centered_by_curvature(
     an element is left in units of its prior, with strong data it is as the model is written: 1 above 0.95.
 
     :param non_centered: the log joint density in coordinates with lambda 0.
-    :param x: points, shape ``(n, latent_dim)``, over which h is averaged.
+    :param x: points, shape ``(n, latent_dim)``: h is averaged over eight of them.
     :param together: labels, shape ``(latent_dim,)``: coordinates of one label have no second derivatives
         with each other, as the elements of a plate, and move together.
     :param weights: by which the density of a coordinate is scaled down: the share of a mini-batch.
@@ -57,6 +58,7 @@ def _second_derivatives(
     is_mapped, found = non_centered.coordinates.centered < 1, torch.zeros_like(x[0])
     labels = torch.arange(len(found), device=x.device) if together is None else together
     with torch.enable_grad():
+        x = x[:: -(-len(x) // _NUM_POINTS)]
         point = x.detach().requires_grad_()
         value = non_centered(point)
         (slope,) = torch.autograd.grad(value.sum(), point, create_graph=True)

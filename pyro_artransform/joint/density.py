@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
-from .checks import Checked, checked
+from .checks import checked
 from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
@@ -61,8 +61,8 @@ CACHED = 16
 # strategies are compared near the start, and far away on either side, on one as far as the prior is wide; at
 # more points near the start where these are not finite
 _FAR = 2.5
-# the most structures that are remembered, as arguments of other shapes come and go by batches
-_MOST_SIGNATURES = 64
+#: the most structures that are remembered, as arguments of other shapes come and go by batches
+MOST_SIGNATURES = 64
 
 
 class LogJoint(LogDensity):
@@ -226,7 +226,7 @@ class LogJoint(LogDensity):
             if (shapes := argument_signature(arguments)) not in self._checked:
                 check_data(trace)
                 self._checked.add(shapes)
-            if len(self._structures) >= _MOST_SIGNATURES:
+            if len(self._structures) >= MOST_SIGNATURES:
                 self._structures.clear()
             self._structures[key] = ModelStructure.from_trace(trace)
         return self._structures[key]
@@ -258,12 +258,7 @@ class LogJoint(LogDensity):
         with pyro.validation_enabled(False):
             return evaluate_many(self._evaluate, {"z": z}, strategy, _nan, chunk_size)["total"]
 
-    def checked(self, z: Tensor, log_q: Tensor | None = None) -> Checked:
-        """The log density of draws, compared with single runs.
-
-        See :func:`~pyro_artransform.joint.checks.checked`.
-        """
-        return checked(self, z, log_q)
+    checked = checked
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:

@@ -19,9 +19,6 @@ from .density import Args, Kwargs, LogJoint
 from .handlers import FirstIndices
 from .vectorization import agree
 
-# parts of draws are larger by this factor: each is a run of the model for each mini-batch
-_FEWER_PARTS = 4
-
 
 class Anchor(NamedTuple):
     """A log density ``()`` and its gradient ``(latent_dim,)`` at a point ``(latent_dim,)``."""
@@ -69,7 +66,6 @@ class MeanLogJoint(LogJoint):
                 "depends on its data: make the guide with coordinates='model'"
             )
         vars(self).update(vars(largest))
-        self.chunk_size *= _FEWER_PARTS
         #: the part of all data that the mini-batches are, by their scales
         self.share = math.fsum(shares)
         self._is_even = is_even

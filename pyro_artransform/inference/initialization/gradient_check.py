@@ -12,14 +12,12 @@ import torch
 from torch import Tensor
 
 from ...arguments import first_of
-from ...graphs.dependencies import value_and_gradient
+from ...graphs.dependencies import ROUND_OFF, value_and_gradient
 from ...joint import LogJoint
 
 # points, their distance from a center, and half the lengths of lines, in units of the unconstrained space
 _NUM_POINTS, _SPREAD = 6, 0.3
 _STEPS = (0.1, 0.02, 0.004, 0.0008, 0.00016)
-# round-off of a density of about a thousand terms, in units of eps and its value
-_NOISE = 100.0
 # what is missing, as a share of the rise; how far it may differ by the lengths; how many have to show it
 _SHARE, _SLACK, _NUM_SHOWN = 0.01, 0.2, 3
 # the share of points that have to show it: what is missing may be zero at some
@@ -78,7 +76,7 @@ def _lacking(density: LogJoint, center: Tensor, moved: Tensor) -> float:
     rate, rise = missing[usable] / steps, expected[usable].abs() / steps
     slope = rate.median(-1, keepdim=True).values
     eps = max(density.latents.eps, torch.finfo(dtype).eps)
-    noise_level = _NOISE * eps * value[usable].abs().amax()
+    noise_level = ROUND_OFF * eps * value[usable].abs().amax()
     is_shown = slope.abs() * steps > noise_level
     is_alike = (rate - slope).abs() <= _SLACK * slope.abs()
     is_large = slope.abs() > _SHARE * rise

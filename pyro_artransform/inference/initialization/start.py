@@ -17,7 +17,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...graphs.dependencies import value_and_gradient
+from ...graphs.dependencies import MAX_HALVINGS, value_and_gradient
 from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
 from ...joint.coordinates import centered_by_draws
@@ -35,9 +35,7 @@ FAILED = "initial guide, since chains found no Gaussian with a finite ELBO"
 AT_DRAWS = "a Gaussian at draws of the ensemble"
 # standard errors, and nats, by which the Gaussian has to beat the guide
 _GAIN_IN_SE, _GAIN = 2.0, 0.01
-_MAX_HALVINGS = 12  # of the scale of a Gaussian that reaches to where the density is low, or none
-# latents of a mini-batch at most: memory; and draws at which the curvature is asked
-_MOST_LATENTS, _NUM_CENTERED = 1000, 8
+_MOST_LATENTS = 1000  # of a mini-batch: memory
 
 
 class InitialGuide(NamedTuple):
@@ -103,7 +101,7 @@ def _start_at_draws(
         # the mean gradient of a posterior is zero: what is left is the error of the mean
         for loc in (gaussian.loc + gaussian.solve(given[1].mean(0)), gaussian.loc):
             before = -math.inf
-            for k in range(_MAX_HALVINGS):
+            for k in range(MAX_HALVINGS):  # it may reach to where the density is low, or none
                 put = partial(_put, guide, gaussian, loc, 0.5**k)
                 try:
                     put()
@@ -218,7 +216,7 @@ def find_initial_minibatch_guide(
     if (ensemble := chains_of(shared)) is not None:
         u = ensemble.draws.flatten(0, 1)
         if guide.prior.is_chosen:
-            guide.center_at(u[:: math.ceil(len(u) / _NUM_CENTERED)], log_joint, share)
+            guide.center_at(u, log_joint, share)
         coordinates = guide.prior.coordinates_of(shared.latents)
         z, _ = shared.with_coordinates(coordinates).from_unconstrained(u)
         with suppress(torch.linalg.LinAlgError):  # at the edge of a support: without covariance

@@ -144,10 +144,6 @@ class Schedule:
         (old, old_var), (new, new_var) = _mean_and_variance(before), _mean_and_variance(after)
         return not old - new > max(self.config.min_improvement, math.sqrt(old_var + new_var))
 
-    def is_constant_until(self, step: int) -> bool:
-        """Whether the step size begins to fall after exactly so many steps."""
-        return self.end is not None and step == self.decay_start
-
     def is_over(self, step: int) -> bool:
         """Whether a number of steps is enough."""
         return self.end is not None and step >= self.end

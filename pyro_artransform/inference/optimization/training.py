@@ -148,7 +148,8 @@ class Training:
                 copy_to(self.trained, self._average)
             self.schedule = self.schedule.after_check(self.num_steps, self._log_weights)
             copy_to(self.trained, present)
-        if self._has_decay and self.schedule.is_constant_until(self.num_steps):
+        is_end_known = self._has_decay and self.schedule.end is not None
+        if is_end_known and self.num_steps == self.schedule.decay_start:
             copy_to(self.trained, self._average)
         return value
 
