@@ -159,10 +159,8 @@ def errors_by_chains(draws: Tensor, of_guide: Tensor) -> MarginalErrors:
     ratio = 1 / sd
     errors = MarginalErrors(-mean / sd, mean_se, ratio, ratio * log_var.sqrt() / 2)
     # the Pareto index of each tail, less its standard error
-    tails = [fit_tails(each.abs().log()) for each in (flat, own)]
-    return known(
-        errors, flat.new_tensor([[t.khat - t.khat_se for t in of] for of in tails]).amax(0)
-    )
+    tails = [[t.khat - t.khat_se for t in fit_tails(each.abs().log())] for each in (flat, own)]
+    return known(errors, flat.new_tensor(tails).amax(0))
 
 
 @torch.no_grad()

@@ -78,10 +78,9 @@ def _make_group() -> None:
 @cache
 def _rendezvous() -> "tuple[distributed.Store, int, int]":
     """The store by which all processes find each other, the rank and their number."""
-    alone: dict[str, Any] = (
-        {} if distributed.is_torchelastic_launched() else {"timeout": _FIRST_MEETING}
-    )
-    return cast(Any, next(distributed.rendezvous("env://", **alone)))
+    is_launched = distributed.is_torchelastic_launched()
+    timeout = distributed.constants.default_pg_timeout if is_launched else _FIRST_MEETING
+    return cast(Any, next(distributed.rendezvous("env://", timeout=timeout)))
 
 
 def _wait_for(what: str, function: Callable[..., object], *args: object, hint: str = _LATE) -> None:

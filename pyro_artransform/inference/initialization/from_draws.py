@@ -99,7 +99,7 @@ def _negative_slopes(
     z: Tensor, gradients: Tensor, regressors: list[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each coordinate's gradient in its regressors: rows, columns, and slopes with the other sign."""
-    (count, dim), found = z.shape, list[tuple[Tensor, Tensor, Tensor]]()
+    (count, dim), found = z.shape, list[tuple[Tensor, ...]]()
     padded = torch.cat([z, z.new_zeros(count, 1)], 1)
     for group in padded_groups(regressors, [1] * dim):
         every = torch.tensor(group.coordinates, dtype=torch.long, device=z.device)
@@ -111,10 +111,8 @@ def _negative_slopes(
             ridge = _RIDGE * count * torch.ones_like(x[0, 0]).diag()
             right = x.mT @ gradients[:, own].T[..., None]
             slopes = torch.linalg.solve(x.mT @ x + ridge, -right)[..., 0]
-            is_used = columns < dim
-            found.append(
-                (own[:, None].expand_as(columns)[is_used], columns[is_used], slopes[is_used])
-            )
+            parts, is_used = (own[:, None].expand_as(columns), columns, slopes), columns < dim
+            found.append(tuple(part[is_used] for part in parts))
     none = torch.zeros(0, dtype=torch.long, device=z.device)
     rows, columns, values = map(torch.cat, zip((none, none, z.new_zeros(0)), *found))
     return rows, columns, values
