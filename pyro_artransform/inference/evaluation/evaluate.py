@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...diagnostics import Importance, Marginals
-from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.importance import CLEAR_IN_SE, GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
 from ...joint.vectorization import draws_at_a_time
@@ -31,7 +31,6 @@ from .verdict import (
     judge,
 )
 
-_UNCLEAR_KHAT_IN_SE = 2.0
 # modes that matter, and the part of their share of draws that a guide has at least, unless it has lost them
 _MIN_SHARE, _MIN_PART = 0.01, 0.1
 
@@ -53,7 +52,7 @@ def draw(
     if not is_noisy and more >= count:
         found = Importance.from_log_weights(torch.cat(parts))
         # k-hat alone decides, and is not clearly below its limit
-        if found.is_close and found.khat + _UNCLEAR_KHAT_IN_SE * found.khat_se >= GOOD_KHAT:
+        if found.is_close and found.khat + CLEAR_IN_SE * found.khat_se >= GOOD_KHAT:
             parts += [chunk.log_weights for chunk in limited(subject.weighted_draws(more))]
     return torch.cat(parts), torch.cat(latents) if latents else None
 

@@ -17,6 +17,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ...diagnostics.importance import CLEAR_IN_SE
 from ...graphs.dependencies import MAX_HALVINGS, value_and_gradient
 from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
@@ -33,8 +34,7 @@ UNCHANGED = "initial guide"
 #: the same, where chains found no Gaussian that it could be compared with
 FAILED = "initial guide, since chains found no Gaussian with a finite ELBO"
 AT_DRAWS = "a Gaussian at draws of the ensemble"
-# standard errors, and nats, by which the Gaussian has to beat the guide
-_GAIN_IN_SE, _GAIN = 2.0, 0.01
+_GAIN = 0.01  # nats by which the Gaussian has to beat the guide, beside what may be by chance
 _MOST_LATENTS = 1000  # of a mini-batch: memory
 
 
@@ -140,7 +140,7 @@ def _judge(density: LogJoint, guide: FlowGuide, count: int) -> tuple[float, floa
     ratios = density(z) - log_q
     mean, median = ratios.mean(), ratios.median()
     error = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0)
-    bound = mean + _GAIN_IN_SE * error
+    bound = mean + CLEAR_IN_SE * error
     # tails are one-sided: the median if it is between
     bound = torch.where((mean <= median) & (median < bound), median, bound)
     elbo, bound = torch.stack([mean, bound]).nan_to_num(-torch.inf, -torch.inf, -torch.inf).tolist()

@@ -27,8 +27,8 @@ _DECAY, _DECAY_FACTOR = 150, 0.3
 _DECAY_SHARE = 0.4
 # how many times as many draws say that no step is left: by a thousand k-hat is known to 0.15
 _TIMES_AT_END = 5
-# what the average of parameters reaches back, as a share of all steps
-_AVERAGED_SHARE = 1 / 3
+# the average of parameters reaches back over one of so many parts of all steps
+_AVERAGED_PARTS = 3
 # epochs in a window, and in the longest constant phase where these are more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
@@ -162,7 +162,7 @@ class Schedule:
         See Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
         Averaging Schemes (Shamir, Zhang, 2013), https://arxiv.org/abs/1212.1824.
         """
-        return 1 / max(_AVERAGED_SHARE * step, 1)
+        return _AVERAGED_PARTS / max(step, _AVERAGED_PARTS)
 
 
 def _mean_and_variance(losses: Sequence[float]) -> tuple[float, float]:
