@@ -35,8 +35,6 @@ _CHECK_ERRORS = _ATEN._linalg_check_errors.default
 # numbers of all tensors of a call, which are held while it is captured: where there are more, arithmetic
 # takes the time, and not what is around it
 _MOST_NUMBERS = 2**25
-# operations between two looks at the clock
-_LOOK_EVERY = 32
 # what gives Python numbers, and no more
 _READS = {
     *(Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
@@ -52,7 +50,8 @@ _METADATA = {
 _REFUSED = {"apply_", "map_", "map2_", "backward"}
 _VALUELESS = (Tensor, torch.Size, torch.dtype, torch.device, torch.layout, type(None))
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, type(None))
-_MEMORY_FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2}
+# in the order of their numbers
+_MEMORY_FORMATS = [torch.contiguous_format, torch.preserve_format, torch.channels_last]
 
 
 # without the detour by which hooks and backward passes in Python would run out of sight
@@ -131,7 +130,7 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self._graph: Any = torch._C.Graph()
         self._end = end
-        self._num_numbers = self._num_operations = 0
+        self._num_numbers = 0
         # tensors are known by their identity, and memory by its address, for which they have to be held
         self._held, self._values = list[Tensor](), dict[int, Any]()
         self._numbers: dict[Any, Any] = {}
@@ -167,7 +166,8 @@ class _Recording(TorchDispatchMode):
         raise RuntimeError(why)
 
     def _record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        self._check_time()
+        if self.is_refused or time.process_time() > self._end or is_out_of_time():
+            self.refuse("the capture was refused, or takes too long")
         kind = Schema.of(func)
         arguments = kind.bound(args, kwargs)
         if not _READ_BY.isdisjoint(func.tags):
@@ -175,7 +175,9 @@ class _Recording(TorchDispatchMode):
             self.read(func, _tensors(read))
         given = [self._lowered(*pair) for pair in zip(arguments, kind.types)]
         if func is _ATEN._to_copy.default and not isinstance(arguments[0], Tensor):  # of vmap
-            given[0] = self._graph.insertConstant(_number(arguments[0]))
+            dtype = torch.float64 if isinstance(arguments[0], float) else None  # as Python has it
+            number = torch.tensor(arguments[0], dtype=dtype, device="cpu")
+            given[0] = self._graph.insertConstant(number)
         written = [arguments[i] for i in kind.written]
         if not self._given.isdisjoint(map(_memory, _tensors(written))):
             self.refuse(f"{func} writes into a tensor that was there before the call")
@@ -194,12 +196,6 @@ class _Recording(TorchDispatchMode):
             self._varying |= new
         self.has_lifted |= func is _ATEN.lift_fresh.default
         return found
-
-    def _check_time(self) -> None:
-        self._num_operations += 1
-        is_look = self._num_operations % _LOOK_EVERY == 0
-        if self.is_refused or (is_look and (time.process_time() > self._end or is_out_of_time())):
-            self.refuse("the capture was refused, or takes too long")
 
     def read(self, func: Any, values: Iterable[Tensor]) -> None:
         """Refuses a function that gives Python values which vary; others have to stay as they are."""
@@ -233,7 +229,7 @@ class _Recording(TorchDispatchMode):
         key = repr(value)
         if key not in self._numbers:
             if isinstance(value, torch.memory_format):
-                value = _MEMORY_FORMATS[value]
+                value = _MEMORY_FORMATS.index(value)
             self._numbers[key] = self._graph.insertConstant(value)
         return self._numbers[key]
 
@@ -321,11 +317,7 @@ class _Reads(TorchFunctionMode):
         if not _is_known(func, found):
             recording.refuse(f"{func} may give Python values")
         is_python = isinstance(func, FunctionType)
-        if (
-            recording.has_lifted
-            and not is_python
-            and any(True for _ in _tensors(_sequences(func, args)))
-        ):
+        if recording.has_lifted and not is_python and [*_tensors(_sequences(func, args))]:
             recording.refuse(f"{func} makes a tensor of numbers that it reads from others")
         return found
 
@@ -369,12 +361,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _tensors(value)
-
-
-def _number(value: complex) -> Tensor:
-    """A tensor of a number of Python's, in the precision that it has there."""
-    dtype = torch.float64 if isinstance(value, float) else None
-    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _memory(value: Tensor) -> int:
