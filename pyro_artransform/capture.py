@@ -22,7 +22,7 @@ from .recording import Replay, record
 Function = Callable[..., tuple[Tensor, ...]]
 
 # calls with the same shapes after which a capture is worth while, and the seconds that it may take
-_PATIENCE, _MOST_SECONDS = 12, 3.0
+_PATIENCE, _MOST_SECONDS = 12, 20.0
 # every so many replays one is compared with a call of the function, the first ones more often
 _CHECK_EVERY = 256
 # units in the last place by which the two may differ
