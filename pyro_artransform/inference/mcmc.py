@@ -113,7 +113,8 @@ def mcmc(
         status = FitStatus(prior_only=warn_of_prior(log_joint))
         ensemble.run(num_samples)
         reason = limit.reason
-        return chains_of(ensemble, num_samples, limit.seconds, reason, status)
+        found = chains_of(ensemble, num_samples, limit.seconds, reason, status)
+        return found.with_model(model)
 
 
 def from_nothing(

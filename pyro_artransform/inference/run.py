@@ -148,7 +148,8 @@ def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
     training.finish()
     set_up.parallel.copy_first(set_up.tensors)
     judged = partial(_judge, set_up, training, is_saved)
-    return replace(set_up.parallel.first("the verdict", judged), guide=set_up.subject.guide)
+    model, guide, *_ = set_up.subject
+    return replace(set_up.parallel.first("the verdict", judged), guide=guide).with_model(model)
 
 
 def _cut_short(training: Training, is_saved: bool) -> str:
@@ -183,7 +184,7 @@ def _remedy(set_up: SetUp, num_steps: int) -> str:
 
 
 def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
-    """The result of the fit but for its guide."""
+    """The result of the fit but for its model and its guide."""
     subject, config, draws_first = set_up.subject, set_up.config, set_up.draws_first
     guide: object = subject.guide
     num_steps, num_gradients = training.num_steps, training.num_gradients
@@ -225,5 +226,6 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         culprits=dict(training.culprits),
         one_at_a_time=set_up.looped_because or subject.log_joint.reason,
         coordinates=guide.prior.space.centered_by_site() if isinstance(guide, PriorGuide) else {},
+        guide_class=type(guide).__name__,
         guide_reason=set_up.guide_reason,
     )
