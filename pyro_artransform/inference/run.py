@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from ..arguments import first_of
+from ..arguments import first_of, naming_arguments
 from ..files import FilePath
 from ..joint.protocols import FlowGuide, MinibatchGuide, PriorGuide
 from ..time_limit import INTERRUPTED, OUT_OF_TIME
@@ -36,7 +36,7 @@ from .optimization.schedule import LIMIT
 from .optimization.training import Training
 from .progress import ProgressBar
 from .result import FitResult
-from .set_up import SetUp, naming_arguments
+from .set_up import SetUp
 
 _ASKED = "the callback asked to stop"
 # the shares of max_seconds at which phases end: chains that were asked for, chains that only start a guide,
@@ -84,7 +84,7 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, bool]:
     of_batch = set_up.objective if minibatches is None else minibatches.objective
     batch, config, limit = Batch(args, kwargs), set_up.config.initialization, set_up.limit
     limit.enter_phase(_CHAINS_UNTIL if chains is not None and chains.is_asked else _START_UNTIL)
-    with naming_arguments(model, batch):
+    with naming_arguments(model, *batch):
         is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
         density = whole = log_joint
         if is_flow and minibatches is not None:
