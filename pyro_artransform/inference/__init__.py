@@ -6,7 +6,7 @@
 from ..posterior import Summary, log_likelihood, predict, summary, to_inference_data
 from .chains import Chains
 from .config import FitConfig
-from .evaluation.checks import Check, FailedCheck
+from .evaluation.checks import Check, FailedCheck, Verdict
 from .evaluation.elements import Elements
 from .fit import fit
 from .mcmc import mcmc
@@ -22,6 +22,7 @@ __all__ = [
     "FitError",
     "FitResult",
     "Summary",
+    "Verdict",
     "fit",
     "log_likelihood",
     "mcmc",

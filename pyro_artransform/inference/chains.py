@@ -112,7 +112,7 @@ class Chains(SavedResult):
         return found
 
     def predict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Data at each of ``draws``, as by :func:`~pyro_artransform.inference.predict`.
+        """Data at each of ``draws``, as by :func:`~pyro_artransform.posterior.predict`.
 
         :param args: the arguments of the model, new ones for predictions, or those of the fit for checks.
         :raises ValueError: if the model is not known, as after a load without it.

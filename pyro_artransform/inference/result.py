@@ -106,7 +106,7 @@ class FitResult(SavedResult):
         return summary(self._drawn(args, kwargs))
 
     def predict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Data at each of ``draws``, as by :func:`~pyro_artransform.inference.predict`.
+        """Data at each of ``draws``, as by :func:`~pyro_artransform.posterior.predict`.
 
         Without these they are at 1,000 draws of the guide. Where such draws need arguments, as those of
         ``AutoAmortized``, give them to that function.
