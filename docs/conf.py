@@ -39,7 +39,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(collections|contextlib|matplotlib|os|pyro|torch|typing)\..*"),
     (r"py:.*", "Tensor"),
     (r"py:.*", r"pyro_artransform\.(plots|conditioners\.blocks)\..*"),
-    (r"py:.*", r"pyro_artransform\.guides\.persistence\..*"),
+    (r"py:.*", r"pyro_artransform\.(guides\.persistence|inference\.saved)\..*"),
 ]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]

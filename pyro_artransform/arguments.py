@@ -82,24 +82,50 @@ def check_broadcast(names: str, *shapes: torch.Size) -> None:
         ) from None
 
 
+@contextmanager
+def naming_arguments(
+    called: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
+) -> Iterator[None]:
+    """Adds the arguments of a call to errors of it, where these may be of their shapes, kinds or values."""
+    try:
+        yield
+    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
+        words = describe_tensors(called, args, kwargs)
+        # what torch says of shapes, and Pyro of NaN, has no names of arguments
+        if words and (isinstance(error, RuntimeError) or any(words.values())):
+            error.args = (f"{error}\nThe arguments of the model are {'; '.join(words)}",)
+        raise
+
+
 def describe_tensors(
     called: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> dict[str, int]:
-    """The tensors in the arguments of a call, in words, and how many elements of each are not finite."""
+) -> dict[str, bool]:
+    """The tensors and arrays in the arguments of a call, in words, and whether these tell of a fault."""
     waiting: list[tuple[str, object]] = [("", kwargs), ("", list(args))]
     with suppress(TypeError, ValueError):  # not every callable says the names of its arguments
         waiting = [("", signature(called).bind(*args, **kwargs).arguments)]
     found = {}
     while waiting:
         name, value = waiting.pop()
-        if isinstance(value, Tensor):
-            count = int((~value.isfinite()).sum())
-            share = f", {count} of {value.numel()} elements not finite" if count else ""
-            found[f"{name} of shape {tuple(value.shape)}{share}"] = count
-        elif isinstance(value, (Mapping, list, tuple)):
+        if isinstance(value, (Mapping, list, tuple)):
             parts = value.items() if isinstance(value, Mapping) else enumerate(value)
             waiting += [(f"{name}[{key!r}]" if name else f"'{key}'", part) for key, part in parts]
+        elif isinstance(value, Tensor) or hasattr(value, "__array__"):
+            fault = _fault(value)
+            found[f"{name} of shape {tuple(getattr(value, 'shape', ()))}{fault}"] = bool(fault)
     return dict(sorted(found.items()))
+
+
+def _fault(value: Any) -> str:
+    """What is odd about an array as data, in words."""
+    if not isinstance(value, Tensor):
+        kind = type(value).__name__
+        return f", of type {kind} in place of a tensor (torch.as_tensor makes one of an array)"
+    if count := int((~value.isfinite()).sum()):
+        return f", {count} of {value.numel()} elements not finite"
+    default = torch.get_default_dtype()
+    is_other = value.is_floating_point() and value.dtype != default
+    return f", of {value.dtype}, where the default is {default}" if is_other else ""
 
 
 def first_of(words: Sequence[str]) -> str:

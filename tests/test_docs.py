@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 import pyro_artransform
+from pyro_artransform.inference.evaluation.checks import Check, FailedCheck, Verdict
 from tests.pitfalls.cases import CASES
 from tests.shortened_code import python_blocks, shortened
 
@@ -142,7 +143,7 @@ def test_the_fit_of_the_first_page_prints_its_verdict() -> None:
     exec(first.replace("seed=0", "seed=0, progress=False"), names)
     (elbo,) = re.findall(r"ELBO +(-[\d.]+)", printed)
     assert names["result"].elbo == pytest.approx(float(elbo), abs=2e-3)
-    assert names["result"].verdict.startswith(" ".join(printed.split()[1:3]))
+    assert repr(names["result"]).startswith(printed.split(",")[0])
 
 
 @pytest.mark.parametrize(
@@ -199,20 +200,36 @@ def sentences(path: Path) -> Iterator[str]:
             parts = [part.value if isinstance(part, ast.Constant) else "…" for part in node.values]
             yield "".join(map(str, parts))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
-            yield node.value
+            yield with_dots(node.value)
+
+
+def with_dots(template: str) -> str:
+    """A text with dots in the place of its fields."""
+    return re.sub(r"\{[^{}]*\}", "…", template)
+
+
+CHECKS = {check: with_dots(Verdict((FailedCheck(check, *check.value),)).words) for check in Check}
 
 
 def test_a_verdict_says_what_its_page_quotes() -> None:
     package = ROOT / PACKAGE
     paths = [*(package / "inference").rglob("*.py"), package / "diagnostics" / "marginals.py"]
     paths.append(package / "time_limit.py")
-    said = "\n".join(text for path in paths for text in sentences(path))
+    said = "\n".join([*CHECKS.values(), *(text for path in paths for text in sentences(path))])
     said = re.sub(r"\s+", " ", said)
     quotes = re.findall("“(.*?)”", PAGES["verdict.md"])
     assert len(quotes) > 20
     for quote in quotes:
         # the verdict begins with a sentence that is made of two
         assert quote.removesuffix(" …") in said, quote
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_page_of_verdicts_has_each_check(check: Check) -> None:
+    """But for those whose sentence is made elsewhere."""
+    quotes = [quote.removesuffix(" …") for quote in re.findall("“(.*?)”", PAGES["verdict.md"])]
+    is_made_elsewhere = re.fullmatch(r"\{\w+\}", check.value[0])
+    assert is_made_elsewhere or any(q in CHECKS[check] for q in quotes if len(q) > 20)
 
 
 def script_of_the_site(name: str) -> Any:

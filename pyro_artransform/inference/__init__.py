@@ -6,6 +6,7 @@
 from ..posterior import Summary, log_likelihood, predict, summary, to_inference_data
 from .chains import Chains
 from .config import FitConfig
+from .evaluation.checks import Check, FailedCheck, Verdict
 from .evaluation.elements import Elements
 from .fit import fit
 from .mcmc import mcmc
@@ -14,11 +15,14 @@ from .result import FitResult
 
 __all__ = [
     "Chains",
+    "Check",
     "Elements",
+    "FailedCheck",
     "FitConfig",
     "FitError",
     "FitResult",
     "Summary",
+    "Verdict",
     "fit",
     "log_likelihood",
     "mcmc",

@@ -3,19 +3,21 @@
 
 """Draws of a posterior by chains, and whether they can be trusted."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..arguments import first_of
-from ..posterior import Summary, summary
+from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
 from ..sampling import GOOD_RHAT, End, Ensemble, energy_bfmi
 from ..sampling.trajectories import MANY_DIVERGENT, share_of_divergent
-from .evaluation.verdict import BREAK_SYMMETRY, FitStatus, about_draws
+from .evaluation.checks import Check, FailedCheck, Verdict, as_lines
+from .evaluation.verdict import FitStatus, about_draws
+from .saved import SavedResult
 
 _LOW_BFMI = 0.3  # Stan's bound of E-BFMI
 # sds within chains by which a latent differs between modes that is named, and the share of all modes but the
@@ -24,11 +26,10 @@ _APART, _SMALL_MODES = 4.0, 0.05
 # the share beyond an outer 1 % quantile of draws above which these lack a tail: 0.037 at most in
 # benchmarks/chains.md where draws are right
 _MOST_BEYOND = 0.04
-_CORNER = "Use a prior that keeps scales away from zero, or another parametrization"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Chains:
+class Chains(SavedResult):
     """Draws of a posterior by chains, and whether they can be trusted.
 
     Effective numbers of draws are ArviZ's, by site of the shape that it has on the unconstrained space. R-hat
@@ -38,7 +39,7 @@ class Chains:
 
     #: draws of each site, ``(num_samples,) + site shape``, in random order, out of ``by_chain``, which has
     #: all; fewer where there are not so many in all
-    draws: dict[str, Tensor] = field(repr=False)
+    draws: dict[str, Tensor]
     #: all draws of each site, ``(num_chains, n) + site shape``, chains of a superchain one after the other
     by_chain: dict[str, Tensor]
     ess: dict[str, Tensor]  #: the effective number of draws of the bulk, by site
@@ -61,16 +62,37 @@ class Chains:
     seconds: float  #: wall time
     stopped_because: str  #: why the chains ended
 
-    def __repr__(self) -> str:
-        size = next(iter(self.by_chain.values())).shape[1]
+    judged: Verdict  #: the verdict in its parts
+    model: Any = None  #: the model, as it was given; ``None`` after a load without it
+
+    @property
+    def failed(self) -> tuple[FailedCheck, ...]:
+        """The checks that failed, each with a sentence and a remedy."""
+        return self.judged.failed
+
+    @property
+    def answer(self) -> str:
+        """Whether the draws can be trusted, in a line."""
+        if not self.trusted:
+            return f"Draws trusted: no, {self.judged.num_failed}"
         return (
-            f"Chains: {self.verdict}\n"
-            f"  chains   {self.num_superchains} superchains of {self.num_chains // self.num_superchains}, "
-            f"{size} draws each, {self.num_gradients:,} gradients\n"
-            f"  steps    acceptance {self.acceptance:.2f}, {self.num_divergent} divergent, E-BFMI at "
-            f"least {float(self.bfmi.min()):.2f}\n"
-            f"  time     {self.seconds:.1f} s: {self.stopped_because}"
+            f"Draws trusted: yes, {self.min_ess:,.0f} effective draws of the worst latent, R-hat at most "
+            f"{self.max_rhat:.3f}"
         )
+
+    def rows(self) -> dict[str, str]:
+        """The numbers in words, by name."""
+        size = next(iter(self.by_chain.values())).shape[1]
+        return {
+            "chains": f"{self.num_superchains} superchains of {self.num_chains // self.num_superchains}, "
+            f"{size} draws each, {self.num_gradients:,} gradients",
+            "steps": f"acceptance {self.acceptance:.2f}, {self.num_divergent} divergent, E-BFMI at least "
+            f"{float(self.bfmi.min()):.2f}",
+            "time": f"{self.seconds:.1f} s: {self.stopped_because}",
+        }
+
+    def __repr__(self) -> str:
+        return "\n".join([self.answer, *as_lines([*self.judged.rows(), *self.rows().items()])])
 
     def summary(self) -> Summary:
         """Mean, sd, quantiles of 5, 50 and 95 %, ess and R-hat of each element, under constrained names.
@@ -88,6 +110,18 @@ class Chains:
                 fits = values.shape == shape
                 columns[key] = values if fits else worst(values).expand(shape)
         return found
+
+    def predict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Data at each of ``draws``, as by :func:`~pyro_artransform.posterior.predict`.
+
+        :param args: the arguments of the model, new ones for predictions, or those of the fit for checks.
+        :raises ValueError: if the model is not known, as after a load without it.
+        """
+        return predict(known(self.model), self.draws, *args, **kwargs)
+
+    def with_model(self, model: Any) -> "Chains":
+        """The same draws, with the model that they are of."""
+        return replace(self, model=model)
 
     def to_inference_data(
         self, model: Callable[..., object], *args: object, **kwargs: object
@@ -108,6 +142,16 @@ class Chains:
         return chains_to_inference_data(model, by_superchain, args, kwargs)
 
 
+def known(model: Any) -> Any:
+    """A model, unless there is none.
+
+    :raises ValueError: if it is not known.
+    """
+    if model is None:
+        raise ValueError("predict: expected a model, got none with the file: load(path, model)")
+    return model
+
+
 def chains_of(
     ensemble: Ensemble, num_samples: int, seconds: float, reason: str, status: FitStatus
 ) -> Chains:
@@ -124,18 +168,15 @@ def chains_of(
     is_divergent = torch.stack([info.is_divergent for info in infos])
     bfmi = energy_bfmi(torch.stack([info.energy for info in infos], 1))
     status = status._replace(coarse=latents.coarse_sites(flat))
-    objections = [
-        *_objections(ensemble, num_samples),
-        *about_draws(status),
-    ]
-    head = f"{status.prior_only} " if status.prior_only else ""
-    words = f"{head}Draws not trusted: {'; '.join(objections)}."
-    if not objections:
-        words = (
-            f"Draws trusted: {float(found.bulk.min()):,.0f} effective draws of the worst latent, R-hat at "
-            f"most {float(found.rhat.max()):.3f}, by {count} chains of {size} draws."
-        )
-    notes = _notes(ensemble, float(bfmi.median()))
+    judged = Verdict(
+        failed=(*_objections(ensemble, num_samples), *about_draws(status)),
+        praise=(
+            f"{float(found.bulk.min()):,.0f} effective draws of the worst latent, R-hat at most "
+            f"{float(found.rhat.max()):.3f}, by {count} chains of {size} draws."
+        ),
+        notes=tuple(_notes(ensemble, float(bfmi.median()))),
+        of="draws",
+    )
     return Chains(
         draws={name: value[chosen] for name, value in values.items()},
         by_chain={k: v.reshape(count, size, *v.shape[1:]) for k, v in values.items()},
@@ -144,8 +185,9 @@ def chains_of(
         rhat=latents.split(found.rhat),
         min_ess=float(found.bulk.min()),
         max_rhat=float(found.rhat.max()),
-        trusted=not objections,
-        verdict=" ".join([words, *notes]),
+        trusted=judged.trusted,
+        verdict=judged.words,
+        judged=judged,
         num_chains=count,
         num_superchains=ensemble.num_superchains,
         num_gradients=ensemble.num_gradients,
@@ -158,7 +200,7 @@ def chains_of(
     )
 
 
-def _objections(ensemble: Ensemble, num_samples: int) -> Iterable[str]:
+def _objections(ensemble: Ensemble, num_samples: int) -> Iterator[FailedCheck]:
     """What speaks against the draws, with its remedy."""
     found, latents = ensemble.convergence(), ensemble.log_joint.latents
     max_rhat = float(found.rhat.max())
@@ -166,41 +208,36 @@ def _objections(ensemble: Ensemble, num_samples: int) -> Iterable[str]:
     is_apart = ensemble.end is End.APART
     if modes is not None and (is_apart or float(modes.share[1:].sum()) > _SMALL_MODES):
         names = [latents.name_of(i) for i in (modes.differs > _APART).nonzero()[:, 0].tolist()]
-        shares = first_of([f"{100 * share:.2g} %" for share in modes.share.tolist()])
         between = "between which chains jump, and perhaps not to others"
         if is_apart:
             between = "between which chains do not move"
-        yield (
-            f"starts led to {len(modes.share)} modes, with about {shares} of the posterior as far as "
-            f"Gaussians tell, which differ in {first_of(names)}, {between}. {BREAK_SYMMETRY}"
+        yield Check.MODES.failed(
+            count=len(modes.share),
+            shares=first_of([f"{100 * share:.2g} %" for share in modes.share.tolist()]),
+            names=first_of(names),
+            between=between,
         )
-    if not is_apart and not max_rhat <= GOOD_RHAT:
-        worst = latents.name_of(int(found.rhat.argmax()))
+    remedy = more = "Let them run for longer"
+    if ensemble.end not in (End.OUT_OF_TIME, End.LIMIT):
+        more = "Use tighter priors, or another parametrization"
         remedy = "Use tighter priors, another parametrization, or chains from a guide"
-        if ensemble.end in (End.OUT_OF_TIME, End.LIMIT):
-            remedy = "Let them run for longer"
-        yield f"chains have not mixed: R-hat is {max_rhat:.3f} for {worst}, above {GOOD_RHAT}. {remedy}"
+    if not is_apart and not max_rhat <= GOOD_RHAT:
+        name = latents.name_of(int(found.rhat.argmax()))
+        yield Check.MIXING.failed(rhat=max_rhat, name=name, bound=GOOD_RHAT, remedy=remedy)
     for ess, where in ((found.bulk, ""), (found.tail, " for its tails")):
-        if not float(ess.min()) >= num_samples:
-            worst = latents.name_of(int(ess.argmin()))
-            yield f"{worst} has {float(ess.min()):.0f} effective draws{where}, not {num_samples}"
+        if not (least := float(ess.min())) >= num_samples:
+            numbers = {"ess": least, "wanted": num_samples, "where": where, "remedy": more}
+            yield Check.ESS.failed(name=latents.name_of(int(ess.argmin())), **numbers)
     if ensemble.end is End.LIMIT:
-        yield f"a fit that is not asked for draws ends chains early: ask for them, draws={num_samples}"
+        yield Check.NOT_ASKED.failed(wanted=num_samples)
     divergent = share_of_divergent(ensemble.infos)
     # independent proposals enter corners that trajectories do not
     if divergent > MANY_DIVERGENT and not ensemble.has_proposals:
-        yield (
-            f"{100 * divergent:.2g} % of the trajectories diverged: there is a corner that steps of this "
-            f"size do not enter, such as a scale near zero, and draws have too little of it. {_CORNER}"
-        )
+        yield Check.DIVERGENCES.failed(percent=100 * divergent)
     beyond = ensemble.share_beyond()
     if float(beyond.max()) > _MOST_BEYOND:
-        lacking = int(beyond.argmax())
-        yield (
-            f"the draws of {latents.name_of(lacking)} lack a tail: by Laplace's approximation "
-            f"{100 * float(beyond[lacking]):.2g} % of the posterior is beyond their outer "
-            f"1 % quantile. {_CORNER}"
-        )
+        name, percent = latents.name_of(int(beyond.argmax())), 100 * float(beyond.max())
+        yield Check.TAIL.failed(name=name, percent=percent)
 
 
 def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from ..arguments import check_callable, check_integer
+from ..arguments import check_callable, check_integer, naming_arguments
 from ..diagnostics.base_space import ensemble_of
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..joint import LogJoint
@@ -103,17 +103,19 @@ def mcmc(
     ):
         limit.enter_phase(CHAINS_UNTIL)
         bar.say("chains")
-        if guide is None:
-            log_joint = LogJoint(model, args, kwargs)
-            ensemble = from_nothing(log_joint, num_samples, num_chains)
-        else:
-            subject = ModelAndGuide.of(model, guide, args, kwargs)
-            log_joint = subject.log_joint
-            ensemble = ensemble_of(subject, num_samples, num_chains)
+        with naming_arguments(model, args, kwargs):
+            if guide is None:
+                log_joint = LogJoint(model, args, kwargs)
+                ensemble = from_nothing(log_joint, num_samples, num_chains)
+            else:
+                subject = ModelAndGuide.of(model, guide, args, kwargs)
+                log_joint = subject.log_joint
+                ensemble = ensemble_of(subject, num_samples, num_chains)
         status = FitStatus(prior_only=warn_of_prior(log_joint))
         ensemble.run(num_samples)
         reason = limit.reason
-        return chains_of(ensemble, num_samples, limit.seconds, reason, status)
+        found = chains_of(ensemble, num_samples, limit.seconds, reason, status)
+        return found.with_model(model)
 
 
 def from_nothing(

@@ -4,7 +4,7 @@
 """What a fit returns."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -12,12 +12,19 @@ from torch import Tensor
 from ..arguments import first_of
 from ..diagnostics import Importance, Marginals
 from ..diagnostics.importance import GOOD_KHAT
-from ..diagnostics.marginals import bounds_in_words
+from ..joint.density import Args, Kwargs
+from ..posterior import Summary, predict, summary
+from ..posterior.predictive import draws_of_guide
+from .chains import Chains, known
+from .evaluation.checks import FailedCheck, Verdict, as_lines
 from .evaluation.elements import Elements
+from .saved import SavedResult
+
+_NUM_DRAWS = 1000  # of a guide, where there are none of chains
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class FitResult:
+class FitResult(SavedResult):
     """A verdict on a posterior, with the numbers that it rests on. The posterior itself is ``guide``.
 
     After a fit by mini-batches the ELBO is the mean over the batches of one pass: that of all data,
@@ -68,20 +75,67 @@ class FitResult:
     #: begins with them, and ``trusted`` is about the guide alone, which is not trained where ``draws=`` asked
     #: for draws and chains from the prior have them
     draws: dict[str, Tensor] | None = None
-    chains: Any = None  #: their :class:`~pyro_artransform.inference.Chains`
+    chains: Chains | None = None
     guide: Any = None  #: that of the user, or the one that the fit has chosen
+    guide_class: str = ""  #: the name of its class
     guide_reason: str = ""  #: why it has chosen this one
+    model: Any = None  #: the model, as it was given; ``None`` after a load without it
+    judged: Verdict = field(default_factory=Verdict)  #: the verdict on the guide in its parts
 
     @property
     def ok(self) -> bool:
         """Whether the posterior can be trusted: by its draws, where there are some, else by the guide."""
-        return self.trusted if self.chains is None else bool(self.chains.trusted)
+        return self.trusted if self.chains is None else self.chains.trusted
+
+    @property
+    def failed(self) -> tuple[FailedCheck, ...]:
+        """The checks that failed of what ``ok`` is about; those of the guide alone are ``judged.failed``."""
+        return self.judged.failed if self.chains is None else self.chains.failed
+
+    def summary(self, *args: object, **kwargs: object) -> Summary:
+        """Mean, sd and quantiles of 5, 50 and 95 % of each element: a table, and a dict of tensors.
+
+        They are those of all draws by chains, with ess and R-hat, or, where there are none, of 1,000 fresh
+        draws of the guide.
+
+        :param args: the arguments of the guide, where its draws need some.
+        :raises ValueError: if there is neither, as after a load.
+        """
+        if self.chains is not None:
+            return self.chains.summary()
+        return summary(self._drawn(args, kwargs))
+
+    def predict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
+        """Data at each of ``draws``, as by :func:`~pyro_artransform.posterior.predict`.
+
+        Without these they are at 1,000 draws of the guide. Where such draws need arguments, as those of
+        ``AutoAmortized``, give them to that function.
+
+        :param args: the arguments of the model, new ones for predictions, or those of the fit for checks.
+        :raises ValueError: if the model is not known, as after a load without it, or there are neither draws
+            nor a guide.
+        """
+        draws = self._drawn() if self.draws is None else self.draws
+        return predict(known(self.model), draws, *args, **kwargs)
+
+    def _drawn(self, args: Args = (), kwargs: Kwargs | None = None) -> dict[str, Tensor]:
+        if self.guide is None:
+            raise ValueError(
+                f"{self.guide_class or 'guide'}: expected it beside the verdict, since there are no draws: "
+                "load it, and give its draws to inference.summary or inference.predict"
+            )
+        return draws_of_guide(self.guide, _NUM_DRAWS, args, kwargs or {})
+
+    def with_model(self, model: Any) -> "FitResult":
+        """The same result, with the model that it is of."""
+        chains = None if self.chains is None else self.chains.with_model(model)
+        return replace(self, model=model, chains=chains)
 
     def rows(self) -> dict[str, str]:
         """The numbers in words, by name."""
         rows = {}
         if self.guide_reason:
-            rows["guide"] = f"{type(self.guide).__name__}, {self.guide_reason}"
+            rows["guide"] = f"{self.guide_class}, {self.guide_reason}"
         rows["ELBO"] = f"{self.elbo:.3f} ± {self.elbo_se:.3f}"
         if not math.isnan(self.khat):
             evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
@@ -98,8 +152,9 @@ class FitResult:
                 "k-hat": khat + of,
                 "ESS": f"{self.ess:.0f} of {self.num_samples}{of}",
             }
-        if (found := self.marginals) is not None:
-            rows["marginals"] = bounds_in_words(found.mean_bound, found.sd_bound)
+        if about := self.judged.marginals:
+            about = about.removeprefix("Marginals ").removeprefix("Single latents were ")
+            rows["marginals"] = about.removesuffix(".")
         if self.chains is not None:
             found = self.chains
             rows["chains"] = (
@@ -122,5 +177,15 @@ class FitResult:
         return rows
 
     def __repr__(self) -> str:
-        lines = [f"  {name:13} {value}" for name, value in self.rows().items()]
-        return "\n".join([f"FitResult: {self.verdict}", *lines])
+        judged, chains = self.judged, self.chains
+        if chains is None:
+            told = tuple[FailedCheck, ...]()
+            lines = [f"Guide trusted: {'yes' if self.trusted else f'no, {judged.num_failed}'}"]
+        else:
+            told, lines = chains.failed, [chains.answer, *as_lines(chains.judged.rows())]
+            rest = ", on which the draws do not rest" if chains.trusted else ""
+            answer = "trusted" if self.trusted else f"not trusted, {judged.num_failed}"
+            lines.append(f"About the guide alone{rest}: {answer}")
+        why = [("why", judged.praise.removesuffix("."))] if self.trusted else []
+        rows = [*why, *judged.rows(without=told), *self.rows().items()]
+        return "\n".join([*lines, *as_lines(rows)])

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from ..arguments import first_of
+from ..arguments import first_of, naming_arguments
 from ..files import FilePath
 from ..joint import LogJoint
 from ..joint.protocols import FlowGuide, MinibatchGuide, PriorGuide
@@ -38,7 +38,7 @@ from .optimization.schedule import LIMIT
 from .optimization.training import Training
 from .progress import ProgressBar
 from .result import FitResult
-from .set_up import SetUp, naming_arguments
+from .set_up import SetUp
 
 _ASKED = "the callback asked to stop"
 # the shares of max_seconds at which the first chains end, and steps
@@ -85,7 +85,7 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, bool]:
     of_batch = set_up.objective if minibatches is None else minibatches.objective
     batch, config, limit = Batch(args, kwargs), set_up.config.initialization, set_up.limit
     limit.enter_phase(_START_UNTIL)
-    with naming_arguments(model, batch):
+    with naming_arguments(model, *batch):
         is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
         density = whole = log_joint
         if is_flow and minibatches is not None:
@@ -154,7 +154,8 @@ def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
     training.finish()
     set_up.parallel.copy_first(set_up.tensors)
     judged = partial(_judge, set_up, training, is_saved)
-    return replace(set_up.parallel.first("the verdict", judged), guide=set_up.subject.guide)
+    model, guide, *_ = set_up.subject
+    return replace(set_up.parallel.first("the verdict", judged), guide=guide).with_model(model)
 
 
 def _cut_short(training: Training, is_saved: bool) -> str:
@@ -189,7 +190,7 @@ def _remedy(set_up: SetUp, num_steps: int) -> str:
 
 
 def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
-    """The result of the fit but for its guide."""
+    """The result of the fit but for its model and its guide."""
     subject, config, draws_first = set_up.subject, set_up.config, set_up.draws_first
     guide: object = subject.guide
     num_steps, num_gradients = training.num_steps, training.num_gradients
@@ -231,5 +232,6 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         culprits=dict(training.culprits),
         one_at_a_time=set_up.looped_because or subject.log_joint.reason,
         coordinates=guide.prior.space.centered_by_site() if isinstance(guide, PriorGuide) else {},
+        guide_class=type(guide).__name__,
         guide_reason=set_up.guide_reason,
     )

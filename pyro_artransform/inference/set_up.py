@@ -5,15 +5,14 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cached_property, partial
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from ..arguments import describe_tensors
+from ..arguments import naming_arguments
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..joint import LogJoint
 from ..joint.handlers import traced_parameters
@@ -70,7 +69,7 @@ class SetUp:
             batches = list(stream.whole.one_pass(config.minibatch.num_compared))
             check_call(*batches[0])
         is_minibatch = not (stream is None or stream.whole.is_all_data)
-        with naming_arguments(model, batches[0]):
+        with naming_arguments(model, *batches[0]):
             if guide is None:
                 given = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
                 guide, self.guide_reason = given
@@ -216,19 +215,6 @@ def _warn_of_loop(
 
 
 _NOT_IN_A_PLATE = "model and guide do not run in a plate of particles"
-
-
-@contextmanager
-def naming_arguments(model: Function, batch: Batch) -> Iterator[None]:
-    """Adds the arguments of a model to errors of its runs, where these may be of their shapes or values."""
-    try:
-        yield
-    except (ValueError, RuntimeError) as error:
-        words = describe_tensors(model, *batch)
-        # what torch says of shapes, and Pyro of NaN, has no names of arguments
-        if words and (isinstance(error, RuntimeError) or any(words.values())):
-            error.args = (f"{error}\nThe arguments of the model are {'; '.join(words)}",)
-        raise
 
 
 def _run_once(

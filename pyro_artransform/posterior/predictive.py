@@ -12,7 +12,10 @@ from pyro import poutine
 from torch import Tensor
 
 from ..arguments import first_of
-from ..joint.traces import is_deterministic
+from ..joint.density import Args, Kwargs
+from ..joint.protocols import PosteriorGuide
+from ..joint.traces import is_deterministic, latent_nodes
+from ..joint.vectorization import stack
 from .log_likelihood import Likelihood
 
 
@@ -57,3 +60,20 @@ def predict(
         return node["name"] in wanted or is_deterministic(node)
 
     return likelihood.sites(given, poutine.uncondition(likelihood.run), is_wanted)
+
+
+@torch.no_grad()
+def draws_of_guide(
+    guide: Callable[..., object], n: int, args: Args, kwargs: Kwargs
+) -> dict[str, Tensor]:
+    """Draws of all sites of a guide, ``(n,) + site shape``: by its ``sample_posterior``, or one by one."""
+    offered: object = guide
+    if isinstance(offered, PosteriorGuide):
+        return offered.sample_posterior(n, *args, **kwargs)
+    rows = []
+    for _ in range(n):
+        with poutine.block():
+            trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        nodes = [each for each in latent_nodes(trace) if not each["infer"].get("is_auxiliary")]
+        rows.append({node["name"]: node["value"] for node in nodes})
+    return stack(rows)

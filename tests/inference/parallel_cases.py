@@ -30,10 +30,11 @@ Outcome = dict[str, Any]
 
 
 def outcome(result: Any) -> Outcome:
-    """What has to be the same in all processes: the parameters, and the result but for the guide."""
+    """What has to be the same in all processes: the parameters, and the result but for guide and model."""
     store = pyro.get_param_store()
-    fields = {name: value for name, value in vars(result).items() if name != "guide"}
-    for name in ("importance", "marginals", "elements", "chains"):
+    fields = dict(vars(result))
+    del fields["guide"], fields["model"]
+    for name in ("importance", "marginals", "elements", "chains", "judged"):
         fields[name] = repr(fields[name])
     return {"parameters": [store[name].tolist() for name in sorted(store.keys())], **fields}
 

@@ -16,6 +16,7 @@ from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import importance
 from pyro_artransform.inference import draws_first
 from pyro_artransform.inference.draws_first import DRAWS_ARE_THERE
+from pyro_artransform.inference.evaluation.checks import Check
 from pyro_artransform.inference.initialization.start import AT_DRAWS, UNCHANGED
 from tests.inference import loaders, models
 from tests.inference.conftest import quick_fit as fit
@@ -68,7 +69,10 @@ def test_a_gaussian_beside_trusted_draws_is_not_trusted():
     assert result.verdict.startswith("Draws trusted: ")
     assert " Of the guide itself: Not trusted: " in result.verdict
     assert "Use num_steps=1000, since the guide has had no step" in result.verdict
-    assert result.chains.verdict in repr(result)
+    assert result.ok
+    assert result.failed == ()
+    about = repr(result).index("About the guide alone, on which the draws do not rest: not trusted")
+    assert repr(result).index("remedy        Use num_steps=1000") > about
 
 
 def test_the_guide_is_where_the_draws_are():
@@ -202,6 +206,8 @@ def test_max_seconds_ends_steps_and_chains():
     assert not result.chains.trusted
     assert result.chains.stopped_because == "the time was over"
     assert "effective draws, not 100000" in result.verdict
+    assert repr(result).startswith("Draws trusted: no, ")
+    assert {each.check for each in result.failed} >= {Check.ESS}
     # the verdict comes after
     assert result.seconds < 10
 

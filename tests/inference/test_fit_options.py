@@ -256,10 +256,10 @@ def test_batches_that_are_not_the_models_arguments(loader, options, words, guide
 
 @pytest.mark.parametrize("guide", [None, AutoIAF], ids=["chosen", "given"])
 def test_errors_of_runs_name_the_arguments(guide):
-    """Those of torch, of shapes, and of Pyro, of parameters that are NaN, do not."""
+    """Those of torch, of shapes, and of Pyro, of parameters that are NaN, do not, nor those of arrays."""
 
     def model(x, y):
-        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 1.0))
         with pyro.plate("rows", len(x)):
             pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
 
@@ -268,9 +268,17 @@ def test_errors_of_runs_name_the_arguments(guide):
     for kind, args, words in [
         (RuntimeError, (x, torch.ones(4)), r"; 'y' of shape \(4,\)$"),
         (ValueError, (x / 0 - x / 0, y), r", 5 of 5 elements not finite; 'y' of shape \(5,\)$"),
+        (
+            ValueError,
+            (x, y.numpy()),
+            r"; 'y' of shape \(5,\), of type ndarray in place of a tensor",
+        ),
+        (AttributeError, (x.numpy(), y), r", of type ndarray in place of a tensor .*; 'y' of "),
     ]:
         with pytest.raises(kind, match=first + words):
             few(model, *([] if guide is None else [guide(model)]), *args)
+    with pytest.raises(AttributeError, match=first + words):
+        mcmc(model, None if guide is None else guide(model), 10, *args, progress=False)
 
 
 def test_decorated_models_take_what_their_decorator_takes():

@@ -174,7 +174,9 @@ def test_what_it_says(capsys):
     assert chains.verdict.startswith("Draws trusted: ")
     assert "effective draws of the worst latent, R-hat at most 1.0" in chains.verdict
     text = repr(chains)
-    assert text.startswith(f"Chains: {chains.verdict}")
+    assert text.startswith(
+        f"Draws trusted: yes, {chains.min_ess:,.0f} effective draws of the worst"
+    )
     assert "8 superchains of 2, " in text
     assert "there are enough effective draws" in text
     assert chains.num_gradients > 16 * chains.by_chain["loc"].shape[1]
@@ -239,6 +241,7 @@ def test_max_seconds_ends_with_what_there_is(monkeypatch):
     assert not chains.trusted
     assert chains.stopped_because == "the time was over"
     assert "effective draws, not 100000" in chains.verdict
+    assert "remedy        Let them run for longer, or ask for fewer draws" in repr(chains)
     assert chains.by_chain["loc"].shape[1] > 1  # on a slow machine, too
     # all draws that there are
     assert len(chains.draws["loc"]) == chains.by_chain["loc"].numel()

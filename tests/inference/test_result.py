@@ -4,9 +4,13 @@
 import math
 from dataclasses import replace
 
+import pyro
 import pytest
 import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import AutoMultivariateNormal
 
+from pyro_artransform.inference.evaluation.checks import Check, Verdict
 from pyro_artransform.inference.evaluation.elements import Elements
 from tests.inference import models
 from tests.inference.conftest import quick_fit
@@ -32,12 +36,86 @@ def test_fields(result):
 
 
 def test_shown(result):
-    text = repr(result)
-    assert text.splitlines()[0] == f"FitResult: {result.verdict}"
+    text = " ".join(repr(result).split())
     stopped = result.stopped_because
     for words in (f"{result.elbo:.3f}", "k-hat", "ESS", "log evidence", stopped):
         assert words in text
     assert "after the other" not in text
+    assert max(map(len, repr(result).splitlines())) <= 100
+
+
+POINT, COARSE = Check.POINT.failed(), Check.ROUNDED.failed(sites="z")
+
+
+def test_the_answer_comes_first_and_remedies_after_what_failed(result):
+    chains = result.chains
+    bad = replace(chains, trusted=False, judged=Verdict((COARSE,)))
+    for ok, draws in ((True, replace(chains, trusted=True, judged=Verdict())), (False, bad)):
+        judged = Verdict((COARSE, POINT), notes=("A note.",))
+        shown = replace(result, chains=draws, trusted=False, judged=judged)
+        assert shown.failed == shown.chains.failed
+        lines = repr(shown).splitlines()
+        assert lines[0].startswith(f"Draws trusted: {'yes, ' if ok else 'no, 1 check failed'}")
+        about = next(k for k, line in enumerate(lines) if "About the guide alone" in line)
+        assert lines[about].endswith("not trusted, 2 checks failed")
+        told = [line.split()[0] for line in lines[1:about] if line[2] != " "]
+        after = [line.split()[0] for line in lines[about + 1 :] if line[2] != " "]
+        assert told == ([] if ok else ["failed", "remedy"])
+        # what the draws have as well is said once
+        assert after[: 5 if ok else 3] == ["failed", "remedy"] * (2 if ok else 1) + ["note"]
+        assert COARSE.sentence in " ".join(repr(shown).split())
+
+
+def test_of_a_guide_alone(result):
+    alone = replace(result, chains=None, draws=None)
+    good = replace(alone, trusted=True, judged=Verdict(praise="All is well."))
+    assert good.failed == ()
+    assert repr(good).startswith("Guide trusted: yes\n  why           All is well\n")
+    bad = replace(alone, trusted=False, judged=Verdict((POINT,)))
+    assert bad.failed == (POINT,)
+    assert repr(bad).startswith("Guide trusted: no, 1 check failed\n  failed        the guide is a")
+    assert "\n  remedy        Use AutoIAF\n" in repr(bad)
+
+
+def test_a_summary_is_that_of_the_draws_or_of_the_guide(result):
+    assert result.summary()["loc"].keys() == {"mean", "sd", "5%", "50%", "95%", "ess", "r_hat"}
+    torch.testing.assert_close(
+        result.summary()["loc"]["mean"], result.chains.by_chain["loc"].mean()
+    )
+    torch.manual_seed(0)
+    found = replace(result, chains=None, draws=None).summary()
+    expected = result.guide.sample_posterior(10_000)
+    for name, columns in found.items():
+        assert (columns["mean"] - expected[name].mean()).abs() < 0.2 * expected[name].std()
+    assert "mean          sd" in repr(found)
+
+
+def test_a_guide_of_any_kind_is_summarized_and_predicted_from(result):
+    guide = AutoMultivariateNormal(models.regression)
+    guide()
+    other = replace(result, chains=None, draws=None, guide=guide)
+    assert other.summary().keys() == {"loc", "scale"}
+    assert other.predict()["y"].shape == (1000, 6)
+
+
+def test_predictions_of_new_rows():
+    """Of a product with a vector, which Pyro's Predictive does not take."""
+    torch.manual_seed(0)
+    x = torch.randn(60, 2)
+    y = x @ torch.tensor([1.0, -2.0]) + 0.1 * torch.randn(60)
+
+    def model(x, y=None):
+        b = pyro.sample("b", dist.Normal(torch.zeros(2), 3.0).to_event(1))
+        with pyro.plate("rows", len(x)):
+            pyro.sample("y", dist.Normal(x @ b, 0.1), obs=y)
+
+    result = quick_fit(model, x, y, seed=0, progress=False)
+    new = torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])
+    for found in (result, result.chains, replace(result, chains=None, draws=None)):
+        predicted = found.predict(new)["y"]
+        assert predicted.shape[1:] == (3,)
+        assert (predicted.mean(0) - new @ torch.tensor([1.0, -2.0])).abs().max() < 0.1
+        assert (predicted.std(0) - 0.1).abs().max() < 0.05
 
 
 def test_what_went_wrong_is_shown(result):

@@ -18,12 +18,12 @@ from ...sampling import Ensemble
 from ...time_limit import limited
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
+from .checks import Verdict
 from .elements import Elements, ElementWeights
 from .verdict import (
     NOT_SEARCHED,
     FitStatus,
     LostModes,
-    Verdict,
     about_elements,
     about_good_elements,
     about_marginals,
@@ -82,6 +82,7 @@ class Evaluation(NamedTuple):
             **{name: getattr(self.weights, name, math.nan) for name in by_weights},
             "trusted": self.verdict.trusted,
             "verdict": words,
+            "judged": self.verdict,
             "chains": chains,
             "draws": None if chains is None else chains.draws,
             "importance": None if self.is_noisy else self.weights,
@@ -130,7 +131,7 @@ def evaluate(
         num_samples=weights.num_samples,
         weights=weights,
         is_noisy=log_joint.is_random,
-        verdict=verdict._replace(words=verdict.words + about_marginals(marginals, ensemble)),
+        verdict=verdict._replace(marginals=about_marginals(marginals, ensemble)),
         marginals=marginals,
     )
 
@@ -166,20 +167,18 @@ def evaluate_minibatches(
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     status = status._replace(is_point=is_point)
     if isinstance(by_element, str):
-        verdict = judge(status, about_others=about_minibatches(found, is_of_all, by_element))
+        about = about_minibatches(found, is_of_all, by_element)
+        verdict = judge(status, about_others=[about])
     else:
         elements, weights = by_element.elements, by_element.shared
         count = count if weights is None else weights.num_samples
-        objection, praise = (
-            about_elements(by_element, status.remedy),
-            about_good_elements(by_element),
-        )
-        verdict = judge(status, about_others=objection, praise=praise)
+        failed = about_elements(by_element, status.remedy)
+        verdict = judge(status, about_others=failed, praise=about_good_elements(by_element))
     return Evaluation(
         elbo=found.elbo,
         elbo_se=found.elbo_se,
         num_samples=count,
         weights=weights,
-        verdict=verdict._replace(words=verdict.words + about_marginals(None, None)),
+        verdict=verdict._replace(marginals=about_marginals(None, None)),
         elements=elements,
     )

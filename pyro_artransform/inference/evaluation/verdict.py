@@ -3,7 +3,7 @@
 
 """The verdict on a posterior in words, by the bounds of trust."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -14,33 +14,23 @@ from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LO
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ...sampling import Ensemble
 from ..optimization.minibatches import PassEstimate
-from ..prior_only import GIVE_DATA
+from .checks import Check, FailedCheck, Verdict
 from .elements import ElementWeights
 
 _MOST_SKIPPED = 0.1  # of the steps
 _MOST_NOISE = 1.0  # of log weights, a variance
-_POINT = (
-    "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
-    "laplace_approximation): an estimate of the mode, and no posterior. Use AutoIAF"
-)
 _ELSEWHERE = {
     True: ", and restarts found no other modes.",
     False: ", but other modes were not searched for.",
 }
-BREAK_SYMMETRY = "Break the symmetry in the model (ordered supports, tighter priors)"
-_SUBSAMPLED = (
-    "the model sub-samples its data, or is random otherwise, so that the numbers below rest on the "
-    "noisy density of mini-batches: the ELBO is right but for noise, k-hat and the evidence mean nothing. "
-    "Run diagnostics.importance with a model that sees all data"
-)
 _SUM_NOT_CHECKED = (
-    " Whether the density of a mini-batch is a sum over its rows could not be checked: all this "
+    "Whether the density of a mini-batch is a sum over its rows could not be checked: all this "
     "assumes it."
 )
 _MIXES_DRAWS = (
-    " The model gave many draws at once another density than one at a time: the fit was trained on the "
+    "The model gave many draws at once another density than one at a time: the fit was trained on the "
     "former, and all numbers here are of the latter. Write it without branches on values of its latents "
-    "(torch.where), and fit again"
+    "(torch.where), and fit again."
 )
 
 
@@ -77,130 +67,102 @@ class LostModes(NamedTuple):
 NOT_SEARCHED = LostModes()
 
 
-class Verdict(NamedTuple):
-    """Whether a posterior can be trusted, and the sentence that says so."""
-
-    trusted: bool
-    words: str
-
-
 def judge(
     status: FitStatus,
     weights: Importance | None = None,
     lost: LostModes = NOT_SEARCHED,
     *,
-    about_others: str = "",
+    about_others: Iterable[FailedCheck] = (),
     praise: str = "",
 ) -> Verdict:
     """The verdict on a fit, which is told that it was cut short before anything else.
 
     :param weights: those of the guide's own draws, unless mini-batches hide them.
-    :param about_others: what mini-batches leave to object to.
-    :param praise: the words without an objection, where those about the weights are not the ones.
+    :param about_others: the checks that failed on mini-batches.
+    :param praise: the words where no check failed, unless they are those about the weights.
     """
-    objections = []
-    if status.skipped_share > _MOST_SKIPPED:
-        objections.append(
-            f"{100 * status.skipped_share:.0f} % of the steps had to be skipped, since the loss or its "
-            "gradient was not finite: result.culprits has the sites. Use tighter priors, or supports "
-            "that keep scales away from zero"
-        )
-    objections += about_draws(status)
+    failed = [*_about_steps(status), *about_draws(status)]
     if status.no_sum:
-        objections.append(status.no_sum)
+        why, _, remedy = status.no_sum.rpartition(". ")
+        failed.append(Check.NO_SUM.failed(no_sum=why, remedy=remedy))
     if status.is_point or status.is_random:
-        objections.append(_POINT if status.is_point else _SUBSAMPLED)
+        failed.append((Check.POINT if status.is_point else Check.SUBSAMPLED).failed())
     elif weights is not None:
         modes = list(about_lost_modes(lost, not status.cut_short))
         # neither another guide nor more draws help against modes
-        objections += [*about_weights(weights, "" if modes else status.remedy), *modes]
-    if about_others:
-        objections.append(about_others)
+        failed += [*about_weights(weights, "" if modes else status.remedy), *modes]
+    failed += about_others
     # chains are right whatever the graph is: then more than seconds are not spent on it in vain
-    if not (status.has_chains and objections) and (missing := status.missing()):
-        objections.append(
-            "the guide's graph lacks dependencies that the model has where the posterior is: "
-            f"{first_of(missing)}. They were switched off where the graph was found: "
-            "make it anew with an init_loc_fn of values where they are on, such as "
-            "init_to_value(values=guide.median()), or use AutoIAF"
-        )
-    if status.cut_short and (objections or status.is_interrupted):
-        objections.insert(0, status.cut_short)
-    note = f"{_MIXES_DRAWS}." if status.mixes_draws else ""
+    if not (status.has_chains and failed) and (missing := status.missing()):
+        failed.append(Check.GRAPH.failed(names=first_of(missing)))
+    if status.cut_short and (failed or status.is_interrupted):
+        reason, _, remedy = status.cut_short.rpartition(": ")
+        failed.insert(0, Check.CUT_SHORT.failed(reason=reason, remedy=remedy))
+    if not (failed or praise):
+        praise = _about_success(cast(Importance, weights), lost)
+    return Verdict(tuple(failed), praise, tuple(_notes(status, bool(failed))))
+
+
+def _notes(status: FitStatus, has_failed: bool) -> Iterator[str]:
+    """What is no objection, but to be known."""
+    if status.mixes_draws:
+        yield _MIXES_DRAWS
     if status.start_failed:
-        note += (
-            " The search for a starting point failed, since no Gaussian around one has a finite ELBO: the "
+        yield (
+            "The search for a starting point failed, since no Gaussian around one has a finite ELBO: the "
             "guide began where its arguments put it."
         )
     if status.point_estimates:
         names = first_of(status.point_estimates)
-        note += (
-            f" The model's own parameters are point estimates ({names}): all this is given them."
-        )
-    if status.no_sum is None and not objections:
-        note += _SUM_NOT_CHECKED
-    head = f"{status.prior_only} " if status.prior_only else ""
-    if objections or (weights is None and not praise):
-        return Verdict(False, f"{head}Not trusted: {'; '.join(objections)}.{note}")
-    return Verdict(True, (praise or _about_success(cast(Importance, weights), lost)) + note)
+        yield f"The model's own parameters are point estimates ({names}): all this is given them."
+    if status.no_sum is None and not has_failed:
+        yield _SUM_NOT_CHECKED
 
 
-def about_draws(status: FitStatus) -> Iterator[str]:
+def _about_steps(status: FitStatus) -> Iterator[FailedCheck]:
+    if status.skipped_share > _MOST_SKIPPED:
+        yield Check.SKIPPED.failed(percent=100 * status.skipped_share)
+
+
+def about_draws(status: FitStatus) -> Iterator[FailedCheck]:
     """Objections to draws of the prior, or rounded to few values."""
     if status.prior_only:
-        yield GIVE_DATA
+        yield Check.PRIOR.failed(prior_only=status.prior_only)
     if status.coarse:
-        yield (
-            f"the posterior of site {first_of(status.coarse)} is about as narrow as the spacing of "
-            "floating-point numbers there: its draws are rounded to a few values. Use float64, or write "
-            "the site on the scale of its posterior"
-        )
+        yield Check.ROUNDED.failed(sites=first_of(status.coarse))
 
 
-def about_weights(found: Importance, remedy: str) -> Iterator[str]:
+def about_weights(found: Importance, remedy: str) -> Iterator[FailedCheck]:
     """Objections to weights of a guide's draws."""
-    if found.num_nonfinite:
-        yield (
-            f"the model's density is zero or fails at {found.num_nonfinite} of {found.num_samples} "
-            "draws of the guide: check supports and data"
-        )
+    if count := found.num_nonfinite:
+        yield Check.DENSITY.failed(count=count, num_samples=found.num_samples)
         return
-    poor, dtype = list[str](), found.log_weights.dtype
+    use, dtype = f"Use {remedy}" if remedy else None, found.log_weights.dtype
     round_off, of_mean = round_off_of(found.log_weights), torch.finfo(dtype).eps * abs(found.elbo)
     if not of_mean < 1 or (round_off > GOOD_GAP and found.khat == WORST_KHAT):
-        remedy = ""
-        yield (
-            f"the weights are the round-off of {dtype}, which is up to {max(round_off, of_mean):.2g} nats of "
-            f"a log-density of {found.elbo:.3g}: nothing is known of their tail. Use "
-            + ("tighter priors" if dtype == torch.float64 else "float64")
-        )
+        use, nats = None, max(round_off, of_mean)
+        other = "tighter priors" if dtype == torch.float64 else "float64"
+        yield Check.ROUND_OFF.failed(dtype=dtype, nats=nats, elbo=found.elbo, remedy=other)
     elif found.has_heavy_tail:
-        poor.append(
-            f"k-hat is {found.khat:.2f} ± {found.khat_se:.2f}, above {GOOD_KHAT}: the posterior has "
-            "tails or corners that the guide does not reach"
-        )
+        bound = f"{GOOD_KHAT}{_borderline(found)}"
+        yield Check.KHAT.failed(khat=found.khat, khat_se=found.khat_se, bound=bound, remedy=use)
     if found.elbo_se > GOOD_ELBO_SE:
-        poor.append(
-            f"the ELBO is known to {found.elbo_se:.2g} nats only: the weights of the guide's draws "
-            "vary too much"
-        )
+        yield Check.ELBO_NOISE.failed(elbo_se=found.elbo_se, remedy=use)
     if (gap := found.log_evidence - found.elbo) > GOOD_GAP:
-        poor.append(
-            f"the ELBO is {gap:.2f} nats below the log evidence: the guide is not flexible enough, or "
-            "was not trained for long enough"
-        )
-    if poor:
-        yield "; ".join(poor) + (f". Use {remedy}" if remedy else "")
+        yield Check.GAP.failed(gap=gap, remedy=use)
 
 
-def about_lost_modes(lost: LostModes, is_settled: bool = True) -> Iterator[str]:
+def _borderline(found: Importance) -> str:
+    """What to add to a k-hat that other draws may put on the other side of its limit."""
+    is_borderline = abs(found.khat - GOOD_KHAT) <= found.khat_se
+    return " (borderline, within one standard error)" if is_borderline else ""
+
+
+def about_lost_modes(lost: LostModes, is_settled: bool = True) -> Iterator[FailedCheck]:
     """The objection to a guide that leaves out modes."""
     if lost.lost_mass > GOOD_LOST_MASS:
-        yield (
-            f"about {100 * lost.lost_mass:.0f} % of the posterior is in {lost.num_lost} other mode(s) that "
-            "restarts found, where the guide has next to no draws"
-            + (f". {BREAK_SYMMETRY}, or sum out what switches" if is_settled else "")
-        )
+        found = Check.LOST_MODES.failed(percent=100 * lost.lost_mass, count=lost.num_lost)
+        yield found if is_settled else found._replace(remedy="")
 
 
 def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
@@ -208,48 +170,45 @@ def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
     if found is not None:
         unclear = "Marginals not trusted" if found.is_off else "Marginals not known well enough"
         head = "Marginals trusted" if found.trusted else unclear
-        return f" {head}: {found.words}."
+        return f"{head}: {found.words}."
     reason = "there are no chains"
     if ensemble is not None:
         has_mixed = ensemble.convergence().has_mixed
         reason = "the guide is a point or not finite" if has_mixed else "chains have not mixed"
-    return f" Single latents were not checked, since {reason}."
+    return f"Single latents were not checked, since {reason}."
 
 
-def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> str:
+def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> FailedCheck:
     """The objection to a fit by mini-batches: what a pass over a loader leaves unknown, and why."""
-    of = "of all data" if is_of_all else "of a batch, on the average,"
-    return (
-        f"it was trained on mini-batches: the ELBO {of} is {found.elbo:.3f} ± {found.elbo_se:.3f} "
-        f"({found.num_batches} batches), but k-hat and the evidence are not known, since {reason}. On "
-        "data that fit into memory run diagnostics.importance with all of them and a model that does "
-        "not sub-sample; on others, diagnostics.sbc with simulated data"
+    return Check.MINIBATCHES.failed(
+        of="of all data" if is_of_all else "of a batch, on the average,",
+        elbo=found.elbo,
+        elbo_se=found.elbo_se,
+        num_batches=found.num_batches,
+        reason=reason,
     )
 
 
-def about_elements(found: ElementWeights, remedy: str) -> str:
-    """The objection to a fit by mini-batches with latents of their elements; empty where all is trusted.
+def about_elements(found: ElementWeights, remedy: str) -> Iterator[FailedCheck]:
+    """The objections to a fit by mini-batches with latents of their elements; none where all is trusted.
 
     The noise of log weights that is admitted is about the best for pseudo-marginal chains. See Efficient
     Implementation of Markov Chain Monte Carlo When Using an Unbiased Likelihood Estimator (Doucet, Pitt,
     Deligiannidis, Kohn, 2015), https://arxiv.org/abs/1210.1871
     """
     if words := found.elements.objection:
-        hint = f". Where these are few, look at their data; where they are many, use {remedy}"
-        return words + (hint if remedy else "")
-    if found.noise > _MOST_NOISE:
-        more = "more draws of each element (MinibatchConfig.min_inner)"
-        return (
-            f"nothing is known of the latents that all elements share: with {found.num_inner} draws of each "
-            f"element their log weights have a variance of {found.noise:.2g} by noise alone, above "
-            f"{_MOST_NOISE:.0f}" + (f". Use {more}, or {remedy}" if remedy else "")
+        yield Check.ELEMENTS.failed(found=words, remedy=remedy or None)
+    elif found.noise > _MOST_NOISE:
+        yield Check.ELEMENT_NOISE.failed(
+            count=found.num_inner, noise=found.noise, bound=_MOST_NOISE, remedy=remedy or None
         )
-    return "" if found.shared is None else "; ".join(about_weights(found.shared, remedy))
+    elif found.shared is not None:
+        yield from about_weights(found.shared, remedy)
 
 
 def about_good_elements(found: ElementWeights) -> str:
-    """The verdict on such a fit where all is trusted."""
-    elements, words, why = found.elements, "Trusted: ", ""
+    """What is said of such a fit where all is trusted."""
+    elements, words, why = found.elements, "", ""
     worst = int(elements.khat.argmax())
     if elements.khat[worst] > GOOD_KHAT:
         why = "as the largest of so many good ones is by chance"
@@ -272,12 +231,14 @@ def about_good_elements(found: ElementWeights) -> str:
 def _about_success(found: Importance, lost: LostModes) -> str:
     gap = max(found.log_evidence - found.elbo, 0.0)
     words = (
-        f"Trusted: the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "
+        f"the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "
         f"is {found.khat:.2f} ± {found.khat_se:.2f}"
     )
     if not found.trusted:
         share = f"{100 * found.tail_share:.1g} % of the weight"
         words += f" (of a tail of {share}, too little to matter)"
+    else:
+        words += _borderline(found)
     if lost.num_lost:
         return (
             f"{words}, but about {100 * lost.lost_mass:.0f} % of the posterior is in {lost.num_lost} "

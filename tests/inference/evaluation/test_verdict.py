@@ -1,10 +1,13 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from pyro_artransform.diagnostics import Importance
+from pyro_artransform.inference.evaluation.checks import Check, Verdict
 from pyro_artransform.inference.evaluation.verdict import NOT_SEARCHED, FitStatus, LostModes, judge
 
 NOTHING = LostModes(0.0, 0, was_searched=True)
@@ -87,3 +90,24 @@ def test_a_verdict_is_one_sentence_that_says_why(case):
         assert "density is zero" not in verdict.words
     is_good = verdict.trusted and lost == NOTHING
     assert ("restarts found no other modes" in verdict.words) == is_good
+
+
+@pytest.mark.parametrize(
+    ("khat", "is_said"), [(0.75, True), (0.65, True), (0.79, False), (0.61, False)]
+)
+def test_a_borderline_khat_is_called_so(khat, is_said):
+    found = Importance.from_log_weights(weights())
+    verdict = judge(FitStatus(), replace(found, khat=khat, khat_se=0.08, tail_share=0.5))
+    assert verdict.trusted == (khat < 0.7)
+    assert ("borderline, within one standard error" in verdict.words) == is_said
+
+
+def test_a_remedy_is_told_once_after_all_that_it_is_for():
+    one, two = (Check.GAP.failed(gap=gap, remedy="Use more") for gap in (0.2, 0.3))
+    point = Check.POINT.failed()
+    verdict = Verdict((one, two, point), notes=("A note.",), marginals="Marginals unknown.")
+    told = f"{one.sentence}; {two.sentence}. Use more; {point.sentence}. Use AutoIAF."
+    assert verdict.words == f"Not trusted: {told} A note. Marginals unknown."
+    names = [name for name, _ in verdict.rows()]
+    assert names == ["failed", "failed", "remedy", "failed", "remedy", "note"]
+    assert next(text for _, text in verdict.rows(without=[one, two])) == point.sentence

@@ -1,0 +1,92 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Results in files of tensors and plain data."""
+
+from dataclasses import fields, is_dataclass
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from .. import files
+from ..diagnostics import Importance, Marginals
+from ..files import FilePath
+from .evaluation.checks import Check, FailedCheck, Verdict
+from .evaluation.elements import Elements
+
+_KIND = "the draws and the verdict of class {}, format 1"
+_LEFT_OUT = ("model", "guide")
+# an object is a pair of its class and its fields, so that a pair is nothing else
+_CLASSES: dict[str, Any] = {
+    each.__name__: each for each in (Importance, Marginals, Elements, Verdict, FailedCheck)
+}
+
+Result = TypeVar("Result", bound="SavedResult")
+
+
+class SavedResult:
+    """A dataclass that a file can hold, but for its model and its guide."""
+
+    with_model: ClassVar[Any]
+
+    def __init_subclass__(cls) -> None:
+        _CLASSES[cls.__name__] = cls
+
+    def save(self, path: FilePath) -> None:
+        """Writes draws, numbers and the verdict to a file of tensors and plain data.
+
+        Neither the model is in it nor the guide, which has a ``save`` of its own. Where writing fails, an old
+        file stays.
+        """
+        files.write(path, _KIND.format(type(self).__name__), {"result": _plain(self)})
+
+    @classmethod
+    def load(
+        cls: type[Result], path: FilePath, model: Any = None, *, map_location: Any = None
+    ) -> Result:
+        """Reads what :meth:`save` wrote; a file runs no code.
+
+        :param model: the model, which predictions need.
+        :param map_location: as for ``torch.load``.
+        :raises ValueError: if the file was not written by :meth:`save` of this class, or is damaged.
+        """
+        saved = files.read(path, _KIND.format(cls.__name__), map_location)
+        try:
+            result = _restored(saved["result"])
+            if type(result) is not cls:
+                raise TypeError(f"a {type(result).__name__}")
+        except Exception as error:
+            raise ValueError(
+                f"{path}: expected what {cls.__name__}.save writes, got: {error}"
+            ) from None
+        loaded: Result = result.with_model(model)
+        return loaded
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        # an expanded tensor would declare more numbers than the file holds
+        return value.detach().contiguous()
+    if isinstance(value, Check):
+        return "Check", value.name
+    if is_dataclass(value):
+        names = [each.name for each in fields(value) if each.name not in _LEFT_OUT]
+        return type(value).__name__, {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, (Verdict, FailedCheck)):
+        return type(value).__name__, {k: _plain(v) for k, v in value._asdict().items()}
+    if isinstance(value, tuple):
+        return "tuple", [*map(_plain, value)]
+    if isinstance(value, dict):
+        return {name: _plain(each) for name, each in value.items()}
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _restored(each) for name, each in value.items()}
+    if not isinstance(value, tuple):
+        return value
+    name, content = value
+    if name == "tuple":
+        return tuple(map(_restored, content))
+    return Check[content] if name == "Check" else _CLASSES[name](**_restored(content))
