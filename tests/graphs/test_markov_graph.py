@@ -41,10 +41,25 @@ def test_all_edges_are_kept_parents_are_joined_and_levels_come_after_them(neighb
         assert not any(set(neighbours[i]) & set(level) for i in level)
 
 
+def band(size, width):
+    return [[j for j in range(size) if 0 < abs(i - j) <= width] for i in range(size)]
+
+
+def blocks(number, size):
+    """A chain of vectors."""
+    count = number * size
+    return [
+        [j for j in range(count) if j != i and abs(j // size - i // size) <= 1]
+        for i in range(count)
+    ]
+
+
 SIZES = {
     # levels, root block, most parents and colors
     "chain": (chain(1000), 10, 1, 2, 5),
     "chain with globals": (chain(1000, 3), 13, 5, 5, 8),
+    "two steps back": (band(300, 2), 15, 5, 8, 8),
+    "chain of triples": (blocks(60, 3), 17, 8, 14, 12),
     "plate": (plate(1000), 3, 2, 2, 3),
     "crossed plates": (crossed(200, 50), 2, 50, 50, 51),
     "complete": (complete(50), 1, 50, 0, 50),
