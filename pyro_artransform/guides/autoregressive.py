@@ -22,9 +22,9 @@ from ..joint.density import LogJoint
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, FlowModule, LocationScale
+from ..transforms.flow_distribution import FlowDistribution
 from . import prototype
 from .distributions import (
-    FlowDistribution,
     SiteDelta,
     check_flow_argument,
     make_flow,

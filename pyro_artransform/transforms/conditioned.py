@@ -27,7 +27,7 @@ class StructuredMeta(torch.nn.Module):
     """A meta that describes its dependency graph; the defaults promise nothing."""
 
     #: What the batch shape of x broadcasts with, such as that of a context.
-    batch_shape = torch.Size()
+    batch_shape: torch.Size = torch.Size()
 
     def expand(self, x: Tensor) -> Tensor:
         """x, whose batch shape is broadcast with :attr:`batch_shape`."""

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Affine families with a bounded log-scale, and hinges: affine on each side of a knot."""
+"""Families made of affine functions, whose log-scales are bounded."""
 
 import math
 from collections.abc import Sequence
