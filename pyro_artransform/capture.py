@@ -11,7 +11,7 @@ import math
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -50,7 +50,7 @@ class Captured:
         Now and then one is compared.
     """
 
-    def __init__(self, function: Function, patience: int = _PATIENCE) -> None:
+    def __init__(self, function: Function | None = None, patience: int = _PATIENCE) -> None:
         self._function, self._patience = function, patience
         self._calls, self._seconds = Counter[Hashable](), defaultdict[Hashable, float](float)
         self._replays: dict[Hashable, Replay] = {}
@@ -62,7 +62,7 @@ class Captured:
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         if not self.can_replay:
-            return self._function(*inputs)
+            return self._evaluate(*inputs)
         key = tuple((value.shape, value.dtype, value.device) for value in inputs)
         replay = self._replays.get(key)
         if replay is not None and not replay.is_current():
@@ -75,27 +75,31 @@ class Captured:
             return self._compared(replay, inputs)
         found = replay(*inputs)
         if found is None:
-            return self._function(*inputs)
+            return self._evaluate(*inputs)
         self._last = inputs, found
         return found
+
+    def _evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Calls the function; a subclass has it here, since its own method would make a cycle."""
+        return cast(Function, self._function)(*inputs)
 
     def confirm(self) -> None:
         """Compares the last replay with a call, of a function without random numbers."""
         if self._last is not None:
             inputs, found = self._last
-            self._judge(found, self._function(*inputs))
+            self._judge(found, self._evaluate(*inputs))
 
     def _called(self, key: Hashable, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self._calls[key] == self._patience:
             mean = self._seconds[key] / max(self._patience - 1, 1)
             seconds = max(_MOST_CALLS * mean, _LEAST_SECONDS)
-            replay = record(self._function, inputs, seconds)
+            replay = record(self._evaluate, inputs, seconds)
             if replay is None:
                 self.can_replay = False
             else:
                 self._replays[key] = replay
         began = time.process_time()
-        found = self._function(*inputs)
+        found = self._evaluate(*inputs)
         self._seconds[key] += time.process_time() - began
         return found
 
@@ -103,7 +107,7 @@ class Captured:
         devices = {value.device.index for value in inputs if value.is_cuda}
         with torch.random.fork_rng(devices=devices):
             found = replay(*inputs)
-        expected = self._function(*inputs)
+        expected = self._evaluate(*inputs)
         # one that fails is slower than a call, but nothing was wrong with others
         self._last = self._last if found is not None else None
         self._judge(found, expected)
@@ -130,11 +134,7 @@ class CapturedLoss:
     """
 
     def __init__(self, loss: Callable[[], Tensor]) -> None:
-        self._loss = loss
-        self._parameters = list[Tensor]()  # leaves with a gradient
-        # all that were reached last, and which of them the call before had reached, too
-        self._reached, self._lasting = list[Tensor](), set[int]()
-        self._captured = Captured(self._with_gradients)
+        self._captured = _WithGradients(loss)
 
     @property
     def num_compared(self) -> int:
@@ -142,23 +142,34 @@ class CapturedLoss:
 
     def __call__(self) -> Tensor:
         if not self._captured.can_replay:
-            return self._loss()
+            return self._captured.loss()
         value, *gradients = self._captured()
-        found: Tensor = _KnownGradients.apply(value, gradients, *self._parameters)
+        found: Tensor = _KnownGradients.apply(value, gradients, *self._captured.parameters)
         return found
 
-    def _with_gradients(self) -> tuple[Tensor, ...]:
+
+class _WithGradients(Captured):
+    """A scalar and its gradients by the leaves that it depends on."""
+
+    def __init__(self, loss: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self.loss = loss
+        self.parameters = list[Tensor]()  #: leaves with a gradient
+        # all that were reached last, and which of them the call before had reached, too
+        self._reached, self._lasting = list[Tensor](), set[int]()
+
+    def _evaluate(self, *_: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            value = self._loss()
+            value = self.loss()
             reached = [*leaves([value])]
             found = torch.autograd.grad(value, reached, allow_unused=True) if reached else ()
         # some leaves are made by the call itself
         lasting = {*map(id, reached)} & {*map(id, self._reached)}
         if self._lasting and lasting != self._lasting:
-            self._captured.can_replay = False  # gradients of a replay would be those of others
+            self.can_replay = False  # gradients of a replay would be those of others
         self._reached, self._lasting = reached, lasting
         pairs = [(p, g) for p, g in zip(reached, found) if g is not None]
-        self._parameters = [parameter for parameter, _ in pairs]
+        self.parameters = [parameter for parameter, _ in pairs]
         return value.detach(), *(gradient for _, gradient in pairs)
 
 
