@@ -19,8 +19,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 Init = TypeVar("Init", bound=Callable[..., None])
-#: which the oldest versions of PyTorch that Pyro takes do not have
-_is_compiling: Callable[[], bool] = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
+# the oldest versions of PyTorch that Pyro takes do not have it
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> int:

@@ -124,7 +124,7 @@ class Captured:
             raise ReplayError("expected replays that are what calls are, got others")
 
 
-class CapturedLoss:
+class CapturedLoss(Captured):
     """A function without arguments, a scalar, with gradients that are found along with it.
 
     It is a random function of parameters, whatever the loss depends on. Its operations are captured, and
@@ -134,33 +134,22 @@ class CapturedLoss:
     """
 
     def __init__(self, loss: Callable[[], Tensor]) -> None:
-        self._captured = _WithGradients(loss)
-
-    @property
-    def num_compared(self) -> int:
-        return self._captured.num_compared
-
-    def __call__(self) -> Tensor:
-        if not self._captured.can_replay:
-            return self._captured.loss()
-        value, *gradients = self._captured()
-        found: Tensor = _KnownGradients.apply(value, gradients, *self._captured.parameters)
-        return found
-
-
-class _WithGradients(Captured):
-    """A scalar and its gradients by the leaves that it depends on."""
-
-    def __init__(self, loss: Callable[[], Tensor]) -> None:
         super().__init__()
-        self.loss = loss
-        self.parameters = list[Tensor]()  #: leaves with a gradient
+        self._loss = loss
+        self._parameters = list[Tensor]()  # leaves with a gradient
         # all that were reached last, and which of them the call before had reached, too
         self._reached, self._lasting = list[Tensor](), set[int]()
 
+    def __call__(self) -> Tensor:  # type: ignore[override]  # a scalar with a graph
+        if not self.can_replay:
+            return self._loss()
+        value, *gradients = super().__call__()
+        found: Tensor = _KnownGradients.apply(value, gradients, *self._parameters)
+        return found
+
     def _evaluate(self, *_: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            value = self.loss()
+            value = self._loss()
             reached = [*leaves([value])]
             found = torch.autograd.grad(value, reached, allow_unused=True) if reached else ()
         # some leaves are made by the call itself
@@ -169,7 +158,7 @@ class _WithGradients(Captured):
             self.can_replay = False  # gradients of a replay would be those of others
         self._reached, self._lasting = reached, lasting
         pairs = [(p, g) for p, g in zip(reached, found) if g is not None]
-        self.parameters = [parameter for parameter, _ in pairs]
+        self._parameters = [parameter for parameter, _ in pairs]
         return value.detach(), *(gradient for _, gradient in pairs)
 
 

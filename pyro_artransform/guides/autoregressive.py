@@ -22,13 +22,12 @@ from ..joint.density import LogJoint
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, FlowModule, LocationScale
-from ..transforms.flow_distribution import FlowDistribution
+from ..transforms.flow_distribution import FlowDistribution, standard_normal
 from . import prototype
 from .distributions import (
     SiteDelta,
     check_flow_argument,
     make_flow,
-    standard_normal,
 )
 from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments, GuideSpec

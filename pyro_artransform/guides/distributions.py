@@ -54,16 +54,9 @@ def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: i
             f"{name}: expected a module with parameters to train, got one without: {got}"
         )
     if dist.is_validation_enabled():
-        if context_dim:
-            check_structure(flow.condition(like.new_zeros((1, *context_dim))), like.reshape(1, -1))
-        else:
-            check_structure(flow, like)
+        given = flow.condition(like.new_zeros((1, *context_dim))) if context_dim else flow
+        check_structure(given, like.reshape(1, -1))
     return flow
-
-
-def standard_normal(zeros: Tensor) -> Any:
-    """Standard Normals, whose values are never checked: that would read them, in each step."""
-    return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
 
 
 class SiteDelta(dist.Delta):

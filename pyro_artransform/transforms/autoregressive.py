@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..arguments import check_callable, check_integer, warn_user
+from ..univariate.base import ElementwiseTransform
 from .conditioned import (
     ContextMeta,
     Meta,
@@ -62,7 +63,11 @@ class AutoregressiveTransform(FlowModule):
         self.structure = None if is_right_by_construction(meta) else StructureCheck()
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return call_and_ladj_over_vectors(check_returned(self._checked(x)(x)), x)
+        transform = (self.meta if self.structure is None else self._checked(x))(x)
+        if isinstance(transform, ElementwiseTransform):
+            y, ladj = transform.call_and_ladj(x)
+            return y, ladj.sum(-1)
+        return call_and_ladj_over_vectors(check_returned(transform), x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return invert(self._checked(y), y, self.passes)

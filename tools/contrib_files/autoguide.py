@@ -5,7 +5,6 @@
 
 from functools import partial
 
-import pyro.distributions as dist
 import torch
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch.distributions import biject_to
@@ -14,7 +13,7 @@ from pyro_artransform.arguments import check_integer
 from pyro_artransform.conditioners.activations import default_activation
 from pyro_artransform.flows import iaf
 from pyro_artransform.transforms.chain import ComposedTransform
-from pyro_artransform.transforms.flow_distribution import FlowDistribution
+from pyro_artransform.transforms.flow_distribution import FlowDistribution, standard_normal
 from pyro_artransform.transforms.scales_and_tails import CompressedTails, LocationScale
 from pyro_artransform.univariate.affine import Affine
 
@@ -86,8 +85,7 @@ class AutoIAF(AutoContinuous):
         self.transform = ComposedTransform(flow.to(loc), CompressedTails(), scale)
 
     def get_base_dist(self):
-        loc = self._init_loc()
-        return dist.Normal(torch.zeros_like(loc), torch.ones_like(loc)).to_event(1)
+        return standard_normal(torch.zeros_like(self._init_loc()))
 
     def get_transform(self, *args, **kwargs):
         return self.transform

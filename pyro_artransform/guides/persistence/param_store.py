@@ -23,7 +23,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 _OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
-class StoredGuide(AutoGuide):
+class RegisteredGuide(AutoGuide):
     """A guide whose parameters are those of its modules, and under its name in Pyro's store."""
 
     #: Whose values count where the store has others under the guide's name: those of the store; those of a
@@ -71,15 +71,15 @@ class StoredGuide(AutoGuide):
         ownership, misfit = self._ownership, ""
         with_suffix = (f"{self.first_name}_{number}" for number in itertools.count(1))
         for name in itertools.chain(dict.fromkeys([self._pyro_name, self.first_name]), with_suffix):
-            entries = _entries(f"{name}.")
+            prefix, stored = f"{name}.", pyro.get_param_store().named_parameters()
+            entries = {k.removeprefix(prefix): t for k, t in stored if k.startswith(prefix)}
             foreign = [tensor for short, tensor in entries.items() if own.get(short) is not tensor]
             if not foreign:
                 break
             owners = {_OWNERS[tensor]() for tensor in foreign if tensor in _OWNERS}
             were_loaded = owners <= {self}
-            if (owners <= {self, None} and ownership == "new") or (
-                were_loaded and ownership == "settled"
-            ):
+            are_free = owners <= {self, None} if ownership == "new" else were_loaded
+            if are_free and ownership != "carried":
                 if not (problem := _misfit(name, entries, own)):
                     _adopt(self, entries, own)
                     return name, True
@@ -113,20 +113,14 @@ class StoredGuide(AutoGuide):
         self.first_name = name
 
 
-def _entries(prefix: str) -> dict[str, Tensor]:
-    """The unconstrained parameters in the store whose names begin so, without that."""
-    stored = pyro.get_param_store().named_parameters()
-    return {key.removeprefix(prefix): t for key, t in stored if key.startswith(prefix)}
-
-
 def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> str:
     """What keeps a guide from adopting the entries, in words."""
     advice = "Build the guide as it was saved, or call pyro.clear_param_store() to start anew"
-    for short in sorted(entries.keys() ^ own.keys()):
-        where = "no" if short in own else "a"
-        return f"the param store has {where} parameter '{short}' of the guide '{name}'. {advice}"
-    for short, tensor in entries.items():
-        expected, got = ((tuple(t.shape), t.dtype, str(t.device)) for t in (own[short], tensor))
+    for short in sorted(entries.keys() | own.keys()):
+        pair = own.get(short), entries.get(short)
+        expected, got = (
+            None if t is None else (tuple(t.shape), t.dtype, str(t.device)) for t in pair
+        )
         if expected != got:
             where = f"the param store's '{short}' of the guide '{name}'"
             return f"{where} does not fit: expected {expected}, got {got}. {advice}"

@@ -25,7 +25,7 @@ from ...joint.density import Args, Kwargs, LogJoint
 from ...joint.prior_map import Coordinates
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, Traces, is_hidden, prototype_trace
-from .param_store import StoredGuide
+from .param_store import RegisteredGuide
 from .spec import Arguments, GuideSpec, State, check_finite, check_size
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
@@ -34,7 +34,7 @@ Model = Callable[..., object]
 _KIND = "a guide of class {}, format 9"
 
 
-class PersistentGuide(StoredGuide):
+class PersistentGuide(RegisteredGuide):
     """An autoguide that is built from a :class:`~pyro_artransform.guides.persistence.spec.GuideSpec`.
 
     A subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_register` before it uses
@@ -71,7 +71,7 @@ class PersistentGuide(StoredGuide):
                 "callable that takes the latent dimension and returns it"
             )
         check_callable("init_loc_fn", init_loc_fn)
-        StoredGuide.__init__(self, model)
+        RegisteredGuide.__init__(self, model)
         self._arguments = arguments
         self.prior = prior
         self._spec: GuideSpec | None = None
@@ -266,7 +266,8 @@ class PersistentGuide(StoredGuide):
             spec = GuideSpec.from_json(text, next(value.device for value in state.values()))
             if self._spec is None:
                 self._restore(spec, state)
-            expected, got = self._checked_spec().shapes(), spec.shapes()
+            both = self._checked_spec().sites, spec.sites
+            expected, got = ({site.name: tuple(site.shape) for site in sites} for sites in both)
             if expected != got:
                 message = f"expected {expected}, got {got}"
                 raise RuntimeError(f"the state dict is of a guide of other sites: {message}")

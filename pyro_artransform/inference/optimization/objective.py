@@ -81,10 +81,7 @@ class Objective(Protocol):
 
 @dataclass
 class _PathTerms:
-    """log q - log p at draws of a guide, with the path gradient, without what captures the operations.
-
-    A captured loss holds this and not the objective that holds the loss: there is no cycle.
-    """
+    """log q - log p at draws of a guide, with the path gradient; a captured loss holds it without a cycle."""
 
     log_joint: LogJoint
     guide: ReparametrizedGuide
