@@ -33,6 +33,7 @@ PUBLIC = {
     "AutoregressiveTransform": "transforms.autoregressive",
     "ConditionedUnivariate": "transforms.conditioned",
     "FlowDistribution": "transforms.flow_distribution",
+    "MaskedInput": "conditioners.masked_input",
     "MaskedMLP": "conditioners.masked_mlp",
     "affine_autoregressive": "flows",
     "iaf": "flows",

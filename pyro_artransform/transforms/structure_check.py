@@ -59,8 +59,9 @@ class StructureCheck:
             return fault_of_rows(meta, x)
         return (
             f"the meta is not autoregressive: the parameters of the coordinates {nodes} depend on these "
-            "coordinates themselves, so the log-determinant and the inverse are wrong. Use a network of "
-            "pyro_artransform.conditioners, such as MaskedMLP"
+            "coordinates themselves, so the log-determinant and the inverse are wrong. Use "
+            "pyro_artransform.conditioners.MaskedMLP, or wrap the network in MaskedInput(net), which "
+            "makes any network autoregressive"
         )
 
 

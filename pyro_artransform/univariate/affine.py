@@ -13,13 +13,7 @@ from torch import Tensor
 
 from ..arguments import check_broadcast, check_positive, values_can_be_read
 from ..differentiation import gradients_with_graph
-from .base import (
-    Derivatives,
-    ElementwiseTransform,
-    Univariate,
-    soft_bound,
-    unbind_params,
-)
+from .base import Derivatives, ElementwiseTransform, Univariate, soft_bound, unbind_params
 
 
 class GivenLocationScale(ElementwiseTransform):

@@ -26,9 +26,8 @@ _OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 class RegisteredGuide(AutoGuide):
     """A guide whose parameters are those of its modules, and under its name in Pyro's store."""
 
-    #: Whose values count where the store has others under the guide's name: those of the store; those of a
-    #: guide that was copied, unpickled or loaded; those that were loaded into the store since it was
-    #: registered
+    #: Whose values count where the store has others under the guide's name: those of the store; the guide's,
+    #: where it was copied, unpickled or loaded; those that were loaded into the store since the last call
     _ownership: Literal["new", "carried", "settled"] = "new"
 
     def __init__(self, model: Any) -> None:
