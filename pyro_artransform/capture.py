@@ -8,8 +8,7 @@ and autograd take several times as long to find out which these are, and find th
 """
 
 import math
-import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, cast
 
@@ -22,10 +21,10 @@ from .recording import Replay, record
 #: a function of tensors that returns tensors without a graph
 Function = Callable[..., tuple[Tensor, ...]]
 
-# calls with the same shapes after which a capture is worth while, how many of them it may take, or seconds
-_PATIENCE, _MOST_CALLS, _LEAST_SECONDS = 12, 30, 1.0
+# calls with the same shapes after which a capture is worth while, and the seconds that it may take
+_PATIENCE, _MOST_SECONDS = 12, 3.0
 # every so many replays one is compared with a call of the function, the first ones more often
-_CHECK_EVERY = 64
+_CHECK_EVERY = 256
 # units in the last place by which the two may differ
 _SLACK = 64.0
 
@@ -52,7 +51,7 @@ class Captured:
 
     def __init__(self, function: Function | None = None, patience: int = _PATIENCE) -> None:
         self._function, self._patience = function, patience
-        self._calls, self._seconds = Counter[Hashable](), defaultdict[Hashable, float](float)
+        self._calls = Counter[Hashable]()
         self._replays: dict[Hashable, Replay] = {}
         # the last replay since a comparison
         self._last: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
@@ -91,17 +90,12 @@ class Captured:
 
     def _called(self, key: Hashable, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self._calls[key] == self._patience:
-            mean = self._seconds[key] / max(self._patience - 1, 1)
-            seconds = max(_MOST_CALLS * mean, _LEAST_SECONDS)
-            replay = record(self._evaluate, inputs, seconds)
+            replay = record(self._evaluate, inputs, _MOST_SECONDS)
             if replay is None:
                 self.can_replay = False
             else:
                 self._replays[key] = replay
-        began = time.process_time()
-        found = self._evaluate(*inputs)
-        self._seconds[key] += time.process_time() - began
-        return found
+        return self._evaluate(*inputs)
 
     def _compared(self, replay: Replay, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         devices = {value.device.index for value in inputs if value.is_cuda}

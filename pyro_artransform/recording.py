@@ -13,7 +13,6 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import cache
 from types import FunctionType
 from typing import Any, NamedTuple
 
@@ -23,7 +22,10 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from .batching import batched
 from .products import has_one_matrix, product_with_one_matrix
+from .schema import Schema
+from .tape import Kind
 from .time_limit import is_out_of_time
 
 _ATEN, _TENSOR = torch.ops.aten, torch._C.TensorType.get()
@@ -33,8 +35,6 @@ _CHECK_ERRORS = _ATEN._linalg_check_errors.default
 # numbers of all tensors of a call, which are held while it is captured: where there are more, arithmetic
 # takes the time, and not what is around it
 _MOST_NUMBERS = 2**25
-# operations between two looks at the clock
-_LOOK_EVERY = 32
 # what gives Python numbers, and no more
 _READS = {
     *(Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
@@ -50,7 +50,8 @@ _METADATA = {
 _REFUSED = {"apply_", "map_", "map2_", "backward"}
 _VALUELESS = (Tensor, torch.Size, torch.dtype, torch.device, torch.layout, type(None))
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, type(None))
-_MEMORY_FORMATS = {torch.contiguous_format: 0, torch.preserve_format: 1, torch.channels_last: 2}
+# in the order of their numbers
+_MEMORY_FORMATS = [torch.contiguous_format, torch.preserve_format, torch.channels_last]
 
 
 # without the detour by which hooks and backward passes in Python would run out of sight
@@ -101,13 +102,13 @@ def record(
             warnings.simplefilter("ignore")
             with recording, _Reads(recording):
                 found = function(*inputs)
-            replay = recording.finished(found)
-            # compiles it
-            is_run = replay(*inputs) is not None
+            # the first run compiles it
+            replays = (each for each in recording.finished(found) if each(*inputs) is not None)
+            replay = next(replays, None)
     except Exception:  # any error means that it cannot be replayed
         return None
     is_random = _python_random_state() != state
-    return replay if is_run and not (recording.is_refused or is_random) else None
+    return None if recording.is_refused or is_random else replay
 
 
 def _python_random_state() -> object:
@@ -129,10 +130,11 @@ class _Recording(TorchDispatchMode):
         super().__init__()
         self._graph: Any = torch._C.Graph()
         self._end = end
-        self._num_numbers = self._num_operations = 0
+        self._num_numbers = 0
         # tensors are known by their identity, and memory by its address, for which they have to be held
         self._held, self._values = list[Tensor](), dict[int, Any]()
         self._numbers: dict[Any, Any] = {}
+        self._kinds, self._random, self._is_pure = dict[str, Kind](), set[str](), True
         self._constants = list[Tensor]()
         self._failures = list[Any]()  # of linear algebra, which nobody would read otherwise
         self.is_refused = self.has_lifted = False
@@ -164,36 +166,36 @@ class _Recording(TorchDispatchMode):
         raise RuntimeError(why)
 
     def _record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        self._check_time()
-        kind = _Kind.of(func)
+        if self.is_refused or time.process_time() > self._end or is_out_of_time():
+            self.refuse("the capture was refused, or takes too long")
+        kind = Schema.of(func)
         arguments = kind.bound(args, kwargs)
         if not _READ_BY.isdisjoint(func.tags):
             read = arguments if func is not _ATEN.index.Tensor else _masks(args[1])
             self.read(func, _tensors(read))
         given = [self._lowered(*pair) for pair in zip(arguments, kind.types)]
         if func is _ATEN._to_copy.default and not isinstance(arguments[0], Tensor):  # of vmap
-            given[0] = self._graph.insertConstant(_number(arguments[0]))
+            dtype = torch.float64 if isinstance(arguments[0], float) else None  # as Python has it
+            number = torch.tensor(arguments[0], dtype=dtype, device="cpu")
+            given[0] = self._graph.insertConstant(number)
         written = [arguments[i] for i in kind.written]
         if not self._given.isdisjoint(map(_memory, _tensors(written))):
             self.refuse(f"{func} writes into a tensor that was there before the call")
         found = func(*args, **kwargs)
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        self._is_pure &= not written
         if func is _CHECK_ERRORS:
             self._failures += given[:1]
         elif torch.Tag.data_dependent_output not in func.tags:
-            self._name(found, self._written(kind, given, found))
+            values = self._written(kind, given, found)
+            self._name(found, values)
+            self._random |= {value.debugName() for value in values if is_random}
         new = {*map(_memory, _tensors((found, written)))} - {0}
         self._made |= new - self._given
-        is_random = torch.Tag.nondeterministic_seeded in func.tags
         if is_random or not self._varying.isdisjoint(map(_memory, _tensors(arguments))):
             self._varying |= new
         self.has_lifted |= func is _ATEN.lift_fresh.default
         return found
-
-    def _check_time(self) -> None:
-        self._num_operations += 1
-        is_look = self._num_operations % _LOOK_EVERY == 0
-        if self.is_refused or (is_look and (time.process_time() > self._end or is_out_of_time())):
-            self.refuse("the capture was refused, or takes too long")
 
     def read(self, func: Any, values: Iterable[Tensor]) -> None:
         """Refuses a function that gives Python values which vary; others have to stay as they are."""
@@ -227,7 +229,7 @@ class _Recording(TorchDispatchMode):
         key = repr(value)
         if key not in self._numbers:
             if isinstance(value, torch.memory_format):
-                value = _MEMORY_FORMATS[value]
+                value = _MEMORY_FORMATS.index(value)
             self._numbers[key] = self._graph.insertConstant(value)
         return self._numbers[key]
 
@@ -246,6 +248,7 @@ class _Recording(TorchDispatchMode):
 
     def _hold(self, tensor: Tensor, value: Any) -> None:
         self._values[id(tensor)] = value
+        self._kinds[value.debugName()] = Kind(tuple(tensor.shape), tensor.dtype, tensor.device)
         self._held.append(tensor)
         self._num_numbers += tensor.numel()
         if self._num_numbers > _MOST_NUMBERS:
@@ -260,7 +263,7 @@ class _Recording(TorchDispatchMode):
             output.setType(type_)
         return outputs
 
-    def _written(self, kind: "_Kind", inputs: Sequence[Any], found: Any = None) -> list[Any]:
+    def _written(self, kind: "Schema", inputs: Sequence[Any], found: Any = None) -> list[Any]:
         """The tensors that an operation makes, in the graph."""
         outputs = self._node(kind.name, inputs, kind.returns)
         if not isinstance(found, list):
@@ -275,44 +278,19 @@ class _Recording(TorchDispatchMode):
             elif tensor is not None:
                 self.refuse(f"an operation makes {type(tensor)}")
 
-    def finished(self, results: Sequence[Tensor]) -> Replay:
-        """The replay of all that is recorded, for these results."""
+    def finished(self, results: Sequence[Tensor]) -> Iterator[Replay]:
+        """Replays of all that is recorded, for these results: the first one that runs is the fastest."""
         outputs = [*map(self._value_of, results), *self._failures]
         types = [torch._C.TupleType([_TENSOR] * len(outputs))]
         (output,) = self._node("prim::TupleConstruct", outputs, types)
         self._graph.registerOutput(output)
-        script = torch._C._create_function_from_graph("replay", self._graph)
         shapes = [(value.shape, value.requires_grad) for value in self._constants]
-        return Replay(script, self._constants, shapes, len(results))
-
-
-class _Kind(NamedTuple):
-    """What the schema of an operation says."""
-
-    name: str
-    names: list[str]
-    defaults: list[Any]
-    types: list[Any]
-    returns: list[Any]
-    written: list[int]  #: the arguments that it writes into
-
-    @staticmethod
-    @cache
-    def of(func: Any) -> "_Kind":
-        schema, arguments = func._schema, func._schema.arguments
-        return _Kind(
-            schema.name,
-            [each.name for each in arguments],
-            [each.default_value if each.has_default_value() else None for each in arguments],
-            [each.type for each in arguments],
-            [each.type for each in schema.returns],
-            [i for i, each in enumerate(arguments) if each.alias_info and each.alias_info.is_write],
-        )
-
-    def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """All arguments of a call, in their order."""
-        rest = zip(self.names[len(args) :], self.defaults[len(args) :])
-        return [*args, *(kwargs.get(name, default) for name, default in rest)]
+        graphs = [lambda: self._graph]
+        if self._is_pure:
+            graphs.insert(0, lambda: batched(self._graph, self._kinds, self._random))
+        for graph in graphs:
+            script = torch._C._create_function_from_graph("replay", graph())
+            yield Replay(script, self._constants, shapes, len(results))
 
 
 class _Reads(TorchFunctionMode):
@@ -339,11 +317,7 @@ class _Reads(TorchFunctionMode):
         if not _is_known(func, found):
             recording.refuse(f"{func} may give Python values")
         is_python = isinstance(func, FunctionType)
-        if (
-            recording.has_lifted
-            and not is_python
-            and any(True for _ in _tensors(_sequences(func, args)))
-        ):
+        if recording.has_lifted and not is_python and [*_tensors(_sequences(func, args))]:
             recording.refuse(f"{func} makes a tensor of numbers that it reads from others")
         return found
 
@@ -387,12 +361,6 @@ def _tensors(values: Any) -> Iterator[Tensor]:
     elif isinstance(values, (list, tuple)):
         for value in values:
             yield from _tensors(value)
-
-
-def _number(value: complex) -> Tensor:
-    """A tensor of a number of Python's, in the precision that it has there."""
-    dtype = torch.float64 if isinstance(value, float) else None
-    return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _memory(value: Tensor) -> int:

@@ -18,10 +18,8 @@ from ..sampling.target import ToLatent
 from ..transforms.flow_module import call_and_ladj_over_vectors
 from .importance_weights import ModelAndGuide, check_same_latents
 
-# draws of a guide that is taken by its means and sds, and those at which the curvature is asked
-NUM_DRAWS, _NUM_CENTERED = 10_000, 8
-# the dimensions up to which an affine transform is a matrix, and points that tell whether it is affine
-_MOST_DENSE, _NUM_PROBES = 1200, 8
+_NUM_DRAWS = 10_000  # of a guide that is taken by its means and sds
+_MOST_DENSE = 1200  # the dimensions up to which an affine transform is a matrix
 
 
 def ensemble_of(
@@ -57,10 +55,10 @@ def base_space(subject: ModelAndGuide) -> tuple[LogJoint, ToLatent]:
     unit = non_centered(log_joint)
     if given is not None and unit is log_joint:
         return given
-    draws = subject.draws(NUM_DRAWS)
+    draws = subject.draws(_NUM_DRAWS)
     draws = draws[draws.isfinite().all(-1)]
     if unit is not log_joint and len(draws):
-        found = coordinates_at(log_joint, unit.coordinates, draws[:_NUM_CENTERED])
+        found = coordinates_at(log_joint, unit.coordinates, draws)
         log_joint = log_joint.with_coordinates(found)
         draws, _ = log_joint.from_unconstrained(draws)
         draws = draws[draws.isfinite().all(-1)]
@@ -72,14 +70,9 @@ def base_space(subject: ModelAndGuide) -> tuple[LogJoint, ToLatent]:
     if len(fixed := (draws == draws[0]).all(0).nonzero()):
         name = log_joint.latents.name_of(int(fixed[0]))
         raise ValueError(f"guide: expected draws that differ, got one value of {name} in all")
-    return log_joint, by_moments(draws)
-
-
-def by_moments(draws: Tensor) -> ToLatent:
-    """The transform of a standard normal to the means and sds of draws ``(n, D)``."""
     loc, scale = draws.mean(0), draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
     ladj = scale.log().sum()
-    return lambda base: (loc + base * scale, ladj.expand(len(base)))
+    return log_joint, lambda base: (loc + base * scale, ladj.expand(len(base)))
 
 
 def transform_of(subject: ModelAndGuide) -> ToLatent | None:
@@ -104,20 +97,17 @@ def _affine(transform: ToLatent, like: Tensor) -> ToLatent | None:
 
     Chains are right in any coordinates, so that it may be affine to round-off only.
     """
-    dim = like.shape[-1]
+    dim, probes = like.shape[-1], torch.randn_like(like)
     if dim > _MOST_DENSE:
         return None
-    probes = torch.randn_like(like[:1].expand(_NUM_PROBES, -1))
-    origin, unit = torch.zeros_like(probes[:1]), torch.diag_embed(torch.ones_like(like[0]))
+    unit = torch.ones_like(like[0]).diag()
     with torch.no_grad():
-        found, ladjs = transform(torch.cat([origin, probes]))
-        loc, ladj = found[0], ladjs[0]
-        # most others are found out by a few rows; the matrix takes one for each dimension
-        if not torch.allclose(ladjs, ladj.expand_as(ladjs), rtol=1e-4, atol=1e-4):
-            return None
-        matrix = torch.cat([transform(part)[0] for part in unit.split(256)]) - loc
-    error = (loc + probes @ matrix - found[1:]).abs().amax(0)
-    scale = matrix.square().sum(0).sqrt()
-    if not bool((error <= 10 * torch.finfo(like.dtype).eps ** 0.5 * scale).all()):
+        parts = torch.cat([0 * unit[:1], probes, unit]).split(256)
+        found, ladjs = map(torch.cat, zip(*map(transform, parts)))
+    loc, ladj = found[0], ladjs[0]
+    moved, matrix = (found[1:] - loc).split([len(probes), dim])
+    error, scale = (probes @ matrix - moved).abs().amax(0), matrix.square().sum(0).sqrt()
+    is_affine = error <= 10 * torch.finfo(like.dtype).eps ** 0.5 * scale
+    if not (is_affine.all() and torch.allclose(ladjs, ladj, rtol=1e-4, atol=1e-4)):
         return None
     return lambda base: (loc + base @ matrix, ladj.expand(len(base)))

@@ -23,6 +23,7 @@ GOOD_TAIL = 0.001  #: the excess of a tail, as a share of all weights, whose k-h
 GOOD_LOST_MASS = 0.05  #: the largest share of a posterior in modes that the guide has missed
 GOOD_MEAN_SHIFT = 0.15  #: the largest error of a mean, in sds of the posterior
 GOOD_SD_ERROR = 0.15  #: the largest relative error of a standard deviation
+CLEAR_IN_SE = 2.0  #: the standard errors from which on a difference is clear
 CONFIDENCE = 0.975  #: the probability that the bounds of all errors of means and sds hold
 _FEWEST = 10_000  # draws at least that are resampled
 

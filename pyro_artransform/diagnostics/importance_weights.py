@@ -18,15 +18,14 @@ from ..joint.density import Args, Kwargs
 from ..joint.handlers import hidden_sites
 from ..joint.protocols import FlowGuide, PriorGuide, ReparametrizedGuide, SetUpGuide
 from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
-from ..joint.vectorization import NUM_COMPARED, GuideSampler, stack
+from ..joint.vectorization import NUM_COMPARED, GuideSampler, draws_at_a_time, stack
 from ..time_limit import has_limit
 
 Model = Callable[..., object]
 Run = Callable[[], object]
 Values = dict[str, Tensor]
 
-# draws at once, and numbers of them: of each chunk some are compared with single runs of the model
-_CHUNK, _SMALL_CHUNK, _MOST_VALUES = 1000, 100, 2**21
+_SMALL_CHUNK = 100  # draws at once where each takes long, or the time is limited
 
 
 class Weighted(NamedTuple):
@@ -81,10 +80,9 @@ def weighted_draws(
         is_point = False
     else:
         draw, is_point = _drawer(run_model, run_guide, log_joint)
-    is_slow = log_joint is not None and log_joint.strategy == "loop"
-    chunk = _SMALL_CHUNK if is_slow or has_limit() else _CHUNK
-    if log_joint is not None and chunk == _CHUNK:
-        chunk = max(chunk, min(10 * chunk, _MOST_VALUES // log_joint.latents.latent_dim))
+    chunk = _SMALL_CHUNK
+    if log_joint is not None and log_joint.strategy != "loop" and not has_limit():
+        chunk = draws_at_a_time(log_joint.latents.latent_dim)
     for start in range(0, n, chunk):
         drawn = draw(min(chunk, n - start))
         yield drawn._replace(log_weights=drawn.log_weights - torch.inf) if is_point else drawn

@@ -19,12 +19,10 @@ from torch import Tensor
 from ..joint import Latents
 from ..sampling import Ensemble
 from ..sampling.convergence import mean_ess
-from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
+from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR, KHAT_OF_VARIANCE
 from .importance_weights import Values
 from .psis import fit_tails
 
-# the largest tail indices of values with a second and a fourth moment
-_INDEX_OF_SECOND, _INDEX_OF_FOURTH = 0.5, 0.25
 _NUM_DRAWS = 4000  # of the guide: they cost as much as those of chains
 _RADII = (30.0, 300.0)  # sds between which the fall of a density says what its tail is
 
@@ -160,8 +158,9 @@ def errors_by_chains(draws: Tensor, of_guide: Tensor) -> MarginalErrors:
     log_var = log_var + own.square().var(0) / len(own)
     ratio = 1 / sd
     errors = MarginalErrors(-mean / sd, mean_se, ratio, ratio * log_var.sqrt() / 2)
-    of_draws, of_own = (_tail_indices(each.abs().log()) for each in (flat, own))
-    return known(errors, torch.maximum(of_draws, of_own))
+    # the Pareto index of each tail, less its standard error
+    tails = [[t.khat - t.khat_se for t in fit_tails(each.abs().log())] for each in (flat, own)]
+    return known(errors, flat.new_tensor(tails).amax(0))
 
 
 @torch.no_grad()
@@ -185,14 +184,9 @@ def indices_along_rays(log_density: Callable[[Tensor], Tensor], draws: Tensor) -
 
 def known(errors: MarginalErrors, index: Tensor) -> MarginalErrors:
     """Not a number where the tail of this index ``(D,)`` has no moments that an error rests on."""
-    shift = errors.mean_shift.masked_fill(~(index <= _INDEX_OF_SECOND), torch.nan)
-    ratio = errors.sd_ratio.masked_fill(~(index <= _INDEX_OF_FOURTH), torch.nan)
+    shift = errors.mean_shift.masked_fill(~(index <= KHAT_OF_VARIANCE), torch.nan)
+    ratio = errors.sd_ratio.masked_fill(~(2 * index <= KHAT_OF_VARIANCE), torch.nan)
     return errors._replace(mean_shift=shift, sd_ratio=ratio)
-
-
-def _tail_indices(log_values: Tensor) -> Tensor:
-    """The Pareto index of each column ``(n, D)``, less its standard error."""
-    return log_values.new_tensor([t.khat - t.khat_se for t in fit_tails(log_values)])
 
 
 def critical_value(num_statements: int, num_chains: int, confidence: float) -> float:

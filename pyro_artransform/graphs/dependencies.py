@@ -27,7 +27,7 @@ from .markov_graph import color_columns
 _MOST_ENTRIES = 2_000_000
 #: units in the last place by which sums of about a thousand terms in another order may differ
 ROUND_OFF = 1e3
-_MAX_HALVINGS = 12
+MAX_HALVINGS = 12  #: of a step, or a scale, before it is given up
 # random halves of elements: two that depend on each other are in one half of all with probability 1e-6
 _NUM_HALVINGS = 20
 # of coordinates, at draws and at a wider point: one shows what another hides
@@ -36,7 +36,6 @@ _NUM_GROUPINGS = 4
 _NUM_REPEATED, _MOST_ULPS, _CLEAR = 6, 8.0, 6.0
 # nats by which one sd of each of a pair interacts, below which a graph may lack it: half their square is lost
 _LEAST = 0.01
-_SEED = 20260101
 # a generator of the CPU works for every device
 _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
@@ -57,9 +56,8 @@ class DependencyGraph(NamedTuple):
     """The Markov graph of a density, with the largest second derivatives that were seen."""
 
     neighbours: tuple[frozenset[int], ...]
-    pairs: (
-        Tensor  #: of neighbours, the smaller coordinate first, and of each coordinate with itself
-    )
+    #: of neighbours, the smaller coordinate first, and of each coordinate with itself
+    pairs: Tensor
     second: Tensor  #: of each pair
 
 
@@ -140,13 +138,10 @@ class _Search:
     """A search for pairs of coordinates that depend on each other."""
 
     def __init__(
-        self,
-        log_density: LogDensityOfRows,
-        eps: float,
-        neighbours: list[set[int]] | None = None,
+        self, log_density: LogDensityOfRows, eps: float, neighbours: list[set[int]] | None = None
     ) -> None:
         self.log_density, self._eps = log_density, eps
-        self.generator = torch.Generator().manual_seed(_SEED)
+        self.generator = torch.Generator().manual_seed(0)
         #: whether there is a graph that the search adds to, so that each new pair is a finding
         self._is_known = neighbours is not None
         self.neighbours = neighbours or [set[int]() for _ in log_density.start]
@@ -182,7 +177,7 @@ class _Search:
         """
         left, step, base = coordinates, other - point, self._gradients(point[None])[:, None]
         all_of_one = torch.zeros(len(point), dtype=torch.long, device=point.device)
-        for _ in range(_MAX_HALVINGS):
+        for _ in range(MAX_HALVINGS):
             if len(left):
                 left, step = self._move(point, step, left[:, None], all_of_one, base), 0.5 * step
         # of the rest nothing is known: they may depend on everything
@@ -213,7 +208,7 @@ class _Search:
     def _gradients(self, points: Tensor) -> Tensor:
         """Gradients with the same random numbers each time, so that they are of one mini-batch."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(_SEED)
+            torch.manual_seed(0)
             return value_and_gradient(self.log_density, points)[1]
 
     def _note(self, columns: Tensor, changed: Tensor, second: Tensor) -> None:
@@ -303,7 +298,7 @@ def _finite_point(
     """A point around the start with a finite gradient."""
     start = log_density.start
     noise = torch.randn(len(start), generator=generator, **_ON_CPU).to(start)
-    for k in range(_MAX_HALVINGS):
+    for k in range(MAX_HALVINGS):
         point = start + spread * 0.5**k * noise
         if bool(value_and_gradient(log_density, point[None])[1].isfinite().all()):
             return point

@@ -23,10 +23,6 @@ class InitializationConfig:
     max_trajectories: int = 1000  #: of each chain at most, where no number of draws is asked for
     num_compared: int = 1024  #: draws of the initial Gaussian, and of its comparison with the guide
 
-    def with_fewer(self) -> "InitializationConfig":
-        """The same with fewer draws, where an evaluation is expensive."""
-        return _with_fewer(self, "max_trajectories", "num_compared")
-
 
 @dataclass(frozen=True)
 class OptimizationConfig:
@@ -97,7 +93,7 @@ class FitConfig:
         verdict = replace(self.evaluation, num_more_samples=0)
         return replace(
             self,
-            initialization=self.initialization.with_fewer(),
+            initialization=_with_fewer(self.initialization, "max_trajectories", "num_compared"),
             optimization=_with_fewer(self.optimization, "num_particles", "num_compared"),
             evaluation=_with_fewer(verdict, "num_samples"),
         )
@@ -108,7 +104,7 @@ class FitConfig:
         verdict = replace(self.evaluation, num_samples=few, num_more_samples=0)
         return replace(
             self,
-            initialization=self.initialization.with_fewer(),
+            initialization=_with_fewer(self.initialization, "max_trajectories", "num_compared"),
             optimization=replace(self.optimization, num_compared=few),
             evaluation=verdict,
         )

@@ -288,9 +288,13 @@ class AllBatches:
         if self._held:
             yield from self._held
             return
-        held, size = list[Batch](), 0
+        held, size = list[Batch](), 0.0
         for batch in self._stream.one_pass(self._stream.num_batches):
-            size += sum(map(_num_bytes, (*batch.args, *batch.kwargs.values())))
+            for value in (*batch.args, *batch.kwargs.values()):
+                # plain data take nothing, and what is not known more than is held
+                is_plain = isinstance(value, (int, float, str, type(None)))
+                rest = 0 if is_plain else math.inf
+                size += value.nbytes if isinstance(value, Tensor) else rest
             if size <= _MOST_HELD:
                 held.append(batch)
             else:
@@ -298,13 +302,6 @@ class AllBatches:
             yield batch
         if len(held) == self._stream.num_batches:
             self._held = held
-
-
-def _num_bytes(value: object) -> int:
-    """What an argument takes in memory: more than is held, where that is not known."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    return 0 if isinstance(value, (int, float, str)) or value is None else _MOST_HELD + 1
 
 
 def check_use(stream: BatchStream, guide: object, log_joint: LogJoint, first: Batch) -> None:

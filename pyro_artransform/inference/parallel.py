@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, reduce
 from itertools import count
@@ -30,7 +30,6 @@ Gradients = Sequence[Tensor | None]
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _PATIENCE = 5.0  # seconds of waiting after which a process logs it
-_TIMEOUT = timedelta(minutes=30)  # PyTorch's for gloo
 _FIRST_MEETING = timedelta(minutes=1)  # of processes that nothing but the environment speaks of
 _LATE = "Another process is late, hangs or has ended"
 _groups = count()  # made so far, as many in all processes
@@ -51,7 +50,7 @@ def open_parallel() -> "Iterator[Parallel]":
         _wait_for("the other processes of this fit", _make_group, hint=hint)
     try:
         parallel = Parallel(has_group or is_made)
-        with warnings.catch_warnings() if parallel.rank > 0 else nullcontext():
+        with warnings.catch_warnings():
             if parallel.rank > 0:
                 warnings.simplefilter("ignore")  # the first process warns
             yield parallel
@@ -73,14 +72,14 @@ def _make_group() -> None:
     store = distributed.PrefixStore(f"pyro_artransform {attempt}.{next(_groups)}", store)
     has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
     backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
-    place: dict[str, Any] = {"store": store, "rank": rank, "world_size": size}
-    distributed.init_process_group(backend, timeout=_TIMEOUT, **place)
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
 
 
 @cache
 def _rendezvous() -> "tuple[distributed.Store, int, int]":
     """The store by which all processes find each other, the rank and their number."""
-    timeout = _TIMEOUT if distributed.is_torchelastic_launched() else _FIRST_MEETING
+    is_launched = distributed.is_torchelastic_launched()
+    timeout = distributed.constants.default_pg_timeout if is_launched else _FIRST_MEETING
     return cast(Any, next(distributed.rendezvous("env://", timeout=timeout)))
 
 
@@ -127,9 +126,8 @@ class Parallel:
 
     def seed(self, seed: int | None = None) -> int:
         """The seed of the first process, or a new one."""
-        return self.first(
-            "a seed", lambda: int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
-        )
+        own = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        return self.gather_objects("a seed by the first process", own)[0]
 
     def seed_apart(self) -> None:
         """Gives each of several processes random numbers of its own."""
@@ -150,9 +148,8 @@ class Parallel:
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Whether each flag is set in some process."""
-        return tuple(
-            map(any, zip(*self.gather_objects("the end of a step in all processes", flags)))
-        )
+        found = self.gather_objects("the end of a step in all processes", flags)
+        return tuple(map(any, zip(*found)))
 
     @torch.no_grad()
     def copy_first(self, tensors: Callable[[], Iterable[Tensor]]) -> None:

@@ -26,8 +26,9 @@ GIVE_DATA = (
 _NO_DATA = (
     "The model has no observed site, neither obs= nor a pyro.factor, so the answer is its prior."
 )
-# distances from the start, on the unconstrained space, at which the density of the data is compared
-_DISTANCES = (0.0, 0.1, 0.1, 3.0, 3.0, 3.0)
+# distances from the start, on the unconstrained space, at which the density of the data is compared, and
+# how many draws there are at each, and of the prior
+_DISTANCES, _NUM_DRAWS = (0.1, 3.0), 3
 
 
 def warn_of_prior(log_joint: LogJoint, others: Iterable[LogJoint] = ()) -> str:
@@ -57,7 +58,8 @@ def why_prior(log_joint: LogJoint) -> str:
         if not terms:
             return _NO_DATA
         first = first or terms
-        if not _are_same(terms, first):
+        same = (torch.equal(term, first.get(k, ~term.bool())) for k, term in terms.items())
+        if terms.keys() != first.keys() or not all(same):
             return ""
     if first is None:
         return ""
@@ -71,14 +73,11 @@ def why_prior(log_joint: LogJoint) -> str:
 def _draws(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
     """Values of all continuous latents near the start, far from it, and of the prior."""
     start = log_joint.with_coordinates(None).start
-    for distance in _DISTANCES:
+    for distance in _DISTANCES * _NUM_DRAWS:
         yield log_joint.latents.constrain(start + distance * torch.randn_like(start))
-    for _ in _DISTANCES:
-        with (
-            suppress(Exception),
-            pyro.validation_enabled(False),
-            hidden_sites(),
-        ):  # as of an improper one
+    unchecked = pyro.validation_enabled(False)
+    for _ in range(_NUM_DRAWS):
+        with suppress(Exception), unchecked, hidden_sites():  # as of an improper one
             nodes: Any = poutine.trace(log_joint.run).get_trace().nodes
             yield {name: nodes[name]["value"] for name in log_joint.latents.sites}
 
@@ -97,9 +96,3 @@ def _data_terms(log_joint: LogJoint, values: dict[str, Tensor]) -> dict[str, Ten
         trace.compute_log_prob(site_filter=lambda name, _: name in names)
         return {name: torch.as_tensor(trace.nodes[name]["log_prob"]) for name in names}
     return None
-
-
-def _are_same(terms: dict[str, Tensor], others: dict[str, Tensor]) -> bool:
-    if terms.keys() != others.keys():
-        return False
-    return all(torch.equal(term, others[name]) for name, term in terms.items())

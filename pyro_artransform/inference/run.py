@@ -13,7 +13,9 @@ import torch
 
 from ..arguments import first_of
 from ..files import FilePath
+from ..joint import LogJoint
 from ..joint.protocols import FlowGuide, MinibatchGuide, PriorGuide
+from ..sampling import Ensemble
 from ..time_limit import INTERRUPTED, OUT_OF_TIME
 from .checkpoint import resume as resumed
 from .checkpoint import save
@@ -39,9 +41,8 @@ from .result import FitResult
 from .set_up import SetUp, naming_arguments
 
 _ASKED = "the callback asked to stop"
-# the shares of max_seconds at which phases end: chains that were asked for, chains that only start a guide,
-# steps, and steps before other chains
-_CHAINS_UNTIL, _START_UNTIL, _STEPS_UNTIL, _STEPS_BEFORE_CHAINS_UNTIL = 0.5, 0.4, 0.75, 0.7
+# the shares of max_seconds at which the first chains end, and steps
+_START_UNTIL, _STEPS_UNTIL = 0.5, 0.75
 # draws of a guide without steps, beside those that were asked for
 _NUM_BESIDE_DRAWS = 2000
 
@@ -56,7 +57,7 @@ def start(set_up: SetUp, resume: FilePath | None = None) -> Training:
         training = resumed(set_up, resume)
         if chains is not None:  # steps go on with the random numbers of the checkpoint
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                set_up.limit.enter_phase(_CHAINS_UNTIL if chains.is_asked else _START_UNTIL)
+                set_up.limit.enter_phase(_START_UNTIL)
                 parallel.first("the ensemble", chains.sample)
         return training
     initial, has_draws = parallel.first("the initial guide", partial(_find_start, set_up))
@@ -83,7 +84,7 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, bool]:
     guide: object = set_up.subject.guide
     of_batch = set_up.objective if minibatches is None else minibatches.objective
     batch, config, limit = Batch(args, kwargs), set_up.config.initialization, set_up.limit
-    limit.enter_phase(_CHAINS_UNTIL if chains is not None and chains.is_asked else _START_UNTIL)
+    limit.enter_phase(_START_UNTIL)
     with naming_arguments(model, batch):
         is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
         density = whole = log_joint
@@ -95,14 +96,20 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, bool]:
         if is_flow:
             check_gradient(density, density.with_coordinates(None).start)
         has_draws = chains is not None and chains.sample() and chains.is_asked
+
+        def chains_of(density: LogJoint) -> Ensemble | None:
+            first = DrawsFirst(set_up.subject._replace(log_joint=density), 0, limit, config)
+            first.sample()
+            return first.ensemble
+
         if is_flow and not density.is_random:
-            if chains is None:
-                chains = DrawsFirst(set_up.subject._replace(log_joint=density), 0, limit, config)
-                chains.sample()
-            return find_start(whole, cast(FlowGuide, guide), chains.ensemble, config), has_draws
+            ensemble = chains_of(density) if chains is None else chains.ensemble
+            return find_start(whole, cast(FlowGuide, guide), ensemble, config), has_draws
         if isinstance(guide, MinibatchGuide):
             elbo_draws = set_up.objective.elbo_draws
-            found = find_initial_minibatch_guide(log_joint, guide, batch, elbo_draws, config)
+            found = find_initial_minibatch_guide(
+                log_joint, guide, batch, elbo_draws, chains_of, config
+            )
             return found, has_draws
     return InitialGuide(UNCHANGED, math.nan), has_draws
 
@@ -116,8 +123,7 @@ def train(
 ) -> bool:
     """Takes steps until the schedule, the callback or Ctrl-C ends them; whether a checkpoint was written."""
     limit, parallel, stream = set_up.limit, set_up.parallel, set_up.stream
-    has_chains = set_up.draws_first is not None and set_up.draws_first.is_asked
-    limit.enter_phase(_STEPS_BEFORE_CHAINS_UNTIL if has_chains else _STEPS_UNTIL)
+    limit.enter_phase(_STEPS_UNTIL)
     if parallel.rank > 0:
         checkpoint = None
     is_asked, is_late = parallel.any(False, limit.is_over())

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from .vectorization import MIXED, STRATEGIES, describe, tolerance
 
-# of draws with weights: the largest, the smallest, and twice as many others
+# In float32 that is 0.01 nats of a log density of 1e4, the round-off of its sum.
+_TIGHT = 0.01
+# draws with the largest and the smallest weights, and of those that differ, which are evaluated many times
 _NUM_EXTREME = 2
-# In float32 that is 0.01 nats of a log density of 1e4, the round-off of its sum. Where single runs differ by
-# more, the worst draws are evaluated many times over.
-_TIGHT, _NUM_REPEATED = 0.01, 2
 
 
 class Checked(NamedTuple):
@@ -66,7 +65,7 @@ def _agrees(density: Any, z: Tensor, values: Tensor, log_q: Tensor | None, state
     tol, differs = _TIGHT * tolerance(single), (values[rows] - single).abs().nan_to_num(torch.inf)
     # NaN where the other has a number is the worst of all
     differs[torch.isclose(values[rows], single, tol, tol, equal_nan=True)] = -1.0
-    for k in differs.argsort(descending=True)[:_NUM_REPEATED].tolist():
+    for k in differs.argsort(descending=True)[:_NUM_EXTREME].tolist():
         if differs[k] >= 0:
             # the same draw many times over tells mixed draws from an ill-conditioned density
             torch.set_rng_state(state)

@@ -1,7 +1,18 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which latents have coordinates from the model's own prior, how centred these are, and who holds them."""
+r"""Which latents have coordinates from the model's own prior, how centred these are, and who holds them.
+
+How centred an element is follows from what the data say of it, against its prior:
+
+.. math::
+
+    \lambda = \frac{h}{1 + h}, \qquad 1 + h = - \frac{\partial^2}{\partial x^2} \log p
+
+in non-centred coordinates x, where the prior has a curvature of 1 and the likelihood h. With weak data an
+element is in units of its prior, with strong data it is as the model is written: 1 above 0.95. The curvature
+is that at some points, or the variance of the gradient under the posterior, which is its mean.
+"""
 
 import warnings
 from collections.abc import Callable, Mapping
@@ -22,7 +33,8 @@ from .sites import Latents, LatentSpace
 # above it an element is as the model is written, which costs nothing (benchmarks/coordinates.md)
 _CENTERED = 0.95
 _BETWEEN_QUARTILES = 1.349  # sds of a normal distribution
-_LABELS_AT_ONCE = 64  # second derivatives that are computed together
+# points at which the curvature is found, and second derivatives that are computed together
+_NUM_POINTS, _LABELS_AT_ONCE = 8, 64
 
 CoordinatesArgument = str | Mapping[str, Any]
 
@@ -30,17 +42,10 @@ CoordinatesArgument = str | Mapping[str, Any]
 def centered_by_curvature(
     non_centered: Any, x: Tensor, together: Tensor | None = None, weights: Tensor | float = 1.0
 ) -> Tensor:
-    r"""lambda by what the data say of each element, against its prior.
-
-    .. math::
-
-        \lambda = \frac{h}{1 + h}, \qquad 1 + h = - \frac{\partial^2}{\partial x^2} \log p
-
-    in non-centred coordinates x, where the prior has a curvature of 1 and the likelihood h: with weak data
-    an element is left in units of its prior, with strong data it is as the model is written: 1 above 0.95.
+    """lambda by second derivatives.
 
     :param non_centered: the log joint density in coordinates with lambda 0.
-    :param x: points, shape ``(n, latent_dim)``, over which h is averaged.
+    :param x: points, shape ``(n, latent_dim)``: h is averaged over eight of them.
     :param together: labels, shape ``(latent_dim,)``: coordinates of one label have no second derivatives
         with each other, as the elements of a plate, and move together.
     :param weights: by which the density of a coordinate is scaled down: the share of a mini-batch.
@@ -57,6 +62,7 @@ def _second_derivatives(
     is_mapped, found = non_centered.coordinates.centered < 1, torch.zeros_like(x[0])
     labels = torch.arange(len(found), device=x.device) if together is None else together
     with torch.enable_grad():
+        x = x[:: -(-len(x) // _NUM_POINTS)]
         point = x.detach().requires_grad_()
         value = non_centered(point)
         (slope,) = torch.autograd.grad(value.sum(), point, create_graph=True)
@@ -79,10 +85,9 @@ def _pulled_back(slope: Tensor, point: Tensor, directions: Tensor) -> Tensor:
 
 
 def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
-    """The same by draws of the posterior on the unconstrained space ``(n, latent_dim)``.
+    """lambda by gradients at draws of the posterior on the unconstrained space ``(n, latent_dim)``.
 
-    The variance of the gradient there is the mean curvature, 1 + h; by its quartiles, since in the neck of a
-    funnel it is of another order.
+    Their variance is found by quartiles, since in the neck of a funnel it is of another order.
     """
     x, _ = non_centered.from_unconstrained(u)
     _, gradients = value_and_gradient(non_centered, x)
@@ -116,9 +121,8 @@ def non_centered(log_joint: Any, with_shapes: bool = False) -> Any:
 def with_strong_data_centered(log_joint: Any, gradients: Tensor, has_parents: Tensor) -> Any:
     """A density with lambda 0, or 1 for those elements of which data say far more than their priors.
 
-    The variance of a gradient under the posterior is the mean curvature, 1 + h in
-    :func:`centered_by_curvature`. Where it is not large in nine chains of ten, as where some are in the neck
-    of a funnel, lambda stays 0.
+    Where the variance of a gradient is not large in nine chains of ten, as where some are in the neck of a
+    funnel, lambda stays 0.
 
     :param gradients: in the coordinates of the density, by chain: shape ``(C, n, latent_dim)``.
     :param has_parents: where priors depend on other latents, shape ``(latent_dim,)``; else lambda stays 0.
@@ -126,8 +130,8 @@ def with_strong_data_centered(log_joint: Any, gradients: Tensor, has_parents: Te
     given = log_joint.coordinates
     if given is None:
         return log_joint
-    curvature = gradients.var(1).quantile(0.1, 0)
-    is_strong = (curvature > 1 / (1 - _CENTERED)) & (given.centered < 1) & has_parents
+    wanted = _centered(given.centered.detach(), gradients.var(1).quantile(0.1, 0))
+    is_strong = (wanted == 1) & (given.centered < 1) & has_parents
     if not bool(is_strong.any()):
         return log_joint
     centered = given.centered.masked_fill(is_strong, 1.0)

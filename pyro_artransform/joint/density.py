@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
-from .checks import Checked, checked
+from .checks import checked
 from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
@@ -40,6 +40,7 @@ from .traces import (
 )
 from .vectorization import (
     DRAWS,
+    NUM_COMPARED,
     STRATEGIES,
     Choice,
     DrawPlate,
@@ -59,9 +60,9 @@ Kwargs = Mapping[str, object]
 CACHED = 16
 # strategies are compared near the start, and far away on either side, on one as far as the prior is wide; at
 # more points near the start where these are not finite
-_NUM_NEAR, _FAR, _SEED = 3, 2.5, 20260105
-# the most structures that are remembered, as arguments of other shapes come and go by batches
-_MOST_SIGNATURES = 64
+_FAR = 2.5
+#: the most structures that are remembered, as arguments of other shapes come and go by batches
+MOST_SIGNATURES = 64
 
 
 class LogJoint(LogDensity):
@@ -119,7 +120,8 @@ class LogJoint(LogDensity):
         self._checked = {argument_signature((args, kwargs))}
         self.coordinates: Coordinates | None = None
         self.maps_priors = True  #: not where the user wants the coordinates of the model
-        self._first = self._latent_vector(first)
+        values = {name: first.nodes[name]["value"].detach() for name in self.latents.sites}
+        self._first = self.latents.unconstrain(values)
         #: the latents of known runs, of which the first is at the start
         self._nodes = [{n["name"]: n for n in latent_nodes(t)} for t in traces or (first,)]
         # these are found once, for all copies
@@ -131,14 +133,14 @@ class LogJoint(LogDensity):
             self._choice()
 
     def _choose(self) -> Choice:
-        start, generator = self._find_start(), torch.Generator().manual_seed(_SEED)
+        start, generator = self._find_start(), torch.Generator().manual_seed(0)
         with _quietly():
             on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}
-            noise = torch.randn(_NUM_NEAR, len(start), generator=generator, **on_cpu).to(start)
+            noise = torch.randn(NUM_COMPARED, len(start), generator=generator, **on_cpu).to(start)
             wide = scales_of(priors_of(self._nodes[0], self.latents), self.latents, start)
             near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
             points = start + torch.cat([near[:1], wide.clamp_min(1.0) * far, -far, near[1:]])
-            return choose_strategy(self._evaluate, {"z": points}, num_single=3)
+            return choose_strategy(self._evaluate, {"z": points}, NUM_COMPARED)
 
     @cached_property
     def strategy(self) -> str:
@@ -182,10 +184,6 @@ class LogJoint(LogDensity):
                     return origin if bool((here < there) & there.isfinite()) else u
         return u
 
-    def _latent_vector(self, trace: Any) -> Tensor:
-        sites = self.latents.sites
-        return self.latents.unconstrain({k: trace.nodes[k]["value"].detach() for k in sites})
-
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
 
@@ -228,7 +226,7 @@ class LogJoint(LogDensity):
             if (shapes := argument_signature(arguments)) not in self._checked:
                 check_data(trace)
                 self._checked.add(shapes)
-            if len(self._structures) >= _MOST_SIGNATURES:
+            if len(self._structures) >= MOST_SIGNATURES:
                 self._structures.clear()
             self._structures[key] = ModelStructure.from_trace(trace)
         return self._structures[key]
@@ -260,12 +258,7 @@ class LogJoint(LogDensity):
         with pyro.validation_enabled(False):
             return evaluate_many(self._evaluate, {"z": z}, strategy, _nan, chunk_size)["total"]
 
-    def checked(self, z: Tensor, log_q: Tensor | None = None) -> Checked:
-        """The log density of draws, compared with single runs.
-
-        See :func:`~pyro_artransform.joint.checks.checked`.
-        """
-        return checked(self, z, log_q)
+    checked = checked
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
@@ -320,7 +313,7 @@ class LogJoint(LogDensity):
             run = partial(_sample, [nodes[name] for name in sites])
         evaluate = partial(map_draws, run, self.latents, sites, self.num_plates, is_inverse)
         with pyro.validation_enabled(False):
-            found = evaluate_many(evaluate, {"z": z}, strategy, _nan_at, size)
+            found = evaluate_many(evaluate, {"z": z}, strategy, _nan, size)
         return found["z"], found["total"]
 
     def prior_scales(self, u: Tensor) -> Tensor:
@@ -380,9 +373,6 @@ def _identities(args: Args, kwargs: Kwargs) -> list[Any]:
 
 
 def _nan(draws: Draws) -> Terms:
-    """The log joint density of a draw at which the model fails, with a gradient."""
-    return {"total": draws["z"].sum() * torch.nan}
-
-
-def _nan_at(draws: Draws) -> Terms:
-    return {"z": draws["z"] * torch.nan, **_nan(draws)}
+    """What is known of a draw at which the model fails, with a gradient."""
+    z = draws["z"] * torch.nan
+    return {"z": z, "total": z.sum()}

@@ -122,9 +122,8 @@ class MinibatchGuide(Protocol):
         Draws in coordinates of the prior are taken to the supports by the sites' bijections alone.
         """
 
-    prior: (
-        Any  #: a ``ModelPrior`` with ``coordinates_of(latents)``: those of a mini-batch's latents
-    )
+    #: a ``ModelPrior`` with ``coordinates_of(latents)``: those of a mini-batch's latents
+    prior: Any
 
     def center_at(self, u: Tensor | None, log_joint: Any, share: float) -> float:
         """Sets lambda by the curvature at draws, or to 1: returns the largest change."""

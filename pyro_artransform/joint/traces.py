@@ -123,7 +123,7 @@ class ModelStructure(NamedTuple):
     @property
     def is_scaled(self) -> bool:
         """Whether the data are scaled, up or down."""
-        return not math.isclose(self.scale, 1.0, rel_tol=1e-9)
+        return not math.isclose(self.scale, 1.0)
 
 
 def in_shape_of_site(draws: Tensor, shape: torch.Size) -> Tensor:

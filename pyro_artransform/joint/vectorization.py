@@ -56,7 +56,7 @@ _FEW = 32
 #: draws at which two ways to evaluate the same are compared
 NUM_COMPARED = 3
 # the fewest draws at once that are compared: the same ones several times where there are fewer
-_LEAST_AT_ONCE, _SEED = 5, 20260104
+_LEAST_AT_ONCE = 5
 
 
 def evaluate_many(
@@ -169,7 +169,7 @@ def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = N
     """
     state, obstacle = torch.get_rng_state(), ""
     # with other random numbers than those of single runs, the same comparison shows whether they count
-    other = torch.Generator().manual_seed(_SEED).get_state()
+    other = torch.Generator().manual_seed(0).get_state()
 
     def run(strategy: str, rows: Sequence[int], state: Tensor) -> Terms:
         torch.set_rng_state(state)

@@ -80,7 +80,7 @@ class Field(NamedTuple):
             return None
         coloring = color_columns(neighbours)
         is_hub = coloring.on(start.device) >= coloring.num_colors - coloring.num_hubs
-        if coloring.num_hubs > _MOST_GLOBALS or bool(is_hub.all()):
+        if not 0 < coloring.num_hubs <= _MOST_GLOBALS or bool(is_hub.all()):
             return None
         of_field = (~is_hub).nonzero()[:, 0]
         index = {i: k for k, i in enumerate(of_field.tolist())}

@@ -13,7 +13,7 @@ from ..capture import Captured
 from ..joint import LogJoint
 
 # calls before the operations of a gradient are captured: chains take hundreds of them
-_PATIENCE = 3
+_PATIENCE = 2
 
 ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
 

@@ -24,10 +24,9 @@ def redraw(module: nn.Module, gain: float = 1.0, seed: int = 0) -> nn.Module:
     with torch.no_grad():
         for parameter in module.parameters():
             fan_in = parameter[0].numel() if parameter.dim() > 1 else parameter.numel()
-            draws = torch.rand(
-                parameter.shape, generator=generator, dtype=torch.float64, device="cpu"
-            )
-            parameter.copy_((2 * draws - 1) * (gain / max(fan_in, 1) ** 0.5))
+            draws = torch.zeros(parameter.shape, dtype=torch.float64, device="cpu")
+            draws.uniform_(-1, 1, generator=generator)
+            parameter.copy_(draws * gain / max(fan_in, 1) ** 0.5)
     return module
 
 

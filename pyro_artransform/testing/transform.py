@@ -72,12 +72,12 @@ def _check_values(transform: Any, x: Tensor, atol: float) -> None:
 
 def _check_gradients(transform: Any, x: Tensor, whose: str = "") -> None:
     """In the argument and in the parameters, which gradcheck moves in place."""
-    x = x.clone().requires_grad_()
-    parameters = [p for p in transform.parameters() if p.requires_grad]
-    for where, leaves in (("the parameters", parameters), ("x", [x])):
-        for k, name in enumerate(("y", "the log-determinant") if leaves else ()):
+    leaves = {"the parameters": [p for p in transform.parameters() if p.requires_grad]}
+    leaves["x"] = [x := x.clone().requires_grad_()]
+    for (k, name), where in product(enumerate(("y", "the log-determinant")), leaves):
+        if leaves[where]:
             contract = f"{whose}gradient of {name} in {where}"
-            check_gradient(lambda *_, k=k: transform.call_and_ladj(x)[k], leaves, contract)
+            check_gradient(lambda *_, k=k: transform.call_and_ladj(x)[k], leaves[where], contract)
 
 
 def _check_ownership(transform: Any) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...arguments import check_callable, check_integer, check_positive, names_the_class
 from ...joint.coordinates import CoordinatesArgument
-from ...joint.density import Args, Kwargs, LogJoint
+from ...joint.density import MOST_SIGNATURES, Args, Kwargs, LogJoint
 from ...joint.traces import argument_signature
 from ..distributions import SiteDelta, check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
@@ -49,8 +49,6 @@ from .variational_posterior import (
 
 # latent vectors that are drawn at a time
 _CHUNK = 2**16
-# shapes of the model's arguments whose plate sizes are remembered
-_MAX_SHAPES = 64
 # multiplies the steps of the global location, over which the noise of mini-batches averages out
 _LOCATION_STEP = 2.0
 
@@ -276,7 +274,7 @@ class AutoAmortized(PersistentGuide):
                 compare_elements(known[name], now[name])
             self._model_is_checked, sizes = True, plate_sizes(map(now.__getitem__, common))
             given.refuse(sizes, self, args, kwargs)
-            if len(self._sizes_by_shapes) >= _MAX_SHAPES:
+            if len(self._sizes_by_shapes) >= MOST_SIGNATURES:
                 self._sizes_by_shapes.clear()
             self._sizes_by_shapes[shapes] = {**self._sizes, **sizes}
         self._sizes = self._sizes_by_shapes[shapes]

@@ -15,12 +15,9 @@ from ...joint import LogJoint
 from ...joint.coordinates import ModelPrior, centered_by_curvature
 from ...joint.prior_map import Coordinates, PriorMap, SiteCoordinates
 from ...joint.sites import Latents
-from ...joint.vectorization import DrawPlate, Draws, Terms, evaluate_many
+from ...joint.vectorization import DrawPlate, Draws, Terms, agree, evaluate_many
 from ..prototype import compare_names, one_more_run, sites_by_name
 from .plates import GivenIndices, LatentLayout, PlateSizes, Vectors, mean_element, plate_sizes
-
-# in which the map of an element in two places of a mini-batch may differ
-_TOLERANCE = 1e-4
 
 
 def every_element(element: Latents, z: Tensor, latents: Latents) -> Tensor:
@@ -86,7 +83,7 @@ class ElementMap(NamedTuple):
             turned = part(chosen[0].roll(1))
             for key, dim in dims.items():
                 one, other = parts[0][key], turned[key].roll(-1, dim)
-                if not torch.allclose(one, other, _TOLERANCE, _TOLERANCE, equal_nan=True):
+                if not agree({key: one}, {key: other}):
                     raise ValueError(
                         f"plate '{name}': expected priors that are known for all {total} elements, got "
                         f"some that depend on the data of a mini-batch of {plate.size}. Give the model's "

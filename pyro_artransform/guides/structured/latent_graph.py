@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...arguments import first_of
 from ...graphs.dependencies import DependencyGraph
 from ...graphs.markov_graph import Elimination, MarkovGraph
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
@@ -19,8 +20,6 @@ from ...joint.sites import Site
 
 #: a site, and the index of a coordinate in its unconstrained value, where that has any
 Name = tuple[Any, ...]
-
-_MOST_NAMES = 6
 
 
 @dataclass(frozen=True, repr=False)
@@ -81,12 +80,10 @@ class LatentGraph:
 
     def __repr__(self) -> str:
         counts = [len(own) for own in self.elimination.parents if own] or [0]
-        root = [describe(name) for name in self.root[:_MOST_NAMES]]
-        more = ", ..." if len(self.root) > _MOST_NAMES else ""
         lines = [
             f"{len(self.names):,} latents, {len(self.markov.edges):,} dependencies",
             f"levels: {len(self.elimination.levels)}",
-            f"root block: {len(self.root)} ({', '.join(root)}{more})",
+            f"root block: {len(self.root)} ({first_of([*map(describe, self.root)])})",
             f"parents of the others: at most {max(counts)}, {sum(counts) / len(counts):.1f} on average",
             f"cut by max_parents: {len(self.dropped) or 'none'}",
         ]
@@ -111,7 +108,7 @@ class LatentGraph:
         if unknown or len(parents) != dim:
             raise ValueError(
                 f"graph: expected the parents and edges of {dim} coordinates, got parents of "
-                f"{len(parents)}, and coordinates {sorted(unknown)[:_MOST_NAMES]}"
+                f"{len(parents)}, and coordinates {first_of([*map(str, sorted(unknown))])}"
             )
         neighbours: list[set[int]] = [set() for _ in parents]
         for i, j in edges:

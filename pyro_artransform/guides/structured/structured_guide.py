@@ -34,7 +34,6 @@ _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
 _MOST_NUMBERS = 5_000_000
 # a graph in coordinates of the prior may have more edges by this factor (benchmarks/coordinates.md)
 _MOST_FILL_IN = 3.0
-_GOLDEN = 0.5 * (5**0.5 - 1)
 
 
 class AutoStructuredFlow(AutoAutoregressive):
@@ -162,7 +161,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         """
         ones, latents = torch.ones_like(log_joint.start), log_joint.latents
         centered = Coordinates(ones, ones, sites).non_centered(latents).centered
-        between = 0.9 + 0.05 * (_GOLDEN * ones.cumsum(0) % 1)  # no two alike
+        random = torch.rand(ones.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        between = 0.9 + 0.05 * random.to(ones)  # no two alike
         mapped = Coordinates(torch.where(centered < 1, between, ones), ones, sites)
         return self._find_graph(log_joint.with_coordinates(mapped))
 

@@ -33,7 +33,6 @@ from ..loader import Batch
 from ..optimization.minibatches import MinibatchObjective, PassEstimate
 from ..optimization.objective import PyroObjective, are_close
 
-_AT_ONCE = 256  # draws that are evaluated at a time
 _MAX_INNER = 16  # draws of each element given each draw of what all share
 
 
@@ -207,7 +206,7 @@ class _Draws:
 
     def _of_all(self, evaluate: Evaluate) -> Terms:
         """Terms at all shared draws, as many at a time as fit into memory."""
-        at_once = min(_AT_ONCE, self._objective.log_joint.chunk_size)
+        at_once = self._objective.log_joint.chunk_size
         return evaluate_many(evaluate, self._given, "plate", None, at_once)
 
     def of_batch(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:

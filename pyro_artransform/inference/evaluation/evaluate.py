@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ...diagnostics import Importance, Marginals
-from ...diagnostics.importance import GOOD_KHAT
+from ...diagnostics.importance import CLEAR_IN_SE, GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
+from ...joint.vectorization import draws_at_a_time
 from ...sampling import Ensemble
 from ...time_limit import limited
 from ..config import EvaluationConfig, FitConfig
@@ -30,8 +31,6 @@ from .verdict import (
     judge,
 )
 
-_UNCLEAR_KHAT_IN_SE = 2.0
-_MOST_VALUES = 20_000_000  # of draws that are kept: 160 MB
 # modes that matter, and the part of their share of draws that a guide has at least, unless it has lost them
 _MIN_SHARE, _MIN_PART = 0.01, 0.1
 
@@ -44,15 +43,16 @@ def draw(
     is_noisy = subject.log_joint.is_random
     count = config.num_noisy_samples if is_noisy else config.num_samples
     latents, parts = list[Tensor](), list[Tensor]()
+    most = draws_at_a_time(subject.log_joint.latents.latent_dim)  # that are kept
     for chunk in limited(subject.weighted_draws(count), at_least=1):
         parts.append(chunk.log_weights)
-        if chunk.latent is not None and sum(each.numel() for each in latents) < _MOST_VALUES:
+        if chunk.latent is not None and sum(map(len, latents)) < most:
             latents.append(chunk.latent.clone())
     more = min(config.num_more_samples, max_more_draws)
     if not is_noisy and more >= count:
         found = Importance.from_log_weights(torch.cat(parts))
         # k-hat alone decides, and is not clearly below its limit
-        if found.is_close and found.khat + _UNCLEAR_KHAT_IN_SE * found.khat_se >= GOOD_KHAT:
+        if found.is_close and found.khat + CLEAR_IN_SE * found.khat_se >= GOOD_KHAT:
             parts += [chunk.log_weights for chunk in limited(subject.weighted_draws(more))]
     return torch.cat(parts), torch.cat(latents) if latents else None
 

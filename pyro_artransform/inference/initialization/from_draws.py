@@ -27,12 +27,12 @@ from torch import Tensor
 from ...graphs.factorization import lower_factor
 from ...graphs.markov_graph import MarkovGraph, padded_groups
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
+from ...joint.vectorization import draws_at_a_time
 from ...sampling.preconditioning import Preconditioner
 
 #: draws for each dimension from which on all directions are known
 DRAWS_BY_DIM = 2
-# what the correlations of regressors have added, and numbers of these that are held at once
-_RIDGE, _MOST_ENTRIES = 1e-8, 2**22
+_RIDGE = 1e-8  # what the correlations of regressors have added
 
 
 class DenseGaussian(NamedTuple):
@@ -99,24 +99,20 @@ def _negative_slopes(
     z: Tensor, gradients: Tensor, regressors: list[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Of each coordinate's gradient in its regressors: rows, columns, and slopes with the other sign."""
-    (count, dim), found = z.shape, list[tuple[Tensor, Tensor, Tensor]]()
+    (count, dim), found = z.shape, list[tuple[Tensor, ...]]()
     padded = torch.cat([z, z.new_zeros(count, 1)], 1)
     for group in padded_groups(regressors, [1] * dim):
         every = torch.tensor(group.coordinates, dtype=torch.long, device=z.device)
         width = group.parents.shape[1]
-        for part in range(0, len(every), max(_MOST_ENTRIES // (count * width), 1)):
-            own = every[part : part + max(_MOST_ENTRIES // (count * width), 1)]
-            columns = group.parents[part : part + len(own)].to(z.device)
+        at_once = draws_at_a_time(count * width)
+        pairs = zip(every.split(at_once), group.parents.to(z.device).split(at_once))
+        for own, columns in pairs:
             x = padded[:, columns].movedim(0, 1)
             ridge = _RIDGE * count * torch.ones_like(x[0, 0]).diag()
             right = x.mT @ gradients[:, own].T[..., None]
             slopes = torch.linalg.solve(x.mT @ x + ridge, -right)[..., 0]
-            is_used = columns < dim
-            found.append(
-                (own[:, None].expand_as(columns)[is_used], columns[is_used], slopes[is_used])
-            )
-    if not found:
-        none = torch.zeros(0, dtype=torch.long, device=z.device)
-        return none, none, z.new_zeros(0)
-    rows, columns, values = map(torch.cat, zip(*found))
+            parts, is_used = (own[:, None].expand_as(columns), columns, slopes), columns < dim
+            found.append(tuple(part[is_used] for part in parts))
+    none = torch.zeros(0, dtype=torch.long, device=z.device)
+    rows, columns, values = map(torch.cat, zip((none, none, z.new_zeros(0)), *found))
     return rows, columns, values

@@ -12,20 +12,16 @@ import torch
 from torch import Tensor
 
 from ...arguments import first_of
-from ...graphs.dependencies import value_and_gradient
+from ...graphs.dependencies import ROUND_OFF, value_and_gradient
 from ...joint import LogJoint
 
-# distances of points from a center, and half the lengths of lines, in units of the unconstrained space
-_SPREADS = (0.05, 0.1, 0.2, 0.3, 0.5, 1.0)
+# points, their distance from a center, and half the lengths of lines, in units of the unconstrained space
+_NUM_POINTS, _SPREAD = 6, 0.3
 _STEPS = (0.1, 0.02, 0.004, 0.0008, 0.00016)
-# round-off of a density of about a thousand terms, in units of eps and its value
-_NOISE = 100.0
 # what is missing, as a share of the rise; how far it may differ by the lengths; how many have to show it
 _SHARE, _SLACK, _NUM_SHOWN = 0.01, 0.2, 3
 # the share of points that have to show it: what is missing may be zero at some
 _MOST = 0.65
-_MOST_NAMED = 256  # latents that are looked at one by one
-_SEED = 20260102
 
 
 def check_gradient(density: LogJoint, center: Tensor) -> None:
@@ -46,7 +42,7 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
     written, latents = density.with_coordinates(None), density.latents
     u = center.detach()[None]
     if _lacking(written, u, torch.ones_like(u)) > _MOST:
-        axes = torch.eye(latents.latent_dim, dtype=u.dtype, device=u.device)[:_MOST_NAMED]
+        axes = torch.ones_like(center).diag()
         found = [i for i, axis in enumerate(axes) if _lacking(written, u, axis) > 0.5 * _MOST]
         names = first_of([latents.name_of(i) for i in found]) or "some latents"
         raise ValueError(
@@ -58,12 +54,10 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
 
 def _lacking(density: LogJoint, center: Tensor, moved: Tensor) -> float:
     """The share of points around a center at which a part of the gradient is missing, along coordinates."""
-    generator = torch.Generator().manual_seed(_SEED)
-    shape = len(_SPREADS), center.shape[-1]
-    drawn = torch.randn(2, *shape, generator=generator, dtype=torch.float64, device="cpu")
-    noise, direction = drawn.to(center)
-    spreads, steps = center.new_tensor(_SPREADS), center.new_tensor(_STEPS)
-    points = (center + spreads[:, None] * noise)[:, None]
+    shape, generator = (2, _NUM_POINTS, center.shape[-1]), torch.Generator().manual_seed(0)
+    drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+    (noise, direction), steps = drawn.to(center), center.new_tensor(_STEPS)
+    points = (center + _SPREAD * noise)[:, None]
     shifts = steps[:, None] * (moved * direction.sign())[:, None]
     lines = torch.cat([points, points - shifts, points + shifts], 1)
     value, gradient = value_and_gradient(density, lines.flatten(0, 1))
@@ -82,7 +76,7 @@ def _lacking(density: LogJoint, center: Tensor, moved: Tensor) -> float:
     rate, rise = missing[usable] / steps, expected[usable].abs() / steps
     slope = rate.median(-1, keepdim=True).values
     eps = max(density.latents.eps, torch.finfo(dtype).eps)
-    noise_level = _NOISE * eps * value[usable].abs().amax()
+    noise_level = ROUND_OFF * eps * value[usable].abs().amax()
     is_shown = slope.abs() * steps > noise_level
     is_alike = (rate - slope).abs() <= _SLACK * slope.abs()
     is_large = slope.abs() > _SHARE * rise

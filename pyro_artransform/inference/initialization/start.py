@@ -17,7 +17,8 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ...graphs.dependencies import value_and_gradient
+from ...diagnostics.importance import CLEAR_IN_SE
+from ...graphs.dependencies import MAX_HALVINGS, value_and_gradient
 from ...graphs.sparse_gaussian import SparseGaussian
 from ...joint import LogJoint
 from ...joint.coordinates import centered_by_draws
@@ -25,7 +26,6 @@ from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, Structured
 from ...sampling import Ensemble
 from ..config import InitializationConfig
 from ..loader import Batch
-from ..mcmc import from_nothing
 from ..optimization.training import copies, copy_to
 from .from_draws import DRAWS_BY_DIM, DenseGaussian, dense_gaussian, sparse_gaussian
 
@@ -34,11 +34,8 @@ UNCHANGED = "initial guide"
 #: the same, where chains found no Gaussian that it could be compared with
 FAILED = "initial guide, since chains found no Gaussian with a finite ELBO"
 AT_DRAWS = "a Gaussian at draws of the ensemble"
-# standard errors, and nats, by which the Gaussian has to beat the guide
-_GAIN_IN_SE, _GAIN = 2.0, 0.01
-_MAX_HALVINGS = 12  # of the scale of a Gaussian that reaches to where the density is low, or none
-# latents of a mini-batch at most: memory; draws at which the curvature is asked, and those of the ELBO
-_MOST_LATENTS, _NUM_CENTERED, _NUM_FOR_ELBO = 1000, 8, 512
+_GAIN = 0.01  # nats by which the Gaussian has to beat the guide, beside what may be by chance
+_MOST_LATENTS = 1000  # of a mini-batch: memory
 
 
 class InitialGuide(NamedTuple):
@@ -104,7 +101,7 @@ def _start_at_draws(
         # the mean gradient of a posterior is zero: what is left is the error of the mean
         for loc in (gaussian.loc + gaussian.solve(given[1].mean(0)), gaussian.loc):
             before = -math.inf
-            for k in range(_MAX_HALVINGS):
+            for k in range(MAX_HALVINGS):  # it may reach to where the density is low, or none
                 put = partial(_put, guide, gaussian, loc, 0.5**k)
                 try:
                     put()
@@ -143,7 +140,7 @@ def _judge(density: LogJoint, guide: FlowGuide, count: int) -> tuple[float, floa
     ratios = density(z) - log_q
     mean, median = ratios.mean(), ratios.median()
     error = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0)
-    bound = mean + _GAIN_IN_SE * error
+    bound = mean + CLEAR_IN_SE * error
     # tails are one-sided: the median if it is between
     bound = torch.where((mean <= median) & (median < bound), median, bound)
     elbo, bound = torch.stack([mean, bound]).nan_to_num(-torch.inf, -torch.inf, -torch.inf).tolist()
@@ -192,6 +189,7 @@ def find_initial_minibatch_guide(
     guide: MinibatchGuide,
     batch: Batch,
     elbo_draws: Callable[[int], Tensor],
+    chains_of: Callable[[LogJoint], Ensemble | None],
     config: InitializationConfig,
 ) -> InitialGuide:
     """Starts a guide near draws of the latents of one mini-batch, if it is better there.
@@ -199,6 +197,7 @@ def find_initial_minibatch_guide(
     A guide of too many latents, or without any that all mini-batches share, stays as it is.
 
     :param elbo_draws: estimates of the guide's ELBO, from a number of draws.
+    :param chains_of: chains of a density; ``None`` where none can be run.
     """
     structure = log_joint.structure(*batch)
     is_large = log_joint.latents.latent_dim > _MOST_LATENTS
@@ -210,16 +209,14 @@ def find_initial_minibatch_guide(
 
     def candidate(name: str) -> InitialGuide:
         with _common_noise():
-            elbo = elbo_draws(_NUM_FOR_ELBO).mean()
+            elbo = elbo_draws(config.num_compared).mean()
         return InitialGuide(name, elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item())
 
     initial, before = candidate(UNCHANGED), copies(guide.parameters())
-    with suppress(ValueError):  # too few starts with a finite density
-        ensemble = from_nothing(shared, config.num_for_start)
-        ensemble.run(config.num_for_start)
+    if (ensemble := chains_of(shared)) is not None:
         u = ensemble.draws.flatten(0, 1)
         if guide.prior.is_chosen:
-            guide.center_at(u[:: math.ceil(len(u) / _NUM_CENTERED)], log_joint, share)
+            guide.center_at(u, log_joint, share)
         coordinates = guide.prior.coordinates_of(shared.latents)
         z, _ = shared.with_coordinates(coordinates).from_unconstrained(u)
         with suppress(torch.linalg.LinAlgError):  # at the edge of a support: without covariance

@@ -18,9 +18,7 @@ from ..config import MinibatchConfig
 from ..loader import AllBatches, Batch, BatchStream
 from .objective import BatchObjective, Objective, PathObjective
 
-_NUM_FOR_MEDIAN = 100  # draws of a guide
 _MIN_DRAWS = 8  # the fewest draws a batch
-_SAME_SHARE = 1e-6  # to which shares of the data are equal
 
 
 class PassEstimate(NamedTuple):
@@ -45,12 +43,12 @@ class PassEstimate(NamedTuple):
         if not self.share:
             hint = "(drop_last=True may leave rows out)"
             return f"the loader is not known to have each row once in an epoch {hint}"
-        if abs(self.loader_share - 1) > _SAME_SHARE:
+        if not math.isclose(self.loader_share, 1.0):
             return (
                 f"a pass over the loader is {100 * self.loader_share:.3g} % of the data that the "
                 "model scales its batches up to: check the size of the plate"
             )
-        if self.share < 1 - _SAME_SHARE:
+        if self.share < 1.0 and not math.isclose(self.share, 1.0):
             return f"a pass saw {100 * self.share:.3g} % of the data, in {self.num_batches} batches"
         return ""
 
@@ -106,7 +104,7 @@ class MinibatchObjective(Objective):
     def _anchor_of(self, on_all: PathObjective) -> Anchor:
         if self._anchor is None:
             with torch.no_grad():
-                draws, _ = on_all.guide.rsample_and_log_prob(_NUM_FOR_MEDIAN)
+                draws, _ = on_all.guide.rsample_and_log_prob(self.config.num_common_draws)
             self._anchor = Anchor.of(on_all.log_joint, draws.median(0).values)
         return self._anchor
 

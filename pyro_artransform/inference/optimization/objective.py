@@ -23,12 +23,17 @@ from ...joint.handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, trace
 from ...joint.paths import Terms
 from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
 from ...joint.traces import plate_nesting
-from ...joint.vectorization import CholeskyOrNan, DrawPlate, Draws, GuideSampler, ModelFailures
+from ...joint.vectorization import (
+    CholeskyOrNan,
+    DrawPlate,
+    Draws,
+    GuideSampler,
+    ModelFailures,
+    draws_at_a_time,
+)
 from ...time_limit import limited
 from ..loader import Batch
 
-# numbers of draws that are held at once, 64 MB in double precision
-_MOST_VALUES = 2**23
 # independent estimates of an ELBO where draws cannot be told apart
 _NUM_ESTIMATES = 4
 # runs of the model in which a site that is not finite is searched for
@@ -176,7 +181,7 @@ class PathObjective(Objective):
 
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
-        most = max(_MOST_VALUES // self.log_joint.latents.latent_dim, 1)
+        most = draws_at_a_time(self.log_joint.latents.latent_dim)
         return torch.cat([self._draw(min(most, count - k)) for k in range(0, count, most)])
 
     def _draw(self, count: int) -> Tensor:

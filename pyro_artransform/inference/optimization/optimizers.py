@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 Scales = Callable[[], Mapping[nn.Parameter, Tensor]]
 
 # of Adam; the memory of squares is short since steps are few
-_RATES = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
+_RATES = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 
 
 class Adam:
@@ -55,8 +55,8 @@ class Adam:
         if not present:
             return
         moved, gradients, means, squares, counts = map(list, zip(*present))
-        options: Any = {**_RATES, **self._kind, "amsgrad": False, "maximize": False}
-        options["lr"] = self._step_size * self.factor
+        options: Any = {**_RATES, **self._kind, "lr": self._step_size * self.factor}
+        options.update(weight_decay=0.0, amsgrad=False, maximize=False)
         adam(moved, gradients, means, squares, [], counts, **options)
         for parameter, scale, before in scaled:
             parameter.copy_(torch.addcmul(before, scale, parameter - before))

@@ -23,12 +23,12 @@ LIMIT = (
 _WARM_UP = 20
 # steps in which it falls, and the share of it that it falls from: the gradient for the tails is noisier
 _DECAY, _DECAY_FACTOR = 150, 0.3
-# the same of a given number of steps, which may end far from the posterior: all of them have to move
-_DECAY_SHARE, _DECAY_FACTOR_OF_GIVEN = 0.4, 1.0
+# the share of a given number of steps in which it falls, from all of it: they may end far from the posterior
+_DECAY_SHARE = 0.4
 # how many times as many draws say that no step is left: by a thousand k-hat is known to 0.15
 _TIMES_AT_END = 5
-# what the average of parameters reaches back, as a share of all steps
-_AVERAGED_SHARE = 1 / 3
+# the average of parameters reaches back over one of so many parts of all steps
+_AVERAGED_PARTS = 3
 # epochs in a window, and in the longest constant phase where these are more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
@@ -97,16 +97,13 @@ class Schedule:
 
     def _decaying(self, step: int, reason: str) -> "Schedule":
         """The schedule whose step size goes down from now on."""
-        return replace(self, decay_start=step, end=step + self._num_decaying, reason=reason)
-
-    @property
-    def _num_decaying(self) -> int:
-        return self.whole_epochs(_DECAY)
+        end = step + self.whole_epochs(_DECAY)
+        return replace(self, decay_start=step, end=end, reason=reason)
 
     def expected_end(self, step: int) -> int:
         """The number of steps in all; while it is not known, that of a fit that stops moving now."""
         still = max(step, 2 * self.whole_epochs(self.config.window, _MIN_EPOCHS))
-        return still + self._num_decaying if self.end is None else self.end
+        return still + self.whole_epochs(_DECAY) if self.end is None else self.end
 
     def is_for_check(self, step: int) -> bool:
         """Whether to check, after a number of steps, what is left to win."""
@@ -147,10 +144,6 @@ class Schedule:
         (old, old_var), (new, new_var) = _mean_and_variance(before), _mean_and_variance(after)
         return not old - new > max(self.config.min_improvement, math.sqrt(old_var + new_var))
 
-    def is_constant_until(self, step: int) -> bool:
-        """Whether the step size begins to fall after exactly so many steps."""
-        return self.end is not None and step == self.decay_start
-
     def is_over(self, step: int) -> bool:
         """Whether a number of steps is enough."""
         return self.end is not None and step >= self.end
@@ -160,7 +153,7 @@ class Schedule:
         if self.end is None or step < self.decay_start:
             return min(1.0, (step + 1) / _WARM_UP)
         share = (step - self.decay_start) / (self.end - self.decay_start)
-        size = _DECAY_FACTOR if self.num_steps is None else _DECAY_FACTOR_OF_GIVEN
+        size = _DECAY_FACTOR if self.num_steps is None else 1.0
         return size * 0.5 * (1 + math.cos(math.pi * share))
 
     def average_weight(self, step: int) -> float:
@@ -169,7 +162,7 @@ class Schedule:
         See Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
         Averaging Schemes (Shamir, Zhang, 2013), https://arxiv.org/abs/1212.1824.
         """
-        return 1 / max(_AVERAGED_SHARE * step, 1)
+        return _AVERAGED_PARTS / max(step, _AVERAGED_PARTS)
 
 
 def _mean_and_variance(losses: Sequence[float]) -> tuple[float, float]:

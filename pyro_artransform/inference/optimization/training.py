@@ -9,6 +9,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pyro
@@ -25,8 +26,8 @@ _END = ("decay_start", "end", "reason")
 _COPIED = ("norms", "average")
 # gradients are clipped to a multiple of the median norm of so many steps
 _CLIP_FACTOR, _CLIP_WINDOW = 3.0, 100
-# steps in a row that are not finite before a fit gives up, and skipped steps whose sites are named
-_MAX_SKIPS, _MAX_NAMED = 100, 20
+# steps in a row that are not finite before a fit gives up
+_MAX_SKIPS = 100
 
 
 class FitError(RuntimeError):
@@ -147,7 +148,8 @@ class Training:
                 copy_to(self.trained, self._average)
             self.schedule = self.schedule.after_check(self.num_steps, self._log_weights)
             copy_to(self.trained, present)
-        if self._has_decay and self.schedule.is_constant_until(self.num_steps):
+        is_end_known = self._has_decay and self.schedule.end is not None
+        if is_end_known and self.num_steps == self.schedule.decay_start:
             copy_to(self.trained, self._average)
         return value
 
@@ -186,8 +188,9 @@ class Training:
         return value
 
     def _skip(self) -> None:
-        if self.num_skipped < _MAX_NAMED:  # naming a site runs the model again
-            self.culprits.update(self._nonfinite_sites() or ["the gradient"])
+        own = self.objective.nonfinite_sites()
+        names = self._parallel.gather_objects("the sites of all processes", own)
+        self.culprits.update([*dict.fromkeys(chain(*names))] or ["the gradient"])
         self.losses.append(math.nan)
         if sum(map(math.isnan, self.losses[-_MAX_SKIPS:])) == _MAX_SKIPS:
             raise FitError(
@@ -197,13 +200,6 @@ class Training:
                 "for all its latents: what a mask or torch.where leaves out of a value, NaN for example, "
                 "stays in its gradient"
             )
-
-    def _nonfinite_sites(self) -> list[str]:
-        """The sites that made the last loss other than finite, as far as they are known."""
-        found = self._parallel.gather_objects(
-            "the sites of all processes", self.objective.nonfinite_sites()
-        )
-        return list(dict.fromkeys(name for names in found for name in names))
 
     def _refuse_new_parameters(self) -> None:
         """Refuses a model with parameters that its first run did not have: they would not be trained."""

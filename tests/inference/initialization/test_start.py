@@ -250,12 +250,18 @@ class Encoder(nn.Module):
         return pyro.subsample(y, event_dim=0)[:, None]
 
 
+def chains_of(density):
+    ensemble = from_nothing(density, CONFIG.num_for_start)
+    ensemble.run(CONFIG.num_for_start)
+    return ensemble
+
+
 def started(model, y, guide=None):
     guide = guide or AutoAmortized(model, Encoder())
     guide(y)
     batch, log_joint = Batch((y,), {}), LogJoint(model, (y,))
     elbo_draws = PyroObjective(model, guide, batch, log_joint).elbo_draws
-    start = find_initial_minibatch_guide(log_joint, guide, batch, elbo_draws, CONFIG)
+    start = find_initial_minibatch_guide(log_joint, guide, batch, elbo_draws, chains_of, CONFIG)
     return guide, start
 
 

@@ -10,7 +10,7 @@ import torch
 from pyro_artransform.inference.config import OptimizationConfig
 from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.schedule import (
-    _AVERAGED_SHARE,
+    _AVERAGED_PARTS,
     _DECAY,
     _DECAY_FACTOR,
     LIMIT,
@@ -96,7 +96,7 @@ def test_the_average_reaches_back_a_share_of_the_steps():
     for step, value in enumerate(values[1:], 1):
         found = found + plan.average_weight(step) * (value - found)
     # an average of n values has a variance of 1 / n, one with exponential weights of 1 / (2 n)
-    assert found.std() < 2 * (2 * _AVERAGED_SHARE * 9000) ** -0.5
+    assert found.std() < 2 * (2 * 9000 / _AVERAGED_PARTS) ** -0.5
 
 
 # Checks of what is left to win

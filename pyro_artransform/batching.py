@@ -1,0 +1,183 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Graphs of operations in which what a loop repeats is done for all its passes at once.
+
+A model that loops over time has the same few operations at each step. All latents are known when a density
+is asked for, so most of these depend on no other step. Operations of one kind, on inputs of the same shapes
+and the same origin, become one operation on stacked inputs: see :mod:`~pyro_artransform.tape` for which.
+
+**References**
+
+1. On-the-fly Operation Batching in Dynamic Computation Graphs (Neubig, Goldberg, Dyer, 2017),
+   https://arxiv.org/abs/1705.07860
+"""
+
+from collections import defaultdict
+from collections.abc import Container, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .tape import FEWEST, OF_ONE, POINTWISE, VIEWS, Call, Kind, Tape
+
+_TENSOR = torch._C.TensorType.get()
+_TENSORS = torch._C.ListType(_TENSOR)
+
+
+class _Writer:
+    """Writes a graph from a tape."""
+
+    def __init__(self, tape: Tape, graph: Any) -> None:
+        self._tape = tape
+        self._graph: Any = torch._C.Graph()
+        self._values = {value.debugName(): self._graph.addInput() for value in graph.inputs()}
+        # batches, and their sizes; the batch of a value, and its row there; stacks by their members
+        self._batches, self._sizes = list[Any](), list[int]()
+        self._place = dict[str, tuple[int, int]]()
+        self._stacks = dict[tuple[str, ...], Any]()
+        self._numbers = dict[str, Any]()
+
+    def written(self, order: Iterable[Sequence[int]]) -> Any:
+        for some in order:
+            calls = [self._tape.calls[i] for i in some]
+            if len(calls) < FEWEST:
+                for call in calls:
+                    self._write(call)
+            elif calls[0].kind == "select":
+                self._write_selections(calls)
+            else:
+                self._keep(calls, self._batch(calls))
+        for name in self._tape.results:
+            self._graph.registerOutput(self._value(name))
+        return self._graph
+
+    def _write(self, call: Call) -> None:
+        if call.node is None:
+            self._values[call.outputs[0]] = self._sum(call)
+            return
+        values = iter([self._value(name) for name in call.inputs])
+        node = self._graph.createClone(call.node, lambda _: next(values))
+        self._graph.appendNode(node)
+        self._values.update(zip(call.outputs, node.outputs()))
+
+    def _sum(self, call: Call) -> Any:
+        stack = self._stacked(call.inputs)
+        if call.part is None:
+            # in the order of the chain, for the same round-off
+            return self._made("select", self._made("cumsum", stack, 0, None), 0, -1)
+        sizes, dim, rows = call.part
+        zeros = self._made("new_zeros", stack, sizes, None, None, None, None)
+        parts = self._made("movedim", stack, 0, dim)
+        return self._made("index_add", zeros, dim, self._index(rows, call.inputs[0]), parts, 1)
+
+    def _batch(self, calls: Sequence[Call]) -> Any:
+        """What operations of one role make, one over the other."""
+        first, kinds, inputs = calls[0], self._tape.kinds, list[Any]()
+        shape = kinds[first.outputs[0]].shape
+        for names in zip(*(call.inputs for call in calls)):
+            is_shared = first.kind in POINTWISE and len({*names}) == 1
+            if names[0] not in kinds or is_shared:
+                inputs.append(self._value(names[0]))
+                continue
+            value, missing = self._stacked(names), len(shape) - len(kinds[names[0]].shape)
+            if missing > 0 and first.kind not in VIEWS:
+                sizes = [len(calls), *[1] * missing, *kinds[names[0]].shape]
+                value = self._made("reshape", value, sizes)
+            inputs.append(value)
+        if first.kind not in OF_ONE:
+            return self._made(first.kind, *inputs)
+        if first.kind in VIEWS:
+            return self._made("reshape", inputs[0], [len(calls), *shape])
+        if first.kind == "expand":
+            return self._made("expand", inputs[0], [len(calls), *shape], *inputs[2:])
+        dims = [d + 1 if d >= 0 else d for d in self._tape.constants[first.inputs[1]]]
+        return self._made("sum", inputs[0], dims, *inputs[2:])
+
+    def _write_selections(self, calls: Sequence[Call]) -> None:
+        """Parts of one tensor, or of several ones."""
+        by_source = defaultdict[str, list[Call]](list)
+        for call in calls:
+            by_source[call.inputs[0]].append(call)
+        for source, some in by_source.items():
+            if len(some) < FEWEST:
+                for call in some:
+                    self._write(call)
+                continue
+            rows = [self._tape.constants[call.inputs[2]] for call in some]
+            dim = self._tape.constants[some[0].inputs[1]]
+            found = self._rows(self._value(source), dim, rows, source)
+            self._keep(some, self._made("movedim", found, dim, 0))
+
+    def _rows(self, value: Any, dim: int, rows: Sequence[int], like: str) -> Any:
+        return self._made("index_select", value, dim, self._index(rows, like))
+
+    def _index(self, rows: Sequence[int], like: str) -> torch.Tensor:
+        return torch.tensor(rows, dtype=torch.long, device=self._tape.kinds[like].device)
+
+    def _keep(self, calls: Sequence[Call], batch: Any) -> None:
+        self._place.update(
+            {call.outputs[0]: (len(self._batches), row) for row, call in enumerate(calls)}
+        )
+        self._batches.append(batch)
+        self._sizes.append(len(calls))
+
+    def _value(self, name: str) -> Any:
+        """A value by itself."""
+        if name not in self._values:
+            batch, row = self._place[name]
+            self._values[name] = self._made("select", self._batches[batch], 0, row)
+        return self._values[name]
+
+    def _stacked(self, names: tuple[str, ...]) -> Any:
+        """Values one over the other, in a new dimension: rows of batches, where they are in some."""
+        if names not in self._stacks:
+            alone = [*dict.fromkeys(name for name in names if name not in self._place)]
+            sources = [*dict.fromkeys(self._place[n][0] for n in names if n in self._place)]
+            parts, start, starts = [self._batches[k] for k in sources], 0, dict[int, int]()
+            for source in sources:
+                starts[source], start = start, start + self._sizes[source]
+            if alone:
+                parts.append(self._made("stack", self._listed(map(self._value, alone)), 0))
+            rows = []
+            for name in names:
+                source, row = self._place.get(name, (-1, 0))
+                rows.append(start + alone.index(name) if source < 0 else starts[source] + row)
+            value = parts[0] if len(parts) == 1 else self._made("cat", self._listed(parts), 0)
+            if rows != [*range(start + len(alone))]:
+                value = self._rows(value, 0, rows, names[0])
+            self._stacks[names] = value
+        return self._stacks[names]
+
+    def _listed(self, values: Iterable[Any]) -> Any:
+        return self._node("prim::ListConstruct", [*values], _TENSORS)
+
+    def _made(self, kind: str, *inputs: Any) -> Any:
+        """The tensor that an operation makes of values in the graph, and of others."""
+        known = [
+            v if isinstance(v, torch._C.Value) else self._graph.insertConstant(v) for v in inputs
+        ]
+        return self._node(f"aten::{kind}", known, _TENSOR)
+
+    def _constant(self, value: Any) -> Any:
+        key = repr(value)
+        if isinstance(value, torch.Tensor) or key not in self._numbers:
+            self._numbers[key] = self._graph.insertConstant(value)
+        return self._numbers[key]
+
+    def _node(self, kind: str, inputs: Sequence[Any], type_: Any) -> Any:
+        node = self._graph.create(kind, inputs, 1)
+        self._graph.appendNode(node)
+        node.output().setType(type_)
+        return node.output()
+
+
+def batched(graph: Any, kinds: Mapping[str, Kind], random: Container[str]) -> Any:
+    """A graph with the same results up to round-off, whose repeated operations are done at once.
+
+    :param graph: of operations that have outputs and write into no tensor.
+    :param kinds: those of its tensors, by name.
+    :param random: names of tensors whose operations draw random numbers, which keep their order.
+    """
+    tape = Tape(graph, kinds, random)
+    return _Writer(tape, graph).written(tape.schedule())

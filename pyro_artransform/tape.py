@@ -1,0 +1,252 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The operations of a graph in a list, which of them may be done at once, and in which order.
+
+Operations of one role have the same kind, inputs of the same shapes and dtypes, and the same origin. All that
+have a role wait until the inputs of each are there. Where nothing else is left, the operation goes first
+that has the longest chain of others behind it, as in a recursion over time.
+"""
+
+import heapq
+from collections import Counter, defaultdict
+from collections.abc import Container, Mapping, Sequence
+from itertools import pairwise
+from typing import Any, NamedTuple
+
+import torch
+
+#: functions of each number by itself, of tensors that are broadcast to each other
+POINTWISE = {
+    *("abs", "add", "bitwise_and", "bitwise_not", "clamp", "clamp_max", "clamp_min", "cos"),
+    *("digamma", "div", "eq", "erf", "erfc", "erfinv", "exp", "expm1", "ge", "gt", "isfinite"),
+    *("isinf", "isnan", "le", "lgamma", "log", "log1p", "logical_and", "logical_not", "logical_or"),
+    *("lt", "masked_fill", "maximum", "minimum", "mul", "ne", "neg", "pow", "reciprocal", "rsqrt"),
+    *("rsub", "sgn", "sigmoid", "sigmoid_backward", "sign", "sin", "softplus"),
+    *("softplus_backward", "special_erfcx", "special_log_ndtr", "special_ndtri", "sqrt", "square"),
+    *("sub", "tanh", "tanh_backward", "where", "xlogy", "_to_copy"),
+}
+#: what only gives numbers another shape, and functions of one tensor
+VIEWS = {"_unsafe_view", "squeeze", "unsqueeze", "view"}
+OF_ONE = {*VIEWS, "expand", "sum"}
+# what depends on the shape, the dtype and the device of its first input, and not on its values
+_VALUELESS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
+# what is its input where there are no gradients
+_SAME = {"detach", "lift_fresh"}
+#: the fewest operations of a batch and terms of a sum
+FEWEST = 8
+# how far back the origin of inputs is compared
+_ROUNDS = 4
+
+
+class Kind(NamedTuple):
+    """The shape, dtype and device of a tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Call(NamedTuple):
+    """An operation, with the names of its inputs and outputs.
+
+    One without a node is a sum of its inputs. Of parts of a tensor with zeros elsewhere it is that tensor:
+    ``part`` has the sizes, the dimension and the indices.
+    """
+
+    node: Any
+    kind: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    part: tuple[list[int], int, list[int]] | None = None
+
+
+class Tape:
+    """The operations of a graph, each of them once, and the sums of many terms among them."""
+
+    def __init__(self, graph: Any, kinds: Mapping[str, Kind], random: Container[str]) -> None:
+        self.kinds, self._random = dict(kinds), random
+        self.constants, self._same = dict[str, Any](), dict[str, str]()
+        self.calls = list[Call]()
+        seen = dict[Any, Call]()
+        for node in graph.nodes():
+            call = Call(
+                node,
+                node.kind().removeprefix("aten::"),
+                tuple(map(self._name, node.inputs())),
+                tuple(value.debugName() for value in node.outputs()),
+            )
+            key = self._key(call)
+            if self._is_identity(call):
+                self._same[call.outputs[0]] = call.inputs[0]
+            elif key is not None and key in seen:
+                self._same.update(zip(call.outputs, seen[key].outputs))
+            else:
+                self.calls.append(call)
+                seen[key] = call
+        self.results = [*map(self._name, graph.outputs())]
+        self._join_sums()
+
+    def _name(self, value: Any) -> str:
+        name = value.debugName()
+        return self._same.get(name, name)
+
+    def _key(self, call: Call) -> Any:
+        """What another operation with the same results has in common; ``None`` if nothing will do."""
+        if call.kind == "prim::Constant":
+            value = self.constants[call.outputs[0]] = call.node.output().toIValue()
+            return None if isinstance(value, torch.Tensor) else (type(value), repr(value))
+        if call.kind == "prim::ListConstruct" and not call.inputs:
+            self.constants[call.outputs[0]] = []
+        if call.kind in _VALUELESS and call.inputs[0] in self.kinds:
+            return call.kind, self.kinds[call.inputs[0]], *call.inputs[1:]
+        return None if self.is_random(call) else (call.kind, *call.inputs)
+
+    def is_random(self, call: Call) -> bool:
+        return any(name in self._random for name in call.outputs)
+
+    def _is_identity(self, call: Call) -> bool:
+        if call.kind in ("expand", "view"):
+            return self.kinds.get(call.inputs[0]) == self.kinds[call.outputs[0]]
+        return call.kind in _SAME
+
+    def _join_sums(self) -> None:
+        """Makes chains of additions sums of all their terms, if they have many."""
+        uses = Counter(name for call in self.calls for name in call.inputs)
+        uses.update(self.results)
+        chains = dict[str, tuple[list[str], list[int]]]()
+        for index, call in enumerate(self.calls):
+            names = {*call.inputs[:2], *call.outputs}
+            of_one_kind = len({self.kinds.get(name) for name in names}) == 1
+            if call.kind == "add" and of_one_kind and self.constants.get(call.inputs[-1]) == 1:
+                terms, members = list[str](), [index]
+                for name in call.inputs[:2]:
+                    is_part = name in chains and uses[name] == 1
+                    more, others = chains.pop(name) if is_part else ([name], [])
+                    terms, members = terms + more, others + members
+                chains[call.outputs[0]] = terms, members
+        joined, parts = dict[int, list[Call]](), self._parts(uses)
+        for name, (terms, members) in chains.items():
+            if len(terms) >= FEWEST:
+                joined.update({index: [] for index in members})
+                joined[members[-1]] = self._sums(name, terms, parts)
+        calls = [new for i, call in enumerate(self.calls) for new in joined.get(i, [call])]
+        # without what nobody needs any more
+        needed, self.calls = {*self.results}, []
+        for call in reversed(calls):
+            if self.is_random(call) or not needed.isdisjoint(call.outputs):
+                needed.update(call.inputs)
+                self.calls.append(call)
+        self.calls.reverse()
+
+    def _parts(self, uses: Mapping[str, int]) -> dict[str, Call]:
+        """Gradients of selections, which are zero elsewhere, by name."""
+        return {
+            call.outputs[0]: call
+            for call in self.calls
+            if call.kind == "select_backward"
+            and uses[call.outputs[0]] == 1
+            and all(name in self.constants for name in call.inputs[1:])
+        }
+
+    def _sums(self, name: str, terms: Sequence[str], parts: Mapping[str, Call]) -> list[Call]:
+        """The sum of terms, where those that are parts of one tensor are put there at once."""
+        found, rest = list[Call](), [term for term in terms if term not in parts]
+        by_place = defaultdict[tuple[str, ...], list[Call]](list)
+        for call in (parts[term] for term in terms if term in parts):
+            by_place[(*call.inputs[1:3], str(self.kinds[call.inputs[0]]))].append(call)
+        for k, calls in enumerate(by_place.values()):
+            sizes, dim = (self.constants[name] for name in calls[0].inputs[1:3])
+            part = sizes, dim, [self.constants[call.inputs[3]] for call in calls]
+            of_part = f"{name}.{k}" if rest or len(by_place) > 1 else name
+            self.kinds[of_part] = self.kinds[name]
+            inputs = tuple(call.inputs[0] for call in calls)
+            found.append(Call(None, "sum of parts", inputs, (of_part,), part))
+            rest += [of_part] if of_part != name else []
+        return [*found, Call(None, "sum", tuple(rest), (name,))] if rest else found
+
+    def roles(self) -> list[int | None]:
+        """For each operation the batch that it may be part of, if any.
+
+        Members have inputs of the same shapes, from operations with the same inputs, and so on for some
+        steps back; and the same constants, but for the index of a selection.
+        """
+        made_by = {name: i for i, call in enumerate(self.calls) for name in call.outputs}
+        common = []
+        for call in self.calls:
+            names = call.inputs[:2] if call.kind == "select" else call.inputs
+            common.append(names if self._can_be_batched(call) else ())
+        role = [0] * len(self.calls)
+        for _ in range(1 + _ROUNDS):
+            numbers, before = dict[Any, int](), role
+            role = []
+            for call, names in zip(self.calls, common):
+                inputs = [
+                    (self.kinds[name], before[made_by[name]] if name in made_by else None)
+                    if name in self.kinds
+                    else name
+                    for name in names
+                ]
+                role.append(numbers.setdefault((call.kind, *inputs), len(numbers)))
+        return [each if names else None for each, names in zip(role, common)]
+
+    def _can_be_batched(self, call: Call) -> bool:
+        """Whether it is known how, of inputs of one dtype and device."""
+        tensors = [self.kinds[name] for name in call.inputs if name in self.kinds]
+        others = [name for name in call.inputs if name not in self.kinds]
+        floats = {each.dtype for each in tensors if each.dtype.is_floating_point}
+        is_known = call.kind in POINTWISE or call.kind in OF_ONE or call.kind == "select"
+        is_alike = len(floats) <= 1 and len({each.device for each in tensors}) == 1
+        if not (is_known and is_alike and all(name in self.constants for name in others)):
+            return False
+        if call.kind == "sum":  # over dimensions that are named
+            return len(call.inputs) == 4 and bool(self.constants[call.inputs[1]])
+        return call.kind != "select" or self.constants[call.inputs[2]] >= 0
+
+    def schedule(self) -> list[list[int]]:
+        """The operations in an order in which they can be done, and which are done at once."""
+        made_by = {name: i for i, call in enumerate(self.calls) for name in call.outputs}
+        needs = [{made_by[n] for n in call.inputs if n in made_by} for call in self.calls]
+        random = [i for i, call in enumerate(self.calls) if self.is_random(call)]
+        for before, after in pairwise(random):
+            needs[after].add(before)  # they stay in their order
+        users = defaultdict[int, list[int]](list)
+        for i, needed in enumerate(needs):
+            for j in needed:
+                users[j].append(i)
+        height = [1] * len(needs)
+        for i in reversed(range(len(needs))):
+            height[i] += max((height[j] for j in users[i]), default=0)
+        roles = self.roles()
+        left, waiting = Counter(roles), [len(needed) for needed in needs]
+        ready = defaultdict[int | None, list[int]](list)
+        complete, highest = list[list[int]](), list[tuple[int, int]]()
+        order, new = list[list[int]](), [i for i, number in enumerate(waiting) if not number]
+        is_done = [False] * len(needs)
+        while True:
+            for i in new:
+                role = roles[i]
+                if role is None:
+                    complete.append([i])
+                    continue
+                ready[role].append(i)
+                heapq.heappush(highest, (-height[i], i))
+                if len(ready[role]) == left[role]:
+                    complete.append(ready.pop(role))
+            if complete:
+                some = complete.pop()
+            else:
+                while highest and is_done[highest[0][1]]:
+                    heapq.heappop(highest)
+                if not highest:
+                    return order
+                some = ready.pop(roles[highest[0][1]])
+            order.append(sorted(some))
+            new = []
+            for i in some:
+                is_done[i] = True
+                left[roles[i]] -= 1
+                for j in users[i]:
+                    waiting[j] -= 1
+                    if not waiting[j]:
+                        new.append(j)

@@ -1,0 +1,149 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Replays in which what a loop repeats is done at once."""
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from pyro_artransform import recording
+
+NUM = 40
+
+
+def normal(value, loc, scale):
+    return Normal(loc, scale, validate_args=False).log_prob(value)
+
+
+def gradient_of(density):
+    def function(x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            value = density(x)
+            (gradient,) = torch.autograd.grad(value.sum(), x)
+        return value.detach(), gradient
+
+    return function
+
+
+def walk(x):
+    """Each step depends on the one before, all of which are known."""
+    data, scale, total = DATA.to(x.dtype), x[:, 0].exp(), 0.0
+    for t in range(2, NUM):
+        total = total + normal(x[:, t], x[:, t - 1], scale)
+        total = total + normal(data[t], x[:, t], 0.5)
+    return total
+
+
+def recursion(x):
+    """A variance that depends on the one before, which has to be found first."""
+    data, variance, total = DATA.to(x.dtype), x[:, 0].exp(), 0.0
+    for t in range(1, NUM):
+        variance = 0.1 + 0.2 * x[:, t].square() + 0.7 * variance
+        total = total + normal(data[t], 0.0, variance.sqrt())
+    return total
+
+
+def vectors(x):
+    """Steps of vectors, which are reshaped, broadcast and summed."""
+    total = 0.0
+    for t in range(NUM - 3):
+        pair = torch.stack([x[:, t], x[:, t + 1]], -1)
+        weight = x[:, t, None].expand(-1, 2) * torch.zeros_like(pair).add(0.5)
+        total = total + (pair.unsqueeze(1) * weight.view(-1, 1, 2)).sum((1, -1))
+    return total
+
+
+def without_a_loop(x):
+    return -x.square().sum(-1)
+
+
+DATA = torch.linspace(-1, 1, NUM)
+
+
+def num_nodes(replay):
+    return sum(node.kind() != "prim::Constant" for node in replay.script.graph.nodes())
+
+
+def both(monkeypatch, function, *inputs):
+    """The replays with batches and without."""
+    found = recording.record(function, inputs, 100.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "batched", lambda graph, *_: graph)
+        plain = recording.record(function, inputs, 100.0)
+    assert found is not None
+    assert plain is not None
+    return found, plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("density", "share"), [(walk, 0.15), (recursion, 0.6), (vectors, 0.25), (without_a_loop, 1.0)]
+)
+def test_results_are_those_of_the_loop(monkeypatch, density, share, dtype):
+    torch.manual_seed(0)
+    function = gradient_of(density)
+    found, plain = both(monkeypatch, function, torch.randn(8, NUM, dtype=dtype))
+    assert num_nodes(found) <= share * num_nodes(plain)
+    x = torch.randn(8, NUM, dtype=dtype)
+    tolerance = 100 * torch.finfo(dtype).eps
+    for actual, expected in zip(found(x), function(x)):
+        torch.testing.assert_close(
+            actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        )
+
+
+def test_other_data_are_seen(monkeypatch):
+    data = torch.randn(NUM)
+
+    def function(x):
+        return (torch.stack([(x[:, t] - data[t]).square().exp() for t in range(NUM)]).sum(0),)
+
+    x = torch.randn(4, NUM)
+    found, _ = both(monkeypatch, function, x)
+    data.mul_(2.0)
+    torch.testing.assert_close(found(x), function(x))
+
+
+def test_random_numbers_keep_their_order(monkeypatch):
+    def function(x):
+        total = torch.zeros_like(x)
+        for _ in range(NUM):
+            total = total + x * torch.randn_like(x).exp()
+        return (total,)
+
+    x = torch.randn(3)
+    found, plain = both(monkeypatch, function, x)
+    results = []
+    for replay in (found, plain, function):
+        torch.manual_seed(1)
+        results.append(replay(x)[0])
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+
+
+def test_what_writes_into_tensors_is_left_as_it_is(monkeypatch):
+    def function(x):
+        total = torch.zeros_like(x)
+        for t in range(NUM):
+            total.add_((x + t).exp())
+        return (total,)
+
+    x = torch.randn(3)
+    found, plain = both(monkeypatch, function, x)
+    assert num_nodes(found) == num_nodes(plain)
+    torch.testing.assert_close(found(x), function(x))
+
+
+def test_inputs_of_two_dtypes_are_not_stacked(monkeypatch):
+    """A number of double precision without dimensions leaves the dtype of others as it is."""
+    weights = torch.linspace(0, 1, NUM, dtype=torch.float64)
+
+    def function(x):
+        return (torch.stack([weights[t] * x[t] for t in range(NUM)]),)
+
+    x = torch.randn(NUM, 3, dtype=torch.float32)
+    found, _ = both(monkeypatch, function, x)
+    (actual,), (expected,) = found(x), function(x)
+    assert actual.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(actual, expected)
