@@ -19,6 +19,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 Init = TypeVar("Init", bound=Callable[..., None])
+# the oldest versions of PyTorch that Pyro takes do not have it
+_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> int:
@@ -148,7 +150,7 @@ def values_can_be_read(*tensors: Tensor) -> bool:
     """Whether values may be read now: not in ``torch.jit``, ``torch.compile`` or ``torch.func``."""
     return not (
         torch.jit.is_tracing()
-        or torch.compiler.is_compiling()
+        or _is_compiling()
         or torch._C._are_functorch_transforms_active()
         or any(tensor.device.type == "meta" for tensor in tensors)
     )

@@ -10,7 +10,7 @@ and autograd take several times as long to find out which these are, and find th
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,7 +49,7 @@ class Captured:
         Now and then one is compared.
     """
 
-    def __init__(self, function: Function, patience: int = _PATIENCE) -> None:
+    def __init__(self, function: Function | None = None, patience: int = _PATIENCE) -> None:
         self._function, self._patience = function, patience
         self._calls = Counter[Hashable]()
         self._replays: dict[Hashable, Replay] = {}
@@ -61,7 +61,7 @@ class Captured:
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         if not self.can_replay:
-            return self._function(*inputs)
+            return self._evaluate(*inputs)
         key = tuple((value.shape, value.dtype, value.device) for value in inputs)
         replay = self._replays.get(key)
         if replay is not None and not replay.is_current():
@@ -74,30 +74,34 @@ class Captured:
             return self._compared(replay, inputs)
         found = replay(*inputs)
         if found is None:
-            return self._function(*inputs)
+            return self._evaluate(*inputs)
         self._last = inputs, found
         return found
+
+    def _evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Calls the function; a subclass has it here, since its own method would make a cycle."""
+        return cast(Function, self._function)(*inputs)
 
     def confirm(self) -> None:
         """Compares the last replay with a call, of a function without random numbers."""
         if self._last is not None:
             inputs, found = self._last
-            self._judge(found, self._function(*inputs))
+            self._judge(found, self._evaluate(*inputs))
 
     def _called(self, key: Hashable, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         if self._calls[key] == self._patience:
-            replay = record(self._function, inputs, _MOST_SECONDS)
+            replay = record(self._evaluate, inputs, _MOST_SECONDS)
             if replay is None:
                 self.can_replay = False
             else:
                 self._replays[key] = replay
-        return self._function(*inputs)
+        return self._evaluate(*inputs)
 
     def _compared(self, replay: Replay, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         devices = {value.device.index for value in inputs if value.is_cuda}
         with torch.random.fork_rng(devices=devices):
             found = replay(*inputs)
-        expected = self._function(*inputs)
+        expected = self._evaluate(*inputs)
         # one that fails is slower than a call, but nothing was wrong with others
         self._last = self._last if found is not None else None
         self._judge(found, expected)
@@ -114,7 +118,7 @@ class Captured:
             raise ReplayError("expected replays that are what calls are, got others")
 
 
-class CapturedLoss:
+class CapturedLoss(Captured):
     """A function without arguments, a scalar, with gradients that are found along with it.
 
     It is a random function of parameters, whatever the loss depends on. Its operations are captured, and
@@ -124,24 +128,20 @@ class CapturedLoss:
     """
 
     def __init__(self, loss: Callable[[], Tensor]) -> None:
+        super().__init__()
         self._loss = loss
         self._parameters = list[Tensor]()  # leaves with a gradient
         # all that were reached last, and which of them the call before had reached, too
         self._reached, self._lasting = list[Tensor](), set[int]()
-        self._captured = Captured(self._with_gradients)
 
-    @property
-    def num_compared(self) -> int:
-        return self._captured.num_compared
-
-    def __call__(self) -> Tensor:
-        if not self._captured.can_replay:
+    def __call__(self) -> Tensor:  # type: ignore[override]  # a scalar with a graph
+        if not self.can_replay:
             return self._loss()
-        value, *gradients = self._captured()
+        value, *gradients = super().__call__()
         found: Tensor = _KnownGradients.apply(value, gradients, *self._parameters)
         return found
 
-    def _with_gradients(self) -> tuple[Tensor, ...]:
+    def _evaluate(self, *_: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
             value = self._loss()
             reached = [*leaves([value])]
@@ -149,7 +149,7 @@ class CapturedLoss:
         # some leaves are made by the call itself
         lasting = {*map(id, reached)} & {*map(id, self._reached)}
         if self._lasting and lasting != self._lasting:
-            self._captured.can_replay = False  # gradients of a replay would be those of others
+            self.can_replay = False  # gradients of a replay would be those of others
         self._reached, self._lasting = reached, lasting
         pairs = [(p, g) for p, g in zip(reached, found) if g is not None]
         self._parameters = [parameter for parameter, _ in pairs]

@@ -8,7 +8,7 @@ import secrets
 import zipfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -45,24 +45,15 @@ def read(path: FilePath, kind: str, map_location: Any = None) -> dict[str, Any]:
     :raises ValueError: if it is another file, a damaged one, or one of a device that is not there.
     """
     got = "another file, a damaged one, or one of a device that is not here (map_location)"
-    with open(path, "rb") as file, suppress(Exception):
-        # without the errors of torch, whose advice is to run the code in a file
-        _check_archive(file)
-        file.seek(0)
-        saved: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
-        if type(found := saved["format"]) in (int, str):
-            if found == kind:
-                return saved
-            got = _OLDER if isinstance(found, int) else found
+    # without the errors of torch, whose advice is to run the code in a file
+    with open(path, "rb") as file, suppress(Exception), zipfile.ZipFile(file) as archive:
+        size = sum(record.file_size for record in archive.infolist())
+        # torch would take changed bytes, and unpack more than there are
+        if size <= os.fstat(file.fileno()).st_size and archive.testzip() is None:
+            file.seek(0)
+            saved: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
+            if type(found := saved["format"]) in (int, str):
+                if found == kind:
+                    return saved
+                got = _OLDER if isinstance(found, int) else found
     raise ValueError(f"{path}: expected {kind}, got {got}")
-
-
-def _check_archive(file: BinaryIO) -> None:
-    """Refuses what ``torch.load`` takes: changed bytes, and archives that unpack to more than they hold."""
-    size = file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
-        records = archive.infolist()
-        # torch leaves the memory for a record that is marked as a folder as it finds it
-        is_marked = any(record.external_attr for record in records)
-        if is_marked or sum(record.file_size for record in records) > size or archive.testzip():
-            raise ValueError("expected an archive as torch writes it")

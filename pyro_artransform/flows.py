@@ -3,8 +3,8 @@
 
 """Builders of flows, in lower case as Pyro's. Every flow is the identity at first.
 
-Forwards, what a builder returns costs one evaluation of each network, backwards a few; :func:`maf` and
-``.inv`` exchange the two.
+Forwards, what a builder returns costs one evaluation of each network, backwards a few; ``.inv`` exchanges
+the two.
 """
 
 from collections.abc import Callable, Sequence
@@ -150,7 +150,7 @@ def iaf(
 
     :param num_transforms: the number of layers.
     :param univariate: makes the univariate family of each layer, such as
-        :class:`~pyro_artransform.univariate.Affine` or ``lambda: RationalQuadraticSpline(count_bins=8)``.
+        :class:`~pyro_artransform.univariate.Affine`, or a function that makes another.
     :param nonlinearity: shared by all layers, with its parameters if it has some.
     :param skip_connections: whether each network has a linear layer from its inputs to its outputs too.
     :raises TypeError: if ``univariate`` does not make families.

@@ -17,7 +17,7 @@ import pytest
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 PLACE = "pyro/contrib/artransform"
 #: of the package, in Pyro's line length, docstrings included
-MOST_LINES = 4200
+MOST_LINES = 2850
 #: Pyro's own settings of the linter, and the Python that they are for
 SETTINGS = """
 [project]
@@ -70,7 +70,7 @@ def tree(tmp_path_factory):
     command = [sys.executable, TOOLS / "contrib.py", target]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"{PLACE}/guides/presets.py" in done.stdout
+    assert f"{PLACE}/autoguide.py" in done.stdout
     return target
 
 
@@ -121,6 +121,7 @@ def test_docstrings_refer_to_what_is_there(tree):
         references |= {
             name.split(".")[-1]
             for name in re.findall(r":(?:attr|class|func|meth):`~?([\w.]+)`", text)
+            if not name.startswith("torch.")
         }
         references |= set(re.findall(r"artransform(?:\.\w+)*\.(\w+)", text))
     assert references <= names, references - names

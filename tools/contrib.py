@@ -5,8 +5,8 @@
 
 ``python tools/contrib.py TARGET``, with TARGET a checkout of Pyro or its unpacked source distribution, writes
 what ``AutoIAF`` and ``AutoregressiveTransform`` need for plain SVI, with tests, an example and a page of
-docs, and prints a table of its files. What is written follows from the source of the package after the
-changes of ``contrib_files/seams.diff``, each of which is there because there is no seam to cut along.
+docs, and prints a table of its files. The guide is ``contrib_files/autoguide.py``, on Pyro's own
+``AutoContinuous``; of the package what it and the public names reach is copied as it is.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
-from contrib_files.reachable import Function, Module, Reach, is_text, read_package
+from contrib_files.reachable import Module, Reach, is_text, read_package
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, PLACE = "pyro_artransform", "pyro.contrib.artransform"
@@ -29,77 +29,27 @@ FILES = Path(__file__).parent / "contrib_files"
 #: what users of the slice import, by the module that has it
 PUBLIC = {
     "Affine": "univariate.affine",
-    "AutoAutoregressive": "guides.autoregressive",
-    "AutoIAF": "guides.presets",
+    "AutoIAF": "autoguide",
     "AutoregressiveTransform": "transforms.autoregressive",
     "ConditionedUnivariate": "transforms.conditioned",
-    "FlowDistribution": "guides.distributions",
+    "FlowDistribution": "transforms.flow_distribution",
+    "MaskedInput": "conditioners.masked_input",
     "MaskedMLP": "conditioners.masked_mlp",
     "affine_autoregressive": "flows",
     "iaf": "flows",
     "inverse": "transforms.flow_module",
 }
-#: members that would come along with their classes: Pyro or torch may call them, or another has their name
-LEFT_OUT = {
-    f"{PACKAGE}.guides.autoregressive.AutoAutoregressive": ["_apply"],
-    f"{PACKAGE}.guides.persistence.persistent_guide.PersistentGuide": [
-        *("get_extra_state", "set_extra_state", "_load_from_state_dict"),
-    ],
-    f"{PACKAGE}.joint.sites.Latents": ["unconstrain"],
-}
-#: methods that users call
-METHODS = {"sample_posterior", "log_prob", "quantiles", "median", "set_up"}
 #: the example, as Pyro's tests name it
 EXAMPLE = "contrib/artransform/eight_schools.py"
-#: files that are copied: those of tests, examples and docs
+#: files that are copied: the guide, and those of tests, examples and docs
 COPIED = {
+    "autoguide.py": f"{PLACE.replace('.', '/')}/autoguide.py",
     "test_autoguide.py": "tests/contrib/artransform/test_autoguide.py",
     "test_transform.py": "tests/contrib/artransform/test_transform.py",
     "eight_schools.py": f"examples/{EXAMPLE}",
     "contrib.artransform.rst": "docs/source/contrib.artransform.rst",
 }
 TYPING = {"list": "List", "dict": "Dict", "tuple": "Tuple", "set": "Set", "type": "Type"}
-
-
-def edited(sources: dict[str, tuple[str, bool]]) -> dict[str, tuple[str, bool]]:
-    """The sources after the changes of ``seams.diff``, each of which has to fit in one place."""
-    found = dict(sources)
-    for file in re.split(r"^--- ", (FILES / "seams.diff").read_text(), flags=re.M)[1:]:
-        head, *hunks = re.split(r"^@@\n", file, flags=re.M)
-        name = head.split()[0].removesuffix(".py").replace("/", ".")
-        text, is_package = found[name]
-        for hunk in hunks:
-            old, new = _side(hunk, "-"), _side(hunk, "+")
-            if text.count(old) != 1:
-                got = f"it {text.count(old)} times"
-                raise ValueError(
-                    f"{name}: expected this text of seams.diff once, got {got}:\n{old}"
-                )
-            text = text.replace(old, new)
-        found[name] = text, is_package
-    for name, members in LEFT_OUT.items():
-        module, owner = name.rsplit(".", 1)
-        text, is_package = found[module]
-        for member in members:
-            text = _without(text, owner, member)
-        found[module] = text, is_package
-    return found
-
-
-def _side(hunk: str, sign: str) -> str:
-    """The lines of a hunk before the change ("-"), or after it ("+")."""
-    lines = hunk.splitlines(keepends=True)
-    return "".join(line[line != "\n" :] for line in lines if line[0] in (" ", "\n", sign))
-
-
-def _without(text: str, owner: str, member: str) -> str:
-    """The source without one member of a class."""
-    (body,) = [
-        n.body for n in ast.parse(text).body if isinstance(n, ast.ClassDef) and n.name == owner
-    ]
-    (unit,) = [n for n in body if isinstance(n, Function) and n.name == member]
-    lines = text.splitlines(keepends=True)
-    return "".join(lines[: _first_line(unit, lines) - 1] + lines[unit.end_lineno :])
 
 
 def _first_line(unit: ast.stmt, lines: list[str]) -> int:
@@ -112,10 +62,14 @@ def _first_line(unit: ast.stmt, lines: list[str]) -> int:
 
 
 def reached() -> Reach:
-    """What users of the slice reach of the package."""
-    reach = Reach(edited(read_package(ROOT, PACKAGE)), METHODS)
-    for name, module in PUBLIC.items():
-        reach.add(f"{PACKAGE}.{module}", name)
+    """What users of the slice, and its guide, reach of the package."""
+    reach = Reach(read_package(ROOT, PACKAGE))
+    names = [(f"{PACKAGE}.{module}", name) for name, module in PUBLIC.items()]
+    for unit in ast.parse((FILES / "autoguide.py").read_text()).body:
+        if isinstance(unit, ast.ImportFrom) and str(unit.module).startswith(PACKAGE):
+            names += [(str(unit.module), alias.name) for alias in unit.names]
+    for module, name in names:
+        reach.add(module, name)
     return reach
 
 

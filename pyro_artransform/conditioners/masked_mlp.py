@@ -186,7 +186,7 @@ class MaskedMLP(Conditioner):
         """What each layer returns, before the activation; the parameters are the last."""
         check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
         first, *others = layers
-        output = self._with_context(first(x), context)
+        output = first(x) if context is None else self._with_context(first(x), context)
         for layer in others:
             yield output
             output = layer(self.nonlinearity(output))

@@ -17,7 +17,6 @@ the sets are nested and the rule is the one of MADE, with degrees in place of se
 """
 
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -95,7 +94,7 @@ def mlp_masks(adjacency: Tensor, hidden_dims: Sequence[int], with_context: bool)
     sets = hidden_sets(adjacency, with_context)
     units = [spread(sets, width) for width in hidden_dims]
     masks = [units[0]]
-    for inner, outer in pairwise([*units, adjacency]):
+    for inner, outer in zip(units, [*units[1:], adjacency]):
         # entry [b, a] says whether set a of inner is a subset of set b of outer
         masks.append((~outer).float() @ inner.float().T == 0)
     return masks

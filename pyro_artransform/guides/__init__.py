@@ -3,9 +3,9 @@
 
 """Flow guides of Pyro models."""
 
+from ..transforms.flow_distribution import FlowDistribution
 from .amortized.amortized_guide import AutoAmortized
 from .autoregressive import AutoAutoregressive
-from .distributions import FlowDistribution
 from .presets import AutoIAF, AutoMAF
 from .structured.structured_guide import AutoStructuredFlow
 

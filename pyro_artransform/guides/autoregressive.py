@@ -22,14 +22,9 @@ from ..joint.density import LogJoint
 from ..joint.sites import Latents
 from ..joint.traces import argument_signature
 from ..transforms import ComposedTransform, FlowModule, LocationScale
+from ..transforms.flow_distribution import FlowDistribution, standard_normal
 from . import prototype
-from .distributions import (
-    FlowDistribution,
-    SiteDelta,
-    check_flow_argument,
-    make_flow,
-    standard_normal,
-)
+from .distributions import SiteDelta, check_flow_argument, make_flow
 from .persistence.persistent_guide import PersistentGuide
 from .persistence.spec import Arguments, GuideSpec
 
@@ -124,8 +119,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         try:
             super()._setup_prototype(*args, **kwargs)
             first, start = self.prototype_trace, self._init_loc()
-            runs = (partial(model, *args, **kwargs) for model in (self.model, self._model[1]))
-            run, plain = runs
+            run, plain = (partial(m, *args, **kwargs) for m in (self.model, self._model[1]))
             found = prototype.refuse_moving_structure(first, run, rng_state, plain)
             observed, dependent, self._traces = found
             sites = [s.to(Tensor.clone) for s in prototype.sites_by_name(first).values()]

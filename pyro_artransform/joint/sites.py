@@ -119,7 +119,7 @@ class LatentSpace(NamedTuple):
         :param parts: of each site, as ``Latents.place`` has them; indices of plates that are known.
         :param run: the model, which runs where there are coordinates from its prior.
         """
-        mapped = self.coordinates.with_location if self.is_mapped else {}
+        mapped = {} if run is None else self.coordinates.with_location
         sites, values, ladjs = self.latents.sites, dict(parts), dict[str, Tensor]()
         for name in [name for name in sites if name not in mapped]:
             values[name], ladjs[name] = sites[name].constrain_with_ladj(parts[name])

@@ -11,14 +11,8 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..arguments import check_callable, check_integer, warn_user
-from .conditioned import (
-    ContextMeta,
-    Meta,
-    StructuredMeta,
-    check_returned,
-    is_right_by_construction,
-)
-from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj_over_vectors
+from .conditioned import ContextMeta, Meta, StructuredMeta, call_returned, is_right_by_construction
+from .flow_module import ConditionalFlowModule, FlowModule
 from .inversion import at_solution, invert, invert_with_score
 from .score import closed_form
 from .structure_check import StructureCheck
@@ -62,7 +56,8 @@ class AutoregressiveTransform(FlowModule):
         self.structure = None if is_right_by_construction(meta) else StructureCheck()
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return call_and_ladj_over_vectors(check_returned(self._checked(x)(x)), x)
+        meta = self.meta if self.structure is None else self._checked(x)
+        return call_returned(meta(x), x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return invert(self._checked(y), y, self.passes)

@@ -19,6 +19,7 @@ from ..conditioners import Blocks, Conditioner, Linearization
 from ..conditioners.masked_mlp import runs_only
 from ..univariate import Univariate
 from ..univariate.base import ElementwiseTransform
+from .flow_module import call_and_ladj_over_vectors
 
 Meta = Callable[[Tensor], Transform]
 
@@ -27,7 +28,7 @@ class StructuredMeta(torch.nn.Module):
     """A meta that describes its dependency graph; the defaults promise nothing."""
 
     #: What the batch shape of x broadcasts with, such as that of a context.
-    batch_shape = torch.Size()
+    batch_shape: torch.Size = torch.Size()
 
     def expand(self, x: Tensor) -> Tensor:
         """x, whose batch shape is broadcast with :attr:`batch_shape`."""
@@ -78,6 +79,14 @@ def check_returned(value: object) -> Transform:
                 f"from {value.domain} to {value.codomain}"
             )
     return value
+
+
+def call_returned(value: object, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What :func:`check_returned` lets pass, at x ``(*, D)``, with its log-determinant ``(*,)``."""
+    if isinstance(value, ElementwiseTransform):
+        y, ladj = value.call_and_ladj(x)
+        return y, ladj.sum(-1)
+    return call_and_ladj_over_vectors(check_returned(value), x)
 
 
 #: What may promise to be autoregressive; a conditioner that returns transforms is a meta too.

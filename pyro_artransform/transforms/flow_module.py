@@ -161,8 +161,9 @@ def inverse(transform: FlowModule) -> FlowModule:
     """The inverse of a transform of this package, a module that owns the parameters: ``transform.inv``."""
     if not isinstance(transform, FlowModule):
         raise TypeError(
-            f"expected a transform of this package, got {type(transform).__name__}: chain([transform]) "
-            "makes one of any torch transform; if it is conditional, condition it first"
+            f"expected a transform of this package, got {type(transform).__name__}: "
+            "ComposedTransform(transform) makes one of any torch transform; if it is conditional, condition "
+            "it first"
         )
     return transform.inv
 

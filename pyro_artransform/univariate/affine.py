@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Affine families with a bounded log-scale, and hinges: affine on each side of a knot."""
+"""Families made of affine functions, whose log-scales are bounded."""
 
 import math
 from collections.abc import Sequence
@@ -13,13 +13,7 @@ from torch import Tensor
 
 from ..arguments import check_broadcast, check_positive, values_can_be_read
 from ..differentiation import gradients_with_graph
-from .base import (
-    Derivatives,
-    ElementwiseTransform,
-    Univariate,
-    soft_bound,
-    unbind_params,
-)
+from .base import Derivatives, ElementwiseTransform, Univariate, soft_bound, unbind_params
 
 
 class GivenLocationScale(ElementwiseTransform):

@@ -5,8 +5,8 @@
 
 A unit is a statement of a module or of a class. It uses names, attributes and strings. A name leads to the
 statement of its module that binds it, an import to the statement of the other module. A method is reached
-once its class is and some unit that is reached uses its name; special methods, those of ``keep``, and those
-that override a class from elsewhere, which may call them, are reached with their class.
+once its class is and some unit that is reached uses its name; special methods, and those that override a
+class from elsewhere, which may call them, are reached with their class.
 """
 
 import ast
@@ -62,12 +62,10 @@ class Reach:
     """What is reached from some names of a package.
 
     :param sources: the source by the name of its module, and whether it is the file of a package.
-    :param keep: names that users call, reached with their classes.
     """
 
-    def __init__(self, sources: dict[str, tuple[str, bool]], keep: set[str]) -> None:
+    def __init__(self, sources: dict[str, tuple[str, bool]]) -> None:
         self.modules = {name: Module(name, *found) for name, found in sources.items()}
-        self._keep = keep
         self.units: set[Unit] = set()  #: what is reached, members of classes too
         self.names: set[tuple[str, str]] = set()  #: module and name
         self._words: set[str] = set()
@@ -121,7 +119,7 @@ class Reach:
                 self._waiting.append((unit, (module, member)))
 
     def _comes_along(self, module: Module, owner: ast.ClassDef, name: str) -> bool:
-        if name in self._keep or name.startswith(("__", "_pyro_")):
+        if name.startswith(("__", "_pyro_")):
             return True
         mro = getattr(importlib.import_module(module.name), owner.name).__mro__
         root = module.name.split(".")[0]

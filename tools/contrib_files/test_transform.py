@@ -15,6 +15,7 @@ from pyro_artransform import (
     AutoregressiveTransform,
     ConditionedUnivariate,
     FlowDistribution,
+    MaskedInput,
     MaskedMLP,
     iaf,
     inverse,
@@ -111,10 +112,13 @@ def test_any_meta():
 
 
 def test_a_meta_that_is_not_autoregressive():
-    network = nn.Linear(3, 3)
+    network, x = nn.Linear(3, 3), torch.randn(2, 3)
     t = AutoregressiveTransform(lambda x: dist.transforms.AffineTransform(network(x), 1.0))
-    with pytest.warns(UserWarning, match="not autoregressive"):
-        t(torch.randn(2, 3))
+    with pytest.warns(UserWarning, match=r"not autoregressive.*MaskedInput\(net\)"):
+        t(x)
+    net = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(-1, (3, 2)))
+    t = AutoregressiveTransform(ConditionedUnivariate(MaskedInput(net), Affine()))
+    assert torch.allclose(t.inv(t(x)), x, atol=1e-5)
 
 
 def test_starts_as_the_identity_and_trains():

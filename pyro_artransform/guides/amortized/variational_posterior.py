@@ -15,9 +15,10 @@ from ...flows import conditional_iaf, conditional_spline_autoregressive, iaf, sp
 from ...joint.density import Args, Kwargs
 from ...joint.sites import Latents
 from ...transforms import ComposedTransform, LocationScale, chain
+from ...transforms.flow_distribution import FlowDistribution, standard_normal
 from ...univariate.affine import GivenLocationScale
 from ...univariate.base import soft_bound
-from ..distributions import FlowDistribution, PathDistribution, make_flow, standard_normal
+from ..distributions import PathDistribution, make_flow
 from ..persistence.spec import Arguments, GuideSpec
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .plates import GLOBAL, Group, LatentLayout, Plates, PlateSizes, Vectors

@@ -4,22 +4,17 @@
 """Guides whose parameters survive: in the param store, in copies, in state dicts and in files."""
 
 import copy
-import gc
-import re
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, ClassVar, TypeVar, cast
+from typing import Any, ClassVar, TypeVar
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.conditional import ConditionalTransform
-from pyro.infer.autoguide import AutoGuide, init_to_median
+from pyro.infer.autoguide import init_to_median
 from pyro.nn import PyroModule
-from pyro.params.param_store import param_with_module_name
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Transform
 
 from ... import files
@@ -30,7 +25,7 @@ from ...joint.density import Args, Kwargs, LogJoint
 from ...joint.prior_map import Coordinates
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, Traces, is_hidden, prototype_trace
-from .param_store import OWNERS, Ownership, resolve_conflicts
+from .param_store import RegisteredGuide
 from .spec import Arguments, GuideSpec, State, check_finite, check_size
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
@@ -39,7 +34,7 @@ Model = Callable[..., object]
 _KIND = "a guide of class {}, format 9"
 
 
-class PersistentGuide(AutoGuide):
+class PersistentGuide(RegisteredGuide):
     """An autoguide that is built from a :class:`~pyro_artransform.guides.persistence.spec.GuideSpec`.
 
     A subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_register` before it uses
@@ -76,14 +71,10 @@ class PersistentGuide(AutoGuide):
                 "callable that takes the latent dimension and returns it"
             )
         check_callable("init_loc_fn", init_loc_fn)
-        # not that of AutoContinuous, which would wrap the model once more
-        AutoGuide.__init__(self, model)
-        #: the name before any suffix
-        self.first_name: str = self._pyro_name
+        RegisteredGuide.__init__(self, model)
         self._arguments = arguments
         self.prior = prior
         self._spec: GuideSpec | None = None
-        self._ownership: Ownership = "new"
         #: whether the latents are known to be the model's, and not only a file's
         self._model_is_checked = True
         self._use_model(model, init_loc_fn)
@@ -221,61 +212,6 @@ class PersistentGuide(AutoGuide):
         found = self.quantiles([0.5], *args, **kwargs)
         return {name: value[0] for name, value in found.items()}
 
-    # The param store
-
-    def _register(self) -> None:
-        """Makes the guide's parameters and those of its name in the store the same tensors."""
-        own = self._trainable()
-        if pyro.settings.get("module_local_params"):
-            for parameter in own.values():
-                # SVI asks each parameter for this, which otherwise the store sets
-                parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # Pyro's
-            self._ownership = "carried"
-            return
-        store, names = pyro.get_param_store(), [self._pyro_name, self.first_name]
-        stored = store._params  # as Pyro's modules read it: store[key] would transform each
-        is_stored = all(stored.get(f"{self._pyro_name}.{k}") is p for k, p in own.items())
-        if is_stored and self._ownership == "settled":  # it was not cleared, or loaded
-            return
-        in_call = bool(self._pyro_context.active)
-        name, is_adopted = resolve_conflicts(self, own, names, self._ownership)
-        if in_call or is_adopted:
-            for short, parameter in self._trainable().items():
-                key = f"{name}.{short}"
-                if stored.get(key) is not parameter:
-                    store[key] = parameter
-                OWNERS[parameter] = weakref.ref(self)
-            self._pyro_name = name
-        if in_call or self._ownership != "carried":
-            self._ownership = "settled"
-
-    def drop_orphans(self) -> None:
-        """Before the first call: deletes what guides of its name that are gone have left in the store."""
-        if self._spec is not None:
-            return
-        store = pyro.get_param_store()
-        pattern = re.compile(rf"{re.escape(self.first_name)}(_\d+)?\.")
-        entries = {k: t for k, t in store.named_parameters() if pattern.match(k) and t in OWNERS}
-        if entries:
-            gc.collect()  # that of a fit before waits in the cycle of its captured loss
-        for key, tensor in entries.items():
-            if OWNERS[tensor]() is None:
-                del store[key]
-
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by their names in the param store, without that of the guide."""
-        # not by attributes, whose reading is a param statement
-        return {
-            param_with_module_name(part, name): p
-            for part, module in self._modules.items()
-            for name, p in cast(nn.Module, module).named_parameters()
-            if p.requires_grad
-        }
-
-    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
-        super()._pyro_set_supermodule(name, context)
-        self.first_name = name
-
     def __getstate__(self) -> dict[str, Any]:
         for part in self.modules():
             # the caches of transforms from elsewhere hold graphs, which no copy can take
@@ -330,7 +266,8 @@ class PersistentGuide(AutoGuide):
             spec = GuideSpec.from_json(text, next(value.device for value in state.values()))
             if self._spec is None:
                 self._restore(spec, state)
-            expected, got = self._checked_spec().shapes(), spec.shapes()
+            both = self._checked_spec().sites, spec.sites
+            expected, got = ({site.name: tuple(site.shape) for site in sites} for sites in both)
             if expected != got:
                 message = f"expected {expected}, got {got}"
                 raise RuntimeError(f"the state dict is of a guide of other sites: {message}")

@@ -27,10 +27,11 @@ _SUPPORTS = (
     *("positive_ordered_vector", "softplus_positive"),
 )
 _ACTIVATIONS = {*activation.__all__} - {"MultiheadAttention", "PReLU"}  # without parameters
-_FOUND = [getattr(constraints, n) for n in _SUPPORTS] + [
-    getattr(activation, n) for n in _ACTIVATIONS
-]
-_KINDS = (TiltedSiLU, *(kind if isinstance(kind, type) else type(kind) for kind in _FOUND))
+_FOUND = (
+    [getattr(constraints, n) for n in _SUPPORTS],
+    [getattr(activation, n) for n in _ACTIVATIONS],
+)
+_KINDS = [kind if isinstance(kind, type) else type(kind) for kind in sum(_FOUND, [TiltedSiLU])]
 #: the classes of objects that a file may hold
 _CLASSES: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
 
@@ -60,9 +61,6 @@ class GuideSpec:
 
     def zeros(self) -> Tensor:
         return torch.zeros(self.latents.latent_dim, dtype=self.dtype, device=self.device)
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {site.name: tuple(site.shape) for site in self.sites}
 
     def to(self, fn: Callable[[Tensor], Tensor]) -> "GuideSpec":
         """The spec as a conversion of tensors leaves it, such as ``Tensor.double``."""

@@ -85,6 +85,35 @@ class Objective(Protocol):
 
 
 @dataclass
+class _PathTerms:
+    """log q - log p at draws of a guide, with the path gradient; a captured loss holds it without a cycle."""
+
+    log_joint: LogJoint
+    guide: ReparametrizedGuide
+
+    def __post_init__(self) -> None:
+        self.last = self.log_joint.start[None]  #: the last draws
+
+    def __call__(self, num_particles: int) -> Tensor:
+        z, log_q = self.guide.rsample_and_log_prob(num_particles, path=True)
+        self.last = z.detach()
+        return log_q - self.log_joint(z)
+
+    def mean(self, num_particles: int) -> Tensor:
+        return self(num_particles).mean()
+
+    def for_tails(self, num_particles: int) -> Tensor:
+        """See :meth:`PathObjective.tail_loss`."""
+        terms = self(num_particles)
+        value = terms.detach()
+        deviation = (value - value.median()).abs()
+        spread = deviation.square().mean().sqrt() + torch.finfo(terms.dtype).tiny
+        weights = 1 + _TAIL_WEIGHT * (deviation / spread).square().clamp(max=_MAX_DEVIATION)
+        weighted = (weights * terms).mean()
+        return value.mean() + (weighted - weighted.detach())
+
+
+@dataclass
 class PathObjective(Objective):
     """The ELBO with the path gradient, which vanishes where the guide is the posterior.
 
@@ -99,7 +128,7 @@ class PathObjective(Objective):
     has_weights = True
 
     def __post_init__(self) -> None:
-        self._last = self.log_joint.start[None]
+        self._terms = _PathTerms(self.log_joint, self.guide)
         self._captured: dict[object, CapturedLoss] = {}
 
     @property
@@ -111,10 +140,7 @@ class PathObjective(Objective):
         return replace(self, log_joint=self.log_joint.with_arguments(*batch), is_one=False)
 
     def loss(self, num_particles: int) -> Tensor:
-        return self._replayed(self._mean, num_particles)
-
-    def _mean(self, num_particles: int) -> Tensor:
-        return self._terms(num_particles).mean()
+        return self._replayed(self._terms.mean, num_particles)
 
     def _replayed(self, loss: Callable[[int], Tensor], num_particles: int) -> Tensor:
         """A loss of so many draws, whose operations are captured."""
@@ -139,21 +165,7 @@ class PathObjective(Objective):
         """
         most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
         count = min(_TAIL_DRAWS * num_particles, most)
-        return self._replayed(self._tail_loss, count), count
-
-    def _tail_loss(self, num_particles: int) -> Tensor:
-        terms = self._terms(num_particles)
-        value = terms.detach()
-        deviation = (value - value.median()).abs()
-        spread = deviation.square().mean().sqrt() + torch.finfo(terms.dtype).tiny
-        weights = 1 + _TAIL_WEIGHT * (deviation / spread).square().clamp(max=_MAX_DEVIATION)
-        weighted = (weights * terms).mean()
-        return value.mean() + (weighted - weighted.detach())
-
-    def _terms(self, num_particles: int) -> Tensor:
-        z, log_q = self.guide.rsample_and_log_prob(num_particles, path=True)
-        self._last = z.detach()
-        return log_q - self.log_joint(z)
+        return self._replayed(self._terms.for_tails, count), count
 
     def parameters(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -161,7 +173,7 @@ class PathObjective(Objective):
             found.update(self.guide.named_parameters(prefix="guide"))
         known = set(found.values())
         with torch.no_grad():
-            traced = traced_parameters(partial(self._mean, 1))
+            traced = traced_parameters(partial(self._terms.mean, 1))
         return found | {name: p for name, p in traced.items() if p not in known}
 
     def is_guide_alone(self) -> bool:
@@ -177,9 +189,9 @@ class PathObjective(Objective):
         return self.log_joint(z) - log_q
 
     def nonfinite_sites(self) -> list[str]:
-        if not bool(self._last.isfinite().all()):
+        if not bool(self._terms.last.isfinite().all()):
             return ["the guide's own draws"]
-        return self.log_joint.nonfinite_sites(self._last)
+        return self.log_joint.nonfinite_sites(self._terms.last)
 
 
 @contextmanager

@@ -1,0 +1,82 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A transformed distribution that knows the density of its own draw."""
+
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.util import sum_rightmost
+from torch import Tensor
+
+from .flow_module import FlowModule
+
+
+def standard_normal(zeros: Tensor) -> Any:
+    """Standard Normals, whose values are never checked: that would read them, in each step."""
+    return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
+
+
+class FlowDistribution(dist.TransformedDistribution):
+    """A transformed distribution that keeps its last draw together with the log-density there.
+
+    A plain ``TransformedDistribution`` inverts a transform of this package to score its own draw; here
+    value and log-density come from one evaluation. An edit of the draw in place, and gradients that are
+    wanted now and were not then, are noticed; an edit through ``draw.data`` leaves no sign. The
+    log-density is that of the parameters when the value was drawn, and carries its graph: make one
+    object for each step, as models and guides do.
+
+    :param base_distribution: the distribution of the argument.
+    :param transforms: one :class:`~pyro_artransform.transforms.FlowModule`;
+        :class:`~pyro_artransform.transforms.ComposedTransform` makes one of several.
+
+    Example::
+
+        >>> import torch
+        >>> import pyro.distributions as dist
+        >>> from pyro_artransform import FlowDistribution, iaf
+        >>> q = FlowDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), iaf(3))
+        >>> q.log_prob(q.rsample((5,))).shape
+        torch.Size([5])
+    """
+
+    # no __init__ of its own, which expand, as plates call it, would refuse
+    #: the last draw and the log-density there, whether that has a graph, and the draw's version
+    _draw: tuple[Tensor, Tensor, bool, int] | None = None
+
+    def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+        """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
+        flow, extra_dims = self._flow()
+        x = self.base_dist.rsample(sample_shape)
+        value, ladj = flow.call_and_ladj(x)
+        return self._remembered(value, self.base_dist.log_prob(x) - sum_rightmost(ladj, extra_dims))
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density, of shape ``sample_shape + batch_shape``."""
+        if self._draw is not None:
+            draw, log_prob, has_graph, version = self._draw
+            is_new = draw is not value or version != value._version
+            if not is_new and has_graph == torch.is_grad_enabled():
+                return log_prob
+        if self._validate_args:
+            self._validate_sample(value)
+        flow, extra_dims = self._flow()
+        x, ladj = flow.inverse_and_ladj(value)
+        return self.base_dist.log_prob(x) + sum_rightmost(ladj, extra_dims)
+
+    def _flow(self) -> tuple[FlowModule, int]:
+        """The flow, and how many event dimensions there are besides its own."""
+        if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
+            raise TypeError(
+                f"transforms: expected one transform of this package, got {self.transforms}; "
+                "ComposedTransform(...) makes one of several"
+            )
+        flow = self.transforms[0]
+        return flow, len(self.event_shape) - flow.codomain.event_dim
+
+    def _remembered(self, value: Tensor, log_prob: Tensor) -> Tensor:
+        # edits of a tensor of inference mode leave no sign
+        is_sure = not value.is_inference()
+        self._draw = (value, log_prob, torch.is_grad_enabled(), value._version) if is_sure else None
+        return value
