@@ -17,7 +17,7 @@ from ..joint.density import Args, Kwargs
 from ..joint.protocols import PosteriorGuide
 from ..joint.traces import in_shape_of_site, is_deterministic
 from ..joint.vectorization import Draws, Terms
-from .log_likelihood import Likelihood
+from .log_likelihood import Likelihood, at_some_draws_only
 from .marginal_likelihood import MarginalLikelihood
 
 
@@ -87,7 +87,10 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
 
     def drawn(model: Callable[[], object], sites: Draws) -> Terms:
         given: Any = {"posterior_samples": placed, "return_sites": list(sites)}
-        return _of_shapes(Predictive(model, parallel=parallel, **given)(), sites)
+        try:
+            return _of_shapes(Predictive(model, parallel=parallel, **given)(), sites)
+        except KeyError as error:
+            raise at_some_draws_only(error.args[0]) from error
 
     groups = {"posterior": dict(draws)}
     if predicted:

@@ -170,10 +170,15 @@ class Likelihood:
 def _check_same(expected: Terms, found: Terms) -> None:
     """Refuses sites that some runs of a model have, and others have not."""
     for name in sorted(expected.keys() ^ found.keys()):
-        raise ValueError(
-            f"model: expected the same sites at each draw, got '{name}' at some only; have it in "
-            f"each branch, or hide it by poutine.block(model, hide=['{name}'])"
-        )
+        raise at_some_draws_only(name)
+
+
+def at_some_draws_only(name: str) -> ValueError:
+    """The error about a site that not each run of a model has."""
+    return ValueError(
+        f"model: expected the same sites at each draw, got '{name}' at some only; have it in "
+        f"each branch, or hide it by poutine.block(model, hide=['{name}'])"
+    )
 
 
 def _part(terms: Draws, rows: list[int]) -> Terms:

@@ -3,10 +3,12 @@
 
 """The steps of a fit: callbacks, optimizers, steps that are not finite."""
 
+import gc
 import math
 import re
 import signal
 import threading
+import weakref
 from dataclasses import replace
 from functools import partial
 
@@ -18,7 +20,7 @@ import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_artransform import AutoAmortized, time_limit
+from pyro_artransform import AutoAmortized, AutoIAF, time_limit
 from pyro_artransform.inference import FitError
 from pyro_artransform.inference.optimization.schedule import _DECAY
 from tests.inference import models
@@ -338,3 +340,16 @@ def test_a_parameter_that_the_first_run_did_not_have_is_refused(kind):
         FitError, match=r"appeared at step \d+ and would not be trained: \['shift'\]"
     ):
         fit(model, kind(model), num_steps=200, callback=callback)
+
+
+def test_a_guide_is_gone_when_it_is_let_go():
+    """Its name in Pyro's store is free at once: no captured loss is in a cycle with its objective."""
+    guide = AutoIAF(models.location)
+    is_gone = weakref.ref(guide)
+    gc.disable()
+    try:
+        result = fit(models.location, guide, num_steps=40)
+        del guide, result
+        assert is_gone() is None
+    finally:
+        gc.enable()

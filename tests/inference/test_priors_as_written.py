@@ -69,7 +69,8 @@ def test_chains_have_the_density_as_written(case):
     model, *_ = CASES[case]
     # without coordinates a funnel takes a guide's chains more than 3,000 trajectories
     guide = None if case == "masked" else AutoNormal(model)
-    check_draws(case, mcmc(model, guide, 400, seed=0, progress=False))
+    # with seed 0 trajectories of the funnel have 60 steps in the end, and take 25 s
+    check_draws(case, mcmc(model, guide, 400, seed=1, progress=False))
 
 
 @pytest.mark.slow

@@ -161,7 +161,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         """
         ones, latents = torch.ones_like(log_joint.start), log_joint.latents
         centered = Coordinates(ones, ones, sites).non_centered(latents).centered
-        random = torch.rand(ones.shape, generator=torch.Generator().manual_seed(0), device="cpu")
+        generator = torch.Generator().manual_seed(0)
+        random = torch.rand(ones.shape, generator=generator, dtype=ones.dtype, device="cpu")
         between = 0.9 + 0.05 * random.to(ones)  # no two alike
         mapped = Coordinates(torch.where(centered < 1, between, ones), ones, sites)
         return self._find_graph(log_joint.with_coordinates(mapped))
