@@ -44,8 +44,8 @@ _NUM_SLOWEST = 32
 # the nested R-hat and the draws of a chain from which on modes are looked for, the share of all but the first
 # below which slow chains are no modes, and the least share of proposals in one
 _MODES_RHAT, _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 1.1, 24, 0.01, 0.05
-# how often step sizes are halved because trajectories diverge, and the steps of one up to which that is cheap
-_MOST_HALVED, _SHORT = 3, 64
+# how often step sizes are halved because trajectories diverge
+_MOST_HALVED = 3
 # trajectories after which chains end if far more would be needed, and if too many diverge
 _PATIENCE, _ENOUGH_DIVERGENT = 96, 48
 
@@ -159,10 +159,7 @@ class Ensemble(MovingChains):
                 return End.OUT_OF_TIME
             size = self.num_trajectories
             if self._diverge():
-                if (
-                    self._num_halved < _MOST_HALVED
-                    and self._length.value <= _SHORT * self.step_size
-                ):
+                if self._num_halved < _MOST_HALVED:
                     self._step_size.value /= 2
                     self._num_halved += 1
                     self._forget()
