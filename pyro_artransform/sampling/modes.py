@@ -148,6 +148,7 @@ class IndependentProposals:
     def at_modes(cls, base: Sequence[Tensor], share: Tensor) -> "IndependentProposals":
         """Student's t distributions at draws of each mode, of shapes ``(n, D)``."""
         loc = torch.stack([part.mean(0) for part in base])
+        share = share.to(loc)  # of double precision where data are, whatever the latents have
         scale_tril = torch.stack([_scale_tril(part) for part in base])
         of_mode = dist.MultivariateStudentT(torch.full_like(share, _DEGREES), loc, scale_tril)
         return cls(dist.MixtureSameFamily(dist.Categorical(share), of_mode))

@@ -6,7 +6,8 @@ import math
 import pytest
 import torch
 
-from pyro_artransform.sampling.modes import Modes
+from pyro_artransform.sampling.modes import IndependentProposals, Modes
+from pyro_artransform.sampling.target import State
 
 
 def draws_of(places, sds, log_masses, dim=3, chains_each=4, count=100):
@@ -79,3 +80,15 @@ def test_points_are_next_to_the_group_in_whose_sds_they_are_nearest():
     points = torch.tensor([[0.2], [2.0], [19.0], [-0.3]])
     assert found.shares_of(points).tolist() == [0.5, 0.5]
     assert found.shares_of(points[:1]).tolist() == [0.0, 1.0]
+
+
+def test_proposals_have_the_dtype_of_latents():
+    """Densities, and shares with them, are of double precision where the data are."""
+    base = [torch.randn(20, 2, dtype=torch.float32) + shift for shift in (0.0, 9.0)]
+    proposals = IndependentProposals.at_modes(base, torch.tensor([0.5, 0.5], dtype=torch.float64))
+
+    def target(x):
+        log_density = -x.double().square().sum(-1)
+        return State(x, x, log_density, -2 * x)
+
+    assert proposals.step(target, target(base[0])).base.dtype == torch.float32
