@@ -127,7 +127,7 @@ def horseshoe(x: Tensor, y: Tensor | None = None) -> None:
     """The regularized one; about five coefficients are expected not to be small."""
     num_rows, num_columns = x.shape
     sigma = pyro.sample("sigma", dist.LogNormal(0.0, 1.0))[..., None]
-    expected = 5 / (num_columns - 5) / math.sqrt(num_rows)
+    expected = 5 / max(num_columns - 5, 1) / math.sqrt(num_rows)
     tau = sigma * pyro.sample("tau", dist.HalfCauchy(expected))[..., None]
     slab = pyro.sample("slab", dist.InverseGamma(2.0, 8.0))[..., None]
     local = pyro.sample("local", dist.HalfCauchy(torch.ones(num_columns)).to_event(1))
