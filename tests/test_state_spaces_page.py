@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The models of the page on state spaces: shown as they are, of one density by a loop and at once, and run."""
+"""The models of the page on state spaces: shown as they are, the same by a loop and at once, and run."""
 
 import inspect
 import re
