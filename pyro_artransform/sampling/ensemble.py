@@ -41,9 +41,11 @@ _BLOCK, _MOST_TRAJECTORIES = 16, 3000
 _TRANSIENT = 1 / 3
 # latents that are ranked before all are
 _NUM_SLOWEST = 32
-# the nested R-hat and the draws of a chain from which on modes are looked for, the share of all but the first
+#: the nested R-hat above which chains may be in different modes
+MODES_RHAT = 1.1
+# the draws of a chain from which on modes are looked for, the share of all but the first
 # below which slow chains are no modes, and the least share of proposals in one
-_MODES_RHAT, _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 1.1, 24, 0.01, 0.05
+_NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 24, 0.01, 0.05
 # how often step sizes are halved because trajectories diverge
 _MOST_HALVED = 3
 # trajectories after which chains end if far more would be needed, and if too many diverge
@@ -190,7 +192,7 @@ class Ensemble(MovingChains):
                 # R-hat goes to one as the inverse number of draws does
                 more = size * ((worst**2 - 1) / (GOOD_RHAT**2 - 1) - 1)
                 number = math.ceil(size / 3)
-            if worst > _MODES_RHAT and self.draws.shape[1] >= _NUM_FOR_MODES and self._are_apart():
+            if worst > MODES_RHAT and self.draws.shape[1] >= _NUM_FOR_MODES and self._are_apart():
                 return End.APART
             if not self._blocks:
                 number = _BLOCK

@@ -100,6 +100,11 @@ class Check(Enum):
         "guide has next to no draws",
         f"{_BREAK_SYMMETRY}, or sum out what switches",
     )
+    RESTARTS = (
+        "chains from all over the prior have not mixed, with an R-hat of {rhat:.3f}, so that the guide may "
+        "lack modes or tails",
+        "Ask for draws, draws=400, or use tighter priors",
+    )
     GRAPH = (
         "the guide's graph lacks dependencies that the model has where the posterior is: {names}",
         "They were switched off where the graph was found: make it anew with an init_loc_fn of values where "

@@ -14,7 +14,7 @@ from ...diagnostics.importance import CLEAR_IN_SE, GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
 from ...joint.vectorization import draws_at_a_time
-from ...sampling import Ensemble
+from ...sampling import End, Ensemble
 from ...time_limit import limited
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
@@ -142,7 +142,9 @@ def lost_modes(ensemble: Ensemble, draws: Tensor) -> LostModes:
     # chains in the base space of a guide began near it
     was_searched = ensemble.to_latent is None
     if modes is None:
-        return LostModes(was_searched=is_mixed and was_searched)
+        had_time = was_searched and ensemble.end is not End.OUT_OF_TIME
+        rhat = float(ensemble.convergence().rhat.max()) if had_time else 1.0
+        return LostModes(was_searched=is_mixed and was_searched, rhat=rhat)
     # chains that have not mixed have too many draws of some, and Gaussians are no more than a guess
     share = modes.shares_of(ensemble.draws.flatten(0, 1)) if is_mixed else modes.share
     is_lost = (share > _MIN_SHARE) & (modes.shares_of(draws) < _MIN_PART * share)

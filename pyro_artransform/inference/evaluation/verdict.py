@@ -13,6 +13,7 @@ from ...diagnostics import Importance, Marginals
 from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS, GOOD_TAIL
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ...sampling import Ensemble
+from ...sampling.ensemble import MODES_RHAT
 from ..optimization.minibatches import PassEstimate
 from .checks import Check, FailedCheck, Verdict
 from .elements import ElementWeights
@@ -62,6 +63,7 @@ class LostModes(NamedTuple):
     lost_mass: float = 0.0  #: their share of the posterior
     num_lost: int = 0  #: how many they are
     was_searched: bool = False  #: whether chains began all over the prior, for others to be seen
+    rhat: float = 1.0  #: the R-hat of such chains that had the time to agree, but did not
 
 
 NOT_SEARCHED = LostModes()
@@ -91,6 +93,8 @@ def judge(
         modes = list(about_lost_modes(lost, not status.cut_short))
         # neither another guide nor more draws help against modes
         failed += [*about_weights(weights, "" if modes else status.remedy), *modes]
+        if lost.rhat > MODES_RHAT and not status.cut_short:
+            failed.append(Check.RESTARTS.failed(rhat=lost.rhat))
     failed += about_others
     # chains are right whatever the graph is: then more than seconds are not spent on it in vain
     if not (status.has_chains and failed) and (missing := status.missing()):

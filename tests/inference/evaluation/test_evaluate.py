@@ -231,7 +231,8 @@ def test_without_chains_that_have_mixed_single_latents_are_not_checked():
         found = judged(models.gaussian, good_guide(), ensemble)
         assert found.marginals is None
         assert found.verdict.words.endswith(f"Single latents were not checked, since {reason}.")
-        assert "other modes were not searched for" in found.verdict.words
+        assert found.verdict.trusted == (ensemble is None)
+    assert "chains from all over the prior have not mixed" in found.verdict.words
 
 
 def test_a_mode_that_the_guide_has_lost():
@@ -244,7 +245,7 @@ def test_a_mode_that_the_guide_has_lost():
     assert not found.verdict.trusted
     assert re.search("about (2[5-9]|3[0-5]) % of the posterior is in 1 other", found.verdict.words)
     one, other = locs[:, None] + torch.randn(2, 1000, 2)
-    assert lost_modes(ensemble, torch.cat([one, other])) == (0.0, 0, True)
+    assert lost_modes(ensemble, torch.cat([one, other])) == (0.0, 0, True, 1.0)
     # a tenth of what it should have is enough
     assert lost_modes(ensemble, torch.cat([one, other[:40]])).num_lost == 0
     assert lost_modes(ensemble, torch.cat([one, other[:10]])).num_lost == 1
