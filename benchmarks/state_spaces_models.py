@@ -112,12 +112,11 @@ def gaussian_process(x: Tensor, y: Tensor | None = None, num: int = 20) -> None:
 
 def lattice(y: Tensor) -> None:
     """Counts on a grid: an intrinsic autoregression of log rates, whose level has a flat prior."""
-    scale = pyro.sample("scale", dist.LogNormal(-1.0, 1.0))[..., None, None]
+    scale = pyro.sample("scale", dist.LogNormal(-1.0, 1.0))
     free = dist.Normal(torch.zeros_like(y), 1.0).mask(False).to_event(2)
     z = pyro.sample("z", free)
     down, right = z[..., 1:, :] - z[..., :-1, :], z[..., :, 1:] - z[..., :, :-1]
     squares = (down**2).sum((-2, -1)) + (right**2).sum((-2, -1))
-    scale = scale[..., 0, 0]
     # of rank one less than there are cells
     pyro.factor("field", -0.5 * squares / scale**2 - (y.numel() - 1) * scale.log())
     pyro.sample("y", dist.Poisson(z.exp()).to_event(2), obs=y)

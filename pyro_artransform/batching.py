@@ -36,7 +36,6 @@ class _Writer:
         self._batches, self._sizes = list[Any](), list[int]()
         self._place = dict[str, tuple[int, int]]()
         self._stacks = dict[tuple[str, ...], Any]()
-        self._numbers = dict[str, Any]()
 
     def written(self, order: Iterable[Sequence[int]]) -> Any:
         for some in order:
@@ -158,12 +157,6 @@ class _Writer:
             v if isinstance(v, torch._C.Value) else self._graph.insertConstant(v) for v in inputs
         ]
         return self._node(f"aten::{kind}", known, _TENSOR)
-
-    def _constant(self, value: Any) -> Any:
-        key = repr(value)
-        if isinstance(value, torch.Tensor) or key not in self._numbers:
-            self._numbers[key] = self._graph.insertConstant(value)
-        return self._numbers[key]
 
     def _node(self, kind: str, inputs: Sequence[Any], type_: Any) -> Any:
         node = self._graph.create(kind, inputs, 1)

@@ -86,6 +86,7 @@ class Tape:
                 seen[key] = call
         self.results = [*map(self._name, graph.outputs())]
         self._join_sums()
+        self._made_by = {name: i for i, call in enumerate(self.calls) for name in call.outputs}
 
     def _name(self, value: Any) -> str:
         name = value.debugName()
@@ -163,7 +164,7 @@ class Tape:
             inputs = tuple(call.inputs[0] for call in calls)
             found.append(Call(None, "sum of parts", inputs, (of_part,), part))
             rest += [of_part] if of_part != name else []
-        return [*found, Call(None, "sum", tuple(rest), (name,))] if rest else found
+        return [*found, Call(None, "sum of terms", tuple(rest), (name,))] if rest else found
 
     def roles(self) -> list[int | None]:
         """For each operation the batch that it may be part of, if any.
@@ -171,7 +172,6 @@ class Tape:
         Members have inputs of the same shapes, from operations with the same inputs, and so on for some
         steps back; and the same constants, but for the index of a selection.
         """
-        made_by = {name: i for i, call in enumerate(self.calls) for name in call.outputs}
         common = []
         for call in self.calls:
             names = call.inputs[:2] if call.kind == "select" else call.inputs
@@ -182,7 +182,10 @@ class Tape:
             role = []
             for call, names in zip(self.calls, common):
                 inputs = [
-                    (self.kinds[name], before[made_by[name]] if name in made_by else None)
+                    (
+                        self.kinds[name],
+                        before[self._made_by[name]] if name in self._made_by else None,
+                    )
                     if name in self.kinds
                     else name
                     for name in names
@@ -205,8 +208,9 @@ class Tape:
 
     def schedule(self) -> list[list[int]]:
         """The operations in an order in which they can be done, and which are done at once."""
-        made_by = {name: i for i, call in enumerate(self.calls) for name in call.outputs}
-        needs = [{made_by[n] for n in call.inputs if n in made_by} for call in self.calls]
+        needs = [
+            {self._made_by[n] for n in call.inputs if n in self._made_by} for call in self.calls
+        ]
         random = [i for i, call in enumerate(self.calls) if self.is_random(call)]
         for before, after in pairwise(random):
             needs[after].add(before)  # they stay in their order

@@ -23,8 +23,8 @@ _LOW_BFMI = 0.3  # Stan's bound of E-BFMI
 # sds within chains by which a latent differs between modes that is named, and the share of all modes but the
 # first above which draws are not trusted, since no start may have reached others
 _APART, _SMALL_MODES = 4.0, 0.05
-# the share beyond an outer 1 % quantile of draws above which these lack a tail: 0.037 at most in
-# benchmarks/chains.md where draws are right
+# the share beyond an outer 1 % quantile of draws above which these lack a tail: right ones of the
+# volatility of benchmarks/chains.md have 0.037
 _MOST_BEYOND = 0.04
 
 

@@ -218,7 +218,7 @@ class ConditionalGaussian:
     def _log_marginal(self, globals_: Tensor) -> Tensor:
         """Laplace's approximation of the log density of globals ``(n, G)``, up to a constant."""
         field = self._field
-        points = self._unit.expand(len(globals_), -1).clone()
+        points = globals_.new_empty(len(globals_), len(self._unit))
         points[:, self.of_globals] = globals_
         points[:, self.of_field] = self._conditionals(globals_)[0].T
         gaussians = field.conditionals(self._log_joint, points, self._unit)
