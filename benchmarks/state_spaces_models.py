@@ -29,15 +29,18 @@ def local_level(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(path, noise[..., None]).to_event(1), obs=y)
 
 
+def free(name: str, num: int) -> Tensor:
+    """A path without a density of its own, which factors are to have."""
+    return pyro.sample(name, dist.Normal(torch.zeros(num), 1.0).mask(False).to_event(1))
+
+
 def local_level_at_once(y: Tensor) -> None:
     step = pyro.sample("step", dist.LogNormal(-1.0, 1.0))[..., None]
     noise = pyro.sample("noise", dist.LogNormal(-1.0, 1.0))[..., None]
-    # mask: the site has no density of its own, the two factors are that of the path
-    free = dist.Normal(torch.zeros(len(y)), 1.0).mask(False).to_event(1)
-    path = pyro.sample("level", free)
-    pyro.factor("first", dist.Normal(0.0, 5.0).log_prob(path[..., 0]))
-    pyro.factor("steps", dist.Normal(path[..., :-1], step).log_prob(path[..., 1:]).sum(-1))
-    pyro.sample("y", dist.Normal(path, noise).to_event(1), obs=y)
+    level = free("level", len(y))
+    pyro.factor("first", dist.Normal(0.0, 5.0).log_prob(level[..., 0]))
+    pyro.factor("steps", dist.Normal(level[..., :-1], step).log_prob(level[..., 1:]).sum(-1))
+    pyro.sample("y", dist.Normal(level, noise).to_event(1), obs=y)
 
 
 def local_linear_trend(y: Tensor) -> None:
@@ -53,6 +56,19 @@ def local_linear_trend(y: Tensor) -> None:
         levels.append(level)
     path = torch.stack(levels, -1)
     pyro.sample("y", dist.Normal(path, noise[..., None]).to_event(1), obs=y)
+
+
+def local_linear_trend_at_once(y: Tensor) -> None:
+    level_sd = pyro.sample("level_sd", dist.LogNormal(-1.0, 1.0))[..., None]
+    slope_sd = pyro.sample("slope_sd", dist.LogNormal(-2.0, 1.0))[..., None]
+    noise = pyro.sample("noise", dist.LogNormal(-1.0, 1.0))[..., None]
+    level, slope = free("level", len(y)), free("slope", len(y))
+    pyro.factor("first_level", dist.Normal(0.0, 5.0).log_prob(level[..., 0]))
+    pyro.factor("first_slope", dist.Normal(0.0, 1.0).log_prob(slope[..., 0]))
+    mean = level[..., :-1] + slope[..., :-1]
+    pyro.factor("levels", dist.Normal(mean, level_sd).log_prob(level[..., 1:]).sum(-1))
+    pyro.factor("slopes", dist.Normal(slope[..., :-1], slope_sd).log_prob(slope[..., 1:]).sum(-1))
+    pyro.sample("y", dist.Normal(level, noise).to_event(1), obs=y)
 
 
 def seasonal(y: Tensor) -> None:
@@ -73,28 +89,28 @@ def seasonal(y: Tensor) -> None:
 
 def ar2(y: Tensor) -> None:
     """Partial autocorrelations within -1 and 1 are those of stationary paths."""
-    first, second = (pyro.sample(f"partial_{k}", dist.Uniform(-1.0, 1.0)) for k in (1, 2))
-    step = pyro.sample("step", dist.LogNormal(-1.0, 1.0))
-    noise = pyro.sample("noise", dist.LogNormal(-1.0, 1.0))
-    states = [pyro.sample(f"x_{t}", dist.Normal(0.0, 2.0)) for t in range(2)]
-    for t in range(2, len(y)):
-        mean = first * (1 - second) * states[-1] + second * states[-2]
-        states.append(pyro.sample(f"x_{t}", dist.Normal(mean, step)))
-    path = torch.stack(states, -1)
-    pyro.sample("y", dist.Normal(path, noise[..., None]).to_event(1), obs=y)
+    first, second = (
+        pyro.sample(f"partial_{k}", dist.Uniform(-1.0, 1.0))[..., None] for k in (1, 2)
+    )
+    step = pyro.sample("step", dist.LogNormal(-1.0, 1.0))[..., None]
+    noise = pyro.sample("noise", dist.LogNormal(-1.0, 1.0))[..., None]
+    x = free("x", len(y))
+    pyro.factor("first", dist.Normal(0.0, 2.0).log_prob(x[..., :2]).sum(-1))
+    mean = first * (1 - second) * x[..., 1:-1] + second * x[..., :-2]
+    pyro.factor("steps", dist.Normal(mean, step).log_prob(x[..., 2:]).sum(-1))
+    pyro.sample("y", dist.Normal(x, noise).to_event(1), obs=y)
 
 
 def stochastic_volatility(y: Tensor) -> None:
-    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
-    phi = pyro.sample("phi", dist.Beta(20.0, 1.5))
-    step = pyro.sample("step", dist.LogNormal(-1.5, 0.7))
-    h = pyro.sample("h_0", dist.Normal(mean, step / (1 - phi**2).sqrt()))
-    path = [h]
-    for t in range(1, len(y)):
-        h = pyro.sample(f"h_{t}", dist.Normal(mean + phi * (h - mean), step))
-        path.append(h)
-    sd = (torch.stack(path, -1) / 2).exp()
-    pyro.sample("y", dist.Normal(0.0, sd).to_event(1), obs=y)
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))[..., None]
+    phi = pyro.sample("phi", dist.Beta(20.0, 1.5))[..., None]
+    step = pyro.sample("step", dist.LogNormal(-1.5, 0.7))[..., None]
+    h = free("h", len(y))
+    first = dist.Normal(mean, step / (1 - phi**2).sqrt())
+    pyro.factor("first", first.log_prob(h[..., :1]).sum(-1))
+    next_mean = mean + phi * (h[..., :-1] - mean)
+    pyro.factor("steps", dist.Normal(next_mean, step).log_prob(h[..., 1:]).sum(-1))
+    pyro.sample("y", dist.Normal(0.0, (h / 2).exp()).to_event(1), obs=y)
 
 
 def gaussian_process(x: Tensor, y: Tensor | None = None, num: int = 20) -> None:
@@ -113,8 +129,7 @@ def gaussian_process(x: Tensor, y: Tensor | None = None, num: int = 20) -> None:
 def lattice(y: Tensor) -> None:
     """Counts on a grid: an intrinsic autoregression of log rates, whose level has a flat prior."""
     scale = pyro.sample("scale", dist.LogNormal(-1.0, 1.0))
-    free = dist.Normal(torch.zeros_like(y), 1.0).mask(False).to_event(2)
-    z = pyro.sample("z", free)
+    z = pyro.sample("z", dist.Normal(torch.zeros_like(y), 1.0).mask(False).to_event(2))
     down, right = z[..., 1:, :] - z[..., :-1, :], z[..., :, 1:] - z[..., :, :-1]
     squares = (down**2).sum((-2, -1)) + (right**2).sum((-2, -1))
     # of rank one less than there are cells
@@ -219,6 +234,7 @@ SUBJECTS: dict[str, tuple[Model, Callable[..., tuple[np.ndarray, ...]], tuple[An
     "local level": (local_level, walk_data, (100,)),
     "local level, at once": (local_level_at_once, walk_data, (100,)),
     "local linear trend": (local_linear_trend, trend_data, (100,)),
+    "local linear trend, at once": (local_linear_trend_at_once, trend_data, (100,)),
     "seasonal": (seasonal, seasonal_data, (80,)),
     "AR(2) with noise": (ar2, ar2_data, (100,)),
     "stochastic volatility": (stochastic_volatility, volatility_data, (200,)),

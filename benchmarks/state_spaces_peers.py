@@ -38,6 +38,12 @@ def walk(name: str, num: int, step: Any, first: float = 5.0) -> Any:
     return (noise * step).at[0].set(first * noise[0]).cumsum()
 
 
+def trend(num: int, level_sd: Any, slope_sd: Any) -> tuple[Any, Any]:
+    """Levels and slopes."""
+    slopes = walk("slope", num, slope_sd, 1.0)
+    return walk("level", num, level_sd).at[1:].add(slopes[:-1].cumsum()), slopes
+
+
 def scanned(step: Callable[..., Any], state: Any, inputs: Any) -> Any:
     """What a recursion shows at each step."""
     return jax.lax.scan(step, state, inputs, unroll=8)[1]
@@ -60,9 +66,17 @@ def local_level_at_once(y: Any) -> None:
 def local_linear_trend(y: Any) -> None:
     level_sd, slope_sd = log_normal("level_sd", -1.0), log_normal("slope_sd", -2.0)
     noise = log_normal("noise", -1.0)
-    slopes = named("slope", walk("slope", len(y), slope_sd, 1.0))
-    levels = walk("level", len(y), level_sd).at[1:].add(slopes[:-1].cumsum())
+    levels, slopes = trend(len(y), level_sd, slope_sd)
+    named("slope", slopes)
     observe(named("level", levels), noise, y)
+
+
+def local_linear_trend_at_once(y: Any) -> None:
+    level_sd, slope_sd = log_normal("level_sd", -1.0), log_normal("slope_sd", -2.0)
+    noise = log_normal("noise", -1.0)
+    levels, slopes = trend(len(y), level_sd, slope_sd)
+    numpyro.deterministic("slope", slopes)
+    observe(numpyro.deterministic("level", levels), noise, y)
 
 
 def seasonal(y: Any) -> None:
@@ -90,7 +104,7 @@ def ar2(y: Any) -> None:
         return jnp.stack([latest[1], state]), state
 
     states = scanned(step, 2.0 * steps[:2], steps[2:])
-    observe(named("x", jnp.concatenate([2.0 * steps[:2], states])), noise, y)
+    observe(numpyro.deterministic("x", jnp.concatenate([2.0 * steps[:2], states])), noise, y)
 
 
 def stochastic_volatility(y: Any) -> None:
@@ -103,7 +117,7 @@ def stochastic_volatility(y: Any) -> None:
         state = phi * state + value
         return state, state
 
-    h = named("h", mean + scale * scanned(step, 0.0, noises))
+    h = numpyro.deterministic("h", mean + scale * scanned(step, 0.0, noises))
     observe(0.0, jnp.exp(h / 2), y)
 
 
@@ -119,7 +133,8 @@ def gaussian_process(x: Any, y: Any, num: int = 20) -> None:
 
 def lattice(y: Any) -> None:
     scale = log_normal("scale", -1.0)
-    z = numpyro.sample("z", dist.Normal(jnp.zeros(y.shape), 1.0).mask(False).to_event(2))
+    free = dist.Normal(jnp.zeros(y.size), 1.0).mask(False).to_event(1)
+    z = numpyro.sample("z", free).reshape(y.shape)
     squares = sum((jnp.diff(z, axis=axis) ** 2).sum() for axis in (0, 1))
     numpyro.factor("field", -0.5 * squares / scale**2 - (y.size - 1) * jnp.log(scale))
     numpyro.sample("y", dist.Poisson(jnp.exp(z)).to_event(2), obs=y)
@@ -158,7 +173,7 @@ def garch(y: Any) -> None:
 
 
 MODELS = (
-    *(local_level, local_level_at_once, local_linear_trend, seasonal, ar2),
-    *(stochastic_volatility, gaussian_process, lattice, horseshoe, spline, garch),
+    *(local_level, local_level_at_once, local_linear_trend, local_linear_trend_at_once),
+    *(seasonal, ar2, stochastic_volatility, gaussian_process, lattice, horseshoe, spline, garch),
 )
 PEERS: dict[str, Model] = {model.__name__: model for model in MODELS}

@@ -7,7 +7,6 @@ import re
 import sys
 from pathlib import Path
 
-import pyro
 import pytest
 import torch
 from pyro import poutine
@@ -33,26 +32,29 @@ def test_the_page_shows_every_model(models):
     functions = [model for model, *_ in models.SUBJECTS.values()]
     shown = re.findall(r"^:pyobject: (\w+)$", PAGE, flags=re.MULTILINE)
     copied = re.findall(r"^def (\w+)", python_blocks(PAGE), flags=re.MULTILINE)
-    assert sorted(shown + copied) == sorted(model.__name__ for model in functions)
+    assert sorted(shown + copied) == sorted(f.__name__ for f in [*functions, models.free])
     for name in copied:
         assert inspect.getsource(getattr(models, name)) in PAGE
 
 
-def test_the_loop_and_the_path_at_once_have_the_same_density(models):
-    y, path = torch.randn(2, 7)
-    scales = {name: torch.rand(()) for name in ("step", "noise")}
+@pytest.mark.parametrize("name", ["local_level", "local_linear_trend"])
+def test_the_loop_and_the_path_at_once_have_the_same_density(models, name):
+    y, *paths = torch.randn(3, 7)
+    paths = dict(zip(("level", "slope"), paths))
+    latents = {name: torch.rand(()) for name in ("step", "level_sd", "slope_sd", "noise")}
+    latents |= paths | {f"{site}_{t}": z for site in paths for t, z in enumerate(paths[site])}
 
-    def density(model, latents):
-        trace = poutine.trace(poutine.condition(model, scales | latents)).get_trace(y)
+    def density(model):
+        trace = poutine.trace(poutine.condition(model, latents)).get_trace(y)
         return trace.log_prob_sum()
 
-    by_loop = density(models.local_level, {f"level_{t}": z for t, z in enumerate(path)})
-    torch.testing.assert_close(density(models.local_level_at_once, {"level": path}), by_loop)
+    by_loop = getattr(models, name)
+    torch.testing.assert_close(density(getattr(models, f"{name}_at_once")), density(by_loop))
 
 
 def test_every_model_is_evaluated_at_many_draws_at_once(models):
     for name in models.SUBJECTS:
-        model, args = models.subject(name, 10)
+        model, args = models.subject(name, 20)
         assert LogJoint(model, args).strategy == "plate", name
 
 
@@ -66,4 +68,3 @@ def test_a_small_one_has_trusted_draws(models, name, num):
     if name == "Gaussian process":
         new = torch.linspace(-1.0, 1.0, 5)
         assert chains.predict(new)["y"].shape == (100, 5)
-        pyro.clear_param_store()
