@@ -29,7 +29,7 @@ from .guides import (
 )
 from .inference import FitResult, fit
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "AutoAmortized",
