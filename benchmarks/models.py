@@ -153,6 +153,7 @@ def fitted(subject: Subject) -> Row:
         "elbo": result.elbo,
         "elbo_se": result.elbo_se,
         "khat": result.khat,
+        "ok": result.ok,
         "trusted": result.trusted,
         "marginals_trusted": result.marginals_trusted,
         "slow": result.one_at_a_time,
@@ -208,10 +209,9 @@ def find(rows: list[Row], model: str, guide: str) -> Row:
 
 
 def is_trusted(row: Row) -> str:
-    answer = "yes" if row["trusted"] else "no"
-    if row["marginals_trusted"] is None:
-        return answer
-    return f"{answer}, marginals {'yes' if row['marginals_trusted'] else 'no'}"
+    checked = {"draws": row["ok"], "guide": row["trusted"], "marginals": row["marginals_trusted"]}
+    answers = {None: "not checked", False: "no", True: "yes"}
+    return ", ".join(f"{name} {answers[answer]}" for name, answer in checked.items())
 
 
 def numbers(row: Row, own: Row) -> list[str]:
