@@ -4,10 +4,17 @@
 
 import re
 from pathlib import Path
+from types import ModuleType
+
+import pytest
 
 import pyro_artransform
+from tests.test_docs import resolve
 
 ROOT = Path(__file__).resolve().parents[1]
+VERSIONS = (ROOT / "docs" / "versions.md").read_text()
+# "`a`, `b` of `module`" in the first column of the notes on upgrading
+REPLACED = re.findall(r"^\| [^|]*?((?:`\w+`(?:, )?)+) of `([\w.]+)`[^|]*\|", VERSIONS, re.M)
 
 
 def test_the_version_is_the_one_of_changelog_and_citation() -> None:
@@ -22,3 +29,16 @@ def test_the_version_is_the_one_of_changelog_and_citation() -> None:
 def test_the_changelog_begins_with_what_is_not_released() -> None:
     headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
     assert headings[0] == "Unreleased"
+
+
+@pytest.mark.parametrize(("names", "place"), REPLACED)
+def test_what_the_notes_on_upgrading_replace_is_gone(names: str, place: str) -> None:
+    there = resolve(f"pyro_artransform.{place}")
+    for name in re.findall(r"\w+", names):
+        found = getattr(there, name, None)
+        assert found is None or isinstance(found, ModuleType)
+        assert name not in getattr(there, "__dataclass_fields__", {})
+
+
+def test_the_notes_on_upgrading_have_such_rows() -> None:
+    assert len(REPLACED) > 10
