@@ -74,17 +74,20 @@ class Coordinates(nn.Module):
         super().__init__()
         self.centered, self.unit = nn.Parameter(centered.detach()), nn.Parameter(unit.detach())
         self.with_location = dict(with_location)
-        self._read: tuple[Tensor | None, int, bool] = None, 0, False
+        self._read: tuple[Any, dict[str, SiteCoordinates]] = None, {}
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether all latents are as the model is written: lambda is read once after each change."""
-        centered, (seen, version, is_identity) = self.centered, self._read
-        now = 0 if centered.is_inference() else centered._version
-        if seen is not centered or version != now:
-            is_identity = bool((centered == 1).all())
-            self._read = centered, now, is_identity
-        return is_identity
+    def mapped(self, latents: Latents) -> dict[str, SiteCoordinates]:
+        """As :meth:`of_sites`, none where lambda is 1 for all; tensors are read once after each change."""
+        centered, unit = self.centered, self.unit
+        now = None
+        if not centered.is_inference():  # there a change leaves no sign
+            now = latents, centered.data_ptr(), centered._version, unit.data_ptr(), unit._version
+        if now is None or now != self._read[0]:
+            self._read = now, {} if bool((centered == 1).all()) else self.of_sites(latents)
+        return self._read[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_read": (None, {})}
 
     def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
         """The coordinates of each of these latents, among all in the vector."""
@@ -110,17 +113,22 @@ class Coordinates(nn.Module):
         self.unit.copy_(unit)
 
     def map_into(
-        self, values: dict[str, Tensor], latents: Latents, run: Callable[[], object]
-    ) -> dict[str, Tensor]:
+        self,
+        values: dict[str, Tensor],
+        ladjs: dict[str, Tensor],
+        latents: Latents,
+        run: Callable[[], object],
+    ) -> None:
         """Puts values where their coordinates are given, of latents that the model has now.
 
         :param values: coordinates, values of the other sites, and indices of plates.
-        :return: the log-determinant of each, of the site's batch shape.
+        :param ladjs: takes the log-determinant of each, of the site's batch shape.
         """
-        prior = PriorMap(self.of_sites(latents))
-        prior.run_alone(values, run)
+        prior = PriorMap(self.mapped(latents), values)
+        prior.run_alone(run)
         values.update(prior.values)
-        return {name: ladj + prior.bijection_ladjs[name] for name, ladj in prior.ladjs.items()}
+        for name, ladj in prior.ladjs.items():
+            ladjs[name] = ladj + prior.bijection_ladjs[name]
 
 
 class AllMapped(Exception):
@@ -131,42 +139,39 @@ class PriorMap(Messenger):
     """Gives latents their values as a model runs: from coordinates x, or from u, whose x are then found.
 
     :param sites: the latents, by name.
+    :param given: x, or u, of the latents; for :meth:`run_alone` values of other sites, and indices of
+        plates.
     :param is_inverse: whether it is u that is given.
     """
 
-    def __init__(self, sites: Mapping[str, SiteCoordinates], is_inverse: bool = False) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, SiteCoordinates],
+        given: Mapping[str, Tensor],
+        is_inverse: bool = False,
+    ) -> None:
         super().__init__()
-        self.sites, self._is_inverse = sites, is_inverse
-        self._given: dict[str, Tensor] = {}
-        #: the values of other sites, in a run for the map alone
-        self._rest: dict[str, Tensor] | None = None
+        self.sites, self._given, self._is_inverse = sites, given, is_inverse
+        self._is_alone = False
         self.found: dict[str, Tensor] = {}  #: what was not given, u or x, by site
         self.values: dict[str, Tensor] = {}
         #: the log-determinants of the map from x to u, of the batch shape of a site, and from u to the value
         self.ladjs: dict[str, Tensor] = {}
         self.bijection_ladjs: dict[str, Tensor] = {}
 
-    def take(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Takes x, or u, of its latents, and returns the values of the others."""
-        self._given = {name: values[name] for name in self.sites}
-        return {name: value for name, value in values.items() if name not in self.sites}
-
-    def run_alone(self, values: Mapping[str, Tensor], model: Callable[[], object]) -> None:
-        """Runs a model that handlers around it do not see, but for its parameters, up to the last latent.
-
-        :param values: x, or u, of the latents; values of other sites, and indices of plates.
-        """
-        self._rest = self.take(values)
+    def run_alone(self, model: Callable[[], object]) -> None:
+        """Runs a model that handlers around it do not see, but for its parameters, up to the last latent."""
+        self._is_alone = True
         # not in a plate of draws: in a guide another one, of particles, may have its dimension
         with validation_enabled(False), suppress(AllMapped), self:
             model()
 
     def _pyro_sample(self, message: Any) -> None:
         name = message["name"]
-        if self._rest is not None:
+        if self._is_alone:
             message["stop"] = True
-            if name in self._rest:
-                message["value"], message["is_observed"] = self._rest[name], True
+            if name in self._given and name not in self.sites:
+                message["value"], message["is_observed"] = self._given[name], True
         if name not in self.sites or message["is_observed"]:
             return
         centered, unit, with_location, bijection = self.sites[name]
@@ -190,7 +195,7 @@ class PriorMap(Messenger):
         of_value = bijection.log_abs_det_jacobian(u, value)
         self.ladjs[name] = sum_rightmost(ladj, ladj.dim() - batch_dim)
         self.bijection_ladjs[name] = of_value = sum_rightmost(of_value, of_value.dim() - batch_dim)
-        if self._rest is not None and len(self.found) == len(self.sites):
+        if self._is_alone and len(self.found) == len(self.sites):
             raise AllMapped
         if log_prob is not None and with_location:
             log_prob = log_prob.expand_as(u)
@@ -213,8 +218,8 @@ def map_draws(
     """
     z, plate = draws["z"], DrawPlate(size, num_plates)
     values, _ = latents.constrain_with_ladj(z, sites)
-    prior = PriorMap(sites, is_inverse)
-    prior.run_alone(plate.place(values, latents.event_dims), run)
+    prior = PriorMap(sites, plate.place(values, latents.event_dims), is_inverse)
+    prior.run_alone(run)
     parts = latents.split(z)
     for name, part in prior.found.items():
         parts[name] = part.reshape(parts[name].shape)

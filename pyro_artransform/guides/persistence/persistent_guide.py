@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -116,12 +117,16 @@ class PersistentGuide(RegisteredGuide):
 
     def _bind(self, args: Args, kwargs: Kwargs) -> Any:
         """The prior with the model at these arguments, by default those of the last call."""
-        return self.prior.bind(self._model and self._model[1], self._log_joint, args, kwargs)
-
-    def _to_sites(self, parts: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Any:
-        """See ``LatentSpace.to_sites``, with the model at these arguments."""
-        space = self.prior.space
-        return space.to_sites(parts, self._bind(args, kwargs).run if space.is_mapped else None)
+        prior, model = self.prior, self._model and self._model[1]
+        if prior.log_joint is None or prior.log_joint.model is not model:
+            wanted = "the model's arguments with the first call, as in sample_posterior(n, *data)"
+            of_file = "coordinates from the prior, which the model says at its data, and no file has these"
+            with asks_for_data(args, kwargs, f"expected {wanted}: this guide has {of_file}"):
+                prior.log_joint = self._log_joint(*args, **kwargs)
+        elif not (args or kwargs):
+            return prior
+        prior.run = partial(prior.log_joint.model, *args, **kwargs)
+        return prior
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
         """See ``ModelPrior.find_sites``; none where no prior was seen to depend on other latents."""
