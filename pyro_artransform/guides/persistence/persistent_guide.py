@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
+from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -44,8 +45,6 @@ class PersistentGuide(RegisteredGuide):
 
     #: functions of the user: a deep copy shares them, a pickle drops them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
-    #: arguments in a spec that the constructor does not take
-    _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
     _make_flow: Any  #: makes the flow, or the flows
@@ -225,7 +224,7 @@ class PersistentGuide(RegisteredGuide):
                     setattr(part, key, (None, None) if key == "_cached_x_y" else None)
         # not that of Pyro's autoguides, which takes the model from the original too
         state = dict(PyroModule.__getstate__(self))
-        return {**state, **dict.fromkeys(self._functions), "master": None}
+        return {**state, **dict.fromkeys(self._functions), "master": None, "_entries": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -320,8 +319,10 @@ class PersistentGuide(RegisteredGuide):
         """
         saved = files.read(path, _KIND.format(cls.__name__), map_location)
         try:
-            known = GuideSpec.from_json(saved["spec"], torch.device("cpu")).arguments
-            known = {key: v for key, v in known.items() if key not in cls._found_arguments}
+            spec = GuideSpec.from_json(saved["spec"], torch.device("cpu")).arguments
+            # of a spec these are the sites that have some
+            taken = signature(cls).parameters.keys() - {"coordinates"}
+            known = {key: value for key, value in spec.items() if key in taken}
             guide = cls((lambda: None) if model is None else model, **{**known, **arguments})
             guide.load_state_dict({**saved["state"], "_extra_state": _as_tensor(saved["spec"])})
         except Exception as error:

@@ -94,7 +94,6 @@ class AutoStructuredFlow(AutoAutoregressive):
     """
 
     _graph: LatentGraph
-    _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank")
 
     @names_the_class
     def __init__(
