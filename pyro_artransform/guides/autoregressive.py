@@ -191,7 +191,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         self._check_latents(args, kwargs, with_values=False)
         z, space = self.sample_latent(), self.prior.space
-        run = self._bind(args, kwargs).run if space.mapped else None
+        run = self._bind(args, kwargs).run if space.is_mapped else None
         values, ladjs = space.to_sites(space.latents.place(z), run)
         plates = self._create_plates(*args, **kwargs)
         for name, site in space.latents.sites.items():
@@ -227,7 +227,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The flow, then location and scale: from the base to the unconstrained space."""
         transform = self._current_transform()
-        if self.prior.space.mapped:
+        if self.prior.space.is_mapped:
             density = self._bind(args, kwargs).density
             transform = ComposedTransform(transform, ToUnconstrained(density))
         return transform

@@ -74,20 +74,17 @@ class Coordinates(nn.Module):
         super().__init__()
         self.centered, self.unit = nn.Parameter(centered.detach()), nn.Parameter(unit.detach())
         self.with_location = dict(with_location)
-        self._read: tuple[Any, dict[str, SiteCoordinates]] = None, {}
+        self._read: tuple[Tensor | None, int, bool] = None, 0, False
 
-    def mapped(self, latents: Latents) -> dict[str, SiteCoordinates]:
-        """As :meth:`of_sites`, none where lambda is 1 for all; tensors are read once after each change."""
-        centered, unit = self.centered, self.unit
-        now = None
-        if not centered.is_inference():  # there a change leaves no sign
-            now = latents, centered.data_ptr(), centered._version, unit.data_ptr(), unit._version
-        if now is None or now != self._read[0]:
-            self._read = now, {} if bool((centered == 1).all()) else self.of_sites(latents)
-        return self._read[1]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_read": (None, {})}
+    @property
+    def is_identity(self) -> bool:
+        """Whether all latents are as the model is written: lambda is read once after each change."""
+        centered, (seen, version, is_identity) = self.centered, self._read
+        now = 0 if centered.is_inference() else centered._version
+        if seen is not centered or version != now:
+            is_identity = bool((centered == 1).all())
+            self._read = centered, now, is_identity
+        return is_identity
 
     def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
         """The coordinates of each of these latents, among all in the vector."""
@@ -112,23 +109,11 @@ class Coordinates(nn.Module):
         self.centered.copy_(centered)
         self.unit.copy_(unit)
 
-    def map_into(
-        self,
-        values: dict[str, Tensor],
-        ladjs: dict[str, Tensor],
-        latents: Latents,
-        run: Callable[[], object],
-    ) -> None:
-        """Puts values where their coordinates are given, of latents that the model has now.
-
-        :param values: coordinates, values of the other sites, and indices of plates.
-        :param ladjs: takes the log-determinant of each, of the site's batch shape.
-        """
-        prior = PriorMap(self.mapped(latents), values)
-        prior.run_alone(run)
-        values.update(prior.values)
-        for name, ladj in prior.ladjs.items():
-            ladjs[name] = ladj + prior.bijection_ladjs[name]
+    def map(
+        self, values: Mapping[str, Tensor], latents: Latents, run: Callable[[], object]
+    ) -> "PriorMap":
+        """The map of coordinates, given with values of the other sites and indices of plates."""
+        return PriorMap(self.of_sites(latents), values).run_alone(run)
 
 
 class AllMapped(Exception):
@@ -139,8 +124,7 @@ class PriorMap(Messenger):
     """Gives latents their values as a model runs: from coordinates x, or from u, whose x are then found.
 
     :param sites: the latents, by name.
-    :param given: x, or u, of the latents; for :meth:`run_alone` values of other sites, and indices of
-        plates.
+    :param given: x, or u, of the latents; for :meth:`run_alone` other values and indices of plates too.
     :param is_inverse: whether it is u that is given.
     """
 
@@ -159,12 +143,13 @@ class PriorMap(Messenger):
         self.ladjs: dict[str, Tensor] = {}
         self.bijection_ladjs: dict[str, Tensor] = {}
 
-    def run_alone(self, model: Callable[[], object]) -> None:
-        """Runs a model that handlers around it do not see, but for its parameters, up to the last latent."""
+    def run_alone(self, model: Callable[[], object]) -> "PriorMap":
+        """Runs a model, unseen by handlers around it but for its parameters, up to the last latent."""
         self._is_alone = True
         # not in a plate of draws: in a guide another one, of particles, may have its dimension
         with validation_enabled(False), suppress(AllMapped), self:
             model()
+        return self
 
     def _pyro_sample(self, message: Any) -> None:
         name = message["name"]
@@ -218,8 +203,7 @@ def map_draws(
     """
     z, plate = draws["z"], DrawPlate(size, num_plates)
     values, _ = latents.constrain_with_ladj(z, sites)
-    prior = PriorMap(sites, plate.place(values, latents.event_dims), is_inverse)
-    prior.run_alone(run)
+    prior = PriorMap(sites, plate.place(values, latents.event_dims), is_inverse).run_alone(run)
     parts = latents.split(z)
     for name, part in prior.found.items():
         parts[name] = part.reshape(parts[name].shape)

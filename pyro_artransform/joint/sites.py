@@ -102,9 +102,14 @@ class LatentSpace(NamedTuple):
     coordinates: Any = None  #: :class:`~pyro_artransform.joint.prior_map.Coordinates`
 
     @property
+    def is_mapped(self) -> bool:
+        """Whether the way to the sites takes a run of the model."""
+        return self.coordinates is not None and not self.coordinates.is_identity
+
+    @property
     def mapped(self) -> dict[str, Any]:
         """The coordinates of each site that the model has to be run for."""
-        return {} if self.coordinates is None else self.coordinates.mapped(self.latents)
+        return self.coordinates.of_sites(self.latents) if self.is_mapped else {}
 
     def to_sites(
         self, parts: Mapping[str, Tensor], run: Callable[[], object] | None
@@ -114,16 +119,18 @@ class LatentSpace(NamedTuple):
         :param parts: of each site, as ``Latents.place`` has them; indices of plates that are known.
         :param run: the model, which runs where there are coordinates from its prior.
         """
-        mapped = {} if run is None else self.coordinates.with_location
+        sites, mapped = self.latents.sites, {} if run is None else self.coordinates.with_location
         values, ladjs = dict(parts), dict[str, Tensor]()
-        for name, site in self.latents.sites.items():
+        for name, site in sites.items():
             if name not in mapped:
                 values[name], ladjs[name] = site.constrain_with_ladj(parts[name])
-        if run is not None:
-            self.coordinates.map_into(values, ladjs, self.latents, run)
-            for name in mapped.keys() - ladjs.keys():  # it has data now
-                site = self.latents.sites[name]
-                values[name], ladjs[name] = site.constrain_with_ladj(parts[name])
+        prior: Any = run and self.coordinates.map(values, self.latents, run)
+        for name in mapped:
+            if name in prior.values:
+                values[name] = prior.values[name]
+                ladjs[name] = prior.ladjs[name] + prior.bijection_ladjs[name]
+            else:  # it has data now
+                values[name], ladjs[name] = sites[name].constrain_with_ladj(parts[name])
         return values, ladjs
 
     def centered_by_site(self) -> dict[str, Tensor]:

@@ -246,7 +246,7 @@ class AutoAmortized(PersistentGuide):
             with entered(plates[plate] for plate in group.dims):
                 vectors[group.name] = pyro.sample(name, distribution, infer={"is_auxiliary": True})
             parts.update(group.latents.place(vectors[group.name]))
-        run = self._bind(args, kwargs).run if self.prior.space.mapped else None
+        run = self._bind(args, kwargs).run if self.prior.space.is_mapped else None
         found, ladjs = self.prior.space.to_sites(parts, run)
         for group in posterior.layout.groups:
             with entered(plates[plate] for plate in group.dims):
@@ -360,7 +360,7 @@ class AutoAmortized(PersistentGuide):
         chunk = max(1, _CHUNK // max(row.shape[:-1].numel() for row in rows.values()))
         sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
         parts = (posterior.draw(rows, size) for size in sizes)
-        if self.prior.space.mapped:
+        if self.prior.space.is_mapped:
             element_map = self._bind(args, kwargs).element_map(posterior.layout)
             parts = (element_map(vectors)[0] for vectors in parts)
         draws = [posterior.layout.constrain(vectors) for vectors in parts]
@@ -380,7 +380,7 @@ class AutoAmortized(PersistentGuide):
         rows, posterior = self._all_rows(args, kwargs), self._posterior
         shapes = {name: row.shape[:-1] for name, row in rows.items()}
         vectors, ladj = posterior.layout.unconstrain_with_ladj(values, shapes, posterior.like)
-        if self.prior.space.mapped:
+        if self.prior.space.is_mapped:
             element_map = self._bind(args, kwargs).element_map(posterior.layout, is_inverse=True)
             vectors, of_map = element_map(vectors)
             ladj = ladj + of_map

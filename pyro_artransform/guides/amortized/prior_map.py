@@ -108,8 +108,7 @@ class ElementMap(NamedTuple):
         }
         placed = DrawPlate(size, self.log_joint.num_plates).place(values, latents.event_dims)
         model = self.log_joint.enumerated(self.log_joint.run)
-        prior = PriorMap(self.sites, {**placed, **indices}, self.is_inverse)
-        prior.run_alone(model)
+        prior = PriorMap(self.sites, {**placed, **indices}, self.is_inverse).run_alone(model)
         found = {}
         for group in self.layout.groups:
             z = draws[group.name]

@@ -70,7 +70,8 @@ class RegisteredGuide(AutoGuide):
 
         It takes entries of a name unless they belong to another living guide.
         """
-        misfit, takes_from = "", {"new": {self, None}, "settled": {self}}.get(self._ownership)
+        misfit = ""
+        takes_from: Any = {"new": {self, None}, "settled": {self}}.get(self._ownership)
         with_suffix = (f"{self.first_name}_{number}" for number in itertools.count(1))
         for name in itertools.chain(dict.fromkeys([self._pyro_name, self.first_name]), with_suffix):
             prefix, stored = f"{name}.", pyro.get_param_store().named_parameters()
@@ -139,4 +140,5 @@ def _adopt(guide: nn.Module, entries: dict[str, Tensor], own: dict[str, nn.Param
     for part in guide.modules():
         for key, parameter in part._parameters.items():
             if parameter in new:
-                part._parameters[key] = new[parameter].requires_grad_()
+                new[parameter].requires_grad_()
+                part._parameters[key] = new[parameter]

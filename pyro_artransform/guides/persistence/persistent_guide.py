@@ -171,14 +171,6 @@ class PersistentGuide(RegisteredGuide):
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
 
-    def _restore(self, spec: GuideSpec, state: State) -> None:
-        """Sets the guide up without its model; its own arguments count before those of the spec."""
-        arguments = {**spec.arguments, **self._resolved_arguments(spec.latents.latent_dim)}
-        spec = replace(spec, arguments=arguments)
-        check_size(state, self._least_numbers(spec))
-        self._set_up_from(spec, spec.zeros())
-        self._ownership, self._model_is_checked = "carried", False
-
     @property
     def _unknown(self) -> str:
         return (
@@ -268,8 +260,12 @@ class PersistentGuide(RegisteredGuide):
         check_finite(state)
         if text:
             spec = GuideSpec.from_json(text, next(value.device for value in state.values()))
-            if self._spec is None:
-                self._restore(spec, state)
+            if self._spec is None:  # its own arguments count before those of the state
+                arguments = spec.arguments | self._resolved_arguments(spec.latents.latent_dim)
+                built = replace(spec, arguments=arguments)
+                check_size(state, self._least_numbers(built))
+                self._set_up_from(built, built.zeros())
+                self._ownership, self._model_is_checked = "carried", False
             both = self._checked_spec().sites, spec.sites
             expected, got = ({site.name: tuple(site.shape) for site in sites} for sites in both)
             if expected != got:
