@@ -269,8 +269,7 @@ class ModelPrior:
         return {**self.__dict__, "log_joint": None, "run": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelPrior":
-        twin = type(self)(self.asked)
-        twin.__dict__.update(self.__dict__)
-        if hasattr(self, "space"):
-            twin.space = deepcopy(self.space, memo)
+        twin = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(twin, name, value if name in ("log_joint", "run") else deepcopy(value, memo))
         return twin

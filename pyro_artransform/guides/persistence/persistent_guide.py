@@ -56,11 +56,7 @@ class PersistentGuide(RegisteredGuide):
     sample_posterior: Callable[..., dict[str, Tensor]]
 
     def __init__(
-        self,
-        model: Model,
-        init_loc_fn: Callable[..., Any],
-        arguments: Arguments,
-        prior: ModelPrior,
+        self, model: Model, init_loc_fn: Model, arguments: Arguments, prior: ModelPrior
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: expected a callable, got {type(model).__name__}")
@@ -72,8 +68,7 @@ class PersistentGuide(RegisteredGuide):
             )
         check_callable("init_loc_fn", init_loc_fn)
         RegisteredGuide.__init__(self, model)
-        self._arguments = arguments
-        self.prior = prior
+        self._arguments, self.prior = arguments, prior
         self._spec: GuideSpec | None = None
         #: whether the latents are known to be the model's, and not only a file's
         self._model_is_checked = True
@@ -83,10 +78,9 @@ class PersistentGuide(RegisteredGuide):
     def model(self) -> Model:
         """The model; a guide that was unpickled, or loaded without a model, does not have one."""
         if self._model is None:
-            name = type(self).__name__
-            remedy = f"guide.model = model, or {name}.load(path, model), puts one into the guide"
             raise RuntimeError(
-                f"this {name} has no model: pickle drops it, load(path) has none. {remedy}"
+                f"this {type(self).__name__} has no model: pickle drops it, load(path) has none. guide.model "
+                f"= model, or {type(self).__name__}.load(path, model), puts one into the guide"
             )
         return self._model[0]
 
@@ -152,9 +146,9 @@ class PersistentGuide(RegisteredGuide):
 
     def _flow_maker(self) -> Any:
         if self._make_flow is None:
-            remedy = "call it once before it is pickled, or make it anew"
             raise RuntimeError(
-                f"this guide was pickled before its first call, without its flow: {remedy}"
+                "this guide was pickled before its first call, without its flow: call it once before it is "
+                "pickled, or make it anew"
             )
         return self._make_flow
 
