@@ -128,6 +128,7 @@ class AutoAmortized(PersistentGuide):
 
     _num_quantile_draws = 2_000
     _functions = (*PersistentGuide._functions, "create_plates")
+    _found_arguments = (*PersistentGuide._found_arguments, "feature_dims", "feature_units")
     prior: ElementPrior
 
     @names_the_class

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
-from inspect import signature
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -45,6 +44,8 @@ class PersistentGuide(RegisteredGuide):
 
     #: functions of the user: a deep copy shares them, a pickle drops them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
+    #: arguments in a spec that the constructor does not take
+    _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
     _make_flow: Any  #: makes the flow, or the flows
@@ -309,10 +310,8 @@ class PersistentGuide(RegisteredGuide):
         """
         saved = files.read(path, _KIND.format(cls.__name__), map_location)
         try:
-            spec = GuideSpec.from_json(saved["spec"], torch.device("cpu")).arguments
-            # of a spec these are the sites that have some
-            taken = signature(cls).parameters.keys() - {"coordinates"}
-            known = {key: value for key, value in spec.items() if key in taken}
+            known = GuideSpec.from_json(saved["spec"], torch.device("cpu")).arguments
+            known = {key: v for key, v in known.items() if key not in cls._found_arguments}
             guide = cls((lambda: None) if model is None else model, **{**known, **arguments})
             guide.load_state_dict({**saved["state"], "_extra_state": _as_tensor(saved["spec"])})
         except Exception as error:

@@ -94,6 +94,7 @@ class AutoStructuredFlow(AutoAutoregressive):
     """
 
     _graph: LatentGraph
+    _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank")
 
     @names_the_class
     def __init__(
