@@ -164,7 +164,11 @@ def test_draws_start_the_chains_of_numpyro() -> None:
             errors, effects = (names[name].numpy() for name in ("errors", "effects"))
             numpyro.sample("y", normal(theta, errors), obs=effects)
 
-    names |= {"MCMC": numpyro.infer.MCMC, "NUTS": numpyro.infer.NUTS, "numpyro_model": numpyro_model}
+    names |= {
+        "MCMC": numpyro.infer.MCMC,
+        "NUTS": numpyro.infer.NUTS,
+        "numpyro_model": numpyro_model,
+    }
     (code,) = re.findall(r"```py\n(.*?)```", PAGES["chains.md"], re.DOTALL)
     exec(re.sub(r"0{2}, num", ", num", code).replace("=4", '=4, chain_method="vectorized"'), names)
     assert names["run"].get_samples()["theta"].shape == (4 * 10, 8)
