@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The autoregressive transform, and its conditional form."""
+"""The autoregressive transform."""
 
 from collections.abc import Callable
 

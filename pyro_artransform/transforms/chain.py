@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Composition, partition and permutation, which keep every parameter, in both directions."""
+"""Transforms made of transforms, which keep every parameter, in both directions."""
 
 from collections.abc import Sequence
 from typing import Any
