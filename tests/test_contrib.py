@@ -18,7 +18,7 @@ TOOLS = Path(__file__).resolve().parents[1] / "tools"
 PLACE = "pyro/contrib/artransform"
 #: of each branch the example, and the most lines of the package, docstrings included
 BRANCHES = {
-    "artransform-transforms": ("transforms.py", 2150),
+    "artransform-transforms": ("transforms.py", 2300),
     "artransform-distribution": ("heavy_tails.py", 550),
     "artransform-autoguide": ("eight_schools.py", 250),
 }
@@ -160,6 +160,24 @@ def test_its_example_is_tried_by_the_tests_of_pyro(tree, branch):
     assert re.sub(r'    "contrib/artransform/.*\n', "", tests) == PYRO_HEADER + EXAMPLES
 
 
+def test_shorter_lines_are_the_same_code(monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    contrib = importlib.import_module("contrib")
+    for path, text in contrib.files(contrib.BRANCHES):
+        if path.endswith(".py"):
+            assert _code(contrib._wrapped(text)) == _code(text), path
+
+
+def _code(text):
+    """The code, whatever white space its docstrings have."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(words)) as constant):
+                constant.value = " ".join(words.split())
+    return ast.dump(tree)
+
+
 def test_nothing_is_written_without_ruff_or_over_changes(checkout, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
     contrib = importlib.import_module("contrib")
@@ -191,6 +209,12 @@ def test_docstrings_refer_to_what_is_there(tree):
         }
         references |= set(re.findall(r"artransform(?:\.\w+)*\.(\w+)", text))
     assert references <= names, references - names
+
+
+def test_its_lines_are_those_of_pyro(tree):
+    for path in (*(tree / PLACE).rglob("*.py"), *(tree / "examples").rglob("*.py")):
+        long = [line for line in path.read_text().splitlines() if len(line) > 88]
+        assert not long, path
 
 
 def test_it_is_in_the_syntax_of_python_3_8(tree):

@@ -46,8 +46,11 @@ BRANCHES = (
             "Affine": "univariate.affine",
             "AutoregressiveTransform": "transforms.autoregressive",
             "ConditionedUnivariate": "transforms.conditioned",
+            "Conditioner": "conditioners.base",
+            "FlowModule": "transforms.flow_module",
             "MaskedInput": "conditioners.masked_input",
             "MaskedMLP": "conditioners.masked_mlp",
+            "Univariate": "univariate.base",
         },
         "transforms.py",
         ["test_transforms.py"],
@@ -199,6 +202,8 @@ def for_pyro(text: str, *, is_module: bool = True) -> str:
     """The names, the header and the future import of a file of Pyro."""
     text = text.replace("to the pyro_artransform project", "to the Pyro project")
     text = re.sub(r" \(benchmarks/[\w.]+\)", "", text).replace(PACKAGE, PLACE)
+    # the page of docs has all classes at the top
+    text = re.sub(rf"(:class:`~?{PLACE})[\w.]*(\.\w+`)", r"\1\2", text)
     text = re.sub(r"(\w+)\.removeprefix\((\w+)\)", r"\1[len(\2) :]", text)
     if is_module and re.search(r"^(def|class) ", text, re.M):
         doc = ast.parse(text).body[0]
@@ -228,6 +233,34 @@ def _comments_above(text: str) -> str:
             indent = code[: len(code) - len(code.lstrip())]
             lines[row] = f"{indent}{token.string}\n{code.rstrip()}\n"
     return "".join(lines)
+
+
+def _wrapped(text: str) -> str:
+    """The source with docstrings, comments and messages in lines of Pyro's length."""
+    tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]
+    rows = [range(t.start[0], t.end[0] + 1) for t in tokens if t.string.endswith('"""')]
+    docs = {row for found in rows for row in found}
+    lines = [(line, row in docs) for row, line in enumerate(text.splitlines(), 1)]
+    k = 0
+    while k < len(lines):
+        line, is_doc = lines[k]
+        message = not is_doc and re.match(r' *f?"(?=[^"]+"[,)]*$)', line)
+        start = message or re.match(" *" if is_doc else r" *#:? ", line)
+        end = line.rfind(" ", start.end(), 87 if message else 89) if start else -1
+        if len(line) > 88 and end > 0 and ">>>" not in line:
+            indent, rest = start[0], line[end + 1 :]
+            if mark := re.match(r" *(:\w+:?|\d\.) ", line):  # of a list
+                indent += " " * (3 if mark[1][0].isdigit() else 4)
+            after, is_same = lines[k + 1] if k + 1 < len(lines) else ("", False)
+            goes_on = re.match(re.escape(indent) + r"(?![ :\-.>]|\d\.|\"\"\")\S", after)
+            lines[k] = (line[:end] + ' "' if message else line[:end], is_doc)
+            if goes_on and is_same == is_doc and (not message or rest.endswith('"')):
+                rest = rest[:-1] if message else f"{rest} "
+                lines[k + 1] = (indent + rest + after[len(indent) :], is_doc)
+            else:
+                lines.insert(k + 1, (indent + rest, is_doc))
+        k += 1
+    return "".join(f"{line}\n" for line, _ in lines)
 
 
 def files(branches: Sequence[Branch]) -> Iterator[tuple[str, str]]:
@@ -303,7 +336,7 @@ def write(target: Path, branches: Sequence[Branch]) -> None:
     for name, text in files(branches):
         path = target / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(_wrapped(text) if path.suffix == ".py" else text)
         sources += [str(path)] if path.suffix == ".py" else []
     if (index := target / "docs/source/index.rst").exists():
         index.write_text(with_page(index.read_text()))

@@ -36,7 +36,8 @@ class MaskedInput(Conditioner):
 
     Example::
 
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Unflatten(-1, (3, 2)))
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(-1, (3, 2)))
         >>> MaskedInput(net)(torch.zeros(5, 3)).shape
         torch.Size([5, 3, 2])
     """

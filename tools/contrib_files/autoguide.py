@@ -41,7 +41,7 @@ class AutoIAF(AutoContinuous):
         >>> import pyro
         >>> import pyro.distributions as dist
         >>> from pyro.infer import SVI, Trace_ELBO
-        >>> model = lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        >>> model = lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
         >>> guide = AutoIAF(model)
         >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
         >>> losses = [svi.step() for _ in range(10)]
