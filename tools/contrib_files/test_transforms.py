@@ -90,6 +90,59 @@ def test_gradients_of_the_inverse():
     assert torch.allclose(found[1, 0], expected, rtol=1e-4, atol=1e-6)
 
 
+def masked_input(dim, **options):
+    net = nn.Sequential(nn.Linear(dim, 2 * dim), nn.Unflatten(-1, (dim, 2)))
+    meta = ConditionedUnivariate(MaskedInput(net, **options), Affine())
+    return redrawn(AutoregressiveTransform(meta))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.:DeprecationWarning")  # of torch.func
+@pytest.mark.parametrize("make", [layer, masked_input])
+def test_the_inverse_in_torch_func(make):
+    t = make(4)
+    y = torch.randn(4, dtype=torch.float64)
+    jacobian = torch.func.jacrev(t.inv)(y)
+    forward = torch.autograd.functional.jacobian(t, t.inv(y))
+    assert torch.allclose(jacobian, torch.linalg.inv(forward))
+    assert torch.func.hessian(lambda y: t.inv(y).sum())(y).isfinite().all()
+
+
+def test_a_second_derivative_of_the_inverse_is_refused():
+    y = torch.randn(4, dtype=torch.float64, requires_grad=True)
+    x = layer(4).inv(y)
+    with pytest.raises(RuntimeError, match="cannot be differentiated again"):
+        torch.autograd.grad(x.sum(), y, create_graph=True)
+
+
+def test_what_is_not_a_number_stays_where_it_is():
+    t = layer(4)
+    y = torch.randn(2, 4, dtype=torch.float64)
+    expected = t.inv(y)
+    y[0, 2] = float("nan")
+    x = t.inv(y)
+    assert torch.allclose(x[1], expected[1])
+    assert torch.allclose(x[0, :2], expected[0, :2])
+    assert x[0, 2:].isnan().all()
+
+
+def test_masked_input_of_a_graph_and_of_transforms():
+    adjacency = torch.zeros(3, 3, dtype=torch.bool)
+    adjacency[2, 0] = True
+    t = masked_input(3, adjacency=adjacency)
+    jacobian = torch.autograd.functional.jacobian(t, torch.randn(3, dtype=torch.float64))
+    assert not jacobian[~(adjacency | torch.eye(3, dtype=torch.bool))].any()
+
+    def net(x):
+        return dist.transforms.AffineTransform(x.sum(-1, keepdim=True), 2.0)
+
+    t = AutoregressiveTransform(MaskedInput(net))
+    x = torch.randn(5, 3)
+    y, ladj = t.call_and_ladj(x)
+    assert torch.allclose(y, 2 * x + x.cumsum(-1) - x, atol=1e-6)
+    assert torch.allclose(ladj, torch.full((5,), 2.0).log() * 3)
+    assert torch.allclose(t.inv(y), x, atol=1e-5)
+
+
 def test_any_meta():
     class Cumulative(nn.Module):
         def __init__(self):
@@ -113,9 +166,9 @@ def test_a_meta_that_is_not_autoregressive():
     t = AutoregressiveTransform(lambda x: dist.transforms.AffineTransform(network(x), 1.0))
     with pytest.warns(UserWarning, match=r"not autoregressive.*MaskedInput\(net\)"):
         t(x)
-    net = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(-1, (3, 2)))
-    t = AutoregressiveTransform(ConditionedUnivariate(MaskedInput(net), Affine()))
-    assert torch.allclose(t.inv(t(x)), x, atol=1e-5)
+    x = torch.randn(2, 3, dtype=torch.float64)
+    t = masked_input(3)
+    assert torch.allclose(t.inv(t(x)), x)
 
 
 def test_starts_as_the_identity_and_trains():
@@ -171,6 +224,17 @@ def test_nothing_is_cached():
 def test_errors(options, message):
     with pytest.raises(ValueError, match=message):
         MaskedMLP(3, 2, **options)
+
+
+def test_errors_of_arguments():
+    with pytest.raises(ValueError, match=r"x: expected shape \(\*, 3\), got \(2, 4\)"):
+        layer(3)(torch.zeros(2, 4, dtype=torch.float64))
+    with pytest.raises(ValueError, match="expected a conditioner with 2 parameters"):
+        ConditionedUnivariate(MaskedMLP(3, 5), Affine())
+    with pytest.raises(TypeError, match="expected a function that returns a torch Transform"):
+        AutoregressiveTransform(lambda x: x)(torch.zeros(2))
+    with pytest.raises(ValueError, match="bound: expected a positive finite number"):
+        Affine(bound=0.0)
 
 
 def test_copies():
