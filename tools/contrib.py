@@ -249,7 +249,7 @@ def _wrapped(text: str) -> str:
         end = line.rfind(" ", start.end(), 87 if message else 89) if start else -1
         if len(line) > 88 and end > 0 and ">>>" not in line:
             indent, rest = start[0], line[end + 1 :]
-            if mark := re.match(r" *(:\w+:?|\d\.) ", line):  # of a list
+            if mark := re.match(r" *(:\w+:?|\d\.|\.\.) ", line):  # of a list, or a formula
                 indent += " " * (3 if mark[1][0].isdigit() else 4)
             after, is_same = lines[k + 1] if k + 1 < len(lines) else ("", False)
             goes_on = re.match(re.escape(indent) + r"(?![ :\-.>]|\d\.|\"\"\")\S", after)
