@@ -152,7 +152,7 @@ def values_can_be_read(*tensors: Tensor) -> bool:
         torch.jit.is_tracing()
         or _is_compiling()
         or torch._C._are_functorch_transforms_active()
-        or any(tensor.device.type == "meta" for tensor in tensors)
+        or any(map(operator.attrgetter("is_meta"), tensors))
     )
 
 

@@ -14,7 +14,7 @@ def shortened(code: str) -> str:
     """Code with fits of five steps and a second, chains of a second, and few draws and data sets."""
 
     def short_fit(call: re.Match[str]) -> str:
-        arguments = re.sub(r", (epochs|seed|progress)=\w+", "", call[1])
+        arguments = re.sub(r", (epochs|num_steps|seed|progress)=\w+", "", call[1])
         arguments = re.sub(r"draws=\d+", "draws=16", arguments)
         # the verdict on so short a fit is of no interest
         return f"= fit({arguments}, num_steps=5, max_seconds=1, progress=False, seed=0)"

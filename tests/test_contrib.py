@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The slice for Pyro: it is whole, as short as it is said to be, and right in a tree of Pyro's."""
+"""The branches for Pyro: each is whole, short, and right in a tree of Pyro's."""
 
 import ast
 import importlib
@@ -16,8 +16,12 @@ import pytest
 
 TOOLS = Path(__file__).resolve().parents[1] / "tools"
 PLACE = "pyro/contrib/artransform"
-#: of the package, in Pyro's line length, docstrings included
-MOST_LINES = 2850
+#: of each branch the example, and the most lines of the package, docstrings included
+BRANCHES = {
+    "artransform-transforms": ("transforms.py", 2300),
+    "artransform-distribution": ("heavy_tails.py", 550),
+    "artransform-autoguide": ("eight_schools.py", 250),
+}
 #: Pyro's own settings of the linter, and the Python that they are for
 SETTINGS = """
 [project]
@@ -58,55 +62,135 @@ CUDA_EXAMPLES = [
 """
 
 
+def git(where, *command):
+    return subprocess.run(
+        ["git", *command], cwd=where, check=True, capture_output=True, text=True
+    ).stdout
+
+
 @pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """A tree with the settings of Pyro's linter, and the slice."""
+def checkout(tmp_path_factory):
+    """A checkout with the settings of Pyro's linter."""
     target = tmp_path_factory.mktemp("pyro")
     (target / "pyproject.toml").write_text(SETTINGS)
     (target / "docs/source").mkdir(parents=True)
     (target / "docs/source/index.rst").write_text(INDEX)
     (target / "tests").mkdir()
     (target / "tests/test_examples.py").write_text(PYRO_HEADER + EXAMPLES)
-    command = [sys.executable, TOOLS / "contrib.py", target]
+    git(target, "init", "--initial-branch=dev")
+    git(target, "config", "user.name", "someone")
+    git(target, "config", "user.email", "someone@example.org")
+    git(target, "add", "--all")
+    git(target, "commit", "--message=before")
+    return target
+
+
+@pytest.fixture(scope="module")
+def trees(checkout, tmp_path_factory):
+    """A tree of each branch."""
+    command = [sys.executable, TOOLS / "contrib.py", checkout]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"{PLACE}/autoguide.py" in done.stdout
-    return target
+    git(checkout, "switch", "dev")
+    found = {}
+    for name in BRANCHES:
+        found[name] = tmp_path_factory.mktemp(name)
+        git(checkout, "worktree", "add", found[name], name)
+    return found
+
+
+@pytest.fixture(params=BRANCHES)
+def branch(request):
+    return request.param
+
+
+@pytest.fixture
+def tree(trees, branch):
+    return trees[branch]
 
 
 def _sources(tree):
     return {path: path.read_text() for path in sorted(tree.rglob("*.py"))}
 
 
-def test_it_is_short_and_names_nothing_outside(tree):
-    lines = 0
+def test_each_branch_is_one_short_commit_on_top_of_the_one_before(tree, branch):
+    names = ["dev", *BRANCHES]
+    before = names[names.index(branch) - 1]
+    assert git(tree, "rev-list", "--count", f"{before}..{branch}") == "1\n"
+    assert not git(tree, "log", f"{branch}..{before}")
+    changes = [line.split() for line in git(tree, "show", "--numstat", "--format=").splitlines()]
+    added = {path: int(lines) for lines, _, path in changes}
+    assert 0 < sum(n for path, n in added.items() if path.startswith(PLACE)) <= BRANCHES[branch][1]
+    assert [path for path in added if path.startswith("tests/contrib/artransform/test_")]
+
+
+def test_it_names_and_imports_nothing_outside(tree):
     for path, text in _sources(tree).items():
         assert "pyro_artransform" not in text, path
-        assert text.startswith("# Copyright Contributors to the Pyro project.\n"), path
-        lines += len(text.splitlines()) if PLACE in str(path) else 0
-    assert 0 < lines <= MOST_LINES
+        assert text.startswith(PYRO_HEADER), path
+        if PLACE not in str(path):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            if isinstance(node, ast.ImportFrom) and not node.level:
+                names = [node.module]
+            roots = {name.split(".")[0] for name in names}
+            assert roots <= {"torch", "pyro", *sys.stdlib_module_names}, path
 
 
-def test_the_index_of_the_docs_has_its_page(tree):
+def test_the_docs_have_its_page_and_all_public_names(tree):
     index = (tree / "docs/source/index.rst").read_text()
     assert index == INDEX.replace("   contrib.auto", "   contrib.artransform\n   contrib.auto")
-    assert (tree / "docs/source/contrib.artransform.rst").exists()
+    page = (tree / "docs/source/contrib.artransform.rst").read_text()
+    (front,) = [
+        u
+        for u in ast.parse((tree / PLACE / "__init__.py").read_text()).body
+        if isinstance(u, ast.Assign)
+    ]
+    assert set(re.findall(r"autoclass:: [\w.]+\.(\w+)", page)) == set(ast.literal_eval(front.value))
 
 
-def test_its_example_is_tried_by_the_tests_of_pyro(tree):
+def test_its_example_is_tried_by_the_tests_of_pyro(tree, branch):
     tests = (tree / "tests/test_examples.py").read_text()
-    entry = '    "contrib/artransform/eight_schools.py -n 20",\n    "contrib/autoname'
-    assert tests == PYRO_HEADER + EXAMPLES.replace('    "contrib/autoname', entry)
-    assert (tree / "examples" / "contrib/artransform/eight_schools.py").exists()
+    examples = tree / "examples/contrib/artransform"
+    listed = re.findall(r'^    "contrib/artransform/(\w+\.py) -n 20",$', tests, re.M)
+    assert sorted(listed) == sorted(path.name for path in examples.iterdir())
+    assert BRANCHES[branch][0] in listed
+    assert re.sub(r'    "contrib/artransform/.*\n', "", tests) == PYRO_HEADER + EXAMPLES
 
 
-def test_nothing_is_written_without_ruff(tmp_path, monkeypatch):
+def test_shorter_lines_are_the_same_code(monkeypatch):
     monkeypatch.syspath_prepend(TOOLS)
     contrib = importlib.import_module("contrib")
+    for path, text in contrib.files(contrib.BRANCHES):
+        if path.endswith(".py"):
+            assert _code(contrib._wrapped(text)) == _code(text), path
+
+
+def _code(text):
+    """The code, whatever white space its docstrings have."""
+    tree = ast.parse(text)
+    for node in ast.walk(tree):
+        match node:
+            case ast.Expr(value=ast.Constant(value=str(words)) as constant):
+                constant.value = " ".join(words.split())
+    return ast.dump(tree)
+
+
+def test_nothing_is_written_without_ruff_or_over_changes(checkout, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(TOOLS)
+    contrib = importlib.import_module("contrib")
+    with pytest.raises(SystemExit, match=r"git status: .*not a git repository"):
+        contrib.write_branches(tmp_path)
+    (changed := checkout / "changed").touch()
+    with pytest.raises(SystemExit, match="a checkout without changes"):
+        contrib.write_branches(checkout)
+    changed.unlink()
     monkeypatch.setattr(contrib, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match="pip install ruff"):
-        contrib.write(tmp_path)
-    assert not [*tmp_path.iterdir()]
+        contrib.write_branches(checkout)
+    assert not git(checkout, "status", "--porcelain")
 
 
 def test_docstrings_refer_to_what_is_there(tree):
@@ -127,6 +211,14 @@ def test_docstrings_refer_to_what_is_there(tree):
     assert references <= names, references - names
 
 
+def test_its_lines_are_those_of_pyro(tree):
+    for path in (*(tree / PLACE).rglob("*.py"), *(tree / "examples").rglob("*.py")):
+        text = path.read_text()
+        assert max(map(len, text.splitlines())) <= 88, path
+        # a formula goes on further in
+        assert not re.search(r"\n( *)\.\. \w+:: .+\n\1\S", text), path
+
+
 def test_it_is_in_the_syntax_of_python_3_8(tree):
     for text in _sources(tree).values():
         ast.parse(text, feature_version=(3, 8))
@@ -144,13 +236,13 @@ def test_it_keeps_to_the_rules_of_the_linter(tree):
 
 
 @pytest.mark.slow
-def test_it_passes_its_tests_in_a_tree_of_pyro(tree):
-    """What Pyro's tests ask of an autoguide, the doctests, and the example."""
+def test_it_passes_its_tests_in_a_tree_of_pyro(tree, branch):
+    """Its tests and those of the branches before it, the doctests, and the example."""
     shutil.copytree(Path(pyro.__file__).parent, tree / "pyro", dirs_exist_ok=True)
     here = {**os.environ, "PYTHONPATH": str(tree)}
     options = ["-q", "-W", "error", "-p", "no:cacheprovider", "--rootdir", str(tree)]
     tests = [*options, "--doctest-modules", "tests/contrib/artransform", PLACE]
-    example = "examples/contrib/artransform/eight_schools.py"
+    example = f"examples/contrib/artransform/{BRANCHES[branch][0]}"
     for command in (["-m", "pytest", *tests], [example, "-n", "20"]):
         done = subprocess.run(
             [sys.executable, *command], cwd=tree, env=here, capture_output=True, text=True

@@ -1,12 +1,12 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Writes the part of the package that Pyro could take, as ``pyro.contrib.artransform``.
+"""Writes the part of the package that Pyro could take, as ``pyro.contrib.artransform``, in three branches.
 
-``python tools/contrib.py TARGET``, with TARGET a checkout of Pyro or its unpacked source distribution, writes
-what ``AutoIAF`` and ``AutoregressiveTransform`` need for plain SVI, with tests, an example and a page of
-docs, and prints a table of its files. The guide is ``contrib_files/autoguide.py``, on Pyro's own
-``AutoContinuous``; of the package what it and the public names reach is copied as it is.
+``python tools/contrib.py TARGET``, with TARGET a clean git checkout of Pyro, makes the branches of
+:data:`BRANCHES`, each with one commit on top of the one before it: the transforms, the distribution, and a
+guide on Pyro's own ``AutoContinuous``. Each has its tests, an example and a part of a page of docs. What its
+public names reach of the package is copied as it is. The lines that each file gains and loses are printed.
 """
 
 import argparse
@@ -16,9 +16,10 @@ import re
 import subprocess
 import sys
 import tokenize
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 from contrib_files.reachable import Module, Reach, is_text, read_package
 
@@ -26,29 +27,56 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE, PLACE = "pyro_artransform", "pyro.contrib.artransform"
 FILES = Path(__file__).parent / "contrib_files"
 
-#: what users of the slice import, by the module that has it
-PUBLIC = {
-    "Affine": "univariate.affine",
-    "AutoIAF": "autoguide",
-    "AutoregressiveTransform": "transforms.autoregressive",
-    "ConditionedUnivariate": "transforms.conditioned",
-    "FlowDistribution": "transforms.flow_distribution",
-    "MaskedInput": "conditioners.masked_input",
-    "MaskedMLP": "conditioners.masked_mlp",
-    "affine_autoregressive": "flows",
-    "iaf": "flows",
-    "inverse": "transforms.flow_module",
-}
-#: the example, as Pyro's tests name it
-EXAMPLE = "contrib/artransform/eight_schools.py"
-#: files that are copied: the guide, and those of tests, examples and docs
-COPIED = {
-    "autoguide.py": f"{PLACE.replace('.', '/')}/autoguide.py",
-    "test_autoguide.py": "tests/contrib/artransform/test_autoguide.py",
-    "test_transform.py": "tests/contrib/artransform/test_transform.py",
-    "eight_schools.py": f"examples/{EXAMPLE}",
-    "contrib.artransform.rst": "docs/source/contrib.artransform.rst",
-}
+
+class Branch(NamedTuple):
+    """One request: what it adds to those before it."""
+
+    name: str
+    subject: str  # of its commit
+    public: dict[str, str]  #: what users import, by the module that has it
+    example: str  #: runs with ``-n``, the number of steps
+    files: Sequence[str]  #: tests, and modules of the package
+
+
+BRANCHES = (
+    Branch(
+        "artransform-transforms",
+        "Autoregressive transforms with an exact inverse",
+        {
+            "Affine": "univariate.affine",
+            "AutoregressiveTransform": "transforms.autoregressive",
+            "ConditionedUnivariate": "transforms.conditioned",
+            "Conditioner": "conditioners.base",
+            "FlowModule": "transforms.flow_module",
+            "MaskedInput": "conditioners.masked_input",
+            "MaskedMLP": "conditioners.masked_mlp",
+            "Univariate": "univariate.base",
+        },
+        "transforms.py",
+        ["test_transforms.py"],
+    ),
+    Branch(
+        "artransform-distribution",
+        "A transformed distribution that scores its draws without an inverse; tails",
+        {
+            "ComposedTransform": "transforms.chain",
+            "CompressedTails": "transforms.scales_and_tails",
+            "FlowDistribution": "transforms.flow_distribution",
+            "Hinged": "univariate.affine",
+            "LocationScale": "transforms.scales_and_tails",
+            "Unconditional": "conditioners.masked_mlp",
+        },
+        "heavy_tails.py",
+        ["test_distribution.py"],
+    ),
+    Branch(
+        "artransform-autoguide",
+        "An autoguide whose flow starts as the identity",
+        {"AutoIAF": "autoguide"},
+        "eight_schools.py",
+        ["test_autoguide.py", "autoguide.py"],
+    ),
+)
 TYPING = {"list": "List", "dict": "Dict", "tuple": "Tuple", "set": "Set", "type": "Type"}
 
 
@@ -61,13 +89,14 @@ def _first_line(unit: ast.stmt, lines: list[str]) -> int:
     return first
 
 
-def reached() -> Reach:
-    """What users of the slice, and its guide, reach of the package."""
+def reached(branches: Sequence[Branch]) -> Reach:
+    """What users of these branches, and the modules that come with them, reach of the package."""
     reach = Reach(read_package(ROOT, PACKAGE))
-    names = [(f"{PACKAGE}.{module}", name) for name, module in PUBLIC.items()]
-    for unit in ast.parse((FILES / "autoguide.py").read_text()).body:
-        if isinstance(unit, ast.ImportFrom) and str(unit.module).startswith(PACKAGE):
-            names += [(str(unit.module), alias.name) for alias in unit.names]
+    names = [(f"{PACKAGE}.{m}", name) for branch in branches for name, m in branch.public.items()]
+    for file in [file for branch in branches for file in branch.files if "test_" not in file]:
+        for unit in ast.parse((FILES / file).read_text()).body:
+            if isinstance(unit, ast.ImportFrom) and str(unit.module).startswith(PACKAGE):
+                names += [(str(unit.module), alias.name) for alias in unit.names]
     for module, name in names:
         reach.add(module, name)
     return reach
@@ -173,6 +202,8 @@ def for_pyro(text: str, *, is_module: bool = True) -> str:
     """The names, the header and the future import of a file of Pyro."""
     text = text.replace("to the pyro_artransform project", "to the Pyro project")
     text = re.sub(r" \(benchmarks/[\w.]+\)", "", text).replace(PACKAGE, PLACE)
+    # the page of docs has all classes at the top
+    text = re.sub(rf"(:class:`~?{PLACE})[\w.]*(\.\w+`)", r"\1\2", text)
     text = re.sub(r"(\w+)\.removeprefix\((\w+)\)", r"\1[len(\2) :]", text)
     if is_module and re.search(r"^(def|class) ", text, re.M):
         doc = ast.parse(text).body[0]
@@ -204,8 +235,37 @@ def _comments_above(text: str) -> str:
     return "".join(lines)
 
 
-def files(reach: Reach) -> Iterator[tuple[str, str]]:
-    """The path in a checkout of Pyro, and the text, of each file of the slice."""
+def _wrapped(text: str) -> str:
+    """The source with docstrings, comments and messages in lines of Pyro's length."""
+    tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]
+    rows = [range(t.start[0], t.end[0] + 1) for t in tokens if t.string.endswith('"""')]
+    docs = {row for found in rows for row in found}
+    lines = [(line, row in docs) for row, line in enumerate(text.splitlines(), 1)]
+    k = 0
+    while k < len(lines):
+        line, is_doc = lines[k]
+        message = not is_doc and re.match(r' *f?"(?=[^"]+"[,)]*$)', line)
+        start = message or re.match(" *" if is_doc else r" *#:? ", line)
+        end = line.rfind(" ", start.end(), 87 if message else 89) if start else -1
+        if len(line) > 88 and end > 0 and ">>>" not in line:
+            indent, rest = start[0], line[end + 1 :]
+            if mark := re.match(r" *(:\w+:?|\d\.|\.\.) ", line):  # of a list, or a formula
+                indent += " " * (3 if mark[1][0].isdigit() else 4)
+            after, is_same = lines[k + 1] if k + 1 < len(lines) else ("", False)
+            goes_on = re.match(re.escape(indent) + r"(?![ :\-.>]|\d\.|\"\"\")\S", after)
+            lines[k] = (line[:end] + ' "' if message else line[:end], is_doc)
+            if goes_on and is_same == is_doc and (not message or rest.endswith('"')):
+                rest = rest[:-1] if message else f"{rest} "
+                lines[k + 1] = (indent + rest + after[len(indent) :], is_doc)
+            else:
+                lines.insert(k + 1, (indent + rest, is_doc))
+        k += 1
+    return "".join(f"{line}\n" for line, _ in lines)
+
+
+def files(branches: Sequence[Branch]) -> Iterator[tuple[str, str]]:
+    """The path in a checkout of Pyro, and the text, of each file of the last of these branches."""
+    reach = reached(branches)
     units = {
         name: [u for u in m.tree.body if u in reach.units] for name, m in reach.modules.items()
     }
@@ -213,7 +273,7 @@ def files(reach: Reach) -> Iterator[tuple[str, str]]:
     parents = {
         ".".join(name.split(".")[:k]) for name in kept for k in range(2, name.count(".") + 1)
     }
-    place = PLACE.replace(".", "/")
+    place, tests = PLACE.replace(".", "/"), "tests/contrib/artransform"
     for name in sorted(kept | parents):
         module = reach.modules[name]
         path = place + name[len(PACKAGE) :].replace(".", "/")
@@ -222,17 +282,31 @@ def files(reach: Reach) -> Iterator[tuple[str, str]]:
             path + ("/__init__.py" if module.is_package else ".py"),
             _comments_above(for_pyro(text)),
         )
-    yield f"{place}/__init__.py", _front_door()
-    for source, target in COPIED.items():
-        yield target, for_pyro((FILES / source).read_text(), is_module=False)
-    header = "".join((FILES / "front_door.py").read_text().splitlines(keepends=True)[:2])
-    yield "tests/contrib/artransform/__init__.py", for_pyro(header, is_module=False)
+    header, front = "".join(module.source.splitlines(keepends=True)[:2]), _front_door(branches)
+    copied = {f"{place}/__init__.py": header + front, f"{tests}/__init__.py": header}
+    copied[f"docs/source/{PLACE[5:]}.rst"] = _page(branches)
+    copied[f"examples/{_example(branches[-1])}"] = (FILES / branches[-1].example).read_text()
+    for file in branches[-1].files:
+        folder = tests if file.startswith("test_") else place
+        copied[f"{folder}/{file}"] = (FILES / file).read_text()
+    for path, text in copied.items():
+        yield path, for_pyro(text, is_module=False)
 
 
-def with_example(tests: str) -> str:
-    """Pyro's list of examples to try with that of the slice, before the next one of ``contrib``."""
-    entry, next_one = f'    "{EXAMPLE} -n 20",\n', re.search(r'^    "contrib/', tests, re.M)
-    if EXAMPLE in tests or next_one is None:
+def _example(branch: Branch) -> str:
+    return f"contrib/artransform/{branch.example}"
+
+
+def _page(branches: Sequence[Branch]) -> str:
+    """The page of docs, with a part for each branch."""
+    return "\n".join((FILES / f"{b.name.partition('-')[2]}.rst").read_text() for b in branches)
+
+
+def with_example(tests: str, branch: Branch) -> str:
+    """Pyro's list of examples to try with that of a branch, before the next one of ``contrib``."""
+    entry = f'    "{_example(branch)} -n 20",\n'
+    next_one = re.search(r'^    "contrib/', tests, re.M)
+    if entry in tests or next_one is None:
         return tests
     return tests[: next_one.start()] + entry + tests[next_one.start() :]
 
@@ -242,7 +316,7 @@ def with_page(index: str) -> str:
     lines = index.splitlines(keepends=True)
     pages = [k for k, line in enumerate(lines) if re.fullmatch(r"\s+contrib\.\w+\s*", line)]
     names = [lines[k].strip() for k in pages]
-    page = "contrib.artransform"
+    page = PLACE[5:]
     if not pages or page in names:
         return index
     place = next((k for k, name in zip(pages, names) if name > page), pages[-1] + 1)
@@ -250,44 +324,53 @@ def with_page(index: str) -> str:
     return "".join(lines)
 
 
-def _front_door() -> str:
-    head = (FILES / "front_door.py").read_text()
-    lines = [f"from .{module} import {name}" for name, module in sorted(PUBLIC.items())]
-    return for_pyro(head + "\n".join(lines) + "\n" + _all(PUBLIC), is_module=False)
+def _front_door(branches: Sequence[Branch]) -> str:
+    public = {name: module for branch in branches for name, module in branch.public.items()}
+    lines = [f"from .{module} import {name}\n" for name, module in public.items()]
+    return f'\n"""{BRANCHES[0].subject}."""\n\n{"".join(lines)}' + _all(public)
 
 
-def write(target: Path) -> dict[str, int]:
-    """Writes the slice into a checkout, in its own format.
-
-    :return: the number of lines by file.
-    """
-    if find_spec("ruff") is None:
-        raise SystemExit("tools/contrib.py formats what it writes by ruff: pip install ruff")
-    paths = []
-    for name, text in files(reached()):
-        paths.append(target / name)
-        paths[-1].parent.mkdir(parents=True, exist_ok=True)
-        paths[-1].write_text(text)
+def write(target: Path, branches: Sequence[Branch]) -> None:
+    """Writes what the last of these branches adds to the others into a checkout, in its own format."""
+    sources = []
+    for name, text in files(branches):
+        path = target / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(_wrapped(text) if path.suffix == ".py" else text)
+        sources += [str(path)] if path.suffix == ".py" else []
     if (index := target / "docs/source/index.rst").exists():
         index.write_text(with_page(index.read_text()))
     if (tests := target / "tests/test_examples.py").exists():
-        tests.write_text(with_example(tests.read_text()))
-    sources = [str(path) for path in paths if path.suffix == ".py"]
+        tests.write_text(with_example(tests.read_text(), branches[-1]))
     for command in (["check", "--quiet", "--fix", "--select", "I"], ["format", "--quiet"]):
         subprocess.run([sys.executable, "-m", "ruff", *command, *sources], cwd=target, check=True)
-    return {str(p.relative_to(target)): len(p.read_text().splitlines()) for p in paths}
+
+
+def write_branches(target: Path) -> None:
+    """Makes the branches on top of what is checked out, and prints the lines that each adds."""
+
+    def git(*command: str) -> str:
+        done = subprocess.run(["git", *command], cwd=target, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"git {command[0]}: {done.stderr or done.stdout}")
+        return done.stdout
+
+    if find_spec("ruff") is None:
+        raise SystemExit("tools/contrib.py formats what it writes by ruff: pip install ruff")
+    if git("status", "--porcelain"):
+        raise SystemExit(f"{target}: expected a checkout without changes, commit them first")
+    for k, branch in enumerate(BRANCHES, 1):
+        git("switch", "--create", branch.name)
+        write(target, BRANCHES[:k])
+        git("add", "--all")
+        git("commit", "--message", branch.subject)
+        print(f"{branch.name}\n{git('show', '--numstat', '--format=')}")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument(
-        "target", type=Path, help="a checkout of Pyro, or its unpacked source distribution"
-    )
-    counts = write(parser.parse_args().target.resolve())
-    for name, count in counts.items():
-        print(f"{count:6}  {name}")
-    package = sum(count for name, count in counts.items() if name.startswith("pyro/"))
-    print(f"{package:6}  of the package, {sum(counts.values())} in all")
+    parser.add_argument("target", type=Path, help="a git checkout of Pyro")
+    write_branches(parser.parse_args().target.resolve())
 
 
 if __name__ == "__main__":

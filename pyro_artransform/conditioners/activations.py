@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Activations: SiLU with a linear part of any size, the default of guides, and derivatives."""
+"""Activations, and which of them act on each element alone."""
 
 from collections.abc import Callable
 
@@ -25,6 +25,7 @@ class TiltedSiLU(nn.Module):
     """
 
     __constants__ = ("slope",)
+    elementwise = True  # for is_elementwise
 
     def __init__(self, slope: float = 0.5) -> None:
         super().__init__()
@@ -38,12 +39,18 @@ class TiltedSiLU(nn.Module):
         return f"slope={self.slope}"
 
 
-#: Activations that act on each element alone, without randomness; a subclass may not.
+#: PyTorch's activations that act on each element alone, without randomness.
 ELEMENTWISE = (
     *(nn.CELU, nn.ELU, nn.GELU, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish),
     *(nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softsign),
-    *(nn.Tanh, nn.Tanhshrink, TiltedSiLU),
+    *(nn.Tanh, nn.Tanhshrink),
 )
+
+
+def is_elementwise(nonlinearity: object) -> bool:
+    """Whether it acts on each element alone, without randomness, by its class; a subclass may not."""
+    cls = type(nonlinearity)
+    return cls in ELEMENTWISE or "elementwise" in vars(cls)
 
 
 def default_activation(dim: int) -> nn.Module:

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from ..arguments import check_callable
-from .activations import ELEMENTWISE
+from .activations import is_elementwise
 from .base import Conditioner
 from .masks import check_graph
 
 #: layers that act on each row of a batch alone, without randomness; a subclass may not
-_BY_ROW = {nn.Sequential, nn.Linear, nn.LayerNorm, nn.Unflatten, *ELEMENTWISE}
+_BY_ROW = {nn.Sequential, nn.Linear, nn.LayerNorm, nn.Unflatten}
 
 
 class MaskedInput(Conditioner):
@@ -36,7 +36,8 @@ class MaskedInput(Conditioner):
 
     Example::
 
-        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 6), torch.nn.Unflatten(-1, (3, 2)))
+        >>> from torch import nn
+        >>> net = nn.Sequential(nn.Linear(3, 6), nn.Unflatten(-1, (3, 2)))
         >>> MaskedInput(net)(torch.zeros(5, 3)).shape
         torch.Size([5, 3, 2])
     """
@@ -47,7 +48,9 @@ class MaskedInput(Conditioner):
     def autoregressive(self) -> bool:  # type: ignore[override]  # read-only here
         """By construction where all layers are known not to be random, nor to mix rows of a batch."""
         net: object = self.net
-        return isinstance(net, nn.Module) and all(type(m) in _BY_ROW for m in net.modules())
+        return isinstance(net, nn.Module) and all(
+            type(m) in _BY_ROW or is_elementwise(m) for m in net.modules()
+        )
 
     def __init__(
         self,

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..arguments import check_callable, check_flag, check_hidden_dims, check_integer
-from .activations import ELEMENTWISE, slope_of
+from .activations import is_elementwise, slope_of
 from .base import Conditioner
 from .blocks import BlockLayout, MLPBlocks, MLPLinearization, Weights
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
@@ -135,7 +135,7 @@ class MaskedMLP(Conditioner):
         wanted = "a function or a module such as torch.nn.ELU()"
         activation = nn.ELU() if nonlinearity is None else nonlinearity
         self.nonlinearity = check_callable("nonlinearity", activation, wanted)
-        self.autoregressive = self.autoregressive and type(activation) in ELEMENTWISE
+        self.autoregressive = self.autoregressive and is_elementwise(activation)
         order, adjacency = check_graph(order, adjacency, self.input_dim)
         self.register_buffer("order", order)
         self.register_buffer("adjacency", adjacency)

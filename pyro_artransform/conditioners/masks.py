@@ -21,7 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..graphs.markov_graph import graph_levels
+from ..levels import graph_levels
 
 
 def check_graph(

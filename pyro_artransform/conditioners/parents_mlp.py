@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, silu
 
 from ..arguments import check_integer
-from ..graphs.markov_graph import PaddedGroup, graph_levels, padded_groups
+from ..graphs.markov_graph import PaddedGroup, padded_groups
+from ..levels import graph_levels
 from .activations import slope_of
 from .base import Blocks, Conditioner
 from .masked_mlp import check_input, runs_only

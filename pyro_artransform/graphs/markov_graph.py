@@ -37,6 +37,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from ..levels import graph_levels
+
 
 @dataclass(frozen=True)
 class Elimination:
@@ -62,41 +64,6 @@ class Elimination:
         for i, k in enumerate(self.level):
             found[k].append(i)
         return tuple(map(tuple, found))
-
-
-def graph_levels(parents: Sequence[Sequence[int]], root: Iterable[int] = ()) -> list[int]:
-    """The number of coordinates on the longest path to each coordinate of an acyclic graph.
-
-    :param root: coordinates of level 0; all others are of level 1 at least if there is one.
-    :raises ValueError: if the graph has a cycle, which is named, or a parent is out of range.
-    """
-    dim, first = len(parents), set(root)
-    children: list[list[int]] = [[] for _ in range(dim)]
-    missing = [len(own) for own in parents]
-    for i, own in enumerate(parents):
-        for j in own:
-            if not 0 <= j < dim:
-                raise ValueError(f"parents: expected coordinates from 0 to {dim - 1}, got {j}")
-            children[j].append(i)
-    level = [int(bool(first) and i not in first) for i in range(dim)]
-    ready = [i for i in range(dim) if not missing[i]]
-    while ready:
-        j = ready.pop()
-        for i in children[j]:
-            level[i] = max(level[i], level[j] + 1)
-            missing[i] -= 1
-            if not missing[i]:
-                ready.append(i)
-    if any(missing):  # each of these has a parent among them
-        path = [next(i for i in range(dim) if missing[i])]
-        while path[-1] not in path[:-1]:
-            path.append(next(j for j in parents[path[-1]] if missing[j]))
-        cycle = " -> ".join(map(str, path[path.index(path[-1]) :][::-1]))
-        raise ValueError(
-            f"expected a graph without a cycle, got one with a cycle: {cycle} (each coordinate depends on "
-            "the one before it)"
-        )
-    return level
 
 
 # by how much the degrees of coordinates that are eliminated together may differ: with 12 a grid of 32 by 32

@@ -190,10 +190,11 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         if self._spec is None:
             self._setup_prototype(*args, **kwargs)
         self._check_latents(args, kwargs, with_values=False)
-        z, latents = self.sample_latent(), self.prior.space.latents
-        values, ladjs = self._to_sites(latents.place(z), args, kwargs)
+        z, space = self.sample_latent(), self.prior.space
+        run = self._bind(args, kwargs).run if space.is_mapped else None
+        values, ladjs = space.to_sites(space.latents.place(z), run)
         plates = self._create_plates(*args, **kwargs)
-        for name, site in latents.sites.items():
+        for name, site in space.latents.sites.items():
             delta = SiteDelta(values[name], -ladjs[name], site.event_dim)
             with ExitStack() as stack:
                 for frame in site.plates:

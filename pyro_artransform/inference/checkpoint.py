@@ -30,6 +30,7 @@ def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
     }
     try:
         files.write(path, _KIND, state)
+        return True
     except (OSError, RuntimeError) as error:  # torch reports a full disk by either
         warnings.warn(
             f"checkpoint: {path} could not be written, so that the fit goes on without; an earlier "
@@ -37,7 +38,6 @@ def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
             stacklevel=4,
         )
         return False
-    return True
 
 
 def _options(set_up: SetUp) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 
 """Results in files of tensors and plain data."""
 
-from dataclasses import fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
@@ -55,12 +54,12 @@ class SavedResult:
             result = _restored(saved["result"])
             if type(result) is not cls:
                 raise TypeError(f"a {type(result).__name__}")
+            loaded: Result = result.with_model(model)
+            return loaded
         except Exception as error:
             raise ValueError(
                 f"{path}: expected what {cls.__name__}.save writes, got: {error}"
             ) from None
-        loaded: Result = result.with_model(model)
-        return loaded
 
 
 def _plain(value: Any) -> Any:
@@ -69,11 +68,9 @@ def _plain(value: Any) -> Any:
         return value.detach().contiguous()
     if isinstance(value, Check):
         return "Check", value.name
-    if is_dataclass(value):
-        names = [each.name for each in fields(value) if each.name not in _LEFT_OUT]
-        return type(value).__name__, {name: _plain(getattr(value, name)) for name in names}
-    if isinstance(value, (Verdict, FailedCheck)):
-        return type(value).__name__, {k: _plain(v) for k, v in value._asdict().items()}
+    if (kind := type(value).__name__) in _CLASSES:
+        names = getattr(value, "__dataclass_fields__", None) or value._fields
+        return kind, {k: _plain(getattr(value, k)) for k in names if k not in _LEFT_OUT}
     if isinstance(value, tuple):
         return "tuple", [*map(_plain, value)]
     if isinstance(value, dict):

@@ -15,7 +15,7 @@ is that at some points, or the variance of the gradient under the posterior, whi
 """
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import suppress
 from copy import deepcopy
 from functools import partial
@@ -25,7 +25,6 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..arguments import asks_for_data
 from ..graphs.dependencies import value_and_gradient
 from .prior_map import Coordinates
 from .sites import Latents, LatentSpace
@@ -182,8 +181,8 @@ class ModelPrior:
         self.asked = asked
         self.is_chosen = False  #: whether a fit may change how centred they are, in place
         self.is_wanted = True  #: whether chains may have them: not with ``coordinates="model"``
-        self.log_joint: Any = None  #: on the unconstrained space, see :meth:`bind`
-        self._arguments: tuple[Any, Any] = (), {}
+        self.log_joint: Any = None  #: of the model, on the unconstrained space
+        self.run: Any = None  #: the model at the arguments of the last call, a ``partial``
 
     @property
     def coordinates(self) -> Coordinates | None:
@@ -209,30 +208,11 @@ class ModelPrior:
             return {}
         return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
 
-    def bind(self, model: Any, make: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        """Takes the model at these arguments, by default those before, and returns itself.
-
-        :param make: makes the log joint density of the model from its arguments.
-        """
-        if self.log_joint is None or self.log_joint.model is not model:
-            wanted = "the model's arguments with the first call, as in sample_posterior(n, *data)"
-            of_file = "coordinates from the prior, which the model says at its data, and no file has these"
-            with asks_for_data(args, kwargs, f"expected {wanted}: this guide has {of_file}"):
-                self.log_joint = make(*args, **kwargs)
-        elif not (args or kwargs):
-            return self
-        self._arguments = args, kwargs
-        return self
-
-    def run(self) -> object:
-        """Runs the model at the arguments of :meth:`bind`."""
-        args, kwargs = self._arguments
-        return self.log_joint.model(*args, **kwargs)
-
     @property
     def density(self) -> Any:
-        """The log joint density at the arguments of :meth:`bind`, in the coordinates."""
-        return self.log_joint.bound_to(*self._arguments).with_coordinates(self.coordinates)
+        """The log joint density at the arguments of the last call, in the coordinates."""
+        bound = self.log_joint.bound_to(self.run.args, self.run.keywords)
+        return bound.with_coordinates(self.coordinates)
 
     def log_joint_of(self, model: object, args: Any, kwargs: Any) -> Any:
         """The log joint density at these arguments; None of another model."""
@@ -286,11 +266,10 @@ class ModelPrior:
 
     def __getstate__(self) -> dict[str, Any]:
         # a pickle has neither the model nor its data
-        return {**self.__dict__, "log_joint": None, "_arguments": ((), {})}
+        return {**self.__dict__, "log_joint": None, "run": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelPrior":
-        twin = type(self)(self.asked)
-        twin.__dict__.update(self.__dict__)
-        if hasattr(self, "space"):
-            twin.space = deepcopy(self.space, memo)
+        twin = type(self).__new__(type(self))
+        for name, value in vars(self).items():
+            setattr(twin, name, value if name in ("log_joint", "run") else deepcopy(value, memo))
         return twin

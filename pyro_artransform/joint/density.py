@@ -266,10 +266,11 @@ class LogJoint(LogDensity):
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         z = draws["z"]
-        plate, prior = DrawPlate(size, self.num_plates), PriorMap(self.mapped_coordinates)
-        values, total = self.latents.constrain_with_ladj(z, prior.sites)
-        placed = prior.take(plate.place(values, self.latents.event_dims))
-        run = prior(self.run) if prior.sites else self.run
+        plate, mapped = DrawPlate(size, self.num_plates), self.mapped_coordinates
+        values, total = self.latents.constrain_with_ladj(z, mapped)
+        placed = plate.place(values, self.latents.event_dims)
+        prior = PriorMap(mapped, {name: placed.pop(name) for name in mapped})
+        run = prior(self.run) if mapped else self.run
         if self.is_enumerated:
             run = partial(plate.run, poutine.condition(run, placed))
             first_dim = -1 - self.num_plates - (size is not None)

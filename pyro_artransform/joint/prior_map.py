@@ -109,18 +109,11 @@ class Coordinates(nn.Module):
         self.centered.copy_(centered)
         self.unit.copy_(unit)
 
-    def map_into(
-        self, values: dict[str, Tensor], latents: Latents, run: Callable[[], object]
-    ) -> dict[str, Tensor]:
-        """Puts values where their coordinates are given, of latents that the model has now.
-
-        :param values: coordinates, values of the other sites, and indices of plates.
-        :return: the log-determinant of each, of the site's batch shape.
-        """
-        prior = PriorMap(self.of_sites(latents))
-        prior.run_alone(values, run)
-        values.update(prior.values)
-        return {name: ladj + prior.bijection_ladjs[name] for name, ladj in prior.ladjs.items()}
+    def map(
+        self, values: Mapping[str, Tensor], latents: Latents, run: Callable[[], object]
+    ) -> "PriorMap":
+        """The map of coordinates, given with values of the other sites and indices of plates."""
+        return PriorMap(self.of_sites(latents), values).run_alone(run)
 
 
 class AllMapped(Exception):
@@ -131,42 +124,39 @@ class PriorMap(Messenger):
     """Gives latents their values as a model runs: from coordinates x, or from u, whose x are then found.
 
     :param sites: the latents, by name.
+    :param given: x, or u, of the latents; for :meth:`run_alone` other values and indices of plates too.
     :param is_inverse: whether it is u that is given.
     """
 
-    def __init__(self, sites: Mapping[str, SiteCoordinates], is_inverse: bool = False) -> None:
+    def __init__(
+        self,
+        sites: Mapping[str, SiteCoordinates],
+        given: Mapping[str, Tensor],
+        is_inverse: bool = False,
+    ) -> None:
         super().__init__()
-        self.sites, self._is_inverse = sites, is_inverse
-        self._given: dict[str, Tensor] = {}
-        #: the values of other sites, in a run for the map alone
-        self._rest: dict[str, Tensor] | None = None
+        self.sites, self._given, self._is_inverse = sites, given, is_inverse
+        self._is_alone = False
         self.found: dict[str, Tensor] = {}  #: what was not given, u or x, by site
         self.values: dict[str, Tensor] = {}
         #: the log-determinants of the map from x to u, of the batch shape of a site, and from u to the value
         self.ladjs: dict[str, Tensor] = {}
         self.bijection_ladjs: dict[str, Tensor] = {}
 
-    def take(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Takes x, or u, of its latents, and returns the values of the others."""
-        self._given = {name: values[name] for name in self.sites}
-        return {name: value for name, value in values.items() if name not in self.sites}
-
-    def run_alone(self, values: Mapping[str, Tensor], model: Callable[[], object]) -> None:
-        """Runs a model that handlers around it do not see, but for its parameters, up to the last latent.
-
-        :param values: x, or u, of the latents; values of other sites, and indices of plates.
-        """
-        self._rest = self.take(values)
+    def run_alone(self, model: Callable[[], object]) -> "PriorMap":
+        """Runs a model, unseen by handlers around it but for its parameters, up to the last latent."""
+        self._is_alone = True
         # not in a plate of draws: in a guide another one, of particles, may have its dimension
         with validation_enabled(False), suppress(AllMapped), self:
             model()
+        return self
 
     def _pyro_sample(self, message: Any) -> None:
         name = message["name"]
-        if self._rest is not None:
+        if self._is_alone:
             message["stop"] = True
-            if name in self._rest:
-                message["value"], message["is_observed"] = self._rest[name], True
+            if name in self._given and name not in self.sites:
+                message["value"], message["is_observed"] = self._given[name], True
         if name not in self.sites or message["is_observed"]:
             return
         centered, unit, with_location, bijection = self.sites[name]
@@ -190,7 +180,7 @@ class PriorMap(Messenger):
         of_value = bijection.log_abs_det_jacobian(u, value)
         self.ladjs[name] = sum_rightmost(ladj, ladj.dim() - batch_dim)
         self.bijection_ladjs[name] = of_value = sum_rightmost(of_value, of_value.dim() - batch_dim)
-        if self._rest is not None and len(self.found) == len(self.sites):
+        if self._is_alone and len(self.found) == len(self.sites):
             raise AllMapped
         if log_prob is not None and with_location:
             log_prob = log_prob.expand_as(u)
@@ -213,8 +203,7 @@ def map_draws(
     """
     z, plate = draws["z"], DrawPlate(size, num_plates)
     values, _ = latents.constrain_with_ladj(z, sites)
-    prior = PriorMap(sites, is_inverse)
-    prior.run_alone(plate.place(values, latents.event_dims), run)
+    prior = PriorMap(sites, plate.place(values, latents.event_dims), is_inverse).run_alone(run)
     parts = latents.split(z)
     for name, part in prior.found.items():
         parts[name] = part.reshape(parts[name].shape)

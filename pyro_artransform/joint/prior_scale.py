@@ -18,6 +18,7 @@ https://arxiv.org/abs/2110.06021
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -141,7 +142,7 @@ def exact_class(part: Any) -> type | None:
     Unlike with ``isinstance``, a subclass, which may have another density, is not taken for its parent.
     """
     kind, own = type(part), vars(part).keys() - _OF_INSTANCES
-    return None if any(hasattr(kind, name) for name in own) else kind
+    return None if any(map(partial(hasattr, kind), own)) else kind
 
 
 def _without_wrappers(fn: Any) -> Any:

@@ -119,13 +119,17 @@ class LatentSpace(NamedTuple):
         :param parts: of each site, as ``Latents.place`` has them; indices of plates that are known.
         :param run: the model, which runs where there are coordinates from its prior.
         """
-        mapped = {} if run is None else self.coordinates.with_location
-        sites, values, ladjs = self.latents.sites, dict(parts), dict[str, Tensor]()
-        for name in [name for name in sites if name not in mapped]:
-            values[name], ladjs[name] = sites[name].constrain_with_ladj(parts[name])
-        if mapped:
-            ladjs.update(self.coordinates.map_into(values, self.latents, run))
-            for name in [name for name in mapped if name not in ladjs]:  # it has data now
+        sites, mapped = self.latents.sites, {} if run is None else self.coordinates.with_location
+        values, ladjs = dict(parts), dict[str, Tensor]()
+        for name, site in sites.items():
+            if name not in mapped:
+                values[name], ladjs[name] = site.constrain_with_ladj(parts[name])
+        prior: Any = run and self.coordinates.map(values, self.latents, run)
+        for name in mapped:
+            if name in prior.values:
+                values[name] = prior.values[name]
+                ladjs[name] = prior.ladjs[name] + prior.bijection_ladjs[name]
+            else:  # it has data now
                 values[name], ladjs[name] = sites[name].constrain_with_ladj(parts[name])
         return values, ladjs
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The autoregressive transform, and its conditional form."""
+"""The autoregressive transform."""
 
 from collections.abc import Callable
 
@@ -42,7 +42,8 @@ class AutoregressiveTransform(FlowModule):
         >>> from pyro_artransform.conditioners import MaskedMLP
         >>> from pyro_artransform.transforms import ConditionedUnivariate
         >>> from pyro_artransform.univariate import Affine
-        >>> t = AutoregressiveTransform(ConditionedUnivariate(MaskedMLP(5, 2), Affine()))
+        >>> meta = ConditionedUnivariate(MaskedMLP(5, 2), Affine())
+        >>> t = AutoregressiveTransform(meta)
         >>> y, ladj = t.call_and_ladj(torch.zeros(32, 5))
         >>> y.shape, ladj.shape
         (torch.Size([32, 5]), torch.Size([32]))

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Composition, partition and permutation, which keep every parameter, in both directions."""
+"""Transforms made of transforms, which keep every parameter, in both directions."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -102,34 +102,28 @@ class ComposedTransform(FlowModule):
             event_dim += part.codomain.event_dim - part.domain.event_dim
 
     def call_and_ladj(self, x: Tensor) -> Any:
-        return self._each("call_and_ladj", x)
+        return self._run(self._steps, lambda flow, x: flow.call_and_ladj(x), x)
 
-    def call_and_score(self, x: Tensor, score: Tensor) -> Any:
-        return self._each("call_and_score", x, score)
+    def inverse_and_ladj(self, y: Tensor) -> Any:
+        return self._run(self._steps[::-1], lambda flow, y: flow.inverse_and_ladj(y), y)
 
-    def _each(self, method: str, x: Tensor, *score: Tensor) -> tuple[Tensor, ...]:
-        ladjs = []
-        for flow, dims in self._steps:
-            x, ladj, *score = getattr(flow, method)(x, *score)
-            ladjs.append(ladj.sum(dims) if dims else ladj)
-        return x, sum(ladjs[1:], ladjs[0]), *score
-
-    def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        known = [x.detach()]
+    def inverse_at(self, x: Tensor, y: Tensor) -> Any:
+        known = [x.detach()]  # the argument of each part
         with torch.no_grad():
             for flow, _ in self._steps[:-1]:
                 known.append(flow.call_and_ladj(known[-1])[0])
-        return self.inverse_and_ladj(y, known)
+        return self._run(self._steps[::-1], lambda flow, y: flow.inverse_at(known.pop(), y), y)
 
-    def inverse_and_ladj(
-        self, y: Tensor, known: list[Tensor] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        # known: the argument of each part
+    def call_and_score(self, x: Tensor, score: Tensor) -> Any:
+        return self._run(self._steps, lambda flow, x, s: flow.call_and_score(x, s), x, score)
+
+    def _run(self, steps: Sequence[Any], step: Any, x: Tensor, *score: Tensor) -> Any:
+        """The steps one after the other; log-determinants, the second output of each, are added."""
         ladjs = []
-        for flow, dims in reversed(self._steps):
-            y, ladj = flow.inverse_and_ladj(y) if known is None else flow.inverse_at(known.pop(), y)
+        for flow, dims in steps:
+            x, ladj, *score = step(flow, x, *score)
             ladjs.append(ladj.sum(dims) if dims else ladj)
-        return y, sum(ladjs[1:], ladjs[0])
+        return x, sum(ladjs[1:], ladjs[0]), *score
 
     # of the parts, one after the other
     forward_shape = ComposeTransform.forward_shape

@@ -35,8 +35,10 @@ class FlowDistribution(dist.TransformedDistribution):
 
         >>> import torch
         >>> import pyro.distributions as dist
-        >>> from pyro_artransform import FlowDistribution, iaf
-        >>> q = FlowDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), iaf(3))
+        >>> from pyro_artransform import FlowDistribution
+        >>> from pyro_artransform.transforms import LocationScale
+        >>> flow = LocationScale(torch.zeros(3), 2.0, full_rank=True)
+        >>> q = FlowDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), flow)
         >>> q.log_prob(q.rsample((5,))).shape
         torch.Size([5])
     """

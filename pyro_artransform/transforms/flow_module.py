@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What all transforms of this package have in common: values, inverses, scores, copies."""
+"""What all transforms of this package have in common."""
 
 import copy
 import weakref
@@ -24,8 +24,7 @@ class FlowModule(Bijection, TransformModule):
     A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`.
 
     Nothing is remembered between calls, so nothing can be out of date, and threads may share a
-    transform. To score a draw without inverting, draw it from a
-    :class:`~pyro_artransform.FlowDistribution`, or keep what :meth:`call_and_ladj` returns.
+    transform. To score a draw without inverting, keep what :meth:`call_and_ladj` returns.
 
     :param cache_size: 0 or 1, for torch's interface; it changes nothing.
     """
@@ -108,7 +107,7 @@ def _score_at(y: Tensor, inverse: Any, score: Tensor) -> Tensor:
 
 
 class InverseTransformModule(FlowModule):
-    """The inverse of a transform, which becomes its submodule ``transform``, see :func:`inverse`."""
+    """The inverse of a transform, which becomes its submodule ``transform``."""
 
     transform: FlowModule
 

@@ -145,9 +145,9 @@ class InverseElementwiseTransform(ElementwiseTransform):
 class Univariate(nn.Module):
     """A family of increasing bijections of the real line.
 
-    A subclass sets :attr:`num_params` and implements :meth:`forward`. Contracts, which
-    ``testing.check_univariate`` checks: zero parameters are the identity; any others map the real line onto
-    itself, strictly increasing, with a log-slope bounded to about 3.
+    A subclass sets :attr:`num_params` and implements :meth:`forward`. Contracts: zero parameters are
+    the identity; any others map the real line onto itself, strictly increasing, with a log-slope bounded
+    to about 3.
     """
 
     #: The number of parameters of each coordinate, P.

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pyro_artransform.conditioners import TiltedSiLU
+from pyro_artransform.conditioners.activations import is_elementwise
 
 
 @pytest.mark.parametrize("slope", [0.0, np.float64(0.6), 1])
@@ -18,3 +19,10 @@ def test_tilted_silu(slope):
 def test_a_slope_outside_of_its_range():
     with pytest.raises(ValueError, match="slope: expected a number from 0 to 1, got"):
         TiltedSiLU(1.5)
+
+
+@pytest.mark.parametrize("cls", [TiltedSiLU, torch.nn.ELU])
+def test_a_subclass_may_not_be_elementwise(cls):
+    assert is_elementwise(cls())
+    assert not is_elementwise(type("Other", (cls,), {})())
+    assert not is_elementwise(torch.nn.Softmax(-1))

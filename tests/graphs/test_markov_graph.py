@@ -6,7 +6,6 @@ from pyro_artransform.graphs.markov_graph import (
     MarkovGraph,
     color_columns,
     eliminate,
-    graph_levels,
     padded_groups,
 )
 from tests.graphs.markov_graphs import GRAPHS, chain, complete, crossed, grid, plate
@@ -77,14 +76,6 @@ def test_few_levels_and_few_colors(neighbours, levels, root, parents, colors):
     assert len(found.root) <= root
     assert max(map(len, found.parents)) <= parents
     assert color_columns(neighbours).num_colors <= colors
-
-
-def test_levels_are_longest_paths():
-    assert graph_levels([[], [0], [0, 1], [], [3]]) == [0, 1, 2, 0, 1]
-    assert graph_levels([[], [0], [], []], root=[0]) == [0, 1, 1, 1]
-    for parents, message in (([[1], [0]], "without a cycle"), ([[2], []], "from 0 to 1, got 2")):
-        with pytest.raises(ValueError, match=message):
-            graph_levels(parents)
 
 
 @every_graph

@@ -3,16 +3,16 @@
 
 """An autoguide whose flow is an inverse autoregressive flow."""
 
-from functools import partial
-
 import torch
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch.distributions import biject_to
 
 from pyro_artransform.arguments import check_integer
 from pyro_artransform.conditioners.activations import default_activation
-from pyro_artransform.flows import iaf
+from pyro_artransform.conditioners.masked_mlp import MaskedMLP
+from pyro_artransform.transforms.autoregressive import AutoregressiveTransform
 from pyro_artransform.transforms.chain import ComposedTransform
+from pyro_artransform.transforms.conditioned import ConditionedUnivariate
 from pyro_artransform.transforms.flow_distribution import FlowDistribution, standard_normal
 from pyro_artransform.transforms.scales_and_tails import CompressedTails, LocationScale
 from pyro_artransform.univariate.affine import Affine
@@ -41,7 +41,7 @@ class AutoIAF(AutoContinuous):
         >>> import pyro
         >>> import pyro.distributions as dist
         >>> from pyro.infer import SVI, Trace_ELBO
-        >>> model = lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+        >>> model = lambda: pyro.sample("z", dist.Normal(torch.zeros(2), 1).to_event(1))
         >>> guide = AutoIAF(model)
         >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-2}), Trace_ELBO())
         >>> losses = [svi.step() for _ in range(10)]
@@ -73,16 +73,22 @@ class AutoIAF(AutoContinuous):
     def _setup_prototype(self, *args, **kwargs):
         super()._setup_prototype(*args, **kwargs)
         loc, dim = self._init_loc(), self.latent_dim
-        flow = iaf(
-            dim,
-            self.num_transforms,
-            max(128, min(8 * dim, 256), 3 * dim) if self.hidden_dims is None else self.hidden_dims,
-            univariate=partial(Affine, multiplier=0.1),  # networks that move slowly in plain SVI
-            nonlinearity=self.nonlinearity or default_activation(dim),
-        )
+        hidden_dims = self.hidden_dims or max(128, min(8 * dim, 256), 3 * dim)
+        layers = []
+        for k in range(self.num_transforms):
+            network = MaskedMLP(
+                dim,
+                2,
+                hidden_dims,
+                nonlinearity=self.nonlinearity or default_activation(dim),
+                order=range(dim - 1, -1, -1) if k % 2 else None,
+            )
+            affine = Affine(multiplier=0.1)  # networks that move slowly in plain SVI
+            meta = ConditionedUnivariate(network, affine)
+            layers.append(AutoregressiveTransform(meta).to(loc))
         full_rank = dim <= 200 if self.full_rank is None else self.full_rank
         scale = LocationScale(loc, self.init_scale, full_rank=full_rank)
-        self.transform = ComposedTransform(flow.to(loc), CompressedTails(), scale)
+        self.transform = ComposedTransform(*layers, CompressedTails(), scale)
 
     def get_base_dist(self):
         return standard_normal(torch.zeros_like(self._init_loc()))

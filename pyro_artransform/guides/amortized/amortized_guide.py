@@ -247,7 +247,8 @@ class AutoAmortized(PersistentGuide):
             with entered(plates[plate] for plate in group.dims):
                 vectors[group.name] = pyro.sample(name, distribution, infer={"is_auxiliary": True})
             parts.update(group.latents.place(vectors[group.name]))
-        found, ladjs = self._to_sites(parts, args, kwargs)
+        run = self._bind(args, kwargs).run if self.prior.space.is_mapped else None
+        found, ladjs = self.prior.space.to_sites(parts, run)
         for group in posterior.layout.groups:
             with entered(plates[plate] for plate in group.dims):
                 for name, site in group.latents.sites.items():

@@ -108,8 +108,7 @@ class ElementMap(NamedTuple):
         }
         placed = DrawPlate(size, self.log_joint.num_plates).place(values, latents.event_dims)
         model = self.log_joint.enumerated(self.log_joint.run)
-        prior = PriorMap(self.sites, self.is_inverse)
-        prior.run_alone({**placed, **indices}, model)
+        prior = PriorMap(self.sites, {**placed, **indices}, self.is_inverse).run_alone(model)
         found = {}
         for group in self.layout.groups:
             z = draws[group.name]
@@ -172,7 +171,7 @@ class ElementPrior(ModelPrior):
         given.set_(given.centered, scales)
 
     def element_map(self, layout: LatentLayout, *, is_inverse: bool = False) -> ElementMap:
-        """The map for all elements, by the model at the arguments of :meth:`bind`."""
+        """The map for all elements, by the model at the arguments of the last call."""
         log_joint, given, sites = self.density, GivenIndices(), self.space.mapped
         now = sites_by_name(one_more_run(given(log_joint.run)))
         compare_names(sites, sites.keys() & now.keys())

@@ -11,6 +11,8 @@ a guide takes the tensors of the store, or another name.
 import itertools
 import re
 import weakref
+from collections.abc import Mapping
+from operator import is_
 from typing import Any, Literal, cast
 
 import pyro
@@ -29,6 +31,7 @@ class RegisteredGuide(AutoGuide):
     #: Whose values count where the store has others under the guide's name: those of the store; the guide's,
     #: where it was copied, unpickled or loaded; those that were loaded into the store since the last call
     _ownership: Literal["new", "carried", "settled"] = "new"
+    _entries: Mapping[str, nn.Parameter] = {}  #: what it has put into the store
 
     def __init__(self, model: Any) -> None:
         # not that of AutoContinuous, which would wrap the model once more
@@ -40,22 +43,22 @@ class RegisteredGuide(AutoGuide):
 
         :raises ValueError: if entries of its name that were loaded into the store do not fit it.
         """
-        own = self._trainable()
         if pyro.settings.get("module_local_params"):
-            for parameter in own.values():
+            for parameter in self._trainable().values():
                 # SVI asks each parameter for this, which otherwise the store sets
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # Pyro's
             self._ownership = "carried"
             return
-        store = pyro.get_param_store()
+        store, entries = pyro.get_param_store(), self._entries
         stored = store._params  # as Pyro's modules read it: store[key] would transform each
-        is_stored = all(stored.get(f"{self._pyro_name}.{k}") is p for k, p in own.items())
-        if is_stored and self._ownership == "settled":  # it was not cleared, or loaded
-            return
-        name, is_adopted = self._find_name(own)
+        is_stored = all(map(is_, map(stored.get, entries), entries.values()))
+        if entries and is_stored and self._ownership == "settled":
+            return  # it was not cleared, or loaded
+        name, is_adopted = self._find_name(self._trainable())
         if (in_call := bool(self._pyro_context.active)) or is_adopted:
-            for short, parameter in self._trainable().items():
-                if stored.get(key := f"{name}.{short}") is not parameter:
+            self._entries = {f"{name}.{short}": p for short, p in self._trainable().items()}
+            for key, parameter in self._entries.items():
+                if stored.get(key) is not parameter:
                     store[key] = parameter
                 _OWNERS[parameter] = weakref.ref(self)
             self._pyro_name = name
@@ -67,7 +70,8 @@ class RegisteredGuide(AutoGuide):
 
         It takes entries of a name unless they belong to another living guide.
         """
-        ownership, misfit = self._ownership, ""
+        misfit = ""
+        takes_from: Any = {"new": {self, None}, "settled": {self}}.get(self._ownership)
         with_suffix = (f"{self.first_name}_{number}" for number in itertools.count(1))
         for name in itertools.chain(dict.fromkeys([self._pyro_name, self.first_name]), with_suffix):
             prefix, stored = f"{name}.", pyro.get_param_store().named_parameters()
@@ -76,15 +80,14 @@ class RegisteredGuide(AutoGuide):
             if not foreign:
                 break
             owners = {_OWNERS[tensor]() for tensor in foreign if tensor in _OWNERS}
-            were_loaded = owners <= {self}
-            are_free = owners <= {self, None} if ownership == "new" else were_loaded
-            if are_free and ownership != "carried":
+            if takes_from is not None and owners <= takes_from:
                 if not (problem := _misfit(name, entries, own)):
                     _adopt(self, entries, own)
                     return name, True
-                misfit = misfit or (problem if were_loaded else "")
-            if ownership == "settled":  # from here on it takes no name but a free one
-                ownership = "carried"
+                if owners <= {self}:  # they were loaded
+                    misfit = misfit or problem
+            if self._ownership == "settled":  # from here on it takes no name but a free one
+                takes_from = None
         if misfit:
             raise ValueError(misfit)
         return name, False
@@ -98,7 +101,7 @@ class RegisteredGuide(AutoGuide):
                     del pyro.get_param_store()[key]
 
     def _trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by their names in the param store, without that of the guide."""
+        """The parameters that train, by their names in the store, without that of the guide."""
         # not by attributes, whose reading is a param statement
         return {
             param_with_module_name(part, name): p
@@ -114,24 +117,28 @@ class RegisteredGuide(AutoGuide):
 
 def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> str:
     """What keeps a guide from adopting the entries, in words."""
-    advice = "Build the guide as it was saved, or call pyro.clear_param_store() to start anew"
+    expected, got = (
+        {short: (tuple(t.shape), t.dtype, str(t.device)) for short, t in tensors.items()}
+        for tensors in (own, entries)
+    )
     for short in sorted(entries.keys() | own.keys()):
-        pair = own.get(short), entries.get(short)
-        expected, got = (
-            None if t is None else (tuple(t.shape), t.dtype, str(t.device)) for t in pair
-        )
-        if expected != got:
-            where = f"the param store's '{short}' of the guide '{name}'"
-            return f"{where} does not fit: expected {expected}, got {got}. {advice}"
+        if expected.get(short) != got.get(short):
+            return (
+                f"the param store's '{short}' of the guide '{name}' does not fit: expected "
+                f"{expected.get(short)}, got {got.get(short)}. Build the guide as it was saved, or call "
+                "pyro.clear_param_store() to start anew"
+            )
     return ""
 
 
 def _adopt(guide: nn.Module, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> None:
     """Makes the store's entries the guide's parameters."""
-    for short, tensor in entries.items():
-        new = tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
-        new.requires_grad_()
-        for part in guide.modules():
-            for key, parameter in part._parameters.items():
-                if parameter is own[short]:
-                    part._parameters[key] = new
+    new: dict[Any, nn.Parameter] = {
+        own[short]: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
+        for short, tensor in entries.items()
+    }
+    for part in guide.modules():
+        for key, parameter in part._parameters.items():
+            if parameter in new:
+                new[parameter].requires_grad_()
+                part._parameters[key] = new[parameter]

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -56,11 +57,7 @@ class PersistentGuide(RegisteredGuide):
     sample_posterior: Callable[..., dict[str, Tensor]]
 
     def __init__(
-        self,
-        model: Model,
-        init_loc_fn: Callable[..., Any],
-        arguments: Arguments,
-        prior: ModelPrior,
+        self, model: Model, init_loc_fn: Model, arguments: Arguments, prior: ModelPrior
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: expected a callable, got {type(model).__name__}")
@@ -72,8 +69,7 @@ class PersistentGuide(RegisteredGuide):
             )
         check_callable("init_loc_fn", init_loc_fn)
         RegisteredGuide.__init__(self, model)
-        self._arguments = arguments
-        self.prior = prior
+        self._arguments, self.prior = arguments, prior
         self._spec: GuideSpec | None = None
         #: whether the latents are known to be the model's, and not only a file's
         self._model_is_checked = True
@@ -83,10 +79,9 @@ class PersistentGuide(RegisteredGuide):
     def model(self) -> Model:
         """The model; a guide that was unpickled, or loaded without a model, does not have one."""
         if self._model is None:
-            name = type(self).__name__
-            remedy = f"guide.model = model, or {name}.load(path, model), puts one into the guide"
             raise RuntimeError(
-                f"this {name} has no model: pickle drops it, load(path) has none. {remedy}"
+                f"this {type(self).__name__} has no model: pickle drops it, load(path) has none. guide.model "
+                f"= model, or {type(self).__name__}.load(path, model), puts one into the guide"
             )
         return self._model[0]
 
@@ -116,12 +111,16 @@ class PersistentGuide(RegisteredGuide):
 
     def _bind(self, args: Args, kwargs: Kwargs) -> Any:
         """The prior with the model at these arguments, by default those of the last call."""
-        return self.prior.bind(self._model and self._model[1], self._log_joint, args, kwargs)
-
-    def _to_sites(self, parts: Mapping[str, Tensor], args: Args, kwargs: Kwargs) -> Any:
-        """See ``LatentSpace.to_sites``, with the model at these arguments."""
-        space = self.prior.space
-        return space.to_sites(parts, self._bind(args, kwargs).run if space.is_mapped else None)
+        prior, model = self.prior, self._model and self._model[1]
+        if prior.log_joint is None or prior.log_joint.model is not model:
+            wanted = "the model's arguments with the first call, as in sample_posterior(n, *data)"
+            of_file = "coordinates from the prior, which the model says at its data, and no file has these"
+            with asks_for_data(args, kwargs, f"expected {wanted}: this guide has {of_file}"):
+                prior.log_joint = self._log_joint(*args, **kwargs)
+        elif not (args or kwargs):
+            return prior
+        prior.run = partial(prior.log_joint.model, *args, **kwargs)
+        return prior
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
         """See ``ModelPrior.find_sites``; none where no prior was seen to depend on other latents."""
@@ -148,9 +147,9 @@ class PersistentGuide(RegisteredGuide):
 
     def _flow_maker(self) -> Any:
         if self._make_flow is None:
-            remedy = "call it once before it is pickled, or make it anew"
             raise RuntimeError(
-                f"this guide was pickled before its first call, without its flow: {remedy}"
+                "this guide was pickled before its first call, without its flow: call it once before it is "
+                "pickled, or make it anew"
             )
         return self._make_flow
 
@@ -166,14 +165,6 @@ class PersistentGuide(RegisteredGuide):
         if self._model is not None:
             # from now on other latents of the model are predictions
             self._use_model(*self._model[1:])
-
-    def _restore(self, spec: GuideSpec, state: State) -> None:
-        """Sets the guide up without its model; its own arguments count before those of the spec."""
-        arguments = {**spec.arguments, **self._resolved_arguments(spec.latents.latent_dim)}
-        spec = replace(spec, arguments=arguments)
-        check_size(state, self._least_numbers(spec))
-        self._set_up_from(spec, spec.zeros())
-        self._ownership, self._model_is_checked = "carried", False
 
     @property
     def _unknown(self) -> str:
@@ -220,7 +211,7 @@ class PersistentGuide(RegisteredGuide):
                     setattr(part, key, (None, None) if key == "_cached_x_y" else None)
         # not that of Pyro's autoguides, which takes the model from the original too
         state = dict(PyroModule.__getstate__(self))
-        return {**state, **dict.fromkeys(self._functions), "master": None}
+        return {**state, **dict.fromkeys(self._functions), "master": None, "_entries": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -264,8 +255,12 @@ class PersistentGuide(RegisteredGuide):
         check_finite(state)
         if text:
             spec = GuideSpec.from_json(text, next(value.device for value in state.values()))
-            if self._spec is None:
-                self._restore(spec, state)
+            if self._spec is None:  # its own arguments count before those of the state
+                arguments = spec.arguments | self._resolved_arguments(spec.latents.latent_dim)
+                built = replace(spec, arguments=arguments)
+                check_size(state, self._least_numbers(built))
+                self._set_up_from(built, built.zeros())
+                self._ownership, self._model_is_checked = "carried", False
             both = self._checked_spec().sites, spec.sites
             expected, got = ({site.name: tuple(site.shape) for site in sites} for sites in both)
             if expected != got:

@@ -27,13 +27,12 @@ _SUPPORTS = (
     *("positive_ordered_vector", "softplus_positive"),
 )
 _ACTIVATIONS = {*activation.__all__} - {"MultiheadAttention", "PReLU"}  # without parameters
-_FOUND = (
-    [getattr(constraints, n) for n in _SUPPORTS],
-    [getattr(activation, n) for n in _ACTIVATIONS],
-)
-_KINDS = [kind if isinstance(kind, type) else type(kind) for kind in sum(_FOUND, [TiltedSiLU])]
+_NAMED = [getattr(constraints, n) for n in _SUPPORTS] + [
+    getattr(activation, n) for n in _ACTIVATIONS
+]
+_KINDS = [named if isinstance(named, type) else type(named) for named in _NAMED]
 #: the classes of objects that a file may hold
-_CLASSES: dict[str, Any] = {kind.__name__: kind for kind in _KINDS}
+_CLASSES: dict[str, Any] = {kind.__name__: kind for kind in (*_KINDS, TiltedSiLU)}
 
 
 @dataclass(frozen=True, eq=False)
