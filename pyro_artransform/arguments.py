@@ -158,7 +158,7 @@ def values_can_be_read(*tensors: Tensor) -> bool:
 
 @contextmanager
 def asks_for_data(args: Sequence[Any], kwargs: Mapping[str, Any], words: str) -> Iterator[None]:
-    """Says in these words that a call without arguments lacks some."""
+    """Raises the error of a call that lacks arguments again, with this message."""
     try:
         yield
     except TypeError as error:

@@ -6,6 +6,7 @@
 import itertools
 import math
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pyro
@@ -36,6 +37,23 @@ def hierarchy(family: Family) -> None:
     with pyro.plate("groups", 4):
         z = pyro.sample("z", dist.Normal(0.0, scale))
         pyro.sample("y", family(z), obs=torch.tensor([1.0, 1.0, 0.5, 1.0]).round())
+
+
+def test_priors_that_were_made_before():
+    """With checks of values, which read them, as the priors of ``PyroSample`` are."""
+    pyro.enable_validation(True)
+    prior = dist.Normal(0.0, 1.0).expand([3]).to_event(1)
+
+    def model():
+        pyro.sample("y", dist.Normal(pyro.sample("z", prior).sum(-1), 1.0), obs=torch.tensor(1.0))
+
+    log_joint = LogJoint(model)
+    captured = Captured(partial(value_and_gradient, log_joint), 2)
+    for _ in range(4):
+        captured(torch.randn(5, 3))
+    assert captured.can_replay
+    assert captured.num_compared > 0
+    assert prior._validate_args
 
 
 def heavy_tails(family: Family) -> None:

@@ -29,7 +29,7 @@ _SMALL_CHUNK = 100  # draws at once where each takes long, or the time is limite
 
 
 class Weighted(NamedTuple):
-    """Draws on the unconstrained space, ``(n, D)`` or ``None`` where replayed; ``(n,)`` weights."""
+    """Draws in a guide's coordinates, ``(n, D)`` or ``None`` where replayed; ``(n,)`` weights."""
 
     latent: Tensor | None
     values: Values
@@ -48,7 +48,7 @@ def log_weights(
     kwargs: Kwargs | None = None,
     log_joint: LogJoint | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Draws ``(n, latent_dim)`` of a guide on the unconstrained space, and their log weights ``(n,)``."""
+    """Draws ``(n, latent_dim)`` of a guide in its coordinates, and their log weights ``(n,)``."""
     chunks = list(weighted_draws(model, guide, num_samples, args, kwargs or {}, log_joint))
     latents = [chunk.latent for chunk in chunks if chunk.latent is not None]
     if len(latents) < len(chunks):
@@ -62,8 +62,8 @@ def weighted_draws(
 ) -> Iterator[Weighted]:
     """Draws of a guide with their weights, a chunk at a time; discrete sites are allowed.
 
-    A guide with ``rsample_and_log_prob`` gives its density on the unconstrained space, any other one
-    is traced. A guide that is a point at some site, such as ``AutoDelta``, has an infinite density
+    A guide with ``rsample_and_log_prob`` gives its density in its coordinates, any other one is
+    traced. A guide that is a point at some site, such as ``AutoDelta``, has an infinite density
     there, despite its trace: its log weights are ``-inf``.
     """
     offered: object = guide

@@ -316,7 +316,9 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return latent.to(spec.dtype), ladj
 
     def start_at(self, loc: object, scale_tril: object = None) -> None:
-        """Becomes a Gaussian on the unconstrained space: the flow is again the one of a new guide.
+        """Becomes a Gaussian in the guide's coordinates, with the flow of a new guide.
+
+        These are those from the prior, where the guide has them, else the unconstrained space.
 
         :param loc: its location, a tensor, array or list of shape ``(latent_dim,)``.
         :param scale_tril: its lower-triangular scale, shape ``(latent_dim, latent_dim)``, diagonal if
@@ -333,7 +335,9 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         flow.load_state_dict(self._flow_start)
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
-        """Reparametrized draws on the unconstrained space, and their log-densities.
+        """Reparametrized draws in the guide's coordinates, and their log-densities there.
+
+        These are those from the prior, where the guide has them, else the unconstrained space.
 
         :param path: whether the gradient of the log-density flows through the draws only: one of the
             same expectation, and of lower variance, which at the optimum is zero.

@@ -231,7 +231,7 @@ def _objections(ensemble: Ensemble, num_samples: int) -> Iterator[FailedCheck]:
     if ensemble.end is End.LIMIT:
         yield Check.NOT_ASKED.failed(wanted=num_samples)
     divergent = share_of_divergent(ensemble.infos)
-    # independent proposals enter corners that trajectories do not
+    # independent proposals reach corners that trajectories do not: then divergences do not count
     if divergent > MANY_DIVERGENT and not ensemble.has_proposals:
         yield Check.DIVERGENCES.failed(percent=100 * divergent)
     beyond = ensemble.share_beyond()

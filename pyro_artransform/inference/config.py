@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from difflib import get_close_matches
 from typing import Any
 
-_FEWER = 8  # the share of draws by loop, and of the start by passes
+_FEWER = 8  # the divisor of numbers of draws by loop, and of the start by passes
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class OptimizationConfig:
     model_step_size: float = 5e-3
     window: int = 200  #: steps whose mean ELBO is compared with that of the same number before
     min_improvement: float = 0.01  #: nats between windows below which a fit does not go on
-    #: nats at which the step size falls: a mean that is 0.1 sd off costs so much
+    #: the gap in nats at which the decay starts: what a mean that is off by 0.1 sd costs
     good_gap: float = 0.005
     num_compared: int = 1000  #: draws of an estimate of the gap, at each quarter of a window
     max_constant: int = 3000  #: the longest constant phase
@@ -105,7 +105,9 @@ class FitConfig:
         return replace(
             self,
             initialization=_with_fewer(self.initialization, "max_trajectories", "num_compared"),
-            optimization=replace(self.optimization, num_compared=few),
+            optimization=replace(
+                self.optimization, num_compared=min(few, self.optimization.num_compared)
+            ),
             evaluation=verdict,
         )
 

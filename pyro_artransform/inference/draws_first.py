@@ -40,20 +40,24 @@ class DrawsFirst:
         self._num_draws = asked or usual
         self._most = {} if asked else {"most": config.max_trajectories}
         self.ensemble: Ensemble | None = None
-        self._reason = ""
+        self._reason, self._seconds = "", 0.0
 
-    def sample(self) -> bool:
-        """Runs chains from nothing; whether chains in the base space of a trained guide are not needed."""
+    def sample(self) -> str:
+        """Runs chains from nothing; why chains in the base space of a trained guide are not needed, if so."""
         self._limit.say("chains")
+        began = self._limit.seconds
         try:
             ensemble = from_nothing(self._subject.log_joint, self._num_draws)
             ensemble.run(self._num_draws, **self._most)
         except (RuntimeError, ValueError):  # no gradient, or too few starts with a finite density
             if self.is_asked:
                 raise
-            return False
+            return ""
         self.ensemble, self._reason = ensemble, self._limit.reason
-        return ensemble.end in (End.ENOUGH, End.APART) and not self._trains_model
+        self._seconds = self._limit.seconds - began
+        if self._trains_model:
+            return ""
+        return {End.ENOUGH: DRAWS_ARE_THERE, End.APART: End.APART.value}.get(ensemble.end, "")
 
     @property
     def has_mixed(self) -> bool:
@@ -68,6 +72,7 @@ class DrawsFirst:
         if self.is_asked and (best is None or best.end not in (End.ENOUGH, End.APART)):
             self._limit.enter_phase(CHAINS_UNTIL)
             self._limit.say("chains")
+            began = self._limit.seconds
             try:
                 second = ensemble_of(self._subject, self._num_draws)
                 second.run(self._num_draws)
@@ -77,10 +82,11 @@ class DrawsFirst:
             else:
                 if best is None or _worst_rhat(second) < _worst_rhat(best):
                     best, reason = second, self._limit.reason
+            self._seconds += self._limit.seconds - began
         if best is None or not self.gives_draws:
             return None
         self.ensemble = best
-        return chains_of(best, self._num_draws, self._limit.seconds, reason, status)
+        return chains_of(best, self._num_draws, self._seconds, reason, status)
 
 
 def _worst_rhat(ensemble: Ensemble) -> float:

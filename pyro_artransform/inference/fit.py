@@ -67,8 +67,8 @@ def fit(
     It is called as ``fit(model, guide, *args)``, or as ``fit(model, *args)``: then it chooses the
     guide, ``result.guide``, and ``print(result)`` says why: ``AutoIAF`` for few latents and for
     mini-batches, ``AutoStructuredFlow`` for many, ``AutoAmortized`` for latents in a sub-sampled plate.
-    What is callable in second place is the guide; where the model itself takes a callable first, give
-    that by its name, or the guide as ``guide=``.
+    If the second positional argument is callable, it is taken as the guide; where the model itself takes a
+    callable first, give that by its name, or the guide as ``guide=``.
 
     It begins with draws of the posterior itself, by many short Hamiltonian chains, and the verdict is on
     these first (``docs/chains.md``). A guide of this package starts as it is, or at the Gaussian that matches
@@ -125,7 +125,7 @@ def fit(
     :param draws: how many effective draws of each latent to return as ``result.draws``, by the chains of
         :func:`~pyro_artransform.inference.mcmc`. By default there are 400, where the model sees all its data
         by its arguments; of a model that runs for one draw after the other 100, or what some
-        trajectories give. With 0 fewer chains start the guide, and none are returned. With a
+        trajectories give. With 0, shorter chains only initialize the guide, and no draws are returned. With a
         ``loader`` there are none unless asked for: each of their gradients is a pass over it.
     :param max_seconds: the wall time of the whole fit. The verdict, and for ``AutoStructuredFlow`` the search
         for its graph, may exceed it.

@@ -40,10 +40,10 @@ def mcmc(
     the superchains, and in units of the priors, where these have scales that depend on other latents. They
     learn the scale of all directions, their step size and the length of trajectories together, and go on
     until the worst latent has ``num_samples`` effective draws, of its bulk and of its tails, and
-    superchains agree on each latent and on its outer quantiles (a nested R-hat of at most 1.02); or they are
-    in modes that they do not move between, or 3,000 trajectories were not enough, or the time is over, or
-    Ctrl-C ends them: the result says which. Where superchains stay in several modes, proposals at these let
-    chains jump between them. The first third of the draws is left out as a transient.
+    superchains agree on each latent and on its outer quantiles (a nested R-hat of at most 1.02). They end
+    earlier in modes that they do not move between, where too many trajectories diverge or far more than 3,000
+    would be needed, when the time is over, or by Ctrl-C: the result says which. Where superchains stay in
+    several modes, proposals at these let chains jump between them. The first third of the draws is discarded.
 
     With a guide chains begin at points of its base space, wider than its draws, and move there: in the base
     space of a good guide the posterior is nearly a standard normal, so that chains move far in a few steps,

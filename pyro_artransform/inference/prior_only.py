@@ -75,9 +75,12 @@ def _draws(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
     start = log_joint.with_coordinates(None).start
     for distance in _DISTANCES * _NUM_DRAWS:
         yield log_joint.latents.constrain(start + distance * torch.randn_like(start))
-    unchecked = pyro.validation_enabled(False)
     for _ in range(_NUM_DRAWS):
-        with suppress(Exception), unchecked, hidden_sites():  # as of an improper one
+        with (
+            suppress(Exception),
+            pyro.validation_enabled(False),
+            hidden_sites(),
+        ):  # as of an improper one
             nodes: Any = poutine.trace(log_joint.run).get_trace().nodes
             yield {name: nodes[name]["value"] for name in log_joint.latents.sites}
 

@@ -44,10 +44,7 @@ class FitResult(SavedResult):
     khat_se: float  #: its standard error
     ess: float  #: the effective number of ``num_samples`` draws
     num_samples: int  #: the number of draws behind these numbers
-    #: whether k-hat, the standard error of the ELBO and its distance from the evidence are within their
-    #: limits, the guide has the modes that chains found, few steps were skipped, and the fit ran to its end
-    #: on all data
-    trusted: bool
+    trusted: bool  #: whether no check of the guide failed, see ``failed``
     verdict: str  #: the same in words, and what to do where it is not trusted
     history: list[float]  #: the ELBO of each step, ``nan`` where the step was skipped
     num_steps: int  #: the number of steps

@@ -19,7 +19,7 @@ from ..sampling import Ensemble
 from ..time_limit import INTERRUPTED, OUT_OF_TIME
 from .checkpoint import resume as resumed
 from .checkpoint import save
-from .draws_first import DRAWS_ARE_THERE, DrawsFirst
+from .draws_first import DrawsFirst
 from .evaluation.elements import weigh_elements
 from .evaluation.evaluate import evaluate, evaluate_minibatches
 from .evaluation.verdict import FitStatus
@@ -60,18 +60,18 @@ def start(set_up: SetUp, resume: FilePath | None = None) -> Training:
                 set_up.limit.enter_phase(_START_UNTIL)
                 parallel.first("the ensemble", chains.sample)
         return training
-    initial, has_draws = parallel.first("the initial guide", partial(_find_start, set_up))
+    initial, why_no_steps = parallel.first("the initial guide", partial(_find_start, set_up))
     parallel.copy_first(set_up.tensors)
     parallel.seed_apart()
     training = set_up.new_training(set_up.schedule)
     training.check_start(initial.name)
-    if has_draws and set_up.schedule.num_steps is None:
-        training.schedule = training.schedule.ending_at(0, DRAWS_ARE_THERE)
+    if why_no_steps and set_up.schedule.num_steps is None:
+        training.schedule = training.schedule.ending_at(0, why_no_steps)
     return training
 
 
-def _find_start(set_up: SetUp) -> tuple[InitialGuide, bool]:
-    """Puts the guide at the best initial one, if it can be put anywhere; whether there are no steps then."""
+def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
+    """Puts the guide at the best initial one, if it can be put anywhere; why there are no steps, if so."""
     minibatches, chains = set_up.minibatches, set_up.draws_first
     if minibatches is not None and (missing := set_up.missing()):
         raise ValueError(
@@ -95,7 +95,8 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, bool]:
             density = whole = SharedPrior(log_joint)
         if is_flow:
             check_gradient(density, density.with_coordinates(None).start)
-        has_draws = chains is not None and chains.sample() and chains.is_asked
+        found_draws = "" if chains is None else chains.sample()
+        why_no_steps = found_draws if chains is not None and chains.is_asked else ""
 
         def chains_of(density: LogJoint) -> Ensemble | None:
             first = DrawsFirst(set_up.subject._replace(log_joint=density), 0, limit, config)
@@ -104,14 +105,14 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, bool]:
 
         if is_flow and not density.is_random:
             ensemble = chains_of(density) if chains is None else chains.ensemble
-            return find_start(whole, cast(FlowGuide, guide), ensemble, config), has_draws
+            return find_start(whole, cast(FlowGuide, guide), ensemble, config), why_no_steps
         if isinstance(guide, MinibatchGuide):
             elbo_draws = set_up.objective.elbo_draws
             found = find_initial_minibatch_guide(
                 log_joint, guide, batch, elbo_draws, chains_of, config
             )
-            return found, has_draws
-    return InitialGuide(UNCHANGED, math.nan), has_draws
+            return found, why_no_steps
+    return InitialGuide(UNCHANGED, math.nan), why_no_steps
 
 
 def train(
@@ -141,7 +142,8 @@ def train(
     if checkpoint is not None:
         is_saved |= save(set_up, training, checkpoint)
     if is_asked or not training.is_over():
-        reason = _ASKED if is_asked else limit.reason
+        # another process may be late before this one is
+        reason = _ASKED if is_asked else limit.reason or OUT_OF_TIME
         training.schedule = training.schedule.ending_at(training.num_steps, reason)
     return is_saved
 
@@ -199,7 +201,6 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         training.num_skipped / max(num_steps, 1),
         training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, _ASKED),
         cut_short=cut_short,
-        remedy="" if cut_short else _remedy(set_up, num_steps),
         has_chains=draws_first is not None and draws_first.is_asked,
         point_estimates=set_up.point_estimates,
         start_failed=training.start == FAILED,
@@ -208,6 +209,8 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         missing=set_up.missing,
     )
     chains = None if draws_first is None else draws_first.finish(status)
+    if not cut_short:  # by the draws that there are in the end
+        status = status._replace(remedy=_remedy(set_up, num_steps))
     set_up.limit.enter_phase(1.0, has_grace=True)
     minibatches = set_up.minibatches
     if minibatches is not None and not set_up.has_all_data:

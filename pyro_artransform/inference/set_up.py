@@ -30,7 +30,7 @@ from .parallel import Parallel
 from .prior_only import warn_of_prior
 from .row_sums import warn_of_no_sum
 
-# latents from which on a step of a guide with a graph has fewer draws: half the time, same ELBO
+# from this many latents on, structured guides have fewer particles a step: half the time, same ELBO
 _MANY_LATENTS, _NUM_PARTICLES_OF_MANY = 200, 16
 
 Function = Callable[..., object]

@@ -55,8 +55,8 @@ from .vectorization import (
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
 
-#: What part of them fits into a processor's cache, and is worth a run of the model: a regression of 100,000
-#: rows takes half the time a draw of four times larger parts, and two thirds of that of smaller ones
+#: the divisor of ``chunk_size`` that keeps a chunk in a processor's cache: a regression of 100,000 rows takes
+#: half the time a draw of four times larger chunks, and two thirds of that of smaller ones
 CACHED = 16
 # strategies are compared near the start, and far away on either side, on one as far as the prior is wide; at
 # more points near the start where these are not finite

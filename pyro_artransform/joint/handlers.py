@@ -3,6 +3,7 @@
 
 """Pyro handlers that run a model for its log-density, discrete latents summed out where there are any."""
 
+import copy
 import warnings
 from collections.abc import Callable, Container, Mapping, Sequence
 from contextlib import suppress
@@ -20,7 +21,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
-from torch.distributions import constraints
+from torch.distributions import Distribution, constraints
 
 from .traces import has_data, is_enumerated, latent_nodes, moved_latent, subsampling_scale
 
@@ -173,7 +174,7 @@ def _log_prob(site: Any) -> Tensor:
     make such, of NegativeBinomial in float32 from 1e6 failures on, where the density else has a mode of
     nothing but them.
     """
-    fn, value, mask = site["fn"], site["value"], site["mask"]
+    fn, value, mask = _unchecked(site["fn"]), site["value"], site["mask"]
     if isinstance(mask, Tensor) and has_data(site) and not is_functorch_wrapped_tensor(mask):
         event_dim = fn.event_dim
         event = value.shape[value.dim() - event_dim :]
@@ -188,6 +189,18 @@ def _log_prob(site: Any) -> Tensor:
     if has_data(site) and fn.support.is_discrete and fn.support is not constraints.boolean:
         log_prob = log_prob.masked_fill(log_prob > _MOST_LOG_PROB, -torch.inf)
     return log_prob
+
+
+def _unchecked(fn: Any) -> Any:
+    """A distribution without the checks of values, which read them, of one that was made with checks on."""
+    own = {name: part for name, part in vars(fn).items() if isinstance(part, Distribution)}
+    changed = {name: _unchecked(part) for name, part in own.items()}
+    changed = {name: part for name, part in changed.items() if part is not own[name]}
+    if not (changed or vars(fn).get("_validate_args")):
+        return fn
+    twin = copy.copy(fn)
+    vars(twin).update(changed, _validate_args=False)
+    return twin
 
 
 class FirstIndices(Messenger):

@@ -5,9 +5,9 @@
 
 Any Pyro guide will do; one that has the methods of a protocol is used through them. They are found by
 ``isinstance``, so a guide of a third party needs no base class. ``args`` and ``kwargs`` are the model's
-arguments; ``loc``, ``scale_tril`` and draws without names are on the unconstrained space, of shapes
-``(latent_dim,)``, ``(latent_dim, latent_dim)`` and ``(n, latent_dim)``; values by site have the shape
-``batch + site shape``.
+arguments; ``loc``, ``scale_tril`` and draws without names are in the guide's coordinates: those from the
+prior, where it has them, else the unconstrained space. Their shapes are ``(latent_dim,)``,
+``(latent_dim, latent_dim)`` and ``(n, latent_dim)``; values by site have the shape ``batch + site shape``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -48,7 +48,7 @@ class LogDensity(Protocol):
 
 @runtime_checkable
 class ReparametrizedGuide(Protocol):
-    """A guide that draws on the unconstrained space, with the density there."""
+    """A guide with draws in its coordinates, and their density there."""
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
         """Reparametrized draws and their log-densities ``(n,)``, with gradients.

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""R-hat and effective sample sizes of chains, of all coordinates at once, as ArviZ defines them.
+"""Nested R-hat of superchains, and effective sample sizes as ArviZ defines them, of all coordinates at once.
 
 **References**
 

@@ -57,8 +57,8 @@ class End(Enum):
 
     ENOUGH = "there are enough effective draws of each latent, and chains agree"
     APART = "superchains stay in modes that chains do not move between"
-    LIMIT = "as many trajectories were taken as a fit takes that is not asked for draws"
-    TOO_MANY = "so many trajectories were taken that more would hardly help"
+    LIMIT = "the limit of trajectories of a fit without draws= was reached"
+    TOO_MANY = "far more trajectories would be needed"
     DIVERGENT = "so many trajectories diverged that more draws would not be trusted"
     OUT_OF_TIME = "the time was over"
 
@@ -101,7 +101,7 @@ class Ensemble(MovingChains):
 
     @property
     def num_trajectories(self) -> int:
-        """Those of each chain since the warm-up."""
+        """Trajectories of each chain since the warm-up."""
         return sum(block.shape[1] for block in self._blocks)
 
     @property
@@ -198,7 +198,7 @@ class Ensemble(MovingChains):
                 number = _BLOCK
                 continue
             if size >= most or (size >= _PATIENCE and size + more > 4 * most):
-                return End.LIMIT if size >= most < _MOST_TRAJECTORIES else End.TOO_MANY
+                return End.LIMIT if most < _MOST_TRAJECTORIES else End.TOO_MANY
             number = max(min(number, most - size), _BLOCK)
 
     def _diverge(self) -> bool:
@@ -206,7 +206,7 @@ class Ensemble(MovingChains):
         return self._proposals is None and share_of_divergent(self.infos) > MANY_DIVERGENT
 
     def _of_slowest(self, rhat: Tensor) -> Convergence:
-        """Of the latents whose superchains agree the least, and of those that were the last to pass."""
+        """The convergence of the latents that mix least, and of the last ones to pass: all are costlier."""
         slowest = torch.cat([rhat.topk(_count(rhat)).indices, self._slowest])
         draws = self.draws[..., slowest]
         return Convergence(nested_rhat(draws, self.num_superchains), *effective_draws(draws))

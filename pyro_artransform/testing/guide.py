@@ -43,8 +43,9 @@ def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args
         latent = _check_densities(guide, args)
         density, before = guide.get_posterior().log_prob(latent), _parameters(guide)
         copies = {"deepcopy": copy.deepcopy(guide), "pickle": pickle.loads(pickle.dumps(guide))}
+        copies["pickle"].model = model  # no pickle has it
         for name, twin in copies.items():
-            equal(twin.get_posterior().log_prob(latent), density, f"{name}: another density")
+            equal(twin.get_posterior(*args).log_prob(latent), density, f"{name}: another density")
         for name, other in {"a second guide": make(model), **copies}.items():
             other(*args)
             _check_trains(name, other, model, args)
@@ -54,7 +55,11 @@ def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args
 
 
 def _parameters(guide: AutoAutoregressive) -> dict[str, Tensor]:
-    return {name: value.detach().clone() for name, value in guide.named_parameters()}
+    """Those that train: no gradient flows to the coordinates."""
+    coordinates = guide.prior_coordinates
+    fixed = set() if coordinates is None else {*coordinates.parameters()}
+    trained = ((name, p) for name, p in guide.named_parameters() if p not in fixed)
+    return {name: value.detach().clone() for name, value in trained}
 
 
 def _moved(guide: AutoAutoregressive, before: dict[str, Tensor]) -> list[str]:
@@ -93,11 +98,21 @@ def _check_densities(guide: AutoAutoregressive, args: Args) -> Tensor:
     expected = trace.log_prob_sum().detach()
     equal(guide.log_prob(values), expected, f"{wanted} {expected:.9g}", 1e-7)
     for path in (False, True):
-        latent, log_q = guide.rsample_and_log_prob(5, path=path)
+        z, log_q = guide.rsample_and_log_prob(5, path=path)
+        latent, ladj = _unconstrained(guide, z)
+        log_q = log_q - ladj
         expected = guide.get_posterior().log_prob(latent.detach())
         wanted = f"rsample_and_log_prob(path={path}): not the density of the posterior"
         equal(log_q, expected, wanted, 1e-7)
     return latent.detach()
+
+
+def _unconstrained(guide: AutoAutoregressive, z: Tensor) -> tuple[Tensor, Tensor]:
+    """Draws in the guide's coordinates on the unconstrained space, and the log-determinants."""
+    if guide.prior_coordinates is None:
+        return z, z.new_zeros(len(z))
+    unconstrained, ladj = guide.prior.density.to_unconstrained(z)
+    return unconstrained.detach(), ladj.detach()
 
 
 def _check_store(

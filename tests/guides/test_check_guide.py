@@ -5,6 +5,7 @@
 import pyro
 import pytest
 import torch
+from pyro import distributions as dist
 
 from pyro_artransform.guides import AutoIAF
 from pyro_artransform.testing import check_guide
@@ -18,6 +19,21 @@ def test_guides(name):
     pyro.param("kept", torch.ones(()))
     check_guide(new, models.gaussian if "iaf" in name else models.regression, models.data())
     assert list(pyro.get_param_store()) == ["kept"]
+
+
+def test_a_guide_in_coordinates_of_the_prior():
+    """Their lambda is no parameter that trains, and draws are not on the unconstrained space."""
+
+    def groups(values):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 4):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=values[:4])
+
+    guide = AutoIAF(groups)
+    guide(models.data())
+    assert guide.prior_coordinates is not None
+    check_guide(AutoIAF, groups, models.data())
 
 
 class Wrong(AutoIAF):

@@ -5,6 +5,7 @@
 
 import math
 import signal
+import time
 
 import pyro
 import pytest
@@ -312,3 +313,13 @@ def test_chains_at_the_first_parameters_judge_no_trained_guide():
 def test_a_point_is_not_told_that_chains_have_not_mixed():
     result = fitted(models.gaussian, AutoDelta(models.gaussian), num_steps=10)
     assert "since the guide is a point or not finite" in result.verdict
+
+
+def test_the_time_of_chains_is_their_own():
+    """Not that of the steps after them."""
+
+    def slow(*_):
+        time.sleep(0.02)
+
+    result = fitted(models.regression, draws=None, num_steps=50, callback=slow)
+    assert result.chains.seconds < result.seconds - 1.0

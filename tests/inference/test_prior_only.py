@@ -10,6 +10,7 @@ from pyro import poutine
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_artransform import AutoAmortized
+from pyro_artransform.inference import prior_only
 from pyro_artransform.inference.prior_only import warn_of_prior, why_prior
 from pyro_artransform.joint import LogJoint
 from tests.inference.conftest import quick_fit
@@ -21,6 +22,13 @@ def normal(y=None, scale=1.0):
     z = pyro.sample("z", dist.Normal(0.0, scale))
     with pyro.plate("rows", len(Y)):
         pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def test_all_draws_of_the_prior_are_seen():
+    """Those near the start, those far from it, and as many of the prior."""
+    values = [draw["z"] for draw in prior_only._draws(LogJoint(lambda: normal(Y)))]
+    num_of_start = len(prior_only._DISTANCES) * prior_only._NUM_DRAWS
+    assert len(values) == num_of_start + prior_only._NUM_DRAWS
 
 
 def by_factor():

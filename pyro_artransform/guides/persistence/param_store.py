@@ -28,8 +28,8 @@ _OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 class RegisteredGuide(AutoGuide):
     """A guide whose parameters are those of its modules, and under its name in Pyro's store."""
 
-    #: Whose values count where the store has others under the guide's name: those of the store; the guide's,
-    #: where it was copied, unpickled or loaded; those that were loaded into the store since the last call
+    #: whose values count where the store has others under the guide's name: "new": the store's; "carried", of
+    #: a guide that was copied, unpickled or loaded: its own; "settled": the store's if loaded since then
     _ownership: Literal["new", "carried", "settled"] = "new"
     _entries: Mapping[str, nn.Parameter] = {}  #: what it has put into the store
 

@@ -66,7 +66,7 @@ class Elements:
 
     @property
     def objection(self) -> str:
-        """Those that are not trusted, in words, the worst first; empty where there are none."""
+        """The untrusted elements in words, worst first; empty if there are none."""
         worst = self.gap.argsort(descending=True)
         named = [
             f"{self.name_of(k)} (k-hat {self.khat[k]:.2f} ± {self.khat_se[k]:.2f})"

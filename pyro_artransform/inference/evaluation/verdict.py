@@ -46,7 +46,7 @@ class FitStatus(NamedTuple):
     is_point: bool = False  #: whether the guide is a single value at some site
     is_random: bool = False  #: whether the model draws mini-batches itself, or is random otherwise
     mixes_draws: bool = False  #: whether the model turned out to mix draws at once, after the fit
-    has_chains: bool = False  #: whether draws are those of chains
+    has_chains: bool = False  #: whether draws were asked for, so that the guide is not the answer
     #: finds dependencies of the posterior that the guide's graph has not, in words
     missing: Callable[[], Sequence[str]] = tuple
     coarse: Sequence[str] = ()  #: the sites whose draws their dtype hardly tells apart

@@ -1,4 +1,4 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Initial values: the best Gaussian, fitted from several points."""
+"""Initial guides: the Gaussian that matches draws and gradients of the ensemble, or the guide as it is."""

@@ -77,7 +77,7 @@ def find_start(
 def _start_at_draws(
     density: LogJoint, guide: FlowGuide, ensemble: Ensemble, config: InitializationConfig
 ) -> float:
-    """Makes a guide the best Gaussian that it can be, if there is one of a finite ELBO; returns this."""
+    """Sets a guide to the best candidate Gaussian; returns its ELBO, or -inf if none has a finite one."""
     flat = ensemble.draws.flatten(0, 1)
     count = max(config.num_compared, DRAWS_BY_DIM * flat.shape[1])
     u = flat[:: max(len(flat) // count, 1)]

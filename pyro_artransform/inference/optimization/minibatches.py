@@ -55,11 +55,10 @@ class PassEstimate(NamedTuple):
 
 @dataclass
 class MinibatchObjective(Objective):
-    """An objective that trains on the next batch of a stream, and compares on the same ones each time.
+    """An objective that trains on the next batch of a stream.
 
-    A short last batch, which a model scales up to all data, makes a smaller step: then the steps of an
-    epoch add up to the gradient of all data. Parameters are compared on the batches for validation; or,
-    where a guide has the path gradient of latents that all rows share, on all data, and a batch's
+    A short last batch is down-weighted by its number of rows, so that the steps of an epoch sum to the
+    gradient of all data. Where a guide has the path gradient of latents that all rows share, a batch's
     density is corrected by that of all data at the guide's median when the steps began.
     """
 

@@ -87,7 +87,7 @@ class Training:
         self.start = ""  #: the name of the initial guide
         self.earlier_seconds = 0.0  #: the wall time that the fit took before it was resumed
         self._average = copies(self.trained)
-        # what it was when replays of its losses were last seen to be right
+        # the state at the last replays that were verified, to go back to
         self._num_compared = 0
         self._confirmed: dict[str, Any] | None = None
         # the weights say nothing of the parameters of a model
