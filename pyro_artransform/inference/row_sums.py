@@ -9,6 +9,7 @@ whatever its scale is, adds up to the same number before and after.
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -20,34 +21,36 @@ from torch import Tensor
 from ..arguments import warn_user
 from ..joint.sites import started_trace
 from ..joint.traces import latent_nodes, moved_latent
+from .evaluation.checks import Check, FailedCheck
 from .loader import Batch
 
 Model = Callable[..., object]
+FailedChecks = tuple[FailedCheck, ...]
 # pairs of batches that are compared, half of an epoch apart, how far latents are from the start on the
 # unconstrained space, and units in the last place by which sums of rows may differ
 _NUM_PAIRS, _DISTANCE, _ROUND_OFF = 3, 0.5, 100.0
 
 
 @torch.no_grad()
-def warn_of_no_sum(model: Model, batches: Sequence[Batch]) -> str | None:
-    """Warns where a log density is no sum over rows, and says why; ``None`` where that is not known.
+def warn_of_no_sum(model: Model, batches: Sequence[Batch]) -> FailedChecks | None:
+    """Warns where a log density is no sum over rows, and returns that check; ``None`` where it is not known.
 
     :param batches: some of an epoch, in its order.
     """
-    half, found = len(batches) // 2, list[str | None]()
+    half, found = len(batches) // 2, list[FailedChecks | None]()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         for pair in [*zip(batches[:half], batches[half:])][:_NUM_PAIRS]:
             try:
                 found.append(_why_no_sum(model, *pair))
             except Exception:  # any error means that the model does not take rows of both batches
                 found.append(None)
-    if objection := next(filter(None, found), ""):
-        warn_user(objection, UserWarning)
-        return objection
-    return "" if "" in found else None
+    for failed in chain.from_iterable(filter(None, found)):
+        warn_user(f"{failed.sentence}. {failed.remedy}", UserWarning)
+        return (failed,)
+    return () if () in found else None
 
 
-def _why_no_sum(model: Model, first: Batch, second: Batch) -> str | None:
+def _why_no_sum(model: Model, first: Batch, second: Batch) -> FailedChecks | None:
     pairs = [_exchanged(*parts) for parts in zip(first, second)]
     mixed = [Batch(*parts) for parts in zip(*pairs)]
     values = _latents(started_trace(partial(model, *first.args, **first.kwargs), init_to_median))
@@ -60,13 +63,8 @@ def _why_no_sum(model: Model, first: Batch, second: Batch) -> str | None:
         return None
     are_shares_sums = torch.allclose(shares[0] + shares[1], shares[2] + shares[3])
     if are_shares_sums and not abs(one + other - sum(new)) > sum(slacks):
-        return ""
-    return (
-        "the log density of a mini-batch is no sum over its rows: that of two batches is "
-        f"{one + other:.6g}, and {sum(new):.6g} once they have exchanged every other row, as of a model "
-        "that centers (y - y.mean()), standardizes or normalizes by the batch. Compute such numbers from "
-        "all data before the fit, as arguments of it"
-    )
+        return ()
+    return (Check.NO_SUM.failed(before=one + other, after=sum(new)),)
 
 
 def _exchanged(one: Any, other: Any) -> tuple[Any, Any]:

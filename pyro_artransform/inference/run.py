@@ -20,6 +20,7 @@ from ..time_limit import INTERRUPTED, OUT_OF_TIME
 from .checkpoint import resume as resumed
 from .checkpoint import save
 from .draws_first import DrawsFirst
+from .evaluation.checks import Check, FailedCheck
 from .evaluation.elements import weigh_elements
 from .evaluation.evaluate import evaluate, evaluate_minibatches
 from .evaluation.verdict import FitStatus
@@ -160,18 +161,22 @@ def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
     return replace(set_up.parallel.first("the verdict", judged), guide=guide).with_model(model)
 
 
-def _cut_short(training: Training, is_saved: bool) -> str:
+def _cut_short(training: Training, is_saved: bool) -> FailedCheck | None:
     """Why steps ended before their end, or before the ELBO was seen to settle, if so, and what to do."""
     schedule, reason = training.schedule, training.schedule.reason
     again = "resume it from its checkpoint" if is_saved else "fit again"
     hints = {INTERRUPTED: again, OUT_OF_TIME: "give more seconds", _ASKED: "let it go on"}
     if reason in hints:
-        return f"{reason} after {training.num_steps:,} steps: {hints[reason]}"
+        ended = f"{reason} after {training.num_steps:,} steps"
+        return Check.CUT_SHORT.failed(reason=ended, remedy=hints[reason])
     if schedule.is_still(training.losses[: schedule.decay_start]):
-        return ""
+        return None
     if schedule.num_steps is not None:
-        return f"{reason}: give more, or none, so that the fit finds its end itself"
-    return f"{reason}: give more num_steps" if reason == LIMIT else ""
+        more = "give more, or none, so that the fit finds its end itself"
+        return Check.CUT_SHORT.failed(reason=reason, remedy=more)
+    if reason == LIMIT:
+        return Check.CUT_SHORT.failed(reason=reason, remedy="give more num_steps")
+    return None
 
 
 def _remedy(set_up: SetUp, num_steps: int) -> str:

@@ -77,8 +77,8 @@ class SetUp:
         log_joint = self.subject.log_joint
         #: why the posterior is the prior, in a sentence, if it is
         self.prior_only = warn_of_prior(log_joint, (LogJoint(model, *b) for b in batches[1:]))
-        #: why the density of mini-batches is no sum over rows; ``None`` where that is not known
-        self.no_sum = warn_of_no_sum(model, batches) if is_minibatch else ""
+        #: the failed check of whether the density of mini-batches is a sum over rows; ``None`` if not known
+        self.no_sum = warn_of_no_sum(model, batches) if is_minibatch else ()
         self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None
         of_batch = _objective_of_batch(self.subject)

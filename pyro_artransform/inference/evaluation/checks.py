@@ -61,7 +61,12 @@ class Check(Enum):
         "result.culprits has the sites",
         "Use tighter priors, or supports that keep scales away from zero",
     )
-    NO_SUM = ("{no_sum}", "{remedy}")
+    NO_SUM = (
+        "the log density of a mini-batch is no sum over its rows: that of two batches is {before:.6g}, and "
+        "{after:.6g} once they have exchanged every other row, as of a model that centers (y - y.mean()), "
+        "standardizes or normalizes by the batch",
+        "Compute such numbers from all data before the fit, as arguments of it",
+    )
     POINT = (
         "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
         "laplace_approximation): an estimate of the mode, and no posterior",

@@ -40,8 +40,9 @@ class FitStatus(NamedTuple):
 
     skipped_share: float = 0.0  #: of the steps
     is_interrupted: bool = False  #: whether by Ctrl-C, the end of the time or the callback
-    #: why steps ended before their end, or before the ELBO settled, if so, and what to do, in words
-    cut_short: str = ""
+    cut_short: FailedCheck | None = (
+        None  #: why steps ended before their end, or before the ELBO settled
+    )
     remedy: str = ""  #: what to use where the guide is not the posterior, if that is known
     is_point: bool = False  #: whether the guide is a single value at some site
     is_random: bool = False  #: whether the model draws mini-batches itself, or is random otherwise
@@ -52,8 +53,8 @@ class FitStatus(NamedTuple):
     coarse: Sequence[str] = ()  #: the sites whose draws their dtype hardly tells apart
     point_estimates: Sequence[str] = ()  #: the parameters of the model that were trained
     start_failed: bool = False  #: whether the search for a start left the guide where it was
-    #: why the density of mini-batches is no sum over rows, if so; ``None`` where that is not known
-    no_sum: str | None = ""
+    #: whether the density of mini-batches is a sum over rows: the check if it failed, ``None`` if not known
+    no_sum: tuple[FailedCheck, ...] | None = ()
     prior_only: str = ""  #: why the posterior is the prior, in a sentence, if it is
 
 
@@ -84,9 +85,7 @@ def judge(
     :param praise: the words where no check failed, unless they are those about the weights.
     """
     failed = [*_about_steps(status), *about_draws(status)]
-    if status.no_sum:
-        why, _, remedy = status.no_sum.rpartition(". ")
-        failed.append(Check.NO_SUM.failed(no_sum=why, remedy=remedy))
+    failed += status.no_sum or ()
     if status.is_point or status.is_random:
         failed.append((Check.POINT if status.is_point else Check.SUBSAMPLED).failed())
     elif weights is not None:
@@ -100,8 +99,7 @@ def judge(
     if not (status.has_chains and failed) and (missing := status.missing()):
         failed.append(Check.GRAPH.failed(names=first_of(missing)))
     if status.cut_short and (failed or status.is_interrupted):
-        reason, _, remedy = status.cut_short.rpartition(": ")
-        failed.insert(0, Check.CUT_SHORT.failed(reason=reason, remedy=remedy))
+        failed.insert(0, status.cut_short)
     if not (failed or praise):
         praise = _about_success(cast(Importance, weights), lost)
     return Verdict(tuple(failed), praise, tuple(_notes(status, bool(failed))))

@@ -38,7 +38,12 @@ def without_digits():
     return torch.cat([weights(), torch.full((10,), -1e86)])
 
 
-LATE = {"cut_short": "the time was over after 0 steps: give more seconds", "remedy": ""}
+LATE = {
+    "cut_short": Check.CUT_SHORT.failed(
+        reason="the time was over after 0 steps", remedy="give more seconds"
+    ),
+    "remedy": "",
+}
 #: log weights, what was found elsewhere, how the fit ended, and words of the verdict
 NOT_TRUSTED = {
     "heavy tail": (lambda: heavy(1e-2), NOTHING, {}, ["k-hat is", "does not reach"]),
