@@ -93,8 +93,9 @@ def naming_arguments(
         yield
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         words = describe_tensors(called, args, kwargs)
-        # what torch says of shapes, and Pyro of NaN, has no names of arguments
-        if words and (isinstance(error, RuntimeError) or any(words.values())):
+        # what torch and Pyro say of shapes, and Pyro of NaN, has no names of arguments
+        is_of_shapes = isinstance(error, RuntimeError) or "shape" in str(error)
+        if words and (is_of_shapes or any(words.values())):
             error.args = (f"{error}\nThe arguments of the model are {'; '.join(words)}",)
         raise
 
@@ -122,12 +123,14 @@ def _fault(value: Any) -> str:
     """What is odd about an array as data, in words."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__
-        return f", of type {kind} in place of a tensor (torch.as_tensor makes one of an array)"
+        return (
+            f", of type {kind} in place of a tensor (torch.as_tensor makes one of an array, and "
+            "data.to_numpy() an array of a table)"
+        )
     if count := int((~value.isfinite()).sum()):
         return f", {count} of {value.numel()} elements not finite"
     default = torch.get_default_dtype()
-    is_other = value.is_floating_point() and value.dtype != default
-    return f", of {value.dtype}, where the default is {default}" if is_other else ""
+    return f", of {value.dtype}, where the default is {default}" if value.dtype != default else ""
 
 
 def first_of(words: Sequence[str]) -> str:

@@ -15,7 +15,7 @@ from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
 from ..sampling import GOOD_RHAT, End, Ensemble, energy_bfmi
 from ..sampling.trajectories import MANY_DIVERGENT, share_of_divergent
-from .evaluation.checks import Check, FailedCheck, Verdict, as_lines
+from .evaluation.checks import CORNER, Check, FailedCheck, Verdict, as_lines
 from .evaluation.verdict import FitStatus, about_draws
 from .saved import SavedResult
 
@@ -95,7 +95,7 @@ class Chains(SavedResult):
         return "\n".join([self.answer, *as_lines([*self.judged.rows(), *self.rows().items()])])
 
     def summary(self) -> Summary:
-        """Mean, sd, quantiles of 5, 50 and 95 %, ess and R-hat of each element, under constrained names.
+        """Mean, sd, quantiles of 5, 50 and 95 %, both ess and R-hat of each element, by constrained names.
 
         Effective draws and R-hat are those of the unconstrained space; of a site that has another shape
         there, such as a simplex, the smallest and the largest one.
@@ -104,7 +104,8 @@ class Chains(SavedResult):
         for name, columns in found.items():
             shape = columns["mean"].shape
             for key, values, worst in (
-                ("ess", torch.minimum(self.ess[name], self.ess_tail[name]), torch.min),
+                ("ess_bulk", self.ess[name], torch.min),
+                ("ess_tail", self.ess_tail[name], torch.min),
                 ("r_hat", self.rhat[name], torch.max),
             ):
                 fits = values.shape == shape
@@ -169,7 +170,7 @@ def chains_of(
     bfmi = energy_bfmi(torch.stack([info.energy for info in infos], 1))
     status = status._replace(coarse=latents.coarse_sites(flat))
     judged = Verdict(
-        failed=(*_objections(ensemble, num_samples), *about_draws(status)),
+        failed=(*_objections(ensemble, num_samples, float(bfmi.median())), *about_draws(status)),
         praise=(
             f"{float(found.bulk.min()):,.0f} effective draws of the worst latent, R-hat at most "
             f"{float(found.rhat.max()):.3f}, by {count} chains of {size} draws."
@@ -200,7 +201,7 @@ def chains_of(
     )
 
 
-def _objections(ensemble: Ensemble, num_samples: int) -> Iterator[FailedCheck]:
+def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[FailedCheck]:
     """What speaks against the draws, with its remedy."""
     found, latents = ensemble.convergence(), ensemble.log_joint.latents
     max_rhat = float(found.rhat.max())
@@ -218,7 +219,13 @@ def _objections(ensemble: Ensemble, num_samples: int) -> Iterator[FailedCheck]:
             between=between,
         )
     remedy = more = "Let them run for longer"
-    if ensemble.end not in (End.OUT_OF_TIME, End.LIMIT):
+    if bfmi < _LOW_BFMI:
+        remedy = more = CORNER
+    elif ensemble.end is End.LIMIT:
+        remedy = more = (
+            f"Ask for draws, draws={num_samples}: a fit that is not asked ends chains early"
+        )
+    elif ensemble.end is not End.OUT_OF_TIME:
         more = "Use tighter priors, or another parametrization"
         remedy = "Use tighter priors, another parametrization, or chains from a guide"
     if not is_apart and not max_rhat <= GOOD_RHAT:
@@ -228,8 +235,6 @@ def _objections(ensemble: Ensemble, num_samples: int) -> Iterator[FailedCheck]:
         if not (least := float(ess.min())) >= num_samples:
             numbers = {"ess": least, "wanted": num_samples, "where": where, "remedy": more}
             yield Check.ESS.failed(name=latents.name_of(int(ess.argmin())), **numbers)
-    if ensemble.end is End.LIMIT:
-        yield Check.NOT_ASKED.failed(wanted=num_samples)
     divergent = share_of_divergent(ensemble.infos)
     # independent proposals reach corners that trajectories do not: then divergences do not count
     if divergent > MANY_DIVERGENT and not ensemble.has_proposals:
@@ -246,6 +251,11 @@ def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:
         yield (
             f"Some starts led to other modes, with about {ensemble.left_out:.1g} of the posterior as far as "
             "Gaussians tell: their chains began anew elsewhere."
+        )
+    if (outside := share_of_divergent(ensemble.infos, is_finite=False)) > MANY_DIVERGENT:
+        yield (
+            f"{100 * outside:.2g} % of the trajectories ended where the density is zero or fails, as beyond "
+            "the edge of a support: a scale, for one, needs a positive prior, such as HalfNormal."
         )
     if bfmi < _LOW_BFMI:
         yield f"The median E-BFMI of chains is {bfmi:.2f}: tails are explored slowly."

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributions import Distribution
 from torch.utils.data import DataLoader
 
 from ..arguments import check_callable, check_integer
@@ -180,7 +181,8 @@ def fit(
         raise RuntimeError("fit: expected to be called outside of torch.inference_mode")
     if config is not None and not isinstance(config, FitConfig):
         raise TypeError(f"config: expected a FitConfig, got {config!r}")
-    if guide is None and args and callable(args[0]):  # what is callable is not data
+    # what is callable is not data, but for the distributions of Pyro
+    if guide is None and args and callable(args[0]) and not isinstance(args[0], Distribution):
         guide, args = args[0], args[1:]
     if guide is not None:
         check_callable("guide", guide, "a guide of the model, such as AutoIAF(model)")

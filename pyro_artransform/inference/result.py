@@ -16,7 +16,7 @@ from ..joint.density import Args, Kwargs
 from ..posterior import Summary, predict, summary
 from ..posterior.predictive import draws_of_guide
 from .chains import Chains, known
-from .evaluation.checks import FailedCheck, Verdict, as_lines
+from .evaluation.checks import Check, FailedCheck, Verdict, as_lines
 from .evaluation.elements import Elements
 from .saved import SavedResult
 
@@ -138,6 +138,8 @@ class FitResult(SavedResult):
             evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
             khat, weights = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance
             of = "" if self.elements is None else ", of what all elements share"
+            if any(failed.check is Check.LOST_MODES for failed in self.judged.failed):
+                evidence += " (of the modes that the guide has)"
             if self.khat > GOOD_KHAT:
                 if weights is None or weights.has_heavy_tail:
                     evidence += f" (most often too small: k-hat is above {GOOD_KHAT})"

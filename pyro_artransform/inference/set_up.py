@@ -9,10 +9,12 @@ from collections.abc import Callable
 from functools import cached_property, partial
 from typing import cast
 
+import pyro
 import torch
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from ..arguments import naming_arguments
+from ..arguments import first_of, naming_arguments, warn_user
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..joint import LogJoint
 from ..joint.handlers import traced_parameters
@@ -224,9 +226,20 @@ def _run_once(
     (args, kwargs), given = batch, cast(object, guide)
     if isinstance(given, StoredGuide):  # a new guide is to be new, whatever was fitted before
         given.drop_orphans()
+    left_over = list[str]()
+    if isinstance(given, AutoGuide) and not isinstance(given, StoredGuide):
+        is_new = getattr(given, "prototype_trace", None) is None
+        own = f"{given._pyro_name}."
+        left_over = [name for name in pyro.get_param_store() if is_new and name.startswith(own)]
     subject = ModelAndGuide.of(model, guide, args, kwargs)
     if stream is not None:
         check_use(stream, guide, subject.log_joint, batch)
+    if left_over:
+        warn_user(
+            f"the guide starts from values that the param store had for its name: {first_of(left_over)}. "
+            "For a new guide call pyro.clear_param_store() before",
+            UserWarning,
+        )
     list(subject.weighted_draws(0))  # an error if the guide lacks a latent
     return subject
 

@@ -35,6 +35,16 @@ def doubles(value: Tensor) -> Tensor:
     return value.detach().to("cpu", torch.float64).flatten()
 
 
+def _part(result: Any, name: str) -> Any:
+    """A part of the result of a fit, or what is given in its place."""
+    found = getattr(result, name, result)
+    if found is None:
+        raise ValueError(
+            f"result: expected one with {name}, which this fit has not: {result.verdict}"
+        )
+    return found
+
+
 def plot_elbo(history: Sequence[float] | Tensor | FitResult, ax: Axes | None = None) -> Axes:
     """The ELBO by step, and its running median.
 
@@ -60,55 +70,58 @@ def plot_elbo(history: Sequence[float] | Tensor | FitResult, ax: Axes | None = N
     return ax
 
 
-def plot_khat(result: Importance, ax: Axes | None = None) -> Axes:
+def plot_khat(result: Importance | FitResult, ax: Axes | None = None) -> Axes:
     """The largest importance weights against their rank, with the Pareto tail fitted to them.
 
     A tail of index k falls with the slope -1 / k far out; dashed is 0.7, the largest to rely on.
 
-    :param result: what :func:`~pyro_artransform.diagnostics.importance` found.
+    :param result: what :func:`~pyro_artransform.diagnostics.importance` found, or that of a fit.
     :param ax: where to draw; by default new Axes.
     """
-    title, tail = f"k-hat = {result.khat:.2f} ± {result.khat_se:.2f}", fit_tail(result.log_weights)
+    found: Importance = _part(result, "importance")
+    title, tail = f"k-hat = {found.khat:.2f} ± {found.khat_se:.2f}", fit_tail(found.log_weights)
     ax = new_axes(ax, xlabel="weight / mean weight", ylabel="share of larger weights", title=title)
-    ordered = doubles(result.log_weights).sort(descending=True).values
-    ordered = ordered[ordered.isfinite()] - result.log_evidence
+    ordered = doubles(found.log_weights).sort(descending=True).values
+    ordered = ordered[ordered.isfinite()] - found.log_evidence
     ranks = torch.arange(1, len(ordered) + 1, dtype=torch.float64, device="cpu") - 0.5
-    shares, top = ranks / result.num_samples, max(3 * tail.size, 10)
+    shares, top = ranks / found.num_samples, max(3 * tail.size, 10)
     ax.loglog(ordered[:top].exp(), shares[:top], ".", color=BLUE, alpha=0.6, label="weights")
     if isfinite(tail.scale) and len(ordered):
         levels, limit = ranks[: tail.size] / tail.size, f"of index {GOOD_KHAT}"
         for label, khat, style in (("Pareto tail", tail.khat, "-"), (limit, GOOD_KHAT, "--")):
             # the weights of a tail of this index that are exceeded at these levels
             quantiles = torch.expm1(-khat * levels.log()) / khat * tail.scale
-            x = (tail.log_cutoff - result.log_evidence + quantiles.log1p()).exp()
+            x = (tail.log_cutoff - found.log_evidence + quantiles.log1p()).exp()
             ax.loglog(x, shares[: tail.size], style, color=ORANGE, label=label)
     ax.xaxis.set_minor_formatter(NullFormatter())  # labels between decades overlap
     ax.legend(frameon=False)
     return ax
 
 
-def plot_marginals(result: Marginals, ax: Axes | None = None) -> Axes:
+def plot_marginals(result: Marginals | FitResult, ax: Axes | None = None) -> Axes:
     """How far each latent's standard deviation is off, over how far its mean is.
 
     Each dot is a coordinate on the unconstrained space; errors in the gray box are small enough to trust.
 
-    :param result: the ``marginals`` of a result of :func:`~pyro_artransform.fit`.
+    :param result: that of :func:`~pyro_artransform.fit`, or its ``marginals``.
     :param ax: where to draw; by default new Axes.
+    :raises ValueError: if the fit has none, as where chains have not mixed.
     """
+    found: Marginals = _part(result, "marginals")
     ax = new_axes(ax, xlabel="mean too large by (sd)", ylabel="sd too large by (%)")
     x, y = GOOD_MEAN_SHIFT, 100 * GOOD_SD_ERROR
     ax.add_patch(Rectangle((-x, -y), 2 * x, 2 * y, color=GRAY, alpha=0.2))
     limits = torch.tensor([2 * x, 2 * y], dtype=torch.float64, device="cpu")
-    has_bars = sum(map(torch.numel, result.mean_shift.values())) <= 100  # more hide each other
-    for k, (name, shift) in enumerate(result.mean_shift.items()):
-        dots = torch.stack([doubles(shift), 100 * doubles(result.sd_ratio[name] - 1)])
+    has_bars = sum(map(torch.numel, found.mean_shift.values())) <= 100  # more hide each other
+    for k, (name, shift) in enumerate(found.mean_shift.items()):
+        dots = torch.stack([doubles(shift), 100 * doubles(found.sd_ratio[name] - 1)])
         style: dict[str, Any] = {"fmt": ".", "color": f"C{k % 10}", "elinewidth": 0.6}
         if has_bars:
-            style["xerr"] = doubles(result.mean_shift_se[name])
-            style["yerr"] = 100 * doubles(result.sd_ratio_se[name])
+            style["xerr"] = doubles(found.mean_shift_se[name])
+            style["yerr"] = 100 * doubles(found.sd_ratio_se[name])
         ax.errorbar(dots[0], dots[1], label=name if k < 8 else None, **style)
         limits = limits.maximum(dots.abs().nan_to_num(0, 0).amax(1))
     x, y = (1.1 * limits).tolist()
-    ax.set(xlim=(-x, x), ylim=(-y, y), title=bounds_in_words(result.mean_bound, result.sd_bound))
+    ax.set(xlim=(-x, x), ylim=(-y, y), title=bounds_in_words(found.mean_bound, found.sd_bound))
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -69,11 +69,11 @@ def log_likelihood(
 class Likelihood:
     """The log-likelihood of each datum as a function of draws of all latents, and the sites behind it."""
 
-    def __init__(self, run: Callable[[], object]) -> None:
+    def __init__(self, run: Callable[[], object], is_of_all_data: bool = True) -> None:
         self.run = run
         with poutine.block():
             trace = poutine.trace(run).get_trace()
-        for frame in subsampled_plates(trace):
+        for frame in subsampled_plates(trace) if is_of_all_data else ():
             raise ValueError(
                 f"model: expected all data, got the sub-sampled plate '{frame.name}' "
                 f"({frame.size} of {frame.full_size})"
@@ -119,7 +119,10 @@ class Likelihood:
         for name, value in chosen.items():
             expected, got = (n, *self.latents[name].shape), tuple(value.shape)
             if got != expected:
-                raise ValueError(f"draws: expected '{name}' of shape {expected}, got {got}")
+                raise ValueError(
+                    f"draws: expected '{name}' of shape {expected}, got {got}; for new groups give "
+                    f"predict(model, draws, ...) no draws of '{name}', which is then drawn from its prior"
+                )
         return chosen
 
     def _compared(self, draws: Draws) -> tuple[Terms, list[int]]:

@@ -30,7 +30,9 @@ def predict(
     all plates.
 
     :param draws: for each latent site a tensor of shape ``(n,) + site shape``, such as ``result.draws``;
-        further sites are ignored. Latents without draws, as those of new groups, are drawn from their priors.
+        further sites are ignored. Latents without draws, as those of new groups,
+        and discrete ones that were summed out, are drawn from their priors given the others:
+        ``pyro.infer.infer_discrete`` has the posterior of the latter.
     :param args: the arguments of the model, new ones for predictions, or those of the fit for checks.
     :return: for each site with data, each latent without draws and each deterministic site a tensor of
         shape ``(n,) + site shape``.
@@ -47,7 +49,7 @@ def predict(
         >>> predict(model, {"b": torch.zeros(100, 2)}, torch.ones(3, 2))["y"].shape
         torch.Size([100, 3])
     """
-    likelihood = Likelihood(partial(model, *args, **kwargs))
+    likelihood = Likelihood(partial(model, *args, **kwargs), is_of_all_data=False)
     given = likelihood.given(draws)
     if not any(map(len, given.values())):
         raise ValueError(

@@ -75,14 +75,14 @@ class Info(NamedTuple):
         return self._replace(proposal=proposal, momentum=none)
 
 
-def share_of_divergent(infos: Sequence[Info]) -> float:
-    """The share of trajectories that diverged at a finite density.
+def share_of_divergent(infos: Sequence[Info], is_finite: bool = True) -> float:
+    """The share of trajectories that diverged at a finite density, or at one that is not.
 
-    One that is not finite is the edge of a support, or beyond the range of a dtype.
+    The latter is the edge of a support, or beyond the range of a dtype.
     """
-    is_finite = torch.stack([info.proposal.log_density.isfinite() for info in infos])
+    finite = torch.stack([info.proposal.log_density.isfinite() for info in infos])
     is_divergent = torch.stack([info.is_divergent for info in infos])
-    return float((is_divergent & is_finite).double().mean())
+    return float((is_divergent & (finite == is_finite)).double().mean())
 
 
 def integrator_of(dim: int) -> Integrator:

@@ -194,11 +194,12 @@ def test_summary_has_constrained_names_with_their_convergence():
     assert set(found) == {"share", "z", "rate"}
     assert torch.allclose(found["rate"]["mean"], chains.by_chain["rate"].mean())
     assert torch.equal(found["z"]["r_hat"], chains.rhat["z"])
-    assert torch.equal(found["z"]["ess"], torch.minimum(chains.ess["z"], chains.ess_tail["z"]))
+    assert torch.equal(found["z"]["ess_bulk"], chains.ess["z"])
+    assert torch.equal(found["z"]["ess_tail"], chains.ess_tail["z"])
     # a simplex of three has two dimensions: the worst of them for all
     assert found["share"]["r_hat"].shape == found["share"]["mean"].shape == (3,)
     assert (found["share"]["r_hat"] == chains.rhat["share"].max()).all()
-    assert float(found["share"]["ess"].min()) >= 100
+    assert float(found["share"]["ess_bulk"].min()) >= 100
     assert "r_hat" in str(found)
 
 
@@ -398,3 +399,16 @@ def test_chains_that_stay_in_modes_are_not_trusted_however_small_one_is(monkeypa
     assert chains.stopped_because == End.APART.value
     assert not chains.trusted
     assert "starts led to 2 modes" in chains.verdict
+
+
+def test_a_scale_without_a_positive_prior_is_said():
+    """A part of its prior has no density: draws are right, and trajectories end there."""
+
+    def model():
+        tau = pyro.sample("tau", dist.Normal(1.0, 2.0))
+        with pyro.plate("groups", 6):
+            z = pyro.sample("z", dist.Normal(0.0, tau))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.linspace(-1.0, 1.0, 6))
+
+    found = mcmc(model, None, 100, seed=0, progress=False)
+    assert "a scale, for one, needs a positive prior" in found.verdict

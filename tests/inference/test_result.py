@@ -78,7 +78,16 @@ def test_of_a_guide_alone(result):
 
 
 def test_a_summary_is_that_of_the_draws_or_of_the_guide(result):
-    assert result.summary()["loc"].keys() == {"mean", "sd", "5%", "50%", "95%", "ess", "r_hat"}
+    assert result.summary()["loc"].keys() == {
+        "mean",
+        "sd",
+        "5%",
+        "50%",
+        "95%",
+        "ess_bulk",
+        "ess_tail",
+        "r_hat",
+    }
     torch.testing.assert_close(
         result.summary()["loc"]["mean"], result.chains.by_chain["loc"].mean()
     )

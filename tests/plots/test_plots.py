@@ -192,3 +192,15 @@ def test_graph_of_many_latents_shows_all_dependencies(ax):
     near[0] = near[:, 0] = True  # the scale
     assert not of_model[near].isnan().any()
     assert of_model[~near].isnan().all()
+
+
+def test_parts_of_the_result_of_a_fit():
+    """A result itself will do; one that has no such part says why."""
+    found = SimpleNamespace(marginals=known_marginals(), verdict="")
+    assert (
+        plots.plot_marginals(found).get_title() == plots.plot_marginals(found.marginals).get_title()
+    )
+    with pytest.raises(
+        ValueError, match="with importance, which this fit has not: of mini-batches"
+    ):
+        plots.plot_khat(SimpleNamespace(importance=None, verdict="of mini-batches"))

@@ -81,3 +81,16 @@ def test_draws_of_other_shapes_are_refused():
 def test_no_draws_are_refused():
     with pytest.raises(ValueError, match="got none; for draws of the prior use"):
         predict(regression, {}, torch.zeros(3, 2), group=torch.arange(3))
+
+
+def test_a_plate_that_takes_a_part_of_its_rows():
+    """As models of mini-batches have it: predictions need no data."""
+
+    def model(x, y=None):
+        b = pyro.sample("b", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 100, subsample_size=len(x)):
+            pyro.sample("y", dist.Normal(b * x, 0.1), obs=y)
+
+    found = predict(model, {"b": torch.full((50,), 2.0)}, torch.ones(3))["y"]
+    assert found.shape == (50, 3)
+    assert found.mean() == pytest.approx(2.0, abs=0.05)  # six standard errors

@@ -13,7 +13,7 @@ from ..prior_only import GIVE_DATA
 
 _WIDTH, _LABEL = 100, 13  # of lines, and of the names of rows
 _BREAK_SYMMETRY = "Break the symmetry in the model (ordered supports, tighter priors)"
-_CORNER = "Use a prior that keeps scales away from zero, or another parametrization"
+CORNER = "Use a prior that keeps scales away from zero, or another parametrization"
 
 
 class Check(Enum):
@@ -40,19 +40,15 @@ class Check(Enum):
         "{name} has {ess:.0f} effective draws{where}, not {wanted}",
         "{remedy}, or ask for fewer draws",
     )
-    NOT_ASKED = (
-        "a fit that is not asked for draws ends chains early",
-        "ask for them, draws={wanted}",
-    )
     DIVERGENCES = (
         "{percent:.2g} % of the trajectories diverged: there is a corner that steps of this size do not "
         "enter, such as a scale near zero, and draws have too little of it",
-        _CORNER,
+        CORNER,
     )
     TAIL = (
         "the draws of {name} lack a tail: by Laplace's approximation {percent:.2g} % of the posterior is "
         "beyond their outer 1 % quantile",
-        _CORNER,
+        CORNER,
     )
     # of guides
     CUT_SHORT = ("{reason}", "{remedy}")
@@ -113,7 +109,8 @@ class Check(Enum):
     GRAPH = (
         "the guide's graph lacks dependencies that the model has where the posterior is: {names}",
         "They were switched off where the graph was found: make it anew with an init_loc_fn of values where "
-        "they are on, such as init_to_value(values=guide.median()), or use AutoIAF",
+        "they are on, such as init_to_value(values=guide.median()), or use AutoIAF. In float32 round-off may "
+        "look like them: use float64",
     )
     MINIBATCHES = (
         "it was trained on mini-batches: the ELBO {of} is {elbo:.3f} ± {elbo_se:.3f} ({num_batches} "
@@ -130,6 +127,9 @@ class Check(Enum):
         "log weights have a variance of {noise:.2g} by noise alone, above {bound:.0f}",
         "Use more draws of each element (MinibatchConfig.min_inner), or {remedy}",
     )
+
+    def __repr__(self) -> str:
+        return f"Check.{self.name}"
 
     def failed(self, **fields: Any) -> "FailedCheck":
         """The check with its numbers and names; ``remedy=None`` is none."""

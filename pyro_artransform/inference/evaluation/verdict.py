@@ -98,7 +98,9 @@ def judge(
     # chains are right whatever the graph is: then more than seconds are not spent on it in vain
     if not (status.has_chains and failed) and (missing := status.missing()):
         failed.append(Check.GRAPH.failed(names=first_of(missing)))
-    if status.cut_short and (failed or status.is_interrupted):
+    # nothing else judges the parameters of a model
+    is_unfinished = failed or status.is_interrupted or status.point_estimates
+    if status.cut_short and is_unfinished:
         failed.insert(0, status.cut_short)
     if not (failed or praise):
         praise = _about_success(cast(Importance, weights), lost)
