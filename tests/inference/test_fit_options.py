@@ -203,29 +203,6 @@ def test_the_users_guide_is_in_the_result(guide):
         assert "guide" not in result.rows()
 
 
-def test_integers_as_data_are_named():
-    """Those of outcomes that are 0 or 1, which torch does not multiply by numbers."""
-
-    def model(y):
-        p = pyro.sample("p", dist.Beta(2.0, 2.0))
-        with pyro.plate("rows", len(y)):
-            pyro.sample("y", dist.Bernoulli(p), obs=y)
-
-    with pytest.raises(
-        RuntimeError, match=r"'y' of shape \(3,\), of torch.int64, where the default"
-    ):
-        few(model, torch.tensor([0, 1, 1]))
-
-
-def test_a_distribution_is_data():
-    """Although it can be called: it is an argument of the model, and no guide."""
-
-    def model(prior):
-        pyro.sample("y", dist.Normal(pyro.sample("z", prior), 1.0), obs=torch.ones(()))
-
-    assert "z" in few(model, dist.Normal(0.0, 1.0), num_steps=2).guide.median()
-
-
 def test_a_callable_of_the_models_goes_by_its_name():
     chosen = AutoNormal(with_link)
     assert few(with_link, torch.exp, Y, guide=chosen, num_steps=2).guide is chosen
@@ -276,34 +253,6 @@ BATCHES = [
 def test_batches_that_are_not_the_models_arguments(loader, options, words, guide):
     with pytest.raises(TypeError, match=words):
         few(location, guide=guide, loader=2 * loader, **options)
-
-
-@pytest.mark.parametrize("guide", [None, AutoIAF], ids=["chosen", "given"])
-def test_errors_of_runs_name_the_arguments(guide):
-    """Those of torch, of shapes, and of Pyro, of parameters that are NaN, do not, nor those of arrays."""
-
-    def model(x, y):
-        slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 1.0))
-        with pyro.plate("rows", len(x)):
-            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
-
-    x, y = torch.ones(5), torch.ones(5)
-    first = r"The arguments of the model are 'x' of shape \(5,\)"
-    for kind, args, words in [
-        (RuntimeError, (x, torch.ones(4)), r"; 'y' of shape \(4,\)$"),
-        (ValueError, (x / 0 - x / 0, y), r", 5 of 5 elements not finite; 'y' of shape \(5,\)$"),
-        (
-            ValueError,
-            (x, y.numpy()),
-            r"; 'y' of shape \(5,\), of type ndarray in place of a tensor",
-        ),
-        (ValueError, (x, torch.ones(5, 1)), r"; 'y' of shape \(5, 1\)$"),
-        (AttributeError, (x.numpy(), y), r", of type ndarray in place of a tensor .*; 'y' of "),
-    ]:
-        with pytest.raises(kind, match=first + words):
-            few(model, *([] if guide is None else [guide(model)]), *args)
-    with pytest.raises(AttributeError, match=first + words):
-        mcmc(model, None if guide is None else guide(model), 10, *args, progress=False)
 
 
 def test_decorated_models_take_what_their_decorator_takes():
@@ -361,21 +310,6 @@ def test_parameters_of_the_model_that_were_cut_short():
     guide = models.small(models.with_param)
     found = quick_fit(models.with_param, guide, num_steps=20, progress=False)
     assert [failed.check for failed in found.judged.failed][:1] == [Check.CUT_SHORT]
-
-
-def test_what_the_param_store_had_is_said():
-    """A guide of Pyro's takes it for its own, so that a seed does not repeat a fit."""
-
-    def fitted(guide, **options):
-        return quick_fit(models.location, guide, num_steps=2, progress=False, **options)
-
-    guide = AutoNormal(models.location)
-    fitted(guide)
-    fitted(guide)  # goes on, as it should
-    with pytest.warns(
-        UserWarning, match=r"starts from values that the param store had .*AutoNormal\."
-    ):
-        fitted(AutoNormal(models.location))
 
 
 def test_a_model_without_data_is_said_to_be_its_prior():
