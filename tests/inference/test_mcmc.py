@@ -399,16 +399,3 @@ def test_chains_that_stay_in_modes_are_not_trusted_however_small_one_is(monkeypa
     assert chains.stopped_because == End.APART.value
     assert not chains.trusted
     assert "starts led to 2 modes" in chains.verdict
-
-
-def test_a_scale_without_a_positive_prior_is_said():
-    """A part of its prior has no density: draws are right, and trajectories end there."""
-
-    def model():
-        tau = pyro.sample("tau", dist.Normal(1.0, 2.0))
-        with pyro.plate("groups", 6):
-            z = pyro.sample("z", dist.Normal(0.0, tau))
-            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.linspace(-1.0, 1.0, 6))
-
-    found = mcmc(model, None, 100, seed=0, progress=False)
-    assert "a scale, for one, needs a positive prior" in found.verdict

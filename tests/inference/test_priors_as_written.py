@@ -80,3 +80,16 @@ def test_fits_with_draws_have_the_density_as_written(case, coordinates):
     model, *_ = CASES[case]
     guide = AutoIAF(model, coordinates=coordinates)
     check_draws(case, fit(model, guide, draws=400, seed=0, progress=False).chains)
+
+
+def test_a_scale_without_a_positive_prior_is_said():
+    """A part of its prior has no density: draws are right, and trajectories end there."""
+
+    def model():
+        tau = pyro.sample("tau", dist.Normal(1.0, 2.0))
+        with pyro.plate("groups", 6):
+            z = pyro.sample("z", dist.Normal(0.0, tau))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.linspace(-1.0, 1.0, 6))
+
+    found = mcmc(model, None, 100, seed=0, progress=False)
+    assert "a scale, for one, needs a positive prior" in found.verdict
