@@ -28,7 +28,7 @@ _DECAY_SHARE = 0.4
 # a factor on num_compared for the last check: with 1,000 draws the standard error of k-hat is 0.15
 _TIMES_AT_END = 5
 # the average of parameters is over the last one of so many parts of all steps, about: with 3 it still had the
-# climb of Pyro's Gaussian guides (tests/inference/test_fit_truth.py)
+# climb of Pyro's Gaussian guides (benchmarks/fit.md)
 _AVERAGED_PARTS = 8
 # epochs in a window, and in the longest constant phase where these are more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
