@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A Pyro model as a function of its latents: many draws at once, on the unconstrained space."""
+"""A Pyro model as a log density of its unconstrained latents, vectorized over draws."""
 
 from .density import LogJoint
 from .mean_density import MeanLogJoint

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The log density of many draws at once, compared with single runs at those on which much rests."""
+"""The vectorized log density of draws, verified by single runs at the draws that matter most."""
 
 import copy
 import warnings
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from .vectorization import MIXED, STRATEGIES, describe, tolerance
 
-# In float32 that is 0.01 nats of a log density of 1e4, the round-off of its sum.
+# relative to the usual tolerance; in float32 0.01 nats for a log density of 1e4, the round-off of its sum
 _TIGHT = 0.01
-# draws with the largest and the smallest weights, and of those that differ, which are evaluated many times
+# number of draws compared at either extreme of the weights, and of differing draws evaluated again in copies
 _NUM_EXTREME = 2
 
 
 class Checked(NamedTuple):
-    """The log density of draws, and the strategy by which it agrees with single runs."""
+    """The log density of draws, and the strategy that agrees with single runs."""
 
     values: Tensor
     strategy: str
@@ -29,21 +29,21 @@ class Checked(NamedTuple):
 
 @torch.no_grad()
 def checked(log_joint: Any, z: Tensor, log_q: Tensor | None = None) -> Checked:
-    """The log density of draws, without gradients, by a strategy that agrees with single runs there.
+    """Evaluates the log density of draws, without gradients, by a strategy that agrees with single runs.
 
-    A branch such as ``if (z > 2).any()`` mixes draws only where one of them takes it. So strategies are
-    compared where much rests on the density.
+    A branch such as ``if (z > 2).any()`` mixes draws only where one of them takes it, so strategies are
+    compared at the draws themselves.
 
     :param z: draws, shape ``(n, latent_dim)``.
-    :param log_q: the log density of their distribution, shape ``(n,)``: where single runs are needed, draws
-        of extreme weights are compared, and a few others; by default all.
+    :param log_q: the log density of the proposal at the draws, shape ``(n,)``; then single runs, if needed,
+        are limited to draws of extreme weights and a few others. By default all draws are compared.
     """
     state, density, obstacle = torch.get_rng_state(), copy.copy(log_joint), log_joint.obstacle
     for density.strategy in STRATEGIES[STRATEGIES.index(log_joint.strategy) :]:
         torch.set_rng_state(state)
         try:
             values = density(z)
-        except Exception as error:  # a branch that does not take many draws
+        except Exception as error:  # a branch that cannot take many draws
             if density.strategy == "loop":
                 raise
             obstacle = describe(error)
@@ -60,14 +60,14 @@ def checked(log_joint: Any, z: Tensor, log_q: Tensor | None = None) -> Checked:
 
 
 def _agrees(density: Any, z: Tensor, values: Tensor, log_q: Tensor | None, state: Tensor) -> bool:
-    """Whether the values of draws at once are those of one at a time from a random state."""
+    """Whether vectorized values equal those of single draws from the same random state."""
     rows, single = _one_by_one(density, z, None if log_q is None else values - log_q, state)
     tol, differs = _TIGHT * tolerance(single), (values[rows] - single).abs().nan_to_num(torch.inf)
-    # NaN where the other has a number is the worst of all
+    # NaN in place of a number counts as the largest difference
     differs[torch.isclose(values[rows], single, tol, tol, equal_nan=True)] = -1.0
     for k in differs.argsort(descending=True)[:_NUM_EXTREME].tolist():
         if differs[k] >= 0:
-            # the same draw many times over tells mixed draws from an ill-conditioned density
+            # a batch of copies of the draw tells mixed draws from an ill-conditioned density
             torch.set_rng_state(state)
             found = values[rows[k]], density(z[rows[k]].expand_as(z))[rows[k]]
             if not torch.allclose(*found, tol, tol, equal_nan=True):
@@ -78,9 +78,9 @@ def _agrees(density: Any, z: Tensor, values: Tensor, log_q: Tensor | None, state
 def _one_by_one(
     density: Any, z: Tensor, log_weights: Tensor | None, state: Tensor
 ) -> tuple[list[int], Tensor]:
-    """The draws that are compared, and their log density, NaN where there is none.
+    """Indices of the draws to compare, and their log densities, NaN where the model fails.
 
-    These are all in place of draws in a plate, if the model runs under vmap, which mixes none.
+    Draws in a plate are all compared if the model runs under vmap, which mixes no draws.
     """
     found, rows = list[Tensor](), list(range(len(z)))
     if density.strategy == "plate":
@@ -88,7 +88,7 @@ def _one_by_one(
         apart.strategy = "vmap"
         torch.set_rng_state(state)
         with suppress(Exception), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, that its rules for vmap are slow
+            warnings.simplefilter("ignore")  # torch warns of slow vmap rules
             return rows, apart(z)
     if log_weights is not None:
         order, few = log_weights.argsort().tolist(), _NUM_EXTREME

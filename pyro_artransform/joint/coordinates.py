@@ -1,17 +1,17 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Which latents have coordinates from the model's own prior, how centred these are, and who holds them.
+r"""Which latents have coordinates from the model's prior, and how centred these are.
 
-How centred an element is follows from what the data say of it, against its prior:
+The degree of centring of an element weighs the information in its data against its prior:
 
 .. math::
 
     \lambda = \frac{h}{1 + h}, \qquad 1 + h = - \frac{\partial^2}{\partial x^2} \log p
 
-in non-centred coordinates x, where the prior has a curvature of 1 and the likelihood h. With weak data an
-element is in units of its prior, with strong data it is as the model is written: 1 above 0.95. The curvature
-is that at some points, or the variance of the gradient under the posterior, which is its mean.
+in non-centred coordinates x, where the prior has curvature 1 and the likelihood curvature h. Elements with
+weak data are non-centred. Elements with strong data are as the model is written: lambda above 0.95 is set to
+1. The curvature is averaged over some points, or is the posterior variance of the gradient, its expectation.
 """
 
 import warnings
@@ -29,10 +29,10 @@ from ..graphs.dependencies import value_and_gradient
 from .prior_map import Coordinates
 from .sites import Latents, LatentSpace
 
-# above it an element is as the model is written, which costs nothing (benchmarks/coordinates.md)
+# above this lambda an element is as the model is written, at no cost (benchmarks/coordinates.md)
 _CENTERED = 0.95
-_BETWEEN_QUARTILES = 1.349  # sds of a normal distribution
-# points at which the curvature is found, and second derivatives that are computed together
+_BETWEEN_QUARTILES = 1.349  # interquartile range of a standard normal
+# points at which the curvature is evaluated, and second derivatives computed in one batch
 _NUM_POINTS, _LABELS_AT_ONCE = 8, 64
 
 CoordinatesArgument = str | Mapping[str, Any]
@@ -41,13 +41,13 @@ CoordinatesArgument = str | Mapping[str, Any]
 def centered_by_curvature(
     non_centered: Any, x: Tensor, together: Tensor | None = None, weights: Tensor | float = 1.0
 ) -> Tensor:
-    """lambda by second derivatives.
+    """Sets lambda by second derivatives.
 
     :param non_centered: the log joint density in coordinates with lambda 0.
-    :param x: points, shape ``(n, latent_dim)``: h is averaged over eight of them.
-    :param together: labels, shape ``(latent_dim,)``: coordinates of one label have no second derivatives
-        with each other, as the elements of a plate, and move together.
-    :param weights: by which the density of a coordinate is scaled down: the share of a mini-batch.
+    :param x: points, shape ``(n, latent_dim)``; h is averaged over at most eight of them.
+    :param together: labels, shape ``(latent_dim,)``. Coordinates of one label have no mixed second
+        derivatives, like the elements of a plate, and share one Hessian-vector product.
+    :param weights: factors by which the density of a coordinate is scaled down: the share of a mini-batch.
     :return: shape ``(latent_dim,)``; 1 for all other latents.
     """
     _, second = _second_derivatives(non_centered, x, together)
@@ -57,7 +57,7 @@ def centered_by_curvature(
 def _second_derivatives(
     non_centered: Any, x: Tensor, together: Tensor | None
 ) -> tuple[bool, Tensor]:
-    """Whether the density has digits and a slope at points ``(n, latent_dim)``, and the mean derivatives."""
+    """Whether density and gradient are usable at points ``(n, latent_dim)``; mean second derivatives."""
     is_mapped, found = non_centered.coordinates.centered < 1, torch.zeros_like(x[0])
     labels = torch.arange(len(found), device=x.device) if together is None else together
     with torch.enable_grad():
@@ -67,7 +67,7 @@ def _second_derivatives(
         (slope,) = torch.autograd.grad(value.sum(), point, create_graph=True)
         for some in labels[is_mapped].unique().split(_LABELS_AT_ONCE):
             moved = (is_mapped & (labels == some[:, None])).to(slope)[:, None].expand(-1, *x.shape)
-            with suppress(RuntimeError):  # some functions have no second derivative
+            with suppress(RuntimeError):  # some functions lack a second derivative
                 found += (_pulled_back(slope, point, moved) * moved).mean(1).sum(0)
     has_digits = value.detach().abs() * torch.finfo(x.dtype).eps <= 1
     return bool(has_digits.all() and slope.isfinite().all()), found
@@ -79,14 +79,14 @@ def _pulled_back(slope: Tensor, point: Tensor, directions: Tensor) -> Tensor:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, that its rules for vmap are slow
             return grad(grad_outputs=directions, is_grads_batched=True)[0]
-    except RuntimeError:  # a function without such a rule
+    except RuntimeError:  # a function without a vmap rule
         return torch.stack([grad(grad_outputs=direction)[0] for direction in directions])
 
 
 def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
-    """lambda by gradients at draws of the posterior on the unconstrained space ``(n, latent_dim)``.
+    """Sets lambda by gradients at posterior draws ``(n, latent_dim)`` on the unconstrained space.
 
-    Their variance is found by quartiles, since in the neck of a funnel it is of another order.
+    Their variance is estimated from quartiles, since it is of another order in the neck of a funnel.
     """
     x, _ = non_centered.from_unconstrained(u)
     _, gradients = value_and_gradient(non_centered, x)
@@ -97,14 +97,14 @@ def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
 
 
 def _centered(lam: Tensor, curvature: Tensor) -> Tensor:
-    """lambda by 1 + h where it is below 1, each of shape ``(latent_dim,)``."""
+    """Updates lambda from 1 + h where lambda is below 1; both have shape ``(latent_dim,)``."""
     curvature = curvature.nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
     lam = torch.where(lam < 1, 1 - 1 / curvature, lam)
     return torch.where(lam > _CENTERED, 1.0, lam)
 
 
 def non_centered(log_joint: Any, with_shapes: bool = False) -> Any:
-    """A log joint density with lambda 0 for all latents that may have coordinates, if it has none yet.
+    """A log joint density with lambda 0 for all latents that may be mapped, unless it has coordinates.
 
     :param with_shapes: see :func:`find_mapped`.
     """
@@ -118,13 +118,13 @@ def non_centered(log_joint: Any, with_shapes: bool = False) -> Any:
 
 
 def with_strong_data_centered(log_joint: Any, gradients: Tensor, has_parents: Tensor) -> Any:
-    """A density with lambda 0, or 1 for those elements of which data say far more than their priors.
+    """A density with lambda 1 for elements with strong data, and else 0.
 
-    Where the variance of a gradient is not large in nine chains of ten, as where some are in the neck of a
-    funnel, lambda stays 0.
+    Lambda stays 0 unless the variance of the gradient is large in nine chains of ten: some chains may be in
+    the neck of a funnel.
 
-    :param gradients: in the coordinates of the density, by chain: shape ``(C, n, latent_dim)``.
-    :param has_parents: where priors depend on other latents, shape ``(latent_dim,)``; else lambda stays 0.
+    :param gradients: gradients by chain in the coordinates of the density, shape ``(C, n, latent_dim)``.
+    :param has_parents: whether priors depend on other latents, ``(latent_dim,)``; if not, lambda stays 0.
     """
     given = log_joint.coordinates
     if given is None:
@@ -141,10 +141,10 @@ def with_strong_data_centered(log_joint: Any, gradients: Tensor, has_parents: Te
 def coordinates_at(
     log_joint: Any, mapped: Coordinates, u: Tensor, together: Tensor | None = None
 ) -> Coordinates:
-    """As centred as the curvature at points ``(n, latent_dim)`` asks, with the units of the prior there.
+    """Coordinates with lambda by the curvature at points ``(n, latent_dim)`` and units of the prior there.
 
-    :param mapped: which latents of the log joint density have coordinates.
-    :param u: the points, on the unconstrained space; one that is a start may be left for the origin.
+    :param mapped: determines which latents of the log joint density have coordinates.
+    :param u: the points, on the unconstrained space; a single point may be replaced by the origin.
     :param together: see :func:`centered_by_curvature`.
     """
     unit = log_joint.with_coordinates(mapped.non_centered(log_joint.latents))
@@ -159,13 +159,13 @@ def coordinates_at(
 
 
 class ModelPrior:
-    """The coordinates of a guide from its model's prior, and the model's log joint density.
+    """The coordinates that a guide takes from its model's prior, and the model's log joint density.
 
-    :param asked: the argument ``coordinates`` of a guide: "prior", "model", or a mapping of sites to numbers
-        from 0 to 1.
+    :param asked: the argument ``coordinates`` of a guide: "prior", "model", or a mapping from sites to
+        numbers between 0 and 1.
     """
 
-    space: LatentSpace  #: the latents, and their coordinates, from :meth:`set_up` on
+    space: LatentSpace  #: the latents and their coordinates, set by :meth:`set_up`
 
     def __init__(self, asked: CoordinatesArgument) -> None:
         if isinstance(asked, Mapping):
@@ -179,18 +179,18 @@ class ModelPrior:
                 f"between 0 (in units of the prior) and 1 (as the model is written), got {asked!r}"
             )
         self.asked = asked
-        self.is_chosen = False  #: whether a fit may change how centred they are, in place
-        self.is_wanted = True  #: whether chains may have them: not with ``coordinates="model"``
-        self.log_joint: Any = None  #: of the model, on the unconstrained space
-        self.run: Any = None  #: the model at the arguments of the last call, a ``partial``
+        self.is_chosen = False  #: whether a fit may change lambda, in place
+        self.is_wanted = True  #: whether chains may use them: not with ``coordinates="model"``
+        self.log_joint: Any = None  #: the model's density on the unconstrained space
+        self.run: Any = None  #: the model at the last call's arguments, a ``partial``
 
     @property
     def coordinates(self) -> Coordinates | None:
-        """Those that a fit works in; None where they are the unconstrained space."""
+        """The coordinates in which a fit works; None for the unconstrained space."""
         return self.space.coordinates
 
     def set_up(self, arguments: Mapping[str, Any], latents: Latents, like: Tensor) -> None:
-        """Makes the coordinates of a specification's arguments, for vectors like this one."""
+        """Makes coordinates from the arguments of a specification, for vectors like ``like``."""
         with_location, coordinates = arguments.get("coordinates"), None
         self.is_wanted = with_location != {}
         self.is_chosen = bool(arguments.get("chooses_coordinates"))
@@ -203,24 +203,24 @@ class ModelPrior:
         self.space = LatentSpace(latents, coordinates)
 
     def arguments_of(self, with_location: dict[str, bool]) -> dict[str, Any]:
-        """The arguments of a specification that :meth:`set_up` reads."""
+        """The arguments of a specification, as :meth:`set_up` reads them."""
         if not (with_location or self.asked == "model"):
             return {}
         return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
 
     @property
     def density(self) -> Any:
-        """The log joint density at the arguments of the last call, in the coordinates."""
+        """The log joint density at the last call's arguments, in the coordinates."""
         bound = self.log_joint.bound_to(self.run.args, self.run.keywords)
         return bound.with_coordinates(self.coordinates)
 
     def log_joint_of(self, model: object, args: Any, kwargs: Any) -> Any:
-        """The log joint density at these arguments; None of another model."""
+        """The log joint density at these arguments; None for another model."""
         is_own = self.log_joint is not None and self.log_joint.model is model
         return self.log_joint.with_arguments(args, kwargs) if is_own else None
 
     def find_sites(self) -> dict[str, bool]:
-        """The sites with coordinates from the prior, and whether it depends on other latents."""
+        """The sites with coordinates from the prior, and whether their prior depends on other latents."""
         with torch.random.fork_rng(devices=[]), poutine.block():
             found: dict[str, bool] = self.log_joint.mapped_sites()
         if isinstance(self.asked, Mapping):
@@ -233,7 +233,7 @@ class ModelPrior:
         return found
 
     def center_as_asked(self, latents: Latents) -> None:
-        """Sets lambda to the numbers of the user."""
+        """Sets lambda to the user's numbers."""
         given = cast(Coordinates, self.coordinates)
         centered = torch.ones_like(given.centered)
         parts = latents.views(centered)
@@ -249,9 +249,9 @@ class ModelPrior:
 
     @torch.no_grad()
     def start_at(self, start: Tensor, together: Tensor | None) -> Tensor:
-        """Sets lambda as asked for, or by the curvature at a start, and returns this in coordinates.
+        """Sets lambda to the user's values or by the curvature; returns the start in coordinates.
 
-        :param start: on the unconstrained space, shape ``(latent_dim,)``.
+        :param start: a point on the unconstrained space, shape ``(latent_dim,)``.
         :param together: see :func:`~pyro_artransform.joint.coordinates.centered_by_curvature`.
         """
         log_joint, given = self.log_joint, cast(Coordinates, self.coordinates)
@@ -265,7 +265,7 @@ class ModelPrior:
             return log_joint.with_coordinates(given).from_unconstrained(start[None])[0][0]
 
     def __getstate__(self) -> dict[str, Any]:
-        # a pickle has neither the model nor its data
+        # pickles hold neither the model nor its data
         return {**self.__dict__, "log_joint": None, "run": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelPrior":

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The log joint density of a Pyro model as a function of many draws at once."""
+"""The log joint density of a Pyro model, vectorized over draws."""
 
 import copy
 import math
@@ -56,35 +56,37 @@ Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
 
 #: the divisor of ``chunk_size`` that keeps a chunk in a processor's cache: a regression of 100,000 rows takes
-#: half the time a draw of four times larger chunks, and two thirds of that of smaller ones
+#: half the time per draw of four times larger chunks, and two thirds of that of smaller ones
 CACHED = 16
-# strategies are compared near the start, and far away on either side, on one as far as the prior is wide; at
-# more points near the start where these are not finite
+# Strategies are compared near the start, and far away on either side, on one side scaled by the prior; at
+# more points near the start where the density is not finite at these. The distance is in units of a scale.
 _FAR = 2.5
-#: the most structures that are remembered, as arguments of other shapes come and go by batches
+#: maximum number of cached structures, as batches bring arguments of ever new shapes
 MOST_SIGNATURES = 64
 
 
 class LogJoint(LogDensity):
-    r"""The log joint density of a Pyro model, with the Jacobian, on the unconstrained space.
+    r"""The log joint density of a Pyro model on the unconstrained space, with the Jacobian term.
 
     .. math::
 
         \log p(x, c(z)) + \log |\det c'(z)|
 
-    where c is Pyro's bijection onto the supports of the latents. Many draws are evaluated at once
-    where that agrees with single runs (see ``joint.vectorization``) at points as far from the start as the
-    prior is wide, and farther; :meth:`checked` compares at any draws. Discrete latents that are marked for
-    enumeration are summed out, and masked elements of latents have their prior density where nothing
-    else depends on them. Pyro's validation is off while the model runs, so that an impossible draw
-    gives NaN and no error; where the user has it on, the first run is validated.
+    where c is Pyro's bijection onto the supports of the latents. Evaluation is vectorized over draws if that
+    agrees with single runs (see ``joint.vectorization``) at points as far from the start as the prior is
+    wide, and farther; :meth:`checked` compares at given draws. Discrete latents marked for enumeration are
+    summed out. Masked elements of latents keep their prior density where nothing else depends on them. Pyro's
+    validation is off while the model runs, so that an impossible draw gives NaN in place of an error; the
+    first run is validated if the user has validation on.
 
     :param model: a Pyro model, with its arguments ``args`` and ``kwargs``.
-    :param init_loc_fn: of Pyro, for the first run; medians of vague priors are left for the origin.
-    :param traces: of two runs that there were before: one at the start, in which data may be hidden, and one
-        elsewhere, without random numbers. Strategies are compared only once there are many draws then.
-    :raises ValueError: if a latent is discrete and not enumerated, there is no latent, or
-        Pyro's validation is on and finds fault with the data or with shapes.
+    :param init_loc_fn: Pyro's initialization for the first run; medians of vague priors are replaced by the
+        origin.
+    :param traces: traces of two earlier runs: one at the start, in which data may be hidden, and one
+        elsewhere that drew no random numbers. Comparison of strategies is then deferred to the first call
+        with many draws.
+    :raises ValueError: if a latent is discrete and not enumerated, there is no latent, or Pyro's validation
+        is on and rejects the data or shapes.
 
     Example::
 
@@ -110,8 +112,8 @@ class LogJoint(LogDensity):
         first, trace = traces or (self._trace(args, kwargs),) * 2
         check_data(trace)
         run = partial(model, *args, **kwargs)
-        self.improper = improper_sites(run, trace)  #: the sites whose masks are left alone
-        #: the model with its arguments, where masks of proper latents do not count
+        self.improper = improper_sites(run, trace)  #: the sites that keep their masks
+        #: the model bound to its arguments, with the masks of proper latents removed
         self.run = UnmaskedLatents(self.improper)(run)
         self.num_plates, self._is_part = plate_nesting(trace), bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(first)))
@@ -119,12 +121,12 @@ class LogJoint(LogDensity):
         self._arguments, self._structures = (args, kwargs), dict[Any, ModelStructure]()
         self._checked = {argument_signature((args, kwargs))}
         self.coordinates: Coordinates | None = None
-        self.maps_priors = True  #: not where the user wants the coordinates of the model
+        self.maps_priors = True  #: False if the user asks for the model's coordinates
         values = {name: first.nodes[name]["value"].detach() for name in self.latents.sites}
         self._first = self.latents.unconstrain(values)
-        #: the latents of known runs, of which the first is at the start
+        #: latent nodes of known runs, the first at the start
         self._nodes = [{n["name"]: n for n in latent_nodes(t)} for t in traces or (first,)]
-        # these are found once, for all copies
+        # computed once and shared by all copies
         self._choice: Callable[[], Choice] = lru_cache(maxsize=1)(self._choose)
         start = partial(self.or_origin, self._first)
         self._find_start: Callable[[], Tensor] = lru_cache(maxsize=1)(start)
@@ -144,7 +146,7 @@ class LogJoint(LogDensity):
 
     @cached_property
     def strategy(self) -> str:
-        """How many draws are evaluated: see ``joint.vectorization``."""
+        """How draws are vectorized: see ``joint.vectorization``."""
         return self._choice().strategy
 
     @cached_property
@@ -154,21 +156,21 @@ class LogJoint(LogDensity):
 
     @cached_property
     def is_random(self) -> bool:
-        """Whether draws are weighed by mini-batches of their own, or by other random numbers of the model."""
+        """Whether the density is random, by sub-sampling or by other random numbers of the model."""
         return self._is_part or self._choice().is_random
 
     @cached_property
     def chunk_size(self) -> int:
-        """How many draws are evaluated at once without gradients, which bounds the memory."""
+        """The number of draws evaluated at once without gradients, which bounds memory."""
         return self._chunk_size(self._num_values)
 
     def _chunk_size(self, num_values: int) -> int:
-        # the largest tensor may be larger than all sites together, which are held
+        # the largest intermediate tensor may exceed all sites together
         return draws_at_a_time(num_values * max(self._choice().num_values / self._num_values, 1.0))
 
     @property
     def reason(self) -> str:
-        """Why the model is run for one draw after the other, if it is."""
+        """Why draws are evaluated one at a time; empty if they are not."""
         return self.obstacle if self.strategy == "loop" else ""
 
     def or_origin(self, u: Tensor) -> Tensor:
@@ -187,7 +189,7 @@ class LogJoint(LogDensity):
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
 
-        :raises ValueError: if with these the model has other latents, or some of other shapes.
+        :raises ValueError: if the model has other latents with these arguments, or latents of other shapes.
         """
         kwargs = kwargs or {}
         if _identities(args, kwargs) == _identities(*self._arguments):
@@ -205,7 +207,7 @@ class LogJoint(LogDensity):
         return other
 
     def bound_to(self, args: Args, kwargs: Kwargs) -> "LogJoint":
-        """The same for other arguments, whose latents are not compared: some may have been data."""
+        """Binds other arguments without comparing latents: some may have been data."""
         other = copy.copy(self)
         if _identities(args, kwargs) == _identities(*self._arguments):
             return other
@@ -216,11 +218,11 @@ class LogJoint(LogDensity):
         return other
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
-        """The sites of a run with other arguments; those with a known signature need no run."""
+        """The structure of a run with other arguments, cached by their signature."""
         arguments = args, kwargs or {}
         key = argument_signature(arguments, with_values=True)
         if key not in self._structures:
-            # whether there was a run before must not show in the draws that follow
+            # a cache miss must not change the random numbers that follow
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 trace = self._trace(*arguments)
             if (shapes := argument_signature(arguments)) not in self._checked:
@@ -238,22 +240,22 @@ class LogJoint(LogDensity):
         size = max(self.chunk_size // CACHED, 1) if is_cached else self.chunk_size
         if not torch.is_grad_enabled():
             return self._at(z, size)
-        # draws of one mini-batch that the model takes by itself stay together
+        # if the model sub-samples, all draws see one mini-batch and stay together
         if len(z) <= size or self.is_random or not values_can_be_read(z):
             return self._at(z)
         found, state = [], torch.get_rng_state()
         for part in z.split(math.ceil(len(z) / math.ceil(len(z) / size))):
-            torch.set_rng_state(state)  # the same random numbers of a model for all draws
+            torch.set_rng_state(state)  # a model draws the same random numbers for all draws
             values, is_found = evaluate_with_gradient(self._at, part)
             if not is_found and len(z) > self.chunk_size:
-                # the graph for the model's own parameters may not fit into memory: it is made again
+                # the graph for the model's parameters may not fit into memory: recompute it
                 torch.set_rng_state(state)
                 values = checkpoint(self._at, part, use_reentrant=False)
             found.append(values)
         return torch.cat(found)
 
     def _at(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
-        # one draw is a single run in any case
+        # a single draw takes a single run with any strategy
         strategy = self.strategy if len(z) > 1 else STRATEGIES[0]
         with pyro.validation_enabled(False):
             return evaluate_many(self._evaluate, {"z": z}, strategy, _nan, chunk_size)["total"]
@@ -282,14 +284,14 @@ class LogJoint(LogDensity):
         return {"total": plate.total(prior.bijection_ladjs, plate.total(prior.ladjs, total))}
 
     def with_coordinates(self, coordinates: Coordinates | None) -> "LogJoint":
-        """The log density of draws in these coordinates, their log-determinant included."""
+        """The log density in other coordinates, with their log-determinant."""
         other = copy.copy(self)
         other.coordinates = coordinates
         return other
 
     @property
     def mapped_coordinates(self) -> dict[str, SiteCoordinates]:
-        """The latents that have coordinates from the prior."""
+        """The coordinates of latents that take them from the prior, by site."""
         return LatentSpace(self.latents, self.coordinates).mapped
 
     @property
@@ -297,7 +299,7 @@ class LogJoint(LogDensity):
         return self.from_unconstrained(self._find_start()[None])[0][0]
 
     def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Draws ``(n, latent_dim)`` on the unconstrained space, and the log-determinant of the map to it."""
+        """Maps draws ``(n, latent_dim)`` to the unconstrained space; returns log-determinants, too."""
         return self._map(z, is_inverse=False)
 
     def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,11 +326,11 @@ class LogJoint(LogDensity):
         return scales_of(priors_of(nodes, self.latents, self.improper), self.latents, u)
 
     def mapped_sites(self, with_shapes: bool = False) -> dict[str, bool]:
-        """The latents with coordinates from the prior, and whether it depends on other latents.
+        """The latents that may have coordinates from the prior, and whether it depends on other latents.
 
-        Where none depends, there are none; where some do, scales at the root with a shape are among them.
+        Empty if no prior depends on other latents; otherwise root scales with a shape are included.
 
-        :param with_shapes: whether priors with a shape are among them in any case.
+        :param with_shapes: whether to include priors with a shape in any case.
         """
         found = self._find_mapped()
         return found if with_shapes or any(found.values()) else {}
@@ -341,12 +343,12 @@ class LogJoint(LogDensity):
         return find_mapped(self.enumerated(self.run), self.latents, points, self.improper)
 
     def _nodes_at(self, u: Tensor) -> Mapping[str, Any]:
-        """The latents of a known run, if it was at this point; discrete ones hide what depends on them."""
+        """The latents of the known run if it was at this point, and not enumerated."""
         is_known = bool(self._nodes) and not self.is_enumerated and torch.equal(u, self._first)
         return self._nodes[0] if is_known else {}
 
     def enumerated(self, run: Callable[[], object]) -> Any:
-        """A run of the model with its discrete latents, if it has some, enumerated to the left of draws."""
+        """Enumerates the discrete latents of a model, if any, to the left of the draws."""
         return EnumMessenger(-2 - self.num_plates)(run) if self.is_enumerated else run
 
     def _trace(self, args: Args, kwargs: Kwargs) -> Any:
@@ -356,7 +358,7 @@ class LogJoint(LogDensity):
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Runs of a model that take no random numbers of the caller, and whose warnings nobody needs."""
+    """Preserves the caller's random state, and silences warnings, gradients and validation."""
     devices = range(torch.cuda.device_count())
     quiet, unchecked = warnings.catch_warnings(), pyro.validation_enabled(False)
     with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet, unchecked:
@@ -374,6 +376,6 @@ def _identities(args: Args, kwargs: Kwargs) -> list[Any]:
 
 
 def _nan(draws: Draws) -> Terms:
-    """What is known of a draw at which the model fails, with a gradient."""
+    """NaN terms, with a gradient, for a draw at which the model fails."""
     z = draws["z"] * torch.nan
     return {"z": z, "total": z.sum()}

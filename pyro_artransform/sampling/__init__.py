@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws of a log density by an ensemble of short Hamiltonian chains."""
+"""Sampling of a log density by an ensemble of short Hamiltonian chains."""
 
 from .convergence import GOOD_RHAT, Convergence, nested_rhat
 from .ensemble import End, Ensemble

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The step size and the length of trajectories, learned from those of all chains together.
+"""Adaptation of the step size and the trajectory length, pooled over all chains.
 
 **References**
 
@@ -19,19 +19,19 @@ from torch import Tensor
 from .preconditioning import Preconditioner
 from .trajectories import Info
 
-# the rate of acceptance that is aimed at (Neal 2011, section 5.4.4, asks for 0.65 to 0.8)
+# target acceptance rate (Neal 2011, section 5.4.4, recommends 0.65 to 0.8)
 _ACCEPTANCE = 0.8
-# of reference 2: the rate of Adam on the logarithm of the length, and the decay of its second moment
+# learning rate of Adam on the log length, and decay of its second moment (both from reference 2)
 _RATE, _DECAY = 0.025, 0.95
 _SHORTEST, _LONGEST = 0.3, 60.0
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 class StepSize:
-    """The step size that is accepted as often as sought.
+    """Adapts the step size to a target acceptance rate.
 
-    The rate of acceptance is 2 Phi(-s / 2), where s grows with the square of the step size (reference 1,
-    section 5.4.4), which is inverted after each trajectory.
+    The acceptance rate is 2 Phi(-s / 2), where s grows with the square of the step size (reference 1, section
+    5.4.4). This relation is inverted after each trajectory.
     """
 
     def __init__(self, dim: int) -> None:
@@ -40,8 +40,9 @@ class StepSize:
         self._recent: list[float] = []
 
     def update(self, info: Info) -> None:
-        """Learns from a trajectory of all chains."""
-        # a wall ends trajectories of any step size: those count that it leaves, if it leaves some
+        """Updates the step size after one trajectory of every chain."""
+        # the edge of a support makes trajectories diverge at any step size: count the others, unless few are
+        # left
         inside = info.acceptance[~info.is_divergent]
         counted = inside if 4 * len(inside) > len(info.acceptance) else info.acceptance
         rates = [_ACCEPTANCE, min(max(float(counted.mean()), 0.02), 0.999)]
@@ -51,31 +52,31 @@ class StepSize:
         self._recent.append(self.value)
 
     def limit(self, most: float) -> None:
-        """Makes the step no longer than this."""
+        """Caps the step size."""
         self.value = min(self.value, most)
         self._recent[-1:] = [self.value]
 
     def settle(self) -> None:
-        """Takes the mean of the second half of what was tried since the last call."""
+        """Sets the geometric mean of the last half of the step sizes since the previous call."""
         if half := self._recent[len(self._recent) // 2 :]:
             self.value = geometric_mean(half)
         self._recent = []
 
 
 class TrajectoryLength:
-    """The time of trajectories by ChEES (reference 2): ascent on the change of squared distances."""
+    """Adapts the integration time by ChEES (reference 2): ascent on the change in squared distance."""
 
     def __init__(self) -> None:
-        #: the mean time: a quarter of the oscillation of a standard normal
+        #: the mean integration time: at first a quarter period of a standard normal
         self.value = math.pi / 2
         self._second, self._count = 0.0, 0
 
     def next(self, count: int) -> float:
-        """The time of a trajectory: in all steps the same length may be a whole period."""
+        """The next integration time, jittered: a constant one may be a whole period."""
         return 2 * self.value * (0.075 + 0.85 * (count * _GOLDEN_RATIO % 1))
 
     def update(self, start: Tensor, info: Info, preconditioner: Preconditioner) -> None:
-        """Learns from a trajectory of all chains that began at ``(C, D)``."""
+        """Updates the mean time after one trajectory of every chain, from points ``start`` ``(C, D)``."""
         rates, scale = info.acceptance, preconditioner.scale
         total = rates.sum().clamp_min(torch.finfo(rates.dtype).tiny)
         before, after = start / scale, info.proposal.base / scale

@@ -1,18 +1,18 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Coordinates in which a field is standard normal given a few globals, nearly.
+r"""Coordinates in which a latent field is nearly standard normal given a few global latents.
 
-A path of states, the effects of many groups or a random field x has a sparse precision given its scales and
-other globals g, and is about Gaussian. With its mean m(g) and the Cholesky factor L(g) of the precision,
+A sequence of states, many group effects or a random field x is roughly Gaussian given its scales and other
+globals g, with a sparse precision matrix. With its mean m(g) and the Cholesky factor L(g) of the precision,
 
 .. math::
 
     x = m(g) + L(g)^{-T} e
 
-makes (g, e) nearly standard normal: centred and non-centred coordinates are the two ends of these. Chains
-are right in any coordinates. So m, and the conditionals that L stands for, are polynomials of g, fitted to
-those at some draws, and cost little beside the density.
+makes (g, e) nearly standard normal; centred and non-centred coordinates are its two extremes. Chains are
+exact in any coordinates, so m and the conditionals that L encodes may be approximate: they are polynomials of
+g, fitted at some draws, and cost little compared with the density.
 
 **References**
 
@@ -35,28 +35,29 @@ from ..graphs.markov_graph import MarkovGraph, color_columns
 from ..graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ..joint import LogJoint
 
-# dimensions from which on a field is looked for, and the most globals, levels, and parents on average
+# fewest dimensions for a field; most globals, levels, and parents on average
 _LEAST_DIM, _MOST_GLOBALS, _MOST_LEVELS, _MOST_PARENTS = 100, 16, 16, 8
 #: the largest degree of polynomials of the globals
 MOST_DEGREE = 4
-# the most terms of these; draws for each term, and how much wider these are made
+# maximum number of polynomial terms; draws per term, and the factor by which these draws are spread out
 _MOST_TERMS, _DRAWS_BY_TERM, _WIDER = 40, 2, 2.0
-# sds of a normal distribution between its outer tenths
+# distance in sds between the 10 % and 90 % quantiles of a normal distribution
 _BETWEEN_TENTHS = 2.563
-# the share beyond an outer quantile of draws, and how far beyond it the density goes, in sds and parts
+# tail probability of an outer quantile of the draws; reach of the density grid beyond it, in sds and cells
 _OUTER, _BEYOND, _PARTS = 0.01, 6.0, 8
-# steps of Newton's method to the mean given the globals, and those of differences, in sds
+# Newton steps to the mean given the globals; step of finite differences, in sds
 _NUM_NEWTON, _DIFFERENCE = 3, 1e-3
 
 
 class Field(NamedTuple):
     """The globals ``(G,)`` among the latents, the field ``(N,)``, level by level, and its graph given them.
 
-    :param order: the coordinates of the pattern in the order of the field.
-    :param sizes: those of the levels below the root block.
-    :param parents: for each of these, places of parents ``(m, k)`` in the field; those without are last.
-    :param color: for each coordinate of the pattern; columns of one colour have no row in common.
-    :param is_edge: which entries of the pattern are no fill-in, shape ``(num_entries,)``.
+    :param order: permutation from the coordinates of the pattern to the order of the field.
+    :param sizes: sizes of the levels below the root block.
+    :param parents: for each level, positions ``(m, k)`` of parents in the field; nodes without parents come
+        last.
+    :param color: colour of each coordinate of the pattern; columns of one colour share no row.
+    :param is_edge: which entries of the pattern are not fill-in, shape ``(num_entries,)``.
     """
 
     of_globals: Tensor
@@ -70,7 +71,7 @@ class Field(NamedTuple):
 
     @classmethod
     def of(cls, log_joint: LogJoint) -> "Field | None":
-        """The field of a density, where its graph is sparse but for a few hubs, and shallow."""
+        """The field of a density; None unless its graph is shallow, and sparse except for a few hubs."""
         start, latents = log_joint.start, log_joint.latents
         if len(start) < _LEAST_DIM or log_joint.strategy == "loop":
             return None
@@ -99,7 +100,7 @@ class Field(NamedTuple):
             order += [own for _, _, own, _ in parts]
             order.append((alone & (level == k)).nonzero()[:, 0])
         ordered = torch.cat(order)
-        # padding reads the first one, with a coefficient of zero
+        # padding points to the first coordinate, with a coefficient of zero
         place = torch.cat([ordered.argsort(), ordered.new_zeros(1)])
         pairs = pattern.pairs().T.tolist()
         is_edge = [i == j or j in graph.neighbours[i] for i, j in pairs]
@@ -120,7 +121,7 @@ class Field(NamedTuple):
         return self.of_field[self.order.argsort()]
 
     def gaussians(self, log_joint: LogJoint, points: Tensor, unit: Tensor) -> list[SparseGaussian]:
-        """Gaussians of mean zero with the curvature of a density in the field, at points ``(n, D)``.
+        """Zero-mean Gaussians with the curvature of a density in the field, at points ``(n, D)``.
 
         :param unit: the sds of the latents, nearly, shape ``(D,)``.
         """
@@ -140,7 +141,7 @@ class Field(NamedTuple):
     def conditionals(
         self, log_joint: LogJoint, points: Tensor, unit: Tensor
     ) -> list[SparseGaussian]:
-        """Gaussians of mean zero at modes given the globals, to which points are moved, in place."""
+        """Zero-mean Gaussians at the conditional modes given the globals; moves points there, in place."""
         gaussians, of_pattern = self.gaussians(log_joint, points, unit), self.of_pattern
         for _ in range(_NUM_NEWTON):
             _, gradients = value_and_gradient(log_joint, points)
@@ -150,11 +151,11 @@ class Field(NamedTuple):
 
 
 class ConditionalGaussian:
-    """The transform from (g, e) to (g, x), by polynomials of the globals that are fitted to some draws.
+    """The transform from (g, e) to (g, x), with polynomials of the globals fitted at some draws.
 
-    :param latents: draws ``(n, D)``, from among which the globals are taken.
+    :param latents: draws ``(n, D)``; the globals at which polynomials are fitted come from these.
     :param unit: the sds of the latents, nearly, shape ``(D,)``.
-    :param degree: the largest one of polynomials.
+    :param degree: the maximum degree of the polynomials.
     """
 
     def __init__(
@@ -175,7 +176,7 @@ class ConditionalGaussian:
         self._powers = _powers(globals_.shape[1], degree).to(latents.device)
         number = min(_DRAWS_BY_TERM * len(self._powers), len(latents))
         points = latents.median(0).values.repeat(number, 1)
-        # of each global in turn: its least one, its largest one, and those between
+        # for each global, draws at evenly spaced ranks, its minimum and maximum included
         rank, each = globals_.argsort(0), max(math.ceil(number / len(self._middle)), 2)
         places = torch.arange(each, dtype=torch.long, device=latents.device)
         chosen = rank[places * (len(latents) - 1) // (each - 1)].flatten()[:number]
@@ -194,10 +195,10 @@ class ConditionalGaussian:
         self._weights = (torch.linalg.pinv(terms[is_finite]) @ found[is_finite]).T.contiguous()
 
     def share_beyond(self, latents: Tensor) -> Tensor:
-        """The share of each global beyond an outer 1 % quantile of draws ``(n, D)``, the larger one.
+        """Mass of each global beyond its 1 % or 99 % quantile of draws ``(n, D)``, the larger one, ``(G,)``.
 
-        By Laplace's approximation of the density of the globals (reference 2), on the line of their means
-        given one of them: about 1 %, if draws lack no tail. Shape ``(G,)``.
+        Uses Laplace's approximation of the marginal density of the globals (reference 2), along the line of
+        their conditional means given one of them. About 1 % if the draws cover both tails.
         """
         globals_ = latents[:, self.of_globals]
         middle, covariance = globals_.median(0).values, torch.atleast_2d(globals_.T.cov())
@@ -216,7 +217,7 @@ class ConditionalGaussian:
         return torch.stack(found)
 
     def _log_marginal(self, globals_: Tensor) -> Tensor:
-        """Laplace's approximation of the log density of globals ``(n, G)``, up to a constant."""
+        """Laplace's approximation of the marginal log density of globals ``(n, G)``, up to a constant."""
         field = self._field
         points = globals_.new_empty(len(globals_), len(self._unit))
         points[:, self.of_globals] = globals_
@@ -230,7 +231,7 @@ class ConditionalGaussian:
         return log_density.to(globals_.dtype) + torch.stack(widths)
 
     def _terms(self, globals_: Tensor) -> Tensor:
-        """Those of the polynomials, shape ``(n, num_terms)``; beyond the draws they stay as they are."""
+        """The polynomial terms, shape ``(n, num_terms)``, constant beyond the range of the draws."""
         t = (globals_.clamp(self._low, self._high) - self._middle) / self._spread
         factors = torch.cat([torch.ones_like(globals_.sum(1, keepdim=True)), t], 1)
         terms = torch.ones_like(factors[:, :1])
@@ -239,7 +240,7 @@ class ConditionalGaussian:
         return terms
 
     def _numbers(self, gaussian: SparseGaussian) -> Tensor:
-        """Those of a Gaussian that polynomials give: log scales, the root's factor, coefficients."""
+        """The parameters that polynomials predict: log scales, the root's factor, coefficients."""
         field, root = self._field, gaussian.root_tril
         log_scale = gaussian.scale.log()[field.order[len(root) :]]
         parts = [root.diagonal().log(), log_scale, root[self._below[0], self._below[1]]]
@@ -248,7 +249,7 @@ class ConditionalGaussian:
         return torch.cat(parts)
 
     def _conditionals(self, globals_: Tensor) -> tuple[Tensor, Tensor, Tensor, Iterator[Tensor]]:
-        """Means and log scales ``(N, C)``, the root's factors ``(C, R, R)``, coefficients ``(m k, C)``."""
+        """Means and log scales ``(N, C)``, root factors ``(C, R, R)`` and coefficients ``(m k, C)``."""
         size, num_root = len(self._field.order), len(self._field.pattern.root)
         above = [parents.numel() for level in self._field.parents for parents in level]
         sizes = [size, size, self._below.shape[1], *above]
@@ -260,7 +261,7 @@ class ConditionalGaussian:
         return loc, log_scale, factors, iter(rest)
 
     def __call__(self, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Latents at (g, e), both ``(C, D)``, and the log-determinants, shape ``(C,)``."""
+        """Maps (g, e) to latents, both ``(C, D)``; returns these and log-determinants ``(C,)``."""
         field, num_root = self._field, len(self._field.pattern.root)
         loc, log_scale, factors, rest = self._conditionals(base[:, field.of_globals])
         noise = base[:, field.of_field].T
@@ -271,7 +272,7 @@ class ConditionalGaussian:
         return base.index_copy(1, field.of_field, (loc + z).T), log_scale.sum(0)
 
     def inverse(self, latents: Tensor) -> Tensor:
-        """(g, e) at latents, both of shape ``(C, D)``."""
+        """Maps latents to (g, e), both ``(C, D)``."""
         field, num_root = self._field, len(self._field.pattern.root)
         loc, log_scale, factors, rest = self._conditionals(latents[:, field.of_globals])
         z = latents[:, field.of_field].T - loc
@@ -287,7 +288,7 @@ class ConditionalGaussian:
 
 
 def _powers(num_globals: int, most: int) -> Tensor:
-    """The factors of each term, 0 for one and k for global k: shape ``(num_terms, degree)``."""
+    """The factors of each term, 0 for a constant and k for global k: shape ``(num_terms, degree)``."""
     degree = 1
     while degree < most and math.comb(num_globals + degree + 1, degree + 1) <= _MOST_TERMS:
         degree += 1
@@ -296,7 +297,7 @@ def _powers(num_globals: int, most: int) -> Tensor:
 
 
 def _sums(z: Tensor, parents: list[Tensor], coefficients: Iterator[Tensor], size: int) -> Tensor:
-    """What coordinates of a level have from those above, ``(size, C)``; the last ones have no parents."""
+    """Contributions ``(size, C)`` of parents to a level; zero for the last nodes, which have none."""
     found = []
     for above in parents:
         weight = next(coefficients).unflatten(0, above.shape)

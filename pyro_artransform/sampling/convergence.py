@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Nested R-hat of superchains, and effective sample sizes as ArviZ defines them, of all coordinates at once.
+"""Nested R-hat of superchains and ArviZ's effective sample sizes, vectorized over coordinates.
 
 **References**
 
@@ -18,17 +18,17 @@ from torch.nn.functional import pad
 
 GOOD_RHAT = 1.02  #: the largest R-hat of chains that agree
 _TAILS = (0.05, 0.95)
-_OUTER = (0.03, 0.97)  # the quantiles whose shares superchains have to agree on
+_OUTER = (0.03, 0.97)  # tail probabilities on which superchains have to agree
 _MANY = 2**21
-_MOST_TAIL = 0.5  # the tail index of values with a variance
+_MOST_TAIL = 0.5  # a distribution with a larger tail index has no variance
 
 
 class Convergence(NamedTuple):
-    """R-hat and effective numbers of draws of each latent, shape ``(D,)``, in its bulk and its tails.
+    """Nested R-hat and effective sample sizes (ESS) of each latent, shape ``(D,)``.
 
-    R-hat is the nested one. The number of the bulk is the smaller one with ranks and without, which is that
-    for the mean; that of the tails the smaller one of the quantiles of 5 and 95 %. Where a value is not
-    finite, and of fewer than 4 draws, R-hat is infinite and the numbers are 0.
+    The bulk ESS is the smaller of those with and without rank normalization, the latter being the ESS of the
+    mean. The tail ESS is the smaller of those of the 5 % and 95 % quantiles. With fewer than 4 draws, or
+    where a value is not finite, R-hat is infinite and both ESS are 0.
     """
 
     rhat: Tensor
@@ -36,27 +36,27 @@ class Convergence(NamedTuple):
     tail: Tensor
 
     def is_enough(self, num_samples: int) -> bool:
-        """Whether there are so many effective draws of each latent, and chains agree."""
+        """Whether chains have mixed and the ESS of each latent is at least ``num_samples``."""
         return self.min_ess >= num_samples and self.has_mixed
 
     @property
     def has_mixed(self) -> bool:
-        """Whether chains agree on each latent."""
+        """Whether R-hat of each latent is at most ``GOOD_RHAT``."""
         return float(self.rhat.max()) <= GOOD_RHAT
 
     @property
     def least(self) -> Tensor:
-        """The smaller number of bulk and tails, ``(D,)``: Vehtari et al. ask it of both."""
+        """The smaller of bulk and tail ESS, ``(D,)``: Vehtari et al. require both."""
         return torch.minimum(self.bulk, self.tail)
 
     @property
     def min_ess(self) -> float:
-        """The smallest effective number of draws of all latents, of bulk and tails."""
+        """The minimum of bulk and tail ESS over all latents."""
         return float(self.least.min())
 
 
 def effective_draws(draws: Tensor) -> tuple[Tensor, Tensor]:
-    """Those of bulk and tails of chains ``(C, n, D)``, see :class:`Convergence`."""
+    """Bulk and tail ESS of chains ``(C, n, D)``, see :class:`Convergence`."""
     if draws.shape[1] < 4:
         none = draws.new_zeros(draws.shape[-1])
         return none, none
@@ -71,17 +71,17 @@ def effective_draws(draws: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def mean_ess(draws: Tensor) -> Tensor:
-    """The effective number of draws ``(C, n, D)`` for the mean, without ranks; 0 of fewer than 4 a chain."""
+    """ESS of the mean of draws ``(C, n, D)``, without ranks; 0 for fewer than 4 draws per chain."""
     if draws.shape[1] < 4:
         return draws.new_zeros(draws.shape[-1])
     return _ess(_split(draws))
 
 
 def _split(draws: Tensor) -> Tensor:
-    """Both halves of each chain as chains of their own, shape ``(D, 2 C, n // 2)``."""
+    """Splits each chain into two halves, shape ``(D, 2 C, n // 2)``."""
     half = draws.shape[1] // 2
     halves = torch.cat([draws[:, :half], draws[:, draws.shape[1] - half :]]).permute(2, 0, 1)
-    # single precision is enough for ranks, and takes half the time where there are millions
+    # single precision suffices for ranks, and halves the time for millions of draws
     if halves.numel() <= _MANY:
         return halves.double().contiguous()
     if not halves.is_floating_point():
@@ -91,12 +91,12 @@ def _split(draws: Tensor) -> Tensor:
 
 
 def _in_rows(values: Tensor) -> Tensor:
-    """A number of each coordinate, as it broadcasts to chains."""
+    """One value per coordinate, broadcastable to chains."""
     return values[:, None, None]
 
 
 def _has_variance(chains: Tensor) -> Tensor:
-    """Which coordinates have a variance, by Hill's estimate of their tails, shape ``(D,)``."""
+    """Which coordinates have a finite variance, by Hill's tail index estimator, shape ``(D,)``."""
     flat = chains.flatten(1)
     distances = (flat - flat.median(1).values[:, None]).abs()
     count = max(distances.shape[1] // 50, 2)
@@ -105,7 +105,7 @@ def _has_variance(chains: Tensor) -> Tensor:
 
 
 def _normal_scores(chains: Tensor) -> Tensor:
-    """Normal quantiles of the ranks, ties in their mean."""
+    """Normal scores of the ranks, with ties averaged."""
     values, order = chains.flatten(1).sort(1)
     count = values.shape[1]
     position = torch.arange(1.0, count + 1, dtype=chains.dtype, device=chains.device)[None]
@@ -119,11 +119,11 @@ def _normal_scores(chains: Tensor) -> Tensor:
 
 
 def _ess(chains: Tensor) -> Tensor:
-    """By Geyer's initial monotone sequence of autocorrelations, shape ``(D,)``."""
+    """ESS by Geyer's initial monotone sequence of autocorrelations, shape ``(D,)``."""
     _, num_chains, count = chains.shape
     total = num_chains * count
     centered = chains - chains.mean(2, keepdim=True)
-    # of a length whose transform is fast
+    # a power of two, for a fast transform
     length = 2 ** math.ceil(math.log2(2 * count))
     power = torch.fft.rfft(centered, length).abs().square().mean(1)
     covariance = torch.fft.irfft(power, length).T[:count] / count
@@ -145,15 +145,15 @@ def _ess(chains: Tensor) -> Tensor:
 
 
 def nested_rhat(draws: Tensor, num_superchains: int) -> Tensor:
-    """The largest nested R-hat of values, of folded ones and of their outer quantiles, shape ``(D,)``.
+    """The maximum nested R-hat of values, folded values and outer tail indicators, shape ``(D,)``.
 
-    Chains of a superchain begin at one point, so that the variance between superchains tells of what the
-    starts have left, however short chains are. See Nested R-hat: Assessing the Convergence of Markov Chain
-    Monte Carlo When Running Many Short Chains (Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari,
+    Chains of a superchain share their initial point, so the variance between superchains measures how far
+    chains still depend on it, however short they are. See Nested R-hat: Assessing the Convergence of Markov
+    Chain Monte Carlo When Running Many Short Chains (Margossian, Hoffman, Sountsov, Riou-Durand, Vehtari,
     Gelman, 2024), https://arxiv.org/abs/2110.13017
 
-    :param draws: shape ``(C, n, D)``, the chains of a superchain one after the other.
-    :return: infinite where a value is not, and of fewer than 4 draws.
+    :param draws: shape ``(C, n, D)``, with chains of a superchain contiguous.
+    :return: infinite where a value is not finite, and for fewer than 4 draws.
     """
     found, flat = [nested_rhat_of_values(draws, num_superchains)], draws.flatten(0, 1)
     if draws.shape[1] < 4:
@@ -167,7 +167,7 @@ def nested_rhat(draws: Tensor, num_superchains: int) -> Tensor:
 
 
 def nested_rhat_of_values(draws: Tensor, num_superchains: int) -> Tensor:
-    """That of values alone, which takes a tenth of the time: see :func:`nested_rhat`."""
+    """Nested R-hat of the values alone, in a tenth of the time of :func:`nested_rhat`."""
     if draws.shape[1] < 4:
         return torch.full_like(draws[0, 0], torch.inf)
     is_finite = draws.isfinite().all(1).all(0)

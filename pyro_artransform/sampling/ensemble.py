@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Many short chains of a posterior, in groups that begin far apart, run until they agree.
+"""Many short chains of a posterior, in superchains with dispersed starts, run until they agree.
 
-Nothing is known of the posterior before: chains climb from their starts, learn the scale of all directions,
-the step size and the length of trajectories in rounds that get longer, and then go on until superchains, the
-groups that began at one point, have the same distribution of each latent.
+The warm-up assumes nothing about the posterior: chains ascend from their starts and adapt the preconditioner,
+the step size and the trajectory length in rounds of growing length. Sampling then continues until
+superchains, groups of chains with a common start, agree on the distribution of each latent.
 
 **References**
 
@@ -31,29 +31,29 @@ from .moving_chains import MovingChains
 from .target import ToLatent
 from .trajectories import MANY_DIVERGENT, Info, share_of_divergent
 
-#: superchains, chains of each where a model is fast for many draws at once, and where it is not
+#: superchains; most chains where a model evaluates many draws at once quickly, fewest, and chains for a loop
 SUPERCHAINS, MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 8, 64, 16, 8
-# effective draws asked for by chain, and numbers of all chains up to which a gradient costs as one
+# effective draws requested per chain; total coordinates up to which all gradients cost as much as one
 _DRAWS_BY_CHAIN, _CACHED_COORDINATES, _SHARE_OF_CACHE = 12, 2**15, 4
-# trajectories of the first block after the warm-up, and the most in all
+# trajectories in the first block after the warm-up, and maximum in total
 _BLOCK, _MOST_TRAJECTORIES = 16, 3000
-# the share of draws that is a transient, and left out
+# share of draws discarded as a transient
 _TRANSIENT = 1 / 3
-# latents that are ranked before all are
+# slowest latents, which are checked before all the others
 _NUM_SLOWEST = 32
 #: the nested R-hat above which chains may be in different modes
 MODES_RHAT = 1.1
-# the draws of a chain from which on modes are looked for, the share of all but the first
-# below which slow chains are no modes, and the least share of proposals in one
+# draws per chain before modes are looked for; mass outside the first mode below which slow chains do not
+# count as modes; minimum share of the proposals in a mode
 _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 24, 0.01, 0.05
-# how often step sizes are halved because trajectories diverge
+# maximum number of times that the step size is halved because of divergences
 _MOST_HALVED = 3
-# trajectories after which chains end if far more would be needed, and if too many diverge
+# trajectories before chains may stop because far more would be needed, and because of divergences
 _PATIENCE, _ENOUGH_DIVERGENT = 96, 48
 
 
 class End(Enum):
-    """Why an ensemble ended."""
+    """Why an ensemble stopped."""
 
     ENOUGH = "there are enough effective draws of each latent, and chains agree"
     APART = "superchains stay in modes that chains do not move between"
@@ -64,13 +64,13 @@ class End(Enum):
 
 
 class Ensemble(MovingChains):
-    """Superchains of a log joint density.
+    """An ensemble of superchains that samples a log joint density.
 
-    :param log_joint: the density, in the coordinates where chains move.
-    :param num_samples: how many effective draws will be asked for, where that is known.
-    :param num_chains: how many chains; found where it is not given.
-    :param to_latent: a transform of a standard normal, nearly, to these coordinates, in whose base space
-        chains move; without one they climb from quantiles of the prior.
+    :param log_joint: the density, in the coordinates in which chains move.
+    :param num_samples: the number of effective draws that :meth:`run` will be asked for, if known.
+    :param num_chains: the number of chains; by default chosen from the cost of the density.
+    :param to_latent: a transform from a nearly standard normal base space, in which chains then move, to
+        these coordinates; without one chains ascend from quantiles of the prior.
     :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or too few starts
         have a finite density.
     """
@@ -95,8 +95,8 @@ class Ensemble(MovingChains):
         self._blocks, self._infos = list[Tensor](), list[Info]()
         self._convergence: Convergence | None = None
         self._slowest = torch.zeros(0, dtype=torch.long, device=log_joint.start.device)
-        self.modes: Modes | None = None  #: those that starts led to, where there are several
-        self.left_out = 0.0  #: the share of modes that were left out, about
+        self.modes: Modes | None = None  #: the modes, where chains are in several
+        self.left_out = 0.0  #: approximate mass of the modes that were discarded
         self.end, self._num_halved = End.TOO_MANY, 0
 
     @property
@@ -114,20 +114,20 @@ class Ensemble(MovingChains):
 
     @property
     def infos(self) -> list[Info]:
-        """Of the trajectories that draws come from."""
+        """The trajectories that produced :attr:`draws`."""
         return self._infos[len(self._infos) - self.draws.shape[1] :]
 
     def convergence(self) -> Convergence:
-        """What the draws say: the nested R-hat, and effective numbers of draws."""
+        """Nested R-hat and effective sample sizes of the draws."""
         if self._convergence is None:
             rhat = nested_rhat(self.draws, self.num_superchains)
             self._convergence = Convergence(rhat, *effective_draws(self.draws))
         return self._convergence
 
     def share_beyond(self) -> Tensor:
-        """For each latent the share beyond an outer 1 % quantile of its draws, shape ``(D,)``.
+        """The mass of each latent beyond an outer 1 % quantile of its draws, shape ``(D,)``.
 
-        By Laplace's approximation; zero where there is no field, or its priors say how it scales with others.
+        Uses Laplace's approximation. Zero except for globals of a field some of whose priors have no parents.
         """
         found, fitted = torch.zeros_like(self.log_joint.start), self._target.to_latent
         if isinstance(fitted, ConditionalGaussian) and not self._has_parents[fitted.of_field].all():
@@ -137,15 +137,15 @@ class Ensemble(MovingChains):
 
     @torch.no_grad()
     def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:
-        """Goes on until there are enough effective draws of each latent, or no hope, or the time is over.
+        """Runs until each latent has ``num_samples`` effective draws, or stops early, see :class:`End`.
 
-        :param most: the most trajectories of a chain, warm-up not counted.
+        :param most: the maximum number of trajectories per chain, without the warm-up.
         """
         while True:
             try:
                 self.end = self._run(num_samples, most)
                 return self.convergence()
-            except ReplayError:  # densities, and with them all draws so far, were wrong
+            except ReplayError:  # replayed densities were wrong, and so are all draws so far
                 self._forget()
                 if self._has_begun:
                     self._state = self._target(self._state.base)
@@ -189,7 +189,7 @@ class Ensemble(MovingChains):
                 more = size * (num_samples / max(ess, 1.0) - 1)
                 number = math.ceil(min(max(more, size / 8), size))
             else:
-                # R-hat goes to one as the inverse number of draws does
+                # R-hat squared minus one shrinks as the inverse of the number of draws
                 more = size * ((worst**2 - 1) / (GOOD_RHAT**2 - 1) - 1)
                 number = math.ceil(size / 3)
             if worst > MODES_RHAT and self.draws.shape[1] >= _NUM_FOR_MODES and self._are_apart():
@@ -202,11 +202,11 @@ class Ensemble(MovingChains):
             number = max(min(number, most - size), _BLOCK)
 
     def _diverge(self) -> bool:
-        """Whether trajectories leave a corner out, and so do independent proposals."""
+        """Whether too many trajectories diverge for the draws to be trusted, with no other proposals."""
         return self._proposals is None and share_of_divergent(self.infos) > MANY_DIVERGENT
 
     def _of_slowest(self, rhat: Tensor) -> Convergence:
-        """The convergence of the latents that mix least, and of the last ones to pass: all are costlier."""
+        """Convergence of the latents with the largest R-hat and of the last to pass: cheaper than all."""
         slowest = torch.cat([rhat.topk(_count(rhat)).indices, self._slowest])
         draws = self.draws[..., slowest]
         return Convergence(nested_rhat(draws, self.num_superchains), *effective_draws(draws))
@@ -216,7 +216,7 @@ class Ensemble(MovingChains):
         self._convergence = None
 
     def _extend(self, number: int) -> None:
-        """Keeps the draws of so many trajectories more; fewer, but one, where the time is over before."""
+        """Adds the draws of ``number`` trajectories; fewer, but at least one, if time runs out."""
         latents, bases = list[Tensor](), list[Tensor]()
         for _ in limited(range(number), at_least=1):
             self._infos.append(self._step().without_points())
@@ -229,11 +229,11 @@ class Ensemble(MovingChains):
         self._convergence = None
 
     def _are_apart(self) -> bool:
-        """Whether chains are in modes, although they jump; those of modes without mass begin anew."""
+        """Whether chains stay in modes although they jump; restarts chains in negligible modes."""
         draws = self.draws
         if int(groups_of(draws, -torch.stack([i.energy for i in self.infos], 1))[0].max()) == 0:
             return False
-        # densities of the unconstrained space
+        # log densities on the unconstrained space
         flat = self.log_joint.with_coordinates(None)(draws.flatten(0, 1)).reshape(draws.shape[:2])
         modes = Modes.of(draws, flat)
         is_left_out = modes.is_negligible[modes.group]
@@ -249,7 +249,7 @@ class Ensemble(MovingChains):
             self._forget()
         else:
             self.modes = modes
-            # else chains that are slow in a tail
+            # otherwise these are chains that are slow in a tail
             return float(modes.share[1:].sum()) > _LEAST_SHARE_OF_OTHERS
         return False
 
@@ -259,7 +259,7 @@ def _count(latents: Tensor) -> int:
 
 
 def _num_chains(log_joint: LogJoint, num_samples: float) -> int:
-    """Many where a model takes many draws in the time of one, and many draws are wanted."""
+    """Many where a model evaluates many draws in the time of one, and many draws are requested."""
     if log_joint.strategy == "loop":
         return CHAINS_BY_LOOP
     fast = min(

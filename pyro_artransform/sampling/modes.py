@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Modes that chains do not move between, and how much of the posterior is in each."""
+"""Modes that chains do not move between, and the posterior mass of each."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,30 +14,30 @@ from torch.distributions import Distribution
 
 from .target import State
 
-# sds within chains by which those of different modes are apart
+# distance between chains of different modes, in sds within chains; maximum number of modes
 _APART, _MOST_MODES = 6.0, 8
-# draws for each dimension from which on a covariance is known, and what its correlations get added
+# draws per dimension needed to estimate a covariance, and the ridge added to its correlations
 _DRAWS_BY_DIM, _RIDGE = 4, 1e-6
-#: nats by which the evidence of a negligible mode is below that of the first, and more for each dimension
+#: a mode is negligible if its evidence is this many nats below that of the first, plus nats per dimension
 NEGLIGIBLE, NEGLIGIBLE_BY_DIM = 10.0, 2.0
-# degrees of freedom of proposals
+# degrees of freedom of Student's t proposals
 _DEGREES = 5.0
-# a chain is lost that moves less often than the first share and is not so many nats above those that move
-# more often than the second, or is so many nats below these
+# A chain is lost if its acceptance rate is below the first bound and it is not _ABOVE nats above the chains
+# whose rate exceeds the second, or if it is _BELOW nats below these.
 _STUCK, _MOVES, _ABOVE, _BELOW, _BELOW_BY_ROOT_DIM = 0.15, 0.3, 5.0, 50.0, 5.0
-# trajectories after which chains have settled in modes
+# trajectories until chains have settled in modes
 _NUM_SETTLED = 12
 
 
 class Modes(NamedTuple):
-    """Groups of chains that are apart.
+    """Groups of chains in separate modes.
 
-    :param group: that of each chain, shape ``(C,)``, 0 for the one with the most mass.
-    :param share: of the posterior in each group, about, shape ``(num_groups,)``.
-    :param gap: nats by which the evidence of each group is below that of the first, of the same shape.
-    :param differs: how many sds groups are apart in each coordinate, shape ``(D,)``.
+    :param group: the group of each chain, shape ``(C,)``; 0 has the most mass.
+    :param share: the approximate posterior mass of each group, shape ``(num_groups,)``.
+    :param gap: nats by which the evidence of each group is below that of the first, same shape.
+    :param differs: the largest distance between groups in each coordinate, in sds, shape ``(D,)``.
     :param loc: the mean of each group, shape ``(num_groups, D)``.
-    :param scale: its sds, of the same shape.
+    :param scale: the sds of each group, same shape.
     """
 
     group: Tensor
@@ -49,22 +49,22 @@ class Modes(NamedTuple):
 
     @property
     def is_negligible(self) -> Tensor:
-        """Which groups are far below the first, shape ``(num_groups,)``; short chains have less entropy."""
+        """Which groups have negligible mass, ``(num_groups,)``; with slack, as short chains lack entropy."""
         return self.gap > NEGLIGIBLE + NEGLIGIBLE_BY_DIM * len(self.differs)
 
     @classmethod
     def of(cls, draws: Tensor, log_density: Tensor) -> "Modes":
-        """By draws ``(C, n, D)``, in any coordinates, and their log densities ``(C, n)`` there.
+        """Finds modes by draws ``(C, n, D)`` in any coordinates and their log densities ``(C, n)`` there.
 
-        The evidence of a mode is its mean log density and its entropy, here that of a Gaussian.
+        The log evidence of a mode is its mean log density plus its entropy, here that of a Gaussian.
         """
         group, differs = groups_of(draws, log_density)
         num_groups = int(group.max()) + 1
-        # the same estimate of entropies for all
+        # use the same entropy estimate for all modes
         least = min(int((group == k).sum()) * draws.shape[1] for k in range(num_groups))
         is_dense = least >= _DRAWS_BY_DIM * draws.shape[-1]
         parts = [draws[group == k].flatten(0, 1) for k in range(num_groups)]
-        # draws of a neck have none where the coordinates of chains are better than these
+        # draws in the neck of a funnel may have no finite density in these coordinates
         finite = torch.where(log_density.isfinite(), log_density, torch.nan)
         evidence = torch.stack(
             [
@@ -81,7 +81,7 @@ class Modes(NamedTuple):
         return cls(order.argsort()[group], share, gap, differs, loc, scale)
 
     def shares_of(self, points: Tensor) -> Tensor:
-        """The share of points ``(n, D)`` next to each group, in its sds: shape ``(num_groups,)``."""
+        """The share of points ``(n, D)`` nearest to each group, in its sds: shape ``(num_groups,)``."""
         distances = [
             ((points - loc) / scale).square().sum(-1) for loc, scale in zip(self.loc, self.scale)
         ]
@@ -90,32 +90,32 @@ class Modes(NamedTuple):
 
 
 def groups_of(draws: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
-    """The group ``(C,)`` of each chain, and how many sds some are apart in each coordinate ``(D,)``.
+    """The group of each chain ``(C,)``, and the largest distance in each coordinate ``(D,)``, in sds.
 
-    A poor mode may be wide, so that only densities ``(C, n)`` of draws ``(C, n, D)`` tell it from the others.
+    A minor mode may be wide, so that only log densities ``(C, n)`` of draws ``(C, n, D)`` separate it.
     """
     draws = torch.cat([draws, log_density[..., None]], -1)
     means, sds = draws.mean(1), draws.std(1)
-    # some chains may stand still, and some modes be narrow
+    # some chains may be stuck, and some modes narrow
     widest = torch.maximum(sds[:, None], sds).maximum(sds.median(0).values)
     apart = ((means[:, None] - means).abs() / widest).nan_to_num(0.0)
     group = _components(apart.amax(-1) < _APART)
-    if int(group.max()) >= _MOST_MODES:  # chains that have not mixed at all
+    if int(group.max()) >= _MOST_MODES:  # chains have not mixed at all
         group = torch.zeros_like(group)
     return group, apart.flatten(0, 1).amax(0)[:-1]
 
 
 def lost_chains(states: Sequence[State], moves: Tensor) -> Tensor:
-    """Which chains stick, are far below the others, or in a mode without mass, shape ``(C,)``.
+    """Which chains are stuck, have far lower densities, or are in a negligible mode, shape ``(C,)``.
 
-    :param states: of all chains after each trajectory; ``moves`` is how many were accepted, ``(C,)``.
+    :param states: all chains after each trajectory; ``moves``, ``(C,)``, counts accepted trajectories.
     """
     number, dim = len(states), states[0].base.shape[-1]
     log_density = torch.stack([state.log_density for state in states[number // 2 :]]).mean(0)
     is_moving = moves >= _MOVES * number
     typical = log_density[is_moving].median() if bool(is_moving.any()) else log_density.max()
     below = _BELOW + _BELOW_BY_ROOT_DIM * dim**0.5
-    # those that stick far above others are in a narrow mode, which is not to be left unseen
+    # chains stuck at far higher densities are in a narrow mode, which must be kept
     is_stuck = (moves < _STUCK * number) & ~(log_density > typical + _ABOVE + dim**0.5)
     is_lost = is_stuck | ~(log_density > typical - below)
     if number >= _NUM_SETTLED:
@@ -129,9 +129,9 @@ def lost_chains(states: Sequence[State], moves: Tensor) -> Tensor:
 
 
 class IndependentProposals:
-    """Places that do not depend on where a chain is, by which chains move between modes, and into tails.
+    """Independence Metropolis proposals, which move chains between modes and into tails.
 
-    :param distribution: of points ``(D,)`` of the base space, with heavier tails than the posterior.
+    :param distribution: the proposal of points ``(D,)`` of the base space, heavier-tailed than the posterior.
 
     **References**
 
@@ -146,22 +146,22 @@ class IndependentProposals:
 
     @classmethod
     def at_modes(cls, base: Sequence[Tensor], share: Tensor) -> "IndependentProposals":
-        """Student's t distributions at draws of each mode, of shapes ``(n, D)``."""
+        """Proposes from a mixture of Student's t distributions fitted to draws ``(n, D)`` of each mode."""
         loc = torch.stack([part.mean(0) for part in base])
-        share = share.to(loc)  # of double precision where data are, whatever the latents have
+        share = share.to(loc)  # densities are double where data are, whatever the dtype of latents
         scale_tril = torch.stack([_scale_tril(part) for part in base])
         of_mode = dist.MultivariateStudentT(torch.full_like(share, _DEGREES), loc, scale_tril)
         return cls(dist.MixtureSameFamily(dist.Categorical(share), of_mode))
 
     @classmethod
     def around_origin(cls, like: Tensor) -> "IndependentProposals":
-        """Those of the base space of a guide, with the tails of Student's t and Cauchy distributions."""
+        """Proposes in the base space of a guide, from a mixture of Student's t and Cauchy distributions."""
         degrees, scale_tril = like.new_tensor([_DEGREES, 1.0]), torch.ones_like(like).diag()
         around = dist.MultivariateStudentT(degrees, torch.zeros_like(like), scale_tril)
         return cls(dist.MixtureSameFamily(dist.Categorical(torch.ones_like(degrees)), around))
 
     def step(self, target: Callable[[Tensor], State], state: State) -> State:
-        """The next state of each chain, after Metropolis's rule."""
+        """The next state of each chain, after a Metropolis-Hastings accept step."""
         # Chi2 has PyTorch's default dtype
         points = self._distribution.sample((len(state.base),)).to(state.base)
         there = target(points)
@@ -177,7 +177,7 @@ def _sds(draws: Tensor) -> Tensor:
 
 
 def _scale_tril(draws: Tensor) -> Tensor:
-    """The Cholesky factor of the covariance of draws ``(n, D)``, of their variances alone if they are few."""
+    """The Cholesky factor of the covariance of draws ``(n, D)``, diagonal if there are few draws."""
     scale = _sds(draws)
     if draws.shape[1] == 1 or len(draws) < _DRAWS_BY_DIM * draws.shape[1]:
         return scale.diag()
@@ -186,7 +186,7 @@ def _scale_tril(draws: Tensor) -> Tensor:
 
 
 def _components(is_near: Tensor) -> Tensor:
-    """The connected component of each node, by the adjacency matrix ``(C, C)``."""
+    """Labels the connected components of an adjacency matrix ``(C, C)``."""
     label = torch.arange(len(is_near), device=is_near.device)
     for _ in range(len(is_near)):
         label = torch.where(is_near, label, len(is_near)).amin(1)
@@ -194,7 +194,7 @@ def _components(is_near: Tensor) -> Tensor:
 
 
 def _entropy(draws: Tensor, is_dense: bool) -> Tensor:
-    """That of a Gaussian with the covariance of draws ``(n, D)``, or its variances alone."""
+    """The entropy of a Gaussian with the covariance of draws ``(n, D)``, or with their variances only."""
     dim = draws.shape[-1]
     scale = _sds(draws)
     entropy = scale.log().sum() + dim * (1 + math.log(2 * math.pi)) / 2

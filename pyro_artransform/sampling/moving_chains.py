@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Chains that find their starts, and learn what their trajectories need, in rounds that get longer."""
+"""Chains that find their starts and adapt their kernel in warm-up rounds of growing length."""
 
 import math
 
@@ -20,30 +20,30 @@ from .starts import climb, far_apart, latin_hypercube, overdispersed
 from .target import PulledBack, State, ToLatent, identity
 from .trajectories import Info, integrator_of, trajectory
 
-# trajectories of the rounds of warm-up, the round after which other coordinates are tried for a field, and
-# that after which these are fitted again, or elements with strong data are centred
+# trajectories in each warm-up round; the round after which coordinates for a field are tried; the round after
+# which these are refitted, or elements with strong data are centred
 _WARM_UP, _FIELD_AFTER, _CENTERED_AFTER = (8, 12, 20, 30, 10, 8), 1, 3
-# the Fisher divergence above which a field is looked for (of benchmarks/chains.md, 0.4 for a linear state
-# space, which is faster without, 1.3 for a volatility), and the degree of polynomials at first
+# Fisher divergence above which a field is looked for (in benchmarks/chains.md 0.4 for a linear state space
+# model, which is faster without, and 1.3 for stochastic volatility); first degree of its polynomials
 _FAR, _FIRST_DEGREE = 0.5, 2
-# the steps of a trajectory at most, in the first rounds and later
+# maximum number of steps of a trajectory, in the first round and after the warm-up
 _FEW_STEPS, _MANY_STEPS = 10, 500
-# the longest step as a multiple of the mean time of trajectories
+# maximum step size as a multiple of the mean integration time
 _MOST_OF_LENGTH = 2.0
-# step sizes of single chains vary from this share up, else some stick for good
+# step sizes of chains are jittered down to this share, as otherwise some chains stay stuck
 _SMALLEST = 0.35
-# in the warm-up the step size of a chain grows by this where it moves, and shrinks where it does not, down to
+# in warm-up a chain's step size grows by this factor when accepted, shrinks when rejected; its lower bound
 _GROWTH, _LEAST_FACTOR = 1.5, 0.01
-# dimensions up to which places in the base space of a guide are proposed, beside trajectories
+# maximum dimension for independent proposals in the base space of a guide
 _MOST_WITH_PROPOSALS = 200
 
 
 class MovingChains:
-    """Chains of a log joint density, in superchains that begin at one point each.
+    """Chains of a log joint density, in superchains with a common start each.
 
-    :param log_joint: the density, in the coordinates where chains move at first.
-    :param to_latent: a transform of a standard normal, nearly, to these coordinates, in whose base space
-        chains move; without one they climb from quantiles of the prior.
+    :param log_joint: the density, in the coordinates in which chains move at first.
+    :param to_latent: a transform from a nearly standard normal base space, in which chains then move, to
+        these coordinates; without one chains ascend from quantiles of the prior.
     """
 
     def __init__(
@@ -61,24 +61,24 @@ class MovingChains:
         self._state: State
         self._has_begun = False
         self._field: tuple[LogJoint, Field] | None = None
-        self.num_begun_anew = 0  #: chains that were lost, and begun anew at another one
+        self.num_begun_anew = 0  #: number of lost chains restarted at others
         self._proposals: IndependentProposals | None = None
         if to_latent is not None and dim <= _MOST_WITH_PROPOSALS:
             self._proposals = IndependentProposals.around_origin(log_joint.start)
 
     @property
     def log_joint(self) -> LogJoint:
-        """The density, in the coordinates of latents now."""
+        """The density, in the current coordinates."""
         return self._target.log_joint
 
     @property
     def step_size(self) -> float:
-        """The largest one of single chains, of a step with all its stages, where there was a warm-up."""
+        """The maximum step size over chains, for all stages of a step, after a warm-up."""
         return self._integrator.num_stages * self._step_size.value
 
     @property
     def has_proposals(self) -> bool:
-        """Whether places are proposed that do not depend on where a chain is, beside trajectories."""
+        """Whether independent proposals alternate with trajectories."""
         return self._proposals is not None
 
     @property
@@ -86,10 +86,10 @@ class MovingChains:
         return self._target.num_gradients
 
     def _start(self) -> State:
-        """Chains at the starts of their superchains, and the first preconditioner."""
+        """Places chains at the starts of their superchains, and makes the first preconditioner."""
         size = self.num_chains // self.num_superchains
         if self.to_latent is None:
-            # as many as chains, so that what is captured serves them, too
+            # as many points as chains, so that one captured gradient serves both
             starts = overdispersed(self.log_joint, self.num_superchains, size)
             self._has_parents = starts.has_parents
             state, self._preconditioner = climb(self._target, starts)
@@ -110,7 +110,7 @@ class MovingChains:
         return state.at(torch.where(state.is_finite, chosen, others))
 
     def _warm_up(self) -> None:
-        """Learns what trajectories need, from the starts or from where chains are."""
+        """Adapts the kernel and the coordinates, from the starts or the current states."""
         if not self._has_begun:
             self._state, self._has_begun = self._start(), True
         dim = self._state.base.shape[-1]
@@ -131,7 +131,7 @@ class MovingChains:
                 self._transform_field(states, _FIRST_DEGREE)
             if index == _CENTERED_AFTER and self.to_latent is None:
                 if self._target.to_latent is not identity:
-                    # from draws that come nearer to the posterior
+                    # refit at draws closer to the posterior
                     if self._transform_field(states):
                         states = self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
                     self._transform_field(states)
@@ -139,9 +139,9 @@ class MovingChains:
                     self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
 
     def _adapt(self, number: int, most_steps: int, by_chain: bool) -> list[State]:
-        """Moves chains and learns step size and length; the states after each trajectory.
+        """Runs chains, adapting step size and length; returns the state after each trajectory.
 
-        :param by_chain: whether each chain has a step size of its own, so that those in narrow places move.
+        :param by_chain: whether to adapt a step size per chain, so that chains in narrow regions move.
         """
         states, self._moves = list[State](), torch.zeros_like(self._state.base[:, 0])
         factor = torch.ones_like(self._moves)
@@ -150,7 +150,7 @@ class MovingChains:
             info = self._step(most_steps, factor)
             self._step_size.update(info)
             self._length.update(start, info, self._preconditioner)
-            # a longer step of nearly a whole period returns
+            # a longer step, of nearly a whole period, would return to its start
             self._step_size.limit(
                 _MOST_OF_LENGTH * self._length.value / self._integrator.num_stages
             )
@@ -183,7 +183,7 @@ class MovingChains:
         return info
 
     def _rejoined(self, states: list[State]) -> State:
-        """Puts lost chains where others are, of their superchain if some are left; all other states."""
+        """Restarts lost chains; returns the later states of all others."""
         is_lost, states = lost_chains(states, self._moves), states[len(states) // 4 :]
         if bool(is_lost.all()):
             return State.cat(states)
@@ -191,7 +191,7 @@ class MovingChains:
         return State.cat([state.at(~is_lost) for state in states])
 
     def _begin_anew(self, is_lost: Tensor) -> None:
-        """Puts chains where others are."""
+        """Restarts chains at the states of others, of the same superchain if some are left."""
         size = self.num_chains // self.num_superchains
         usable = (~is_lost).nonzero()[:, 0]
         source = torch.arange(self.num_chains, device=is_lost.device)
@@ -207,16 +207,16 @@ class MovingChains:
         self._preconditioner = Preconditioner.of(states.base, states.gradient)
 
     def _center(self, states: list[State]) -> bool:
-        """Goes on in coordinates that are centred where data are strong; whether there are some."""
+        """Changes to coordinates centred where data are strong; returns whether there are such."""
         gradients = torch.stack([state.gradient for state in states], 1)
         other = with_strong_data_centered(self.log_joint, gradients, self._has_parents)
         return other is not self.log_joint and self._go_on_in(PulledBack(other), states)
 
     def _find_field(self) -> tuple[LogJoint, Field] | None:
-        """The coordinates of a field, and the field: those of the prior, or of its scales alone.
+        """A field, and the density in its coordinates: those of the prior, or of its scales alone.
 
-        A path whose location is the state before has a sparse graph in the latter only. Those of the model
-        would do as well where the posterior is, but not in the neck of a funnel.
+        A sequence whose location is the previous state has a sparse graph only in the latter. The model's own
+        coordinates would also do in the bulk of the posterior, but not in the neck of a funnel.
         """
         densities, given = [self.log_joint], self.log_joint.coordinates
         if given is not None and bool(self._has_parents.any()):
@@ -229,7 +229,7 @@ class MovingChains:
         return next(((density, field) for density, field in found if field is not None), None)
 
     def _transform_field(self, states: list[State], degree: int = MOST_DEGREE) -> bool:
-        """Goes on in coordinates where a field is standard normal given its globals, if it is, nearly."""
+        """Changes to coordinates in which a field is nearly normal given its globals, if that helps."""
         if self._field is None:
             return False
         density, field = self._field
@@ -245,11 +245,11 @@ class MovingChains:
     def _go_on_in(
         self, target: PulledBack, states: list[State], only_if_better: bool = False
     ) -> bool:
-        """Moves chains to other coordinates; whether they are there.
+        """Moves chains to other coordinates; returns whether it did.
 
-        :param only_if_better: stays where a preconditioned Gaussian is nearer to the density.
+        :param only_if_better: whether to stay unless the new coordinates lower the Fisher divergence.
         """
-        # chains that were lost have begun anew since the last of these
+        # lost chains have been restarted since the last of these
         states = [*_last(states), self._state]
         target.num_gradients = self._target.num_gradients
         latent, _ = target.log_joint.from_unconstrained(self._unconstrained(states))
@@ -272,7 +272,7 @@ def _last(states: list[State]) -> list[State]:
 
 
 def _divergence(states: list[State]) -> float:
-    """How far the density of states is from a Gaussian."""
+    """The Fisher divergence of the density at states from a Gaussian."""
     known = State.cat(states)
     known = known.at(known.is_finite)
     return fisher_divergence(known.base, known.gradient) if len(known.base) > 1 else math.inf

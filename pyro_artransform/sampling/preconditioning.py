@@ -1,12 +1,12 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Masses of Hamiltonian chains from their own draws and gradients.
+"""Mass matrices of Hamiltonian chains, estimated from draws and gradients.
 
-Of a Gaussian with covariance S the gradients at draws have the covariance inverse of S, and the
-geometric mean of the one and the inverse of the other is S, exactly and from as few draws as there are
-dimensions: both have the same noise. Where D is larger than that, the same is done for each coordinate,
-and then within the directions that draws and gradients vary most in.
+For a Gaussian with covariance S, gradients at draws have covariance S^{-1}. The geometric mean of the
+covariance of draws and the inverse covariance of gradients is then exactly S from as few draws as dimensions,
+since both have the same noise. With fewer draws this is done by coordinate, and then in the subspace in which
+draws and gradients vary most.
 
 **References**
 
@@ -20,18 +20,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: dimensions up to which all directions are looked at; of more this many are
+#: maximum dimension for a full matrix; maximum rank of draws and of gradients above it
 _MOST_DIRECTIONS = 512
 _NUM_DIRECTIONS = 64
 _RIDGE = 1e-3
-#: variances this near to one stay as they are
+#: variances within this factor of one are left at one
 _NEAR = 1.2
 
 
 class Preconditioner(NamedTuple):
-    """A = diag(scale) (I + U diag(factors - 1) U^T), so that A A^T is near the covariance of a density.
+    """A = diag(scale) (I + U diag(factors - 1) U^T), where A A^T approximates the covariance of a density.
 
-    ``scale`` has the shape ``(D,)``, U, ``directions``, ``(D, k)`` with orthonormal columns, ``factors``
+    ``scale`` has shape ``(D,)``; ``directions``, U, ``(D, k)`` with orthonormal columns; ``factors``
     ``(k,)``.
     """
 
@@ -41,16 +41,16 @@ class Preconditioner(NamedTuple):
 
     @classmethod
     def identity(cls, like: Tensor) -> "Preconditioner":
-        """That of vectors ``(..., D)``."""
+        """The identity for vectors ``(..., D)``."""
         dim = like.shape[-1]
         return cls(like.new_ones(dim), like.new_zeros((dim, 0)), like.new_ones(0))
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """A times vectors, shape ``(C, D)``."""
+        """Multiplies vectors ``(C, D)`` by A."""
         return self.scale * self._stretched(vectors)
 
     def transposed(self, vectors: Tensor) -> Tensor:
-        """The transpose of A times vectors, shape ``(C, D)``."""
+        """Multiplies vectors ``(C, D)`` by the transpose of A."""
         return self._stretched(self.scale * vectors)
 
     def _stretched(self, vectors: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Preconditioner(NamedTuple):
 
     @classmethod
     def of(cls, draws: Tensor, gradients: Tensor) -> "Preconditioner":
-        """By draws ``(n, D)`` and the gradients of the log density there, both finite."""
+        """Estimates A from draws ``(n, D)`` and the gradients of the log density there, both finite."""
         draws, gradients = draws - draws.mean(0), gradients - gradients.mean(0)
         tiny = torch.finfo(draws.dtype).tiny ** 0.5
         scale = (draws.std(0).clamp_min(tiny) / gradients.std(0).clamp_min(tiny)).sqrt()
@@ -80,10 +80,10 @@ class Preconditioner(NamedTuple):
 
 
 def fisher_divergence(draws: Tensor, gradients: Tensor) -> float:
-    """How far the density of draws ``(n, D)`` is from a Gaussian, by gradients there: zero for one.
+    """The Fisher divergence of a density from a Gaussian, by draws and gradients ``(n, D)``.
 
-    It is the Fisher divergence from the preconditioned Gaussian for each dimension, of the median draw. See
-    Estimation of Non-Normalized Statistical Models by Score Matching (Hyvärinen, 2005),
+    The Gaussian is the preconditioned one; the divergence, zero for a Gaussian, is per dimension, at the
+    median draw. See Estimation of Non-Normalized Statistical Models by Score Matching (Hyvärinen, 2005),
     https://www.jmlr.org/papers/v6/hyvarinen05a.html
     """
     found = Preconditioner.of(draws, gradients)
@@ -101,7 +101,7 @@ def _covariance(values: Tensor) -> Tensor:
 
 
 def _geometric_mean(covariance: Tensor, of_gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and eigenvectors of the S with S G S = C: the mean of C and of the inverse of G."""
+    """Eigenpairs of the S with S G S = C, the geometric mean of C and the inverse of G."""
     root, inverse_root = _roots(of_gradients)
     inner, _ = _roots(root @ covariance @ root)
     mean = inverse_root @ inner @ inverse_root

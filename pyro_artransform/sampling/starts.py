@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where superchains begin: at points that are further apart than draws of the posterior.
+"""Starts of superchains, overdispersed relative to the posterior.
 
-Chains that begin together agree before any of them has been in a tail. So scales that other priors
-depend on begin at quantiles of their priors, small and large ones among them, and stay there while all other
-latents climb: thus some superchains begin in the neck of a funnel, and some at its mouth.
+Chains with close starts agree before any of them has visited a tail. So scale parameters of other priors
+start at quantiles of their priors, from small to large, and are held there while all other latents ascend.
+Some superchains thus start in the neck of a funnel, and some at its mouth.
 """
 
 import math
@@ -19,22 +19,22 @@ from .modes import NEGLIGIBLE, NEGLIGIBLE_BY_DIM
 from .preconditioning import Preconditioner
 from .target import PulledBack, State
 
-# sds of the prior by which starts are spread (benchmarks/tails.md)
+# spread of the starts in sds of the prior (benchmarks/tails.md)
 _SPREAD = 1.3
-# steps of Adam, their first and last size in units of the spread, and the last ones, whose points make the
-# first preconditioner
+# Adam steps, first and last learning rate in units of the spread, and number of last steps whose points give
+# the first preconditioner
 _CLIMB, _FIRST, _SMALLEST, _LAST = 60, 0.3, 0.003, 10
-# spreads of other points where the density is not finite
+# spreads of new points, tried in turn where the density is not finite
 _SPREADS_OF_OTHERS = (1.0, 2.0, 0.5, 4.0, 0.25, 1.0, 2.0, 0.5, 0.1, 0.01)
 
 
 class Starts(NamedTuple):
-    """Where superchains may begin, in the coordinates of a density.
+    """Candidate starts of superchains, in the coordinates of a density.
 
-    :param base: the points, shape ``(K * M, D)``, those of a superchain one after the other.
-    :param unit: by how much they are spread in each coordinate, of the same shape.
-    :param is_held: which coordinates are not to climb, shape ``(D,)``.
-    :param has_parents: which have a prior that depends on other latents, of the same shape.
+    :param base: the points, shape ``(K * M, D)``, with those of a superchain contiguous.
+    :param unit: the spread of each coordinate of each point, same shape.
+    :param is_held: which coordinates are held during the ascent, shape ``(D,)``.
+    :param has_parents: which coordinates have a prior that depends on other latents, shape ``(D,)``.
     """
 
     base: Tensor
@@ -44,10 +44,10 @@ class Starts(NamedTuple):
 
 
 def latin_hypercube(num_points: int, like: Tensor) -> Tensor:
-    """Points ``(num_points, D)``, each coordinate spread over quantiles of a wide normal distribution.
+    """A Latin hypercube ``(num_points, D)`` at quantiles of a wide normal distribution.
 
-    Every other point alone is such a hypercube, too, and so are the rest. See Sliced Latin Hypercube Designs
-    (Qian, 2012), https://doi.org/10.1080/01621459.2011.644132
+    Points of even and of odd index are each such a hypercube, too. See Sliced Latin Hypercube Designs (Qian,
+    2012), https://doi.org/10.1080/01621459.2011.644132
     """
     size = math.ceil(num_points / 2)
     noise = torch.rand((3, 2, size, like.shape[-1]), dtype=like.dtype, device=like.device)
@@ -61,11 +61,11 @@ def latin_hypercube(num_points: int, like: Tensor) -> Tensor:
 
 @torch.no_grad()
 def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> Starts:
-    """The model's start, and others that are spread around it, ``size`` for each superchain.
+    """The model's start and points spread around it, ``size`` per superchain.
 
-    Those of every other superchain are spread as the prior is; the rest, among which the model's start is the
-    first, by at most one on the unconstrained space, since a vague prior says nothing of where the posterior
-    is. Points of a superchain have the same values of coordinates that are held.
+    Every other superchain is spread like the prior. The rest, of which the first begins with the model's
+    start, are spread by at most one on the unconstrained space, since a vague prior does not locate the
+    posterior. Points of a superchain share the values of held coordinates.
     """
     start, latents = log_joint.start, log_joint.latents
     num_points = num_superchains * size
@@ -98,7 +98,7 @@ def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> S
 
 
 def climb(target: PulledBack, starts: Starts) -> tuple[State, Preconditioner]:
-    """Points higher up, not at a mode, and how a density is stretched there, as far as points tell."""
+    """Ascends from starts, short of a mode; returns the states and a first preconditioner."""
     base, unit, is_held, _ = starts
     first, second = torch.zeros_like(base), torch.zeros_like(base)
     states = list[State]()
@@ -117,11 +117,11 @@ def climb(target: PulledBack, starts: Starts) -> tuple[State, Preconditioner]:
 
 
 def far_apart(state: State, scale: Tensor, num_superchains: int) -> Tensor:
-    """Of the points of each superchain one that is far from those of others: their places, ``(K,)``.
+    """Indices ``(K,)`` of one point per superchain, chosen far from those of the others.
 
-    :param state: points ``(K * M, D)`` after the climb, of which those are left out that are far below the
-        best one of their superchain.
-    :param scale: by which coordinates are measured, shape ``(D,)``.
+    :param state: points ``(K * M, D)`` after the ascent; those with a density far below the best of their
+        superchain are left out.
+    :param scale: the units of distances, shape ``(D,)``.
     """
     points, dim = state.base / scale, len(scale)
     density = torch.where(state.is_finite, state.log_density, -torch.inf).unflatten(

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The density that chains move in, and where they are."""
+"""The target density of chains in a base space, and the state of chains."""
 
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -12,14 +12,14 @@ from torch import Tensor
 from ..capture import Captured
 from ..joint import LogJoint
 
-# calls before the operations of a gradient are captured: chains take hundreds of them
+# calls before a gradient is captured for replay: chains evaluate hundreds
 _PATIENCE = 2
 
 ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
 
 
 class State(NamedTuple):
-    """Chains at points of the base space: shapes ``(C, D)``, ``(C, D)``, ``(C,)`` and ``(C, D)``."""
+    """The state of C chains: shapes ``(C, D)``, ``(C, D)``, ``(C,)`` and ``(C, D)``."""
 
     base: Tensor
     latent: Tensor
@@ -27,12 +27,12 @@ class State(NamedTuple):
     gradient: Tensor
 
     def where(self, is_chosen: Tensor, other: "State") -> "State":
-        """These chains where they are chosen, the others elsewhere."""
+        """Takes chosen chains from this state and the rest from another."""
         rows = is_chosen[:, None]
         return State(*map(torch.where, (rows, rows, is_chosen, rows), self, other))
 
     def at(self, rows: Tensor) -> "State":
-        """The states of these chains."""
+        """Selects chains by index."""
         return State(*(part[rows] for part in self))
 
     @classmethod
@@ -46,14 +46,14 @@ class State(NamedTuple):
 
 
 def identity(base: Tensor) -> tuple[Tensor, Tensor]:
-    """The transform of a density that is sampled in its own coordinates."""
+    """The identity transform, for a density that is sampled in its own coordinates."""
     return base, base.new_zeros(len(base))
 
 
 class PulledBack:
-    """The log density ``log p(T(x)) + log |det T'(x)|`` of a posterior p in the base space of a transform T.
+    """The pullback ``log p(T(x)) + log |det T'(x)|`` of a posterior p to the base space of a transform T.
 
-    ``num_gradients`` counts the points where it was evaluated.
+    ``num_gradients`` counts the points at which it was evaluated.
     """
 
     def __init__(self, log_joint: LogJoint, to_latent: ToLatent = identity) -> None:
@@ -65,15 +65,15 @@ class PulledBack:
             self._evaluate = self._captured = Captured(self._with_gradient, _PATIENCE)
 
     def __call__(self, base: Tensor) -> State:
-        """Points, shape ``(C, D)``, with latents, log densities and gradients, a chunk at a time."""
+        """Evaluates latents, log densities and gradients at points ``(C, D)``, one chunk at a time."""
         self.num_gradients += len(base)
         parts = base.detach().split(self.log_joint.chunk_size)
         return State(base.detach(), *map(torch.cat, zip(*map(self._evaluate, parts))))
 
     def confirm(self) -> None:
-        """Compares what was replayed last with the density itself.
+        """Compares the last replay with a direct evaluation, as calls do now and then.
 
-        :raises ReplayError: if it is another; so do evaluations now and then.
+        :raises ReplayError: if they differ.
         """
         if self._captured is not None:
             self._captured.confirm()

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Hamiltonian trajectories of many chains side by side, with a step size of its own for each chain.
+"""Hamiltonian trajectories of many chains in parallel, with a step size per chain.
 
 **References**
 
@@ -21,19 +21,19 @@ from torch import Tensor
 from .preconditioning import Preconditioner
 from .target import State
 
-# Stan's bound of the error of the energy, above which a trajectory is called divergent
+# energy error above which a trajectory is divergent, as in Stan
 _DIVERGENT = 1000.0
-#: the share of divergent trajectories from which on smaller steps are taken, and then draws are not trusted:
-#: benchmarks/unseen.md has a factor model with 3 %, whose draws lack a corner
+#: share of divergent trajectories above which step sizes are halved, and finally draws are not trusted: a
+#: factor model in benchmarks/unseen.md has 3 %, and its draws miss a corner
 MANY_DIVERGENT = 0.01
-# up to so many coordinates leapfrog steps are stable for longer (benchmarks/chains.md)
+# maximum dimension for leapfrog steps, which are stable at larger sizes there (benchmarks/chains.md)
 _MOST_BY_LEAPFROG = 50
 
 
 class Integrator(NamedTuple):
-    """A symmetric step in stages of one gradient each: shares by which points move, and then momenta.
+    """A symmetric splitting step with one gradient per stage: drifts of positions, then kicks of momenta.
 
-    Momenta move by half of the last share before the first step, and by the other half after the last one.
+    Half of the last kick precedes the first step, and the other half ends the last one.
     """
 
     drifts: tuple[float, ...]
@@ -46,18 +46,19 @@ class Integrator(NamedTuple):
 
 _DRIFT, _KICK = 0.29619504261126, 0.11888010966548
 LEAPFROG = Integrator((1.0,), (1.0,))
-#: that of reference 2, with the least error of the energy of oscillators
+#: the integrator of reference 2 with the smallest energy error for oscillators
 THREE_STAGES = Integrator((_DRIFT, 1 - 2 * _DRIFT, _DRIFT), (0.5 - _KICK, 0.5 - _KICK, 2 * _KICK))
 
 
 class Info(NamedTuple):
-    """What is known of one trajectory of each chain; shapes ``(C,)``, and ``(C, D)`` of points.
+    """One trajectory of each chain: shapes ``(C,)``, and ``(C, D)`` for points.
 
-    :param acceptance: the probability with which the end was accepted.
-    :param is_accepted: whether it was.
-    :param is_divergent: whether the energy was off by more than 1,000 nats, or not a number.
-    :param energy: the Hamiltonian after the momenta were drawn.
-    :param proposal: the end, with its momenta, preconditioned, and the time that it took.
+    :param acceptance: the acceptance probability of the proposal.
+    :param is_accepted: whether the proposal was accepted.
+    :param is_divergent: whether the energy error exceeded 1,000 nats, or was not a number.
+    :param energy: the Hamiltonian at the start of the trajectory.
+    :param proposal: the end point; ``momentum`` are its preconditioned momenta, ``duration`` the integration
+        time.
     """
 
     acceptance: Tensor
@@ -69,16 +70,16 @@ class Info(NamedTuple):
     duration: Tensor
 
     def without_points(self) -> "Info":
-        """The same without coordinates, which take the memory of five draws."""
+        """Drops points and momenta, which take the memory of five draws."""
         none = self.momentum.new_empty(len(self.momentum), 0)
         proposal = self.proposal._replace(base=none, latent=none, gradient=none)
         return self._replace(proposal=proposal, momentum=none)
 
 
 def share_of_divergent(infos: Sequence[Info], is_finite: bool = True) -> float:
-    """The share of trajectories that diverged at a finite density, or at one that is not.
+    """The share of trajectories that diverged at a finite density, or at a non-finite one.
 
-    The latter is the edge of a support, or beyond the range of a dtype.
+    A non-finite density marks the edge of a support, or an overflow of the dtype.
     """
     finite = torch.stack([info.proposal.log_density.isfinite() for info in infos])
     is_divergent = torch.stack([info.is_divergent for info in infos])
@@ -86,7 +87,7 @@ def share_of_divergent(infos: Sequence[Info], is_finite: bool = True) -> float:
 
 
 def integrator_of(dim: int) -> Integrator:
-    """The one that takes fewer gradients in so many dimensions."""
+    """The integrator that needs fewer gradients in ``dim`` dimensions."""
     return LEAPFROG if dim <= _MOST_BY_LEAPFROG else THREE_STAGES
 
 
@@ -98,9 +99,9 @@ def trajectory(
     preconditioner: Preconditioner,
     integrator: Integrator,
 ) -> tuple[State, Info]:
-    """The next state of each chain, after Metropolis's rule.
+    """The next state of each chain, after a Metropolis accept step.
 
-    :param step_size: of each chain, shape ``(C, 1)``, for all stages of a step together.
+    :param step_size: the step size of each chain, shape ``(C, 1)``, summed over the stages of a step.
     """
     momentum = torch.randn_like(state.base)
     energy = momentum.square().sum(-1) / 2 - state.log_density
@@ -132,9 +133,9 @@ def integrate(
     preconditioner: Preconditioner,
     integrator: Integrator,
 ) -> tuple[State, Tensor]:
-    """The ends of trajectories, and their momenta.
+    """Integrates trajectories; returns end points and momenta.
 
-    One whose density or gradient is not finite on the way has a log density of minus infinity at its end.
+    A trajectory that meets a non-finite density or gradient ends with a log density of minus infinity.
     """
     is_finite, state = torch.ones_like(start.log_density, dtype=torch.bool), start
     last = integrator.kicks[-1] / 2
@@ -151,10 +152,10 @@ def integrate(
 
 
 def energy_bfmi(energies: Tensor) -> Tensor:
-    """The estimated Bayesian fraction of missing information of each chain, of energies ``(C, n)``.
+    """The energy Bayesian fraction of missing information (E-BFMI) of each chain, from energies ``(C, n)``.
 
-    Below 0.3 momenta move chains between levels of the energy too slowly (reference 3, section 6.1). Of a
-    single energy it is not a number.
+    Below 0.3 momentum resampling explores energy levels too slowly (reference 3, section 6.1). NaN for a
+    single energy.
     """
     if energies.shape[1] < 2:
         return energies.new_full(energies.shape[:1], torch.nan)
