@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Checks of arguments: each returns the checked value, or raises with what was expected and got; warnings."""
+"""Argument checks, which return the checked value or raise with what was expected and got; warnings."""
 
 import math
 import operator
@@ -19,12 +19,12 @@ from torch import Tensor
 
 T = TypeVar("T")
 Init = TypeVar("Init", bound=Callable[..., None])
-# the oldest versions of PyTorch that Pyro takes do not have it
+# missing in the oldest versions of PyTorch that Pyro supports
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> int:
-    """An integer of at least ``least``, NumPy's too; a bool is not an integer."""
+    """Requires an integer of at least ``least``, NumPy's included; rejects bools."""
     size = _as_index(value)
     if size is None or size < least:
         wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
@@ -33,7 +33,7 @@ def check_integer(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_positive(name: str, value: Any) -> float:
-    """A positive finite number as a float, NumPy's too; a bool is not a number."""
+    """Requires a positive finite number, NumPy's included, and returns a float; rejects bools."""
     # comparisons only: torch.compile may make this number a symbol
     if not (_is_number(value) and 0 < value < math.inf):
         raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
@@ -41,28 +41,28 @@ def check_positive(name: str, value: Any) -> float:
 
 
 def check_share(name: str, value: Any) -> float:
-    """A number from 0 to 1 as a float, of the kinds of :func:`check_positive`."""
+    """Requires a number from 0 to 1, of the types of :func:`check_positive`, and returns a float."""
     if not (_is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
     return float(value)
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """True or False, NumPy's too, as a bool."""
+    """Requires True or False, NumPy's included, and returns a bool."""
     if value not in (True, False):
         raise ValueError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
 
 
 def check_callable(name: str, value: T, wanted: str = "a callable") -> T:
-    """Something that can be called and is not a class."""
+    """Requires a callable that is not a class."""
     if isinstance(value, type) or not callable(value):
         raise TypeError(f"{name}: expected {wanted}, got {value!r}")
     return value
 
 
 def check_hidden_dims(hidden_dims: Any) -> list[int]:
-    """The widths of hidden layers, from an integer or a sequence of integers."""
+    """Widths of hidden layers from an integer or a sequence of integers."""
     is_one = _as_index(hidden_dims) is not None or not isinstance(hidden_dims, Iterable)
     widths = [hidden_dims] if is_one else list(hidden_dims)
     if not widths:
@@ -71,8 +71,8 @@ def check_hidden_dims(hidden_dims: Any) -> list[int]:
 
 
 def check_broadcast(names: str, *shapes: torch.Size) -> None:
-    """Shapes that broadcast to each other."""
-    # while torch.jit traces, sizes are tensors, which cannot be compared
+    """Requires shapes that broadcast to each other."""
+    # under torch.jit.trace sizes are tensors, which cannot be compared
     if torch.jit.is_tracing() or all(shape == shapes[0] for shape in shapes):
         return
     try:
@@ -88,12 +88,12 @@ def check_broadcast(names: str, *shapes: torch.Size) -> None:
 def naming_arguments(
     called: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> Iterator[None]:
-    """Adds the arguments of a call to errors of it, where these may be of their shapes, kinds or values."""
+    """Appends the arguments of a call to its errors, if shapes, types or values may be the cause."""
     try:
         yield
     except (ValueError, RuntimeError, TypeError, AttributeError) as error:
         words = describe_tensors(called, args, kwargs)
-        # what torch and Pyro say of shapes, and Pyro of NaN, has no names of arguments
+        # torch's and Pyro's errors about shapes, and Pyro's about NaN, do not name arguments
         is_of_shapes = isinstance(error, RuntimeError) or "shape" in str(error)
         if words and (is_of_shapes or any(words.values())):
             error.args = (f"{error}\nThe arguments of the model are {'; '.join(words)}",)
@@ -103,9 +103,9 @@ def naming_arguments(
 def describe_tensors(
     called: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
 ) -> dict[str, bool]:
-    """The tensors and arrays in the arguments of a call, in words, and whether these tell of a fault."""
+    """Descriptions of the tensors and arrays in a call's arguments, and whether each has a fault."""
     waiting: list[tuple[str, object]] = [("", kwargs), ("", list(args))]
-    with suppress(TypeError, ValueError):  # not every callable says the names of its arguments
+    with suppress(TypeError, ValueError):  # not every callable has a signature
         waiting = [("", signature(called).bind(*args, **kwargs).arguments)]
     found = {}
     while waiting:
@@ -120,7 +120,7 @@ def describe_tensors(
 
 
 def _fault(value: Any) -> str:
-    """What is odd about an array as data, in words."""
+    """Describes what is wrong with an array as data; empty if nothing."""
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         return (
@@ -134,13 +134,13 @@ def _fault(value: Any) -> str:
 
 
 def first_of(words: Sequence[str]) -> str:
-    """The first five of many words in a row, and how many more there are."""
+    """Joins the first five words, and says how many more there are."""
     more = f" and {len(words) - 5} more" if len(words) > 5 else ""
     return ", ".join(words[:5]) + more
 
 
 def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
-    """Numbers as a tensor of the dtype and device of another; a tensor of floats stays as it is."""
+    """Converts numbers to a tensor with the dtype and device of ``like``; keeps floating-point tensors."""
     if isinstance(value, Tensor) and value.is_floating_point():
         return value
     try:
@@ -150,7 +150,7 @@ def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
 
 
 def values_can_be_read(*tensors: Tensor) -> bool:
-    """Whether values may be read now: not in ``torch.jit``, ``torch.compile`` or ``torch.func``."""
+    """Whether values may be read, which ``torch.jit``, ``torch.compile`` and ``torch.func`` forbid."""
     return not (
         torch.jit.is_tracing()
         or _is_compiling()
@@ -161,7 +161,7 @@ def values_can_be_read(*tensors: Tensor) -> bool:
 
 @contextmanager
 def asks_for_data(args: Sequence[Any], kwargs: Mapping[str, Any], words: str) -> Iterator[None]:
-    """Raises the error of a call that lacks arguments again, with this message."""
+    """Replaces the error of a call without its arguments by this message."""
     try:
         yield
     except TypeError as error:
@@ -171,7 +171,7 @@ def asks_for_data(args: Sequence[Any], kwargs: Mapping[str, Any], words: str) ->
 
 
 def names_the_class(init: Init) -> Init:
-    """A constructor whose errors about its arguments name the class that was called, and them all."""
+    """Makes errors about a constructor's arguments name the class and all arguments."""
     expected = signature(init)
 
     @wraps(init)
@@ -191,7 +191,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _as_index(value: Any) -> int | None:
-    """The integer that a value stands for, or None."""
+    """The value as an integer, or None."""
     if isinstance(value, bool) or (isinstance(value, Tensor) and value.dtype is torch.bool):
         return None
     try:

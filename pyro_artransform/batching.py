@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Graphs of operations in which what a loop repeats is done for all its passes at once.
+"""Batches the repeated operations of loops in a graph.
 
-A model that loops over time has the same few operations at each step. All latents are known when a density
-is asked for, so most of these depend on no other step. Operations of one kind, on inputs of the same shapes
-and the same origin, become one operation on stacked inputs: see :mod:`~pyro_artransform.tape` for which.
+A model that loops over time repeats a few operations at each step. All latents are known when a density is
+evaluated, so most of these do not depend on other steps. Operations of one kind, on inputs of equal shapes
+and origin, become one operation on stacked inputs; :mod:`~pyro_artransform.tape` selects them.
 
 **References**
 
@@ -32,7 +32,7 @@ class _Writer:
         self._tape = tape
         self._graph: Any = torch._C.Graph()
         self._values = {value.debugName(): self._graph.addInput() for value in graph.inputs()}
-        # batches, and their sizes; the batch of a value, and its row there; stacks by their members
+        # batches and their sizes; batch and row of a value; stacks by their members
         self._batches, self._sizes = list[Any](), list[int]()
         self._place = dict[str, tuple[int, int]]()
         self._stacks = dict[tuple[str, ...], Any]()
@@ -63,7 +63,7 @@ class _Writer:
     def _sum(self, call: Call) -> Any:
         stack = self._stacked(call.inputs)
         if call.part is None:
-            # in the order of the chain, for the same round-off
+            # cumsum adds in the order of the chain, for the same round-off
             return self._made("select", self._made("cumsum", stack, 0, None), 0, -1)
         sizes, dim, rows = call.part
         zeros = self._made("new_zeros", stack, sizes, None, None, None, None)
@@ -71,7 +71,7 @@ class _Writer:
         return self._made("index_add", zeros, dim, self._index(rows, call.inputs[0]), parts, 1)
 
     def _batch(self, calls: Sequence[Call]) -> Any:
-        """What operations of one role make, one over the other."""
+        """The stacked outputs of operations of one role."""
         first, kinds, inputs = calls[0], self._tape.kinds, list[Any]()
         shape = kinds[first.outputs[0]].shape
         for names in zip(*(call.inputs for call in calls)):
@@ -94,7 +94,7 @@ class _Writer:
         return self._made("sum", inputs[0], dims, *inputs[2:])
 
     def _write_selections(self, calls: Sequence[Call]) -> None:
-        """Parts of one tensor, or of several ones."""
+        """Batches selections by source tensor."""
         by_source = defaultdict[str, list[Call]](list)
         for call in calls:
             by_source[call.inputs[0]].append(call)
@@ -122,14 +122,14 @@ class _Writer:
         self._sizes.append(len(calls))
 
     def _value(self, name: str) -> Any:
-        """A value by itself."""
+        """A single value, selected from its batch if needed."""
         if name not in self._values:
             batch, row = self._place[name]
             self._values[name] = self._made("select", self._batches[batch], 0, row)
         return self._values[name]
 
     def _stacked(self, names: tuple[str, ...]) -> Any:
-        """Values one over the other, in a new dimension: rows of batches, where they are in some."""
+        """Stacks values along a new first dimension, reusing rows of batches."""
         if names not in self._stacks:
             alone = [*dict.fromkeys(name for name in names if name not in self._place)]
             sources = [*dict.fromkeys(self._place[n][0] for n in names if n in self._place)]
@@ -152,7 +152,7 @@ class _Writer:
         return self._node("prim::ListConstruct", [*values], _TENSORS)
 
     def _made(self, kind: str, *inputs: Any) -> Any:
-        """The tensor that an operation makes of values in the graph, and of others."""
+        """Adds an operation on graph values and constants; returns its tensor."""
         known = [
             v if isinstance(v, torch._C.Value) else self._graph.insertConstant(v) for v in inputs
         ]
@@ -166,11 +166,11 @@ class _Writer:
 
 
 def batched(graph: Any, kinds: Mapping[str, Kind], random: Container[str]) -> Any:
-    """A graph with the same results up to round-off, whose repeated operations are done at once.
+    """An equivalent graph, up to round-off, with repeated operations batched.
 
-    :param graph: of operations that have outputs and write into no tensor.
-    :param kinds: those of its tensors, by name.
-    :param random: names of tensors whose operations draw random numbers, which keep their order.
+    :param graph: a graph of operations that have outputs and write into no tensor.
+    :param kinds: shape, dtype and device of its tensors, by name.
+    :param random: names of outputs of random operations, which keep their order.
     """
     tape = Tape(graph, kinds, random)
     return _Writer(tape, graph).written(tape.schedule())

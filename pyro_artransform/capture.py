@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Functions of tensors whose operations are captured once, and replayed without the Python around them.
+"""Capture of the operations of a function of tensors, and their replay without Python overhead.
 
-The gradient of a small model is a thousand operations of a few microseconds. Pyro's handlers, ``torch.vmap``
-and autograd take several times as long to find out which these are, and find the same ones each time.
+The gradient of a small model is a thousand operations of a few microseconds each. Pyro's handlers,
+``torch.vmap`` and autograd take several times as long to dispatch them, and dispatch the same ones each time.
 """
 
 import math
@@ -18,45 +18,45 @@ from torch import Tensor
 from .differentiation import leaves
 from .recording import Replay, record
 
-#: a function of tensors that returns tensors without a graph
+#: a function of tensors that returns detached tensors
 Function = Callable[..., tuple[Tensor, ...]]
 
-# calls with the same shapes after which a capture is worth while, and the seconds that it may take
+# calls with the same shapes before a capture, and the seconds that it may take
 _PATIENCE, _MOST_SECONDS = 12, 20.0
-# every so many replays one is compared with a call of the function, the first ones more often
+# one in this many replays is compared with a call; more often at first
 _CHECK_EVERY = 256
-# units in the last place by which the two may differ
+# allowed difference in units in the last place
 _SLACK = 64.0
 
 
 class ReplayError(RuntimeError):
-    """Replays were not what calls are: nothing that came of them since the last comparison can be kept.
+    """Raised if a replay differs from a call: results since the last comparison are invalid.
 
-    Who catches it goes on from there: the function is only called from then on.
+    After this error the function is only called, not replayed.
     """
 
 
 class Captured:
-    """A function of tensors that replays its operations once it was called often enough.
+    """Wraps a function of tensors; captures its operations after some calls, then replays them.
 
-    The function may read parameters and other tensors, which are seen as they are at each replay, and draw
-    random numbers from PyTorch's own generators, of which a replay takes the same ones. It is called as it
-    is, for good, where Python reads a value that varies, or anything else is not known to be replayed
-    right (:mod:`~pyro_artransform.recording`), and at inputs where a replay fails.
+    The function may read parameters and other tensors, which each replay reads anew, and draw from PyTorch's
+    generators, which a replay advances equally. Capture is given up for good if Python reads a varying value,
+    or an operation is not known to replay correctly (:mod:`~pyro_artransform.recording`). Where a replay
+    fails, the function is called instead.
 
-    :param patience: after how many calls with the same shapes, 2 at least.
-    :raises ReplayError: if replays turn out to differ from calls, as where other state of Python's decides.
-        Now and then one is compared.
+    :param patience: the number of calls with the same shapes before a capture, at least 2.
+    :raises ReplayError: if one of the occasional comparisons of a replay with a call fails, as when the
+        function depends on other Python state.
     """
 
     def __init__(self, function: Function | None = None, patience: int = _PATIENCE) -> None:
         self._function, self._patience = function, patience
         self._calls = Counter[Hashable]()
         self._replays: dict[Hashable, Replay] = {}
-        # the last replay since a comparison
+        # inputs and outputs of the last unverified replay
         self._last: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
-        self.can_replay = True  #: whether replays are what calls are, as far as is known
-        self.num_compared = 0  #: how often they were compared, and were
+        self.can_replay = True  #: False once capture is refused or a replay was wrong
+        self.num_compared = 0  #: number of successful comparisons
 
     @torch.no_grad()
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -83,7 +83,7 @@ class Captured:
         return cast(Function, self._function)(*inputs)
 
     def confirm(self) -> None:
-        """Compares the last replay with a call, of a function without random numbers."""
+        """Compares the last replay with a call; only for functions without random numbers."""
         if self._last is not None:
             inputs, found = self._last
             self._judge(found, self._evaluate(*inputs))
@@ -102,7 +102,7 @@ class Captured:
         with torch.random.fork_rng(devices=devices):
             found = replay(*inputs)
         expected = self._evaluate(*inputs)
-        # one that fails is slower than a call, but nothing was wrong with others
+        # a failed replay costs time, but does not invalidate earlier ones
         self._last = self._last if found is not None else None
         self._judge(found, expected)
         return expected
@@ -119,10 +119,9 @@ class Captured:
 
 
 class CapturedLoss(Captured):
-    """A function without arguments, a scalar, with gradients that are found along with it.
+    """Captures a scalar function without arguments together with its gradients.
 
-    It is a random function of parameters, whatever the loss depends on. Its operations are captured, and
-    those of its gradients.
+    The loss may be random, and depend on any parameters.
 
     :param loss: returns the scalar, differentiable in the parameters.
     """
@@ -131,7 +130,7 @@ class CapturedLoss(Captured):
         super().__init__()
         self._loss = loss
         self._parameters = list[Tensor]()  # leaves with a gradient
-        # all that were reached last, and which of them the call before had reached, too
+        # leaves of the last call, and ids of those that the call before reached, too
         self._reached, self._lasting = list[Tensor](), set[int]()
 
     def __call__(self) -> Tensor:  # type: ignore[override]  # a scalar with a graph
@@ -146,10 +145,10 @@ class CapturedLoss(Captured):
             value = self._loss()
             reached = [*leaves([value])]
             found = torch.autograd.grad(value, reached, allow_unused=True) if reached else ()
-        # some leaves are made by the call itself
+        # the call itself creates some leaves
         lasting = {*map(id, reached)} & {*map(id, self._reached)}
         if self._lasting and lasting != self._lasting:
-            self.can_replay = False  # gradients of a replay would be those of others
+            self.can_replay = False  # a replay would have gradients of other leaves
         self._reached, self._lasting = reached, lasting
         pairs = [(p, g) for p, g in zip(reached, found) if g is not None]
         self._parameters = [parameter for parameter, _ in pairs]
@@ -157,7 +156,7 @@ class CapturedLoss(Captured):
 
 
 class _KnownGradients(torch.autograd.Function):
-    """A value whose gradients are known."""
+    """A value with precomputed gradients."""
 
     @staticmethod
     def forward(
@@ -172,10 +171,10 @@ class _KnownGradients(torch.autograd.Function):
 
 
 def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
-    """Whether results are equal to round-off, each number by itself, with the same ones not finite.
+    """Whether results agree elementwise up to round-off, with equal non-finite elements.
 
-    Round-off is that of the number, of the median of its column or of the largest number of its row, where
-    terms of that size may cancel: the gradient of a draw is a sum over data, whose order may be another.
+    Round-off is relative to the largest of the element, the median of its column and the maximum of its row,
+    since terms of that size may cancel: the gradient of a draw is a sum over data, in any order.
     """
     return len(found) == len(expected) and all(map(_is_close, found, expected))
 

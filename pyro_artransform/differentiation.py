@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Gradients that are written by hand, or found ahead of time, and can be differentiated again."""
+"""Custom and precomputed gradients that support double differentiation."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -13,8 +13,8 @@ from torch import Tensor
 def gradients_with_graph(
     function: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], weights: Sequence[Tensor]
 ) -> list[Tensor | None]:
-    """The gradients of a weighted sum of a function's values, which can be differentiated themselves."""
-    # views: where one input was made of another, derivatives by it do not go through what made it
+    """Differentiable gradients of a weighted sum of a function's values."""
+    # views, so that the derivative by an input ignores how it was computed from another input
     inputs = [value.view_as(value) for value in inputs]
     wanted = [value for value in inputs if value.requires_grad]
     found = iter(torch.autograd.grad(function(*inputs), wanted, weights, create_graph=True))
@@ -24,11 +24,11 @@ def gradients_with_graph(
 def evaluate_with_gradient(
     function: Callable[[Tensor], Tensor], inputs: Tensor
 ) -> tuple[Tensor, bool]:
-    """A function of rows ``(n, d)``, with its gradient found at once, so that no graph has to be held.
+    """Evaluates a function of rows ``(n, d)`` with its gradient, so that no graph is kept.
 
-    :return: the values, and whether the gradient was found: not if they depend on another leaf.
+    :return: the values, and whether the gradient was computed: not if they depend on other leaves.
     """
-    inputs = inputs.view_as(inputs)  # whose node is its own
+    inputs = inputs.view_as(inputs)  # has its own graph node
     state = torch.get_rng_state()
     values = function(inputs)
     if not values.requires_grad:
@@ -37,7 +37,7 @@ def evaluate_with_gradient(
         return values, False
     try:
         (gradient,) = torch.autograd.grad(values.sum(), inputs, retain_graph=True)
-    except RuntimeError:  # a reentrant checkpoint, or a failure for whoever wants the gradient
+    except RuntimeError:  # a reentrant checkpoint, or an error to raise in the caller's backward pass
         return values, False
     found: Tensor = _KnownGradient.apply(inputs, values.detach(), gradient, function, state)
     return found, True
@@ -46,9 +46,9 @@ def evaluate_with_gradient(
 def sum_with_gradient(
     parts: Callable[[], Iterable[Callable[[Tensor], Tensor]]], inputs: Tensor
 ) -> Tensor:
-    """The sum of functions of rows ``(n, d)`` in double precision, holding the graph of one at a time.
+    """Sums functions of rows ``(n, d)`` in double precision, keeping the graph of one at a time.
 
-    :param parts: makes the functions, as often as it is called.
+    :param parts: returns an iterable of the functions; may be called repeatedly.
     """
 
     nothing = inputs.new_zeros(len(inputs), dtype=torch.float64)
@@ -71,13 +71,13 @@ def sum_with_gradient(
 
 
 def has_other_leaves(values: Sequence[Tensor], inputs: Tensor) -> bool:
-    """Whether values depend on a leaf that requires a gradient, other than through the inputs."""
+    """Whether values depend on leaves other than the inputs."""
     return any(leaf is not inputs for leaf in leaves(values, inputs))
 
 
 def leaves(values: Sequence[Tensor], inputs: Tensor | None = None) -> Iterator[Tensor]:
-    """The leaves that values depend on, other than through the inputs."""
-    # nodes are compared by identity, for which they have to be held
+    """The leaves that values depend on other than through ``inputs``."""
+    # nodes are compared by identity, so references must be kept
     seen: set[Any] = {None} if inputs is None else {None, inputs.grad_fn}
     waiting: list[Any] = [value.grad_fn for value in values]
     while waiting:
@@ -90,7 +90,7 @@ def leaves(values: Sequence[Tensor], inputs: Tensor | None = None) -> Iterator[T
 
 
 class _KnownGradient(torch.autograd.Function):
-    """Values whose gradient is known; the second one is found by evaluating the function again."""
+    """Values with a precomputed gradient; double differentiation evaluates the function again."""
 
     @staticmethod
     def forward(
@@ -110,9 +110,9 @@ class _KnownGradient(torch.autograd.Function):
         inputs, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
             with torch.random.fork_rng(devices=[]):
-                torch.set_rng_state(ctx.state)  # of a function with random numbers, the same ones
+                torch.set_rng_state(ctx.state)  # with the same random numbers
                 again = gradients_with_graph(lambda x: [ctx.function(x)], [inputs], weights)
             return again[0], None, None, None, None
         by_row = weights[0][:, None].to(gradient)
-        # what does not count may have an infinite gradient
+        # values of weight zero may have an infinite gradient
         return torch.where(by_row == 0, 0.0, by_row * gradient), None, None, None, None

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Files of tensors and plain data: an interruption leaves the old one, and damage is noticed."""
+"""Atomic writes of tensors and plain data to files, and reads that detect damage."""
 
 import os
 import secrets
@@ -15,7 +15,7 @@ import torch
 FilePath = str | os.PathLike[str]
 
 
-# before format 9 a guide's file had a number in place of its kind
+# before format 9 a guide's file held a number in place of its kind
 _OLDER = (
     "a guide of an older version. Version 0.2.0 (pip install pyro_artransform==0.2.0) saves its draws by "
     "torch.save(AutoIAF.load(path).sample_posterior(10_000), 'draws.pt'), with the class of the guide, "
@@ -24,9 +24,9 @@ _OLDER = (
 
 
 def write(path: FilePath, kind: str, content: dict[str, Any]) -> None:
-    """Writes a file beside the target and renames it: where that fails, the old file stays.
+    """Writes a temporary file next to the target and renames it; a failure keeps the old file.
 
-    :param kind: what it is, with the number of its format.
+    :param kind: the kind of content, with its format number.
     """
     target = Path(os.path.realpath(path))
     beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
@@ -42,13 +42,13 @@ def write(path: FilePath, kind: str, content: dict[str, Any]) -> None:
 def read(path: FilePath, kind: str, map_location: Any = None) -> dict[str, Any]:
     """Reads a file that :func:`write` wrote.
 
-    :raises ValueError: if it is another file, a damaged one, or one of a device that is not there.
+    :raises ValueError: if it is another file, is damaged, or needs a device that is not available.
     """
     got = "another file, a damaged one, or one of a device that is not here (map_location)"
-    # without the errors of torch, whose advice is to run the code in a file
+    # suppress torch's errors, which advise running the code in a file
     with open(path, "rb") as file, suppress(Exception), zipfile.ZipFile(file) as archive:
         size = sum(record.file_size for record in archive.infolist())
-        # torch would take changed bytes, and unpack more than there are
+        # torch accepts changed bytes, and unpacks more than the file holds
         if size <= os.fstat(file.fileno()).st_size and archive.testzip() is None:
             file.seek(0)
             saved: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)

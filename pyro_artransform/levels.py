@@ -7,10 +7,10 @@ from collections.abc import Iterable, Sequence
 
 
 def graph_levels(parents: Sequence[Sequence[int]], root: Iterable[int] = ()) -> list[int]:
-    """The number of coordinates on the longest path to each coordinate of an acyclic graph.
+    """The length of the longest path to each coordinate of an acyclic graph.
 
-    :param root: coordinates of level 0; all others are of level 1 at least if there is one.
-    :raises ValueError: if the graph has a cycle, which is named, or a parent is out of range.
+    :param root: coordinates of level 0; with a root, all others have level 1 at least.
+    :raises ValueError: if the graph has a cycle, which the message names, or a parent is out of range.
     """
     dim, first = len(parents), set(root)
     children: list[list[int]] = [[] for _ in range(dim)]
@@ -29,7 +29,7 @@ def graph_levels(parents: Sequence[Sequence[int]], root: Iterable[int] = ()) -> 
             missing[i] -= 1
             if not missing[i]:
                 ready.append(i)
-    if any(missing):  # each of these has a parent among them
+    if any(missing):  # each coordinate left has a parent among those left
         path = [next(i for i in range(dim) if missing[i])]
         while path[-1] not in path[:-1]:
             path.append(next(j for j in parents[path[-1]] if missing[j]))

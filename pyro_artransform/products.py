@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Batches of matrix products that are one product.
+"""Batched matrix-vector products with one shared matrix, as a single product.
 
-PyTorch multiplies many draws of the coefficients of a regression with a design matrix one after the other:
-a gradient of 32 draws for 5,000 rows and 26 columns takes two and a half times as long so.
+PyTorch multiplies a design matrix with many draws of regression coefficients one draw at a time, which takes
+two and a half times as long for a gradient of 32 draws, 5,000 rows and 26 columns.
 """
 
 import torch
@@ -12,12 +12,12 @@ from torch import Tensor
 
 
 def has_one_matrix(left: Tensor, right: Tensor) -> bool:
-    """Whether a batch of products has the same matrix in each, and a vector as the other factor."""
+    """Whether a batch of products shares one matrix, and the other factors are vectors."""
     return _is_the_same(left, right.shape[2]) or _is_the_same(right, left.shape[1])
 
 
 def product_with_one_matrix(left: Tensor, right: Tensor) -> Tensor:
-    """``torch.bmm(left, right)`` of these, with the same shape and strides."""
+    """``torch.bmm(left, right)`` with one shared matrix, with the same shape and strides."""
     if _is_the_same(left, right.shape[2]):
         return torch.mm(right.squeeze(2), left.select(0, 0).t()).unsqueeze(2)
     return torch.mm(left.squeeze(1), right.select(0, 0)).unsqueeze(1)

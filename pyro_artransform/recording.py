@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The operations of one call of a function, as a graph that can be run again.
+"""Records the operations of one call of a function as a graph that can be run again.
 
-A graph is right only where it does not depend on values. So a call is refused in which Python reads a value
-that varies, or which does anything that is not known to be replayed as it is: what is allowed is listed
-here, not what is forbidden.
+A graph is valid only if it does not depend on values. A call is therefore refused if Python reads a varying
+value, or if it does anything that is not known to replay exactly. This module lists what is allowed, not what
+is forbidden.
 """
 
 import random
@@ -29,32 +29,32 @@ from .tape import Kind
 from .time_limit import is_out_of_time
 
 _ATEN, _TENSOR = torch.ops.aten, torch._C.TensorType.get()
-# what depends on values, and what raises an error because of them
+# operations whose output depends on values, and one that raises an error because of them
 _READ_BY = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _CHECK_ERRORS = _ATEN._linalg_check_errors.default
-# numbers of all tensors of a call, which are held while it is captured: where there are more, arithmetic
-# takes the time, and not what is around it
+# maximum number of elements of all tensors of a call, which capture keeps alive; with more, arithmetic
+# dominates the overhead that a replay saves
 _MOST_NUMBERS = 2**25
-# what gives Python numbers, and no more
+# functions that only return Python numbers
 _READS = {
     *(Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
     *(Tensor.__complex__, Tensor.is_nonzero, torch.is_nonzero, Tensor.tolist),
 }
-# what tells of a tensor without its values, beside what begins with is_
+# attributes of a tensor that do not depend on its values, besides those named is_*
 _METADATA = {
     *("dim", "ndim", "ndimension", "size", "shape", "stride", "numel", "nelement", "__len__"),
     *("storage_offset", "element_size", "itemsize", "nbytes", "get_device", "type"),
     *("_version", "grad_fn", "requires_grad"),
 }
-# functions of each number by itself, in Python, and what a replay does not do
+# elementwise Python functions, and backward, which a replay does not perform
 _REFUSED = {"apply_", "map_", "map2_", "backward"}
 _VALUELESS = (Tensor, torch.Size, torch.dtype, torch.device, torch.layout, type(None))
 _CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, type(None))
-# in the order of their numbers
+# in the order of their enum values
 _MEMORY_FORMATS = [torch.contiguous_format, torch.preserve_format, torch.channels_last]
 
 
-# without the detour by which hooks and backward passes in Python would run out of sight
+# bypasses the dispatch under which hooks and Python backward passes would not be recorded
 _grad = FunctionType(
     torch.autograd.grad.__code__,
     {**vars(torch.autograd), "has_torch_function": lambda _: False},
@@ -66,21 +66,21 @@ class Replay(NamedTuple):
     """Runs the operations of a call at other inputs."""
 
     script: Any
-    constants: list[Tensor]  #: tensors that the call has taken from elsewhere, by reference
-    shapes: list[tuple[torch.Size, bool]]  #: theirs, and whether they require gradients
+    constants: list[Tensor]  #: outside tensors that the call reads, by reference
+    shapes: list[tuple[torch.Size, bool]]  #: shapes of constants, and whether they require gradients
     num_results: int
 
     def is_current(self) -> bool:
-        """Whether the tensors have the shapes that they had, and require the same gradients."""
+        """Whether the outside tensors still have the same shapes and ``requires_grad``."""
         return all(
             (value.shape, value.requires_grad) == was
             for value, was in zip(self.constants, self.shapes)
         )
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...] | None:
-        """The results; ``None`` where an operation fails, or a number that Python has read is another."""
+        """The results; ``None`` if an operation fails, or a value that Python had read has changed."""
         try:
-            with torch.jit.optimized_execution(False):  # else sums have another order
+            with torch.jit.optimized_execution(False):  # optimization would reorder sums
                 outputs: tuple[Tensor, ...] = self.script(*inputs, *self.constants)
         except RuntimeError:
             return None
@@ -91,7 +91,7 @@ class Replay(NamedTuple):
 def record(
     function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], seconds: float
 ) -> Replay | None:
-    """A replay of a function, or ``None`` if it is refused, takes more seconds or fails."""
+    """Records a replay; ``None`` if the function is refused, fails or exceeds ``seconds`` of CPU time."""
     recording = _Recording(inputs, time.process_time() + seconds)
     state = _python_random_state()
     try:
@@ -105,7 +105,7 @@ def record(
             # the first run compiles it
             replays = (each for each in recording.finished(found) if each(*inputs) is not None)
             replay = next(replays, None)
-    except Exception:  # any error means that it cannot be replayed
+    except Exception:  # any error means that the call cannot be replayed
         return None
     is_random = _python_random_state() != state
     return None if recording.is_refused or is_random else replay
@@ -117,13 +117,13 @@ def _python_random_state() -> object:
 
 
 class _Recording(TorchDispatchMode):
-    """Writes the operations on tensors into a graph, of backward passes and of ``torch.vmap`` too.
+    """Writes tensor operations into a graph, including those of backward passes and ``torch.vmap``.
 
-    Values vary that depend on inputs or random numbers, and with a tensor all others that share its memory.
-    Python may read others, such as data and parameters: where these are other ones a replay fails.
+    Values that depend on inputs or random numbers vary, and so do all tensors that share their memory. Python
+    may read other values, such as data and parameters; a replay fails if these have changed.
 
-    :param inputs: what a replay gets other ones for; all other tensors are taken by reference.
-    :param end: when it is refused, by ``time.process_time``.
+    :param inputs: the tensors that a replay replaces; all others are taken by reference.
+    :param end: the ``time.process_time`` after which the recording is refused.
     """
 
     def __init__(self, inputs: Sequence[Tensor], end: float) -> None:
@@ -131,22 +131,22 @@ class _Recording(TorchDispatchMode):
         self._graph: Any = torch._C.Graph()
         self._end = end
         self._num_numbers = 0
-        # tensors are known by their identity, and memory by its address, for which they have to be held
+        # tensors are identified by id and memory by address, so references must be kept
         self._held, self._values = list[Tensor](), dict[int, Any]()
         self._numbers: dict[Any, Any] = {}
         self._kinds, self._random, self._is_pure = dict[str, Kind](), set[str](), True
         self._constants = list[Tensor]()
-        self._failures = list[Any]()  # of linear algebra, which nobody would read otherwise
+        self._failures = list[Any]()  # error codes of linear algebra and changed reads
         self.is_refused = self.has_lifted = False
         for value in inputs:
             self._hold(value, self._graph.addInput())
         given = {*map(_memory, inputs)} - {0}
-        # what is written, what varies, and what has operations that led to it
+        # memory that existed before the call, memory that varies, and memory made by recorded operations
         self._given, self._varying, self._made = given, {-1, *given}, {*given}
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # importing it takes a second, and nothing here is compiled
+        return False  # importing dynamo takes a second, and nothing here is compiled
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -157,7 +157,7 @@ class _Recording(TorchDispatchMode):
                     with self:
                         return product_with_one_matrix(*args)
                 return self._record(func, args, kwargs or {})
-        except BaseException:  # a model that catches it goes on by another path
+        except BaseException:  # a model that catches the error continues on another path
             self.is_refused = True
             raise
 
@@ -175,7 +175,7 @@ class _Recording(TorchDispatchMode):
             self.read(func, _tensors(read))
         given = [self._lowered(*pair) for pair in zip(arguments, kind.types)]
         if func is _ATEN._to_copy.default and not isinstance(arguments[0], Tensor):  # of vmap
-            dtype = torch.float64 if isinstance(arguments[0], float) else None  # as Python has it
+            dtype = torch.float64 if isinstance(arguments[0], float) else None  # like a Python float
             number = torch.tensor(arguments[0], dtype=dtype, device="cpu")
             given[0] = self._graph.insertConstant(number)
         written = [arguments[i] for i in kind.written]
@@ -198,7 +198,7 @@ class _Recording(TorchDispatchMode):
         return found
 
     def read(self, func: Any, values: Iterable[Tensor]) -> None:
-        """Refuses a function that gives Python values which vary; others have to stay as they are."""
+        """Refuses a read of varying values; makes replays fail if other values have changed."""
         for value in values:
             if _memory(value) in self._varying:
                 self.refuse(f"{func} gives Python a value")
@@ -206,7 +206,7 @@ class _Recording(TorchDispatchMode):
             self._failures += self._node("aten::ne", given, [_TENSOR])
 
     def _lowered(self, value: Any, type_: Any) -> Any:
-        """An argument of an operation in the graph."""
+        """The graph value of an operation's argument."""
         if isinstance(value, Tensor):
             return self._value_of(value)
         if isinstance(type_, torch._C.OptionalType) and value is not None:
@@ -234,7 +234,7 @@ class _Recording(TorchDispatchMode):
         return self._numbers[key]
 
     def _value_of(self, value: Tensor) -> Any:
-        """A tensor in the graph: what an operation has made, or one that was there before the call."""
+        """The graph value of a tensor, made by an operation or existing before the call."""
         if id(value) not in self._values:
             memory = _memory(value)
             if memory in self._made:
@@ -255,7 +255,7 @@ class _Recording(TorchDispatchMode):
             self.refuse(f"a call has tensors of more than {_MOST_NUMBERS} numbers in all")
 
     def _node(self, name: str, inputs: Sequence[Any], types: Sequence[Any]) -> list[Any]:
-        """The outputs of a new node of the graph."""
+        """Appends a node to the graph; returns its outputs."""
         node = self._graph.create(name, inputs, len(types))
         self._graph.appendNode(node)
         outputs = [*node.outputs()]
@@ -264,7 +264,7 @@ class _Recording(TorchDispatchMode):
         return outputs
 
     def _written(self, kind: "Schema", inputs: Sequence[Any], found: Any = None) -> list[Any]:
-        """The tensors that an operation makes, in the graph."""
+        """Appends an operation to the graph; returns its output tensors."""
         outputs = self._node(kind.name, inputs, kind.returns)
         if not isinstance(found, list):
             return outputs
@@ -279,7 +279,7 @@ class _Recording(TorchDispatchMode):
                 self.refuse(f"an operation makes {type(tensor)}")
 
     def finished(self, results: Sequence[Tensor]) -> Iterator[Replay]:
-        """Replays of all that is recorded, for these results: the first one that runs is the fastest."""
+        """Candidate replays that return these results, the fastest first."""
         outputs = [*map(self._value_of, results), *self._failures]
         types = [torch._C.TupleType([_TENSOR] * len(outputs))]
         (output,) = self._node("prim::TupleConstruct", outputs, types)
@@ -342,14 +342,14 @@ def _is_valueless(found: Any) -> bool:
 
 
 def _sequences(func: Any, args: Sequence[Any]) -> list[Any]:
-    """The sequences among the arguments of a function, without the tuple that is an index."""
+    """The sequences among the arguments of a function, without an index tuple."""
     if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], tuple):
         args = (*args[1], *args[2:])
     return [each for each in args if isinstance(each, (list, tuple))]
 
 
 def _masks(indices: Sequence[Tensor | None]) -> list[Tensor]:
-    """Those of the indices of a tensor that give the shape of what is indexed."""
+    """The mask indices, whose values determine the shape of the result."""
     masks = torch.bool, torch.uint8
     return [index for index in indices if index is not None and index.dtype in masks]
 
@@ -364,5 +364,5 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _memory(value: Tensor) -> int:
-    """The address of a tensor's memory: 0 where it has no numbers, -1 where that is not known."""
+    """The address of a tensor's memory: 0 if it is empty, -1 if unknown."""
     return value.untyped_storage().data_ptr() if torch._C._has_storage(value) else -1

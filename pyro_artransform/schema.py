@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What PyTorch says of an operation."""
+"""Schemas of PyTorch operations."""
 
 from collections.abc import Mapping, Sequence
 from functools import cache
@@ -9,14 +9,14 @@ from typing import Any, NamedTuple
 
 
 class Schema(NamedTuple):
-    """What the schema of an operation says."""
+    """Argument and return types of an operation."""
 
     name: str
     names: list[str]
     defaults: list[Any]
     types: list[Any]
     returns: list[Any]
-    written: list[int]  #: the arguments that it writes into
+    written: list[int]  #: indices of arguments that it mutates
 
     @staticmethod
     @cache
@@ -32,6 +32,6 @@ class Schema(NamedTuple):
         )
 
     def bound(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-        """All arguments of a call, in their order."""
+        """All arguments of a call, in schema order, with defaults."""
         rest = zip(self.names[len(args) :], self.defaults[len(args) :])
         return [*args, *(kwargs.get(name, default) for name, default in rest)]

@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The operations of a graph in a list, which of them may be done at once, and in which order.
+"""Lists the operations of a graph, decides which can be batched, and schedules them.
 
-Operations of one role have the same kind, inputs of the same shapes and dtypes, and the same origin. All that
-have a role wait until the inputs of each are there. Where nothing else is left, the operation goes first
-that has the longest chain of others behind it, as in a recursion over time.
+Operations of one role have the same kind, the same input shapes and dtypes, and the same origin. They wait
+until the inputs of all of them are ready. If nothing is complete, the operation with the longest chain of
+dependents goes first, with those of its role that are ready, as in a recursion over time.
 """
 
 import heapq
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-#: functions of each number by itself, of tensors that are broadcast to each other
+#: elementwise functions of tensors that broadcast
 POINTWISE = {
     *("abs", "add", "bitwise_and", "bitwise_not", "clamp", "clamp_max", "clamp_min", "cos"),
     *("digamma", "div", "eq", "erf", "erfc", "erfinv", "exp", "expm1", "ge", "gt", "isfinite"),
@@ -26,16 +26,16 @@ POINTWISE = {
     *("softplus_backward", "special_erfcx", "special_log_ndtr", "special_ndtri", "sqrt", "square"),
     *("sub", "tanh", "tanh_backward", "where", "xlogy", "_to_copy"),
 }
-#: what only gives numbers another shape, and functions of one tensor
+#: operations that only reshape, and functions of one tensor
 VIEWS = {"_unsafe_view", "squeeze", "unsqueeze", "view"}
 OF_ONE = {*VIEWS, "expand", "sum"}
-# what depends on the shape, the dtype and the device of its first input, and not on its values
+# operations that ignore the values of their first input
 _VALUELESS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
-# what is its input where there are no gradients
+# identities where there are no gradients
 _SAME = {"detach", "lift_fresh"}
-#: the fewest operations of a batch and terms of a sum
+#: minimum number of operations in a batch, and of terms in a sum
 FEWEST = 8
-# how far back the origin of inputs is compared
+# number of steps back over which origins of inputs are compared
 _ROUNDS = 4
 
 
@@ -50,8 +50,8 @@ class Kind(NamedTuple):
 class Call(NamedTuple):
     """An operation, with the names of its inputs and outputs.
 
-    One without a node is a sum of its inputs. Of parts of a tensor with zeros elsewhere it is that tensor:
-    ``part`` has the sizes, the dimension and the indices.
+    A call without a node sums its inputs. With ``part``, sizes, dimension and indices, it adds each input to
+    its place in a tensor of zeros.
     """
 
     node: Any
@@ -62,7 +62,7 @@ class Call(NamedTuple):
 
 
 class Tape:
-    """The operations of a graph, each of them once, and the sums of many terms among them."""
+    """The operations of a graph, without duplicates, and with chains of additions joined into sums."""
 
     def __init__(self, graph: Any, kinds: Mapping[str, Kind], random: Container[str]) -> None:
         self.kinds, self._random = dict(kinds), random
@@ -93,7 +93,7 @@ class Tape:
         return self._same.get(name, name)
 
     def _key(self, call: Call) -> Any:
-        """What another operation with the same results has in common; ``None`` if nothing will do."""
+        """A key that operations with equal results share; ``None`` if there is no such key."""
         if call.kind == "prim::Constant":
             value = self.constants[call.outputs[0]] = call.node.output().toIValue()
             return None if isinstance(value, torch.Tensor) else (type(value), repr(value))
@@ -112,7 +112,7 @@ class Tape:
         return call.kind in _SAME
 
     def _join_sums(self) -> None:
-        """Makes chains of additions sums of all their terms, if they have many."""
+        """Replaces long chains of additions by sums of all their terms."""
         uses = Counter(name for call in self.calls for name in call.inputs)
         uses.update(self.results)
         chains = dict[str, tuple[list[str], list[int]]]()
@@ -132,7 +132,7 @@ class Tape:
                 joined.update({index: [] for index in members})
                 joined[members[-1]] = self._sums(name, terms, parts)
         calls = [new for i, call in enumerate(self.calls) for new in joined.get(i, [call])]
-        # without what nobody needs any more
+        # drop calls whose outputs are no longer used
         needed, self.calls = {*self.results}, []
         for call in reversed(calls):
             if self.is_random(call) or not needed.isdisjoint(call.outputs):
@@ -141,7 +141,7 @@ class Tape:
         self.calls.reverse()
 
     def _parts(self, uses: Mapping[str, int]) -> dict[str, Call]:
-        """Gradients of selections, which are zero elsewhere, by name."""
+        """Gradients of selections, which are zero elsewhere, by output name."""
         return {
             call.outputs[0]: call
             for call in self.calls
@@ -151,7 +151,7 @@ class Tape:
         }
 
     def _sums(self, name: str, terms: Sequence[str], parts: Mapping[str, Call]) -> list[Call]:
-        """The sum of terms, where those that are parts of one tensor are put there at once."""
+        """The sum of terms; terms that are parts of one tensor are placed in it together."""
         found, rest = list[Call](), [term for term in terms if term not in parts]
         by_place = defaultdict[tuple[str, ...], list[Call]](list)
         for call in (parts[term] for term in terms if term in parts):
@@ -167,10 +167,10 @@ class Tape:
         return [*found, Call(None, "sum of terms", tuple(rest), (name,))] if rest else found
 
     def roles(self) -> list[int | None]:
-        """For each operation the batch that it may be part of, if any.
+        """The role of each operation, None if it cannot be batched.
 
-        Members have inputs of the same shapes, from operations with the same inputs, and so on for some
-        steps back; and the same constants, but for the index of a selection.
+        Operations of one role have inputs of equal shapes, from operations with equal inputs, and so on for
+        some steps back. Their constants are equal, except for the index of a selection.
         """
         common = []
         for call in self.calls:
@@ -194,7 +194,7 @@ class Tape:
         return [each if names else None for each, names in zip(role, common)]
 
     def _can_be_batched(self, call: Call) -> bool:
-        """Whether it is known how, of inputs of one dtype and device."""
+        """Whether the operation can be batched: a known kind, with inputs of one dtype and device."""
         tensors = [self.kinds[name] for name in call.inputs if name in self.kinds]
         others = [name for name in call.inputs if name not in self.kinds]
         floats = {each.dtype for each in tensors if each.dtype.is_floating_point}
@@ -202,18 +202,18 @@ class Tape:
         is_alike = len(floats) <= 1 and len({each.device for each in tensors}) == 1
         if not (is_known and is_alike and all(name in self.constants for name in others)):
             return False
-        if call.kind == "sum":  # over dimensions that are named
+        if call.kind == "sum":  # over explicit dimensions
             return len(call.inputs) == 4 and bool(self.constants[call.inputs[1]])
         return call.kind != "select" or self.constants[call.inputs[2]] >= 0
 
     def schedule(self) -> list[list[int]]:
-        """The operations in an order in which they can be done, and which are done at once."""
+        """Batches of operations, in an order that respects dependencies."""
         needs = [
             {self._made_by[n] for n in call.inputs if n in self._made_by} for call in self.calls
         ]
         random = [i for i, call in enumerate(self.calls) if self.is_random(call)]
         for before, after in pairwise(random):
-            needs[after].add(before)  # they stay in their order
+            needs[after].add(before)  # random operations keep their order
         users = defaultdict[int, list[int]](list)
         for i, needed in enumerate(needs):
             for j in needed:

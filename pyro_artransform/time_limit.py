@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The wall time that a computation of several phases may take, and its end by Ctrl-C."""
+"""Wall-time limits and Ctrl-C for computations of several phases."""
 
 import math
 import signal
@@ -15,21 +15,21 @@ from .arguments import check_positive
 
 INTERRUPTED = "it was interrupted"
 OUT_OF_TIME = "the time was over"
-# wall seconds that a phase with a result takes at most after Ctrl-C
+# maximum wall seconds of a result phase after Ctrl-C
 _GRACE = 1.0
 
 T = TypeVar("T")
 
 
 class TimeLimit:
-    """When the present phase ends: after a share of the seconds, or at Ctrl-C.
+    """Ends the current phase after a share of the seconds, or at Ctrl-C.
 
-    In a ``with`` block the first Ctrl-C only ends phases, so that what was reached is kept; the second
-    one interrupts. Loops in the phases go through :func:`limited`.
+    In a ``with`` block the first Ctrl-C only ends phases, so that results so far are kept; the second one
+    interrupts. Loops in phases iterate over :func:`limited`.
 
-    :param max_seconds: the wall time of all phases; ``None`` is no limit.
-    :param tick: called in each turn of a loop.
-    :param say: called with what is done now, in words.
+    :param max_seconds: the wall time of all phases; ``None`` for no limit.
+    :param tick: called in each iteration of a loop.
+    :param say: called with a description of the current activity.
     """
 
     def __init__(
@@ -51,31 +51,31 @@ class TimeLimit:
 
     @property
     def reason(self) -> str:
-        """Why the present phase is over, or an empty string."""
+        """Why the current phase is over; empty if it is not."""
         if not self.is_over():
             return ""
         return INTERRUPTED if math.isfinite(self._interrupted) else OUT_OF_TIME
 
     @property
     def end(self) -> float:
-        """When the present phase ends, in seconds, by its share or by Ctrl-C."""
+        """When the current phase ends, in seconds since the start."""
         return min(self._phase_end, self._interrupted + self._grace)
 
     def is_over(self) -> bool:
-        """Whether the present phase is."""
+        """Whether the current phase is over."""
         return self.seconds >= self.end
 
     def enter_phase(self, share: float, *, has_grace: bool = False) -> None:
-        """Begins a phase, which ends after a share of all seconds.
+        """Starts a phase, which ends after a share of all seconds.
 
-        :param has_grace: whether it goes on for a second after Ctrl-C, since it makes the result.
+        :param has_grace: whether the phase may run for a second after Ctrl-C, to make the result.
         """
         self._phase_end, self._grace = share * self._most, _GRACE if has_grace else 0.0
         if math.isfinite(self._interrupted):
             self._interrupted = self.seconds
 
     def interrupt(self, *_: object) -> None:
-        """Ends the phases; a second time it interrupts."""
+        """Ends all phases; a second call raises ``KeyboardInterrupt``."""
         if math.isfinite(self._interrupted):
             raise KeyboardInterrupt
         self._interrupted = self.seconds
@@ -83,7 +83,7 @@ class TimeLimit:
     def __enter__(self) -> "TimeLimit":
         self._token = _present.set(self)
         self._handler = signal.getsignal(signal.SIGINT)
-        # no signal arrives in other threads, and a handler that is not Python's could not be put back
+        # only the main thread gets signals, and a handler from outside Python could not be restored
         is_main = threading.current_thread() is threading.main_thread()
         self._is_handling = is_main and self._handler is not None
         if self._is_handling:
@@ -101,9 +101,9 @@ _present = ContextVar("time_limit", default=_ENDLESS)
 
 
 def limited(items: Iterable[T], *, at_least: int = 0) -> Iterator[T]:
-    """The items of a loop until the present phase is over.
+    """Yields items until the current phase is over.
 
-    :param at_least: how many of them in any case.
+    :param at_least: the number of items to yield in any case.
     """
     for index, item in enumerate(items):
         if index >= at_least and is_out_of_time():
@@ -112,17 +112,17 @@ def limited(items: Iterable[T], *, at_least: int = 0) -> Iterator[T]:
 
 
 def is_out_of_time() -> bool:
-    """Whether the present phase is over."""
+    """Whether the current phase is over."""
     limit = _present.get()
     limit.tick()
     return limit.is_over()
 
 
 def say(what: str) -> None:
-    """Says what is done now, where somebody is told."""
+    """Reports the current activity, if the limit has a ``say``."""
     _present.get().say(what)
 
 
 def has_limit() -> bool:
-    """Whether the present phase ends at some time, so that its work is to come in small parts."""
+    """Whether the current phase has an end, so that its work must come in small parts."""
     return math.isfinite(_present.get().end)

@@ -77,7 +77,7 @@ def _pulled_back(slope: Tensor, point: Tensor, directions: Tensor) -> Tensor:
     grad = partial(torch.autograd.grad, slope, point, retain_graph=True)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of torch, that its rules for vmap are slow
+            warnings.simplefilter("ignore")  # torch warns of slow vmap rules
             return grad(grad_outputs=directions, is_grads_batched=True)[0]
     except RuntimeError:  # a function without a vmap rule
         return torch.stack([grad(grad_outputs=direction)[0] for direction in directions])

@@ -59,7 +59,7 @@ Kwargs = Mapping[str, object]
 #: half the time per draw of four times larger chunks, and two thirds of that of smaller ones
 CACHED = 16
 # Strategies are compared near the start, and far away on either side, on one side scaled by the prior; at
-# more points near the start where the density is not finite at these. The distance is in units of a scale.
+# more points near the start if the density is not finite there.
 _FAR = 2.5
 #: maximum number of cached structures, as batches bring arguments of ever new shapes
 MOST_SIGNATURES = 64
@@ -174,7 +174,7 @@ class LogJoint(LogDensity):
         return self.obstacle if self.strategy == "loop" else ""
 
     def or_origin(self, u: Tensor) -> Tensor:
-        """A start, or the origin where that is a median whose density has no digits left, or no slope."""
+        """The start, or the origin if the density at a median start has lost precision or has no gradient."""
         if self._init_loc_fn is init_to_median:
             with _quietly(), torch.enable_grad(), suppress(Exception):
                 z, origin = u.detach().requires_grad_(), torch.zeros_like(u)

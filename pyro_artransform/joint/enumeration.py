@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Discrete latents summed out, also under ``torch.vmap``, where Pyro's own sum raises an error."""
+"""Marginalization of discrete latents, also under ``torch.vmap``, where Pyro's contraction fails."""
 
 import math
 from collections import OrderedDict
@@ -25,11 +25,11 @@ Factors = OrderedDict[frozenset[str], list[Any]]
 
 
 class ScaleError(ValueError):
-    """A model whose discrete latents cannot be summed out, whatever the draw."""
+    """Raised if the discrete latents of a model cannot be summed out at any draw."""
 
 
 class _LogSumExp(LogRing):
-    """Sums of products of logarithms, variable by variable, by functions that have rules for vmap."""
+    """Log-space sum-product by variable elimination, with functions that have vmap rules."""
 
     def sumproduct(self, terms: list[Any], dims: Iterable[str]) -> Tensor:
         factors: list[Any] = [*terms]
@@ -43,10 +43,10 @@ class _LogSumExp(LogRing):
 def _elimination(
     named: tuple[tuple[str, torch.Size], ...], summed: frozenset[str]
 ) -> list[tuple[str, list[int]]]:
-    """Which factors each step multiplies, and the dimension that it sums over; the last one over none.
+    """Elimination steps: the dimension that each sums out and the factors it multiplies; none at last.
 
-    The next dimension is the one whose product has the fewest values, so that the cost of a chain is
-    linear in its length. A factor that a step makes has the next number.
+    The next dimension is the one whose product has the fewest entries, so that the cost of a chain is linear
+    in its length. The result of a step takes the next factor number.
     """
     sizes = {name: size for dims, shape in named for name, size in zip(dims, shape)}
     factors = {i: set(dims) for i, (dims, _) in enumerate(named)}
@@ -69,11 +69,11 @@ def _elimination(
 
 
 def _sum_out(factors: list[Any], name: str) -> Any:
-    """The product of factors, summed over the dimension of this name, if there is one."""
+    """The product of factors, summed over dimension ``name`` unless that is empty."""
     dims = name + "".join(sorted({*"".join(term._pyro_dims for term in factors)} - {name}))
     total: Any = reduce(torch.add, (_aligned(term, dims) for term in factors))
     if name:
-        lowest = torch.finfo(total.dtype).min  # a sum of zeros has no gradient in logarithms
+        lowest = torch.finfo(total.dtype).min  # logsumexp of -inf alone has no gradient
         total = total.clamp(min=lowest).logsumexp(0)
         total = total.masked_fill(total == lowest, -torch.inf)
     total._pyro_dims = dims.removeprefix(name)
@@ -81,7 +81,7 @@ def _sum_out(factors: list[Any], name: str) -> Any:
 
 
 def _aligned(term: Any, dims: str) -> Tensor:
-    """A factor with all of these dimensions, of size one where it has none."""
+    """A factor permuted and padded, with size one, to the dimensions ``dims``."""
     sizes = dict(zip(term._pyro_dims, term.shape))
     present = "".join(name for name in dims if name in sizes)
     permuted = term.permute(*map(term._pyro_dims.index, present)) if present else term
@@ -91,13 +91,13 @@ def _aligned(term: Any, dims: str) -> Tensor:
 def marginal_log_prob(
     run: Callable[[], object], first_dim: int, kept_plates: Sequence[str] = ()
 ) -> Tensor:
-    """The log-density of a model with its discrete latents summed out, by Pyro's variable elimination.
+    """The log density of a model with its discrete latents summed out by Pyro's variable elimination.
 
-    As in Pyro's ``TraceEnum_ELBO``, masks are inside of the sums and the scale is outside: that of a
+    As in Pyro's ``TraceEnum_ELBO``, masks apply inside of the sums and the scale outside: the scale of a
     mini-batch multiplies the log of the sum over the states of an element, not the terms of that sum.
 
-    :param first_dim: the first dimension to the left of all plates, a negative number.
-    :param kept_plates: the plates whose dimensions the result has.
+    :param first_dim: the first dimension left of all plates, a negative number.
+    :param kept_plates: the plates whose dimensions the result keeps.
     """
     with hidden_sites(), EnumMessenger(first_dim):
         trace = poutine.trace(run).get_trace()
@@ -105,7 +105,7 @@ def marginal_log_prob(
     trace.pack_tensors()
     symbols = trace.plate_to_symbol
     summed = set(trace.symbol_to_dim) - set(symbols.values())
-    # log-densities by the plates that they are in: inside of the sums, without their scale, and outside
+    # log densities by their plates: inside of the sums, without scale, and outside of them
     inside, outside = Factors(), Factors()
     scales: dict[float, float | Tensor] = {}
     site: Any
@@ -117,7 +117,7 @@ def marginal_log_prob(
         if summed.isdisjoint(terms["log_prob"]._pyro_dims):
             outside.setdefault(plates, []).append(terms["log_prob"])
             continue
-        # a masked discrete latent is still one of its values
+        # a masked discrete latent still sums over its values
         mask = None if is_enumerated(site) else terms["mask"]
         log_prob = packed.scale_and_mask(terms["unscaled_log_prob"], mask=mask)
         inside.setdefault(plates, []).append(log_prob)

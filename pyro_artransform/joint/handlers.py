@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pyro handlers that run a model for its log-density, discrete latents summed out where there are any."""
+"""Pyro effect handlers that evaluate the log density of a model."""
 
 import copy
 import warnings
@@ -25,34 +25,34 @@ from torch.distributions import Distribution, constraints
 
 from .traces import has_data, is_enumerated, latent_nodes, moved_latent, subsampling_scale
 
-_MOST_LOG_PROB = 0.1  # nats by which the log of a probability may exceed 0
-# by which latents are moved on the unconstrained space, to see what depends on them
+_MOST_LOG_PROB = 0.1  # nats by which a log probability may exceed 0
+# shifts of latents on the unconstrained space that reveal what depends on them
 _DISTANCES = (0.1, -1.0, 5.0, -5.0)
-# of a model at values that it was not written for
+# errors of a model at values that it was not written for
 _FAILURES = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def hidden_sites() -> BlockMessenger:
-    """Hides the sites of a run from handlers around it, but not its parameters: they are trained."""
+    """Hides the sites of a run from outer handlers, but not its parameters, which are trained."""
     return BlockMessenger(hide_types=["sample", "observe"])
 
 
 def traced_parameters(run: Callable[[], object]) -> dict[str, Tensor]:
-    """The unconstrained parameters that a run of a model or a guide asks Pyro for, by name."""
+    """The unconstrained Pyro parameters that a run of a model or guide uses, by name."""
     with poutine.trace(param_only=True) as capture:
         run()
     found: dict[int, tuple[str, Tensor]] = {}
     for name in capture.trace.param_nodes:
         value: Any = capture.trace.nodes[name]["value"]
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-        found.setdefault(id(leaf), (name, leaf))  # a module's parameter may come by several names
+        found.setdefault(id(leaf), (name, leaf))  # a module's parameter may have several names
     return dict(found.values())
 
 
 class UnmaskedLatents(Messenger):
-    """Gives the masked elements of continuous latents their prior density, so that guides do not widen.
+    """Restores the prior density of masked continuous latents, so that guides do not widen there.
 
-    The masks of ``improper`` sites stay, and the number ``False``: an improper prior is written so.
+    Keeps the masks of ``improper`` sites and ``mask=False``, the idiom for an improper prior.
     """
 
     def __init__(self, improper: Container[str] = ()) -> None:
@@ -68,10 +68,10 @@ class UnmaskedLatents(Messenger):
 
 @torch.no_grad()
 def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
-    """The latents whose masks are left as in Pyro, where masked elements have no prior.
+    """The latents that keep their masks, so that masked elements have no prior, as in Pyro.
 
-    These are the ones whose mask depends on latents, and those of which the rest of the density depends on
-    masked elements, or is not known not to: with NaN in their place, or other numbers, it is another one.
+    These are latents whose mask depends on latents, and latents whose masked elements affect the rest of the
+    density, or may do: replacing these by NaN or other numbers changes it.
     """
     nodes, state = {n["name"]: n for n in latent_nodes(trace)}, torch.get_rng_state()
     masked = [n for n in nodes.values() if isinstance(n["mask"], Tensor) and not is_enumerated(n)]
@@ -79,7 +79,7 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
         return set()
 
     def traced(given: Mapping[str, Any]) -> Any:
-        torch.set_rng_state(state)  # the same random numbers of a model for all
+        torch.set_rng_state(state)  # the model draws the same random numbers in each run
         return poutine.trace(poutine.condition(run, dict(given))).get_trace()
 
     def is_improper(node: Any, moved: Sequence[Any]) -> bool:
@@ -100,7 +100,7 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
         warnings.simplefilter("ignore")  # Pyro warns of NaN
         moved = list[Any]()
         for distance in _DISTANCES:
-            with suppress(*_FAILURES):  # there is no density at these values
+            with suppress(*_FAILURES):  # no density at these values
                 moved.append(traced(_moved(nodes, distance)))
         for node in masked:
             try:
@@ -112,23 +112,23 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
 
 
 def _moved(nodes: Mapping[str, Any], distance: float) -> dict[str, Tensor]:
-    """The values of all latents that are not summed out, moved on the unconstrained space."""
+    """The values of all latents that are not summed out, shifted on the unconstrained space."""
     move = partial(torch.add, other=distance)
     return {k: moved_latent(node, move) for k, node in nodes.items() if not is_enumerated(node)}
 
 
 class SiteLogProbs(Messenger):
-    """Sets sites to given values, and collects the log-density of each sample site.
+    """Sets sites to given values and collects the log density of each sample site.
 
-    They are those of a trace of the conditioned model; with ``data_only`` of data, without their scale.
+    Equal to those of a conditioned trace; with ``data_only``, of data only and without scale.
     """
 
     def __init__(self, given: Mapping[str, Tensor], *, data_only: bool = False) -> None:
         super().__init__()
         self._given, self._data_only = given, data_only
-        self.values: dict[str, Tensor] = {}  #: of each site, indices of plates included
-        self.log_probs: dict[str, Tensor] = {}  #: of each site, of its batch shape
-        self.frames: dict[str, tuple[CondIndepStackFrame, ...]] = {}  #: of the plates around each
+        self.values: dict[str, Tensor] = {}  #: by site, plate indices included
+        self.log_probs: dict[str, Tensor] = {}  #: by site, of its batch shape
+        self.frames: dict[str, tuple[CondIndepStackFrame, ...]] = {}  #: plates by site
 
     def _pyro_sample(self, message: Any) -> None:
         if message["name"] in self._given and not message["is_observed"]:
@@ -144,13 +144,13 @@ class SiteLogProbs(Messenger):
         self.frames[name] = message["cond_indep_stack"]
 
     def frame(self, name: str, plate: str) -> CondIndepStackFrame | None:
-        """The frame of a plate around a site; ``None`` where the site is not in it."""
+        """The frame of a plate around a site; ``None`` if the site is not in it."""
         return next((frame for frame in self.frames[name] if frame.name == plate), None)
 
     def by_element(self, plate: str, left_out: Container[str] = ()) -> tuple[Tensor, Tensor]:
-        """The log-densities of n draws by element of a plate ``(n, size)``, and of other sites ``(n,)``.
+        """Log densities of n draws by element of a plate ``(n, size)``, and of all other sites ``(n,)``.
 
-        Those of elements are without the factor of a sub-sampled plate. Draws are to the left of all plates.
+        Elements exclude the scale of a sub-sampled plate. The dimension of draws is left of all plates.
         """
         inside, outside = list[Tensor](), list[Tensor]()
         for name in filter(lambda name: name not in left_out, self.log_probs):
@@ -167,12 +167,11 @@ class SiteLogProbs(Messenger):
 
 
 def _log_prob(site: Any) -> Tensor:
-    """The log-density of a site before its mask, with data that count in the place of those that it hides.
+    """The unmasked log density of a site, with masked data replaced by data that count.
 
-    NaN, or a zero without a logarithm, would go out of the density, but not out of the gradient. Counts
-    have a probability of zero in the place of one above 1, which is round-off: differences of log-gammas
-    make such, of NegativeBinomial in float32 from 1e6 failures on, where the density else has a mode of
-    nothing but them.
+    A mask removes NaN, or the log of zero, from the density, but not from the gradient. Counts with a
+    probability above 1, due to round-off, get probability zero: differences of log-gammas lose precision for
+    NegativeBinomial in float32 from 1e6 failures on, and would make a spurious mode there.
     """
     fn, value, mask = _unchecked(site["fn"]), site["value"], site["mask"]
     if isinstance(mask, Tensor) and has_data(site) and not is_functorch_wrapped_tensor(mask):
@@ -192,7 +191,7 @@ def _log_prob(site: Any) -> Tensor:
 
 
 def _unchecked(fn: Any) -> Any:
-    """A distribution without the checks of values, which read them, of one that was made with checks on."""
+    """A copy of a distribution without argument checks, which read values; itself if it has none."""
     own = {name: part for name, part in vars(fn).items() if isinstance(part, Distribution)}
     changed = {name: _unchecked(part) for name, part in own.items()}
     changed = {name: part for name, part in changed.items() if part is not own[name]}
@@ -204,7 +203,7 @@ def _unchecked(fn: Any) -> Any:
 
 
 class FirstIndices(Messenger):
-    """Gives plates their first indices, where nothing depends on them: to draw them permutes all."""
+    """Gives plates their first indices if nothing depends on them: drawing permutes all indices."""
 
     def _pyro_sample(self, message: Any) -> None:
         if site_is_subsample(message) and message["value"] is None:

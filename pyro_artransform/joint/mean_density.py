@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The log joint density of a model from mini-batches: their mean, and one that knows all data at a point."""
+"""Log joint densities from mini-batches: their mean, and one with a control variate from all data."""
 
 import copy
 import math
@@ -38,16 +38,16 @@ class Anchor(NamedTuple):
 
 
 class MeanLogJoint(LogJoint):
-    """The log joint density of a model as the mean of that for several mini-batches, by their rows.
+    """The log joint density of a model, as the mean over mini-batches weighted by their rows.
 
-    The density of one mini-batch is scaled up to all data, and its mode is many standard deviations of the
-    posterior away from that of all data. The more mini-batches, the closer their mean is, and that of all
-    of them is the density of all data. It is in double precision: the round-off of a million rows matters.
+    The density of one mini-batch is scaled up to all data, and its mode is many posterior sds away from that
+    of all data. The mean approaches the density of all data as mini-batches are added, and equals it over all
+    of them. It is summed in double precision: the round-off of a million rows matters.
 
     :param log_joint: the log joint density for any arguments.
-    :param batches: the positional and the keyword arguments of each mini-batch, the same ones each time
-        that they are gone through.
-    :raises ValueError: if coordinates from the prior are others for other arguments.
+    :param batches: positional and keyword arguments of each mini-batch; each iteration must yield the same
+        ones.
+    :raises ValueError: if coordinates from the prior depend on the arguments.
     """
 
     def __init__(self, log_joint: LogJoint, batches: Iterable[tuple[Args, Kwargs]]) -> None:
@@ -66,12 +66,12 @@ class MeanLogJoint(LogJoint):
                 "depends on its data: make the guide with coordinates='model'"
             )
         vars(self).update(vars(largest))
-        #: the part of all data that the mini-batches are, by their scales
+        #: the share of all data in the mini-batches, by their scales
         self.share = math.fsum(shares)
         self._is_even = is_even
         self._weights = [share / self.share for share in shares]
         self._batches = batches
-        # a plate without data of its own draws indices that nobody asks for
+        # a plate whose indices are not used draws them nevertheless, and looks random
         if self.is_random:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
                 one = {"total": self(self.start[None])}
@@ -87,7 +87,7 @@ class MeanLogJoint(LogJoint):
 
     @property
     def is_of_all_data(self) -> bool:
-        """Whether the mini-batches are as many rows as the model says that there are."""
+        """Whether the mini-batches cover as many rows as the model declares."""
         return self._is_even and math.isclose(self.share, 1.0)
 
     def __call__(self, z: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class MeanLogJoint(LogJoint):
 
     @torch.no_grad()
     def checked(self, z: Tensor, log_q: Tensor | None = None) -> Checked:
-        """The log density of draws, by a strategy that agrees with single runs on one mini-batch."""
+        """Evaluates draws by a strategy that agrees with single runs on one mini-batch."""
         found, other = self.bound_to(*next(iter(self._batches))).checked(z, log_q), copy.copy(self)
         other.strategy = found.strategy
         return found._replace(values=other(z))
@@ -114,14 +114,14 @@ def _weighted(weight: float, part: LogJoint, z: Tensor) -> Tensor:
 
 
 class AnchoredLogJoint(LogJoint):
-    r"""The log joint density of a mini-batch with the value and the gradient of all data at a point a.
+    r"""The log joint density of a mini-batch with a control variate: all data's expansion at a point a.
 
     .. math::
 
         f_b(z) - f_b(a) - f_b'(a) (z - a) + f(a) + f'(a) (z - a)
 
-    Its mean over mini-batches is that of all data, as that of :math:`f_b` is. But it differs from it by
-    what a mini-batch's curvature differs by alone, which is little where the posterior is.
+    Its mean over mini-batches is the density of all data, as for :math:`f_b`. A mini-batch differs from that
+    only from second order on, which is little in the bulk of the posterior.
 
     **References**
 

@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A model under ``torch.vmap``, once for each path that draws take through its branches.
+"""Runs a model under ``torch.vmap``, once for each path that draws take through its branches.
 
-``if z > 0``, ``while error > 1e-6`` and ``range(int(n))`` ask a tensor for its value, and under vmap it has
-one for each draw. Where all draws have the same the model gets it. Where they differ the run ends, and the
-draws of each value are run by themselves. Many draws take few paths, most often.
+``if z > 0``, ``while error > 1e-6`` and ``range(int(n))`` read the value of a tensor, which under vmap has
+one value per draw. If all draws agree, the model gets their value. If they differ, the run ends, and each
+group of draws with equal values is run separately. Many draws usually take few paths.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,7 +25,7 @@ Draws = Mapping[str, Tensor]
 Terms = dict[str, Tensor]
 Evaluate = Callable[[Draws, int | None], Terms]
 
-# how a model asks a tensor for a value that its path may depend on, and what it is told
+# operations by which a model reads a value that may decide its path, and the value that they return
 _READS: dict[Any, Callable[[Tensor], Tensor]] = {
     Tensor.__bool__: Tensor.bool,
     Tensor.__int__: Tensor.trunc,
@@ -33,26 +33,26 @@ _READS: dict[Any, Callable[[Tensor], Tensor]] = {
     Tensor.item: Tensor.clone,
 }
 _DATA = vars(torch._C.TensorBase)["data"].__get__
-# the most runs, or one for so many draws: beyond, one draw after the other takes about as long
+# maximum number of runs, or of runs per draw: with more, a loop over draws is about as fast
 _FEW_RUNS, _DRAWS_OF_RUN = 10, 4
 
 
 class ManyPathsError(RuntimeError):
-    """Draws take so many paths through a model that a run for each of them is as fast."""
+    """Raised if draws take so many paths through a model that a loop over draws is as fast."""
 
 
 class BranchError(BaseException):
-    """Ends a run of a model whose draws take different branches from here on; no model is to catch it.
+    """Ends a run whose draws take different branches from here on; models must not catch it.
 
-    Its argument is what the model asked for, of each draw.
+    Its argument is the value that the model read, by draw.
     """
 
 
 def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = False) -> Terms:
-    """The terms ``(n, ...)`` of many draws ``(n, ...)``, those of one path at a time.
+    """The terms ``(n, ...)`` of many draws ``(n, ...)``, evaluated path by path.
 
     :param has_copies: whether each draw has its own copy of the tensors that do not depend on draws.
-    :raises ManyPathsError: if there are so many paths that a loop is as fast.
+    :raises ManyPathsError: if there are so many paths that a loop over draws is as fast.
     """
 
     def one(row: Draws) -> Terms:
@@ -66,7 +66,7 @@ def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = Fal
         rows = groups.pop()
         is_all = len(rows) == len(every)
         part = draws if is_all else {name: value[rows] for name, value in draws.items()}
-        torch.set_rng_state(state)  # the same random numbers of a model for all draws
+        torch.set_rng_state(state)  # the model draws the same random numbers on all paths
         try:
             terms: Terms = torch.vmap(one, randomness="same")(part)
         except BranchError as branch:
@@ -85,12 +85,12 @@ def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = Fal
 
 
 class SingleDraw(TorchFunctionMode):
-    """Lets a model under ``torch.vmap`` do what it may do with one draw.
+    """Lets a model under ``torch.vmap`` use operations that a single draw permits.
 
-    :param like: a draw, batched.
+    :param like: a batched draw, for its vmap level, dtype and device.
     :param has_copies: whether each draw has its own copy of the tensors that do not depend on draws. A model
-        may then write what depends on a draw into tensors of real numbers that it makes, as Pyro's
-        ``Multinomial`` does, not into those that were there before.
+        may then write batched values into floating-point tensors that it creates, as Pyro's ``Multinomial``
+        does, but not into earlier ones.
     """
 
     def __init__(self, like: Tensor, has_copies: bool = False) -> None:
@@ -106,7 +106,7 @@ class SingleDraw(TorchFunctionMode):
             args = (self._common(args[0], _READS[func]), *args[1:])
         elif func is torch.tensor and (first := _first_batched(args[0])) is not None:
             return _stacked(args[0], kwargs.get("dtype") or first.dtype, first.device)
-        elif func == _DATA:  # as Pyro's handler of enumerated sites does, and its Kalman filter
+        elif func == _DATA:  # read by Pyro's enumeration handler and Kalman filter
             return args[0].detach()
         if not self._has_copies:
             return func(*args, **kwargs)
@@ -114,7 +114,7 @@ class SingleDraw(TorchFunctionMode):
             tensor, index, value = args
             is_mask = isinstance(index, Tensor) and index.dtype is torch.bool
             if is_mask and index.dim() == tensor.dim() and isinstance(value, (int, float)):
-                func = Tensor.masked_fill_  # the same, and vmap knows it
+                func = Tensor.masked_fill_  # equivalent, with a vmap rule
         found = func(*args, **kwargs)
         if not isinstance(found, Tensor) or is_batchedtensor(found):
             return found
@@ -122,7 +122,7 @@ class SingleDraw(TorchFunctionMode):
         return found + self._zero.to(found.dtype) if is_copied else found
 
     def _common(self, value: Tensor, told: Callable[[Tensor], Tensor]) -> Tensor:
-        """What all draws are told, or the tensor itself where that cannot be, or is another for each."""
+        """The common value of all draws, or the tensor itself if it is not a batched scalar to be read."""
         plain = get_unwrapped(value)
         is_real = told is Tensor.clone and value.is_floating_point()
         if is_real or maybe_get_level(value) != self._level or value.numel() != 1:
@@ -133,21 +133,21 @@ class SingleDraw(TorchFunctionMode):
             return value
         values = told(plain.detach().flatten())
         if values.isnan().any():
-            raise ValueError("cannot convert float NaN to integer")  # as of Python
+            raise ValueError("cannot convert float NaN to integer")  # as Python says
         if not bool((values == values[0]).all()):
             raise BranchError(values.to("cpu"))
         return values[0]
 
 
 def _first_batched(value: Any) -> Tensor | None:
-    """The first number that depends on a draw, in nested lists of numbers."""
+    """The first batched number in nested lists of numbers."""
     if isinstance(value, (list, tuple)):
         return next((found for v in value if (found := _first_batched(v)) is not None), None)
     return value if isinstance(value, Tensor) and is_batchedtensor(value) else None
 
 
 def _stacked(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What ``torch.tensor`` makes of nested lists of numbers, with the gradient that it cuts."""
+    """A differentiable ``torch.tensor`` of nested lists of numbers."""
     if isinstance(value, (list, tuple)):
         return torch.stack([_stacked(v, dtype, device) for v in value])
     if isinstance(value, Tensor):

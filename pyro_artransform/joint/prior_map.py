@@ -1,23 +1,22 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Coordinates of latents from the model's own prior.
+r"""Coordinates of latents derived from the model's prior.
 
-What bends a hierarchical posterior most is what the model says: the scale of theta is tau. In
+The curvature of a hierarchical posterior comes mostly from its prior, in which the scale of theta is tau. In
 
 .. math::
 
     u = \mathrm{loc} + (\mathrm{scale} / \mathrm{unit})^{1 - \lambda} (x - \lambda \, \mathrm{loc})
 
-u is a latent on the unconstrained space, loc and scale are those of its prior given its parents, and
-:math:`\lambda`, element by element, is how centred x is: at 1 it is u itself, as the model is written, and
-at 0 it is in units of the prior. The unit is a constant near the scale: at it u moves by :math:`1 - \lambda`
-with the location, whatever units the model has. Where the prior has another shape than a normal one, and
-lambda is below 0.9, it is 0, and x goes through the quantiles of that shape too, so that x is standard
-normal under the prior. Sites come in the order of the model, so that the map is triangular; its
-log-determinant is the sum of :math:`(1 - \lambda) \log (\mathrm{scale} / \mathrm{unit})`, and of the
-shapes. It is made as the model runs, each latent as its distribution comes by, so that a density in x
-costs one run.
+u is a latent on the unconstrained space, and loc and scale are those of its prior given its parents. The
+elementwise degree of centring, :math:`\lambda`, makes x equal to u, as the model is written, at 1, and
+non-centred at 0. The unit is a constant near the scale; where the scale equals it, u moves by :math:`1 -
+\lambda` with the location, in any units of the model. If the prior is not normal in shape and lambda is below
+0.9, lambda is set to 0 and x also passes through the quantile function of that shape, so that x is standard
+normal under the prior. Sites follow the order of the model, so the map is triangular. Its log-determinant
+sums :math:`(1 - \lambda) \log (\mathrm{scale} / \mathrm{unit})` and the terms of the shapes. The map is
+applied while the model runs, at each sample statement, so a density in x costs one run.
 
 **References**
 
@@ -45,13 +44,13 @@ from .vectorization import DrawPlate
 
 
 class SiteCoordinates(NamedTuple):
-    """How the coordinates of one latent are made.
+    """The coordinates of one latent.
 
-    :param centered: lambda, broadcasts to the latent on the unconstrained space.
-    :param unit: positive, broadcasts to it too.
-    :param with_location: whether the location of the prior is a part of the map; without it x is in units
-        of the scale alone, and latents depend on each other as the model writes it.
-    :param bijection: from the unconstrained space onto the support.
+    :param centered: lambda, broadcastable to the latent on the unconstrained space.
+    :param unit: positive, broadcastable to it too.
+    :param with_location: whether the map includes the location of the prior; if not, x is only scaled, and
+        latents depend on each other through locations as in the model.
+    :param bijection: the bijection from the unconstrained space onto the support.
     """
 
     centered: Tensor
@@ -61,13 +60,13 @@ class SiteCoordinates(NamedTuple):
 
 
 class Coordinates(nn.Module):
-    """Which latents have coordinates from the prior, and how centred these are.
+    """The latents with coordinates from the prior, and their degree of centring.
 
-    No gradient flows to the tensors, which are parameters so that files and the param store hold them.
+    Tensors get no gradient; they are parameters so that files and the param store hold them.
 
     :param centered: lambda, shape ``(latent_dim,)``, between 0 and 1; 1 for all other latents.
-    :param unit: of the same shape, positive: about the scale of each prior.
-    :param with_location: by site, see :class:`SiteCoordinates`.
+    :param unit: the approximate scale of each prior, positive, same shape.
+    :param with_location: flags by site, see :class:`SiteCoordinates`.
     """
 
     def __init__(self, centered: Tensor, unit: Tensor, with_location: Mapping[str, bool]) -> None:
@@ -78,7 +77,7 @@ class Coordinates(nn.Module):
 
     @property
     def is_identity(self) -> bool:
-        """Whether all latents are as the model is written: lambda is read once after each change."""
+        """Whether lambda is 1 everywhere; it is read once after each change."""
         centered, (seen, version, is_identity) = self.centered, self._read
         now = 0 if centered.is_inference() else centered._version
         if seen is not centered or version != now:
@@ -87,7 +86,7 @@ class Coordinates(nn.Module):
         return is_identity
 
     def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
-        """The coordinates of each of these latents, among all in the vector."""
+        """The coordinates of each mapped site."""
         found, units = {}, latents.split(self.unit.detach())
         for name, centered in latents.split(self.centered.detach()).items():
             if name in self.with_location:
@@ -96,7 +95,7 @@ class Coordinates(nn.Module):
         return found
 
     def non_centered(self, latents: Latents) -> "Coordinates":
-        """The same with lambda 0 for all of these latents, in units of their priors."""
+        """Coordinates with lambda 0 and unit 1 for all mapped latents."""
         found = torch.ones_like(self.centered)
         for name, part in latents.views(found).items():
             if name in self.with_location:
@@ -112,20 +111,20 @@ class Coordinates(nn.Module):
     def map(
         self, values: Mapping[str, Tensor], latents: Latents, run: Callable[[], object]
     ) -> "PriorMap":
-        """The map of coordinates, given with values of the other sites and indices of plates."""
+        """Runs the model to map coordinates, passed with values of other sites and plate indices."""
         return PriorMap(self.of_sites(latents), values).run_alone(run)
 
 
 class AllMapped(Exception):
-    """Ends a run of a model of which no more is wanted: neither its data nor what it predicts."""
+    """Ends a run of a model after its last mapped latent, before data and predictions."""
 
 
 class PriorMap(Messenger):
-    """Gives latents their values as a model runs: from coordinates x, or from u, whose x are then found.
+    """Sets latents as a model runs, from coordinates x, or from u, computing their x.
 
-    :param sites: the latents, by name.
-    :param given: x, or u, of the latents; for :meth:`run_alone` other values and indices of plates too.
-    :param is_inverse: whether it is u that is given.
+    :param sites: the coordinates of latents, by site.
+    :param given: x, or u, by latent; for :meth:`run_alone` also values of other sites and plate indices.
+    :param is_inverse: whether ``given`` holds u.
     """
 
     def __init__(
@@ -137,16 +136,16 @@ class PriorMap(Messenger):
         super().__init__()
         self.sites, self._given, self._is_inverse = sites, given, is_inverse
         self._is_alone = False
-        self.found: dict[str, Tensor] = {}  #: what was not given, u or x, by site
+        self.found: dict[str, Tensor] = {}  #: the result, u or x, by site
         self.values: dict[str, Tensor] = {}
-        #: the log-determinants of the map from x to u, of the batch shape of a site, and from u to the value
+        #: log-determinants by site, of its batch shape: of the map from x to u, and from u to the value
         self.ladjs: dict[str, Tensor] = {}
         self.bijection_ladjs: dict[str, Tensor] = {}
 
     def run_alone(self, model: Callable[[], object]) -> "PriorMap":
-        """Runs a model, unseen by handlers around it but for its parameters, up to the last latent."""
+        """Runs a model up to its last mapped latent, hiding all but parameters from outer handlers."""
         self._is_alone = True
-        # not in a plate of draws: in a guide another one, of particles, may have its dimension
+        # without a plate of draws: in a guide, a plate of particles may use its dimension
         with validation_enabled(False), suppress(AllMapped), self:
             model()
         return self
@@ -197,9 +196,9 @@ def map_draws(
     draws: Mapping[str, Tensor],
     size: int | None,
 ) -> dict[str, Tensor]:
-    """Draws "z" in coordinates on the unconstrained space, or the other way, as ``evaluate_many`` takes it.
+    """Maps draws "z" from coordinates to the unconstrained space, or back, in the form of ``evaluate_many``.
 
-    :return: "z", and the log-determinant of the map from coordinates to the unconstrained space, "total".
+    :return: "z", and as "total" the log-determinant of the map from coordinates to the unconstrained space.
     """
     z, plate = draws["z"], DrawPlate(size, num_plates)
     values, _ = latents.constrain_with_ladj(z, sites)

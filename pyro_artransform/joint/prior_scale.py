@@ -3,14 +3,14 @@
 
 r"""The location, the scale and the shape of a prior on the unconstrained space.
 
-The shape is a family with location 0 and scale 1 as a function of a standard normal,
+The shape is the standard member of a family, location 0 and scale 1, as a function of a standard normal x,
 
 .. math::
 
     r = F^{-1}(\Phi(x))
 
-with the distribution function F. In x what the data leave open of a half-Cauchy scale, whose logarithm has
-long tails, is normal.
+with its distribution function F. The logarithm of a half-Cauchy scale has long tails; with weak data its
+posterior is nearly normal in x.
 
 **Reference**: Embedded-Model Flows (Silvestri, Fertig, Moore, Ambrogioni, 2022),
 https://arxiv.org/abs/2110.06021
@@ -34,17 +34,17 @@ from torch.distributions import (
 from torch.nn.functional import softplus
 from torch.special import erfcx, ndtri
 
-# below this lambda a prior with a shape is taken to a normal one (benchmarks/coordinates.md)
+# below this lambda a prior with a shape is mapped to a normal one (benchmarks/coordinates.md)
 _SHAPED = 0.9
 
 
 class StandardFamily(NamedTuple):
-    """A family of distributions of one number.
+    """The standard member of a univariate family.
 
-    :param lower: the quantile function in x at x of at most 0, given log Phi(x).
-    :param upper: the same at x of at least 0, given the logarithm of 1 - Phi(x); ``None`` for a symmetric
+    :param lower: the quantile function for x <= 0, as a function of log Phi(x).
+    :param upper: the quantile function for x >= 0, as a function of log(1 - Phi(x)); ``None`` for a symmetric
         family.
-    :param tails: the probabilities of less and of more than r.
+    :param tails: the lower and the upper tail probability at r.
     :param log_prob: the log density at r.
     """
 
@@ -54,7 +54,7 @@ class StandardFamily(NamedTuple):
     log_prob: Callable[[Tensor], Tensor]
 
     def from_normal(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """r and log dr/dx, each side by its own tail: the other one has lost its digits."""
+        """r and log dr/dx, from the nearer tail: the other tail probability has lost its precision."""
         is_low = x < 0
         size = torch.where(is_low, -x, x)
         tail = torch.log(0.5 * erfcx(math.sqrt(0.5) * size)) - 0.5 * size.square()
@@ -63,19 +63,19 @@ class StandardFamily(NamedTuple):
         return r, normal_log_prob(x) - self.log_prob(r)
 
     def to_normal(self, r: Tensor) -> Tensor:
-        """x at r, as far out as a probability has a number."""
+        """x at r, clamped where a tail probability would underflow."""
         less, more = self.tails(r)
         least = torch.finfo(r.dtype).tiny
         return torch.where(less < more, ndtri(less.clamp_min(least)), -ndtri(more.clamp_min(least)))
 
 
 def normal_log_prob(x: Tensor) -> Tensor:
-    """The log density of a standard normal number."""
+    """The log density of a standard normal."""
     return -0.5 * (x.square() + math.log(2 * math.pi))
 
 
 def _log_ratio(log_tail: Tensor, function: Callable[[Tensor], Tensor], slope: float) -> Tensor:
-    """log f(p) at a probability p, of a function with f(0) = 0 and that slope, if p has no number too."""
+    """log f(p) at log p, with f(0) = 0 and slope f'(0) = ``slope``, also where p underflows."""
     p = log_tail.exp()
     is_small = p < 1e-9 if p.dtype == torch.float64 else p < 1e-5
     return torch.where(
@@ -83,14 +83,14 @@ def _log_ratio(log_tail: Tensor, function: Callable[[Tensor], Tensor], slope: fl
     )
 
 
-#: the logarithm of a half-Cauchy number
+#: log of a half-Cauchy variable
 HALF_CAUCHY = StandardFamily(
     lambda tail: _log_ratio(tail, lambda p: torch.tan(0.5 * math.pi * p), 0.5 * math.pi),
     None,
     lambda r: (torch.atan(r.exp()) * (2 / math.pi), torch.atan((-r).exp()) * (2 / math.pi)),
     lambda r: math.log(2 / math.pi) + r - softplus(2 * r),
 )
-#: the logarithm of the absolute value of a normal number
+#: log of a half-normal variable
 HALF_NORMAL = StandardFamily(
     lambda tail: _log_ratio(
         tail, lambda p: math.sqrt(2) * torch.erfinv(p), math.sqrt(0.5 * math.pi)
@@ -99,14 +99,14 @@ HALF_NORMAL = StandardFamily(
     lambda r: (torch.erf(math.sqrt(0.5) * r.exp()), torch.erfc(math.sqrt(0.5) * r.exp())),
     lambda r: 0.5 * math.log(2 / math.pi) + r - 0.5 * (2 * r).exp(),
 )
-#: the logarithm of an exponential number
+#: log of an exponential variable
 EXPONENTIAL = StandardFamily(
     lambda tail: _log_ratio(tail, lambda p: -torch.log1p(-p), 1.0),
     lambda tail: (-tail).log(),
     lambda r: (-torch.expm1(-r.exp()), (-r.exp()).exp()),
     lambda r: r - r.exp(),
 )
-#: the logit of a uniform number
+#: logit of a uniform variable
 LOGISTIC = StandardFamily(
     lambda tail: tail - torch.log1p(-tail.exp()),
     None,
@@ -114,13 +114,13 @@ LOGISTIC = StandardFamily(
     lambda r: r - 2 * softplus(r),
 )
 
-# What follows are all the classes whose density is known here, each without its subclasses.
+# The tables below list all classes whose density is known, subclasses excluded.
 
-# on the real line, with the attributes loc and scale
+# classes on the real line with attributes loc and scale
 _WITH_LOCATION: frozenset[Any] = frozenset(
     {dist.StudentT, dist.Laplace, dist.Cauchy, dist.Gumbel, dist.Logistic, dist.SoftLaplace}
 )
-# of bounded numbers: the location on the unconstrained space, where the scale is 1, and the shape
+# classes of bounded support: the location on the unconstrained space, where the scale is 1, and the shape
 _BOUNDED: dict[Any, tuple[Callable[[Any], Tensor], StandardFamily | None]] = {
     dist.HalfNormal: (lambda fn: fn.scale.log(), HALF_NORMAL),
     dist.HalfCauchy: (lambda fn: fn.scale.log(), HALF_CAUCHY),
@@ -129,17 +129,17 @@ _BOUNDED: dict[Any, tuple[Callable[[Any], Tensor], StandardFamily | None]] = {
     dist.InverseGamma: (lambda fn: fn.rate.log(), None),
     dist.Uniform: (lambda fn: torch.zeros_like(fn.low), LOGISTIC),
 }
-# that leave the density of an element as it is
+# wrappers that keep the density of an element
 _WRAPPERS: frozenset[Any] = frozenset({dist.Independent, Independent, dist.ExpandedDistribution})
 _TRANSFORMED: frozenset[Any] = frozenset({dist.TransformedDistribution, dist.LogNormal})
-# attributes of these classes that an instance may have of its own; no density reads the matrices
+# class attributes that an instance may shadow; no density reads the matrices
 _OF_INSTANCES = {"_validate_args", "covariance_matrix", "precision_matrix", "scale_tril"}
 
 
 def exact_class(part: Any) -> type | None:
-    """The class of a distribution or a transform; ``None`` where attributes of its own replace the class's.
+    """The class of a distribution or transform; ``None`` if the instance shadows class attributes.
 
-    Unlike with ``isinstance``, a subclass, which may have another density, is not taken for its parent.
+    Unlike with ``isinstance``, a subclass, which may have another density, does not count as its parent.
     """
     kind, own = type(part), vars(part).keys() - _OF_INSTANCES
     return None if any(map(partial(hasattr, kind), own)) else kind
@@ -152,11 +152,11 @@ def _without_wrappers(fn: Any) -> Any:
 
 
 def is_identity_or_exp(bijection: Any) -> bool:
-    """Whether a bijection onto the real or the positive numbers is torch's own, not another one."""
+    """Whether a bijection is torch's own onto the real or the positive numbers."""
     while type(bijection) is IndependentTransform:
         bijection = bijection.base_transform
     parts = bijection.parts if type(bijection) is ComposeTransform else [bijection]
-    # positive numbers are those above a bound, 0, which is added
+    # torch adds the bound, 0, after the exponential
     kinds = [type(part) for part in parts if type(part) is not AffineTransform or part.loc != 0]
     return kinds in ([], [ExpTransform])
 
@@ -164,11 +164,12 @@ def is_identity_or_exp(bijection: Any) -> bool:
 class PriorScale(NamedTuple):
     """The location and the scale of a prior on the unconstrained space.
 
-    :param loc: broadcasts to the latent.
-    :param scale: positive, the same; of a vector a lower-triangular matrix, of one more dimension.
-    :param log_prob: the log density of the family with location 0 and scale 1; ``None`` where the density
-        at a value loses no digits, as that of positive numbers.
-    :param shape: the family with location 0 and scale 1, if it is not normal and has quantiles.
+    :param loc: the location, broadcastable to the latent.
+    :param scale: positive, broadcastable to the latent; a lower-triangular matrix, with one more dimension,
+        for a multivariate prior.
+    :param log_prob: the log density of the standard member; ``None`` if the density at the value itself is
+        precise, as for positive numbers.
+    :param shape: the standard member, if it is not normal and has a quantile function.
     """
 
     loc: Tensor
@@ -178,11 +179,11 @@ class PriorScale(NamedTuple):
 
     @classmethod
     def of(cls, fn: Any) -> "PriorScale | None":
-        """That of a distribution; ``None`` where it is not known to be a location-scale family.
+        """The scale of a distribution; ``None`` if it is not a known location-scale family.
 
-        Known are the exact classes above, also reinterpreted, expanded, or behind affine transforms and an
-        exponential. All else may have another density: subclasses, masked ones, instances whose methods
-        are replaced.
+        Accepts the exact classes above, also reinterpreted, expanded, or followed by affine transforms and an
+        exponential. Subclasses, masked distributions and instances with replaced methods may have another
+        density.
         """
         fn = _without_wrappers(fn)
         kind = exact_class(fn)
@@ -196,7 +197,7 @@ class PriorScale(NamedTuple):
     def _on_the_line(cls, fn: Any) -> "PriorScale | None":
         kind: Any = exact_class(fn)
         if kind is dist.MultivariateNormal:
-            # the matrix that its density reads
+            # the matrix that log_prob reads
             matrix = fn._unbroadcasted_scale_tril
             return cls(fn.loc, matrix.expand((*fn.loc.shape, -1)), normal_log_prob)
         if kind is dist.Normal:
@@ -210,7 +211,7 @@ class PriorScale(NamedTuple):
 
     @classmethod
     def _of_transformed(cls, fn: Any) -> "PriorScale | None":
-        """That of such a family behind affine transforms, or before an exponential, as LogNormal."""
+        """The scale of a family after affine transforms and, as for LogNormal, an exponential."""
         base, transforms = _without_wrappers(fn.base_dist), fn.transforms
         prior = cls._on_the_line(base)
         if transforms and exact_class(transforms[-1]) is ExpTransform:
@@ -218,7 +219,7 @@ class PriorScale(NamedTuple):
         for transform in transforms:
             if prior is None or prior._is_matrix or exact_class(transform) is not AffineTransform:
                 return None
-            if type(base) is dist.Gumbel:  # mirrored, it is of another family
+            if type(base) is dist.Gumbel:  # reflected, it leaves the family
                 return None
             loc, scale = transform.loc + transform.scale * prior.loc, transform.scale * prior.scale
             prior = prior._replace(loc=loc, scale=scale.abs())
@@ -227,10 +228,10 @@ class PriorScale(NamedTuple):
     def unconstrained(
         self, x: Tensor, centered: Tensor, unit: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """u at coordinates x, the log-determinant of the map, and the log density of u, by element.
+        """Maps x to u; returns u, the log-determinant and the log density of u, elementwise.
 
-        In the neck of a funnel a scale is below the round-off of a location, and u less the location is
-        zero: the density is that of the residual before both are added.
+        In the neck of a funnel the scale is below the round-off of the location, so that u minus the location
+        is zero. The density is therefore evaluated at the residual, before the location is added.
         """
         centered, is_shaped = self._gated(centered)
         away, (powers, ladj) = x - centered * self.loc, self._powers(centered, unit)
@@ -250,7 +251,7 @@ class PriorScale(NamedTuple):
         return self.loc + away, ladj.expand_as(away), log_prob
 
     def coordinates(self, u: Tensor, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """x at u, and the log-determinant of the map from x, by element."""
+        """Maps u to x; returns x and the log-determinant of the map from x, elementwise."""
         centered, is_shaped = self._gated(centered)
         away, (powers, ladj) = u - self.loc, self._powers(centered, unit)
         if self._is_matrix:
@@ -264,7 +265,7 @@ class PriorScale(NamedTuple):
         return centered * self.loc + away, ladj.expand_as(away)
 
     def _gated(self, centered: Tensor) -> tuple[Tensor, Tensor | None]:
-        """lambda, and where the shape is a part of the map, if there is one."""
+        """lambda, set to 0 where the map includes the shape, and a mask of these, or None without a shape."""
         if self.shape is None:
             return centered, None
         is_shaped = centered < _SHAPED
@@ -276,11 +277,11 @@ class PriorScale(NamedTuple):
 
     @property
     def diagonal(self) -> Tensor:
-        """The scale, of a vector the diagonal of the matrix."""
+        """The scale; the diagonal if it is a matrix."""
         return self.scale.diagonal(dim1=-2, dim2=-1) if self._is_matrix else self.scale
 
     def _powers(self, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """The scale in units to the power of 1 - lambda, by rows of a matrix, and the log of its diagonal."""
+        """(scale / unit) to the power of 1 - lambda, by rows of a matrix, and its log diagonal."""
         if self.log_prob is None:  # the scale is 1
             return self.scale, self.scale.new_zeros(())
         share, diagonal = 1 - centered, self.diagonal / unit

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The priors of a model's latents in runs of it: their scales, and which of them depend on other latents."""
+"""The priors of latents in traced runs: their scales, and which depend on other latents."""
 
 from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
@@ -21,7 +21,7 @@ from .sites import Latents
 def find_mapped(
     run: Callable[[], object], latents: Latents, points: Tensor, improper: Container[str] = ()
 ) -> dict[str, bool]:
-    """The latents that may have coordinates from the prior, and whether this depends on other latents.
+    """The latents that may have coordinates from the prior, and whether it depends on other latents.
 
     :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
     :param improper: the sites whose masks make their priors improper.
@@ -35,7 +35,7 @@ def find_mapped(
     again = traced_at(run, {**other, **indices})
     torch.set_rng_state(state)
     one, two, three = (priors_of(t.nodes, latents, improper) for t in (first, second, again))
-    # that of a latent which depends on one that is hidden is no function of the latents
+    # a prior that depends on a hidden discrete latent is not a function of the latents
     random = depend_on_latents(two, three)
     return compare_priors({k: prior for k, prior in one.items() if k not in random}, two)
 
@@ -43,7 +43,7 @@ def find_mapped(
 def compare_priors(
     one: Mapping[str, PriorScale], other: Mapping[str, PriorScale]
 ) -> dict[str, bool]:
-    """The latents whose priors depend on others, or have a shape, by their priors at two points."""
+    """The latents whose priors have parents (True) or only a shape (False), by priors at two points."""
     dependent = depend_on_latents(one, other)
     shaped = (name for name, prior in one.items() if prior.shape is not None)
     kept = {*dependent, *shaped}
@@ -51,7 +51,7 @@ def compare_priors(
 
 
 def scales_of(priors: Mapping[str, PriorScale], latents: Latents, like: Tensor) -> Tensor:
-    """The scale of each prior as a vector like another one ``(latent_dim,)``; 1 where it has none."""
+    """The scales of priors as a vector ``(latent_dim,)``; 1 where a latent has none."""
     found = torch.ones_like(like)
     for name, part in latents.views(found).items():
         if name in priors:
@@ -60,7 +60,7 @@ def scales_of(priors: Mapping[str, PriorScale], latents: Latents, like: Tensor) 
 
 
 def traced_at(run: Callable[[], object], values: Mapping[str, Any]) -> poutine.Trace:
-    """The trace of a run at given values of sites."""
+    """The trace of a run conditioned on values of sites."""
     with validation_enabled(False), hidden_sites():
         trace: poutine.Trace = poutine.trace(poutine.condition(run, dict(values))).get_trace()
     return trace
@@ -69,16 +69,16 @@ def traced_at(run: Callable[[], object], values: Mapping[str, Any]) -> poutine.T
 def priors_of(
     nodes: Mapping[str, Any], latents: Latents, improper: Container[str] = ()
 ) -> dict[str, PriorScale]:
-    """The proper priors with a location and a scale among the nodes of a traced run."""
+    """The proper location-scale priors among the nodes of a traced run."""
     priors = dict[str, PriorScale]()
     for name, site in latents.sites.items():
         node: Any = nodes.get(name, {"mask": False})
         is_improper = node["mask"] is False or (node["mask"] is not None and name in improper)
         prior = None if is_improper else PriorScale.of(node["fn"])
-        # more dimensions are those of discrete latents that are summed out
+        # enumerated discrete latents add dimensions
         if prior is None or prior.loc.dim() > node["value"].dim():
             continue
-        # a log density of u is one of the value by these alone
+        # only with these bijections does a log density of u give that of the value
         if prior.log_prob is None or is_identity_or_exp(site.bijection):
             priors[name] = prior
     return priors
@@ -87,7 +87,7 @@ def priors_of(
 def depend_on_latents(
     one: Mapping[str, PriorScale | None], other: Mapping[str, PriorScale | None]
 ) -> list[str]:
-    """The latents whose location or scale differs between runs with other values of the latents."""
+    """The latents whose prior location or scale differs between two runs."""
     found = []
     for name, prior in one.items():
         second = other.get(name)

@@ -1,13 +1,13 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What diagnostics and fits ask of a log density, and of a guide beyond Pyro's own interface.
+"""Protocols that diagnostics and fits require of log densities, and of guides beyond Pyro's interface.
 
-Any Pyro guide will do; one that has the methods of a protocol is used through them. They are found by
-``isinstance``, so a guide of a third party needs no base class. ``args`` and ``kwargs`` are the model's
-arguments; ``loc``, ``scale_tril`` and draws without names are in the guide's coordinates: those from the
-prior, where it has them, else the unconstrained space. Their shapes are ``(latent_dim,)``,
-``(latent_dim, latent_dim)`` and ``(n, latent_dim)``; values by site have the shape ``batch + site shape``.
+Any Pyro guide works; one that implements a protocol is used through it. Protocols are checked by
+``isinstance``, so third-party guides need no base class. ``args`` and ``kwargs`` are the model's arguments;
+``loc``, ``scale_tril`` and unnamed draws are in the guide's coordinates: from the prior if it has such, else
+the unconstrained space. Their shapes are ``(latent_dim,)``, ``(latent_dim, latent_dim)`` and ``(n,
+latent_dim)``; values by site have the shape ``batch + site shape``.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,36 +24,36 @@ from .sites import Latents
 
 
 class LogDensity(Protocol):
-    """A log density of the latents of a model, on the unconstrained space or in other coordinates."""
+    """A log density of a model's latents, on the unconstrained space or in other coordinates."""
 
     latents: Latents
 
     @property
     def strategy(self) -> str:
-        """How many draws are evaluated: by "plate", "vmap", "copies" or "loop"."""
+        """How draws are vectorized: "plate", "vmap", "copies" or "loop"."""
 
     @property
     def start(self) -> Tensor:
-        """A starting point, shape ``(latent_dim,)``, in the coordinates of draws."""
+        """An initial point, shape ``(latent_dim,)``, in the coordinates of draws."""
 
     def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Coordinates of points ``(n, latent_dim)`` of the unconstrained space, and the log-determinant."""
+        """Maps unconstrained points ``(n, latent_dim)`` to coordinates; returns log-determinants, too."""
 
     def __call__(self, z: Tensor) -> Tensor:
         """The log density of draws ``(n, latent_dim)``, shape ``(n,)``; NaN where the model fails."""
 
     def nonfinite_sites(self, z: Tensor) -> list[str]:
-        """The sites whose log-density is not finite at one of the draws ``(n, latent_dim)``."""
+        """The sites whose log density is not finite at some draw of ``(n, latent_dim)``."""
 
 
 @runtime_checkable
 class ReparametrizedGuide(Protocol):
-    """A guide with draws in its coordinates, and their density there."""
+    """A guide with reparametrized draws and their density, in its coordinates."""
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
-        """Reparametrized draws and their log-densities ``(n,)``, with gradients.
+        """Reparametrized draws ``(n, latent_dim)`` and their log densities ``(n,)``, with gradients.
 
-        :param path: whether the gradient of the log-density flows through the draws only.
+        :param path: whether the gradient of the log density flows through the draws only.
         """
 
 
@@ -62,96 +62,96 @@ class TransformedGuide(Protocol):
     """A guide that is a transformed standard normal, as Pyro's Gaussian and flow autoguides are."""
 
     def get_transform(self, *args: object, **kwargs: object) -> Transform:
-        """That from a standard normal; a ``NotImplementedError`` where there is none, as in Pyro."""
+        """The transform from a standard normal; raises ``NotImplementedError`` without one, as in Pyro."""
 
 
 @runtime_checkable
 class FlowGuide(ReparametrizedGuide, Protocol):
-    """A guide that a fit initializes and trains by the path gradient: those of this package."""
+    """A guide that a fit initializes and trains by path gradients, such as this package's guides."""
 
     def start_at(self, loc: Tensor, scale_tril: Tensor | None = None) -> None:
-        """Becomes a Gaussian, by default of a new guide's scale; a ``ValueError`` if it cannot have it."""
+        """Becomes a Gaussian, by default of a new guide's scale; raises ``ValueError`` if it cannot."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """Its parameters, as those of a module, with those of its coordinates."""
+        """The parameters of the guide, like a module's, with those of its coordinates."""
 
 
 @runtime_checkable
 class PriorGuide(Protocol):
-    """A guide that holds its model's prior; the draws of a flow guide are in the coordinates of it."""
+    """A guide that holds its model's prior; a flow guide draws in the coordinates of that."""
 
     prior: ModelPrior
-    transform: Any  #: from a standard normal to these draws, a torch transform
+    transform: Any  #: the torch transform from a standard normal to these draws
 
 
 @runtime_checkable
 class StructuredGuide(FlowGuide, Protocol):
-    """A guide with the Markov graph of the posterior, of so many latents that no matrix is dense."""
+    """A guide with the Markov graph of the posterior, for too many latents for dense matrices."""
 
     def markov_graph(self) -> MarkovGraph:
-        """Which coordinates depend on each other given all others, and the order they are drawn in."""
+        """The conditional dependencies between coordinates, and their elimination order."""
 
     def start_at_gaussian(self, gaussian: SparseGaussian) -> None:
-        """Becomes a Gaussian along the elimination of :meth:`markov_graph`, or the nearest it can be."""
+        """Becomes a Gaussian along the elimination of :meth:`markov_graph`, or the nearest possible one."""
 
     def missing_over_batches(
         self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
     ) -> list[str]:
-        """Dependencies of the posterior, in words, that draws of the guide show and the graph lacks.
+        """Describes posterior dependencies that the guide's draws reveal and the graph lacks.
 
-        :param batches: the ``args`` and ``kwargs`` of some mini-batches, or those of all data alone.
+        :param batches: the ``args`` and ``kwargs`` of some mini-batches, or of all data only.
         """
 
 
 @runtime_checkable
 class MinibatchGuide(Protocol):
-    """A guide of the elements of a mini-batch, such as ``AutoAmortized``."""
+    """A guide for the elements of a mini-batch, such as ``AutoAmortized``."""
 
     @property
     def needs_indices(self) -> bool:
-        """Whether elements are looked up by indices that nobody gives, so that batches need them."""
+        """Whether the guide looks up elements by index, so that batches must include indices."""
 
     def path_gradient(self) -> AbstractContextManager[None]:
-        """A context in which the density of the guide's draws has a gradient by the draws only."""
+        """A context in which the gradient of the guide's density flows through the draws only."""
 
     def parameters(self) -> Iterator[nn.Parameter]: ...
 
     def start_near(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
-        """Starts near draws ``(n,) + site shape`` of one mini-batch, which is a share of all elements.
+        """Starts near draws ``(n,) + site shape`` of one mini-batch with ``share`` of all elements.
 
-        Draws in coordinates of the prior are taken to the supports by the sites' bijections alone.
+        Draws in coordinates of the prior are mapped to the supports by the sites' bijections only.
         """
 
-    #: a ``ModelPrior`` with ``coordinates_of(latents)``: those of a mini-batch's latents
+    #: a ``ModelPrior`` with ``coordinates_of(latents)`` for the latents of a mini-batch
     prior: Any
 
     def center_at(self, u: Tensor | None, log_joint: Any, share: float) -> float:
-        """Sets lambda by the curvature at draws, or to 1: returns the largest change."""
+        """Sets lambda by the curvature at draws, or to 1; returns the largest change."""
 
 
 @runtime_checkable
 class ScaledSteps(Protocol):
-    """A guide with a factor for each parameter whose steps are not in its units, which broadcasts to it."""
+    """A guide with step-size factors, broadcastable to a parameter, for parameters in other units."""
 
     def step_scales(self) -> Mapping[nn.Parameter, Tensor]: ...
 
 
 @runtime_checkable
 class SetUpGuide(Protocol):
-    """A guide that runs its model, unless that is done already, to learn its latents without drawing."""
+    """A guide that can run its model once, to learn its latents without drawing."""
 
     def set_up(self, *args: object, **kwargs: object) -> None: ...
 
 
 @runtime_checkable
 class StoredGuide(Protocol):
-    """A guide that, while new, deletes what another of its name, now gone, left in Pyro's param store."""
+    """A guide that, while new, deletes parameters of a dead guide of its name from Pyro's param store."""
 
     def drop_orphans(self) -> None: ...
 
 
 @runtime_checkable
 class PosteriorGuide(Protocol):
-    """A guide with draws of all sites, each ``(n,) + site shape``; arguments where it is amortized."""
+    """A guide with draws of all sites, ``(n,) + site shape``; amortized guides take arguments."""
 
     def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]: ...

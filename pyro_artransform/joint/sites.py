@@ -27,9 +27,9 @@ from .traces import is_enumerated, latent_nodes, unwrapped
 class Site:
     """A continuous latent site of a model, without its distribution.
 
-    :param shape: the shape of its value, the event dimensions last.
+    :param shape: the shape of the value, event dimensions last.
     :param event_dim: the number of event dimensions.
-    :param plates: the frames of the plates around it, as Pyro's traces hold them.
+    :param plates: the frames of enclosing plates, as in Pyro's traces.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Site:
 
     @classmethod
     def from_node(cls, node: Any) -> "Site":
-        """The site of a node of a trace, with the support's bounds detached."""
+        """Makes a site from a trace node, with the bounds of its support detached."""
         fn, value = node["fn"], node["value"]
         support, plates = map_bounds(fn.support, Tensor.detach), node["cond_indep_stack"]
         return cls(node["name"], value.shape, fn.event_dim, support, value.dtype, plates)
@@ -53,15 +53,15 @@ class Site:
 
     @cached_property
     def unconstrained_shape(self) -> torch.Size:
-        """The shape of its value on the unconstrained space."""
+        """The shape of the value on the unconstrained space."""
         bijection = self.bijection
         if bijection.domain.event_dim == bijection.codomain.event_dim == 0:
-            return torch.Size(self.shape)  # PyTorch's answer imports SymPy
+            return torch.Size(self.shape)  # inverse_shape imports SymPy
         return torch.Size(bijection.inverse_shape(self.shape))
 
     @cached_property
     def unconstrained_event_dim(self) -> int:
-        """The number of event dimensions of its value on the unconstrained space."""
+        """The number of event dimensions of the value on the unconstrained space."""
         return len(self.unconstrained_shape) - len(self.batch_shape)
 
     @cached_property
@@ -71,7 +71,7 @@ class Site:
 
     @property
     def size(self) -> int:
-        """How many coordinates of the latent vector are this site's."""
+        """The number of coordinates of this site in the latent vector."""
         return self.unconstrained_shape.numel()
 
     @property
@@ -82,7 +82,7 @@ class Site:
     def constrain_with_ladj(
         self, part: Tensor, batch: torch.Size | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The value of a part ``batch + unconstrained_shape``, and the log-determinant, shape ``batch``."""
+        """Maps ``batch + unconstrained_shape`` to the value; returns log-determinants ``batch``, too."""
         if batch is None:
             batch = part.shape[: part.dim() - self.unconstrained_event_dim]
         value = self.bijection(part)
@@ -90,34 +90,34 @@ class Site:
         return value, ladj.reshape((*batch, -1)).sum(-1)
 
     def to(self, fn: Callable[[Tensor], Tensor]) -> "Site":
-        """The site after a conversion of its dtype and of the bounds of its support: ``Tensor.double``."""
+        """Converts the dtype and the bounds of the support, for example by ``Tensor.double``."""
         dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return replace(self, support=map_bounds(self.support, fn), dtype=dtype)
 
 
 class LatentSpace(NamedTuple):
-    """The latents of a model, some of them in coordinates from its prior, where there are any."""
+    """The latents of a model, some of them perhaps in coordinates from its prior."""
 
     latents: "Latents"
     coordinates: Any = None  #: :class:`~pyro_artransform.joint.prior_map.Coordinates`
 
     @property
     def is_mapped(self) -> bool:
-        """Whether the way to the sites takes a run of the model."""
+        """Whether mapping to the sites needs a run of the model."""
         return self.coordinates is not None and not self.coordinates.is_identity
 
     @property
     def mapped(self) -> dict[str, Any]:
-        """The coordinates of each site that the model has to be run for."""
+        """The coordinates of each site that needs a run of the model."""
         return self.coordinates.of_sites(self.latents) if self.is_mapped else {}
 
     def to_sites(
         self, parts: Mapping[str, Tensor], run: Callable[[], object] | None
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The value of each site, and the log-determinant of the way there, of its batch shape.
+        """The value of each site, and the log-determinant of the map to it, of its batch shape.
 
-        :param parts: of each site, as ``Latents.place`` has them; indices of plates that are known.
-        :param run: the model, which runs where there are coordinates from its prior.
+        :param parts: the part of each site, as ``Latents.place`` returns them, and known plate indices.
+        :param run: the model, for latents with coordinates from its prior; None if there are none.
         """
         sites, mapped = self.latents.sites, {} if run is None else self.coordinates.with_location
         values, ladjs = dict(parts), dict[str, Tensor]()
@@ -129,12 +129,12 @@ class LatentSpace(NamedTuple):
             if name in prior.values:
                 values[name] = prior.values[name]
                 ladjs[name] = prior.ladjs[name] + prior.bijection_ladjs[name]
-            else:  # it has data now
+            else:  # the site has data now
                 values[name], ladjs[name] = sites[name].constrain_with_ladj(parts[name])
         return values, ladjs
 
     def centered_by_site(self) -> dict[str, Tensor]:
-        """lambda by site, of its unconstrained shape; empty without coordinates."""
+        """lambda by site, in its unconstrained shape; empty without coordinates."""
         sites = {} if self.coordinates is None else self.coordinates.of_sites(self.latents)
         return {name: site.centered.clone() for name, site in sites.items()}
 
@@ -142,8 +142,8 @@ class LatentSpace(NamedTuple):
 class Latents:
     """The continuous latents of a model in one vector.
 
-    The sites, at least one, stand in the order of the model's trace, each taken to the unconstrained space
-    by Pyro's ``biject_to`` and flattened, as Pyro's ``AutoContinuous`` packs them.
+    Sites, at least one, follow the order of the model's trace; each is mapped to the unconstrained space by
+    Pyro's ``biject_to`` and flattened, as in Pyro's ``AutoContinuous``.
     """
 
     def __init__(self, sites: Iterable[Site]) -> None:
@@ -153,15 +153,15 @@ class Latents:
         self.event_dims = {name: site.event_dim for name, site in self.sites.items()}
         self._sizes = [site.size for site in self.sites.values()]
         self.latent_dim = sum(self._sizes)
-        #: the relative round-off of the coarsest dtype
+        #: machine epsilon of the coarsest dtype
         self.eps = max(torch.finfo(site.dtype).eps for site in self.sites.values())
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "Latents":
-        """The latents of a trace, discrete ones only where they are enumerated in parallel."""
+        """The latents of a trace, without discrete ones, which must be enumerated in parallel."""
         sites = []
         for node in latent_nodes(trace):
-            if is_enumerated(node):  # one that is drawn would have another density in each call
+            if is_enumerated(node):  # a sampled one would make the density random
                 how, count = node["infer"]["enumerate"], node["infer"].get("num_samples")
                 if how == "parallel" and count is None:
                     continue
@@ -180,16 +180,16 @@ class Latents:
         return cls(sites)
 
     def split(self, z: Tensor) -> dict[str, Tensor]:
-        """The parts ``batch + unconstrained shape`` of z ``batch + (latent_dim,)``, in the sites' dtypes."""
+        """Splits z ``batch + (latent_dim,)`` into ``batch + unconstrained shape``, in the sites' dtypes."""
         return {name: part.to(self.sites[name].dtype) for name, part in self.views(z).items()}
 
     def views(self, z: Tensor) -> dict[str, Tensor]:
-        """As :meth:`split`, in the dtype of z: what is written into a part of a vector is written into it."""
+        """Like :meth:`split`, in the dtype of z; parts of a contiguous vector are views into it."""
         parts = zip(self.sites.values(), z.split(self._sizes, -1))
         return {s.name: part.reshape(z.shape[:-1] + s.unconstrained_shape) for s, part in parts}
 
     def place(self, z: Tensor) -> dict[str, Tensor]:
-        """As :meth:`split`, with the batch dimensions of z where those of plates around a guide lie."""
+        """Like :meth:`split`, with batch dimensions of z aligned with the plates around a guide."""
         placed = {}
         for site, part in zip(self.sites.values(), z.split(self._sizes, -1)):
             ones = z.shape[:-1] + (1,) * site.unconstrained_event_dim
@@ -198,7 +198,7 @@ class Latents:
         return placed
 
     def elements_of(self, frame: CondIndepStackFrame) -> Tensor:
-        """The element of a plate that each coordinate is of, shape ``(latent_dim,)``; -1 outside of it."""
+        """The plate element of each coordinate, shape ``(latent_dim,)``; -1 outside of the plate."""
         parts = []
         for site in self.sites.values():
             shape = site.unconstrained_shape
@@ -211,20 +211,21 @@ class Latents:
         return torch.cat(parts)
 
     def name_of(self, coordinate: int) -> str:
-        """The site and place of a coordinate of the vector, as in ``z[3, 1]``."""
+        """The site and index of a coordinate of the vector, such as ``z[3, 1]``."""
         for site in self.split(torch.arange(self.latent_dim, device="cpu") == coordinate).items():
             if (place := site[1] > 0).any():
                 return f"{site[0]}{place.nonzero()[0].tolist() or ''}"
         raise IndexError(coordinate)
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
-        """The value of each site, ``batch + site shape``, at z of shape ``batch + (latent_dim,)``."""
+        """Maps z ``batch + (latent_dim,)`` to the value of each site, ``batch + site shape``."""
         return {name: self.sites[name].bijection(part) for name, part in self.split(z).items()}
 
     def coarse_sites(self, z: Tensor) -> list[str]:
-        """The sites of draws ``(n, latent_dim)`` with sds below two spacings of the dtype, as near an edge.
+        """The sites whose sds over draws ``(n, latent_dim)`` are below two spacings of their dtype.
 
-        Those of more or fewer numbers than coordinates, as simplices, are left out: one may stand still.
+        This happens near the edge of a support. Sites with other numbers of values than coordinates, such as
+        simplices, are skipped: some of their values may be constant.
         """
         found = []
         for name, value in self.constrain(z).items():
@@ -237,10 +238,10 @@ class Latents:
     def constrain_with_ladj(
         self, z: Tensor, left_out: Container[str] = ()
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The value of each site as :meth:`constrain` gives it, and the log-determinant.
+        """Like :meth:`constrain`, with the log-determinant.
 
-        :param left_out: sites that stay as they are.
-        :return: for each site, shape ``batch + site shape``; and shape ``batch``.
+        :param left_out: sites to leave on the unconstrained space.
+        :return: values by site, ``batch + site shape``, and log-determinants ``batch``.
         """
         batch = z.shape[:-1]
         values, total = {}, z.new_zeros(batch)
@@ -253,7 +254,7 @@ class Latents:
         return values, total
 
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
-        """The latent vector ``batch + (latent_dim,)`` of values ``batch + site shape``, bounds included."""
+        """Maps values ``batch + site shape``, bounds included, to the vector ``batch + (latent_dim,)``."""
         given, batch = self._check_values(values, None)
         parts = [self.sites[k].bijection.inv(v).reshape((*batch, -1)) for k, v in given.items()]
         return torch.cat(parts, -1)
@@ -261,19 +262,19 @@ class Latents:
     def unconstrain_with_ladj(
         self, values: Mapping[str, Any], device: torch.device | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The latent vector of a user's values, and the log-determinant of :meth:`constrain` there.
+        """Maps a user's values to the latent vector, with the log-determinant of :meth:`constrain`.
 
-        At an edge of a support, where the density of the latents is zero, they are 0 and infinity.
+        At the edge of a support, where the density of the latents is zero, returns 0 and infinity.
 
-        :param values: for each site, shape ``batch + site shape``; arrays and lists become tensors of
-            the site's dtype.
+        :param values: values by site, shape ``batch + site shape``; arrays and lists become tensors of the
+            site's dtype.
         :param device: the device of these tensors.
-        :raises ValueError: if a site is missing or unknown, or a value has another shape or is
-            outside its support (where Pyro's validation is on).
+        :raises ValueError: if a site is missing or unknown, or a value has the wrong shape or, with Pyro's
+            validation on, is outside its support.
         """
         given, batch = self._check_values(values, device)
         if not batch.numel():
-            # torch's bijections and supports fail where there is nothing to sum
+            # torch's bijections and supports fail on empty tensors
             zeros = next(iter(given.values())).new_zeros((*batch, self.latent_dim))
             return zeros, zeros.sum(-1)
         latents, ladjs = [], []
@@ -296,7 +297,7 @@ class Latents:
     def _check_values(
         self, values: Mapping[str, Any], device: torch.device | None
     ) -> tuple[dict[str, Tensor], torch.Size]:
-        """The values as tensors, one for each site, and the batch shape of them all."""
+        """The values as tensors by site, and their common batch shape."""
         if values.keys() != self.sites.keys():
             raise ValueError(
                 f"values: expected the sites {sorted(self.sites)}, got {sorted(values)}"
@@ -316,7 +317,7 @@ class Latents:
 
 
 def check_continuous(site: Any) -> None:
-    """Refuses a latent that has no density on the reals: a point, or a support without a bijection."""
+    """Rejects a latent without a density on the reals: a Delta, or a support without a bijection."""
     if isinstance(unwrapped(site["fn"]), Delta):
         raise ValueError(
             f"site '{site['name']}' is a Delta, a value and no latent: expected it to be written as "
@@ -326,7 +327,7 @@ def check_continuous(site: Any) -> None:
 
 
 def bijection_onto(support: Any, name: str) -> Transform:
-    """Pyro's bijection from the unconstrained space onto the support of a site of that name."""
+    """Pyro's bijection from the unconstrained space onto the support of site ``name``."""
     try:
         return biject_to(support)
     except NotImplementedError as error:
@@ -339,7 +340,7 @@ def bijection_onto(support: Any, name: str) -> Transform:
 
 
 def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
-    """The starting value of a latent: a draw of a discrete one; the origin where a prior has no draws."""
+    """The initial value of a latent: a draw if it is discrete, the origin if its prior is improper."""
     if is_enumerated(site) or site["fn"].support.is_discrete:
         return torch.as_tensor(site["fn"].sample())
     try:
@@ -347,13 +348,13 @@ def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
     except NotImplementedError:  # an improper prior has no median either
         bijection = bijection_onto(site["fn"].support, site["name"])
         shape = bijection.inverse_shape(site["fn"].shape())
-        # on the default device, which PyTorch 2.9 and older cannot name once it was set back
+        # None: PyTorch 2.9 and older cannot name the default device after a reset
         origin = torch.zeros(shape, dtype=torch.get_default_dtype(), device=None)
         return torch.as_tensor(bijection(origin))
 
 
 def started_trace(run: Callable[[], object], init_loc_fn: Callable[[Any], Tensor]) -> poutine.Trace:
-    """The trace of a run at starting values, without Pyro's validation."""
+    """The trace of a run at initial values, without Pyro's validation."""
     init = InitMessenger(partial(initial_value, init_loc_fn))
     with validation_enabled(False), hidden_sites(), init:
         trace: poutine.Trace = poutine.trace(run).get_trace()
@@ -372,7 +373,7 @@ def map_bounds(support: Constraint, fn: Callable[[Tensor], Tensor]) -> Constrain
 
 
 def same_support(a: Any, b: Any) -> bool:
-    """Whether two supports are of one kind and have equal bounds; for the bounds, too."""
+    """Whether two supports have the same type and equal bounds; recurses into bounds."""
     if isinstance(a, Constraint):
         return type(a) is type(b) and same_support(sorted(vars(a).items()), sorted(vars(b).items()))
     if isinstance(a, (list, tuple)):

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a traced run of a model says of its sites, plates and data, and what is wrong with these."""
+"""Sites, plates and data of a traced model, and checks of them."""
 
 import math
 import sys
@@ -24,22 +24,22 @@ from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.distributions import biject_to
 
 _LONGEST_SEQUENCE = 16
-# the most entries that are counted for a signature: of more, a run of a model takes no longer
+# maximum number of entries read for a signature: with more, a run of the model takes no longer
 _MOST_COUNTED = 2**18
 
 
 def latent_nodes(trace: poutine.Trace) -> list[Any]:
-    """The nodes of a trace that are latent sample sites, without the indices of sub-sampled plates."""
+    """The latent sample sites of a trace, without plate indices."""
     return [*filterfalse(site_is_subsample, map(trace.nodes.__getitem__, trace.stochastic_nodes))]
 
 
 def observed_nodes(trace: poutine.Trace) -> list[Any]:
-    """The nodes of a trace that are given, without the indices of plates, which may be given too."""
+    """The observed sites of a trace, without plate indices."""
     return [*filterfalse(site_is_subsample, map(trace.nodes.__getitem__, trace.observation_nodes))]
 
 
 def unwrapped(fn: Any) -> Any:
-    """A distribution without what expands, masks or reinterprets it."""
+    """Strips wrappers that expand, mask or reinterpret a distribution."""
     while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
         fn = fn.base_dist
     return fn
@@ -51,16 +51,17 @@ def is_enumerated(site: Any) -> bool:
 
 
 def has_data(site: Any) -> bool:
-    """Whether a site is observed, and is neither a factor, a deterministic value nor a subsample."""
+    """Whether a site is observed and not a factor, deterministic or a subsample."""
     if site["type"] != "sample" or not site["is_observed"]:
         return False
     return not (site_is_subsample(site) or site_is_factor(site) or is_deterministic(site))
 
 
 def is_deterministic(site: Any) -> bool:
-    """Whether a site's value is computed: one of ``pyro.deterministic``, or what a reparametrizer leaves.
+    """Whether a site's value is computed, by ``pyro.deterministic`` or a reparametrizer.
 
-    That is observed at a ``Delta`` of the same tensor, which plates expand; data come in one of their own.
+    A reparametrizer leaves a site observed at a ``Delta`` of the same tensor, perhaps expanded by plates;
+    data have their own tensor.
     """
     if site["infer"].get("_deterministic"):
         return True
@@ -70,13 +71,13 @@ def is_deterministic(site: Any) -> bool:
 
 
 def _address(tensor: Tensor) -> int:
-    while is_functorch_wrapped_tensor(tensor):  # as under torch.vmap
+    while is_functorch_wrapped_tensor(tensor):  # under torch.vmap
         tensor = get_unwrapped(tensor)
     return tensor.data_ptr()
 
 
 def moved_latent(site: Any, move: Callable[[Tensor], Tensor]) -> Tensor:
-    """The value of a latent, moved on the unconstrained space; that of a discrete one as it is."""
+    """The value of a latent, moved on the unconstrained space; unchanged if it is discrete."""
     if site["fn"].support.is_discrete:
         return site["value"]
     bijection = biject_to(site["fn"].support)
@@ -85,25 +86,25 @@ def moved_latent(site: Any, move: Callable[[Tensor], Tensor]) -> Tensor:
 
 
 def runs_model(trace: poutine.Trace) -> bool:
-    """Whether a guide with this trace runs its model, data included, as Pyro's messenger guides do."""
+    """Whether a traced guide runs its model, data included, like Pyro's messenger guides."""
     return any("prior" in node["infer"] for node in latent_nodes(trace))
 
 
 class ModelStructure(NamedTuple):
-    """The sites of a run of a model, without their values."""
+    """The sites of a model run, without values."""
 
-    shapes: dict[str, tuple[int, ...]]  #: of each continuous latent
-    #: those that are in no plate, and those in a plate that holds a part of its elements only
+    shapes: dict[str, tuple[int, ...]]  #: by continuous latent
+    #: latents in no plate, and latents in a sub-sampled plate
     global_latents: list[str]
     subsampled_latents: list[str]
-    #: the largest scale of data, relative to the global latents': in a plate of 20 of 100 elements it is 5
+    #: the largest scale of data relative to global latents: 5 in a plate of 20 of 100 elements
     scale: float
-    is_evenly_scaled: bool  #: whether all data have this scale, or none
-    num_values: int  #: how many values or log-densities all sites have, data included
+    is_evenly_scaled: bool  #: whether all data have this scale or scale 1
+    num_values: int  #: number of values or log densities of all sites, data included
 
     @classmethod
     def from_trace(cls, trace: poutine.Trace) -> "ModelStructure":
-        """The structure of a traced run."""
+        """Reads the structure from a trace."""
         nodes, parts = latent_nodes(trace), set(subsampled_plates(trace))
         latents = [node for node in nodes if not is_enumerated(node)]
         in_no_plate = [node for node in latents if not node["cond_indep_stack"]]
@@ -127,16 +128,16 @@ class ModelStructure(NamedTuple):
 
 
 def in_shape_of_site(draws: Tensor, shape: torch.Size) -> Tensor:
-    """Draws of a site, of shape ``(n,) + shape``, without dimensions of size 1 in place of other plates.
+    """Removes dimensions of size 1 for other plates from draws of a site, to ``(n,) + shape``.
 
-    Pyro's ``Predictive`` and plates to the left of all others make such; draws that differ otherwise stay.
+    Pyro's ``Predictive`` and plates left of all others add such. Draws that differ otherwise are unchanged.
     """
     got, expected = ([size for size in each if size != 1] for each in (draws.shape[1:], shape))
     return draws.reshape(len(draws), *shape) if got == expected else draws
 
 
 def count_values(trace: poutine.Trace) -> int:
-    """How many values or log-densities the sites of a trace have, data included."""
+    """The number of values or log densities of all sites of a trace, data included."""
     return sum(
         max(torch.as_tensor(node["value"]).numel(), math.prod(node["fn"].batch_shape))
         for node in (*latent_nodes(trace), *observed_nodes(trace))
@@ -148,34 +149,34 @@ def _scales(node: Any) -> Tensor:
 
 
 def plate_nesting(*traces: poutine.Trace) -> int:
-    """How many dimensions the plates of traces take, counted from the right."""
+    """The maximum plate nesting of traces: the number of batch dimensions that plates take."""
     return max((-(f.dim or 0) for trace in traces for f in _all_frames(trace)), default=0)
 
 
 def _all_frames(trace: poutine.Trace) -> list[CondIndepStackFrame]:
-    """The frames of the plates around each site, site by site."""
+    """The frames of the plates around each site, concatenated."""
     stacks = (node.get("cond_indep_stack", ()) for node in trace.nodes.values())
     return [frame for frames in stacks for frame in frames]
 
 
 def subsampling_scale(frame: CondIndepStackFrame) -> float:
-    """The factor by which a plate that holds a part of its elements scales their log-densities."""
+    """The factor by which a sub-sampled plate scales log densities."""
     return (frame.full_size or frame.size) / frame.size
 
 
 def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
-    """The frames of the plates of a trace that hold a part of their elements only, once a site."""
+    """The frames of sub-sampled plates in a trace, once per site."""
     return [f for f in _all_frames(trace) if f.full_size not in (None, f.size)]
 
 
 def plate_of_elements(trace: poutine.Trace) -> str:
-    """The name of the plate whose elements are those of mini-batches.
+    """The name of the plate whose elements form mini-batches.
 
-    :raises ValueError: unless there is one plate of such, in which there are latents, and no loop.
+    :raises ValueError: unless there is exactly one such plate, vectorized and with latents.
     """
     stacks = [node["cond_indep_stack"] for node in latent_nodes(trace)]
     names = list(dict.fromkeys(frame.name for frame in subsampled_plates(trace)))
-    if not names:  # as of an autoencoder: each latent is of an element of the batch
+    if not names:  # as in an autoencoder: each latent belongs to an element of the batch
         common = set.intersection(*({frame.name for frame in frames} for frames in stacks))
         names = [frame.name for frame in stacks[0] if frame.name in common][:1]
     dims = [frame.dim for frames in stacks for frame in frames if frame.name in names]
@@ -188,15 +189,15 @@ def plate_of_elements(trace: poutine.Trace) -> str:
 
 
 def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:
-    """What the sites and shapes of a run may depend on in the arguments, as a key of a dictionary.
+    """A dictionary key with all properties of arguments that sites and shapes of a run may depend on.
 
-    That is shapes, dtypes, integers, strings and types, nested in tuples, lists and mappings; of a sequence
-    of more than 16 elements the length and the first element.
+    These are shapes, dtypes, integers, strings and types, nested in tuples, lists and mappings. A sequence of
+    more than 16 elements counts by its length and first element.
 
-    :param with_values: whether that counts, too, which the scale of data may follow from: floats, all
-        elements of sequences, the values of a tensor of one element, of booleans or of integers, and how
-        many floats are zero or NaN, as in padding. A large tensor, and what is neither a tensor nor plain
-        data nor callable, has another key each time.
+    :param with_values: whether to include values that may determine the scale of data: floats, all elements
+        of sequences, values of tensors of one element, booleans or integers, and the counts of zeros and NaN,
+        as in padding. A large tensor, and an object that is neither tensor, plain data nor callable, gets a
+        new key in each call.
     """
     if isinstance(arguments, Mapping):
         names = sorted(arguments, key=str)
@@ -219,9 +220,9 @@ def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:
 
 
 def _content(array: Any) -> Any:
-    """What a scale may follow from in a tensor or an array: see :func:`argument_signature`."""
+    """Values of an array that may determine a scale: see :func:`argument_signature`."""
     size = math.prod(array.shape)
-    with suppress(Exception):  # of a sparse tensor nothing can be counted so
+    with suppress(Exception):  # sparse tensors do not support this
         if size == 1:
             return array.item()
         if size <= _MOST_COUNTED and any(kind in str(array.dtype) for kind in ("bool", "int")):
@@ -233,11 +234,11 @@ def _content(array: Any) -> Any:
 
 @torch.no_grad()
 def check_data(trace: poutine.Trace, *, all_shapes: bool = True) -> None:
-    """Checks the data of a run and the shapes of its sites, where Pyro's validation is on.
+    """Checks the data of a run and the shapes of its sites, if Pyro's validation is on.
 
-    Supports that depend on latents, as that of ``Uniform(0, z)``, are not checked; nor are masked elements.
+    Skips supports that may depend on latents, such as that of ``Uniform(0, z)``, and masked elements.
 
-    :param all_shapes: whether, as Pyro's ``SVI``, to refuse batch dimensions of sites in no plate.
+    :param all_shapes: whether to reject batch dimensions of sites in no plate, like Pyro's ``SVI``.
     """
     if not is_validation_enabled():
         return
@@ -254,23 +255,23 @@ def check_data(trace: poutine.Trace, *, all_shapes: bool = True) -> None:
 
 
 def _check_plates(node: Any) -> None:
-    """Refuses a log-density with other dimensions than the plates, as Pyro's ``Trace_ELBO`` does."""
-    site, no_limit = node.copy(), sys.maxsize  # dimensions to the left of the plates count
+    """Rejects a log density whose dimensions are not those of the plates, like Pyro's ``Trace_ELBO``."""
+    site, no_limit = node.copy(), sys.maxsize  # dimensions left of the plates count, too
     try:
         log_prob = node["fn"].log_prob(node["value"], *node["args"], **node["kwargs"])
         site["log_prob"] = scale_and_mask(log_prob, node["scale"], node["mask"])
-    except (torch.linalg.LinAlgError, ValueError):  # at these values of latents
+    except (torch.linalg.LinAlgError, ValueError):  # fails at these values of latents
         return
     check_site_shape(site, no_limit)
 
 
 def _check_shape(node: Any) -> None:
-    """Refuses data and a distribution that broadcast against each other, and a datum that a batch repeats."""
+    """Rejects data that broadcast with their distribution, and one datum for a whole mini-batch."""
     value, event_dim = node["value"], node["fn"].event_dim
     sizes = dict(zip(range(-1, -value.dim() - 1, -1), reversed(value.shape)))
     for frame in node["cond_indep_stack"]:
         is_part = frame.dim is not None and frame.full_size not in (None, frame.size)
-        # a scalar is meant for all elements, a row of a batch is not
+        # a scalar is meant for all elements, a batch of one row is not
         if is_part and frame.size > 1 and sizes.get(frame.dim - event_dim) == 1:
             raise ValueError(
                 f"site '{node['name']}': expected data of {frame.size} elements of the sub-sampled plate "
@@ -279,8 +280,8 @@ def _check_shape(node: Any) -> None:
             )
     shape = torch.Size((*node["fn"].batch_shape, *node["fn"].event_shape))
     both = shape
-    with suppress(ValueError):  # shapes that do not broadcast have an error of their own
-        both = torch.Size(broadcast_shape(shape, value.shape))  # PyTorch's imports SymPy
+    with suppress(ValueError):  # shapes that do not broadcast raise elsewhere
+        both = torch.Size(broadcast_shape(shape, value.shape))  # PyTorch's version imports SymPy
     if both.numel() > max(shape.numel(), value.numel()):
         raise ValueError(
             f"site '{node['name']}': expected data of the shape of their distribution, got data of shape "
@@ -296,7 +297,7 @@ def _check_support(node: Any) -> None:
             "torch.as_tensor makes one"
         )
     fn = unwrapped(node["fn"])
-    # a property depends on parameters: those of discrete distributions are rarely latents
+    # a support that is a property depends on parameters, which are rarely latents in discrete distributions
     if isinstance(getattr(type(fn), "support", None), property) and not fn.support.is_discrete:
         return
     mask = True if node["mask"] is None else node["mask"]

@@ -1,23 +1,23 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A model or a guide evaluated at many draws of its latents at once, as if one at a time.
+"""Vectorized evaluation of a model or guide at many draws, equal to evaluation one at a time.
 
 There are four strategies, the fastest first:
 
-- ``"plate"``: one run with all draws in one more :class:`pyro.plate`, to the left of the model's own;
+- ``"plate"``: one run with all draws in an additional :class:`pyro.plate`, left of the model's plates;
 - ``"vmap"``: one run under ``torch.vmap``, or one for each path that draws take through the branches of a
   model (see ``joint.paths``);
-- ``"copies"``: the same, where each draw has its own copy of each tensor that the model makes;
-- ``"loop"``: a run for each draw.
+- ``"copies"``: like ``"vmap"``, but each draw has its own copy of each tensor that the model makes;
+- ``"loop"``: one run per draw.
 
-Only the loop suits every model. A matrix-vector product and an index of groups take no draws on the left;
-under vmap nothing that depends on a draw can be written into a tensor of zeros, as Pyro's
-``OrderedLogistic`` does it; a sum over everything mixes draws without an error. So each is compared with
-the loop (:func:`choose_strategy`, ``LogJoint.checked``).
+Only the loop works for every model. A matrix-vector product and indexing by groups take no batch dimension on
+the left; under vmap no batched value can be written into a tensor of zeros, as Pyro's ``OrderedLogistic``
+does; a sum over everything mixes draws without an error. So each strategy is compared with the loop
+(:func:`choose_strategy`, ``LogJoint.checked``).
 
-A function of draws by name and of their number, ``None`` for a single draw, is evaluated. It returns terms
-by name: log-densities by datum, or their sum.
+The evaluated function takes draws by name and their number, ``None`` for a single draw. It returns terms by
+name: log densities by datum, or their sum.
 """
 
 import traceback
@@ -42,20 +42,20 @@ from .paths import Draws, Evaluate, ManyPathsError, Terms, evaluate_by_path
 from .traces import latent_nodes, plate_nesting, runs_model
 
 STRATEGIES = ("plate", "vmap", "copies", "loop")
-#: what a model raises for a draw that it cannot take, such as one without a Cholesky factor
+#: errors of a model at an impossible draw, such as one without a Cholesky factor
 ModelFailures = (torch.linalg.LinAlgError, ValueError)
-DRAWS = "_draws"  #: the name of their plate
+DRAWS = "_draws"  #: name of the plate of draws
 MIXED = "many draws at once give another log-density than one at a time"
 _LOG_PROB = "_log_prob"
-# what is in their folders is no code of the user
+# code in these folders is not the user's
 _LIBRARIES = (Path(__file__).parents[1], *(Path(str(m.__file__)).parent for m in (torch, pyro)))
-# the most values of a tensor, draws included: five of them take 170 MB in float32
+# maximum number of entries of a tensor, draws included: five such tensors take 170 MB in float32
 _MAX_VALUES = 2**23
-# how many draws are evaluated one at a time where one of them fails
+# chunk size when a draw fails: only chunks with such a draw are looped over
 _FEW = 32
-#: draws at which two ways to evaluate the same are compared
+#: number of draws at which strategies are compared
 NUM_COMPARED = 3
-# the fewest draws at once that are compared: the same ones several times where there are fewer
+# minimum batch size in a comparison, reached by repeating draws
 _LEAST_AT_ONCE = 5
 
 
@@ -68,8 +68,8 @@ def evaluate_many(
 ) -> Terms:
     """The terms ``(n, ...)`` of many draws ``(n, ...)``.
 
-    :param at_failure: gives the terms of a draw that the model cannot take; by default its error is raised.
-    :param chunk_size: how many draws are evaluated at a time; by default all.
+    :param at_failure: returns the terms of a draw at which the model fails; by default the error is raised.
+    :param chunk_size: the number of draws evaluated at once; by default all.
     """
     num_draws = _num_draws(draws)
     if chunk_size is not None and num_draws > chunk_size:
@@ -88,7 +88,7 @@ def evaluate_many(
             return _at_once(evaluate, draws, strategy)
         if num_draws > _FEW:
             return evaluate_many(evaluate, draws, strategy, at_failure, _FEW)
-    # each run starts from the same random state: a model draws one mini-batch for all draws
+    # each run starts from the same random state, so that a model uses one mini-batch for all draws
     state, rows = torch.get_rng_state(), list[Terms]()
     for values in zip(*draws.values()):
         row = dict(zip(draws, values))
@@ -104,7 +104,7 @@ def evaluate_many(
 
 def _at_once(evaluate: Evaluate, draws: Draws, strategy: str) -> Terms:
     num_draws = _num_draws(draws)
-    if num_draws == 1:  # by a run that suits every model
+    if num_draws == 1:  # a single run works for every model
         return stack([evaluate({name: value[0] for name, value in draws.items()}, None)])
     if strategy == "plate":
         return evaluate(draws, num_draws)
@@ -112,7 +112,7 @@ def _at_once(evaluate: Evaluate, draws: Draws, strategy: str) -> Terms:
 
 
 class CholeskyOrNan(TorchFunctionMode):
-    """Gives draws without a Cholesky factor one of NaN, where one of them is an error for all."""
+    """Gives draws without a Cholesky factor a factor of NaN, in place of an error for all draws."""
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -124,13 +124,13 @@ class CholeskyOrNan(TorchFunctionMode):
 
 
 class LargestTensor(TorchDispatchMode):
-    """Takes note of how many entries the largest tensor has that operations make."""
+    """Records the number of entries of the largest tensor that operations create."""
 
     num_values = 1
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # importing it takes a second, and nothing here is compiled
+        return False  # importing dynamo takes a second, and nothing here is compiled
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
@@ -143,32 +143,31 @@ class LargestTensor(TorchDispatchMode):
 
 
 def draws_at_a_time(num_values: float) -> int:
-    """How many draws fit into memory, by the entries of one."""
+    """The number of draws that fit into memory, by the entries of one."""
     return max(int(_MAX_VALUES / num_values), 1)
 
 
 def stack(rows: list[Terms]) -> Terms:
-    """The terms of single draws as those of many."""
+    """Stacks the terms of single draws."""
     return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
 class Choice(NamedTuple):
-    """How draws are evaluated, and what comparisons of strategies have shown beside it."""
+    """The chosen strategy, with by-products of the comparison."""
 
     strategy: str
-    obstacle: str  #: why the next faster strategy does not suit the model
-    is_random: bool  #: whether terms are others with other random numbers
-    num_values: float  #: the entries of the largest tensor, by draw
+    obstacle: str  #: why the next faster strategy fails
+    is_random: bool  #: whether terms depend on random numbers
+    num_values: float  #: entries of the largest tensor, per draw
 
 
 def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = None) -> Choice:
-    """The fastest strategy that agrees with single runs at some draws.
+    """Chooses the fastest strategy that agrees with single runs at some draws.
 
-    :param num_single: how many draws, the first ones, are compared, by default all; more until two are
-        finite.
+    :param num_single: the number of leading draws to compare, by default all; more until two are finite.
     """
     state, obstacle = torch.get_rng_state(), ""
-    # with other random numbers than those of single runs, the same comparison shows whether they count
+    # another random state than in single runs, so that the comparison also shows whether terms are random
     other = torch.Generator().manual_seed(0).get_state()
 
     def run(strategy: str, rows: Sequence[int], state: Tensor) -> Terms:
@@ -182,7 +181,7 @@ def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = N
         try:
             single[i] = run("loop", [i], state)
             num_finite += all(bool(term.isfinite().all()) for term in single[i].values())
-        except Exception as error:  # the model does not take this draw
+        except Exception as error:  # the model fails at this draw
             failures.append(error)
     if not single:
         raise failures[0]
@@ -198,7 +197,7 @@ def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = N
             if is_random := not agree(found, wanted, slack=None):
                 found, before = run(strategy, rows, state), found
                 is_random = not agree(found, before, slack=None)
-        except Exception as error:  # any error means that the model does not take many draws
+        except Exception as error:  # any error means that the strategy does not work for the model
             obstacle = describe(error)
             continue
         if strategy == "loop" or agree(found, wanted):
@@ -212,7 +211,7 @@ def _num_draws(draws: Draws) -> int:
 
 
 def nonfinite_sites(run: Callable[[], object], values: Draws) -> list[str]:
-    """The sites whose log-density is not finite at one of the values ``(n,) + site shape``."""
+    """The sites whose log density is not finite at some of the values ``(n,) + site shape``."""
     found = list[str]()
     for row in zip(*values.values()):
         scored = SiteLogProbs(dict(zip(values, row)))
@@ -227,7 +226,7 @@ def nonfinite_sites(run: Callable[[], object], values: Draws) -> list[str]:
 
 
 def describe(error: Exception) -> str:
-    """An error in one line, with the line of the user's code that it came from."""
+    """Describes an error in one line, with the line of the user's code that raised it."""
     words, *_ = f"{type(error).__name__}: {error}".splitlines()
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
@@ -237,14 +236,14 @@ def describe(error: Exception) -> str:
 
 
 def tolerance(terms: Tensor) -> float:
-    """The relative and absolute round-off that terms may have, ill-conditioned ones among them."""
+    """Relative and absolute tolerance for the round-off of terms, also of ill-conditioned ones."""
     return 1e-4 if terms.dtype == torch.float32 else 1e-8
 
 
 def agree(found: Terms, expected: Terms, slack: float | None = 1.0) -> bool:
-    """Whether terms are equal to round-off times a slack, with NaN in the same places.
+    """Whether terms agree up to round-off times a slack, with NaN in the same places.
 
-    :param slack: ``None`` for no more than the round-off of a sum.
+    :param slack: a factor for :func:`tolerance`; ``None`` allows only the round-off of a sum.
     """
     if found.keys() != expected.keys():
         return False
@@ -261,13 +260,13 @@ def agree(found: Terms, expected: Terms, slack: float | None = 1.0) -> bool:
 
 
 class DrawPlate(NamedTuple):
-    """The plate of the draws, to the left of all plates of a model."""
+    """The plate of draws, left of all plates of a model."""
 
     size: int | None  #: the number of draws, or ``None`` for a single draw, without this plate
     num_plates: int  #: the number of dimensions that the plates of the model take
 
     def place(self, values: Draws, event_dims: Mapping[str, int]) -> Terms:
-        """Values of shape ``(n,) + site shape`` with the draws to the left of all plates."""
+        """Reshapes values ``(n,) + site shape`` so that draws are left of all plates."""
         placed = dict(values)
         if self.size is None:
             return placed
@@ -285,7 +284,7 @@ class DrawPlate(NamedTuple):
             model()
 
     def total(self, log_probs: Mapping[str, Tensor], initial: Tensor) -> Tensor:
-        """The sum of sites' log-densities over all but the draws, added to an initial value."""
+        """Sums log densities of sites over all dimensions but the draws, and adds ``initial``."""
         for log_prob in log_probs.values():
             if self.size is None:
                 initial = initial + log_prob.sum()
@@ -299,22 +298,22 @@ class DrawPlate(NamedTuple):
 
 
 class GuideSampler:
-    """Draws of a guide and their log-density, in a plate where that agrees with single runs."""
+    """Draws from a guide, with log densities; vectorized by a plate if that agrees with single runs."""
 
     def __init__(self, run: Callable[[], object], num_plates: int = 0) -> None:
         with poutine.block():
             trace = poutine.trace(run).get_trace()
         self._run, self._num_plates = run, max(num_plates, plate_nesting(trace))
-        #: the shape of each latent, auxiliary ones included
+        #: shapes by latent, auxiliary ones included
         self.shapes = {node["name"]: node["value"].shape for node in latent_nodes(trace)}
         self._runs_model, self._indices = runs_model(trace), Terms()
         self.is_vectorized = False
-        with suppress(Exception):  # any error means that the guide does not make many draws
+        with suppress(Exception):  # any error means that the guide does not vectorize
             drawn = self._evaluate({}, NUM_COMPARED)
             self.is_vectorized = agree(drawn, evaluate_many(self._evaluate, drawn, "loop"))
 
     def __call__(self, n: int) -> tuple[Terms, Tensor]:
-        """Draws by site, of shape ``(n,) + site shape``, and their log-densities, of shape ``(n,)``."""
+        """Draws by site, ``(n,) + site shape``, and their log densities ``(n,)``."""
         if self.is_vectorized:
             drawn = self._evaluate({}, n)
         else:
@@ -322,16 +321,16 @@ class GuideSampler:
         return drawn, drawn.pop(_LOG_PROB)
 
     def _evaluate(self, given: Draws, size: int | None) -> Terms:
-        """The values of all sites and their log-density; sites that are not given are drawn."""
+        """Values of all sites and their log density; draws sites that are not in ``given``."""
         scored = SiteLogProbs({**self._indices, **given} if given else {})
         plate = DrawPlate(size, self._num_plates)
         with poutine.block(), scored:
             plate.run(self._run)
         batch = () if size is None else (size,)
         found = {k: scored.values[k].reshape(batch + shape) for k, shape in self.shapes.items()}
-        # single runs at these draws see the same part of each sub-sampled plate
+        # single runs at these draws see the same sub-samples
         self._indices = {k: v for k, v in scored.values.items() if k not in scored.log_probs}
         zero = next(iter(found.values())).new_zeros(batch)
-        names = self.shapes if self._runs_model else scored.log_probs  # without the data of a model
+        names = self.shapes if self._runs_model else scored.log_probs  # without the model's data
         counted = {name: scored.log_probs[name] for name in names}
         return {**found, _LOG_PROB: plate.total(counted, zero)}
