@@ -79,7 +79,7 @@ class Captured:
         return found
 
     def _evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Calls the function; a subclass has it here, since its own method would make a cycle."""
+        """Calls the function; overridden by subclasses, since storing a bound method would make a cycle."""
         return cast(Function, self._function)(*inputs)
 
     def confirm(self) -> None:

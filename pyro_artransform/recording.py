@@ -294,7 +294,7 @@ class _Recording(TorchDispatchMode):
 
 
 class _Reads(TorchFunctionMode):
-    """Refuses whatever gives Python values by other ways than operations, as memory does, or may do so."""
+    """Refuses functions that may give Python values other than by operations, such as through memory."""
 
     def __init__(self, recording: _Recording) -> None:
         super().__init__()
@@ -323,7 +323,7 @@ class _Reads(TorchFunctionMode):
 
 
 def _is_known(func: Any, found: Any) -> bool:
-    """Whether a function is known to give no values, and to write none but by operations."""
+    """Whether a function is known to return no values, and to write only through operations."""
     name, kind = func.__name__, func.__name__
     if kind in ("__get__", "__set__", "__delete__"):  # of an attribute
         attribute = getattr(func.__self__, "fget", func.__self__)

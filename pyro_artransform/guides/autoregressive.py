@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The flow guide of any Pyro model with continuous latents."""
+"""The flow guide for any Pyro model with continuous latents."""
 
 import copy
 from collections.abc import Callable, Hashable, Iterator, Mapping
@@ -30,7 +30,7 @@ from .persistence.spec import Arguments, GuideSpec
 
 
 class ToUnconstrained(FlowModule):
-    """From coordinates of the prior to the unconstrained space, by runs of the model.
+    """Maps coordinates from the prior to the unconstrained space, by runs of the model.
 
     :param log_joint: the log joint density of the model, in these coordinates.
     """
@@ -49,7 +49,7 @@ class ToUnconstrained(FlowModule):
 
 
 class AutoAutoregressive(PersistentGuide, AutoContinuous):
-    r"""A guide that is a flow on the unconstrained space of all latents of a model.
+    r"""A guide with a flow on the unconstrained space of all latents of a model.
 
     .. math::
 
@@ -59,8 +59,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     flow of this package starts as the identity, and L as ``init_scale`` times the identity, so a new
     guide is exactly ``Normal(init_loc, init_scale)`` on the unconstrained space.
 
-    Where the prior of a latent depends on other latents, as in a hierarchy, z is in units of the model's own
-    prior, and a map that runs the model leads to the unconstrained space, so that the flow need not learn it.
+    If the prior of a latent depends on other latents, as in a hierarchy, z is in units of the model's prior,
+    and a run of the model maps it to the unconstrained space, so that the flow need not learn this map.
 
     It works wherever Pyro's autoguides do: ``SVI`` with any ELBO, ``Predictive``, ``NeuTraReparam``,
     ``AutoGuideList``. Enumerated discrete latents are left to ``TraceEnum_ELBO``.
@@ -69,18 +69,18 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     :param flow: takes the latent dimension and returns a flow, a module that is a transform; for
         example ``pyro_artransform.spline_autoregressive``.
     :param full_rank: whether L is triangular, or diagonal; by default triangular up to 200 latents.
-    :param init_loc_fn: one of Pyro's functions of starting values, by default the prior's median.
-    :param init_scale: the standard deviation to start with, on the unconstrained space.
-    :param coordinates: "prior" for coordinates from the model's own prior; "model" for the latents as the
-        model has them; or, by site, how centred they are, numbers or tensors that broadcast to the site on
-        the unconstrained space: 0 in units of its prior, 1 as the model has it. See
-        ``guide.prior_coordinates``. A guide that has such coordinates needs its model to draw.
-    :raises TypeError: if ``model`` or ``flow`` is of the wrong kind; at the first call, if the flow
-        is not a module, or has no parameters.
-    :raises ValueError: if ``init_scale`` is not positive, or a number of ``coordinates`` not from 0 to 1; at
-        the first call, for sites of ``coordinates`` that have none from the prior, discrete latents that are
-        not enumerated, latents in a sub-sampled plate, a support that depends on another latent, or a flow
-        that is not autoregressive.
+    :param init_loc_fn: one of Pyro's initialization functions, by default the prior's median.
+    :param init_scale: the initial standard deviation, on the unconstrained space.
+    :param coordinates: "prior" for coordinates from the model's prior; "model" for the latents as the model
+        is written; or the degree of centring by site, numbers or tensors that broadcast to the site on the
+        unconstrained space: 0 for units of its prior, 1 for the latent as written. See
+        ``guide.prior_coordinates``. A guide with such coordinates needs its model to draw.
+    :raises TypeError: if ``model`` or ``flow`` has the wrong type; at the first call, if the flow is not a
+        module, or has no parameters.
+    :raises ValueError: if ``init_scale`` is not positive, or a number of ``coordinates`` is not between 0 and
+        1; at the first call, for sites in ``coordinates`` without coordinates from the prior, discrete
+        latents that are not enumerated, latents in a sub-sampled plate, a support that depends on another
+        latent, or a flow that is not autoregressive.
 
     Example::
 
@@ -130,7 +130,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             if self.prior.coordinates is not None:
                 self._parts[1].loc.data.copy_(self.prior.start_at(start, self._colors()))
         except BaseException:
-            # the next call must not find a guide that is set up by half
+            # the next call must not find a guide that is only half set up
             self._spec = self.prototype_trace = None
             raise
         finally:
@@ -151,11 +151,11 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         affine = LocationScale(start, arguments["init_scale"], full_rank=arguments["full_rank"])
         self._flow_start: dict[str, Tensor] = copy.deepcopy(flow.state_dict())
         self.transform = ComposedTransform(flow, affine)
-        # what Pyro's autoguides remember of a run of the model
+        # attributes that Pyro's autoguides set after a run of the model
         self.latent_dim = spec.latents.latent_dim
         self._prototype_frames = {f.name: f for site in spec.sites for f in site.plates}
         if self.master is None:
-            # NeuTraReparam reads the plates, and may come before the first call
+            # NeuTraReparam may read the plates before the first call
             with poutine.block():
                 self._create_plates()
 
@@ -173,19 +173,19 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     @property
     def _parts(self) -> Any:
-        """The flow, and the location and scale after it, without the param statements of reading them."""
+        """The flow, and its location and scale, without the param statements that attribute access makes."""
         return cast(ComposedTransform, self._modules["transform"]).transforms
 
     def _colors(self) -> Tensor | None:
-        """Labels ``(latent_dim,)`` of latents whose curvatures can be told apart when they move at once."""
+        """Colours ``(latent_dim,)``: latents of one colour have separable curvatures when moved together."""
         return None
 
     def forward(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Draws all latents, as a Pyro guide does.
+        """Draws all latents, like any Pyro guide.
 
         :return: the value of each site.
-        :raises ValueError: if a latent has another shape than at the first call (where Pyro's
-            validation is on); if the model of a guide that was loaded has other latents than the file.
+        :raises ValueError: if a latent has another shape than at the first call (with Pyro's validation on);
+            if the model of a loaded guide has other latents than the file.
         """
         if self._spec is None:
             self._setup_prototype(*args, **kwargs)
@@ -203,10 +203,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return values
 
     def _check_latents(self, args: Any, kwargs: Any, *, with_values: bool = True) -> None:
-        """Refuses other latents than the guide's, by a run of the model where shapes or values are new."""
+        """Rejects latents other than the guide's, by a run of the model for new shapes or values."""
         spec, is_loaded = self._spec, not self._model_is_checked
         is_new = bool(args or kwargs) or (is_loaded and not with_values)
-        # a trace of JitTrace_ELBO does not run the model once more
+        # a JitTrace_ELBO trace must not include another run of the model
         if spec and is_new and self._model is not None and not torch._C._get_tracing_state():
             signature = argument_signature((args, kwargs), with_values=with_values)
             sites, run = spec.latents.sites, partial(self.model, *args, **kwargs)
@@ -225,7 +225,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return standard_normal(torch.zeros_like(self._parts[1].loc))
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
-        """The flow, then location and scale: from the base to the unconstrained space."""
+        """The transform from the base to the unconstrained space: the flow, then location and scale."""
         transform = self._current_transform()
         if self.prior.space.is_mapped:
             density = self._bind(args, kwargs).density
@@ -233,10 +233,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return transform
 
     def _current_transform(self) -> ComposedTransform:
-        """The flow, then location and scale: from the base to the coordinates of the latents."""
+        """The transform from the base to the coordinates of latents: the flow, then location and scale."""
         self._checked_spec()
         self._register()
-        transform: ComposedTransform = self.transform  # read: Pyro learns of the parameters here
+        transform: ComposedTransform = self.transform  # attribute access registers the parameters with Pyro
         return transform
 
     def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
@@ -245,11 +245,11 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return dist.TransformedDistribution(base, transform, validate_args=False)
 
     def sample_latent(self, *args: object, **kwargs: object) -> Tensor:
-        """Draws the vector of all latents, as the auxiliary site of the guide, in its coordinates.
+        """Draws the latent vector in the guide's coordinates, as an auxiliary site.
 
-        :return: shape ``(latent_dim,)``, after the shapes of the plates around the guide.
+        :return: shape ``(latent_dim,)``, preceded by the shapes of plates around the guide.
         """
-        # one for each call: it knows the density of its own draw
+        # a new one in each call, as it caches the density of its draw
         base, transform = self.get_base_dist(), self._current_transform()
         posterior = FlowDistribution(base, transform, validate_args=False)
         name = f"_{self._pyro_name}_latent"
@@ -261,16 +261,16 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     @torch.no_grad()
     def sample_posterior(self, n: int, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Draws of all sites, without gradients.
+        """Draws all sites, without gradients.
 
-        :param args: the model's arguments, as ``kwargs`` needed only if the guide was never called.
+        :param args: the model's arguments, like ``kwargs`` needed only if the guide was never called.
         :return: for each site a tensor of shape ``(n,) + site shape``.
-        :raises ValueError: if with these arguments the model has other latents.
+        :raises ValueError: if the model has other latents with these arguments.
         """
         self.set_up(*args, **kwargs)
         self._check_latents(args, kwargs)
         base, transform = self.get_base_dist(), self.get_transform(*args, **kwargs)
-        # in chunks, which bounds the memory of the networks
+        # in chunks, to bound the memory of the networks
         chunk = self._chunk_size()
         sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
         z = torch.cat([transform.call_and_ladj(base.sample((size,)))[0] for size in sizes])
@@ -280,33 +280,32 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return 4096
 
     def log_prob(self, values: Mapping[str, Any], *args: object, **kwargs: object) -> Tensor:
-        """The log-density at values of all sites, on the constrained space.
+        """The log density at values of all sites, on the constrained space.
 
-        The measure on simplices and matrices is Pyro's, that of ``biject_to``. The way back to the
-        unconstrained space loses digits near the edges of a support, in float32 all of them, and at an
-        edge the density is zero: :meth:`rsample_and_log_prob` has the density of a draw of its own.
+        The base measure on simplices and matrices is that of Pyro's ``biject_to``. The inverse map to the
+        unconstrained space loses precision near the edges of a support, in float32 all of it, and at an edge
+        the density is zero. :meth:`rsample_and_log_prob` returns exact densities of the guide's draws.
 
         :param values: for each site a tensor, array or list of shape ``batch + site shape``.
         :return: shape ``batch``.
-        :raises ValueError: if a site is missing or unknown, or a value has another shape; where
-            Pyro's validation is on, also if one is outside its support (its density means nothing).
+        :raises ValueError: if a site is missing or unknown, or a value has the wrong shape; with Pyro's
+            validation on, also if one is outside its support, where the density means nothing.
         """
         latent, ladj = self.unconstrain(values, *args, **kwargs)
         self._check_latents(args, kwargs)
         x, inverse_ladj = self.get_transform(*args, **kwargs).inverse_and_ladj(latent)
         normal = dist.Normal(torch.zeros_like(x), 1.0, validate_args=False)
-        # summed here: torch's Independent cannot sum over no draws
+        # summed here, as torch's Independent fails on empty batches
         return normal.log_prob(x).sum(-1) + inverse_ladj - ladj
 
-    # What a fit uses beyond Pyro's interface
+    # Methods that fits use beyond Pyro's interface
 
     def unconstrain(
         self, values: Mapping[str, Any], *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Values of all sites on the unconstrained space, and the log-determinant of the way back.
+        """Maps values of all sites to the unconstrained space; returns the inverse map's log-determinant.
 
-        At an edge of a support they are 0 and infinity. Parameters and errors are those of
-        :meth:`log_prob`.
+        At the edge of a support both are 0 and infinity. Parameters and errors as for :meth:`log_prob`.
 
         :return: shapes ``batch + (latent_dim,)`` and ``batch``.
         """
@@ -318,29 +317,29 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     def start_at(self, loc: object, scale_tril: object = None) -> None:
         """Becomes a Gaussian in the guide's coordinates, with the flow of a new guide.
 
-        These are those from the prior, where the guide has them, else the unconstrained space.
+        These are coordinates from the prior if the guide has any, else the unconstrained space.
 
-        :param loc: its location, a tensor, array or list of shape ``(latent_dim,)``.
-        :param scale_tril: its lower-triangular scale, shape ``(latent_dim, latent_dim)``, diagonal if
-            the guide's is; by default ``init_scale`` times the identity.
-        :raises ValueError: if a shape is wrong, a number not finite, or the scale another matrix.
+        :param loc: the location, a tensor, array or list of shape ``(latent_dim,)``.
+        :param scale_tril: the lower-triangular scale, shape ``(latent_dim, latent_dim)``, diagonal if the
+            guide's is; by default ``init_scale`` times the identity.
+        :raises ValueError: if a shape is wrong, a number is not finite, or the scale is no such matrix.
         """
         spec = self._checked_spec()
         flow, affine = self._parts
         if scale_tril is None:
             scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"]).diag()
-        self._current_transform()  # entries of the store that count more are adopted first
+        self._current_transform()  # first adopt entries of the param store that take precedence
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         affine.set_(to_tensor("loc", loc, affine.loc), scale_tril)
         flow.load_state_dict(self._flow_start)
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
-        """Reparametrized draws in the guide's coordinates, and their log-densities there.
+        """Reparametrized draws in the guide's coordinates, and their log densities there.
 
-        These are those from the prior, where the guide has them, else the unconstrained space.
+        These are coordinates from the prior if the guide has any, else the unconstrained space.
 
-        :param path: whether the gradient of the log-density flows through the draws only: one of the
-            same expectation, and of lower variance, which at the optimum is zero.
+        :param path: whether the gradient of the log density flows through the draws only; it has the same
+            expectation and lower variance, zero at the optimum.
         :return: shapes ``(n, latent_dim)`` and ``(n,)``.
 
         **References**
@@ -359,7 +358,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         return latent, log_q + (through - through.detach())
 
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
-        """The size of an optimizer's step, by parameter: the location's is a share of its scale."""
+        """Optimizer step sizes by parameter: the location moves in units of its scale."""
         self._checked_spec()
         affine = self._parts[1]
         return {affine.loc: affine.log_scale.detach().exp()}

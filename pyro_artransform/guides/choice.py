@@ -27,16 +27,16 @@ def choose_guide(
     *,
     is_minibatch: bool = False,
 ) -> tuple[PersistentGuide, str]:
-    """A new guide of a model, and why it is this one.
+    """Makes a guide for a model, and says why it is of this class.
 
-    It is ``AutoAmortized`` where latents are in a sub-sampled plate, which no other guide can follow;
-    ``AutoIAF`` for few latents, and where the data are sub-sampled, since a mini-batch may lack
-    dependencies of the posterior; ``AutoStructuredFlow`` for many.
+    Chooses ``AutoAmortized`` if latents are in a sub-sampled plate, which no other guide supports;
+    ``AutoIAF`` for few latents, and for sub-sampled data, since a mini-batch may lack dependencies of the
+    posterior; ``AutoStructuredFlow`` for many latents.
 
     :param is_minibatch: whether the arguments are one of many mini-batches.
     :raises ValueError: if there are no latents, or discrete ones that are not enumerated.
     """
-    # from the values that guides start at: draws of the prior may be extreme, or impossible
+    # at the initial values of guides, since prior draws may be extreme or impossible
     start = InitMessenger(partial(initial_value, init_to_median))
     trace = one_more_run(partial(start(model), *args, **(kwargs or {})))
     latents = Latents.from_trace(trace)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The parts of a guide's distribution, and draws with the pathwise gradient."""
+"""Parts of a guide's distribution, and draws with path gradients."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,7 +17,7 @@ from ..transforms.flow_distribution import FlowDistribution
 
 
 def check_flow_argument(name: str, make: Any, wanted: str) -> None:
-    """Refuses what cannot make a flow, and a flow itself; ``wanted`` are its parameters in words."""
+    """Rejects what is not a callable that makes a flow, or is a flow; ``wanted`` names its parameters."""
     if not callable(make):
         raise TypeError(f"{name}: expected a callable, got {type(make).__name__}")
     if isinstance(make, nn.Module):
@@ -29,7 +29,7 @@ def check_flow_argument(name: str, make: Any, wanted: str) -> None:
 
 def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: int) -> Any:
     """Makes a flow with the dtype and the device of ``like``, shape ``(latent_dim,)``, and checks it."""
-    # not on the default device
+    # on the device of ``like``, not the default one
     with like.device:
         flow = make(len(like), *context_dim)
     if context_dim:
@@ -47,7 +47,7 @@ def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: i
         raise TypeError(f"{name}: expected it to return {wanted}, got {got}; {advice}")
     flow.to(dtype=like.dtype, device=like.device)
     for parameter in flow.parameters():
-        # of a parameter that is not contiguous the param store would train a copy
+        # the param store would train a copy of a parameter that is not contiguous
         parameter.data = parameter.data.contiguous()
     if not any(parameter.requires_grad for parameter in flow.parameters()):
         raise TypeError(
@@ -60,7 +60,7 @@ def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: i
 
 
 class SiteDelta(dist.Delta):
-    """The value of a site, whose density counts in ``TraceMeanField_ELBO`` too, unlike a Delta's."""
+    """A Delta whose density counts in ``TraceMeanField_ELBO``, too."""
 
 
 @register_kl(SiteDelta, dist.Distribution)
@@ -69,17 +69,16 @@ def _kl_of_site(p: SiteDelta, q: Any) -> Tensor:
 
 
 class PathDistribution(FlowDistribution):
-    """A distribution whose density of its own draw has the pathwise gradient only.
+    """A distribution whose log density at its own draw has the path gradient only.
 
-    Where there are many draws and :attr:`location` is set, the mean of their gradients goes to the
-    location alone, and the deviations from the mean to all other parameters. The optimum is the same,
-    where the mean gradient vanishes. Most of the noise of mini-batches is the same for all draws: this
-    keeps it away from scales and flows.
+    With several draws and :attr:`location` set, the mean of their gradients goes to the location only, and
+    deviations from the mean to all other parameters. The optimum, where the mean gradient vanishes, is the
+    same. Mini-batch noise is mostly common to all draws, so this keeps it away from scales and flows.
     """
 
-    #: the log-density at fixed parameters, from the argument and the value of the transform
+    #: the log density at fixed parameters, from the argument and the value of the transform
     through: Callable[[Tensor, Tensor], Tensor]
-    #: what the last layer of the transform adds to its values, shape ``(D,)``
+    #: the shift of the transform's last layer, shape ``(D,)``
     location: Tensor | None = None
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> "PathDistribution":
@@ -102,7 +101,7 @@ class PathDistribution(FlowDistribution):
 
 
 def _in_pairs(x: Tensor) -> Tensor:
-    """Antithetic draws, where their number allows: the mean gradient of a Gaussian has no noise."""
+    """Antithetic pairs if the number of draws is even: for a Gaussian the mean gradient has no noise."""
     count = x.shape[:-1].numel()
     if count % 2 or count == 2:  # a single pair has no spread
         return x
@@ -111,7 +110,7 @@ def _in_pairs(x: Tensor) -> Tensor:
 
 
 def _moved_by(location: Tensor, value: Tensor) -> Tensor:
-    """Draws whose mean gradient goes to the location; a single draw stays as it is."""
+    """Routes the mean gradient of draws to the location; leaves a single draw unchanged."""
     count = value.shape[:-1].numel()
     if count == 1 or not value.requires_grad:
         return value
@@ -121,9 +120,9 @@ def _moved_by(location: Tensor, value: Tensor) -> Tensor:
 
 
 def _without_mean(grad: Tensor) -> Tensor:
-    """Gradients of draws without their mean, scaled so that estimates of covariances are unbiased.
+    """Subtracts the mean from gradients, rescaled so that covariance estimates are unbiased.
 
-    Of pairs only the even part has a mean, of half as many independent draws.
+    For antithetic pairs only the even part has a mean, over half as many independent draws.
     """
     if len(grad) % 2 or len(grad) == 2:
         return (grad - grad.mean(0)) * (len(grad) / (len(grad) - 1))

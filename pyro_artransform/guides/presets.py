@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Flow guides that need no choice of a flow."""
+"""Flow guides with preset flows."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,19 +26,19 @@ from ..univariate import Affine
 from .autoregressive import AutoAutoregressive
 from .persistence.spec import Arguments, GuideSpec
 
-# of the outputs of networks: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow
-# models in some runs, never at 0.3 and 0.1 (benchmarks/float32.md)
+# factor of network outputs: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow models in
+# some runs, never at 0.3 and 0.1 (benchmarks/float32.md)
 _MULTIPLIER = 0.1
 
 
 class PresetGuide(AutoAutoregressive):
-    """A guide whose flow is a stack of layers of one kind, which a file can describe."""
+    """A guide whose flow is a stack of layers of one kind, so that a file can describe it."""
 
-    #: makes the layers in more than one dimension
+    #: makes the layers, in more than one dimension
     _layers: ClassVar[Callable[..., FlowModule]]
-    #: from the latent dimension to the default widths and activation of their networks
+    #: maps the latent dimension to default network widths and activation
     _network: ClassVar[Any]
-    #: whether each coordinate has hinges before them
+    #: whether hinges of each coordinate precede the layers
     _has_hinges: ClassVar[bool]
 
     @names_the_class
@@ -71,7 +71,7 @@ class PresetGuide(AutoAutoregressive):
         self._arguments.update(given)
 
     def _resolved_arguments(self, latent_dim: int) -> Arguments:
-        # a version with other defaults reads the same flow from a file
+        # resolved, so that a version with other defaults reads the same flow from a file
         return {**self._network(latent_dim), **super()._resolved_arguments(latent_dim)}
 
     @classmethod
@@ -79,52 +79,51 @@ class PresetGuide(AutoAutoregressive):
         network = {**cls._network(latent_dim), **given}
         count = network.pop("num_transforms")
         if latent_dim == 1:
-            # affine layers of one coordinate are a Gaussian together
+            # affine layers of one coordinate compose to a Gaussian
             splines = [spline_marginals(1) for _ in range(count)]
             return chain([hinged_marginals(1), *splines, CompressedTails()])
         univariate = partial(Affine, multiplier=_MULTIPLIER)
         layers = cls._layers(latent_dim, count, univariate=univariate, **network)
         hinges = [hinged_marginals(latent_dim)] if cls._has_hinges else []
-        # three layers multiply their scales: unbounded, draws overflow models (benchmarks/float32.md)
+        # scales of three layers multiply, so that draws without bound overflow models (benchmarks/float32.md)
         return chain([*hinges, layers, CompressedTails()])
 
     def _least_numbers(self, spec: GuideSpec) -> int:
         dim, count = spec.latents.latent_dim, spec.arguments["num_transforms"]
         widths = [dim, *spec.arguments["hidden_dims"], dim] if dim > 1 else []
-        # of each network the graph and the weights; in one dimension there are none
+        # the graph and weights of each network; there are none in one dimension
         size = dim * dim + sum(one * other for one, other in pairwise(widths))
         return max(super()._least_numbers(spec), count * size)
 
 
 class AutoIAF(PresetGuide):
-    """A guide whose flow is an inverse autoregressive flow: a draw and its density are cheap.
+    """A guide with an inverse autoregressive flow: draws with densities are cheap.
 
-    Its layers, from the standard Normal to the unconstrained space of all latents:
+    The layers, from the standard Normal to the unconstrained space of all latents, are:
 
     1. :func:`~pyro_artransform.hinged_marginals`: hinges of each coordinate, for skewness and tails.
-    2. ``num_transforms`` affine autoregressive layers, as :func:`~pyro_artransform.iaf` makes them,
-       the first in the order of the latents, the next in the reverse order, and so on in turn.
-    3. :class:`~pyro_artransform.transforms.CompressedTails`: beyond 40 units of the scale below, a
-       draw goes only logarithmically far, so that models do not overflow.
+    2. ``num_transforms`` affine autoregressive layers, as in :func:`~pyro_artransform.iaf`, in the order of
+       the latents and in reverse order by turns.
+    3. :class:`~pyro_artransform.transforms.CompressedTails`: beyond 40 units of the scale below, draws grow
+       only logarithmically, so that models do not overflow.
     4. The location and the scale of :class:`AutoAutoregressive`.
 
-    In one dimension, where affine layers are a Gaussian together, ``num_transforms`` splines stand in
-    their place, and there are no networks. The density at given values
-    (:meth:`~AutoAutoregressive.log_prob`) needs several evaluations of each network.
+    In one dimension, where affine layers compose to a Gaussian, ``num_transforms`` splines replace them, and
+    there are no networks. The density at given values (:meth:`~AutoAutoregressive.log_prob`) needs several
+    evaluations of each network.
 
-    :param model: as ``full_rank``, ``init_loc_fn``, ``init_scale`` and ``coordinates``: see
-        :class:`AutoAutoregressive`.
+    :param model: see :class:`AutoAutoregressive`, also for ``full_rank``, ``init_loc_fn``, ``init_scale`` and
+        ``coordinates``.
     :param num_transforms: the number of autoregressive layers.
     :param hidden_dims: the width or widths of the hidden layers of each network; by default one
         layer of ``max(128, min(8 * latent_dim, 256), 3 * latent_dim)``.
-    :param nonlinearity: their activation, by default ``torch.nn.SiLU()`` up to 64 latents, which is of
-        second order near zero, as the skewness of a posterior is, and
-        :class:`~pyro_artransform.conditioners.TiltedSiLU` beyond. A guide with one of these, an activation of
-        ``torch.nn`` without parameters or a function of ``torch`` can be saved by
-        :meth:`~AutoAutoregressive.save`.
-    :param skip_connections: whether each network has a linear layer from its inputs to its outputs
-        too; by default it has none. A regression on many columns ends nearer with
-        ``nonlinearity=TiltedSiLU(0.0), skip_connections=True``, a funnel further off.
+    :param nonlinearity: the activation, by default ``torch.nn.SiLU()`` up to 64 latents, which has a
+        second-order term near zero, like the skewness of a posterior, and
+        :class:`~pyro_artransform.conditioners.TiltedSiLU` beyond. :meth:`~AutoAutoregressive.save` supports
+        these, activations of ``torch.nn`` without parameters and functions of ``torch``.
+    :param skip_connections: whether each network has a linear layer from inputs to outputs, too; by default
+        not. A regression on many columns is fitted better with ``nonlinearity=TiltedSiLU(0.0),
+        skip_connections=True``, a funnel worse.
     :raises TypeError: as for :class:`AutoAutoregressive`.
     :raises ValueError: as for :class:`AutoAutoregressive`, and for a size that is not positive.
 
@@ -150,21 +149,21 @@ class AutoIAF(PresetGuide):
 
     @staticmethod
     def _network(latent_dim: int) -> Arguments:
-        # widths are compared in benchmarks/flows.md
+        # benchmarks/flows.md compares widths
         width = max(128, min(8 * latent_dim, 256), 3 * latent_dim)
         return {"hidden_dims": [width], "nonlinearity": default_activation(latent_dim)}
 
 
 class AutoMAF(PresetGuide):
-    """A guide whose flow is a masked autoregressive flow: the density at any values is cheap.
+    """A guide with a masked autoregressive flow: the density at any values is cheap.
 
-    Its layers are ``num_transforms`` affine autoregressive ones in alternating order, as
-    :func:`~pyro_artransform.maf` makes them, then compressed tails, location and scale, as those of
-    :class:`AutoIAF`; in one dimension all are. Draws need several evaluations of each network, so that
-    a step of SVI is more expensive than :class:`AutoIAF`'s.
+    The flow has ``num_transforms`` affine autoregressive layers in alternating order, as in
+    :func:`~pyro_artransform.maf`, then compressed tails, location and scale, as in :class:`AutoIAF`; in one
+    dimension it equals that of :class:`AutoIAF`. Draws need several evaluations of each network, so that a
+    step of SVI is more expensive than for :class:`AutoIAF`.
 
-    Arguments and errors are those of :class:`AutoIAF`, with other defaults: for ``hidden_dims`` two
-    layers of ``max(64, 2 * latent_dim)``, for ``nonlinearity`` ``torch.nn.ELU()``.
+    Arguments and errors are as for :class:`AutoIAF`, with other defaults: two layers of ``max(64, 2 *
+    latent_dim)`` for ``hidden_dims``, ``torch.nn.ELU()`` for ``nonlinearity``.
 
     Example::
 
@@ -180,7 +179,7 @@ class AutoMAF(PresetGuide):
        https://arxiv.org/abs/1705.07057
     """
 
-    # hinges would add noise to gradients that are expensive already
+    # hinges would add noise to gradients that are already expensive
     _layers, _has_hinges = staticmethod(maf), False
 
     @staticmethod

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The runs of a guide's model: starting values, the trace that Pyro wants, models that are refused."""
+"""Runs of a guide's model: initial values, the prototype trace, and checks that reject models."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
@@ -46,7 +46,7 @@ _OF_ANOTHER_MODEL = {
 def starting_value(
     init_loc_fn: Callable[[Any], Tensor], sites: Collection[str] | None, site: Any
 ) -> Tensor:
-    """The starting value of a latent; once the sites of the guide are known, others are predicted."""
+    """The initial value of a latent; once the guide's sites are known, other sites are predictions."""
     if (sites is not None and site["name"] not in sites) or is_enumerated(site):
         return site["fn"].sample()
     if site["fn"].support.is_discrete:
@@ -68,7 +68,7 @@ def starting_value(
 
 
 class StartMessenger(InitMessenger):
-    """Gives latents their starting values, and refuses those that have no density on the reals."""
+    """Sets latents to initial values, and rejects those without a density on the reals."""
 
     def __init__(self, init_loc_fn: Callable[[Any], Tensor], sites: Collection[str] | None) -> None:
         super().__init__(partial(starting_value, init_loc_fn, sites))
@@ -82,11 +82,11 @@ class StartMessenger(InitMessenger):
 
 
 def prototype_trace(latents: Latents, z: Tensor) -> poutine.Trace:
-    """Latents as a trace, as Pyro and ``NeuTraReparam`` want it, with their values at z ``(latent_dim,)``."""
+    """A trace of latents at z ``(latent_dim,)``, as Pyro and ``NeuTraReparam`` expect it."""
     trace, values = poutine.Trace(), latents.constrain(z)
     rest = {"type": "sample", "is_observed": False, "args": (), "kwargs": {}}
     for name, site in latents.sites.items():
-        # shapes and support of the site's distribution, without its data and graphs
+        # has the shapes and support of the site's distribution, without its data and graphs
         event_shape = site.shape[len(site.batch_shape) :]
         fn = dist.ImproperUniform(site.support, site.batch_shape, event_shape)
         node = {"fn": fn, "value": values[name], "infer": {}, "cond_indep_stack": site.plates}
@@ -95,25 +95,25 @@ def prototype_trace(latents: Latents, z: Tensor) -> poutine.Trace:
 
 
 def is_hidden(msg: Any) -> bool:
-    """Whether a guide leaves a node of a trace alone: data, plates, and what is enumerated."""
+    """Whether a guide ignores a trace node: data, plates and enumerated sites."""
     return prototype_hide_fn(msg) or is_enumerated(msg)
 
 
 def sites_by_name(trace: poutine.Trace) -> dict[str, Site]:
-    """The latent sites of a trace, by their names."""
+    """The latent sites of a trace, by name."""
     nodes = trace.iter_stochastic_nodes()
     return {name: Site.from_node(node) for name, node in nodes if not is_hidden(node)}
 
 
 def one_more_run(run: Callable[[], object]) -> poutine.Trace:
-    """The trace of a run of a model that leaves no trace elsewhere, and no random state."""
+    """The trace of a run that is hidden from outer handlers and preserves the random state."""
     rng, checks = torch.random.fork_rng(devices=[]), pyro.validation_enabled(False)
     with rng, checks, poutine.block(), torch.no_grad():
         return poutine.trace(run).get_trace()
 
 
 def refuse_subsampling(sites: Iterable[Site]) -> None:
-    """Refuses a latent in a sub-sampled plate, which would be another one in each mini-batch."""
+    """Rejects latents in sub-sampled plates, which differ between mini-batches."""
     for site in sites:
         for frame in site.plates:
             if frame.full_size is not None and frame.size != frame.full_size:
@@ -131,13 +131,13 @@ def refuse_moving_structure(
     rng_state: Tensor,
     plain: Callable[[], object] | None = None,
 ) -> tuple[tuple[str, ...], list[str], Traces | None]:
-    """Refuses a model whose sites or supports depend on the values of its latents.
+    """Rejects a model whose sites or supports depend on the values of its latents.
 
-    The model is run again with other latents and the same random numbers.
+    Runs the model again with other latents and the same random numbers.
 
-    :param plain: the run without starting values, which takes no random numbers, unless the model does.
-    :return: the sites that have data, the latents whose prior has a location or a scale that differs, and
-        both runs, where the model takes no random numbers.
+    :param plain: the run without initial values, which draws random numbers only if the model does.
+    :return: sites with data, latents whose prior location or scale differs, and the traces of both runs, None
+        if the model draws random numbers.
     """
     is_random = True
     for again in (run,) if plain is None else (plain, run):
@@ -159,12 +159,12 @@ def refuse_moving_structure(
 def refuse_other_latents(
     sites: Mapping[str, Site], mapped: Iterable[str], run: Callable[[], object]
 ) -> None:
-    """Refuses arguments for which latents have other shapes, or one that is mapped is not there."""
+    """Rejects arguments for which latents have other shapes, or a mapped latent is missing."""
     try:
         trace = one_more_run(run)
-    except Exception:  # such a model may need the guide's draws; else its own run raises it again
+    except Exception:  # the model may need the guide's draws; if not, its own run raises this again
         return
-    # sites that are latent only now are predicted, and those that have data now are conditioned on
+    # new latent sites are predictions, and sites with data now are conditioned on
     now = {name: site for name, site in sites_by_name(trace).items() if name in sites}
     refuse_subsampling(now.values())
     expected, got = ({k: tuple(s.shape) for k, s in found.items()} for found in (sites, now))
@@ -181,13 +181,13 @@ def refuse_other_latents(
 def refuse_other_model(
     sites: Mapping[str, Site], observed: Collection[str], run: Callable[[], object]
 ) -> None:
-    """Refuses a model whose latents are not the guide's; sites that had data may be predicted now."""
+    """Rejects a model whose latents are not the guide's; sites that had data may be predictions now."""
     now = sites_by_name(one_more_run(run))
     for name in now.keys() & set(observed):
         del now[name]
     compare_names(sites, now)
     refuse_subsampling(now.values())
-    # bounds are compared in one place, and equally exact
+    # compare bounds on one device, in one precision
     to_single = partial(Tensor.to, device="cpu", dtype=torch.float32)
     known = {name: site.to(to_single) for name, site in sites.items()}
     _compare(known, {name: now[name].to(to_single) for name in known}, _OF_ANOTHER_MODEL)
@@ -196,7 +196,7 @@ def refuse_other_model(
 def compare_names(
     expected: Collection[str], got: Collection[str], message: str = _OF_ANOTHER_MODEL["names"]
 ) -> None:
-    """Refuses a model with other latents than the guide."""
+    """Rejects a model with other latents than the guide."""
     for name in sorted(set(expected) ^ set(got)):
         where = "the model has no such latent" if name in expected else "the guide has no such site"
         sites = {"expected": sorted(expected), "got": sorted(got)}
@@ -206,7 +206,7 @@ def compare_names(
 def _compare(
     expected: Mapping[str, Site], got: Mapping[str, Site], messages: Mapping[str, str]
 ) -> None:
-    """Refuses sites whose shapes or supports differ."""
+    """Rejects sites whose shapes or supports differ."""
     for name, site in expected.items():
         shapes = tuple(site.shape), tuple(got[name].shape)
         if shapes[0] != shapes[1]:
@@ -217,7 +217,7 @@ def _compare(
 
 
 class ShiftedLatents(Messenger):
-    """Moves each latent site a little away from where it is in a trace."""
+    """Shifts each latent site a little from its value in a trace."""
 
     def __init__(self, trace: poutine.Trace) -> None:
         super().__init__()
@@ -239,7 +239,7 @@ class ShiftedLatents(Messenger):
         latent = self._latents.get(message["name"])
         if latent is not None and not message["is_observed"]:
             shifted = biject_to(message["fn"].support)(latent + 0.01 * (1 + latent.abs()))
-            # a site of another shape now keeps it, to be refused for it
+            # a site of another shape is left alone, and rejected later
             given = message["value"]
             if (message["fn"].shape() if given is None else given.shape) == shifted.shape:
                 message["value"] = shifted
