@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The flow guide of hierarchical models and of mini-batches."""
+"""The flow guide for hierarchical models and mini-batches."""
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -47,37 +47,36 @@ from .variational_posterior import (
     least_numbers,
 )
 
-# latent vectors that are drawn at a time
+# number of latent vectors drawn at once
 _CHUNK = 2**16
-# multiplies the steps of the global location, over which the noise of mini-batches averages out
+# factor of the global location's steps, over which mini-batch noise averages out
 _LOCATION_STEP = 2.0
 
 
 class AutoAmortized(PersistentGuide):
-    r"""A guide of a model with plates: a flow for the global latents, and one for each element.
+    r"""A guide for models with plates: a flow for the global latents, and one for each element.
 
     .. math::
 
         q(g) \prod_i q(z_i \mid g, h_i)
 
-    g are the latents in no plate, z_i those of element i of a plate, and h_i its features, which an
-    encoder computes from its data. Without an encoder h_i is an embedding, a row of parameters for
-    each element. Several latents in one plate share one flow; those in nested plates depend on those
-    in the outer plates too. Plates may be sub-sampled, so the guide trains on mini-batches.
+    g are the latents in no plate, z_i those of element i of a plate, and h_i its features, which an encoder
+    computes from its data. Without an encoder h_i is an embedding, a row of parameters per element. Latents
+    in one plate share a flow; those in nested plates also depend on those in the outer plates. Plates may be
+    sub-sampled, so the guide can train on mini-batches.
 
-    A new guide is ``Normal(init_loc, init_scale)`` on the unconstrained space for the global latents,
-    and ``Normal(m, init_scale)`` for each element, where m is the mean of the starting values of all.
+    On the unconstrained space, a new guide is ``Normal(init_loc, init_scale)`` for the global latents, and
+    ``Normal(m, init_scale)`` for each element, where m is the mean of all elements' initial values.
 
-    The guide makes the plates, and the model takes their indices, as with Pyro's autoguides. Where
-    the data of a mini-batch are the model's arguments, embeddings need ``create_plates``.
+    The guide creates the plates, and the model uses their indices, as with Pyro's autoguides. If mini-batches
+    of data are passed as the model's arguments, embeddings need ``create_plates``.
 
     :param model: a Pyro model.
-    :param encoder: a module or function of the model's arguments that returns the features of each
-        element, of the mini-batch or of all, shape ``(size, features)``, or ``(second, first,
-        features)`` for nested plates in the dimensions -2 and -1; or a dict of such by the name of the
-        (innermost) plate, where plates that it leaves out have embeddings. In it,
-        ``pyro.subsample(data, event_dim=...)`` takes the mini-batch from the data. Networks see features
-        that do not train in units of the first ones, of mean 0 and sd 1.
+    :param encoder: a module or function of the model's arguments that returns the features of each element,
+        of the mini-batch or of all data, shape ``(size, features)``, or ``(second, first, features)`` for
+        nested plates in dimensions -2 and -1; or a dict of such by the name of the (innermost) plate, with
+        embeddings for omitted plates. Inside, ``pyro.subsample(data, event_dim=...)`` selects the mini-batch.
+        Features that are not trained are standardized by the mean and sd of the first ones.
     :param flow: takes the number of global latents and returns a flow, by default an IAF; None for
         Gaussian global latents.
     :param local_flow: takes the number of an element's latents and the size of the context, and
@@ -86,14 +85,14 @@ class AutoAmortized(PersistentGuide):
     :param embedding_dim: the number of features of an embedding.
     :param init_loc_fn: as for :class:`~pyro_artransform.AutoAutoregressive`.
     :param init_scale: the initial standard deviation on the unconstrained space.
-    :param create_plates: as for Pyro's autoguides, a function of the model's arguments that returns a
-        plate or several with the indices of the mini-batch, where the model gives these itself.
-    :param coordinates: as for :class:`~pyro_artransform.AutoAutoregressive`; all elements of a plate
-        have the same numbers. Draws of all elements need a model that says the prior of each: by plates
-        that it sub-samples itself, by arguments for all, or by priors that do not depend on the data.
-    :raises TypeError: if an argument is of the wrong kind.
-    :raises ValueError: if a number is not positive; at the first call, if the model has no latents in
-        plates, discrete ones, or indices of its own, or if the encoder's result does not fit.
+    :param create_plates: as for Pyro's autoguides, a function of the model's arguments that returns one or
+        more plates with the indices of the mini-batch, if the model sets these itself.
+    :param coordinates: as for :class:`~pyro_artransform.AutoAutoregressive`, with the same numbers for all
+        elements of a plate. Draws of all elements need a model with a prior for each: by plates that it
+        sub-samples itself, by arguments for all, or by priors that do not depend on the data.
+    :raises TypeError: if an argument has the wrong type.
+    :raises ValueError: if a number is not positive; at the first call, if the model has no latents in plates,
+        has discrete latents, or sets indices itself, or if the encoder's result does not fit.
 
     Example::
 
@@ -159,14 +158,14 @@ class AutoAmortized(PersistentGuide):
         if create_plates is not None:
             self.create_plates = check_callable("create_plates", create_plates)
         self._make_flow = flow, local_flow
-        # in a tuple, as the model is: its parameters become the guide's at the set-up
+        # in a tuple, like the model, as its parameters become the guide's only at set-up
         self._encoder = (encoder,)
         self._sizes: PlateSizes = {}
         self._sizes_by_shapes: dict[Hashable, PlateSizes] = {}
 
     @property
     def needs_indices(self) -> bool:
-        """Whether batches of data need ``create_plates``, which says whose embeddings they meet."""
+        """Whether batches of data need ``create_plates``, to look up their embeddings."""
         if self.create_plates is not None:
             return False
         if self._spec is None:
@@ -220,24 +219,24 @@ class AutoAmortized(PersistentGuide):
         self._checked_spec()
         return self._modules["transform"]
 
-    # The guide as Pyro calls it
+    # Pyro's guide interface
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws all latents, the local ones of a mini-batch, as a Pyro guide does.
+        """Draws all latents, local ones for a mini-batch, like any Pyro guide.
 
         :return: the value of each site.
-        :raises ValueError: if for these arguments the model has other latents than at the first call,
-            or a plate has a size for which the guide has no embeddings or features.
+        :raises ValueError: if the model has other latents with these arguments than at the first call, or a
+            plate has a size for which the guide has no embeddings or features.
         """
         self.set_up(*args, **kwargs)
         self._update_sizes(args, kwargs)
         self._register()
-        # read as an attribute, which tells Pyro of the parameters
+        # attribute access registers the parameters with Pyro
         posterior: AmortizedPosterior = self.transform
         make = cache(lambda: self._plates_for(args, kwargs))
         features = posterior.encode(make, args, kwargs)
         if not (make.cache_info().currsize or posterior.fits(features, self._sizes)):
-            self._update_sizes(args, kwargs, again=True)  # they may follow from values
+            self._update_sizes(args, kwargs, again=True)  # sizes may depend on values
         rows = posterior.minibatch_rows(features, plates := make())
         vectors, values = Vectors(), dict[str, Tensor]()
         parts: dict[str, Any] = {name: plate.indices for name, plate in plates.items()}
@@ -257,7 +256,7 @@ class AutoAmortized(PersistentGuide):
         return values
 
     def _update_sizes(self, args: Args, kwargs: Kwargs, *, again: bool = False) -> None:
-        """Updates the plates' sizes for these arguments: runs the model where their shapes are new."""
+        """Updates plate sizes for these arguments; runs the model if their shapes are new."""
         if self._model is None or torch._C._get_tracing_state():
             return
         shapes = argument_signature((args, kwargs))
@@ -266,7 +265,7 @@ class AutoAmortized(PersistentGuide):
             now = sites_by_name(one_more_run(partial(given(self.model), *args, **kwargs)))
             known = spec.latents.sites
             if not self._model_is_checked:
-                # what had data at the set-up may be predicted now
+                # sites with data at set-up may be predictions now
                 compare_names(known, now.keys() - set(spec.observed))
             mapped = self.prior.space.mapped
             compare_names(mapped, mapped.keys() & now.keys())
@@ -294,7 +293,7 @@ class AutoAmortized(PersistentGuide):
 
     @torch.no_grad()
     def center_at(self, u: Tensor | None, log_joint: LogJoint, share: float) -> float:
-        """See ``MinibatchGuide``. The location is that of the starting values in the coordinates."""
+        """See ``MinibatchGuide``. Resets the location to the initial values in the new coordinates."""
         change = self.prior.center_at(u, log_joint, share)
         self._posterior.locate_at(self.prior.start(log_joint))
         return change
@@ -310,14 +309,14 @@ class AutoAmortized(PersistentGuide):
 
     @torch.no_grad()
     def start_near(self, values: Mapping[str, Tensor], share: float = 1.0) -> None:
-        """Starts near draws of the latents of a mini-batch; the flows stay as they are.
+        """Starts near draws of a mini-batch's latents, with unchanged flows.
 
-        The global latents become a Gaussian with the mean of their draws and with their covariance
-        times ``share``, each element one that depends on them as the mean element does.
+        Global latents become a Gaussian with the mean of their draws, and their covariance times ``share``.
+        Elements become Gaussians that depend on the global latents like the mean element.
 
-        :param values: for each site shape ``(n,) + site shape``, of any number of elements; those of
-            draws in coordinates of the prior are their image under the sites' bijections.
-        :param share: their share of all elements, given which the posterior is narrower.
+        :param values: values by site, shape ``(n,) + site shape``, for any number of elements; draws in
+            coordinates of the prior are mapped by the sites' bijections only.
+        :param share: the share of these elements in all; with all elements the posterior is narrower.
         :raises ValueError: if a site is missing or unknown, or a value has another shape.
         """
         posterior, layout = self._posterior, self._posterior.layout
@@ -329,10 +328,10 @@ class AutoAmortized(PersistentGuide):
         posterior.start_near(layout.unconstrain_with_ladj(values, shapes, posterior.like)[0], share)
 
     def step_scales(self) -> Mapping[nn.Parameter, Tensor]:
-        """The units of an optimizer's steps, for some parameters.
+        """Units of optimizer steps, for some parameters.
 
-        That of the global location is its scale times the square root of the number of mini-batches,
-        the distance between the optima for one and for all. Steps of the flow are divided by that root.
+        The unit of the global location is its scale times the square root of the number of mini-batches, the
+        distance between the optima for one and for all. Steps of the flow are divided by that root.
         """
         globals_ = self._posterior.globals
         if globals_ is None:
@@ -347,12 +346,12 @@ class AutoAmortized(PersistentGuide):
 
     @torch.no_grad()
     def sample_posterior(self, n: int, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Draws of all sites, of all elements, without gradients.
+        """Draws all sites for all elements, without gradients.
 
-        The elements are those that have embeddings, or those that the encoder returns features for.
+        Elements are those with embeddings, or those for which the encoder returns features.
 
-        :param n: how many.
-        :param args: the model's arguments, as ``kwargs``, for an encoder or a guide never called.
+        :param n: the number of draws.
+        :param args: the model's arguments, like ``kwargs``, for an encoder or a guide never called.
         :return: for each site a tensor of shape ``(n,) + site shape``.
         :raises ValueError: if ``n`` is not positive, or the features do not fit.
         """
@@ -368,9 +367,9 @@ class AutoAmortized(PersistentGuide):
         return {name: torch.cat([d[name] for d in draws]) for name in draws[0]}
 
     def log_prob(self, values: Mapping[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """The log-density at values of all sites and all elements, on the constrained space.
+        """The log density at values of all sites and elements, on the constrained space.
 
-        No plate is scaled. Near the edges of a support, digits are lost on the way back.
+        No plate is scaled. The inverse map loses precision near the edges of a support.
 
         :param values: for each site a tensor, array or list of shape ``(n,) + site shape``, as
             :meth:`sample_posterior`, with the same ``args`` and ``kwargs``, returns them.

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an encoder returns: the features of each element of the plates of a model."""
+"""Encoders, which return the features of each element of a model's plates."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +22,7 @@ MakePlates = Callable[[], Plates]
 
 
 def check_encoder(encoder: Encoder) -> None:
-    """Refuses what cannot be called, and a module of Pyro's."""
+    """Rejects encoders that are not callable, or contain a PyroModule."""
     check_callable("encoder", encoder, "a module or a function that takes the model's arguments")
     modules = encoder.modules() if isinstance(encoder, nn.Module) else []
     if any(isinstance(module, PyroModule) for module in modules):
@@ -33,7 +33,7 @@ def check_encoder(encoder: Encoder) -> None:
 
 
 class MiniBatch(Messenger):
-    """Makes ``pyro.subsample`` take the mini-batch, without the plates: some share a dimension."""
+    """Makes ``pyro.subsample`` select the mini-batch outside of plates, which may share a dimension."""
 
     def __init__(self, plates: MakePlates, groups: Sequence[Group]) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class MiniBatch(Messenger):
 def encode(
     encoder: Encoder, plates: MakePlates, groups: Sequence[Group], args: Args, kwargs: Kwargs
 ) -> Features:
-    """What an encoder returns, by group of local latents; ``pyro.subsample`` in it makes the plates."""
+    """Runs an encoder; returns features by group. Plates are made only if it calls ``pyro.subsample``."""
     try:
         with MiniBatch(plates, groups):
             found: object = encoder(*args, **kwargs)
@@ -98,9 +98,9 @@ def encode(
 def first_feature_units(
     encoder: Encoder, plates: MakePlates, groups: Sequence[Group], args: Args, kwargs: Kwargs
 ) -> dict[str, list[list[float]]]:
-    """The means and the sds of the features of each group, by a first :func:`encode` that leaves no trace.
+    """Means and sds of each group's features, by a first :func:`encode` without side effects.
 
-    They are 0 and 1 of features that train, and the sd is 1 of one that does not vary.
+    They are 0 and 1 if features are trained; the sd of a constant feature is 1.
     """
     tracer = poutine.trace(param_only=True)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), poutine.block(), tracer:
@@ -127,7 +127,7 @@ def first_feature_units(
 
 
 def minibatch_rows(group: Group, features: Tensor, feature_dim: int, plates: Plates) -> Tensor:
-    """Features of a mini-batch, shape ``batch shape + (feature_dim,)``, from its rows or all rows."""
+    """Features of a mini-batch, ``batch shape + (feature_dim,)``, from its rows or from all rows."""
     sizes = {name: plates[name].subsample_size for name in group.plates}
     of_batch = (*sizes.values(), feature_dim)
     of_all = (*(plates[name].size for name in group.plates), feature_dim)
@@ -146,7 +146,7 @@ def minibatch_rows(group: Group, features: Tensor, feature_dim: int, plates: Pla
 
 
 def given_rows(group: Group, features: Tensor, feature_dim: int) -> Tensor:
-    """The features of any number of elements, shape ``batch shape + (feature_dim,)``."""
+    """Reshapes features of any number of elements to ``batch shape + (feature_dim,)``."""
     *found, columns = features.shape
     if columns != feature_dim:
         names = ", ".join(f"elements of '{name}'" for name in group.plates)

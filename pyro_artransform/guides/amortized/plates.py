@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The plates of a model: which latents lie in which, how many elements each has, and which are drawn."""
+"""The plates of a model: their latents, sizes and indices."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -23,14 +23,14 @@ from ...joint.sites import Latents, Site, map_bounds
 from ..prototype import sites_by_name
 
 Plates = dict[str, pyro.plate]
-# by the name of a group, the vectors of its elements, shape ``batch + (latent_dim,)``
+# vectors of elements by name of the group, shape ``batch + (latent_dim,)``
 Vectors = dict[str, Tensor]
-#: the name of the group of the global latents, which are in no plate
+#: name of the group of global latents, which are in no plate
 GLOBAL = ""
 
 
 class PlateSize(NamedTuple):
-    """The dimension of a plate, and its sizes: of the mini-batch and of all elements."""
+    """The dimension of a plate, and its mini-batch and full sizes."""
 
     dim: int
     size: int
@@ -41,7 +41,7 @@ PlateSizes = dict[str, PlateSize]
 
 
 def plate_sizes(sites: Iterable[Site]) -> PlateSizes:
-    """The sizes of the plates around some sites by name, of each site the outermost first."""
+    """Sizes by name of the plates around sites, for each site the outermost first."""
     return {
         frame.name: PlateSize(frame.dim or -1, frame.size, frame.full_size or frame.size)
         for site in sites
@@ -51,21 +51,21 @@ def plate_sizes(sites: Iterable[Site]) -> PlateSizes:
 
 @dataclass(frozen=True, eq=False)
 class Group:
-    """The latent sites in the same plates: each element of the plates has one vector of them.
+    """Latent sites in the same plates: each element of the plates has one vector of them.
 
-    Its name is that of the innermost plate, or of all plates joined by "/" where another group has that
-    name; :data:`GLOBAL` for the global latents, a group with one element.
+    The name is that of the innermost plate, or of all plates joined by "/" if groups share that. The global
+    latents, :data:`GLOBAL`, are a group of one element.
     """
 
     name: str
-    dims: dict[str, int]  # of each plate, the outermost first
-    full_sizes: dict[str, int]  # how many elements each plate has
-    latents: Latents  # of one element, without the dimensions of the plates
-    parents: tuple[str, ...]  # the groups in some of these plates, the global latents among them
+    dims: dict[str, int]  # dimension by plate, the outermost first
+    full_sizes: dict[str, int]  # number of elements by plate
+    latents: Latents  # latents of one element, without plate dimensions
+    parents: tuple[str, ...]  # groups in a subset of these plates, global latents included
 
     @property
     def num_elements(self) -> int:
-        """The number of elements, those outside the mini-batch included."""
+        """The number of elements in all data."""
         return prod(self.full_sizes.values())
 
     @property
@@ -74,27 +74,27 @@ class Group:
 
     @property
     def plates(self) -> list[str]:
-        """The names of the plates in the order of their dimensions, from the left."""
+        """Plate names in the order of their dimensions, from the left."""
         return sorted(self.dims, key=self.dims.__getitem__)
 
     def batch_shape(self, sizes: Mapping[str, int]) -> torch.Size:
-        """The batch shape of the elements, given the size of each plate."""
+        """The batch shape of elements for these plate sizes."""
         by_dim = {dim: sizes[name] for name, dim in self.dims.items()}
         return torch.Size([by_dim.get(dim, 1) for dim in range(-self.batch_dims, 0)])
 
     def sizes_of(self, rows: Tensor) -> dict[str, int]:
-        """The size of each plate, in rows of shape ``batch + (width,)``."""
+        """The size of each plate in rows ``batch + (width,)``."""
         return {name: rows.shape[dim - 1] for name, dim in self.dims.items()}
 
     def select(self, rows: Tensor, indices: Mapping[str, Tensor]) -> Tensor:
-        """The rows of the elements with these indices in plates."""
+        """Selects rows of elements by indices in plates."""
         for name, dim in self.dims.items():
             if name in indices:
                 rows = rows.index_select(dim - 1, indices[name])
         return rows
 
     def check_sizes(self, expected: Mapping[str, int], got: Mapping[str, int], remedy: str) -> None:
-        """Refuses plates with other sizes than expected."""
+        """Rejects plates of other sizes than expected."""
         for name in self.dims:
             if name in expected and expected[name] != got[name]:
                 raise ValueError(
@@ -104,7 +104,7 @@ class Group:
 
 
 class LatentLayout:
-    """The latents of one element of each plate in groups, each after its parents: global ones first."""
+    """The latents of one element of each plate, in groups ordered after their parents, global first."""
 
     def __init__(self, latents: Latents) -> None:
         self.latents = latents
@@ -131,9 +131,9 @@ class LatentLayout:
         self.batch_dims = max(group.batch_dims for group in self.groups)
 
     def constrain(self, vectors: Vectors) -> dict[str, Tensor]:
-        """The values of all sites, each of shape ``(n,) + site shape``.
+        """Maps vectors to values of all sites, ``(n,) + site shape``.
 
-        :param vectors: of each group, shape ``(n, 1, ...) + batch shape + (latent_dim,)``.
+        :param vectors: vectors by group, shape ``(n, 1, ...) + batch shape + (latent_dim,)``.
         """
         values = {}
         for group in self.groups:
@@ -145,9 +145,9 @@ class LatentLayout:
     def unconstrain_with_ladj(
         self, values: Mapping[str, object], batch_shapes: Mapping[str, torch.Size], like: Tensor
     ) -> tuple[Vectors, Tensor]:
-        """The vectors of the values that :meth:`constrain` returns, and its log-determinant ``(n,)``.
+        """Inverts :meth:`constrain`; returns vectors and the log-determinant of that, ``(n,)``.
 
-        :param batch_shapes: the batch shape of the elements of each group.
+        :param batch_shapes: the batch shape of elements by group.
         """
         whole = Latents(
             replace(site, shape=batch_shapes[group.name] + site.shape)
@@ -172,7 +172,7 @@ class LatentLayout:
 
 
 def latents_of_one_element(trace: Any) -> tuple[Latents, Tensor]:
-    """The latents with each plate reduced to one element, and the mean of the starting values of all."""
+    """The latents with plates reduced to one element, and the mean of all elements' initial values."""
     sites = sites_by_name(trace)
     for name, site in sites.items():
         for frame in site.plates:
@@ -192,7 +192,7 @@ def latents_of_one_element(trace: Any) -> tuple[Latents, Tensor]:
 
 
 def mean_element(latents: Latents, z: Tensor) -> Tensor:
-    """The mean over the elements of plates of a vector ``(latent_dim,)`` of all latents."""
+    """Averages a vector ``(latent_dim,)`` of all latents over plate elements."""
     parts = []
     for name, part in latents.split(z).items():
         site = latents.sites[name]
@@ -203,7 +203,7 @@ def mean_element(latents: Latents, z: Tensor) -> Tensor:
 
 
 def _one_element(site: Site) -> Site:
-    """The site with its plates reduced to a single element, and bounds that share no memory."""
+    """Reduces a site's plates to a single element, and copies the bounds of its support."""
     if not site.plates:
         return site.to(Tensor.clone)
     plates = plate_sizes([site])
@@ -232,7 +232,7 @@ def _one_element(site: Site) -> Site:
 
 
 class GivenIndices(Messenger):
-    """Collects the names of the plates whose indices the model gives itself."""
+    """Collects the names of plates whose indices the model sets itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -243,7 +243,7 @@ class GivenIndices(Messenger):
             self.names.add(message["name"])
 
     def refuse(self, sizes: PlateSizes, guide: AutoGuide, args: Args, kwargs: Kwargs) -> None:
-        """Refuses such a plate, unless ``create_plates`` of the guide makes it too."""
+        """Rejects such plates, unless ``create_plates`` of the guide makes them, too."""
         names = self.names & sizes.keys()
         if names:
             with poutine.block():
@@ -259,7 +259,7 @@ class GivenIndices(Messenger):
 
 
 def compare_elements(expected: Site, got: Site) -> None:
-    """Refuses a site in other plates than at the set-up, or an element of another shape."""
+    """Rejects a site in other plates than at set-up, or with elements of another shape."""
     if not (expected.plates or got.plates) and expected.shape != got.shape:
         raise ValueError(
             f"site '{got.name}' is in no plate, and its shape changes with the data: expected "
@@ -276,7 +276,7 @@ def compare_elements(expected: Site, got: Site) -> None:
 
 
 def plates_were_dropped(*args: object, **kwargs: object) -> Plates:
-    """Stands for ``create_plates`` in a guide that was pickled."""
+    """Replaces ``create_plates`` in a pickled guide; raises an error."""
     raise RuntimeError(
         "this AutoAmortized has no create_plates: pickle drops it. guide.create_plates = "
         "create_plates puts it into the guide"
@@ -284,7 +284,7 @@ def plates_were_dropped(*args: object, **kwargs: object) -> Plates:
 
 
 def plates_of_user(guide: AutoGuide, args: Args, kwargs: Kwargs) -> Plates:
-    """The plates that ``create_plates`` of a guide, or of its list, returns, by name, if any."""
+    """The plates that ``create_plates`` of a guide, or of its list, returns, by name."""
     maker = guide if guide.master is None else guide.master()
     made = [] if maker.create_plates is None else maker.create_plates(*args, **kwargs)
     plates = [made] if isinstance(made, pyro.plate) else list(made)
@@ -297,7 +297,7 @@ def plates_of_user(guide: AutoGuide, args: Args, kwargs: Kwargs) -> Plates:
 
 @contextmanager
 def entered(plates: Iterable[pyro.plate]) -> Iterator[None]:
-    """A context within all of these plates."""
+    """A context in which all of these plates are entered."""
     with ExitStack() as stack:
         for plate in plates:
             stack.enter_context(plate)
@@ -305,7 +305,7 @@ def entered(plates: Iterable[pyro.plate]) -> Iterator[None]:
 
 
 def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) -> Plates:
-    """The user's plates, each with its dimension, and new ones, with indices on the device."""
+    """Sets dimensions of the user's plates, and makes the missing plates on the device."""
     plates = dict(of_user)
     for name, (dim, size, full_size) in sorted(sizes.items()):
         if name not in plates:

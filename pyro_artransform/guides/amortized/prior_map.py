@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Coordinates from the model's prior for the elements of plates: lambda is the same for all elements."""
+"""Coordinates from the model's prior for plate elements, with one lambda for all elements."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -21,30 +21,30 @@ from .plates import GivenIndices, LatentLayout, PlateSizes, Vectors, mean_elemen
 
 
 def every_element(element: Latents, z: Tensor, latents: Latents) -> Tensor:
-    """The vector of all latents that is z, shape ``(latent_dim,)``, for each element of the plates."""
+    """Repeats a vector z ``(latent_dim,)`` of one element for all elements of the plates."""
     parts = element.split(z)
     shapes = {name: site.unconstrained_shape for name, site in latents.sites.items()}
     return torch.cat([parts[name].expand(shape).flatten() for name, shape in shapes.items()])
 
 
 class ElementMap(NamedTuple):
-    """The map between coordinates of the prior and the unconstrained space, for all elements.
+    """Maps between coordinates of the prior and the unconstrained space, for all elements.
 
-    A model whose plates hold other numbers of elements than there are runs for one part after the other.
+    If the model's plates are smaller than the number of elements, it runs once for each part.
     """
 
-    log_joint: LogJoint  # of the model with its arguments
+    log_joint: LogJoint  # bound to the model's arguments
     layout: LatentLayout
     sites: Mapping[str, SiteCoordinates]
-    plates: PlateSizes  # in a run of this model
-    given: set[str]  # the plates whose indices it gives itself
-    is_inverse: bool  # whether it is u that is mapped
+    plates: PlateSizes  # as in a run of this model
+    given: set[str]  # plates whose indices the model sets itself
+    is_inverse: bool  # whether u is mapped to x
 
     def __call__(self, vectors: Vectors) -> tuple[Vectors, Tensor]:
-        """The vectors of each group, and the log-determinant of the map from x to u, shape ``(n,)``.
+        """Maps vectors by group; returns also the log-determinant of the map from x to u, ``(n,)``.
 
-        :param vectors: of each group, shape ``(n, 1, ...) + batch shape + (D,)``.
-        :raises ValueError: if the prior of an element depends on its place in a mini-batch.
+        :param vectors: vectors by group, shape ``(n, 1, ...) + batch shape + (D,)``.
+        :raises ValueError: if the prior of an element depends on its position in a mini-batch.
         """
         rows = {}
         for group in self.layout.groups:
@@ -56,9 +56,9 @@ class ElementMap(NamedTuple):
         return mapped, torch.stack(ladjs).sum(0)
 
     def _over(self, names: Sequence[str], rows: Terms, indices: Mapping[str, Tensor]) -> Terms:
-        """The map of all rows ``(n,) + batch shape + (D,)``, in parts of each of these plates.
+        """Maps all rows ``(n,) + batch shape + (D,)``, in parts of each plate in ``names``.
 
-        :param indices: of the elements in the other plates, where the model draws these.
+        :param indices: indices of elements in the other plates, if the model draws these.
         """
         if not names:
             evaluate = partial(self._evaluate, indices)
@@ -75,7 +75,7 @@ class ElementMap(NamedTuple):
             selected = {group.name: group.select(rows[group.name], of_plate) for group in groups}
             return self._over(names[1:], selected, given)
 
-        # all parts are of one size: the last one has its last element several times
+        # parts have equal sizes: the last one repeats its last element
         ends = torch.arange(total + -total % plate.size, device=device).clamp_max(total - 1)
         chosen = ends.split(plate.size)
         parts = [part(indices_of_part) for indices_of_part in chosen]
@@ -95,9 +95,9 @@ class ElementMap(NamedTuple):
         return found
 
     def _evaluate(self, indices: Mapping[str, Tensor], draws: Draws, size: int | None) -> Terms:
-        """One run for many draws, or a single one, as ``evaluate_many`` takes it.
+        """Runs the model for many draws, or for one, in the form of ``evaluate_many``.
 
-        :return: the vectors of each group, and in one more column the log-determinant of each element.
+        :return: vectors by group, with each element's log-determinant in an additional column.
         """
         latents, parts = self.layout.latents, dict[str, Tensor]()
         for group in self.layout.groups:
@@ -123,17 +123,17 @@ class ElementMap(NamedTuple):
 
 
 class ElementPrior(ModelPrior):
-    """The prior of a model with plates: the coordinates are those of one element of each."""
+    """The prior of a model with plates, with coordinates of one element of each plate."""
 
     def coordinates_of(self, latents: Latents) -> Coordinates | None:
-        """The coordinates of all these latents, of any number of elements."""
+        """The coordinates of these latents, with any number of elements."""
         if (given := self.coordinates) is None:
             return None
         all_of = partial(every_element, self.space.latents, latents=latents)
         return Coordinates(all_of(given.centered), all_of(given.unit), given.with_location)
 
     def center_at(self, u: Tensor | None, log_joint: LogJoint, share: float) -> float:
-        """See ``MinibatchGuide``: lambda is by the mean curvature of all elements of a mini-batch."""
+        """See ``MinibatchGuide``: sets lambda by the mean curvature over elements of a mini-batch."""
         own, latents = self.space.latents, log_joint.latents
         given: Any = self.coordinates
         now = torch.ones_like(given.centered)
@@ -152,7 +152,7 @@ class ElementPrior(ModelPrior):
         return change
 
     def center_at_start(self, share: float) -> None:
-        """Sets lambda as asked for, or by the curvature at the starting values of the elements."""
+        """Sets lambda to the user's values, or by the curvature at the elements' initial values."""
         with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
             if isinstance(self.asked, Mapping):
                 self._set_unit(self.log_joint, self.log_joint.start)
@@ -161,7 +161,7 @@ class ElementPrior(ModelPrior):
                 self.center_at(self.log_joint.start[None], self.log_joint, share)
 
     def start(self, log_joint: LogJoint) -> Tensor:
-        """The starting values of one element, in coordinates."""
+        """The initial values of one element, in coordinates."""
         mapped = log_joint.with_coordinates(self.coordinates_of(log_joint.latents))
         return mean_element(log_joint.latents, mapped.start)
 
@@ -171,10 +171,10 @@ class ElementPrior(ModelPrior):
         given.set_(given.centered, scales)
 
     def element_map(self, layout: LatentLayout, *, is_inverse: bool = False) -> ElementMap:
-        """The map for all elements, by the model at the arguments of the last call."""
+        """The map for all elements, with the model at the last call's arguments."""
         log_joint, given, sites = self.density, GivenIndices(), self.space.mapped
         now = sites_by_name(one_more_run(given(log_joint.run)))
         compare_names(sites, sites.keys() & now.keys())
-        # not those around what is predicted
+        # without plates of predictions
         plates = plate_sizes(now[name] for name in layout.latents.sites if name in now)
         return ElementMap(log_joint, layout, sites, plates, given.names, is_inverse)

@@ -25,10 +25,10 @@ from .plates import GLOBAL, Group, LatentLayout, Plates, PlateSizes, Vectors
 
 _OTHER_TABLE = "Only elements of the set-up have embeddings: make a new guide, or use an encoder"
 _OTHER_ELEMENTS = "Elements have to be the same for all latents: embeddings are of all elements"
-# of more global latents than this the local ones depend on a linear summary of this size
+# with more global latents, local ones depend on a linear summary of this size
 _MAX_GLOBALS = 64
 _FULL_RANK_LIMIT = 200
-# the largest change of a log-scale by the context
+# bound on the context's change of a log scale
 _LOG_SCALE_BOUND = 7.0
 
 MakeFlow = Callable[[int], nn.Module]
@@ -37,7 +37,7 @@ MakeFlows = tuple[MakeFlow | None, MakeLocalFlow | None]
 
 
 def default_flow(latent_dim: int) -> nn.Module:
-    """An IAF of three layers; in one dimension, where an IAF is affine, one of splines."""
+    """An IAF of three layers; splines in one dimension, where an IAF is affine."""
     return iaf(latent_dim, 3) if latent_dim > 1 else chain([spline_marginals(1) for _ in range(3)])
 
 
@@ -49,7 +49,7 @@ def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
 
 
 def least_numbers(spec: GuideSpec, make_flows: MakeFlows | None) -> int:
-    """How many numbers the state of a posterior has at least, flows of the user not counted."""
+    """A lower bound on the number of elements of a posterior's state, without the user's flows."""
     feature_dims, size = spec.arguments["feature_dims"], 0
     for group in LatentLayout(spec.latents).groups:
         dim = group.latents.latent_dim
@@ -63,7 +63,7 @@ def least_numbers(spec: GuideSpec, make_flows: MakeFlows | None) -> int:
 
 
 class GlobalFactor(nn.Module):
-    """The posterior of the global latents: a flow, if any, then location and scale."""
+    """The posterior of the global latents: an optional flow, then location and scale."""
 
     def __init__(self, make: MakeFlow | None, loc: Tensor, scale: float) -> None:
         super().__init__()
@@ -83,10 +83,10 @@ class GlobalFactor(nn.Module):
         return self.transform
 
     def as_context(self, z: Tensor, num_elements: int) -> Tensor:
-        """The context, shape ``(*, context_dim)``, of the elements that depend on global latents z.
+        """The context ``(*, context_dim)`` of elements that depend on global latents z.
 
-        Its units are the sd that one element alone would leave, that of all times the root of their
-        number. In smaller ones a random initial dependence costs so much that the posterior collapses.
+        It is in units of the posterior sd given one element, the sd given all times the root of their number.
+        In smaller units a random initial dependence costs so much that the posterior collapses.
         """
         deviation = (z - self.affine.loc) * (-self.affine.log_scale).exp()
         context = deviation if self.summary is None else self.summary(deviation)
@@ -94,20 +94,20 @@ class GlobalFactor(nn.Module):
 
     @torch.no_grad()
     def start_near(self, z: Tensor, share: float) -> None:
-        """Becomes a Gaussian with the mean of draws ``(n, D)``, and a share of their covariance."""
+        """Becomes a Gaussian with the mean of draws ``(n, D)`` and ``share`` of their covariance."""
         tril = torch.linalg.cholesky(share * torch.atleast_2d(z.T.cov()))
         self.affine.set_(z.mean(0), tril.diagonal() if self.affine.lower is None else tril)
 
 
 class AmortizedLocationScale(nn.Module):
-    r"""A location and a scale that are functions of a context h, constant at first.
+    r"""A location and scale that are functions of a context h, initially constant.
 
     .. math::
 
         y = \mathrm{loc} + W h + s \, (b(h) + x), \qquad \log s = \log s_0 + a(h)
 
-    a and b are a network whose last layer starts at zero, as W does. b is in units of s, so that its
-    error counts the same for a narrow posterior as for a wide one.
+    a and b are outputs of a network whose last layer starts at zero, like W. b is in units of s, so that its
+    error counts equally for narrow and wide posteriors.
     """
 
     def __init__(self, loc: Tensor, scale: float, context_dim: int) -> None:
@@ -124,7 +124,7 @@ class AmortizedLocationScale(nn.Module):
             nn.init.zeros_(parameter)
 
     def condition(self, context: Tensor, offsets: Sequence[Tensor]) -> GivenLocationScale:
-        """The transform for contexts ``(*, C)``; offsets ``(*, D)`` add to location and log-scale."""
+        """The transform for contexts ``(*, C)``; offsets ``(*, D)`` are added to location and log scale."""
         shift, bend = self.network(context).tensor_split(2, dim=-1)
         loc = self.loc + self.linear(context)
         log_scale = self.log_scale + soft_bound(bend, _LOG_SCALE_BOUND)
@@ -134,16 +134,16 @@ class AmortizedLocationScale(nn.Module):
 
 
 class LocalFactor(nn.Module):
-    """The posterior of one group of local latents, of each element given its features and the rest.
+    """The posterior of a group of local latents: each element given its features and the other context.
 
-    An embedding is features, and offsets of the location and of the log-scale, so that each element
-    can have any location and scale by itself.
+    An embedding holds features, and offsets of location and log scale, so that each element can have any
+    location and scale.
 
-    :param rest_dim: the size of the context without the features.
-    :param arguments: those of the guide's specification.
+    :param rest_dim: the size of the context without features.
+    :param arguments: the arguments in the guide's specification.
     """
 
-    units: Tensor | None  # the location and the scale of the features, which networks see in these
+    units: Tensor | None  # location and scale by which features are standardized
     table: Tensor | None  # the embeddings of all elements
 
     def __init__(
@@ -161,7 +161,7 @@ class LocalFactor(nn.Module):
         context_dim = self.feature_dim + rest_dim
         self.flow = None if make is None else make_flow("local_flow", make, loc, context_dim)
         self.affine = AmortizedLocationScale(loc, arguments["init_scale"], context_dim)
-        units = arguments["feature_units"].get(name)  # not persistent: the specification has them
+        units = arguments["feature_units"].get(name)  # the specification stores them
         units = None if units is None else loc.new_tensor(units)
         self.register_buffer("units", units, persistent=False)
         shape = *group.batch_shape(group.full_sizes), self.feature_dim + 2 * len(loc)
@@ -169,9 +169,9 @@ class LocalFactor(nn.Module):
         self.register_parameter("table", table)
 
     def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
-        """From the base to the unconstrained space, for features or embeddings, shape ``(*, F)``.
+        """The transform from the base to the unconstrained space, for features or embeddings ``(*, F)``.
 
-        :param rest: the rest of the context, each shape ``(*, C)``; batch shapes broadcast.
+        :param rest: the other parts of the context, each ``(*, C)``; batch shapes broadcast.
         """
         offsets: list[Tensor] = []
         if self.table is not None:
@@ -191,9 +191,9 @@ class LocalFactor(nn.Module):
 
     @torch.no_grad()
     def start_near(self, context: Tensor, elements: Tensor) -> None:
-        """Fits to draws of elements ``(n, elements, D)``, and of their global context ``(n, C)``."""
+        """Fits draws of elements ``(n, elements, D)``, and of their global context ``(n, C)``."""
         loc, centered = elements.mean(0), context - context.mean(0)
-        # the mean over elements first: their slopes are linear in it
+        # average over elements first, as the mean slope is linear in them
         slopes = torch.linalg.lstsq(centered, (elements - loc).mean(1)).solution
         rest = elements - loc - (centered @ slopes)[:, None]
         self.affine.linear.weight[:, self.feature_dim :][:, : context.shape[1]] = slopes.T
@@ -202,9 +202,9 @@ class LocalFactor(nn.Module):
 
 
 class AmortizedPosterior(nn.Module):
-    """The factors of an amortized posterior, one for each group given its features and parents; the encoder.
+    """An amortized posterior: an encoder, and a factor for each group given its features and parents.
 
-    :param start: the initial location, that of one element of each group, in the order of the sites.
+    :param start: the initial location of one element of each group, in the order of the sites.
     """
 
     def __init__(
@@ -218,7 +218,7 @@ class AmortizedPosterior(nn.Module):
         (make_global, make_local), arguments = make_flows, spec.arguments
         parts = spec.latents.split(start)
         for group in self.layout.groups:
-            # one dtype inside, whatever those of the sites
+            # one dtype for all sites
             loc = torch.cat([parts[name].flatten().to(spec.dtype) for name in group.latents.sites])
             if group.name == GLOBAL:
                 self.globals = GlobalFactor(make_global, loc, arguments["init_scale"])
@@ -244,11 +244,11 @@ class AmortizedPosterior(nn.Module):
 
     @property
     def like(self) -> Any:
-        """A tensor of the dtype and the device of the latents: the location of the first factor."""
+        """A tensor with the dtype and device of the latents: the location of the first factor."""
         return next(iter(self._factors.values())).affine.loc
 
     def encode(self, plates: MakePlates, args: Args, kwargs: Kwargs) -> Features:
-        """The features of the groups that have no embeddings, by the encoder."""
+        """Runs the encoder; returns features of the groups without embeddings."""
         expected = [group.name for group, factor in self.local_factors if factor.table is None]
         if not expected:
             return {}
@@ -259,7 +259,7 @@ class AmortizedPosterior(nn.Module):
         return features
 
     def fits(self, features: Features, sizes: PlateSizes) -> bool:
-        """Whether features have a row for each element of the mini-batch, or for each of all."""
+        """Whether features have one row per element of the mini-batch, or of all data."""
         for group, factor in self.local_factors:
             both = zip(*(sizes[name][1:] for name in group.plates))
             if factor.table is None and tuple(features[group.name].shape[:-1]) not in both:
@@ -282,7 +282,7 @@ class AmortizedPosterior(nn.Module):
         return rows
 
     def all_rows(self, features: Features) -> Vectors:
-        """The embeddings of all elements, or their features, of any number of elements."""
+        """The embeddings of all elements, or features of any number of elements, by group."""
         like, sizes = self.like, dict[str, int]()
         rows = {GLOBAL: like.new_empty(0)}
         for group, factor in self.local_factors:
@@ -296,7 +296,7 @@ class AmortizedPosterior(nn.Module):
         return rows
 
     def condition(self, group: Group, features: Tensor, vectors: Vectors) -> ComposedTransform:
-        """From the base to the unconstrained space, given features and the latents of the parents."""
+        """The transform from the base to the unconstrained space, given features and parents' latents."""
         rest = []
         for name in group.parents:
             rest.append(self._factors[name].as_context(vectors[name], group.num_elements))
@@ -305,7 +305,7 @@ class AmortizedPosterior(nn.Module):
     def distribution(
         self, group: Group, features: Tensor, vectors: Vectors, *, path: bool = False
     ) -> FlowDistribution:
-        """The distribution after :meth:`condition`; with ``path``, its density has the path gradient."""
+        """The distribution of a group given features and parents; with ``path``, with path gradients."""
         shapes = (vectors[name].shape[:-1] for name in group.parents)
         batch = torch.broadcast_shapes(features.shape[:-1], *shapes)
         base = standard_normal(self.like.new_zeros((*batch, group.latents.latent_dim)))
@@ -327,15 +327,15 @@ class AmortizedPosterior(nn.Module):
     def forward(
         self, group: Group, features: Tensor, vectors: Vectors, x: Tensor, z: Tensor
     ) -> Tensor:
-        """The log-density of one factor, shape ``(*,)``, at argument x and value z of its transform."""
+        """The log density ``(*,)`` of one factor, at argument x and value z of its transform."""
         x, ladj = self.condition(group, features, vectors).inverse_at(x, z)
         return standard_normal(torch.zeros_like(x)).log_prob(x) + ladj
 
     def draw(self, features: Vectors, n: int) -> Vectors:
-        """Draws of the latents of each group, shape ``(n, 1, ...) + batch shape + (D,)``."""
+        """Draws latents by group, shape ``(n, 1, ...) + batch shape + (D,)``."""
         vectors = Vectors()
         for group in self.layout.groups:
-            # those of parents have the number of draws already
+            # parents' draws already have the dimension of draws
             ones = (1,) * (self.layout.batch_dims - group.batch_dims)
             lead = torch.Size([] if group.parents else [n, *ones])
             distribution = self.distribution(group, features[group.name], vectors)
@@ -343,7 +343,7 @@ class AmortizedPosterior(nn.Module):
         return vectors
 
     def log_prob(self, features: Vectors, vectors: Vectors) -> Tensor:
-        """The log-density of the latents of each group as :meth:`draw` returns them, shape ``(n,)``."""
+        """The log density ``(n,)`` at latents by group, in the shapes of :meth:`draw`."""
         parts = []
         for group in self.layout.groups:
             distribution = self.distribution(group, features[group.name], vectors)
@@ -351,7 +351,7 @@ class AmortizedPosterior(nn.Module):
         return torch.stack(parts).sum(0)
 
     def start_near(self, vectors: Vectors, share: float) -> None:
-        """Starts near draws of the latents of a mini-batch, shapes as of :meth:`draw`."""
+        """Starts near draws of a mini-batch's latents, in the shapes of :meth:`draw`."""
         if self.globals is None:
             return
         z = vectors[GLOBAL].flatten(0, -2)

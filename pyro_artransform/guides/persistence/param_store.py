@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Guides that hold the same tensors as Pyro's param store.
+"""Guides that share their tensors with Pyro's param store.
 
-Pyro's store finds parameters by name, and a second guide of a class has the names of the first: in
-Pyro it never trains (pyro#3094), nor does a guide that meets a store that was loaded (pyro#1204). Here
-a guide takes the tensors of the store, or another name.
+Pyro's store looks up parameters by name, and a second guide of a class has the names of the first. In Pyro
+such a guide never trains (pyro#3094), nor does a guide after the store was loaded (pyro#1204). Here a guide
+adopts the tensors of the store, or takes another name.
 """
 
 import itertools
@@ -21,39 +21,39 @@ from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-#: for each parameter that a guide has put into a store, a weak reference to that guide
+#: weak reference to the guide that stored each parameter
 _OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
 
 
 class RegisteredGuide(AutoGuide):
-    """A guide whose parameters are those of its modules, and under its name in Pyro's store."""
+    """A guide whose module parameters are also in Pyro's store, under its name."""
 
-    #: whose values count where the store has others under the guide's name: "new": the store's; "carried", of
-    #: a guide that was copied, unpickled or loaded: its own; "settled": the store's if loaded since then
+    #: which values take precedence if the store has others under the guide's name: "new", the store's;
+    #: "carried" (a copied, unpickled or loaded guide), its own; "settled", the store's if loaded since then
     _ownership: Literal["new", "carried", "settled"] = "new"
-    _entries: Mapping[str, nn.Parameter] = {}  #: what it has put into the store
+    _entries: Mapping[str, nn.Parameter] = {}  #: its entries in the store
 
     def __init__(self, model: Any) -> None:
-        # not that of AutoContinuous, which would wrap the model once more
+        # not AutoContinuous.__init__, which would wrap the model again
         AutoGuide.__init__(self, model)
         self.first_name: str = self._pyro_name  #: the name before any suffix
 
     def _register(self) -> None:
-        """Makes the guide's parameters and those of its name in the store the same tensors.
+        """Makes the guide and the store's entries of its name share tensors.
 
-        :raises ValueError: if entries of its name that were loaded into the store do not fit it.
+        :raises ValueError: if entries of its name that were loaded into the store do not fit.
         """
         if pyro.settings.get("module_local_params"):
             for parameter in self._trainable().values():
-                # SVI asks each parameter for this, which otherwise the store sets
+                # SVI reads this attribute, which otherwise the store sets
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # Pyro's
             self._ownership = "carried"
             return
         store, entries = pyro.get_param_store(), self._entries
-        stored = store._params  # as Pyro's modules read it: store[key] would transform each
+        stored = store._params  # like Pyro's modules: store[key] would apply transforms
         is_stored = all(map(is_, map(stored.get, entries), entries.values()))
         if entries and is_stored and self._ownership == "settled":
-            return  # it was not cleared, or loaded
+            return  # the store was neither cleared nor loaded
         name, is_adopted = self._find_name(self._trainable())
         if (in_call := bool(self._pyro_context.active)) or is_adopted:
             self._entries = {f"{name}.{short}": p for short, p in self._trainable().items()}
@@ -66,9 +66,9 @@ class RegisteredGuide(AutoGuide):
             self._ownership = "settled"
 
     def _find_name(self, own: dict[str, nn.Parameter]) -> tuple[str, bool]:
-        """The name under which guide and store can hold the same tensors, and whether the guide took these.
+        """A name under which guide and store can share tensors, and whether the guide adopted entries.
 
-        It takes entries of a name unless they belong to another living guide.
+        Entries are adopted unless they belong to another living guide.
         """
         misfit = ""
         takes_from: Any = {"new": {self, None}, "settled": {self}}.get(self._ownership)
@@ -84,16 +84,16 @@ class RegisteredGuide(AutoGuide):
                 if not (problem := _misfit(name, entries, own)):
                     _adopt(self, entries, own)
                     return name, True
-                if owners <= {self}:  # they were loaded
+                if owners <= {self}:  # loaded entries
                     misfit = misfit or problem
-            if self._ownership == "settled":  # from here on it takes no name but a free one
+            if self._ownership == "settled":  # from here on only a free name will do
                 takes_from = None
         if misfit:
             raise ValueError(misfit)
         return name, False
 
     def drop_orphans(self) -> None:
-        """Before the first call: deletes what guides of its name that are gone have left in the store."""
+        """Before the first call, deletes entries of dead guides of its name from the store."""
         if self.prototype_trace is None:
             pattern = re.compile(rf"{re.escape(self.first_name)}(_\d+)?\.")
             for key, tensor in [*pyro.get_param_store().named_parameters()]:
@@ -101,8 +101,8 @@ class RegisteredGuide(AutoGuide):
                     del pyro.get_param_store()[key]
 
     def _trainable(self) -> dict[str, nn.Parameter]:
-        """The parameters that train, by their names in the store, without that of the guide."""
-        # not by attributes, whose reading is a param statement
+        """Trainable parameters by their names in the store, without the guide's prefix."""
+        # without attribute access, which is a param statement
         return {
             param_with_module_name(part, name): p
             for part, module in self._modules.items()
@@ -116,7 +116,7 @@ class RegisteredGuide(AutoGuide):
 
 
 def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> str:
-    """What keeps a guide from adopting the entries, in words."""
+    """Why a guide cannot adopt the entries; empty if it can."""
     expected, got = (
         {short: (tuple(t.shape), t.dtype, str(t.device)) for short, t in tensors.items()}
         for tensors in (own, entries)
@@ -132,7 +132,7 @@ def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter])
 
 
 def _adopt(guide: nn.Module, entries: dict[str, Tensor], own: dict[str, nn.Parameter]) -> None:
-    """Makes the store's entries the guide's parameters."""
+    """Replaces the guide's parameters by the store's entries."""
     new: dict[Any, nn.Parameter] = {
         own[short]: tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor.detach())
         for short, tensor in entries.items()

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Guides whose parameters survive: in the param store, in copies, in state dicts and in files."""
+"""Guides that persist in the param store, copies, state dicts and files."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -36,23 +36,23 @@ _KIND = "a guide of class {}, format 9"
 
 
 class PersistentGuide(RegisteredGuide):
-    """An autoguide that is built from a :class:`~pyro_artransform.guides.persistence.spec.GuideSpec`.
+    """An autoguide built from a :class:`~pyro_artransform.guides.persistence.spec.GuideSpec`.
 
-    A subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_register` before it uses
-    its parameters, those of ``transform``.
+    A subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_register` before it uses the
+    parameters of ``transform``.
     """
 
-    #: functions of the user: a deep copy shares them, a pickle drops them
+    #: the user's functions: deep copies share them, pickles drop them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
-    #: arguments in a spec that the constructor does not take
+    #: arguments in a spec that are not constructor arguments
     _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
-    _make_flow: Any  #: makes the flow, or the flows
-    _traces: Traces | None = None  # two runs of the model, while the guide is set up
-    #: makes ``transform`` from a spec, at a starting point of shape ``(latent_dim,)``
+    _make_flow: Any  #: makes the flow or flows
+    _traces: Traces | None = None  # two runs of the model, during set-up only
+    #: makes ``transform`` from a spec and an initial point ``(latent_dim,)``
     _build: Callable[..., None]
-    #: how many numbers the state dict of a guide of a spec has at least: it bounds what is built
+    #: lower bound on the elements of a spec's state dict, checked before a guide is built from a file
     _least_numbers: Callable[[GuideSpec], int]
     sample_posterior: Callable[..., dict[str, Tensor]]
 
@@ -71,13 +71,13 @@ class PersistentGuide(RegisteredGuide):
         RegisteredGuide.__init__(self, model)
         self._arguments, self.prior = arguments, prior
         self._spec: GuideSpec | None = None
-        #: whether the latents are known to be the model's, and not only a file's
+        #: whether latents were compared with the model's, not only read from a file
         self._model_is_checked = True
         self._use_model(model, init_loc_fn)
 
     @property
     def model(self) -> Model:
-        """The model; a guide that was unpickled, or loaded without a model, does not have one."""
+        """The model; unpickled guides, and guides loaded without a model, have none."""
         if self._model is None:
             raise RuntimeError(
                 f"this {type(self).__name__} has no model: pickle drops it, load(path) has none. guide.model "
@@ -92,25 +92,25 @@ class PersistentGuide(RegisteredGuide):
             super().__setattr__(name, value)
 
     def _use_model(self, model: Model, init_loc_fn: Callable[..., Any] = init_to_median) -> None:
-        """Takes a model, in a tuple: one that is a module would become a part of the guide."""
+        """Stores a model in a tuple, since a module would otherwise become a submodule of the guide."""
         names = None if self._spec is None else self._spec.latents.sites.keys()
         self._model = StartMessenger(init_loc_fn, names)(model), model, init_loc_fn
 
     @property
     def prior_coordinates(self) -> Coordinates | None:
-        """The coordinates that fits work in; None where they are the unconstrained space."""
+        """The coordinates in which fits work; None for the unconstrained space."""
         self._checked_spec()
         return self.prior.coordinates
 
     def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
-        """The log density of the model, whose runs leave no trace and take no random numbers."""
+        """The log density of the model, run without effects on outer handlers or the random state."""
         self.model  # noqa: B018 (raises where there is none)
         with torch.random.fork_rng(devices=[]), poutine.block():
             start, traces = self._model[2], self._traces
             return LogJoint(self._model[1], args, kwargs, init_loc_fn=start, traces=traces)
 
     def _bind(self, args: Args, kwargs: Kwargs) -> Any:
-        """The prior with the model at these arguments, by default those of the last call."""
+        """Binds the prior to the model's arguments, by default those of the last call."""
         prior, model = self.prior, self._model and self._model[1]
         if prior.log_joint is None or prior.log_joint.model is not model:
             wanted = "the model's arguments with the first call, as in sample_posterior(n, *data)"
@@ -123,26 +123,26 @@ class PersistentGuide(RegisteredGuide):
         return prior
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
-        """See ``ModelPrior.find_sites``; none where no prior was seen to depend on other latents."""
+        """See ``ModelPrior.find_sites``; empty if no prior was seen to depend on other latents."""
         asked = self.prior.asked
         if asked == "model" or not (depends or isinstance(asked, Mapping)):
             return {}
-        self.prior.log_joint = None  # of a set-up that failed
+        self.prior.log_joint = None  # left by a failed set-up
         return self._bind(args, kwargs).find_sites()
 
     def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
-        """Arguments of the specification that the density of the model says."""
+        """Arguments of the specification that follow from the model's density."""
         mapped = self._mapped_sites(args, kwargs, depends)
         return self.prior.arguments_of(dict.fromkeys(mapped, True))
 
     def set_up(self, *args: object, **kwargs: object) -> None:
-        """Runs the model, to learn its latents, and builds the flows, as the first call does."""
+        """Runs the model to learn its latents, and builds the flows, like the first call."""
         if self._spec is None:
             with asks_for_data(args, kwargs, self._unknown):
                 self._setup_prototype(*args, **kwargs)
 
     def _resolved_arguments(self, latent_dim: int) -> Arguments:
-        """The arguments of the constructor that count before those of a file, with their defaults."""
+        """Constructor arguments, with defaults, that take precedence over those of a file."""
         return {}
 
     def _flow_maker(self) -> Any:
@@ -154,16 +154,16 @@ class PersistentGuide(RegisteredGuide):
         return self._make_flow
 
     def _set_up_from(self, spec: GuideSpec, start: Tensor) -> None:
-        """Builds the guide at a starting point of shape ``(latent_dim,)``."""
-        # a parameter made in inference mode could never train
+        """Builds the guide at an initial point ``(latent_dim,)``."""
+        # a parameter made in inference mode cannot train
         with torch.inference_mode(False):
             start = start.detach().clone()
             self._build(spec, start)
             self.prior.set_up(spec.arguments, spec.latents, start)
-            self.coordinates = self.prior.coordinates  # which makes its tensors the guide's
+            self.coordinates = self.prior.coordinates  # registers its tensors as the guide's
             self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
         if self._model is not None:
-            # from now on other latents of the model are predictions
+            # from now on, other latents of the model are predictions
             self._use_model(*self._model[1:])
 
     @property
@@ -186,10 +186,10 @@ class PersistentGuide(RegisteredGuide):
         num_samples: int | None = None,
         **kwargs: object,
     ) -> dict[str, Tensor]:
-        """Quantiles of each coordinate of each site, from draws, which are all in memory at a time.
+        """Quantiles of each coordinate of each site, from draws that are all held in memory.
 
         :param quantiles: q levels between 0 and 1.
-        :param num_samples: how many draws; by default 10,000, and 2,000 of an amortized guide.
+        :param num_samples: the number of draws; by default 10,000, and 2,000 for an amortized guide.
         :return: for each site a tensor of shape ``(q,) + site shape``.
         """
         self.set_up(*args, **kwargs)
@@ -199,17 +199,17 @@ class PersistentGuide(RegisteredGuide):
         return {name: quantiles_of(value, levels) for name, value in draws.items()}
 
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """The median of each coordinate of each site, as :meth:`quantiles` has it."""
+        """The median of each coordinate of each site, by :meth:`quantiles`."""
         found = self.quantiles([0.5], *args, **kwargs)
         return {name: value[0] for name, value in found.items()}
 
     def __getstate__(self) -> dict[str, Any]:
         for part in self.modules():
-            # the caches of transforms from elsewhere hold graphs, which no copy can take
+            # caches of foreign transforms may hold graphs, which cannot be copied
             for key in list(vars(part)):
                 if key.startswith("_cache") and key != "_cache_size":
                     setattr(part, key, (None, None) if key == "_cached_x_y" else None)
-        # not that of Pyro's autoguides, which takes the model from the original too
+        # not AutoGuide's method, which would remove the model from the original, too
         state = dict(PyroModule.__getstate__(self))
         return {**state, **dict.fromkeys(self._functions), "master": None, "_entries": {}}
 
@@ -220,7 +220,7 @@ class PersistentGuide(RegisteredGuide):
     def __deepcopy__(self: Guide, memo: dict[int, Any]) -> Guide:
         twin = type(self).__new__(type(self))
         memo[id(self)] = twin
-        # a parameter copied in inference mode could never train
+        # a parameter copied in inference mode cannot train
         with torch.inference_mode(False):
             twin.__setstate__(copy.deepcopy(self.__getstate__(), memo))
         for name in self._functions:
@@ -236,26 +236,26 @@ class PersistentGuide(RegisteredGuide):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """The spec as bytes; none before the first call, or where a support cannot be written."""
+        """The spec as bytes; empty before the first call, or if a support cannot be serialized."""
         text = ""
         if self._spec is not None:
-            # a guide has its functions before it loads a state dict
+            # functions come from the constructor, not from a state dict
             known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
             with suppress(ValueError):
                 text = replace(self._spec, arguments=known).to_json()
         return _as_tensor(text)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Does nothing: the spec is read before the parameters."""
+        """Does nothing, as the spec is read before the parameters."""
 
     def _load_from_state_dict(self, state_dict: State, prefix: str, *args: Any) -> None:
-        """As torch's, for a guide that was never called too; it refuses the state of another guide."""
+        """Extends torch's method to guides never called; rejects the state of another guide."""
         state = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
         text = bytes(state.pop("_extra_state", _as_tensor("")).tolist()).decode()
         check_finite(state)
         if text:
             spec = GuideSpec.from_json(text, next(value.device for value in state.values()))
-            if self._spec is None:  # its own arguments count before those of the state
+            if self._spec is None:  # the guide's arguments take precedence over the state's
                 arguments = spec.arguments | self._resolved_arguments(spec.latents.latent_dim)
                 built = replace(spec, arguments=arguments)
                 check_size(state, self._least_numbers(built))
@@ -276,14 +276,14 @@ class PersistentGuide(RegisteredGuide):
     # Files
 
     def save(self, path: FilePath) -> None:
-        """Writes the guide to a file of tensors and plain data: where that fails, an old file stays.
+        """Writes the guide to a file of tensors and plain data; a failure keeps an existing file.
 
         :raises RuntimeError: if the guide was never called.
-        :raises ValueError: if a support or an argument is not plain data, or a parameter not finite.
+        :raises ValueError: if a support or argument is not plain data, or a parameter is not finite.
         """
         spec = self._checked_spec().to_json()
         self._register()
-        # an expanded tensor would declare more numbers than the file holds
+        # an expanded tensor declares more elements than the file would hold
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
         del state["_extra_state"]
         check_finite(state)
@@ -300,13 +300,14 @@ class PersistentGuide(RegisteredGuide):
     ) -> Guide:
         """Reads a guide from a file that :meth:`save` wrote.
 
-        :param model: the model, to train on; draws and densities need it where the guide has coordinates
-            from its prior, the first ones with its data. The first call checks that its latents are these.
+        :param model: the model, for further training; draws and densities need it if the guide has
+            coordinates from its prior, at first with its data. The first call compares its latents with the
+            file's.
         :param map_location: as for ``torch.load``.
-        :param arguments: those of the constructor that no file holds: ``flow`` of
-            ``AutoAutoregressive``, and ``encoder`` and ``create_plates`` of ``AutoAmortized``.
-        :raises ValueError: if the file was not written by :meth:`save`, is damaged, is of another
-            class of guide, holds NaN, or is of another flow, or of one that is not given.
+        :param arguments: constructor arguments that files do not hold: ``flow`` of ``AutoAutoregressive``,
+            and ``encoder`` and ``create_plates`` of ``AutoAmortized``.
+        :raises ValueError: if the file was not written by :meth:`save`, is damaged, has another class of
+            guide, holds NaN, or needs another flow, or one that was not passed.
         """
         saved = files.read(path, _KIND.format(cls.__name__), map_location)
         try:

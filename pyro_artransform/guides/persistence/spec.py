@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a guide is built from, also as text, and checks of a state dict before it is built."""
+"""Specifications of guides, their serialization, and checks of state dicts before building a guide."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -31,16 +31,16 @@ _NAMED = [getattr(constraints, n) for n in _SUPPORTS] + [
     getattr(activation, n) for n in _ACTIVATIONS
 ]
 _KINDS = [named if isinstance(named, type) else type(named) for named in _NAMED]
-#: the classes of objects that a file may hold
+#: classes of objects that files may hold
 _CLASSES: dict[str, Any] = {kind.__name__: kind for kind in (*_KINDS, TiltedSiLU)}
 
 
 @dataclass(frozen=True, eq=False)
 class GuideSpec:
-    """What a guide is built from, a file holds, and a loaded guide is built from again.
+    """The specification from which a guide is built, also after it was loaded from a file.
 
-    :param arguments: those of the constructor that decide which parameters there are.
-    :param observed: the sites that had data at the set-up.
+    :param arguments: the constructor arguments that determine the parameters.
+    :param observed: the sites that had data at set-up.
     """
 
     latents: Latents
@@ -55,21 +55,21 @@ class GuideSpec:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the latent vector, which holds the values of each site."""
+        """The dtype of the latent vector, promoted over all sites."""
         return reduce(torch.promote_types, (site.dtype for site in self.sites))
 
     def zeros(self) -> Tensor:
         return torch.zeros(self.latents.latent_dim, dtype=self.dtype, device=self.device)
 
     def to(self, fn: Callable[[Tensor], Tensor]) -> "GuideSpec":
-        """The spec as a conversion of tensors leaves it, such as ``Tensor.double``."""
+        """Converts the spec's tensors, for example by ``Tensor.double``."""
         latents = Latents(site.to(fn) for site in self.sites)
         return replace(self, latents=latents, device=fn(self.zeros()).device)
 
     def to_json(self) -> str:
-        """The spec as text.
+        """Serializes the spec.
 
-        :raises ValueError: if a support or an argument cannot be written.
+        :raises ValueError: if a support or an argument cannot be serialized.
         """
         parts = [(f"the support of site '{site.name}'", site) for site in self.sites]
         sites = [_plain(name, {f.name: getattr(s, f.name) for f in fields(s)}) for name, s in parts]
@@ -78,7 +78,7 @@ class GuideSpec:
 
     @classmethod
     def from_json(cls, text: str, device: torch.device) -> "GuideSpec":
-        """The spec that :meth:`to_json` wrote, with bounds of supports on a device."""
+        """Reads a spec written by :meth:`to_json`, with bounds of supports on a device."""
         plain = json.loads(text, object_hook=partial(_decode, device))
         latents = Latents(_site(**site) for site in plain["sites"])
         return cls(latents, plain["arguments"], tuple(plain["observed"]), device)
@@ -95,7 +95,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _encode(name: str, value: Any) -> Arguments:
-    """An object as plain data; ``name`` is for the error."""
+    """Encodes an object as plain data; ``name`` is for the error message."""
     kind, function = type(value).__name__, getattr(value, "__name__", "")
     if isinstance(value, torch.dtype):
         return {"dtype": str(value).removeprefix("torch.")}
@@ -113,7 +113,7 @@ def _encode(name: str, value: Any) -> Arguments:
 
 
 def _decode(device: torch.device, plain: Arguments) -> Any:
-    """The object that :func:`_encode` made plain data of, with tensors on a device."""
+    """Inverts :func:`_encode`, with tensors on a device."""
     match plain:
         case {"dtype": str(name)}:
             return getattr(torch, name)
@@ -131,13 +131,13 @@ def _decode(device: torch.device, plain: Arguments) -> Any:
 
 
 def _public(attributes: Arguments) -> Arguments:
-    """Without those of torch, such as the hooks of a module."""
+    """Drops torch's own attributes, such as the hooks of a module."""
     return {name: value for name, value in attributes.items() if name[0] != "_"}
 
 
 def check_size(state: State, least: int) -> None:
-    """Refuses a state dict smaller than that of its guide, before memory and time go into building it."""
-    # by storage: an expanded tensor declares more numbers than there are
+    """Rejects a state dict smaller than its guide's before memory and time are spent on building it."""
+    # by storage, as an expanded tensor declares more elements than it holds
     storages = {value.untyped_storage().data_ptr(): value for value in state.values()}
     numbers = sum(v.untyped_storage().nbytes() // v.element_size() for v in storages.values())
     if numbers < least:

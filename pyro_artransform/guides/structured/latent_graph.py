@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The graph of a guide's latents, with their names."""
+"""The graph of a guide's named latents."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -18,19 +18,19 @@ from ...graphs.markov_graph import Elimination, MarkovGraph
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint.sites import Site
 
-#: a site, and the index of a coordinate in its unconstrained value, where that has any
+#: a site, followed by the index of a coordinate in its unconstrained value
 Name = tuple[Any, ...]
 
 
 @dataclass(frozen=True, repr=False)
 class LatentGraph:
-    """Which latents depend on each other, and how the guide draws them.
+    """The dependencies between latents, and the order in which the guide draws them.
 
-    Coordinates are those of the unconstrained space, by site and index: ``("h", 3)``, ``("mu",)``.
+    Coordinates of the unconstrained space are named by site and index: ``("h", 3)``, ``("mu",)``.
 
     :param names: the names of all coordinates, in the order of the latent vector.
     :param markov: the dependencies of the posterior, and its exact factorization.
-    :param dropped: pairs of a coordinate and a parent that ``max_parents`` has cut.
+    :param dropped: pairs of a coordinate and a parent removed by ``max_parents``.
     """
 
     names: tuple[Name, ...]
@@ -39,7 +39,7 @@ class LatentGraph:
 
     @cached_property
     def elimination(self) -> Elimination:
-        """Who is drawn given whom by the guide, without the parents that were cut."""
+        """The guide's factorization, without dropped parents."""
         full, dropped, parents = self.markov.elimination, set(self.dropped), []
         for i, own in enumerate(full.parents):
             parents.append(tuple(j for j in own if (i, j) not in dropped))
@@ -47,16 +47,16 @@ class LatentGraph:
 
     @property
     def levels(self) -> tuple[tuple[Name, ...], ...]:
-        """The coordinates of each level, as the guide draws them; the first is the root block."""
+        """The coordinates of each level, in the order of drawing; the first level is the root block."""
         return tuple(self._named(level) for level in self.elimination.levels)
 
     @property
     def root(self) -> tuple[Name, ...]:
-        """The coordinates that are drawn first, jointly, by one masked network."""
+        """The coordinates that one masked network draws first, jointly."""
         return self._named(self.elimination.root)
 
     def parents(self, *name: Any) -> tuple[Name, ...]:
-        """The parents of a coordinate, such as ``graph.parents("h", 3)``; none in the root block."""
+        """The parents of a coordinate, such as ``graph.parents("h", 3)``; empty in the root block."""
         return self._named(self.elimination.parents[self._index(name)])
 
     def neighbours(self, *name: Any) -> tuple[Name, ...]:
@@ -90,7 +90,7 @@ class LatentGraph:
         return "LatentGraph(\n  " + "\n  ".join(lines) + "\n)"
 
     def to_plain(self) -> dict[str, Any]:
-        """The graph as plain data, without the names, which follow from the sites."""
+        """The graph as plain data, without names, which follow from the sites."""
         return {
             "edges": self.markov.edges,
             "parents": self.markov.elimination.parents,
@@ -100,7 +100,7 @@ class LatentGraph:
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any], sites: Sequence[Site]) -> "LatentGraph":
-        """The graph from what :meth:`to_plain` made of it."""
+        """Reads a graph from the output of :meth:`to_plain`."""
         parents, edges = tuple(map(tuple, plain["parents"])), plain["edges"]
         root, dropped = tuple(plain["root"]), tuple((i, j) for i, j in plain["dropped"])
         dim = sum(site.size for site in sites)
@@ -119,7 +119,7 @@ class LatentGraph:
 
 
 def coordinate_names(sites: Iterable[Site]) -> tuple[Name, ...]:
-    """The name of each coordinate of the latent vector."""
+    """Names of all coordinates of the latent vector."""
     return tuple(
         (site.name, *index)
         for site in sites
@@ -128,13 +128,13 @@ def coordinate_names(sites: Iterable[Site]) -> tuple[Name, ...]:
 
 
 def describe(name: Name) -> str:
-    """A name as one writes it: ``h[3]``."""
+    """Formats a name, such as ``h[3]``."""
     site, *index = name
     return f"{site}[{', '.join(map(str, index))}]" if index else str(site)
 
 
 def weakest_parents(found: DependencyGraph, full: Elimination, most: int) -> list[tuple[int, int]]:
-    """Pairs of a coordinate and a parent beyond its ``most`` strongest, by partial correlations."""
+    """Pairs of a coordinate and a parent beyond its ``most`` strongest by partial correlation."""
     if max(map(len, full.parents), default=0) <= most:
         return []
     pattern, (rows, columns) = PrecisionPattern(full, found.second.device), found.pairs
@@ -155,7 +155,7 @@ def weakest_parents(found: DependencyGraph, full: Elimination, most: int) -> lis
 def regressions(
     parents: Sequence[Sequence[int]], covariance: Tensor
 ) -> tuple[list[Tensor], Tensor]:
-    """Each coordinate's coefficients of its parents, and all conditional sds, of a dense covariance."""
+    """Regression coefficients of coordinates on parents, and conditional sds, from a dense covariance."""
     coefficients, variance = [], covariance.diagonal().clone()
     for i, own in enumerate(map(list, parents)):
         across = covariance[i, own]

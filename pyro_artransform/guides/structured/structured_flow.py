@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The flow of a structured guide, and the Gaussians that it starts at."""
+"""The flow of a structured guide, and its Gaussian starts."""
 
 from collections.abc import Sequence
 
@@ -21,27 +21,26 @@ from ...transforms import (
 )
 from ...univariate import Standardizing
 
-# the networks of the root block: as AutoIAF's of many latents, whose width ends here
+# networks of the root block, as in AutoIAF for many latents, with a maximum width
 _ROOT_LAYERS, _MOST_WIDTH = 3, 800
 
 
 class StructuredFlow(ComposedTransform):
-    r"""A flow with the conditional independences of a factorization, the identity at first.
+    r"""A flow with the conditional independences of a factorization, initially the identity.
 
-    After hinges of each coordinate come, for the root block, an inverse autoregressive flow with a
-    triangular location and scale; for each other coordinate a location and a scale of its own, and
-    ``num_transforms`` layers
+    Hinges of each coordinate are followed, in the root block, by an inverse autoregressive flow, a location
+    and a triangular scale; for all other coordinates by a location and a scale, and ``num_transforms`` layers
 
     .. math:: z_i = m_i(z_{\mathrm{pa}(i)}) + \exp(b(r_i(z_{\mathrm{pa}(i)}))) \, v_i
 
-    of which m and r are a linear function and a small network, and b bounds r to 3.
+    where m is linear, r a small network, and b bounds r to 3.
     """
 
     def __init__(self, elimination: Elimination, hidden_dim: int, num_transforms: int) -> None:
         dim, root = len(elimination.parents), list(elimination.root)
         members = set(root)
         rest = [i for i in range(dim) if i not in members]
-        like = nn.Linear(1, 1).weight.detach()  # PyTorch knows where new parameters go
+        like = nn.Linear(1, 1).weight.detach()  # has PyTorch's default dtype and device
         scales: dict[str, tuple[list[int], LocationScale]] = {}
         parts: list[tuple[Sequence[int], FlowModule]] = []
         if root:
@@ -59,16 +58,16 @@ class StructuredFlow(ComposedTransform):
                 meta = ConditionedUnivariate(networks[-1], Standardizing())
                 layers.append(AutoregressiveTransform(meta).inv)
         super().__init__(hinged_marginals(dim), PartitionTransform(parts), *layers)
-        # parts of the layers, which have them as modules
+        # references to parts of the layers, where they are registered
         self._scales, self._networks = scales, networks
 
     def start_at(
         self, sd: Tensor, coefficients: Sequence[Tensor], scale: Tensor, root_tril: Tensor
     ) -> None:
-        """Becomes a Gaussian with mean zero, in units of sds; the networks are those of a new flow.
+        """Becomes a zero-mean Gaussian in units of sds; expects the networks of a new flow.
 
-        :param sd: the units, shape ``(D,)``; ``scale`` has the conditional sds.
-        :param coefficients: for each coordinate those of its parents.
+        :param sd: the units, shape ``(D,)``; ``scale`` holds the conditional sds.
+        :param coefficients: regression coefficients of each coordinate on its parents.
         :param root_tril: the scale of the root block, shape ``(R, R)``.
         """
         with torch.no_grad():
@@ -83,12 +82,12 @@ class StructuredFlow(ComposedTransform):
                 network.set_linear(0, relative)
 
     def conditional_scale(self) -> Tensor:
-        """The sd of each coordinate given its parents (or those before it in the root block), in units."""
+        """Conditional sds given parents, or given earlier coordinates in the root block, in units."""
         log_scale = torch.cat([affine.log_scale.detach() for _, affine in self._scales.values()])
         return log_scale[self.transforms[1].inverse_order].exp()
 
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
-        """The steps of what moves a coordinate are a share of its conditional sd."""
+        """Optimizer step sizes: parameters that move a coordinate step in units of its conditional sd."""
         size = self.conditional_scale()
         found = {affine.loc: size[rows] for rows, affine in self._scales.values()}
         sizes = torch.stack([size, torch.ones_like(size)], -1)
@@ -102,5 +101,5 @@ def _root_flow(dim: int, is_whole: bool) -> FlowModule:
     width = max(128, min(4 * dim, 256), min(3 * dim, _MOST_WIDTH))
     if dim > 1:
         return iaf(dim, _ROOT_LAYERS, width, nonlinearity=default_activation(dim))
-    # affine layers of one coordinate are a Gaussian together
+    # affine layers of one coordinate compose to a Gaussian
     return ComposedTransform(*[spline_marginals(1) for _ in range(_ROOT_LAYERS if is_whole else 1)])

@@ -27,45 +27,46 @@ from ..persistence.spec import Arguments, GuideSpec
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
 from .structured_flow import StructuredFlow
 
-# the most gradients, and the most draws, of a check of the graph
+# maximum number of gradients and of draws in a check of the graph
 _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
-# the most numbers that networks compute at once: tensors above 32 MB go back to the system after each
-# use, which took a third of a step of 10,000 latents (benchmarks/growth.md)
+# maximum number of network outputs at once: the system reclaims tensors above 32 MB after each use, which
+# took a third of a step for 10,000 latents (benchmarks/growth.md)
 _MOST_NUMBERS = 5_000_000
-# a graph in coordinates of the prior may have more edges by this factor (benchmarks/coordinates.md)
+# allowed factor of edges of a graph in coordinates of the prior (benchmarks/coordinates.md)
 _MOST_FILL_IN = 3.0
 
 
 class AutoStructuredFlow(AutoAutoregressive):
-    r"""A guide for hundreds and thousands of latents: a flow with the posterior's own graph.
+    r"""A guide for hundreds or thousands of latents: a flow with the posterior's graph.
 
-    At the first call the guide finds which latents depend on each other given all others, by
+    At the first call the guide detects which latents depend on each other given all others, by finite
     differences of the gradient of the model's log density. The posterior then is, exactly,
 
     .. math::
 
         p(z) = p(z_R) \prod_{i \notin R} p(z_i \mid z_{\mathrm{pa}(i)})
 
-    with few parents pa(i): at most 5 for a volatility path with three unknown parameters, however long
-    it is. Each factor is a location and a scale that depend on the parents by a linear function and a
-    small network, with hinges for skewness and tails; the root block R, where everything depends on
-    everything, has the flow of :class:`~pyro_artransform.AutoIAF`. Coordinates that do not depend on
-    each other are drawn at once: 10 levels for a chain of 1,000 latents, 2 for a plate. The number of
-    parameters is proportional to that of parents.
+    with few parents pa(i): at most 5 for a volatility path of any length with three unknown parameters. Each
+    factor is a location and a scale that depend on the parents by a linear function and a small network, with
+    hinges for skewness and tails; the root block R, which is fully dependent, has the flow of
+    :class:`~pyro_artransform.AutoIAF`. Coordinates that do not depend on each other are drawn in parallel: a
+    chain of 1,000 latents has 10 levels, a plate 2. The number of parameters is proportional to that of
+    parents.
 
-    ``print(guide.graph)`` sums up which latents depend on which. A dependency that is switched off at
-    the first call, as by ``torch.where``, is not in the graph: :meth:`check_graph` searches again.
-    A mini-batch has a part of the dependencies, so before it is trained on mini-batches the guide has
-    to see all data once, ``guide.set_up(*all_data)``.
+    ``print(guide.graph)`` summarizes the dependencies. A dependency that is inactive at the first call, such
+    as in a branch of ``torch.where``, is not in the graph: :meth:`check_graph` searches again. A mini-batch
+    has only a part of the dependencies, so before training on mini-batches the guide must see all data once,
+    by ``guide.set_up(*all_data)``.
 
     :param model: a Pyro model.
     :param hidden_dim: the number of hidden units of the network of each latent coordinate.
-    :param max_parents: the most parents of a coordinate; of more, those with the strongest partial
-        correlations near the start are kept, and ``guide.graph.dropped`` has the others.
+    :param max_parents: the maximum number of parents of a coordinate; beyond it, parents with the strongest
+        partial correlations near the start are kept, and ``guide.graph.dropped`` lists the others.
     :param num_transforms: the number of layers with networks of the parents.
-    :param init_loc_fn: as for :class:`~pyro_artransform.AutoAutoregressive`, as ``init_scale`` is.
-    :param coordinates: as there. With "prior" the locations of priors are a part of them, or else only the
-        scales, where that brings no dependencies: a path of states given the one before stays a path.
+    :param init_loc_fn: like ``init_scale`` as for :class:`~pyro_artransform.AutoAutoregressive`.
+    :param coordinates: as for :class:`~pyro_artransform.AutoAutoregressive`. With "prior" they include the
+        locations of priors, or only the scales if locations would add dependencies: a sequence of states
+        remains a chain.
     :raises TypeError: as for :class:`~pyro_artransform.AutoAutoregressive`.
     :raises ValueError: as there, and for a size that is not positive; at the first call, if the density
         of the model is random or its gradient not finite near the starting values.
@@ -122,19 +123,19 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     @property
     def graph(self) -> LatentGraph:
-        """Which latents depend on which, and how they are drawn, from the first call on."""
+        """The dependencies between latents and their factorization, after the first call."""
         self._checked_spec()
         return self._graph
 
     def markov_graph(self) -> MarkovGraph:
-        """The dependencies of the posterior, and the order of an exact factorization of it."""
+        """The dependencies of the posterior, and the order of an exact factorization."""
         return self.graph.markov
 
     def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
-        """The graph, in coordinates of the prior where these bring few more edges, or are asked for.
+        """The graph, in coordinates of the prior if these add few edges or are requested.
 
-        A chain whose location is the state before is dense in units of its prior: without the location
-        it is a chain in units of the scale.
+        A chain whose location is the previous state is dense in units of its prior; scaled only, without the
+        location, it remains a chain.
         """
         mapped = self._mapped_sites(args, kwargs, depends)
         log_joint = self.prior.log_joint or self._log_joint(*args, **kwargs)
@@ -154,16 +155,16 @@ class AutoStructuredFlow(AutoAutoregressive):
         super()._build(spec, start)
 
     def _graph_in(self, log_joint: LogJoint, sites: dict[str, bool]) -> LatentGraph:
-        """The graph in coordinates of the prior, with the edges of lambda 0 and of lambda 1.
+        """The graph in coordinates of the prior, with the edges of both lambda 0 and lambda 1.
 
-        With a lambda between, where neither a shape nor what the prior says may cancel: at h / (1 + h), see
-        ``centered_by_curvature``, an element is independent of its location.
+        It is found at intermediate lambdas, without shapes, where prior and likelihood terms do not cancel:
+        at h / (1 + h), see ``centered_by_curvature``, an element is independent of its location.
         """
         ones, latents = torch.ones_like(log_joint.start), log_joint.latents
         centered = Coordinates(ones, ones, sites).non_centered(latents).centered
         generator = torch.Generator().manual_seed(0)
         random = torch.rand(ones.shape, generator=generator, dtype=ones.dtype, device="cpu")
-        between = 0.9 + 0.05 * random.to(ones)  # no two alike
+        between = 0.9 + 0.05 * random.to(ones)  # all different
         mapped = Coordinates(torch.where(centered < 1, between, ones), ones, sites)
         return self._find_graph(log_joint.with_coordinates(mapped))
 
@@ -180,12 +181,12 @@ class AutoStructuredFlow(AutoAutoregressive):
         return self._graph.markov.coloring.on(self._parts[1].loc.device)
 
     def check_graph(self, *args: object, **kwargs: object) -> None:
-        """Searches for dependencies that the graph lacks, as :func:`~pyro_artransform.fit` does at its end.
+        """Searches for missing dependencies, like :func:`~pyro_artransform.fit` at its end.
 
-        It computes about 4,000 gradients, at 256 draws of the guide at most.
+        Computes about 4,000 gradients, at no more than 256 draws of the guide.
 
-        :param args: the model's arguments, as ``kwargs``.
-        :raises ValueError: if there is one; the message names the latents.
+        :param args: the model's arguments, like ``kwargs``.
+        :raises ValueError: if a dependency is missing; the message names the latents.
         """
         self.set_up(*args, **kwargs)
         missing = self.missing_over_batches([(args, kwargs)])
@@ -201,7 +202,7 @@ class AutoStructuredFlow(AutoAutoregressive):
     def missing_over_batches(
         self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
     ) -> list[str]:
-        """What :meth:`check_graph` finds over mini-batches, such as ``"mu and h[3]"``."""
+        """Missing dependencies over mini-batches, such as ``"mu and h[3]"``; see :meth:`check_graph`."""
         graph, names = self.graph, self.graph.names
         most = _MOST_GRADIENTS // (graph.markov.coloring.num_colors * len(batches))
         count = max(2, min(_MOST_DRAWS, most))
@@ -221,25 +222,25 @@ class AutoStructuredFlow(AutoAutoregressive):
         return max(_MOST_NUMBERS // numbers, 1)
 
     def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
-        """See :meth:`AutoAutoregressive.rsample_and_log_prob`; many draws are made in parts."""
+        """See :meth:`AutoAutoregressive.rsample_and_log_prob`; draws are made in chunks."""
         draw, parts = super().rsample_and_log_prob, []
         for start in range(0, check_integer("n", n), chunk := self._chunk_size()):
             parts.append(draw(min(chunk, n - start), path))
         z, log_q = zip(*parts)
         return torch.cat(z), torch.cat(log_q)
 
-    # Where a fit starts
+    # Starts of a fit
 
     def start_at(self, loc: object, scale_tril: object = None) -> None:
-        """Becomes a Gaussian on the unconstrained space: the networks are again those of a new guide.
+        """Becomes a Gaussian in the guide's coordinates, with the networks of a new guide.
 
-        Where the Gaussian has dependencies that the graph lacks, the guide becomes the product of its
-        conditionals along the graph, the nearest Gaussian with the graph in KL(p|q).
+        If the Gaussian has dependencies that the graph lacks, the guide becomes the product of its
+        conditionals along the graph, the nearest Gaussian with that graph in KL(p|q).
 
-        :param loc: its location, a tensor, array or list of shape ``(latent_dim,)``.
-        :param scale_tril: its lower-triangular scale, shape ``(latent_dim, latent_dim)``, or standard
+        :param loc: the location, a tensor, array or list of shape ``(latent_dim,)``.
+        :param scale_tril: the lower-triangular scale, shape ``(latent_dim, latent_dim)``, or standard
             deviations, shape ``(latent_dim,)``; by default ``init_scale``.
-        :raises ValueError: if a shape is wrong, a number not finite, or the scale not such a matrix.
+        :raises ValueError: if a shape is wrong, a number is not finite, or the scale is no such matrix.
         """
         spec, elimination, (_, affine) = self._checked_spec(), self.graph.elimination, self._parts
         if scale_tril is None:
@@ -261,7 +262,7 @@ class AutoStructuredFlow(AutoAutoregressive):
     def start_at_gaussian(self, gaussian: SparseGaussian) -> None:
         """Becomes a Gaussian along the elimination of :meth:`markov_graph`.
 
-        Where ``max_parents`` has cut parents, the regressions are on the others.
+        If ``max_parents`` has dropped parents, regressions are on the remaining ones.
         """
         coefficients, scale = gaussian.given(self.graph.elimination.parents)
         self._become(gaussian.loc, gaussian.sd, coefficients, scale, gaussian.root_tril)
@@ -270,13 +271,13 @@ class AutoStructuredFlow(AutoAutoregressive):
         self, loc: Tensor, sd: Tensor, coefficients: list[Tensor], scale: Tensor, root_tril: Tensor
     ) -> None:
         flow, affine = self._parts
-        self._current_transform()  # entries of the store that count more are adopted first
+        self._current_transform()  # first adopt entries of the param store that take precedence
         affine.set_(loc, sd)
         flow.load_state_dict(self._flow_start)
         flow.start_at(sd, coefficients, scale, root_tril)
 
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
-        """The size of an optimizer's step, by parameter: a share of conditional sds."""
+        """Optimizer step sizes by parameter, in units of conditional sds."""
         self._checked_spec()
         flow, affine = self._parts
         relative = flow.conditional_scale()
@@ -291,7 +292,7 @@ class AutoStructuredFlow(AutoAutoregressive):
 
 
 def _smallest_elements(latents: Latents) -> Tensor | None:
-    """The elements of the plate that leaves the fewest latents in an element and outside of it together."""
+    """The elements of the plate that minimizes latents per element plus latents outside."""
     frames = {f: None for site in latents.sites.values() for f in site.plates if f.dim is not None}
     guesses = [latents.elements_of(frame) for frame in frames]
     return min(
@@ -300,6 +301,6 @@ def _smallest_elements(latents: Latents) -> Tensor | None:
 
 
 def _size(graph: LatentGraph) -> int:
-    """How many pairs of a latent and its parent there are along the elimination, in the root block too."""
+    """The number of parent pairs along the elimination, the root block included."""
     root = len(graph.elimination.root)
     return graph.elimination.num_edges + root * (root - 1) // 2
