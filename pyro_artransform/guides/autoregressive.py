@@ -62,12 +62,12 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     If the prior of a latent depends on other latents, as in a hierarchy, z is in units of the model's prior,
     and a run of the model maps it to the unconstrained space, so that the flow need not learn this map.
 
-    It works wherever Pyro's autoguides do: ``SVI`` with any ELBO, ``Predictive``, ``NeuTraReparam``,
+    The guide works wherever Pyro's autoguides do: ``SVI`` with any ELBO, ``Predictive``, ``NeuTraReparam``,
     ``AutoGuideList``. Enumerated discrete latents are left to ``TraceEnum_ELBO``.
 
     :param model: a Pyro model.
-    :param flow: takes the latent dimension and returns a flow, a module that is a transform; for
-        example ``pyro_artransform.spline_autoregressive``.
+    :param flow: a function of the latent dimension that returns a flow, a transform that is a module, such as
+        ``pyro_artransform.spline_autoregressive``.
     :param full_rank: whether L is triangular, or diagonal; by default triangular up to 200 latents.
     :param init_loc_fn: one of Pyro's initialization functions, by default the prior's median.
     :param init_scale: the initial standard deviation, on the unconstrained space.
@@ -130,7 +130,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             if self.prior.coordinates is not None:
                 self._parts[1].loc.data.copy_(self.prior.start_at(start, self._colors()))
         except BaseException:
-            # the next call must not find a guide that is only half set up
+            # the next call must not see a guide that is only half set up
             self._spec = self.prototype_trace = None
             raise
         finally:

@@ -17,7 +17,7 @@ from ..transforms.flow_distribution import FlowDistribution
 
 
 def check_flow_argument(name: str, make: Any, wanted: str) -> None:
-    """Rejects what is not a callable that makes a flow, or is a flow; ``wanted`` names its parameters."""
+    """Requires a callable that makes a flow, not a flow; ``wanted`` describes its parameters."""
     if not callable(make):
         raise TypeError(f"{name}: expected a callable, got {type(make).__name__}")
     if isinstance(make, nn.Module):

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Which latents have coordinates from the model's prior, and how centred these are.
+r"""Selection of the latents with coordinates from the model's prior, and of their degree of centring.
 
 The degree of centring of an element weighs the information in its data against its prior:
 

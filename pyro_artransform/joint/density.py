@@ -58,8 +58,8 @@ Kwargs = Mapping[str, object]
 #: the divisor of ``chunk_size`` that keeps a chunk in a processor's cache: a regression of 100,000 rows takes
 #: half the time per draw of four times larger chunks, and two thirds of that of smaller ones
 CACHED = 16
-# Strategies are compared near the start, and far away on either side, on one side scaled by the prior; at
-# more points near the start if the density is not finite there.
+# strategies are compared near the start and far away on either side, on one side scaled by the prior; at more
+# points near the start if the density is not finite there
 _FAR = 2.5
 #: maximum number of cached structures, as batches bring arguments of ever new shapes
 MOST_SIGNATURES = 64
@@ -80,11 +80,10 @@ class LogJoint(LogDensity):
     first run is validated if the user has validation on.
 
     :param model: a Pyro model, with its arguments ``args`` and ``kwargs``.
-    :param init_loc_fn: Pyro's initialization for the first run; medians of vague priors are replaced by the
+    :param init_loc_fn: Pyro's initialization for the first run; medians of vague priors give way to the
         origin.
-    :param traces: traces of two earlier runs: one at the start, in which data may be hidden, and one
-        elsewhere that drew no random numbers. Comparison of strategies is then deferred to the first call
-        with many draws.
+    :param traces: two earlier runs: one at the start, in which data may be hidden, and one elsewhere that
+        drew no random numbers. Strategies are then compared only at the first call with many draws.
     :raises ValueError: if a latent is discrete and not enumerated, there is no latent, or Pyro's validation
         is on and rejects the data or shapes.
 

@@ -70,8 +70,8 @@ class UnmaskedLatents(Messenger):
 def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
     """The latents that keep their masks, so that masked elements have no prior, as in Pyro.
 
-    These are latents whose mask depends on latents, and latents whose masked elements affect the rest of the
-    density, or may do: replacing these by NaN or other numbers changes it.
+    This holds for masks that depend on latents, and for masked elements that affect the rest of the density,
+    or may do so: replacing them by NaN or other numbers changes it.
     """
     nodes, state = {n["name"]: n for n in latent_nodes(trace)}, torch.get_rng_state()
     masked = [n for n in nodes.values() if isinstance(n["mask"], Tensor) and not is_enumerated(n)]
@@ -120,7 +120,7 @@ def _moved(nodes: Mapping[str, Any], distance: float) -> dict[str, Tensor]:
 class SiteLogProbs(Messenger):
     """Sets sites to given values and collects the log density of each sample site.
 
-    Equal to those of a conditioned trace; with ``data_only``, of data only and without scale.
+    The log densities equal those of a conditioned trace; with ``data_only``, of data only, unscaled.
     """
 
     def __init__(self, given: Mapping[str, Tensor], *, data_only: bool = False) -> None:

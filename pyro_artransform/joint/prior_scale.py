@@ -165,8 +165,7 @@ class PriorScale(NamedTuple):
     """The location and the scale of a prior on the unconstrained space.
 
     :param loc: the location, broadcastable to the latent.
-    :param scale: positive, broadcastable to the latent; a lower-triangular matrix, with one more dimension,
-        for a multivariate prior.
+    :param scale: positive, same; for a multivariate prior a lower-triangular matrix, with one more dimension.
     :param log_prob: the log density of the standard member; ``None`` if the density at the value itself is
         precise, as for positive numbers.
     :param shape: the standard member, if it is not normal and has a quantile function.

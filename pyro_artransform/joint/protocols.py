@@ -78,7 +78,7 @@ class FlowGuide(ReparametrizedGuide, Protocol):
 
 @runtime_checkable
 class PriorGuide(Protocol):
-    """A guide that holds its model's prior; a flow guide draws in the coordinates of that."""
+    """A guide that holds its model's prior; flow guides draw in coordinates from it."""
 
     prior: ModelPrior
     transform: Any  #: the torch transform from a standard normal to these draws

@@ -224,8 +224,8 @@ class Latents:
     def coarse_sites(self, z: Tensor) -> list[str]:
         """The sites whose sds over draws ``(n, latent_dim)`` are below two spacings of their dtype.
 
-        This happens near the edge of a support. Sites with other numbers of values than coordinates, such as
-        simplices, are skipped: some of their values may be constant.
+        This happens near the edge of a support. Skips sites with more or fewer values than coordinates, such
+        as simplices: a value may be constant.
         """
         found = []
         for name, value in self.constrain(z).items():
@@ -266,8 +266,7 @@ class Latents:
 
         At the edge of a support, where the density of the latents is zero, returns 0 and infinity.
 
-        :param values: values by site, shape ``batch + site shape``; arrays and lists become tensors of the
-            site's dtype.
+        :param values: values by site, ``batch + site shape``; arrays and lists become tensors of its dtype.
         :param device: the device of these tensors.
         :raises ValueError: if a site is missing or unknown, or a value has the wrong shape or, with Pyro's
             validation on, is outside its support.

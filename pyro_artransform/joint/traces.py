@@ -60,8 +60,7 @@ def has_data(site: Any) -> bool:
 def is_deterministic(site: Any) -> bool:
     """Whether a site's value is computed, by ``pyro.deterministic`` or a reparametrizer.
 
-    A reparametrizer leaves a site observed at a ``Delta`` of the same tensor, perhaps expanded by plates;
-    data have their own tensor.
+    A reparametrized site is observed at a ``Delta`` of the same tensor, which plates expand; data are not.
     """
     if site["infer"].get("_deterministic"):
         return True

@@ -243,7 +243,7 @@ def tolerance(terms: Tensor) -> float:
 def agree(found: Terms, expected: Terms, slack: float | None = 1.0) -> bool:
     """Whether terms agree up to round-off times a slack, with NaN in the same places.
 
-    :param slack: a factor for :func:`tolerance`; ``None`` allows only the round-off of a sum.
+    :param slack: a factor for ``tolerance``; ``None`` allows only the round-off of a sum.
     """
     if found.keys() != expected.keys():
         return False

@@ -30,8 +30,8 @@ _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 class StepSize:
     """Adapts the step size to a target acceptance rate.
 
-    The acceptance rate is 2 Phi(-s / 2), where s grows with the square of the step size (reference 1, section
-    5.4.4). This relation is inverted after each trajectory.
+    Inverts, after each trajectory, the acceptance rate 2 Phi(-s / 2), where s grows with the square of the
+    step size (reference 1, section 5.4.4).
     """
 
     def __init__(self, dim: int) -> None:

@@ -26,9 +26,9 @@ _MOST_TAIL = 0.5  # a distribution with a larger tail index has no variance
 class Convergence(NamedTuple):
     """Nested R-hat and effective sample sizes (ESS) of each latent, shape ``(D,)``.
 
-    The bulk ESS is the smaller of those with and without rank normalization, the latter being the ESS of the
-    mean. The tail ESS is the smaller of those of the 5 % and 95 % quantiles. With fewer than 4 draws, or
-    where a value is not finite, R-hat is infinite and both ESS are 0.
+    The bulk ESS is the minimum with and without rank normalization, where the latter is the ESS of the mean.
+    The tail ESS is the minimum over the 5 % and 95 % quantiles. With fewer than 4 draws, or where a value is
+    not finite, R-hat is infinite and both ESS are 0.
     """
 
     rhat: Tensor
@@ -96,7 +96,7 @@ def _in_rows(values: Tensor) -> Tensor:
 
 
 def _has_variance(chains: Tensor) -> Tensor:
-    """Which coordinates have a finite variance, by Hill's tail index estimator, shape ``(D,)``."""
+    """Whether coordinates have a finite variance, by Hill's tail index estimator, shape ``(D,)``."""
     flat = chains.flatten(1)
     distances = (flat - flat.median(1).values[:, None]).abs()
     count = max(distances.shape[1] // 50, 2)

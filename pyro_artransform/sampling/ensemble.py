@@ -67,7 +67,7 @@ class Ensemble(MovingChains):
     """An ensemble of superchains that samples a log joint density.
 
     :param log_joint: the density, in the coordinates in which chains move.
-    :param num_samples: the number of effective draws that :meth:`run` will be asked for, if known.
+    :param num_samples: the number of effective draws that ``run`` will be asked for, if known.
     :param num_chains: the number of chains; by default chosen from the cost of the density.
     :param to_latent: a transform from a nearly standard normal base space, in which chains then move, to
         these coordinates; without one chains ascend from quantiles of the prior.
@@ -114,7 +114,7 @@ class Ensemble(MovingChains):
 
     @property
     def infos(self) -> list[Info]:
-        """The trajectories that produced :attr:`draws`."""
+        """The trajectories that produced the draws."""
         return self._infos[len(self._infos) - self.draws.shape[1] :]
 
     def convergence(self) -> Convergence:
@@ -137,7 +137,7 @@ class Ensemble(MovingChains):
 
     @torch.no_grad()
     def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:
-        """Runs until each latent has ``num_samples`` effective draws, or stops early, see :class:`End`.
+        """Runs until each latent has ``num_samples`` effective draws, or stops early, see ``End``.
 
         :param most: the maximum number of trajectories per chain, without the warm-up.
         """

@@ -49,7 +49,7 @@ class Modes(NamedTuple):
 
     @property
     def is_negligible(self) -> Tensor:
-        """Which groups have negligible mass, ``(num_groups,)``; with slack, as short chains lack entropy."""
+        """Whether groups have negligible mass, ``(num_groups,)``; short chains underestimate entropy."""
         return self.gap > NEGLIGIBLE + NEGLIGIBLE_BY_DIM * len(self.differs)
 
     @classmethod
@@ -106,7 +106,7 @@ def groups_of(draws: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def lost_chains(states: Sequence[State], moves: Tensor) -> Tensor:
-    """Which chains are stuck, have far lower densities, or are in a negligible mode, shape ``(C,)``.
+    """Whether chains are stuck, have far lower densities, or are in a negligible mode, shape ``(C,)``.
 
     :param states: all chains after each trajectory; ``moves``, ``(C,)``, counts accepted trajectories.
     """

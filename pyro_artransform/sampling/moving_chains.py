@@ -213,7 +213,7 @@ class MovingChains:
         return other is not self.log_joint and self._go_on_in(PulledBack(other), states)
 
     def _find_field(self) -> tuple[LogJoint, Field] | None:
-        """A field, and the density in its coordinates: those of the prior, or of its scales alone.
+        """Finds a field, and a density in coordinates from its prior, or from the prior's scales only.
 
         A sequence whose location is the previous state has a sparse graph only in the latter. The model's own
         coordinates would also do in the bulk of the posterior, but not in the neck of a funnel.

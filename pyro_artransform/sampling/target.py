@@ -41,7 +41,7 @@ class State(NamedTuple):
 
     @property
     def is_finite(self) -> Tensor:
-        """Which chains have a finite density and gradient, shape ``(C,)``."""
+        """Whether chains have a finite density and gradient, shape ``(C,)``."""
         return self.log_density.isfinite() & self.gradient.isfinite().all(-1)
 
 

@@ -154,8 +154,7 @@ def integrate(
 def energy_bfmi(energies: Tensor) -> Tensor:
     """The energy Bayesian fraction of missing information (E-BFMI) of each chain, from energies ``(C, n)``.
 
-    Below 0.3 momentum resampling explores energy levels too slowly (reference 3, section 6.1). NaN for a
-    single energy.
+    Below 0.3 momenta explore energy levels too slowly (reference 3, section 6.1). NaN for one energy.
     """
     if energies.shape[1] < 2:
         return energies.new_full(energies.shape[:1], torch.nan)

@@ -100,7 +100,7 @@ def first_feature_units(
 ) -> dict[str, list[list[float]]]:
     """Means and sds of each group's features, by a first :func:`encode` without side effects.
 
-    They are 0 and 1 if features are trained; the sd of a constant feature is 1.
+    Returns 0 and 1 for trained features, and an sd of 1 for a constant feature.
     """
     tracer = poutine.trace(param_only=True)
     with torch.enable_grad(), torch.random.fork_rng(devices=[]), poutine.block(), tracer:

@@ -30,7 +30,7 @@ def every_element(element: Latents, z: Tensor, latents: Latents) -> Tensor:
 class ElementMap(NamedTuple):
     """Maps between coordinates of the prior and the unconstrained space, for all elements.
 
-    If the model's plates are smaller than the number of elements, it runs once for each part.
+    A model with smaller plates than there are elements runs once for each part.
     """
 
     log_joint: LogJoint  # bound to the model's arguments

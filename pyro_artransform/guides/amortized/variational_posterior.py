@@ -85,8 +85,8 @@ class GlobalFactor(nn.Module):
     def as_context(self, z: Tensor, num_elements: int) -> Tensor:
         """The context ``(*, context_dim)`` of elements that depend on global latents z.
 
-        It is in units of the posterior sd given one element, the sd given all times the root of their number.
-        In smaller units a random initial dependence costs so much that the posterior collapses.
+        The unit is the posterior sd given one element: the sd given all, times the root of their number. In
+        smaller units a random initial dependence costs so much that the posterior collapses.
         """
         deviation = (z - self.affine.loc) * (-self.affine.log_scale).exp()
         context = deviation if self.summary is None else self.summary(deviation)

@@ -68,8 +68,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         locations of priors, or only the scales if locations would add dependencies: a sequence of states
         remains a chain.
     :raises TypeError: as for :class:`~pyro_artransform.AutoAutoregressive`.
-    :raises ValueError: as there, and for a size that is not positive; at the first call, if the density
-        of the model is random or its gradient not finite near the starting values.
+    :raises ValueError: as for that class, and for a size that is not positive; at the first call, if the
+        density of the model is random or its gradient not finite near the starting values.
 
     Example::
 
@@ -157,8 +157,8 @@ class AutoStructuredFlow(AutoAutoregressive):
     def _graph_in(self, log_joint: LogJoint, sites: dict[str, bool]) -> LatentGraph:
         """The graph in coordinates of the prior, with the edges of both lambda 0 and lambda 1.
 
-        It is found at intermediate lambdas, without shapes, where prior and likelihood terms do not cancel:
-        at h / (1 + h), see ``centered_by_curvature``, an element is independent of its location.
+        Uses random intermediate lambdas, where terms do not cancel and shapes do not count: at h / (1 + h),
+        see ``centered_by_curvature``, an element is independent of its location.
         """
         ones, latents = torch.ones_like(log_joint.start), log_joint.latents
         centered = Coordinates(ones, ones, sites).non_centered(latents).centered
@@ -234,7 +234,7 @@ class AutoStructuredFlow(AutoAutoregressive):
     def start_at(self, loc: object, scale_tril: object = None) -> None:
         """Becomes a Gaussian in the guide's coordinates, with the networks of a new guide.
 
-        If the Gaussian has dependencies that the graph lacks, the guide becomes the product of its
+        Dependencies that the graph lacks are projected out: the guide becomes the product of the Gaussian's
         conditionals along the graph, the nearest Gaussian with that graph in KL(p|q).
 
         :param loc: the location, a tensor, array or list of shape ``(latent_dim,)``.
