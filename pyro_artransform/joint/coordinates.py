@@ -41,7 +41,7 @@ CoordinatesArgument = str | Mapping[str, Any]
 def centered_by_curvature(
     non_centered: Any, x: Tensor, together: Tensor | None = None, weights: Tensor | float = 1.0
 ) -> Tensor:
-    """Sets lambda by second derivatives.
+    """Computes lambda from second derivatives.
 
     :param non_centered: the log joint density in coordinates with lambda 0.
     :param x: points, shape ``(n, latent_dim)``; h is averaged over at most eight of them.
@@ -84,7 +84,7 @@ def _pulled_back(slope: Tensor, point: Tensor, directions: Tensor) -> Tensor:
 
 
 def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
-    """Sets lambda by gradients at posterior draws ``(n, latent_dim)`` on the unconstrained space.
+    """Computes lambda from gradients at posterior draws ``(n, latent_dim)`` on the unconstrained space.
 
     Their variance is estimated from quartiles, since it is of another order in the neck of a funnel.
     """
@@ -97,7 +97,7 @@ def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
 
 
 def _centered(lam: Tensor, curvature: Tensor) -> Tensor:
-    """Updates lambda from 1 + h where lambda is below 1; both have shape ``(latent_dim,)``."""
+    """Recomputes lambda from 1 + h where lambda is below 1; both have shape ``(latent_dim,)``."""
     curvature = curvature.nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
     lam = torch.where(lam < 1, 1 - 1 / curvature, lam)
     return torch.where(lam > _CENTERED, 1.0, lam)
@@ -118,7 +118,7 @@ def non_centered(log_joint: Any, with_shapes: bool = False) -> Any:
 
 
 def with_strong_data_centered(log_joint: Any, gradients: Tensor, has_parents: Tensor) -> Any:
-    """A density with lambda 1 for elements with strong data, and else 0.
+    """A density with lambda 1 for elements with strong data, and 0 for all others.
 
     Lambda stays 0 unless the variance of the gradient is large in nine chains of ten: some chains may be in
     the neck of a funnel.

@@ -3,7 +3,8 @@
 
 r"""Coordinates of latents derived from the model's prior.
 
-The curvature of a hierarchical posterior comes mostly from its prior, in which the scale of theta is tau. In
+The geometry of a hierarchical posterior is hard mostly due to its prior, in which tau is the scale of theta.
+In
 
 .. math::
 

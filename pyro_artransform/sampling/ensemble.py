@@ -4,8 +4,8 @@
 """Many short chains of a posterior, in superchains with dispersed starts, run until they agree.
 
 The warm-up assumes nothing about the posterior: chains ascend from their starts and adapt the preconditioner,
-the step size and the trajectory length in rounds of growing length. Sampling then continues until
-superchains, groups of chains with a common start, agree on the distribution of each latent.
+the step size and the trajectory length in several rounds. Sampling then continues until superchains, groups
+of chains with a common start, agree on the distribution of each latent.
 
 **References**
 
@@ -31,7 +31,7 @@ from .moving_chains import MovingChains
 from .target import ToLatent
 from .trajectories import MANY_DIVERGENT, Info, share_of_divergent
 
-#: superchains; most chains where a model evaluates many draws at once quickly, fewest, and chains for a loop
+#: superchains; most and fewest chains of a vectorized model; chains of a model that is looped over
 SUPERCHAINS, MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 8, 64, 16, 8
 # effective draws requested per chain; total coordinates up to which all gradients cost as much as one
 _DRAWS_BY_CHAIN, _CACHED_COORDINATES, _SHARE_OF_CACHE = 12, 2**15, 4
@@ -259,7 +259,7 @@ def _count(latents: Tensor) -> int:
 
 
 def _num_chains(log_joint: LogJoint, num_samples: float) -> int:
-    """Many where a model evaluates many draws in the time of one, and many draws are requested."""
+    """The number of chains: more if many draws cost as much as one, and many are requested."""
     if log_joint.strategy == "loop":
         return CHAINS_BY_LOOP
     fast = min(

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Chains that find their starts and adapt their kernel in warm-up rounds of growing length."""
+"""Chains that find their starts and adapt their kernel in warm-up rounds."""
 
 import math
 
@@ -207,7 +207,7 @@ class MovingChains:
         self._preconditioner = Preconditioner.of(states.base, states.gradient)
 
     def _center(self, states: list[State]) -> bool:
-        """Changes to coordinates centred where data are strong; returns whether there are such."""
+        """Changes to coordinates centred where data are strong; returns whether it did."""
         gradients = torch.stack([state.gradient for state in states], 1)
         other = with_strong_data_centered(self.log_joint, gradients, self._has_parents)
         return other is not self.log_joint and self._go_on_in(PulledBack(other), states)
@@ -229,7 +229,7 @@ class MovingChains:
         return next(((density, field) for density, field in found if field is not None), None)
 
     def _transform_field(self, states: list[State], degree: int = MOST_DEGREE) -> bool:
-        """Changes to coordinates in which a field is nearly normal given its globals, if that helps."""
+        """Tries coordinates in which a field is nearly normal given its globals; returns whether it moved."""
         if self._field is None:
             return False
         density, field = self._field

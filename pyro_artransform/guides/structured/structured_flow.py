@@ -64,7 +64,7 @@ class StructuredFlow(ComposedTransform):
     def start_at(
         self, sd: Tensor, coefficients: Sequence[Tensor], scale: Tensor, root_tril: Tensor
     ) -> None:
-        """Becomes a zero-mean Gaussian in units of sds; expects the networks of a new flow.
+        """Becomes a zero-mean Gaussian in units of sds; the networks must be those of a new flow.
 
         :param sd: the units, shape ``(D,)``; ``scale`` holds the conditional sds.
         :param coefficients: regression coefficients of each coordinate on its parents.

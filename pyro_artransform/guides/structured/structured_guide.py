@@ -63,13 +63,13 @@ class AutoStructuredFlow(AutoAutoregressive):
     :param max_parents: the maximum number of parents of a coordinate; beyond it, parents with the strongest
         partial correlations near the start are kept, and ``guide.graph.dropped`` lists the others.
     :param num_transforms: the number of layers with networks of the parents.
-    :param init_loc_fn: like ``init_scale`` as for :class:`~pyro_artransform.AutoAutoregressive`.
+    :param init_loc_fn: see :class:`~pyro_artransform.AutoAutoregressive`, also for ``init_scale``.
     :param coordinates: as for :class:`~pyro_artransform.AutoAutoregressive`. With "prior" they include the
         locations of priors, or only the scales if locations would add dependencies: a sequence of states
         remains a chain.
     :raises TypeError: as for :class:`~pyro_artransform.AutoAutoregressive`.
     :raises ValueError: as for that class, and for a size that is not positive; at the first call, if the
-        density of the model is random or its gradient not finite near the starting values.
+        density of the model is random or its gradient is not finite near the initial values.
 
     Example::
 
