@@ -37,7 +37,7 @@ def evaluate_with_gradient(
         return values, False
     try:
         (gradient,) = torch.autograd.grad(values.sum(), inputs, retain_graph=True)
-    except RuntimeError:  # a reentrant checkpoint, or an error to raise in the caller's backward pass
+    except RuntimeError:  # a reentrant checkpoint, or an error that backward will raise
         return values, False
     found: Tensor = _KnownGradient.apply(inputs, values.detach(), gradient, function, state)
     return found, True

@@ -67,7 +67,7 @@ class Replay(NamedTuple):
 
     script: Any
     constants: list[Tensor]  #: outside tensors that the call reads, by reference
-    shapes: list[tuple[torch.Size, bool]]  #: shapes of constants, and whether they require gradients
+    shapes: list[tuple[torch.Size, bool]]  #: of constants, and whether they require gradients
     num_results: int
 
     def is_current(self) -> bool:
@@ -175,7 +175,7 @@ class _Recording(TorchDispatchMode):
             self.read(func, _tensors(read))
         given = [self._lowered(*pair) for pair in zip(arguments, kind.types)]
         if func is _ATEN._to_copy.default and not isinstance(arguments[0], Tensor):  # of vmap
-            dtype = torch.float64 if isinstance(arguments[0], float) else None  # like a Python float
+            dtype = torch.float64 if isinstance(arguments[0], float) else None  # as in Python
             number = torch.tensor(arguments[0], dtype=dtype, device="cpu")
             given[0] = self._graph.insertConstant(number)
         written = [arguments[i] for i in kind.written]

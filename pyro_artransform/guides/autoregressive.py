@@ -236,7 +236,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         """The transform from the base to the coordinates of latents: the flow, then location and scale."""
         self._checked_spec()
         self._register()
-        transform: ComposedTransform = self.transform  # attribute access registers the parameters with Pyro
+        transform: ComposedTransform = self.transform  # registers its parameters with Pyro
         return transform
 
     def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
