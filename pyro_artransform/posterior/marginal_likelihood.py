@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The log-likelihood of each datum with the discrete latents of a model summed out."""
+"""The pointwise log likelihood with the discrete latents of a model summed out."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,16 +21,16 @@ class _Marginal(NamedTuple):
     """An observed site and the discrete latents that its data depend on."""
 
     sites: frozenset[str]
-    plates: list[str]  #: of the observed site, from left to right
+    plates: list[str]  #: plates of the observed site, from left to right
     scale: float
-    shape: torch.Size  #: its batch shape
+    shape: torch.Size  #: batch shape of the observed site
 
 
 class MarginalLikelihood(Likelihood):
-    """The log-likelihood of each datum of the sites whose data have discrete latents of their own.
+    """The pointwise log likelihood of sites whose data do not share discrete latents.
 
-    It is not defined for a datum where others depend on the same discrete latents, as in a hidden Markov
-    model, nor where continuous latents do, whose draws tell of the discrete ones: ``left_out`` has these.
+    It is undefined if several data depend on the same discrete latents, as in a hidden Markov model, or if
+    continuous latents do, since their draws carry information on these. ``left_out`` names such sites.
     """
 
     def __init__(self, run: Callable[[], object]) -> None:
@@ -67,7 +67,7 @@ class MarginalLikelihood(Likelihood):
 
 
 def _marginal(trace: Any, name: str, dims: dict[str, set[str]]) -> _Marginal | None:
-    """What the data of a site are summed over; ``None`` where that is not defined for each datum."""
+    """The sites that the data of a site are summed over; ``None`` if that is undefined for each datum."""
     sites, before = {name}, set[str]()
     while sites != before:
         before, summed = sites, set[str]().union(*(dims[other] for other in sites))

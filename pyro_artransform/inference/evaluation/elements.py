@@ -59,8 +59,7 @@ class Elements:
     def trusted(self) -> Tensor:
         """Whether each element is trusted, shape ``(size,)``, by the thresholds for a whole posterior.
 
-        The largest of many k-hats is large by chance, so that the threshold for k-hat is raised by the
-        median of the largest error.
+        The largest of many k-hats is large by chance: its threshold is raised by the median largest error.
         """
         bound = GOOD_KHAT + _largest_error(len(self.khat)) * self.khat_se
         return ((self.khat <= bound) | (self.tail_share <= GOOD_TAIL)) & (self.gap <= GOOD_GAP)

@@ -70,7 +70,7 @@ class Evaluation(NamedTuple):
     elements: Elements | None = None  #: the elements of mini-batches
 
     def result_fields(self, chains: Any = None) -> dict[str, Any]:
-        """The fields of a ``FitResult`` about the posterior, ``nan`` if unknown; ``chains`` may be ``Chains``."""
+        """The fields of a ``FitResult`` about the posterior, ``nan`` if unknown, from ``Chains`` as well."""
         words, marginals = self.verdict.words, self.marginals
         if chains is not None:
             words = f"{chains.verdict} Of the guide itself: {words}"

@@ -46,13 +46,13 @@ class FitStatus(NamedTuple):
     remedy: str = ""  #: the remedy if the guide is not the posterior, if known
     is_point: bool = False  #: whether the guide has a single value at some site
     is_random: bool = False  #: whether the model draws mini-batches itself, or is random otherwise
-    mixes_draws: bool = False  #: whether the model was found after the fit to mix draws evaluated at once
+    mixes_draws: bool = False  #: whether the model turned out to mix draws evaluated at once
     has_chains: bool = False  #: whether draws were requested, so that the guide is not the answer
     #: finds dependencies of the posterior that the guide's graph lacks, in words
     missing: Callable[[], Sequence[str]] = tuple
     coarse: Sequence[str] = ()  #: the sites whose draws are barely resolved by their dtype
     point_estimates: Sequence[str] = ()  #: the trained parameters of the model
-    start_failed: bool = False  #: whether initialization failed, so that the guide was left unchanged
+    start_failed: bool = False  #: whether initialization failed and left the guide unchanged
     #: the check that the density of mini-batches is a sum over rows, if it failed; ``None`` if not known
     no_sum: tuple[FailedCheck, ...] | None = ()
     prior_only: str = ""  #: a sentence on why the posterior is the prior; empty if it is not
