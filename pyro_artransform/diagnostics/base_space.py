@@ -42,24 +42,24 @@ def base_space(subject: ModelAndGuide) -> tuple[LogJoint, ToLatent]:
     A guide without a transform is replaced by the means and sds of its draws. So is a Gaussian guide of a
     hierarchy, whose location and scale carry over to coordinates from the prior.
     """
-    log_joint, given = subject.log_joint, None
+    log_joint, pair = subject.log_joint, None
     draws = subject.draws(2)  # raises an error if the guide does not belong to this model
     transform = transform_of(subject)
     if transform is not None:
         guide = partial(subject.guide, *subject.args, **subject.kwargs)
         check_same_latents(log_joint, guide)
         affine = _affine(transform, draws)
-        given = log_joint, affine or transform
+        pair = log_joint, affine or transform
         if affine is None or isinstance(cast(object, subject.guide), PriorGuide):
-            return given
+            return pair
     unit = non_centered(log_joint)
-    if given is not None and unit is log_joint:
-        return given
+    if pair is not None and unit is log_joint:
+        return pair
     draws = subject.draws(_NUM_DRAWS)
     draws = draws[draws.isfinite().all(-1)]
     if unit is not log_joint and len(draws):
-        found = coordinates_at(log_joint, unit.coordinates, draws)
-        log_joint = log_joint.with_coordinates(found)
+        coordinates = coordinates_at(log_joint, unit.coordinates, draws)
+        log_joint = log_joint.with_coordinates(coordinates)
         draws, _ = log_joint.from_unconstrained(draws)
         draws = draws[draws.isfinite().all(-1)]
     if len(draws) < 2:
@@ -103,9 +103,9 @@ def _affine(transform: ToLatent, like: Tensor) -> ToLatent | None:
     unit = torch.ones_like(like[0]).diag()
     with torch.no_grad():
         parts = torch.cat([0 * unit[:1], probes, unit]).split(256)
-        found, ladjs = map(torch.cat, zip(*map(transform, parts)))
-    loc, ladj = found[0], ladjs[0]
-    moved, matrix = (found[1:] - loc).split([len(probes), dim])
+        images, ladjs = map(torch.cat, zip(*map(transform, parts)))
+    loc, ladj = images[0], ladjs[0]
+    moved, matrix = (images[1:] - loc).split([len(probes), dim])
     error, scale = (probes @ matrix - moved).abs().amax(0), matrix.square().sum(0).sqrt()
     is_affine = error <= 10 * torch.finfo(like.dtype).eps ** 0.5 * scale
     if not (is_affine.all() and torch.allclose(ladjs, ladj, rtol=1e-4, atol=1e-4)):

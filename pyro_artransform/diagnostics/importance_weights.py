@@ -182,15 +182,15 @@ def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
     """The log weights of draws, with a warning if a model turns out to mix draws evaluated at once."""
     if log_joint.is_random:  # each draw sees its own mini-batch
         return torch.cat([*map(log_joint, latent.split(1))]) - log_q
-    found = log_joint.checked(latent, log_q)
-    if found.strategy != log_joint.strategy:
-        log_joint.strategy, log_joint.obstacle = found.strategy, found.obstacle
+    checked = log_joint.checked(latent, log_q)
+    if checked.strategy != log_joint.strategy:
+        log_joint.strategy, log_joint.obstacle = checked.strategy, checked.obstacle
         warnings.warn(
             "the model gives many draws at once another log-density than one at a time: from now on its "
             f"draws are evaluated by {log_joint.strategy}. Write it without branches (torch.where)",
             stacklevel=2,
         )
-    return found.values - log_q
+    return checked.values - log_q
 
 
 def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:

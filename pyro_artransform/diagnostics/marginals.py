@@ -149,17 +149,17 @@ def errors_by_chains(draws: Tensor, of_guide: Tensor) -> MarginalErrors:
     """Errors of a guide with draws ``(n, D)``, estimated from draws of chains ``(C, m, D)``."""
     loc, scale = of_guide.mean(0), of_guide.std(0)
     flat = ((draws - loc) / scale).flatten(0, 1)
-    mean, var, own = flat.mean(0), flat.var(0), (of_guide - loc) / scale
+    mean, var, scaled = flat.mean(0), flat.var(0), (of_guide - loc) / scale
     sd, squares = var.sqrt(), (flat - mean).square()
     count, count_of_squares = mean_ess(draws), mean_ess(squares.reshape(draws.shape))
-    mean_se = (1 / count + 1 / (len(own) * var)).sqrt()
+    mean_se = (1 / count + 1 / (len(scaled) * var)).sqrt()
     # the squared standard error of the log of a variance
     log_var = squares.var(0) / var.square() / count_of_squares
-    log_var = log_var + own.square().var(0) / len(own)
+    log_var = log_var + scaled.square().var(0) / len(scaled)
     ratio = 1 / sd
     errors = MarginalErrors(-mean / sd, mean_se, ratio, ratio * log_var.sqrt() / 2)
     # the Pareto index of each tail minus its standard error
-    tails = [[t.khat - t.khat_se for t in fit_tails(each.abs().log())] for each in (flat, own)]
+    tails = [[t.khat - t.khat_se for t in fit_tails(each.abs().log())] for each in (flat, scaled)]
     return known(errors, flat.new_tensor(tails).amax(0))
 
 
@@ -172,14 +172,14 @@ def indices_along_rays(log_density: Callable[[Tensor], Tensor], draws: Tensor) -
     """
     center = draws.median(0).values
     near, far = (radius * torch.diag_embed(draws.std(0)) for radius in _RADII)
-    found = []
+    indices = []
     for sign in (1, -1):
         fall = log_density(center + sign * near) - log_density(center + sign * far)
         power = fall / math.log(_RADII[1] / _RADII[0])
         index = torch.where(power > 1, 1 / (power - 1), torch.inf)
         # a zero or undefined density counts as no tail
-        found.append(index.masked_fill(power.isnan(), 0))
-    return torch.stack(found).amax(0)
+        indices.append(index.masked_fill(power.isnan(), 0))
+    return torch.stack(indices).amax(0)
 
 
 def known(errors: MarginalErrors, index: Tensor) -> MarginalErrors:

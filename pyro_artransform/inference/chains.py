@@ -163,7 +163,7 @@ def chains_of(
 
     :param reason: why time ran out; empty if it did not.
     """
-    found, latents = ensemble.convergence(), ensemble.log_joint.latents
+    convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
     count, size, dim = ensemble.draws.shape
     flat = ensemble.draws.reshape(-1, dim)
     values = latents.constrain(flat)
@@ -175,8 +175,8 @@ def chains_of(
     judged = Verdict(
         failed=(*_objections(ensemble, num_samples, float(bfmi.median())), *about_draws(status)),
         praise=(
-            f"{float(found.bulk.min()):,.0f} effective draws of the worst latent, R-hat at most "
-            f"{float(found.rhat.max()):.3f}, by {count} chains of {size} draws."
+            f"{float(convergence.bulk.min()):,.0f} effective draws of the worst latent, R-hat at most "
+            f"{float(convergence.rhat.max()):.3f}, by {count} chains of {size} draws."
         ),
         notes=tuple(_notes(ensemble, float(bfmi.median()))),
         of="draws",
@@ -184,11 +184,11 @@ def chains_of(
     return Chains(
         draws={name: value[chosen] for name, value in values.items()},
         by_chain={k: v.reshape(count, size, *v.shape[1:]) for k, v in values.items()},
-        ess=latents.split(found.bulk),
-        ess_tail=latents.split(found.tail),
-        rhat=latents.split(found.rhat),
-        min_ess=float(found.bulk.min()),
-        max_rhat=float(found.rhat.max()),
+        ess=latents.split(convergence.bulk),
+        ess_tail=latents.split(convergence.tail),
+        rhat=latents.split(convergence.rhat),
+        min_ess=float(convergence.bulk.min()),
+        max_rhat=float(convergence.rhat.max()),
         trusted=judged.trusted,
         verdict=judged.words,
         judged=judged,
@@ -206,8 +206,8 @@ def chains_of(
 
 def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[FailedCheck]:
     """The failed checks of the draws, with their remedies."""
-    found, latents = ensemble.convergence(), ensemble.log_joint.latents
-    max_rhat = float(found.rhat.max())
+    convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
+    max_rhat = float(convergence.rhat.max())
     modes = ensemble.modes
     is_apart = ensemble.end is End.APART
     if modes is not None and (is_apart or float(modes.share[1:].sum()) > _SMALL_MODES):
@@ -232,9 +232,9 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
         more = "Use tighter priors, or another parametrization"
         remedy = "Use tighter priors, another parametrization, or chains from a guide"
     if not is_apart and not max_rhat <= GOOD_RHAT:
-        name = latents.name_of(int(found.rhat.argmax()))
+        name = latents.name_of(int(convergence.rhat.argmax()))
         yield Check.MIXING.failed(rhat=max_rhat, name=name, bound=GOOD_RHAT, remedy=remedy)
-    for ess, where in ((found.bulk, ""), (found.tail, " for its tails")):
+    for ess, where in ((convergence.bulk, ""), (convergence.tail, " for its tails")):
         if not (least := float(ess.min())) >= num_samples:
             numbers = {"ess": least, "wanted": num_samples, "where": where, "remedy": more}
             yield Check.ESS.failed(name=latents.name_of(int(ess.argmin())), **numbers)

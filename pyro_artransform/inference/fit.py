@@ -246,10 +246,7 @@ def fit(
 def check_model(
     model: Function, args: tuple[object, ...] | None, kwargs: Mapping[str, object]
 ) -> None:
-    """Checks that a model accepts its arguments and has no parameter named like an option.
-
-    :param args: ``None`` with a loader.
-    """
+    """Checks that a model accepts its arguments (``None`` with a loader), and none has an option's name."""
     called = model.forward if isinstance(model, nn.Module) else model
     try:
         # the wrapper of a decorated model decides which arguments it accepts

@@ -45,8 +45,8 @@ def open_parallel() -> "Iterator[Parallel]":
     is_launched = os.environ.get("WORLD_SIZE", "1") != "1" and all(map(os.environ.get, _LAUNCHED))
     is_made = distributed.is_available() and is_launched and not has_group
     if is_made:
-        told = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED)
-        hint = f"The environment has {told}. Unset WORLD_SIZE if this process is to fit alone"
+        variables = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED)
+        hint = f"The environment has {variables}. Unset WORLD_SIZE if this process is to fit alone"
         _wait_for("the other processes of this fit", _make_group, hint=hint)
     try:
         parallel = Parallel(has_group or is_made)
@@ -126,8 +126,8 @@ class Parallel:
 
     def seed(self, seed: int | None = None) -> int:
         """Broadcasts the seed of the first process, by default a new one."""
-        own = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
-        return self.gather_objects("a seed by the first process", own)[0]
+        value = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        return self.gather_objects("a seed by the first process", value)[0]
 
     def seed_apart(self) -> None:
         """Seeds each of several processes differently."""
@@ -182,5 +182,5 @@ class Parallel:
         loss, *present = head.tolist()
         if not math.isfinite(loss):
             return loss, None
-        found = zip(means, parameters, present)
-        return loss, [part.view_as(p).to(p) if share else None for part, p, share in found]
+        triples = zip(means, parameters, present)
+        return loss, [part.view_as(p).to(p) if share else None for part, p, share in triples]

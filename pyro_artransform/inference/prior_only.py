@@ -37,11 +37,11 @@ def warn_of_prior(log_joint: LogJoint, others: Iterable[LogJoint] = ()) -> str:
     :param others: the log joint densities of the model for further mini-batches.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        found = why_prior(log_joint)
-        if not found or not all(map(why_prior, others)):
+        reason = why_prior(log_joint)
+        if not reason or not all(map(why_prior, others)):
             return ""
-    warn_user(f"{found} Please {GIVE_DATA}", UserWarning)
-    return found
+    warn_user(f"{reason} Please {GIVE_DATA}", UserWarning)
+    return reason
 
 
 @torch.no_grad()

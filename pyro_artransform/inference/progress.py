@@ -30,10 +30,10 @@ def alone(name: str) -> Iterator[None]:
     """
     with _lock:
         harmless = TraceMessenger, BlockMessenger
-        found = [type(h).__name__ for h in _PYRO_STACK if not isinstance(h, harmless)]
-        if found:
+        handlers = [type(h).__name__ for h in _PYRO_STACK if not isinstance(h, harmless)]
+        if handlers:
             raise RuntimeError(
-                f"{name}: expected to be called outside of Pyro's handlers, got {', '.join(found)}, which "
+                f"{name}: expected to be called outside of Pyro's handlers, got {', '.join(handlers)}, which "
                 "would be ignored in part. Apply them to the model, as in "
                 f"{name}(poutine.condition(model, data), ...)"
             )

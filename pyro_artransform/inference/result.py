@@ -178,13 +178,13 @@ class FitResult(SavedResult):
     def __repr__(self) -> str:
         judged, chains = self.judged, self.chains
         if chains is None:
-            told = tuple[FailedCheck, ...]()
+            shown = tuple[FailedCheck, ...]()
             lines = [f"Guide trusted: {'yes' if self.trusted else f'no, {judged.num_failed}'}"]
         else:
-            told, lines = chains.failed, [chains.answer, *as_lines(chains.judged.rows())]
+            shown, lines = chains.failed, [chains.answer, *as_lines(chains.judged.rows())]
             rest = ", on which the draws do not rest" if chains.trusted else ""
             answer = "trusted" if self.trusted else f"not trusted, {judged.num_failed}"
             lines.append(f"About the guide alone{rest}: {answer}")
         why = [("why", judged.praise.removesuffix("."))] if self.trusted else []
-        rows = [*why, *judged.rows(without=told), *self.rows().items()]
+        rows = [*why, *judged.rows(without=shown), *self.rows().items()]
         return "\n".join([*lines, *as_lines(rows)])

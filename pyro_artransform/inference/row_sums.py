@@ -37,17 +37,17 @@ def warn_of_no_sum(model: Model, batches: Sequence[Batch]) -> FailedChecks | Non
 
     :param batches: some batches of an epoch, in order.
     """
-    half, found = len(batches) // 2, list[FailedChecks | None]()
+    half, results = len(batches) // 2, list[FailedChecks | None]()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         for pair in [*zip(batches[:half], batches[half:])][:_NUM_PAIRS]:
             try:
-                found.append(_why_no_sum(model, *pair))
+                results.append(_why_no_sum(model, *pair))
             except Exception:  # any error means that the model does not accept mixed rows
-                found.append(None)
-    for failed in chain.from_iterable(filter(None, found)):
+                results.append(None)
+    for failed in chain.from_iterable(filter(None, results)):
         warn_user(f"{failed.sentence}. {failed.remedy}", UserWarning)
         return (failed,)
-    return () if () in found else None
+    return () if () in results else None
 
 
 def _why_no_sum(model: Model, first: Batch, second: Batch) -> FailedChecks | None:
@@ -55,7 +55,7 @@ def _why_no_sum(model: Model, first: Batch, second: Batch) -> FailedChecks | Non
     mixed = [Batch(*parts) for parts in zip(*pairs)]
     values = _latents(started_trace(partial(model, *first.args, **first.kwargs), init_to_median))
     batches, state = (first, second, *mixed), torch.get_rng_state()
-    runs = [_log_density(model, *each, state) for each in zip(batches, values)]
+    runs = [_log_density(model, *pair, state) for pair in zip(batches, values)]
     new_state = torch.Generator().manual_seed(0).get_state()
     again, *_ = _log_density(model, first, values[0], new_state)
     (one, other, *new), shares, slacks = zip(*runs)
@@ -92,7 +92,7 @@ def _latents(trace: poutine.Trace) -> list[dict[str, Tensor]]:
 
     All four are equal except for latents of the elements of a sub-sampled plate.
     """
-    found: list[dict[str, Tensor]] = [{}, {}, {}, {}]
+    by_batch: list[dict[str, Tensor]] = [{}, {}, {}, {}]
     for node in latent_nodes(trace):
         values = [_moved(node)] * 4
         for frame in node["cond_indep_stack"]:
@@ -100,9 +100,9 @@ def _latents(trace: poutine.Trace) -> list[dict[str, Tensor]]:
                 dim = frame.dim - node["fn"].event_dim
                 one, other = (_moved(node).movedim(dim, 0) for _ in range(2))
                 values = [v.movedim(0, dim) for v in (one, other, *_exchanged(one, other))]
-        for of_batch, value in zip(found, values):
+        for of_batch, value in zip(by_batch, values):
             of_batch[node["name"]] = value
-    return found
+    return by_batch
 
 
 def _moved(node: Any) -> Tensor:

@@ -127,13 +127,13 @@ class SetUp:
         if is_default and is_structured and latent_dim >= _MANY_LATENTS:
             wanted = _NUM_PARTICLES_OF_MANY
         # processes share no batch, so that each takes all draws for its own
-        own = wanted if self.stream is not None else parallel.share(wanted)
+        per_process = wanted if self.stream is not None else parallel.share(wanted)
         #: draws per step, of all processes
-        self.num_particles = own * parallel.size
+        self.num_particles = per_process * parallel.size
         if parallel.size > 1:
             self._check_processes(batches[0], num_steps, num_particles)
         if self.looped_because:
-            _warn_of_loop(of_batch, self.looped_because, own, self.schedule)
+            _warn_of_loop(of_batch, self.looped_because, per_process, self.schedule)
 
     @property
     def minibatches(self) -> MinibatchObjective | None:
@@ -223,14 +223,14 @@ def _run_once(
     model: Function, guide: Function, batch: Batch, stream: BatchStream | None
 ) -> ModelAndGuide:
     """Runs model and guide, so that errors in them are raised before the fit starts."""
-    (args, kwargs), given = batch, cast(object, guide)
-    if isinstance(given, StoredGuide):  # a new guide must not start from an earlier one's values
-        given.drop_orphans()
+    (args, kwargs), offered = batch, cast(object, guide)
+    if isinstance(offered, StoredGuide):  # a new guide must not start from an earlier one's values
+        offered.drop_orphans()
     left_over = list[str]()
-    if isinstance(given, AutoGuide) and not isinstance(given, StoredGuide):
-        is_new = getattr(given, "prototype_trace", None) is None
-        own = f"{given._pyro_name}."
-        left_over = [name for name in pyro.get_param_store() if is_new and name.startswith(own)]
+    if isinstance(offered, AutoGuide) and not isinstance(offered, StoredGuide):
+        is_new = getattr(offered, "prototype_trace", None) is None
+        prefix = f"{offered._pyro_name}."
+        left_over = [name for name in pyro.get_param_store() if is_new and name.startswith(prefix)]
     subject = ModelAndGuide.of(model, guide, args, kwargs)
     if stream is not None:
         check_use(stream, guide, subject.log_joint, batch)

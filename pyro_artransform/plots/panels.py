@@ -37,12 +37,12 @@ def doubles(value: Tensor) -> Tensor:
 
 def _part(result: Any, name: str) -> Any:
     """The named part of the result of a fit, or the argument if it is that part."""
-    found = getattr(result, name, result)
-    if found is None:
+    part = getattr(result, name, result)
+    if part is None:
         raise ValueError(
             f"result: expected one with {name}, which this fit has not: {result.verdict}"
         )
-    return found
+    return part
 
 
 def plot_elbo(history: Sequence[float] | Tensor | FitResult, ax: Axes | None = None) -> Axes:
@@ -78,20 +78,21 @@ def plot_khat(result: Importance | FitResult, ax: Axes | None = None) -> Axes:
     :param result: the result of :func:`~pyro_artransform.diagnostics.importance`, or of a fit.
     :param ax: the Axes to draw into; new ones by default.
     """
-    found: Importance = _part(result, "importance")
-    title, tail = f"k-hat = {found.khat:.2f} ± {found.khat_se:.2f}", fit_tail(found.log_weights)
+    weights: Importance = _part(result, "importance")
+    title = f"k-hat = {weights.khat:.2f} ± {weights.khat_se:.2f}"
+    tail = fit_tail(weights.log_weights)
     ax = new_axes(ax, xlabel="weight / mean weight", ylabel="share of larger weights", title=title)
-    ordered = doubles(found.log_weights).sort(descending=True).values
-    ordered = ordered[ordered.isfinite()] - found.log_evidence
+    ordered = doubles(weights.log_weights).sort(descending=True).values
+    ordered = ordered[ordered.isfinite()] - weights.log_evidence
     ranks = torch.arange(1, len(ordered) + 1, dtype=torch.float64, device="cpu") - 0.5
-    shares, top = ranks / found.num_samples, max(3 * tail.size, 10)
+    shares, top = ranks / weights.num_samples, max(3 * tail.size, 10)
     ax.loglog(ordered[:top].exp(), shares[:top], ".", color=BLUE, alpha=0.6, label="weights")
     if isfinite(tail.scale) and len(ordered):
         levels, limit = ranks[: tail.size] / tail.size, f"of index {GOOD_KHAT}"
         for label, khat, style in (("Pareto tail", tail.khat, "-"), (limit, GOOD_KHAT, "--")):
             # the weights that a tail of this index exceeds with these probabilities
             quantiles = torch.expm1(-khat * levels.log()) / khat * tail.scale
-            x = (tail.log_cutoff - found.log_evidence + quantiles.log1p()).exp()
+            x = (tail.log_cutoff - weights.log_evidence + quantiles.log1p()).exp()
             ax.loglog(x, shares[: tail.size], style, color=ORANGE, label=label)
     ax.xaxis.set_minor_formatter(NullFormatter())  # labels between decades overlap
     ax.legend(frameon=False)
@@ -107,21 +108,22 @@ def plot_marginals(result: Marginals | FitResult, ax: Axes | None = None) -> Axe
     :param ax: the Axes to draw into; new ones by default.
     :raises ValueError: if the fit has no ``marginals``, for example because chains have not mixed.
     """
-    found: Marginals = _part(result, "marginals")
+    marginals: Marginals = _part(result, "marginals")
     ax = new_axes(ax, xlabel="mean too large by (sd)", ylabel="sd too large by (%)")
     x, y = GOOD_MEAN_SHIFT, 100 * GOOD_SD_ERROR
     ax.add_patch(Rectangle((-x, -y), 2 * x, 2 * y, color=GRAY, alpha=0.2))
     limits = torch.tensor([2 * x, 2 * y], dtype=torch.float64, device="cpu")
-    has_bars = sum(map(torch.numel, found.mean_shift.values())) <= 100  # more would overlap
-    for k, (name, shift) in enumerate(found.mean_shift.items()):
-        dots = torch.stack([doubles(shift), 100 * doubles(found.sd_ratio[name] - 1)])
+    has_bars = sum(map(torch.numel, marginals.mean_shift.values())) <= 100  # more would overlap
+    for k, (name, shift) in enumerate(marginals.mean_shift.items()):
+        dots = torch.stack([doubles(shift), 100 * doubles(marginals.sd_ratio[name] - 1)])
         style: dict[str, Any] = {"fmt": ".", "color": f"C{k % 10}", "elinewidth": 0.6}
         if has_bars:
-            style["xerr"] = doubles(found.mean_shift_se[name])
-            style["yerr"] = 100 * doubles(found.sd_ratio_se[name])
+            style["xerr"] = doubles(marginals.mean_shift_se[name])
+            style["yerr"] = 100 * doubles(marginals.sd_ratio_se[name])
         ax.errorbar(dots[0], dots[1], label=name if k < 8 else None, **style)
         limits = limits.maximum(dots.abs().nan_to_num(0, 0).amax(1))
     x, y = (1.1 * limits).tolist()
-    ax.set(xlim=(-x, x), ylim=(-y, y), title=bounds_in_words(found.mean_bound, found.sd_bound))
+    title = bounds_in_words(marginals.mean_bound, marginals.sd_bound)
+    ax.set(xlim=(-x, x), ylim=(-y, y), title=title)
     ax.legend(frameon=False, fontsize=8)
     return ax

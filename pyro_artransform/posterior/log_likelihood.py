@@ -96,11 +96,11 @@ class Likelihood:
         chosen, rows = self._compared(draws)
         expected = evaluate_many(self._evaluate, _part(chosen, rows), "loop")
         for strategy in STRATEGIES[STRATEGIES.index(self.strategy(draws)) :]:
-            found = evaluate_many(self._evaluate, chosen, strategy, chunk_size=1000)
+            terms = evaluate_many(self._evaluate, chosen, strategy, chunk_size=1000)
             # a draw outside ``rows`` may take a branch of the model that then applies to all draws
-            if agree(_part(found, rows), expected, slack=10):
+            if agree(_part(terms, rows), expected, slack=10):
                 break
-        return found
+        return terms
 
     def predicted(self, draws: Draws) -> Terms:
         """A value of each latent without draws, except latents that are summed out given data."""
@@ -149,8 +149,8 @@ class Likelihood:
             with poutine.block():
                 conditioned = poutine.condition(run, dict(zip(draws, values)))
                 nodes: dict[str, Any] = poutine.trace(conditioned).get_trace().nodes
-            found = [n for n in nodes.values() if n["type"] == "sample" and is_wanted(n)]
-            rows.append({node["name"]: node["value"] for node in found})
+            nodes_wanted = [n for n in nodes.values() if n["type"] == "sample" and is_wanted(n)]
+            rows.append({node["name"]: node["value"] for node in nodes_wanted})
             _check_same(rows[0], rows[-1])
         return stack(rows)
 
@@ -162,11 +162,11 @@ class Likelihood:
         _check_same(self.observed, scored.log_probs)
         if size is None:
             return scored.log_probs
-        found = {}
+        log_probs = {}
         for name, term in scored.log_probs.items():
             batch_dim = self.observed[name].dim() - self._event_dims[name]
-            found[name] = term.reshape(term.shape[:1] + term.shape[term.dim() - batch_dim :])
-        return found
+            log_probs[name] = term.reshape(term.shape[:1] + term.shape[term.dim() - batch_dim :])
+        return log_probs
 
 
 def _check_same(expected: Terms, found: Terms) -> None:

@@ -46,9 +46,9 @@ class MarginalLikelihood(Likelihood):
             if site["type"] == "sample" and "packed" in site and "log_prob" in site["packed"]
         }
         dims = {name: set(term._pyro_dims) - plates for name, term in terms.items()}
-        found = {name: _marginal(trace, name, dims) for name in self.observed}
-        self._marginals = {name: marginal for name, marginal in found.items() if marginal}
-        self.left_out = sorted(found.keys() - self._marginals.keys())
+        marginals = {name: _marginal(trace, name, dims) for name in self.observed}
+        self._marginals = {name: marginal for name, marginal in marginals.items() if marginal}
+        self.left_out = sorted(marginals.keys() - self._marginals.keys())
         self._needed -= self.enumerated
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
@@ -58,12 +58,12 @@ class MarginalLikelihood(Likelihood):
         plate = DrawPlate(size, self._num_plates)
         given: Any = poutine.condition(self.run, plate.place(draws, self._event_dims))
         batch, kept = ((), []) if size is None else ((size,), [DRAWS])
-        first_dim, found = -1 - self._num_plates - len(batch), Terms()
+        first_dim, log_probs = -1 - self._num_plates - len(batch), Terms()
         for name, marginal in self._marginals.items():
             run = poutine.block(partial(plate.run, given), expose=[*marginal.sites])
             log_prob = marginal_log_prob(run, first_dim, (*kept, *marginal.plates))
-            found[name] = (log_prob / marginal.scale).reshape(batch + marginal.shape)
-        return found
+            log_probs[name] = (log_prob / marginal.scale).reshape(batch + marginal.shape)
+        return log_probs
 
 
 def _marginal(trace: Any, name: str, dims: dict[str, set[str]]) -> _Marginal | None:

@@ -49,18 +49,18 @@ def predict(
         torch.Size([100, 3])
     """
     likelihood = Likelihood(partial(model, *args, **kwargs), is_of_all_data=False)
-    given = likelihood.given(draws)
-    if not any(map(len, given.values())):
+    chosen = likelihood.given(draws)
+    if not any(map(len, chosen.values())):
         raise ValueError(
             f"draws: expected some of the model's latents, {first_of([*likelihood.latents])}, got none; for "
             "draws of the prior use pyro.infer.Predictive(model, num_samples=n)"
         )
-    wanted = (likelihood.observed.keys() | likelihood.latents.keys()) - given.keys()
+    wanted = (likelihood.observed.keys() | likelihood.latents.keys()) - chosen.keys()
 
     def is_wanted(node: Any) -> bool:
         return node["name"] in wanted or is_deterministic(node)
 
-    return likelihood.sites(given, poutine.uncondition(likelihood.run), is_wanted)
+    return likelihood.sites(chosen, poutine.uncondition(likelihood.run), is_wanted)
 
 
 @torch.no_grad()

@@ -50,7 +50,7 @@ def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.
     """
     if probs:
         check_levels("probs", probs)
-    found = Summary()
+    table = Summary()
     for name, value in draws.items():
         if not value.dim() or not len(value):
             raise ValueError(
@@ -60,10 +60,10 @@ def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.
             value = value.to(torch.get_default_dtype())
         value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
         sd = value.std(0) if len(value) > 1 else torch.full_like(value[0], torch.nan)
-        found[name] = {"mean": value.mean(0), "sd": sd}
+        table[name] = {"mean": value.mean(0), "sd": sd}
         for prob, quantile in zip(probs, quantiles_of(value, value.new_tensor(probs))):
-            found[name][f"{100 * prob:g}%"] = quantile
-    return found
+            table[name][f"{100 * prob:g}%"] = quantile
+    return table
 
 
 def check_levels(name: str, levels: Sequence[float] | Tensor) -> Tensor:

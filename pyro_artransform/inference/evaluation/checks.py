@@ -177,8 +177,8 @@ class Verdict(NamedTuple):
 
         :param without: failed checks to leave out.
         """
-        told = {*without}
-        for remedy, failed in groupby((f for f in self.failed if f not in told), _remedy_of):
+        omitted = {*without}
+        for remedy, failed in groupby((f for f in self.failed if f not in omitted), _remedy_of):
             yield from (("failed", each.sentence.removesuffix(".")) for each in failed)
             if remedy:
                 yield "remedy", remedy[0].upper() + remedy[1:]

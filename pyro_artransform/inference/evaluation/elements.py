@@ -136,9 +136,9 @@ def _weigh(minibatches: MinibatchObjective, num_gradients: int) -> ElementWeight
         total = total + (log_ratios.logsumexp(0) - math.log(draws.inner)).sum(-1)
         parts.append(_columns(log_ratios, by_prior))
         indices += [index] if len(index) == log_ratios.shape[-1] else []
-    found, is_known = torch.cat(parts, 1), len(indices) == len(parts)
-    elements = _judged(draws.plate, found, torch.cat(indices) if is_known else None)
-    shared, noise = Importance.from_log_weights(total), float(found[-1].sum())
+    columns, is_known = torch.cat(parts, 1), len(indices) == len(parts)
+    elements = _judged(draws.plate, columns, torch.cat(indices) if is_known else None)
+    shared, noise = Importance.from_log_weights(total), float(columns[-1].sum())
     shared = replace(shared, elbo=min(shared.elbo + noise / 2, shared.log_evidence))
     return ElementWeights(elements, shared if draws.names else None, noise, draws.inner)
 
@@ -217,11 +217,11 @@ class _Draws:
         objective = self._objective.with_arguments(batch)
         guide: object = objective.guide
         log_ratios = partial(objective.log_ratios, self.plate)
-        found = stack([self._of_all(log_ratios) for _ in range(self.inner)])
-        if not are_close(found["others"], self.log_ratio_of_shared):
+        terms = stack([self._of_all(log_ratios) for _ in range(self.inner)])
+        if not are_close(terms["others"], self.log_ratio_of_shared):
             outside = f"densities outside of plate '{self.plate}'"
             raise ValueError(f"{outside} depend on the mini-batch, or on its elements")
         index = torch.as_tensor(rows, device="cpu")
         if isinstance(guide, AutoGuide) and guide.create_plates is not None:
             index = objective.draws(objective.guide, {}, 1).values[self.plate].flatten().to("cpu")
-        return found["elements"], found["by_prior"], index
+        return terms["elements"], terms["by_prior"], index

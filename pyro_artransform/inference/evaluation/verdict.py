@@ -165,8 +165,8 @@ def _borderline(found: Importance) -> str:
 def about_lost_modes(lost: LostModes, is_settled: bool = True) -> Iterator[FailedCheck]:
     """The failed check of a guide that misses modes."""
     if lost.lost_mass > GOOD_LOST_MASS:
-        found = Check.LOST_MODES.failed(percent=100 * lost.lost_mass, count=lost.num_lost)
-        yield found if is_settled else found._replace(remedy="")
+        failed = Check.LOST_MODES.failed(percent=100 * lost.lost_mass, count=lost.num_lost)
+        yield failed if is_settled else failed._replace(remedy="")
 
 
 def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:

@@ -99,7 +99,7 @@ def _negative_slopes(
     z: Tensor, gradients: Tensor, regressors: list[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Negative slopes of each coordinate's gradient in its regressors, as rows, columns and values."""
-    (count, dim), found = z.shape, list[tuple[Tensor, ...]]()
+    (count, dim), parts_of_rows = z.shape, list[tuple[Tensor, ...]]()
     padded = torch.cat([z, z.new_zeros(count, 1)], 1)
     for group in padded_groups(regressors, [1] * dim):
         every = torch.tensor(group.coordinates, dtype=torch.long, device=z.device)
@@ -112,7 +112,7 @@ def _negative_slopes(
             right = x.mT @ gradients[:, own].T[..., None]
             slopes = torch.linalg.solve(x.mT @ x + ridge, -right)[..., 0]
             parts, is_used = (own[:, None].expand_as(columns), columns, slopes), columns < dim
-            found.append(tuple(part[is_used] for part in parts))
+            parts_of_rows.append(tuple(part[is_used] for part in parts))
     none = torch.zeros(0, dtype=torch.long, device=z.device)
-    rows, columns, values = map(torch.cat, zip((none, none, z.new_zeros(0)), *found))
+    rows, columns, values = map(torch.cat, zip((none, none, z.new_zeros(0)), *parts_of_rows))
     return rows, columns, values

@@ -43,8 +43,8 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
     u = center.detach()[None]
     if _lacking(written, u, torch.ones_like(u)) > _MOST:
         axes = torch.ones_like(center).diag()
-        found = [i for i, axis in enumerate(axes) if _lacking(written, u, axis) > 0.5 * _MOST]
-        names = first_of([latents.name_of(i) for i in found]) or "some latents"
+        lacking = [i for i, axis in enumerate(axes) if _lacking(written, u, axis) > 0.5 * _MOST]
+        names = first_of([latents.name_of(i) for i in lacking]) or "some latents"
         raise ValueError(
             "expected a model whose log density has a gradient in all latents that it depends on, got one "
             f"whose gradient lacks a part in {names}: take no float(), .item(), .numpy() or .detach() "
@@ -83,5 +83,5 @@ def _lacking(density: LogJoint, center: Tensor, moved: Tensor) -> float:
     is_shown = slope.abs() * steps > noise_level
     is_alike = (rate - slope).abs() <= _SLACK * slope.abs()
     is_large = slope.abs() > _SHARE * rise
-    found = (is_alike | ~is_shown).all(-1) & (is_shown.sum(-1) >= _NUM_SHOWN) & is_large.all(-1)
-    return found.double().mean().item()
+    lacks = (is_alike | ~is_shown).all(-1) & (is_shown.sum(-1) >= _NUM_SHOWN) & is_large.all(-1)
+    return lacks.double().mean().item()

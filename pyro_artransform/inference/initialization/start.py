@@ -55,17 +55,17 @@ def find_start(
     :raises ValueError: if neither has a finite ELBO.
     """
     elbo, needed = _judge(density, guide, config.num_compared)
-    found = -math.inf
+    gaussian_elbo = -math.inf
     if ensemble is not None:
         before = copies(guide.parameters())
-        found = _start_at_draws(density, guide, ensemble, config)
+        gaussian_elbo = _start_at_draws(density, guide, ensemble, config)
         # a larger ELBO has round-off of a nat or more
         eps = torch.finfo(ensemble.draws.dtype).eps
-        if found > needed and abs(found) < max(1 / eps, abs(needed)):
-            return InitialGuide(AT_DRAWS, found)
+        if gaussian_elbo > needed and abs(gaussian_elbo) < max(1 / eps, abs(needed)):
+            return InitialGuide(AT_DRAWS, gaussian_elbo)
         copy_to(guide.parameters(), before)
     if elbo > -math.inf:
-        return InitialGuide(UNCHANGED if found > -math.inf else FAILED, elbo)
+        return InitialGuide(UNCHANGED if gaussian_elbo > -math.inf else FAILED, elbo)
     sites = ", ".join(density.nonfinite_sites(density.start[None])) or "the sum of its sites"
     raise ValueError(
         "expected a model with a finite log density somewhere near its starting values, found none: "
@@ -80,25 +80,25 @@ def _start_at_draws(
     flat = ensemble.draws.flatten(0, 1)
     count = max(config.num_compared, DRAWS_BY_DIM * flat.shape[1])
     u = flat[:: max(len(flat) // count, 1)]
-    own = guide.prior.coordinates if isinstance(guide, PriorGuide) else None
-    if own is not None and cast(PriorGuide, guide).prior.is_chosen:
-        unit = density.with_coordinates(own.non_centered(density.latents))
-        own.set_(centered_by_draws(unit, u), own.unit)
+    coordinates = guide.prior.coordinates if isinstance(guide, PriorGuide) else None
+    if coordinates is not None and cast(PriorGuide, guide).prior.is_chosen:
+        unit = density.with_coordinates(coordinates.non_centered(density.latents))
+        coordinates.set_(centered_by_draws(unit, u), coordinates.unit)
     z, _ = density.from_unconstrained(u)
     _, gradients = value_and_gradient(density, z)
     is_finite = (z.isfinite() & gradients.isfinite()).all(-1)
-    given = z[is_finite].double(), gradients[is_finite].double()
-    found = list[DenseGaussian | SparseGaussian]()
+    finite = z[is_finite].double(), gradients[is_finite].double()
+    candidates = list[DenseGaussian | SparseGaussian]()
     with suppress(torch.linalg.LinAlgError, ValueError):  # too few draws, or identical ones
         if isinstance(guide, StructuredGuide):
-            found.append(sparse_gaussian(*given, guide.markov_graph()))
+            candidates.append(sparse_gaussian(*finite, guide.markov_graph()))
         # a sparse precision needs fewer draws than a full covariance
-        if not found or len(z) >= DRAWS_BY_DIM * z.shape[1]:
-            found.append(dense_gaussian(*given))
+        if not candidates or len(z) >= DRAWS_BY_DIM * z.shape[1]:
+            candidates.append(dense_gaussian(*finite))
     best, needed, chosen = -math.inf, -math.inf, list[Callable[[], None]]()
-    for gaussian in found:
+    for gaussian in candidates:
         # the mean gradient of a posterior is zero, so that a nonzero one corrects the mean
-        for loc in (gaussian.loc + gaussian.solve(given[1].mean(0)), gaussian.loc):
+        for loc in (gaussian.loc + gaussian.solve(finite[1].mean(0)), gaussian.loc):
             before = -math.inf
             for k in range(MAX_HALVINGS):  # a wide scale may reach regions of low or zero density
                 put = partial(_put, guide, gaussian, loc, 0.5**k)
@@ -220,8 +220,8 @@ def find_initial_minibatch_guide(
         z, _ = shared.with_coordinates(coordinates).from_unconstrained(u)
         with suppress(torch.linalg.LinAlgError):  # the covariance may be singular at a boundary
             guide.start_near(log_joint.latents.constrain(z), share)
-        found = candidate(AT_DRAWS)
-        if found.elbo > initial.elbo:
-            return found
+        moved = candidate(AT_DRAWS)
+        if moved.elbo > initial.elbo:
+            return moved
     copy_to(guide.parameters(), before)
     return initial

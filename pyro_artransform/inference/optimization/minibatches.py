@@ -179,7 +179,7 @@ def _mean_and_error(
         [means, variances, weights], dtype=torch.float64, device="cpu"
     )
     shares = weight / weight.sum()
-    found = shares @ mean
-    by_batches = shares.square() @ (mean - found).square() * len(means) / max(len(means) - 1, 1)
+    center = shares @ mean
+    by_batches = shares.square() @ (mean - center).square() * len(means) / max(len(means) - 1, 1)
     by_draws = shares.square() @ variance
-    return float(found), float((by_draws + max(1 - share, 0.0) * by_batches).sqrt())
+    return float(center), float((by_draws + max(1 - share, 0.0) * by_batches).sqrt())

@@ -168,13 +168,13 @@ class PathObjective(Objective):
         return self._replayed(self._terms.for_tails, count), count
 
     def parameters(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        parameters: dict[str, Tensor] = {}
         if isinstance(self.guide, nn.Module):
-            found.update(self.guide.named_parameters(prefix="guide"))
-        known = set(found.values())
+            parameters.update(self.guide.named_parameters(prefix="guide"))
+        known = set(parameters.values())
         with torch.no_grad():
             traced = traced_parameters(partial(self._terms.mean, 1))
-        return found | {name: p for name, p in traced.items() if p not in known}
+        return parameters | {name: p for name, p in traced.items() if p not in known}
 
     def is_guide_alone(self) -> bool:
         return all(name.startswith("guide.") for name in self.parameters())
@@ -245,10 +245,11 @@ class PyroObjective(Objective):
         scored = self.draws(self.model, drawn.values, n)
         pairs = zip(scored.by_element(plate), drawn.by_element(plate))
         elements, others = (p.double() - q.double() for p, q in pairs)
-        own = {name for name in drawn.frames if drawn.frame(name, plate)}
-        given = {name: value for name, value in drawn.values.items() if name not in own}
+        local = {name for name in drawn.frames if drawn.frame(name, plate)}
+        given = {name: value for name, value in drawn.values.items() if name not in local}
         try:
-            by_prior = self.draws(self.model, given, n).by_element(plate, left_out=own)[0].double()
+            from_prior = self.draws(self.model, given, n)
+            by_prior = from_prior.by_element(plate, left_out=local)[0].double()
         except (NotImplementedError, *ModelFailures):  # an improper prior, or an invalid draw
             by_prior = torch.full_like(elements, -torch.inf)
         terms = {"elements": elements, "others": others, "by_prior": by_prior}
@@ -295,16 +296,16 @@ class PyroObjective(Objective):
     @torch.no_grad()
     @_quietly()
     def nonfinite_sites(self) -> list[str]:
-        found: list[str] = []
+        names: list[str] = []
         for _ in range(_NUM_TRACED):
             for trace in self.traces():
                 trace.compute_log_prob()
                 for name, node in trace.nodes.items():
                     if "log_prob" in node and not bool(node["log_prob"].isfinite().all()):
-                        found.append(name)
-            if found:
+                        names.append(name)
+            if names:
                 break
-        return found
+        return names
 
     @torch.no_grad()
     @_quietly()

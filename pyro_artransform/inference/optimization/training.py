@@ -112,8 +112,8 @@ class Training:
 
     def _log_weights(self, count: int) -> Tensor:
         """The log weights of at least ``count`` draws, from all processes."""
-        own = self._parallel.share(count)
-        return self._parallel.gather(self.objective.elbo_draws(own))
+        share = self._parallel.share(count)
+        return self._parallel.gather(self.objective.elbo_draws(share))
 
     def is_over(self) -> bool:
         """Whether the schedule has ended."""
@@ -126,14 +126,14 @@ class Training:
             self._num_compared = self.objective.num_compared
             self._confirmed = copy.deepcopy(self.state())
         try:
-            loss, own = self._loss()
+            loss, num_draws = self._loss()
         except ReplayError:
             # with several processes the others would not go back
             if self._confirmed is not None and self._parallel.size == 1:
                 self.restore(self._confirmed)
-            loss, own = self._loss()
+            loss, num_draws = self._loss()
         self._refuse_new_parameters()
-        self.num_gradients += own * self._parallel.size
+        self.num_gradients += num_draws * self._parallel.size
         if not loss.requires_grad:
             raise FitError("there is nothing to train: neither guide nor model has parameters")
         if isinstance(self.optimizer, Adam):
@@ -188,8 +188,8 @@ class Training:
         return value
 
     def _skip(self) -> None:
-        own = self.objective.nonfinite_sites()
-        names = self._parallel.gather_objects("the sites of all processes", own)
+        sites = self.objective.nonfinite_sites()
+        names = self._parallel.gather_objects("the sites of all processes", sites)
         self.culprits.update([*dict.fromkeys(chain(*names))] or ["the gradient"])
         self.losses.append(math.nan)
         if sum(map(math.isnan, self.losses[-_MAX_SKIPS:])) == _MAX_SKIPS:
@@ -213,10 +213,10 @@ class Training:
         self._num_stored = len(pyro.get_param_store())
 
     def _loss(self) -> tuple[Tensor, int]:
-        own = self._parallel.share(self.num_particles)
+        num_draws = self._parallel.share(self.num_particles)
         if self.schedule.end is not None and self.num_steps >= self.schedule.decay_start:
-            return self.objective.tail_loss(own)
-        return self.objective.loss(own), own
+            return self.objective.tail_loss(num_draws)
+        return self.objective.loss(num_draws), num_draws
 
     def finish(self) -> None:
         """Sets the parameters to their average, unless a decay or a user's optimizer determined them."""
