@@ -70,7 +70,7 @@ class Chains(SavedResult):
 
     @property
     def failed(self) -> tuple[FailedCheck, ...]:
-        """The checks that failed, each with a sentence and a remedy."""
+        """The failed checks, each with a sentence and a remedy."""
         return self.judged.failed
 
     @property
@@ -84,7 +84,7 @@ class Chains(SavedResult):
         )
 
     def rows(self) -> dict[str, str]:
-        """The numbers in words, by name."""
+        """The formatted numbers, by name."""
         size = next(iter(self.by_chain.values())).shape[1]
         return {
             "chains": f"{self.num_superchains} superchains of {self.num_chains // self.num_superchains}, "

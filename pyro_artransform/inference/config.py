@@ -42,7 +42,7 @@ class OptimizationConfig:
     checkpoint_every: int = 100  #: steps between two checkpoints
 
     def for_latents(self, latent_dim: int) -> "OptimizationConfig":
-        """Scales nats in proportion to the number of latents beyond a hundred."""
+        """Multiplies nats by ``latent_dim / 100`` for more than a hundred latents."""
         nats = {name: getattr(self, name) for name in ("min_improvement", "good_gap")}
         share = max(latent_dim / 100, 1)
         return replace(self, **{name: share * value for name, value in nats.items()})

@@ -53,7 +53,7 @@ def why_prior(log_joint: LogJoint) -> str:
     first: dict[str, Tensor] | None = None
     for values in _draws(log_joint):
         terms = _data_terms(log_joint, values)
-        if terms is None:  # the model does not take this draw
+        if terms is None:  # the model fails at this draw
             continue
         if not terms:
             return _NO_DATA

@@ -104,7 +104,7 @@ class ProgressBar:
 
 @contextmanager
 def progress_bar(shown: bool) -> Iterator[ProgressBar]:
-    """A progress bar, closed at the end; an empty one where ``tqdm`` is not installed."""
+    """A progress bar, closed at the end; it shows nothing if ``tqdm`` is not installed."""
     bar, is_live = None, True
     if shown:
         with suppress(ImportError):

@@ -129,7 +129,7 @@ class FitResult(SavedResult):
         return replace(self, model=model, chains=chains)
 
     def rows(self) -> dict[str, str]:
-        """The numbers in words, by name."""
+        """The formatted numbers, by name."""
         rows = {}
         if self.guide_reason:
             rows["guide"] = f"{self.guide_class}, {self.guide_reason}"

@@ -151,7 +151,7 @@ class SetUp:
 
     @cached_property
     def point_estimates(self) -> list[str]:
-        """The names of the model's own parameters, which are trained as well."""
+        """The names of the model's parameters, which are trained too."""
         model, _, args, kwargs, _ = self.subject
         if self.objective.is_guide_alone():
             return []
@@ -240,7 +240,7 @@ def _run_once(
             "For a new guide call pyro.clear_param_store() before",
             UserWarning,
         )
-    list(subject.weighted_draws(0))  # an error if the guide lacks a latent
+    list(subject.weighted_draws(0))  # raises an error if the guide lacks a latent
     return subject
 
 

@@ -47,7 +47,7 @@ def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) 
         image = square.imshow(_cells(order, values), extent=(0, len(names), len(names), 0), **style)
         square.set_xticks(list(ticks), ticks.values(), rotation=30, ha="right")
         square.set_yticks(list(ticks), ticks.values())
-    square.set_yticks([])  # in the order of its columns
+    square.set_yticks([])  # rows have the order of the columns
     ax.figure.colorbar(image, ax=ax, shrink=0.8, label="level", ticks=MaxNLocator(integer=True))
     return ax
 

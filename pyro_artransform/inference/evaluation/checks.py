@@ -159,7 +159,7 @@ class Verdict(NamedTuple):
 
     @property
     def trusted(self) -> bool:
-        """Whether no check failed."""
+        """Whether all checks passed."""
         return not self.failed
 
     @property

@@ -31,7 +31,7 @@ from .verdict import (
     judge,
 )
 
-# the least share of a mode that matters; a guide has lost it with less than this part of that share of draws
+# the least share of a mode that matters; a guide has lost a mode if it has less than this part of its share
 _MIN_SHARE, _MIN_PART = 0.01, 0.1
 
 

@@ -18,7 +18,7 @@ from ..optimization.minibatches import PassEstimate
 from .checks import Check, FailedCheck, Verdict
 from .elements import ElementWeights
 
-_MOST_SKIPPED = 0.1  # of the steps
+_MOST_SKIPPED = 0.1  # the largest share of skipped steps
 _MOST_NOISE = 1.0  # the largest variance of log weights due to noise
 _ELSEWHERE = {
     True: ", and restarts found no other modes.",
