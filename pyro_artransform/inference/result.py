@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import first_of
+from ..arguments import first_of, warn_user
 from ..diagnostics import Importance, Marginals
 from ..diagnostics.importance import GOOD_KHAT
+from ..files import FilePath
 from ..joint.density import Args, Kwargs
 from ..posterior import Summary, predict, summary
 from ..posterior.predictive import draws_of_guide
@@ -55,6 +56,7 @@ class FitResult(SavedResult):
     start: str  #: the candidate chosen to initialize the guide
     #: the sites that caused steps to be skipped, with the number of steps
     culprits: dict[str, int] = field(default_factory=dict)
+    point_estimates: tuple[str, ...] = ()  #: the trained parameters of the model
     one_at_a_time: str = ""  #: why the model ran for one draw at a time; empty if it did not
     #: the importance weights; ``None`` for a model that sub-samples its data
     importance: Importance | None = None
@@ -122,6 +124,16 @@ class FitResult(SavedResult):
                 "load it, and give its draws to inference.summary or inference.predict"
             )
         return draws_of_guide(self.guide, _NUM_DRAWS, args, kwargs or {})
+
+    def save(self, path: FilePath) -> None:
+        """See :meth:`SavedResult.save`; warns if the model has parameters, which the file does not hold."""
+        if self.point_estimates:
+            warn_user(
+                f"the file has no parameters of the model, {first_of(self.point_estimates)}, without which "
+                "predictions are others: pyro.get_param_store().save(path), or a state_dict, has them",
+                UserWarning,
+            )
+        super().save(path)
 
     def with_model(self, model: Any) -> "FitResult":
         """A copy of the result with its model."""

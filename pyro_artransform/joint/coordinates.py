@@ -182,7 +182,8 @@ class ModelPrior:
         self.is_chosen = False  #: whether a fit may change how centred they are, in place
         self.is_wanted = True  #: whether chains may have them: not with ``coordinates="model"``
         self.log_joint: Any = None  #: of the model, on the unconstrained space
-        self.run: Any = None  #: the model at the arguments of the last call, a ``partial``
+        self.run: Any = None  #: the model at the arguments of the last call
+        self.arguments: Any = None  #: these, positional ones and those by name
 
     @property
     def coordinates(self) -> Coordinates | None:
@@ -211,7 +212,7 @@ class ModelPrior:
     @property
     def density(self) -> Any:
         """The log joint density at the arguments of the last call, in the coordinates."""
-        bound = self.log_joint.bound_to(self.run.args, self.run.keywords)
+        bound = self.log_joint.bound_to(*self.arguments)
         return bound.with_coordinates(self.coordinates)
 
     def log_joint_of(self, model: object, args: Any, kwargs: Any) -> Any:
@@ -266,10 +267,11 @@ class ModelPrior:
 
     def __getstate__(self) -> dict[str, Any]:
         # a pickle has neither the model nor its data
-        return {**self.__dict__, "log_joint": None, "run": None}
+        return {**self.__dict__, "log_joint": None, "run": None, "arguments": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelPrior":
         twin = type(self).__new__(type(self))
+        shared = "log_joint", "run", "arguments"
         for name, value in vars(self).items():
-            setattr(twin, name, value if name in ("log_joint", "run") else deepcopy(value, memo))
+            setattr(twin, name, value if name in shared else deepcopy(value, memo))
         return twin

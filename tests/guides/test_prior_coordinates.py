@@ -299,3 +299,19 @@ def test_a_loaded_guide_asks_for_the_data_that_its_prior_needs(tmp_path):
             call()
     assert loaded.sample_posterior(3, *data)["x_mis"].shape == (3, 2)
     assert loaded.sample_posterior(3)["x_mis"].shape == (3, 2)
+
+
+def test_a_model_with_bound_arguments_keeps_them_to_itself():
+    """Those of a ``partial`` are no arguments of the guide's calls."""
+
+    def groups(sd, y):
+        tau = pyro.sample("tau", dist.HalfNormal(sd))
+        with pyro.plate("groups", 4):
+            pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(0.0, tau)), 1.0), obs=y)
+
+    guide = AutoIAF(partial(groups, 2.0), num_transforms=1, hidden_dims=8)
+    guide(SIGMA)
+    assert guide.prior_coordinates is not None
+    latent = guide.get_transform(SIGMA)(torch.zeros(3, 5))
+    assert latent.isfinite().all()
+

@@ -90,3 +90,12 @@ def test_other_files_are_refused(result, tmp_path):
     path.write_bytes(b"no file of ours")
     with pytest.raises(ValueError, match="expected the draws and the verdict"):
         FitResult.load(path)
+
+
+def test_parameters_of_the_model_are_in_no_file(tmp_path):
+    """Without them the model predicts as it did at first, which nobody would see."""
+    fitted = quick_fit(models.with_param, num_steps=2, progress=False)
+    assert fitted.point_estimates
+    with pytest.warns(UserWarning, match="the file has no parameters of the model"):
+        fitted.save(tmp_path / "result.pt")
+    assert FitResult.load(tmp_path / "result.pt").point_estimates == fitted.point_estimates

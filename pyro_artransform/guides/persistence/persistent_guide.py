@@ -119,7 +119,7 @@ class PersistentGuide(RegisteredGuide):
                 prior.log_joint = self._log_joint(*args, **kwargs)
         elif not (args or kwargs):
             return prior
-        prior.run = partial(prior.log_joint.model, *args, **kwargs)
+        prior.arguments, prior.run = (args, kwargs), partial(prior.log_joint.model, *args, **kwargs)
         return prior
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:

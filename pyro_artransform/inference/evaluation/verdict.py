@@ -226,8 +226,9 @@ def about_good_elements(found: ElementWeights) -> str:
             f"{shared.log_evidence:.3f}, k-hat is {shared.khat:.2f} ± {shared.khat_se:.2f}; "
         )
     return (
-        f"{words}of {len(elements.khat):,} elements of plate '{elements.plate}' the largest such distance is "
-        f"{elements.gap.max():.3f} nats, and the largest k-hat {elements.khat[worst]:.2f}{why}"
+        f"{words}the ELBO of each of {len(elements.khat):,} elements of plate '{elements.plate}' is at most "
+        f"{elements.gap.max():.3f} nats below its log evidence, and the largest k-hat is "
+        f"{elements.khat[worst]:.2f}{why}"
         f"{_ELSEWHERE[False]}"
     )
 
