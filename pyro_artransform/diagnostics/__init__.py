@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How good a posterior is: importance sampling, calibration, errors of each mean and sd, evidence."""
+"""Diagnostics of a posterior: importance sampling, calibration, errors of marginals, evidence."""
 
 from .calibration import SBC, sbc, simultaneous_bands, uniformity_pvalue
 from .importance import Importance, importance, psis_resample

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Chains in the base space of a guide: a density, and a transform of a standard normal to it."""
+"""Chains in the base space of a guide: a density, and a transform from a standard normal."""
 
 import math
 from functools import partial
@@ -18,55 +18,55 @@ from ..sampling.target import ToLatent
 from ..transforms.flow_module import call_and_ladj_over_vectors
 from .importance_weights import ModelAndGuide, check_same_latents
 
-_NUM_DRAWS = 10_000  # of a guide that is taken by its means and sds
-_MOST_DENSE = 1200  # the dimensions up to which an affine transform is a matrix
+_NUM_DRAWS = 10_000  # draws to estimate the means and sds of a guide
+_MOST_DENSE = 1200  # the most dimensions of an affine transform that is stored as a matrix
 
 
 def ensemble_of(
     subject: ModelAndGuide, num_samples: float = math.inf, num_chains: int | None = None
 ) -> Ensemble:
-    """Chains in the base space of a guide, where a posterior is nearly a standard normal.
+    """Chains in the base space of a guide, where the posterior is nearly a standard normal.
 
     :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or the guide lacks
         a latent, was made for another model, is a point, has discrete sites, or has too few finite draws.
     """
     if subject.log_joint.is_random:
-        return Ensemble(subject.log_joint)  # the error of a random density
+        return Ensemble(subject.log_joint)  # raises the error for a random density
     log_joint, to_latent = base_space(subject)
     return Ensemble(log_joint, num_samples, num_chains, to_latent)
 
 
 def base_space(subject: ModelAndGuide) -> tuple[LogJoint, ToLatent]:
-    """A density, and a transform of a standard normal to its coordinates.
+    """A density, and a transform from a standard normal to its coordinates.
 
-    A guide that offers no transform is taken by its means and sds, and so is a Gaussian one of a hierarchy:
-    it is no more than a place and a scale, which coordinates from the prior can have too.
+    A guide without a transform is replaced by the means and sds of its draws. So is a Gaussian guide of a
+    hierarchy, whose location and scale carry over to coordinates from the prior.
     """
-    log_joint, given = subject.log_joint, None
-    draws = subject.draws(2)  # an error if it is not a guide of this model
+    log_joint, pair = subject.log_joint, None
+    draws = subject.draws(2)  # raises an error if the guide does not belong to this model
     transform = transform_of(subject)
     if transform is not None:
         guide = partial(subject.guide, *subject.args, **subject.kwargs)
         check_same_latents(log_joint, guide)
         affine = _affine(transform, draws)
-        given = log_joint, affine or transform
+        pair = log_joint, affine or transform
         if affine is None or isinstance(cast(object, subject.guide), PriorGuide):
-            return given
+            return pair
     unit = non_centered(log_joint)
-    if given is not None and unit is log_joint:
-        return given
+    if pair is not None and unit is log_joint:
+        return pair
     draws = subject.draws(_NUM_DRAWS)
     draws = draws[draws.isfinite().all(-1)]
     if unit is not log_joint and len(draws):
-        found = coordinates_at(log_joint, unit.coordinates, draws)
-        log_joint = log_joint.with_coordinates(found)
+        coordinates = coordinates_at(log_joint, unit.coordinates, draws)
+        log_joint = log_joint.with_coordinates(coordinates)
         draws, _ = log_joint.from_unconstrained(draws)
         draws = draws[draws.isfinite().all(-1)]
     if len(draws) < 2:
         raise ValueError(
             f"guide: expected finite draws, got {len(draws)}: train it first, or check supports"
         )
-    # a latent that rounding has made equal in all draws never moves, and chains agree on it
+    # a latent rounded to the same value in all draws would never move, and chains would agree on it
     if len(fixed := (draws == draws[0]).all(0).nonzero()):
         name = log_joint.latents.name_of(int(fixed[0]))
         raise ValueError(f"guide: expected draws that differ, got one value of {name} in all")
@@ -76,18 +76,18 @@ def base_space(subject: ModelAndGuide) -> tuple[LogJoint, ToLatent]:
 
 
 def transform_of(subject: ModelAndGuide) -> ToLatent | None:
-    """The transform of a standard normal to the guide's draws; ``None`` where it offers none."""
+    """The transform from a standard normal to the guide's draws; ``None`` if the guide has none."""
     guide: object = subject.guide
     if not isinstance(guide, TransformedGuide):
         return None
     try:
-        # products with AutoMultivariateNormal's matrix are ten times slower where it has no graph
+        # without an autograd graph, products with AutoMultivariateNormal's matrix are ten times slower
         with torch.enable_grad():
             if subject.log_joint.coordinates is not None and isinstance(guide, PriorGuide):
                 transform = guide.transform
             else:
                 transform = guide.get_transform(*subject.args, **subject.kwargs)
-    except NotImplementedError:  # some of Pyro's guides have no more than the method
+    except NotImplementedError:  # some of Pyro's guides have the method without an implementation
         return None
     return partial(call_and_ladj_over_vectors, transform)
 
@@ -95,7 +95,7 @@ def transform_of(subject: ModelAndGuide) -> ToLatent | None:
 def _affine(transform: ToLatent, like: Tensor) -> ToLatent | None:
     """An affine transform as a matrix, many times faster than the layers of a flow; else ``None``.
 
-    Chains are right in any coordinates, so that it may be affine to round-off only.
+    It may be affine only up to round-off, since chains are correct in any coordinates.
     """
     dim, probes = like.shape[-1], torch.randn_like(like)
     if dim > _MOST_DENSE:
@@ -103,9 +103,9 @@ def _affine(transform: ToLatent, like: Tensor) -> ToLatent | None:
     unit = torch.ones_like(like[0]).diag()
     with torch.no_grad():
         parts = torch.cat([0 * unit[:1], probes, unit]).split(256)
-        found, ladjs = map(torch.cat, zip(*map(transform, parts)))
-    loc, ladj = found[0], ladjs[0]
-    moved, matrix = (found[1:] - loc).split([len(probes), dim])
+        images, ladjs = map(torch.cat, zip(*map(transform, parts)))
+    loc, ladj = images[0], ladjs[0]
+    moved, matrix = (images[1:] - loc).split([len(probes), dim])
     error, scale = (probes @ matrix - moved).abs().amax(0), matrix.square().sum(0).sqrt()
     is_affine = error <= 10 * torch.finfo(like.dtype).eps ** 0.5 * scale
     if not (is_affine.all() and torch.allclose(ladjs, ladj, rtol=1e-4, atol=1e-4)):

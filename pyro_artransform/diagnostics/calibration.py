@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Simulation-based calibration: whether posteriors of simulated data are right on average."""
+"""Simulation-based calibration: whether posteriors of simulated data are calibrated on average."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -24,17 +24,17 @@ from ..joint.protocols import PosteriorGuide
 from ..joint.traces import in_shape_of_site, is_deterministic
 from .importance_weights import Values
 
-_MAX_POINTS = 100  # at which the distribution functions of ranks are compared
-_ABOVE_TIES = 1 + 1e-9  # so that ties are as far out as the worst point, despite round-off
+_MAX_POINTS = 100  # points at which distribution functions of ranks are compared
+_ABOVE_TIES = 1 + 1e-9  # makes ties with the worst point count despite round-off
 
 
 @dataclass(frozen=True, eq=False)
 class SBC:
-    """The ranks of true values among draws of the posteriors of their data.
+    """The ranks of true values among draws from the posteriors of simulated data.
 
     :param ranks: for each site integers from 0 to ``num_draws``, of shape ``(num_simulations,) +
-        site shape``; uniform if the posteriors are right.
-    :param num_draws: the number of draws of each posterior.
+        site shape``; uniform for correct posteriors.
+    :param num_draws: the number of draws per posterior.
     """
 
     ranks: Values
@@ -46,22 +46,22 @@ class SBC:
         return len(next(iter(self.ranks.values())))
 
     def pvalues(self) -> Values:
-        """For each coordinate that of :func:`~pyro_artransform.diagnostics.uniformity_pvalue`."""
+        """The p-value of :func:`~pyro_artransform.diagnostics.uniformity_pvalue` for each coordinate."""
         flat = [ranks.reshape(self.num_simulations, -1) for ranks in self.ranks.values()]
         pvalues = uniformity_pvalue(torch.cat(flat, 1), self.num_draws)
         parts = pvalues.split([ranks.shape[1] for ranks in flat])
         return {k: part.reshape(self.ranks[k].shape[1:]) for k, part in zip(self.ranks, parts)}
 
     def passed(self, alpha: float = 0.01) -> bool:
-        """Whether no coordinate's ranks depart from uniform ones.
+        """Whether the ranks of all coordinates are consistent with uniformity.
 
-        :param alpha: the probability that right posteriors fail (Bonferroni's bound).
+        :param alpha: the largest probability that correct posteriors fail (Bonferroni's bound).
         """
         pvalues = torch.cat([value.flatten() for value in self.pvalues().values()])
         return bool((pvalues * len(pvalues)).min() >= alpha)
 
     def coverage(self, levels: Sequence[float] | Tensor = (0.5, 0.9)) -> Values:
-        """The share of true values in central intervals; for right posteriors it is the level.
+        """The coverage of central intervals; for correct posteriors it equals the level.
 
         :param levels: q probabilities.
         :return: for each site a tensor of shape ``(q,) + site shape``.
@@ -98,27 +98,27 @@ def sbc(
     progress: bool = True,
     **kwargs: object,
 ) -> SBC:
-    """Simulation-based calibration of a method that computes posteriors of a model.
+    """Simulation-based calibration of an inference method for a model.
 
-    Latents and data are drawn from the model, a posterior is computed from the data alone, and the
-    latents are ranked among its draws. Over many simulations the ranks are uniform if posteriors are
-    right. This finds posteriors that are too narrow, too wide or biased on average over the prior; a
-    posterior that ignores its data and equals the prior passes too.
+    Draws latents and data from the model, computes a posterior from the data alone, and ranks the
+    latents among its draws. Over many simulations the ranks are uniform for correct posteriors. This
+    detects posteriors that are too narrow, too wide or biased on average over the prior. A posterior
+    that ignores its data and equals the prior passes too.
 
-    :param model: a Pyro model without factors, which cannot be simulated from.
-    :param fit_one: takes a dict of simulated data by site, and returns the posterior: a guide; a
-        dict of draws by site, each of shape ``(num_draws,) + site shape``, independent ones; or a
-        function of the number of draws that returns such a dict. Deterministic sites that have draws
-        are ranked, too. It runs with a param store of its own, empty at first.
-    :param args: the model's arguments. Sites that have data with them are the data sites; the data
+    :param model: a Pyro model without factors, since these cannot be simulated.
+    :param fit_one: maps a dict of simulated data by site to a posterior: a guide; a dict of
+        independent draws by site, each of shape ``(num_draws,) + site shape``; or a function of the
+        number of draws that returns such a dict. Deterministic sites with draws are ranked, too. It
+        runs with its own param store, initially empty.
+    :param args: the model's arguments. Sites that have data with these are the data sites; the data
         are not used otherwise.
     :param num_simulations: the number of simulated data sets.
-    :param num_draws: the number of draws of each posterior; ranks go from 0 to it.
-    :param observed: more data sites, of a model that draws its data unless it is given them.
-    :param seed: the seed of Pyro's generators, which is set.
+    :param num_draws: the number of draws per posterior, the largest possible rank.
+    :param observed: further data sites, for a model that samples its data if they are not passed.
+    :param seed: sets the seed of Pyro's generators.
     :param progress: whether to show a progress bar.
     :param kwargs: the model's keyword arguments.
-    :raises ValueError: if a number is not positive, the model has no such data sites or has factors,
+    :raises ValueError: if a number is not positive, the model has no data sites or has factors,
         or draws have wrong shapes or no latent's name.
     :raises TypeError: if ``fit_one`` returns something else.
 
@@ -149,19 +149,19 @@ def sbc(
     run = partial(model, *args, **kwargs)
     names = _data_sites(run, observed)
 
-    found = []
+    all_ranks = []
     for _ in trange(num_simulations, disable=not progress):
         truth = {k: site["value"] for k, site in _sites(poutine.uncondition(run)).items()}
         data = {name: truth.pop(name) for name in [*truth] if name in names}
         with pyro.get_param_store().scope():
             draws = _draws_of(fit_one(data), num_draws, truth, args, kwargs)
-        found.append(_ranks(truth, draws, num_draws))
-    return SBC({k: torch.stack([ranks[k] for ranks in found]) for k in found[0]}, num_draws)
+        all_ranks.append(_ranks(truth, draws, num_draws))
+    return SBC({k: torch.stack([ranks[k] for ranks in all_ranks]) for k in all_ranks[0]}, num_draws)
 
 
 @torch.no_grad()
 def _sites(run: Callable[[], object]) -> dict[str, Any]:
-    """The sample sites of a run, without indices of plates."""
+    """The sample sites of a run, without the subsample indices of plates."""
     with poutine.block():
         nodes = poutine.trace(run).get_trace().nodes
     sampled = {name: node for name, node in nodes.items() if node["type"] == "sample"}
@@ -169,7 +169,7 @@ def _sites(run: Callable[[], object]) -> dict[str, Any]:
 
 
 def _data_sites(run: Callable[[], object], observed: Iterable[str] | None) -> set[str]:
-    """The names of the sites that have data, and of those in ``observed``."""
+    """The names of the sites with data, and of those in ``observed``."""
     sites = {name: site for name, site in _sites(run).items() if not is_deterministic(site)}
     factors = [name for name, site in sites.items() if site_is_factor(site)]
     if factors:
@@ -202,13 +202,13 @@ def _draws_of(
 
 
 def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values:
-    """For each coordinate the number of draws below the truth."""
+    """The number of draws below the true value, for each coordinate."""
     ranks = {}
     for name in [name for name in truth if name in draws]:
         expected, got = (num_draws, *truth[name].shape), tuple(draws[name].shape)
         if got != expected:
             raise ValueError(f"fit_one: expected draws of '{name}' of shape {expected}, got {got}")
-        # ties go either way by chance
+        # ties are broken at random
         num_ties = (draws[name] == truth[name]).sum(0)
         by_chance = torch.rand_like(num_ties, dtype=torch.float64) * (num_ties + 1)
         num_below = (draws[name] < truth[name]).sum(0)
@@ -219,13 +219,13 @@ def _ranks(truth: Values, draws: Mapping[str, Tensor], num_draws: int) -> Values
 
 
 def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
-    r"""The p-value of uniform ranks, by the point where their distribution function fits worst.
+    r"""The p-value of a test of uniform ranks, based on the worst point of their distribution function.
 
-    The number of ranks up to r is then binomial. The statistic is the smallest two-sided tail
-    probability over r; its p-value is exact, by a recursion over r.
+    For uniform ranks the number of ranks up to r is binomial. The statistic is the smallest
+    two-sided tail probability over r. Its p-value is exact, by a recursion over r.
 
-    :param ranks: integers from 0 to ``num_draws``, of shape ``(S, K)``, of K quantities.
-    :param num_draws: the largest rank.
+    :param ranks: integers from 0 to ``num_draws``, of shape ``(S, K)``, for K quantities.
+    :param num_draws: the largest possible rank.
     :return: shape ``(K,)``.
 
     **References**
@@ -245,13 +245,12 @@ def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
 def simultaneous_bands(
     num_ranks: int, num_draws: int, level: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Simultaneous confidence bands of the distribution function of uniform ranks.
+    """Simultaneous confidence bands for the distribution function of uniform ranks.
 
     :param num_ranks: the number of ranks, S.
-    :param num_draws: the largest rank.
+    :param num_draws: the largest possible rank.
     :param level: the least probability that the whole function is between the bands.
-    :return: points between 0 and 1, and the lower and the upper proportion of ranks there, each of
-        shape ``(P,)``.
+    :return: points between 0 and 1, and the lower and upper bands there, each of shape ``(P,)``.
     """
     levels = _levels(num_draws)
     tails = _two_sided_tails(levels, num_ranks)
@@ -264,14 +263,14 @@ def simultaneous_bands(
 
 
 def _levels(num_draws: int) -> Tensor:
-    """The distribution function of uniform ranks, at evenly spaced ones."""
+    """The distribution function of uniform ranks, at evenly spaced ranks."""
     num_points = min(num_draws, _MAX_POINTS)
     steps = torch.arange(1, num_points + 1, device="cpu")
     return (num_draws * steps // num_points).double() / (num_draws + 1)
 
 
 def _two_sided_tails(levels: Tensor, num_ranks: int) -> Tensor:
-    """Tail probabilities of each number of ranks up to each point, shape ``(P, S + 1)``."""
+    """Two-sided tail probabilities of each number of ranks up to each point, shape ``(P, S + 1)``."""
     hits = levels.new_ones(num_ranks + 1).cumsum(0) - 1
     mass = Binomial(num_ranks, levels[:, None]).log_prob(hits).exp()
     below, above = mass.cumsum(1), mass.flip(1).cumsum(1).flip(1)
@@ -279,10 +278,10 @@ def _two_sided_tails(levels: Tensor, num_ranks: int) -> Tensor:
 
 
 def _probability_of_reaching(worst: Tensor, tails: Tensor, levels: Tensor) -> Tensor:
-    """The probability that the worst tail probability of uniform ranks is this small, shape ``(K,)``."""
+    """The probability that the worst tail probability of uniform ranks is at most ``worst``, ``(K,)``."""
     hits = levels.new_ones(tails.shape[1]).cumsum(0) - 1
     left = len(hits) - 1 - hits
-    # from as many hits as a row says to as many as a column says
+    # transitions from the number of hits in a row to that in a column
     more = hits - hits[:, None]
     log_choices = (left[:, None] + 1).lgamma() - (more.clamp(min=0) + 1).lgamma()
     log_choices = torch.where(more >= 0, log_choices - (left + 1).lgamma(), -torch.inf)

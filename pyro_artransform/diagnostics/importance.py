@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Importance sampling with a guide, and the bounds of trust of the whole package."""
+"""Importance sampling with a guide, and the thresholds of trust of the whole package."""
 
 import warnings
 from collections.abc import Callable
@@ -16,36 +16,36 @@ from .importance_weights import Values, weighted_draws
 from .psis import fit_tail, share_above, smooth_tail
 
 GOOD_KHAT = 0.7  #: the largest k-hat at which estimates with the weights are reliable
-KHAT_OF_VARIANCE = 0.5  #: the largest k-hat of weights with a variance (Vehtari et al. 2024)
-GOOD_GAP = 0.1  #: the largest distance of an ELBO from the evidence, in nats
+KHAT_OF_VARIANCE = 0.5  #: the largest k-hat of weights with finite variance (Vehtari et al. 2024)
+GOOD_GAP = 0.1  #: the largest gap between an ELBO and the log evidence, in nats
 GOOD_ELBO_SE = 0.05  #: the largest standard error of an ELBO, in nats
-GOOD_TAIL = 0.001  #: the excess of a tail, as a share of all weights, whose k-hat does not matter
+GOOD_TAIL = 0.001  #: the largest excess of a tail, as a share of all weights, that is negligible
 GOOD_LOST_MASS = 0.05  #: the largest share of a posterior in modes that the guide has missed
 GOOD_MEAN_SHIFT = 0.15  #: the largest error of a mean, in sds of the posterior
 GOOD_SD_ERROR = 0.15  #: the largest relative error of a standard deviation
-CLEAR_IN_SE = 2.0  #: the standard errors from which on a difference is clear
-CONFIDENCE = 0.975  #: the probability that the bounds of all errors of means and sds hold
-_FEWEST = 10_000  # draws at least that are resampled
+CLEAR_IN_SE = 2.0  #: the number of standard errors at which a difference is clear
+CONFIDENCE = 0.975  #: the probability that the bounds on all errors of means and sds hold
+_FEWEST = 10_000  # the fewest draws to resample from
 
 
 @dataclass(frozen=True, eq=False)
 class Importance:
-    """What importance weights say of the guide that made them.
+    """Importance sampling diagnostics of a guide.
 
-    The evidence and ``ess`` are those of Pareto-smoothed weights.
+    The evidence and ``ess`` are computed from Pareto-smoothed weights.
 
-    :param elbo: the evidence lower bound, in nats, with its standard error ``elbo_se``.
+    :param elbo: the evidence lower bound, in nats, with standard error ``elbo_se``.
     :param log_evidence: the log of the mean weight.
-    :param log_evidence_se: its standard error, too small where ``khat`` exceeds 0.5; beyond 0.7 the
-        evidence rests on a few draws and is most often too small, by more than this says.
-    :param khat: the Pareto index of the weights' tail, with its standard error ``khat_se``: up to 0.5
-        they have a variance, up to 0.7 estimates with them are reliable (see
+    :param log_evidence_se: its standard error, too small if ``khat`` exceeds 0.5; above 0.7 the
+        evidence rests on a few draws and is usually too small, by more than its standard error.
+    :param khat: the Pareto index of the weights' tail, with standard error ``khat_se``: up to 0.5
+        the weights have finite variance, up to 0.7 estimates with them are reliable (see
         :func:`~pyro_artransform.diagnostics.fit_tail`).
-    :param ess: the effective number of draws, from 0 to ``num_samples``.
-    :param num_nonfinite: how many draws have a weight that is zero or not finite; they are left out,
-        and the ELBO is that of the guide without them.
-    :param tail_share: how much of the sum of the weights is above the cutoff of their tail, from 0 to 1.
-    :param log_weights: the log weights themselves, of shape ``(num_samples,)``.
+    :param ess: the effective sample size, from 0 to ``num_samples``.
+    :param num_nonfinite: the number of draws with zero or non-finite weight. These are left out, and
+        the ELBO is that of the guide without them.
+    :param tail_share: the share of the weights above the cutoff of their tail, from 0 to 1.
+    :param log_weights: the log weights, of shape ``(num_samples,)``.
     """
 
     elbo: float
@@ -62,7 +62,7 @@ class Importance:
 
     @classmethod
     def from_log_weights(cls, log_weights: Tensor) -> "Importance":
-        """The diagnosis of log weights, log p - log q at draws of the guide, shape ``(S,)``."""
+        """Computes the diagnostics from log weights, log p - log q at draws of the guide, ``(S,)``."""
         tail = fit_tail(log_weights)
         known = log_weights.detach().to("cpu", torch.float64)
         finite = known[known.isfinite()]
@@ -98,12 +98,12 @@ class Importance:
 
     @property
     def has_heavy_tail(self) -> bool:
-        """Whether k-hat is above 0.7, and the tail is large enough to matter."""
+        """Whether k-hat is above 0.7 and the tail is not negligible."""
         return not self.trusted and self.tail_share > GOOD_TAIL
 
     @property
     def is_close(self) -> bool:
-        """Whether the ELBO is well known, and at most 0.1 nats below the log evidence."""
+        """Whether the ELBO is precisely known and at most 0.1 nats below the log evidence."""
         return self.elbo_se <= GOOD_ELBO_SE and self.log_evidence - self.elbo <= GOOD_GAP
 
     def __repr__(self) -> str:
@@ -126,14 +126,14 @@ def importance(
     *args: object,
     **kwargs: object,
 ) -> Importance:
-    """Weighs draws of a guide by the model: ELBO, evidence, k-hat and effective sample size.
+    """Importance sampling with a guide: ELBO, evidence, k-hat and effective sample size.
 
-    Any Pyro guide will do. Discrete latents of the model that are marked for enumeration are summed
-    out; others need a guide that draws them. If the model sub-samples its data, or its density is
-    random otherwise, each draw sees another mini-batch, whose noise is in the weights: the ELBO is
-    right, k-hat and the evidence mean nothing.
+    Any Pyro guide will do. Discrete latents marked for enumeration are summed out; others need a
+    guide that draws them. If the model sub-samples its data, or its density is random otherwise, each
+    draw sees another mini-batch, whose noise enters the weights: the ELBO is still correct, but k-hat
+    and the evidence are meaningless.
 
-    :param num_samples: how many draws; ``args`` and ``kwargs`` are the arguments of both.
+    :param num_samples: the number of draws; model and guide both take ``args`` and ``kwargs``.
     :raises ValueError: if the guide lacks a latent of the model or was made for another model, or
         ``num_samples`` is not a positive integer.
 
@@ -164,13 +164,13 @@ def psis_resample(
     *args: object,
     **kwargs: object,
 ) -> Values:
-    """Draws of a guide resampled by their Pareto-smoothed weights: closer to the posterior.
+    """Resamples draws of a guide with their Pareto-smoothed weights, closer to the posterior.
 
     The resampling is systematic: a draw appears ``n`` times its weight, rounded up or down, so that
-    means over the result are weighted means with the least possible noise. The other arguments and errors
+    means of the result differ as little as possible from weighted means. Other arguments and errors
     are those of :func:`importance`.
 
-    :param n: how many draws to return, in random order, of ``5 n``, and 10,000 at least.
+    :param n: the number of draws to return, in random order, out of ``max(5 n, 10_000)`` draws.
     :return: for each site a tensor of shape ``(n,) + site shape``.
     :raises ValueError: if all weights are zero or not finite.
 
@@ -187,7 +187,7 @@ def psis_resample(
 
 
 def _chosen(log_weights: Tensor, n: int) -> Tensor:
-    """The draws that log weights ``(S,)`` resample, shape ``(n,)``, on the CPU."""
+    """The indices ``(n,)`` of draws resampled with log weights ``(S,)``, on the CPU."""
     if not bool(log_weights.isfinite().any()):
         raise ValueError(
             f"guide: expected draws with finite weights, got none of {len(log_weights)}: train it first, or "
@@ -202,6 +202,6 @@ def _chosen(log_weights: Tensor, n: int) -> Tensor:
         )
     cumulative = smooth_tail(log_weights, tail).softmax(0).cumsum(0)
     marks = (torch.rand_like(cumulative[:1]) + cumulative.new_ones(n).cumsum(0) - 1) / n
-    # the sum of the weights is one to round-off only
+    # the sum of the weights is one only up to round-off
     chosen = torch.searchsorted(cumulative, marks * cumulative[-1])
     return chosen[torch.randperm(n, device=chosen.device)]

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws of a guide with their importance weights, the model's density over the guide's."""
+"""Draws of a guide with their importance weights, the ratio of the model's density to the guide's."""
 
 import warnings
 from collections.abc import Callable, Container, Iterable, Iterator
@@ -25,11 +25,11 @@ Model = Callable[..., object]
 Run = Callable[[], object]
 Values = dict[str, Tensor]
 
-_SMALL_CHUNK = 100  # draws at once where each takes long, or the time is limited
+_SMALL_CHUNK = 100  # draws at once if they are slow, or time is limited
 
 
 class Weighted(NamedTuple):
-    """Draws in a guide's coordinates, ``(n, D)`` or ``None`` where replayed; ``(n,)`` weights."""
+    """Draws in a guide's coordinates, ``(n, D)`` or ``None`` if replayed, their values, weights ``(n,)``."""
 
     latent: Tensor | None
     values: Values
@@ -60,11 +60,11 @@ def log_weights(
 def weighted_draws(
     model: Model, guide: Model, n: int, args: Args, kwargs: Kwargs, log_joint: LogJoint | None
 ) -> Iterator[Weighted]:
-    """Draws of a guide with their weights, a chunk at a time; discrete sites are allowed.
+    """Yields draws of a guide with their weights, in chunks; discrete sites are allowed.
 
-    A guide with ``rsample_and_log_prob`` gives its density in its coordinates, any other one is
-    traced. A guide that is a point at some site, such as ``AutoDelta``, has an infinite density
-    there, despite its trace: its log weights are ``-inf``.
+    A guide with ``rsample_and_log_prob`` computes its density in its coordinates; any other guide is
+    traced. A guide that is a point at some site, such as ``AutoDelta``, has an infinite density there,
+    despite its trace, so that its log weights are ``-inf``.
     """
     offered: object = guide
     run_model, run_guide = partial(model, *args, **kwargs), partial(guide, *args, **kwargs)
@@ -89,7 +89,7 @@ def weighted_draws(
 
 
 class ModelAndGuide(NamedTuple):
-    """A model of all its data, a guide of its latents, the arguments of both, and the log joint density."""
+    """A model, a guide for its latents, the arguments of both, and the log joint density."""
 
     model: Model
     guide: Model
@@ -99,9 +99,9 @@ class ModelAndGuide(NamedTuple):
 
     @classmethod
     def of(cls, model: Model, guide: Model, args: Args, kwargs: Kwargs) -> "ModelAndGuide":
-        """With the density in the coordinates of the guide's draws, after a run of the guide.
+        """Runs the guide, and builds the density in the coordinates of the guide's draws.
 
-        By that the guide learns the latents of its model, and enters its parameters into Pyro's store.
+        The run sets up the guide for the latents of its model, and registers its parameters in Pyro's store.
         """
         with torch.no_grad(), hidden_sites():
             guide(*args, **kwargs)
@@ -125,12 +125,12 @@ class ModelAndGuide(NamedTuple):
 
 
 def has_point(values: Values) -> bool:
-    """Whether one of some continuous latents has one value in all draws."""
+    """Whether any of these continuous latents has the same value in all draws."""
     return any(value.numel() and bool((value == value[:1]).all()) for value in values.values())
 
 
 def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int) -> Weighted:
-    """Draws with a density that the guide gives itself, in the coordinates of the log joint density."""
+    """Draws with the density computed by the guide, in the coordinates of the log joint density."""
     density = log_joint
     if isinstance(guide, PriorGuide) and log_joint.coordinates is None:
         density = log_joint.with_coordinates(guide.prior.coordinates)
@@ -149,7 +149,7 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
 
 
 def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> tuple[Drawer, bool]:
-    """A function of n that makes n draws of a guide without a density of its own; if it is a point."""
+    """A function that makes n draws of a guide that is traced, and whether the guide is a point."""
     trace = _trace(guide)
     check_data(trace)
     is_discrete = {node["name"]: node["fn"].support.is_discrete for node in latent_nodes(trace)}
@@ -165,7 +165,7 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> tuple[Drawer,
         _check_auxiliary(trace, sites)
         draw = partial(_draw_constrained, guide_draws, log_joint)
         values = guide_draws(NUM_COMPARED)[0]
-        # the only entry of a simplex is not a point
+        # a simplex with a single entry is constant without being a point
         values = {name: values[name] for name in sites if sites[name].unconstrained_shape.numel()}
     return draw, has_point(values)
 
@@ -179,29 +179,29 @@ def _draw_constrained(draw: GuideSampler, log_joint: LogJoint, n: int) -> Weight
 
 
 def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
-    """The log weights of draws, with a warning if a model turns out to mix draws at once."""
-    if log_joint.is_random:  # each draw sees a mini-batch of its own
+    """The log weights of draws, with a warning if a model turns out to mix draws evaluated at once."""
+    if log_joint.is_random:  # each draw sees its own mini-batch
         return torch.cat([*map(log_joint, latent.split(1))]) - log_q
-    found = log_joint.checked(latent, log_q)
-    if found.strategy != log_joint.strategy:
-        log_joint.strategy, log_joint.obstacle = found.strategy, found.obstacle
+    checked = log_joint.checked(latent, log_q)
+    if checked.strategy != log_joint.strategy:
+        log_joint.strategy, log_joint.obstacle = checked.strategy, checked.obstacle
         warnings.warn(
             "the model gives many draws at once another log-density than one at a time: from now on its "
             f"draws are evaluated by {log_joint.strategy}. Write it without branches (torch.where)",
             stacklevel=2,
         )
-    return found.values - log_q
+    return checked.values - log_q
 
 
 def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
-    """Draws with discrete sites, or of a mini-batch: the model runs after each draw of the guide."""
+    """Draws with discrete sites, or for a mini-batch: the model is replayed at each draw of the guide."""
     rows, log_weights = [], []
     for _ in range(n):
         drawn = _trace(guide)
         replayed = _trace(poutine.replay(model, trace=drawn))
         rows.append({node["name"]: node["value"] for node in latent_nodes(replayed)})
         _check_latents(rows[-1], drawn.nodes)
-        # where a guide runs the model, the data are not part of its density
+        # if a guide runs the model, the data are not part of its density
         hides_data: dict[str, Any] = {"site_filter": lambda _, node: not node["is_observed"]}
         log_q = drawn.log_prob_sum(**(hides_data if runs_model(drawn) else {}))
         log_weights.append(torch.as_tensor(replayed.log_prob_sum() - log_q))
@@ -215,11 +215,11 @@ def _trace(run: Run) -> poutine.Trace:
 
 
 def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
-    """Raises a ``ValueError`` if a guide's latents, or their order, are not the model's."""
+    """Raises a ``ValueError`` if a guide's latents or their order differ from the model's."""
     expected = {name: tuple(site.shape) for name, site in log_joint.latents.sites.items()}
     nodes = [n for n in latent_nodes(_trace(guide)) if not n["infer"].get("is_auxiliary")]
     got = {node["name"]: tuple(node["value"].shape) for node in nodes}
-    # a guide that has the vector only does not say what is in it; the order is that of the vector
+    # a guide with only a latent vector does not name its latents; their order is that of the vector
     if got and list(got.items()) != list(expected.items()):
         raise ValueError(
             f"guide: it was made for another model: expected the latents {expected}, in this order, got "
@@ -228,7 +228,7 @@ def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
 
 
 def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
-    """Raises a ``ValueError`` if sites that only the guide has have more numbers than its Deltas."""
+    """Raises a ``ValueError`` if sites that only the guide has have more elements than its Deltas."""
     nodes = {node["name"]: node for node in latent_nodes(trace)}
     others = sorted(name for name in nodes if name not in wanted)
     num_others = sum(nodes.pop(name)["value"].numel() for name in others)
@@ -245,7 +245,7 @@ def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
 def _is_point(distribution: Any) -> bool:
     while hasattr(distribution, "base_dist"):
         distribution = distribution.base_dist
-    kind = type(distribution)  # a subclass may be random
+    kind = type(distribution)  # a subclass of Delta may be random
     return issubclass(kind, Delta) and (kind.sample, kind.rsample) == (Delta.sample, Delta.rsample)
 
 

@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Errors of the means and standard deviations of a guide, one latent at a time, by draws of an ensemble.
+"""Errors of the marginal means and standard deviations of a guide, estimated from draws of an ensemble.
 
-An error is not known where the moments that it and its standard error rest on do not exist, as far as the
-tail's index says: a mean needs a second moment, a standard deviation a fourth one.
+An error is unknown if, according to the tail index, it or its standard error depends on moments that do not
+exist: a mean needs a second moment, a standard deviation a fourth moment.
 """
 
 import math
@@ -23,12 +23,12 @@ from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR, KHAT_OF_VARI
 from .importance_weights import Values
 from .psis import fit_tails
 
-_NUM_DRAWS = 4000  # of the guide: they cost as much as those of chains
-_RADII = (30.0, 300.0)  # sds between which the fall of a density says what its tail is
+_NUM_DRAWS = 4000  # of the guide, limited since each costs as much as a draw of chains
+_RADII = (30.0, 300.0)  # distances in sds between which the decay of a density gives its tail index
 
 
 class MarginalErrors(NamedTuple):
-    """The errors in :class:`Marginals`, shape ``(D,)`` each."""
+    """The errors in :class:`Marginals`, each of shape ``(D,)``."""
 
     mean_shift: Tensor
     mean_shift_se: Tensor
@@ -38,23 +38,23 @@ class MarginalErrors(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Marginals:
-    """How far the means and standard deviations of a guide are from those of the posterior.
+    """Errors of the marginal means and standard deviations of a guide.
 
-    Everything is of single coordinates on the unconstrained space, and by site of the shape that the
-    site has there. An error is ``nan`` where it is not known, since the latent, by the index of its tail,
-    lacks the moments that the error and its standard error rest on.
+    All values are for single coordinates on the unconstrained space, by site and in the site's shape
+    there. An error is ``nan`` if, according to the tail index of the latent, moments needed for the error
+    or its standard error do not exist.
 
-    :param mean_shift: the guide's mean less the posterior's, in sds of the posterior.
-    :param mean_shift_se: its standard error, of the noise of draws.
-    :param sd_ratio: the guide's standard deviation over the posterior's, also with a standard error.
-    :param mean_bound: no mean is off by more than this, in sds of the posterior, with a probability
-        of 97.5 % for all means and sds together (Bonferroni's bound); infinite where one is not known.
+    :param mean_shift: the guide's mean minus the posterior's, in posterior sds.
+    :param mean_shift_se: the Monte Carlo standard error of ``mean_shift``.
+    :param sd_ratio: the guide's standard deviation over the posterior's, with a standard error too.
+    :param mean_bound: an upper bound on the error of all means, in posterior sds, that holds with a
+        probability of 97.5 % jointly with ``sd_bound`` (Bonferroni); infinite if an error is unknown.
     :param sd_bound: the same for the relative errors of standard deviations.
     :param trusted: whether no mean is known to be off by more than 0.15 sd and no sd by more than
-        15 %, and all are known to be off by less than twice that; where chains find all of the posterior
+        15 %, and all are known to be off by less than twice that. If chains explore the whole posterior,
         this is wrong with a probability of 2.5 %.
-    :param is_off: whether some mean or sd is known to be off by more.
-    :param words: the same in words.
+    :param is_off: whether any mean or sd is known to be off by more than these thresholds.
+    :param words: the result in words.
     """
 
     mean_shift: Values
@@ -80,7 +80,7 @@ class Marginals:
 
 @torch.no_grad()
 def marginals_of(ensemble: Ensemble, of_guide: Tensor) -> Marginals:
-    """By an ensemble that has mixed, and finite draws of a guide ``(n, D)`` on the unconstrained space."""
+    """Compares finite unconstrained draws of a guide ``(n, D)`` with an ensemble that has mixed."""
     log_joint, draws = ensemble.log_joint, ensemble.draws
     index = indices_along_rays(log_joint.with_coordinates(None), draws.flatten(0, 1))
     errors = known(errors_by_chains(draws, of_guide[:_NUM_DRAWS]), index)
@@ -88,7 +88,7 @@ def marginals_of(ensemble: Ensemble, of_guide: Tensor) -> Marginals:
 
 
 def bounds_in_words(mean: float, sd: float) -> str:
-    """Bounds of the errors of means, in sds, and of the relative ones of sds, both rounded up."""
+    """Words for bounds on errors of means, in sds, and on relative errors of sds, both rounded up."""
     means = sds = "not all known"
     if math.isfinite(mean):
         means = f"accurate to {math.ceil(round(100 * mean, 3)) / 100:.2f} posterior sd"
@@ -98,11 +98,11 @@ def bounds_in_words(mean: float, sd: float) -> str:
 
 
 def _judged(errors: MarginalErrors, num_chains: int, latents: Latents) -> Marginals:
-    """The bounds of errors, and what they amount to."""
+    """The marginals with bounds on their errors and a judgement in words."""
     width = critical_value(2 * latents.latent_dim, num_chains, CONFIDENCE)
     shift, shift_width = errors.mean_shift, width * errors.mean_shift_se
     ratio, ratio_width = errors.sd_ratio, width * errors.sd_ratio_se
-    # beyond doubt; infinite where an error is not known
+    # upper confidence bounds; infinite if an error is unknown
     most = torch.stack([shift.abs() + shift_width, (ratio - 1).abs() + ratio_width])
     mean_bound, sd_bound = most.nan_to_num(torch.inf, torch.inf).amax(1).tolist()
     objections = []
@@ -138,7 +138,7 @@ def _judged(errors: MarginalErrors, num_chains: int, latents: Latents) -> Margin
 
 
 def _worst(values: Tensor, is_off: Tensor, what: str, latents: Latents) -> tuple[int, str, str]:
-    """The place of the largest value of those that are off, how many these are, and its name."""
+    """The index of the largest value that is off, a phrase with the number off, and its name."""
     at = int(values.nan_to_num(torch.inf).where(is_off, -torch.inf).argmax())
     count = int(is_off.sum())
     those = f"{count:,} of {len(is_off):,} {what} {'is' if count == 1 else 'are'}"
@@ -146,54 +146,54 @@ def _worst(values: Tensor, is_off: Tensor, what: str, latents: Latents) -> tuple
 
 
 def errors_by_chains(draws: Tensor, of_guide: Tensor) -> MarginalErrors:
-    """Errors of the guide that draws ``(n, D)`` are of, by those of chains ``(C, m, D)``."""
+    """Errors of a guide with draws ``(n, D)``, estimated from draws of chains ``(C, m, D)``."""
     loc, scale = of_guide.mean(0), of_guide.std(0)
     flat = ((draws - loc) / scale).flatten(0, 1)
-    mean, var, own = flat.mean(0), flat.var(0), (of_guide - loc) / scale
+    mean, var, scaled = flat.mean(0), flat.var(0), (of_guide - loc) / scale
     sd, squares = var.sqrt(), (flat - mean).square()
     count, count_of_squares = mean_ess(draws), mean_ess(squares.reshape(draws.shape))
-    mean_se = (1 / count + 1 / (len(own) * var)).sqrt()
-    # of the log of a variance
+    mean_se = (1 / count + 1 / (len(scaled) * var)).sqrt()
+    # the squared standard error of the log of a variance
     log_var = squares.var(0) / var.square() / count_of_squares
-    log_var = log_var + own.square().var(0) / len(own)
+    log_var = log_var + scaled.square().var(0) / len(scaled)
     ratio = 1 / sd
     errors = MarginalErrors(-mean / sd, mean_se, ratio, ratio * log_var.sqrt() / 2)
-    # the Pareto index of each tail, less its standard error
-    tails = [[t.khat - t.khat_se for t in fit_tails(each.abs().log())] for each in (flat, own)]
+    # the Pareto index of each tail minus its standard error
+    tails = [[t.khat - t.khat_se for t in fit_tails(each.abs().log())] for each in (flat, scaled)]
     return known(errors, flat.new_tensor(tails).amax(0))
 
 
 @torch.no_grad()
 def indices_along_rays(log_density: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:
-    """The index of each latent's tail ``(D,)``, as far as a density far outside of draws ``(n, D)`` tells.
+    """The tail index of each latent, ``(D,)``, from the density far outside of draws ``(n, D)``.
 
-    Along each coordinate, both ways from their median: a density that falls as the power -1 - 1 / k of the
-    distance has the index k. Draws of a guide, and short chains, do not get there.
+    The density is evaluated along each coordinate in both directions from the median. If it decays with
+    the power -1 - 1 / k of the distance, the index is k. Draws of guides and short chains do not get there.
     """
     center = draws.median(0).values
     near, far = (radius * torch.diag_embed(draws.std(0)) for radius in _RADII)
-    found = []
+    indices = []
     for sign in (1, -1):
         fall = log_density(center + sign * near) - log_density(center + sign * far)
         power = fall / math.log(_RADII[1] / _RADII[0])
         index = torch.where(power > 1, 1 / (power - 1), torch.inf)
-        # zero density, or none that can be evaluated, is no tail
-        found.append(index.masked_fill(power.isnan(), 0))
-    return torch.stack(found).amax(0)
+        # a zero or undefined density counts as no tail
+        indices.append(index.masked_fill(power.isnan(), 0))
+    return torch.stack(indices).amax(0)
 
 
 def known(errors: MarginalErrors, index: Tensor) -> MarginalErrors:
-    """Not a number where the tail of this index ``(D,)`` has no moments that an error rests on."""
+    """Sets errors to NaN if, at this tail index ``(D,)``, the moments that they need do not exist."""
     shift = errors.mean_shift.masked_fill(~(index <= KHAT_OF_VARIANCE), torch.nan)
     ratio = errors.sd_ratio.masked_fill(~(2 * index <= KHAT_OF_VARIANCE), torch.nan)
     return errors._replace(mean_shift=shift, sd_ratio=ratio)
 
 
 def critical_value(num_statements: int, num_chains: int, confidence: float) -> float:
-    """The half width of two-sided intervals that are all right, in standard errors (Bonferroni).
+    """The half-width of simultaneous two-sided intervals, in standard errors (Bonferroni).
 
-    By the expansion of Student's quantile (Abramowitz and Stegun, 26.7.5), whose degrees of freedom
-    are the chains less two: fewer than those of all their draws.
+    It uses the expansion of Student's quantile (Abramowitz and Stegun, 26.7.5), with two degrees of
+    freedom fewer than chains, which is conservative.
     """
     z = -NormalDist().inv_cdf((1 - confidence) / (2 * num_statements))
     terms = (

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pareto-smoothed importance sampling: the tail of log weights, and k-hat, its index."""
+"""Pareto-smoothed importance sampling: the tail of log weights and its index, k-hat."""
 
 from math import ceil, isfinite, log, nan, sqrt
 from typing import NamedTuple
@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-WORST_KHAT = 10.0  #: the largest k-hat, also where a fit of the tail is meaningless
+WORST_KHAT = 10.0  #: the largest k-hat, also used if the tail cannot be fitted
 
 
 class ParetoTail(NamedTuple):
-    """The generalized Pareto distribution of ``weight / cutoff - 1``, of the ``size`` largest weights.
+    """The generalized Pareto distribution of ``weight / cutoff - 1`` for the ``size`` largest weights.
 
-    Its index is ``khat``; its ``scale`` is NaN where nothing was fitted.
+    Its index is ``khat``; its ``scale`` is NaN if nothing was fitted.
     """
 
     khat: float
@@ -25,21 +25,21 @@ class ParetoTail(NamedTuple):
 
     @property
     def khat_se(self) -> float:
-        """The standard error of an index from ``size`` draws, and ten as which the prior counts."""
+        """The standard error of k-hat; the prior counts as ten draws in addition to ``size``."""
         return max(1 + self.khat, 0.5) / sqrt(self.size + 10)  # asymptotic, for k > -1/2
 
 
 def fit_tail(log_weights: Tensor) -> ParetoTail:
-    """The Pareto tail of importance weights, where k-hat is always finite.
+    """Fits a Pareto tail to importance weights; k-hat is always finite.
 
-    The tail is the largest ``min(S / 5, 3 sqrt(S))`` of S weights, and its fit that of Zhang and Stephens
-    with the prior of Vehtari et al. Where it does not apply:
+    The tail has the largest ``min(S / 5, 3 sqrt(S))`` of S weights. It is fitted with the method of Zhang
+    and Stephens and the prior of Vehtari et al. Special cases:
 
-    - weights that are constant to round-off, or three quarters of the tail tied at the largest, have a
-      k-hat of 0, and one of 10 where that round-off is half a nat or more;
-    - weights of zero (``-inf``) count like others, as up to 1 % of NaN do, where the model has failed;
-    - with more, with one of ``+inf``, where all are zero, of 20 weights or fewer, and with fewer than
-      ten tail weights within a factor of 1e15 of the largest, k-hat is 10, which is its maximum.
+    - If the weights are constant up to round-off, or three quarters of the tail are tied at the largest,
+      k-hat is 0, or 10 if that round-off is half a nat or more.
+    - Zero weights (``-inf``) count like others, as do up to 1 % of NaN, from failures of the model.
+    - With more NaN, any ``+inf``, only zeros, 20 weights or fewer, or fewer than ten tail weights within
+      a factor of 1e15 of the largest, k-hat is 10, its maximum.
 
     :param log_weights: log weights, up to a constant, of shape ``(S,)``.
 
@@ -56,8 +56,8 @@ def fit_tail(log_weights: Tensor) -> ParetoTail:
 
 
 def fit_tails(log_weights: Tensor) -> list[ParetoTail]:
-    """The same of each column of log weights ``(S, D)``."""
-    # of 16 columns of 10,000 weights each array of a fit takes 2 MB
+    """Applies :func:`fit_tail` to each column of log weights ``(S, D)``."""
+    # for 16 columns of 10,000 weights each array of a fit takes 2 MB
     return [tail for part in log_weights.split(16, 1) for tail in _fit_at_once(part)]
 
 
@@ -79,7 +79,7 @@ def _fit_at_once(log_weights: Tensor) -> list[ParetoTail]:
     above = ordered > log_cutoff[:, None]
     num_above = above.sum(1).clamp(min=1)
     is_unknown |= is_cut & (num_above < min(size, 10))
-    # the quartile of those above, which are the last ones
+    # the lower quartile of the weights above the cutoff, which come last
     quartile = ordered.gather(1, (ordered.shape[1] - num_above + num_above // 4)[:, None])[:, 0]
     is_flat |= (num_above >= 10) & (largest - quartile <= round_off)
     excess = torch.where(above, (ordered - log_cutoff[:, None]).expm1(), 0.0)
@@ -97,10 +97,10 @@ def _fit_at_once(log_weights: Tensor) -> list[ParetoTail]:
 
 
 def _fit_generalized_pareto(excess: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices and scales of the last ``count`` of each row ``(D, n)``, which ascends from zeros.
+    """Indices and scales of the last ``count`` entries of each ascending row of ``(D, n)``; others are 0.
 
-    As in Pyro's ``fit_generalized_pareto``, which is of one row: the mean of k / scale over a grid, by the
-    profile likelihood, and a prior of k that counts as ten values at a half.
+    As in Pyro's ``fit_generalized_pareto`` for a single row, it averages k / scale over a grid with weights
+    from the profile likelihood, and adds a prior on k that counts as ten observations of 0.5.
     """
     num_points = 30 + count.sqrt().floor()
     at = excess.shape[1] - count + ((count - 2) / 4).floor().clamp(min=0)
@@ -116,13 +116,13 @@ def _fit_generalized_pareto(excess: Tensor, count: Tensor) -> tuple[Tensor, Tens
 
 
 def share_above(log_weights: Tensor, log_cutoff: Tensor) -> Tensor:
-    """How much of the sum of weights ``(S, D)`` is their excess above cutoffs; 1 where that is not known."""
+    """The excess of weights ``(S, D)`` above cutoffs, as a share of their sum; 1 if unknown."""
     excess = log_weights.softmax(0) - (log_cutoff - log_weights.logsumexp(0)).exp()
     return excess.clamp_min(0).sum(0).nan_to_num(1.0)
 
 
 def round_off_of(log_weights: Tensor) -> float:
-    """By how many nats round-off may blur the largest of some log weights, in their own dtype."""
+    """The round-off error of the largest log weight in its dtype, in nats."""
     largest = log_weights[log_weights.isfinite()].double().max()
     return float(_round_off(largest, log_weights.dtype))
 
@@ -132,14 +132,14 @@ def _round_off(largest: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def smooth_tail(log_weights: Tensor, tail: ParetoTail) -> Tensor:
-    """Log weights ``(S,)`` in float64 on the CPU, the largest replaced by quantiles of their tail.
+    """Log weights ``(S,)`` in float64 on the CPU, with the largest replaced by quantiles of the tail.
 
-    They are ``-inf`` where weights are not finite, and none is above the largest.
+    Non-finite log weights become ``-inf``, and none exceeds the original maximum.
     """
     weights = log_weights.detach().to("cpu", torch.float64)
     weights = torch.where(weights.isfinite(), weights, -torch.inf)
     if isfinite(tail.scale):
-        khat = tail.khat or 1e-9  # an index of zero is a limit
+        khat = tail.khat or 1e-9  # approximates the limit at an index of zero
         levels = (weights.new_ones(tail.size).cumsum(0) - 0.5) / tail.size
         quantiles = tail.scale * torch.expm1(-khat * torch.log1p(-levels)) / khat
         smoothed = tail.log_cutoff + quantiles.log1p()

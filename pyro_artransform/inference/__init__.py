@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Fits of guides, and what draws of a posterior say."""
+"""Fits of guides, MCMC, and summaries of posterior draws."""
 
 from ..posterior import Summary, log_likelihood, predict, summary, to_inference_data
 from .chains import Chains

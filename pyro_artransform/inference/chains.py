@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws of a posterior by chains, and whether they can be trusted."""
+"""Posterior draws from chains, and whether they can be trusted."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -19,63 +19,63 @@ from .evaluation.checks import CORNER, Check, FailedCheck, Verdict, as_lines
 from .evaluation.verdict import FitStatus, about_draws
 from .saved import SavedResult
 
-_LOW_BFMI = 0.3  # Stan's bound of E-BFMI
-# sds within chains by which a latent differs between modes that is named, and the share of all modes but the
-# first above which draws are not trusted, since no start may have reached others
+_LOW_BFMI = 0.3  # Stan's threshold for E-BFMI
+# a latent is reported if modes differ in it by this many sds within chains; draws are not trusted if all
+# modes but the first have more than this share, since other modes may have been missed by all starts
 _APART, _SMALL_MODES = 4.0, 0.05
-# the share of trajectories without a density at their end from which on that is said: the eight schools in
-# float32 have 0.01, a scale with a Normal prior 0.3 and more (tests/inference/test_mcmc.py)
+# the share of trajectories ending without a finite density above which a note says so: the eight schools
+# in float32 have 0.01, a scale with a Normal prior 0.3 and more (tests/inference/test_mcmc.py)
 _MANY_OUTSIDE = 0.1
-# the share beyond an outer 1 % quantile of draws above which these lack a tail: right ones of the
-# volatility of benchmarks/chains.md have 0.037
+# draws lack a tail if more than this share is beyond their outer 1 % quantile; correct draws of the
+# volatility model in benchmarks/chains.md have 0.037
 _MOST_BEYOND = 0.04
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Chains(SavedResult):
-    """Draws of a posterior by chains, and whether they can be trusted.
+    """Posterior draws from chains, and whether they can be trusted.
 
-    Effective numbers of draws are ArviZ's, by site of the shape that it has on the unconstrained space. R-hat
-    is the nested one, of superchains, the groups of chains that began at one point: the R-hat of each single
-    chain is larger where chains are short.
+    Effective sample sizes follow ArviZ; they are by site, in the shape of the site on the unconstrained
+    space. R-hat is the nested one of superchains, the groups of chains with a common starting point, since
+    the R-hat of single short chains is larger.
     """
 
-    #: draws of each site, ``(num_samples,) + site shape``, in random order, out of ``by_chain``, which has
-    #: all; fewer where there are not so many in all
+    #: draws of each site, ``(num_samples,) + site shape``, a random subset of ``by_chain`` in random order;
+    #: fewer if there are fewer in all
     draws: dict[str, Tensor]
-    #: all draws of each site, ``(num_chains, n) + site shape``, chains of a superchain one after the other
+    #: all draws of each site, ``(num_chains, n) + site shape``; chains of a superchain are adjacent
     by_chain: dict[str, Tensor]
-    ess: dict[str, Tensor]  #: the effective number of draws of the bulk, by site
-    ess_tail: dict[str, Tensor]  #: the same of the quantiles of 5 and 95 %
+    ess: dict[str, Tensor]  #: bulk effective sample size, by site
+    ess_tail: dict[str, Tensor]  #: effective sample size of the 5 and 95 % quantiles, by site
     rhat: dict[str, Tensor]  #: the nested R-hat, by site
-    min_ess: float  #: the smallest effective number of draws of the bulk
+    min_ess: float  #: the smallest bulk effective sample size
     max_rhat: float  #: the largest R-hat
-    #: whether superchains agree, and there are as many effective draws as were asked for
+    #: whether superchains agree, and there are as many effective draws as requested
     trusted: bool
-    verdict: str  #: the same in words
+    verdict: str  #: the verdict in words
     num_chains: int
     num_superchains: int
-    num_gradients: int  #: gradients of the model's log density, of warm-up too
-    #: trajectories, of those that the draws come from, whose energy was off by more than 1,000 nats
+    num_gradients: int  #: gradients of the model's log density, including warm-up
+    #: the number of trajectories after warm-up whose energy error exceeded 1,000 nats
     num_divergent: int
-    acceptance: float  #: the mean probability of acceptance
-    #: the largest one, in sds of the posterior, nearly; those of chains vary below it
+    acceptance: float  #: the mean acceptance probability
+    #: the largest step size, approximately in posterior sds; those of single chains vary below it
     step_size: float
     bfmi: Tensor  #: the estimated Bayesian fraction of missing information of each chain
     seconds: float  #: wall time
     stopped_because: str  #: why the chains ended
 
-    judged: Verdict  #: the verdict in its parts
-    model: Any = None  #: the model, as it was given; ``None`` after a load without it
+    judged: Verdict  #: the verdict, in parts
+    model: Any = None  #: the user's model; ``None`` after loading without it
 
     @property
     def failed(self) -> tuple[FailedCheck, ...]:
-        """The checks that failed, each with a sentence and a remedy."""
+        """The failed checks, each with a sentence and a remedy."""
         return self.judged.failed
 
     @property
     def answer(self) -> str:
-        """Whether the draws can be trusted, in a line."""
+        """One line on whether the draws can be trusted."""
         if not self.trusted:
             return f"Draws trusted: no, {self.judged.num_failed}"
         return (
@@ -84,7 +84,7 @@ class Chains(SavedResult):
         )
 
     def rows(self) -> dict[str, str]:
-        """The numbers in words, by name."""
+        """The formatted numbers, by name."""
         size = next(iter(self.by_chain.values())).shape[1]
         return {
             "chains": f"{self.num_superchains} superchains of {self.num_chains // self.num_superchains}, "
@@ -98,13 +98,13 @@ class Chains(SavedResult):
         return "\n".join([self.answer, *as_lines([*self.judged.rows(), *self.rows().items()])])
 
     def summary(self) -> Summary:
-        """Mean, sd, quantiles of 5, 50 and 95 %, both ess and R-hat of each element, by constrained names.
+        """Mean, sd, 5, 50 and 95 % quantiles, both ESS and R-hat of each element, by constrained site.
 
-        Effective draws and R-hat are those of the unconstrained space; of a site that has another shape
-        there, such as a simplex, the smallest and the largest one.
+        ESS and R-hat are those of the unconstrained space. A site with another shape there, such as a
+        simplex, has its smallest ESS and its largest R-hat.
         """
-        found = summary({name: value.flatten(0, 1) for name, value in self.by_chain.items()})
-        for name, columns in found.items():
+        table = summary({name: value.flatten(0, 1) for name, value in self.by_chain.items()})
+        for name, columns in table.items():
             shape = columns["mean"].shape
             for key, values, worst in (
                 ("ess_bulk", self.ess[name], torch.min),
@@ -113,30 +113,30 @@ class Chains(SavedResult):
             ):
                 fits = values.shape == shape
                 columns[key] = values if fits else worst(values).expand(shape)
-        return found
+        return table
 
     def predict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Data at each of ``draws``, as by :func:`~pyro_artransform.posterior.predict`.
+        """Predicts data at each of ``draws`` with :func:`~pyro_artransform.posterior.predict`.
 
-        :param args: the arguments of the model, new ones for predictions, or those of the fit for checks.
-        :raises ValueError: if the model is not known, as after a load without it.
+        :param args: the arguments of the model: new ones to predict, those of the fit for predictive checks.
+        :raises ValueError: if the model is missing, as after loading without it.
         """
         return predict(known(self.model), self.draws, *args, **kwargs)
 
     def with_model(self, model: Any) -> "Chains":
-        """The same draws, with the model that they are of."""
+        """A copy with the model of the draws."""
         return replace(self, model=model)
 
     def to_inference_data(
         self, model: Callable[..., object], *args: object, **kwargs: object
     ) -> Any:
-        """The draws by superchain as an ArviZ data set, with predictions and likelihoods.
+        """Converts the draws to an ArviZ data set, with predictions and likelihoods.
 
-        A chain of ArviZ's is a superchain, its chains one after the other: single ones are too short for its
-        R-hat.
+        Each ArviZ chain is a superchain, the concatenation of its chains: single chains are too short for
+        ArviZ's R-hat.
 
         :param model: the model of the chains; ``args`` and ``kwargs`` are its arguments.
-        :return: as by :func:`~pyro_artransform.posterior.to_inference_data`.
+        :return: the type that :func:`~pyro_artransform.posterior.to_inference_data` returns.
         :raises ImportError: if ArviZ is missing.
         """
         by_superchain = {
@@ -147,9 +147,9 @@ class Chains(SavedResult):
 
 
 def known(model: Any) -> Any:
-    """A model, unless there is none.
+    """Returns the model.
 
-    :raises ValueError: if it is not known.
+    :raises ValueError: if it is ``None``.
     """
     if model is None:
         raise ValueError("predict: expected a model, got none with the file: load(path, model)")
@@ -159,11 +159,11 @@ def known(model: Any) -> Any:
 def chains_of(
     ensemble: Ensemble, num_samples: int, seconds: float, reason: str, status: FitStatus
 ) -> Chains:
-    """Draws of an ensemble, their convergence, and whether they can be trusted, in words.
+    """The draws of an ensemble with their convergence diagnostics and a verdict.
 
-    :param reason: why the time was over, if it was.
+    :param reason: why time ran out; empty if it did not.
     """
-    found, latents = ensemble.convergence(), ensemble.log_joint.latents
+    convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
     count, size, dim = ensemble.draws.shape
     flat = ensemble.draws.reshape(-1, dim)
     values = latents.constrain(flat)
@@ -175,8 +175,8 @@ def chains_of(
     judged = Verdict(
         failed=(*_objections(ensemble, num_samples, float(bfmi.median())), *about_draws(status)),
         praise=(
-            f"{float(found.bulk.min()):,.0f} effective draws of the worst latent, R-hat at most "
-            f"{float(found.rhat.max()):.3f}, by {count} chains of {size} draws."
+            f"{float(convergence.bulk.min()):,.0f} effective draws of the worst latent, R-hat at most "
+            f"{float(convergence.rhat.max()):.3f}, by {count} chains of {size} draws."
         ),
         notes=tuple(_notes(ensemble, float(bfmi.median()))),
         of="draws",
@@ -184,11 +184,11 @@ def chains_of(
     return Chains(
         draws={name: value[chosen] for name, value in values.items()},
         by_chain={k: v.reshape(count, size, *v.shape[1:]) for k, v in values.items()},
-        ess=latents.split(found.bulk),
-        ess_tail=latents.split(found.tail),
-        rhat=latents.split(found.rhat),
-        min_ess=float(found.bulk.min()),
-        max_rhat=float(found.rhat.max()),
+        ess=latents.split(convergence.bulk),
+        ess_tail=latents.split(convergence.tail),
+        rhat=latents.split(convergence.rhat),
+        min_ess=float(convergence.bulk.min()),
+        max_rhat=float(convergence.rhat.max()),
         trusted=judged.trusted,
         verdict=judged.words,
         judged=judged,
@@ -205,9 +205,9 @@ def chains_of(
 
 
 def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[FailedCheck]:
-    """What speaks against the draws, with its remedy."""
-    found, latents = ensemble.convergence(), ensemble.log_joint.latents
-    max_rhat = float(found.rhat.max())
+    """The failed checks of the draws, with their remedies."""
+    convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
+    max_rhat = float(convergence.rhat.max())
     modes = ensemble.modes
     is_apart = ensemble.end is End.APART
     if modes is not None and (is_apart or float(modes.share[1:].sum()) > _SMALL_MODES):
@@ -232,14 +232,14 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
         more = "Use tighter priors, or another parametrization"
         remedy = "Use tighter priors, another parametrization, or chains from a guide"
     if not is_apart and not max_rhat <= GOOD_RHAT:
-        name = latents.name_of(int(found.rhat.argmax()))
+        name = latents.name_of(int(convergence.rhat.argmax()))
         yield Check.MIXING.failed(rhat=max_rhat, name=name, bound=GOOD_RHAT, remedy=remedy)
-    for ess, where in ((found.bulk, ""), (found.tail, " for its tails")):
+    for ess, where in ((convergence.bulk, ""), (convergence.tail, " for its tails")):
         if not (least := float(ess.min())) >= num_samples:
             numbers = {"ess": least, "wanted": num_samples, "where": where, "remedy": more}
             yield Check.ESS.failed(name=latents.name_of(int(ess.argmin())), **numbers)
     divergent = share_of_divergent(ensemble.infos)
-    # independent proposals reach corners that trajectories do not: then divergences do not count
+    # independent proposals reach corners that trajectories miss, so that divergences do not matter then
     if divergent > MANY_DIVERGENT and not ensemble.has_proposals:
         yield Check.DIVERGENCES.failed(percent=100 * divergent)
     beyond = ensemble.share_beyond()
@@ -249,7 +249,7 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
 
 
 def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:
-    """What is no objection, but to be known."""
+    """Remarks that are not failed checks."""
     if ensemble.left_out:
         yield (
             f"Some starts led to other modes, with about {ensemble.left_out:.1g} of the posterior as far as "

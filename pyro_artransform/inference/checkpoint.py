@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A fit that has started, saved to a file between two steps, and read from it."""
+"""Saves a running fit to a file between two steps, and resumes it."""
 
 import warnings
 from functools import partial
@@ -18,7 +18,7 @@ _KIND = "a checkpoint of fit, format 10"
 
 
 def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
-    """Saves everything that a fit needs to go on; where the disk refuses, it warns, and returns ``False``."""
+    """Saves all that a fit needs to resume; if writing fails, warns and returns ``False``."""
     guide, stream = set_up.subject.guide, set_up.stream
     state = {
         "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
@@ -41,7 +41,7 @@ def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
 
 
 def _options(set_up: SetUp) -> dict[str, Any]:
-    """What a fit that goes on has to have as before."""
+    """The options that must be the same in a resumed fit."""
     return {
         "num_steps": set_up.schedule.num_steps,
         "num_particles": set_up.num_particles,
@@ -51,7 +51,7 @@ def _options(set_up: SetUp) -> dict[str, Any]:
 
 
 def resume(set_up: SetUp, path: files.FilePath) -> Training:
-    """Goes on from where a checkpoint has left another fit, or from the next epoch of its loader."""
+    """Resumes a fit from a checkpoint; with a loader, from the next epoch."""
     state = set_up.parallel.first("the checkpoint", partial(files.read, path, _KIND))
     for name, got in _options(set_up).items():
         expected = state["options"][name]

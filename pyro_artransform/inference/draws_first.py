@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The ensemble of chains that a fit begins with."""
+"""The ensemble of chains at the beginning of a fit."""
 
 from ..diagnostics.base_space import ensemble_of
 from ..diagnostics.importance_weights import ModelAndGuide
@@ -12,17 +12,17 @@ from .config import InitializationConfig
 from .evaluation.verdict import FitStatus
 from .mcmc import CHAINS_UNTIL, from_nothing
 
-#: why there are no steps
+#: the reason for a fit without steps
 DRAWS_ARE_THERE = "chains have the draws that were asked for"
 
 
 class DrawsFirst:
-    """An ensemble from nothing, and where it does not mix, one in the base space of the trained guide.
+    """An ensemble started from the prior and, if it does not mix, one in the trained guide's base space.
 
-    :param asked: how many effective draws of each latent are asked for; 0 where they only start the guide,
-        ``None`` for as many as the settings say.
-    :param trains_model: whether parameters of the model are trained: then chains before the steps only start
-        the guide, since they draw from the posterior at the first parameters.
+    :param asked: the requested number of effective draws of each latent; 0 if they only initialize the
+        guide, ``None`` for the number in the settings.
+    :param trains_model: whether parameters of the model are trained. Chains before the steps then only
+        initialize the guide, since they sample the posterior at the initial parameters.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class DrawsFirst:
         self._reason, self._seconds = "", 0.0
 
     def sample(self) -> str:
-        """Runs chains from nothing; why chains in the base space of a trained guide are not needed, if so."""
+        """Runs chains from the prior; returns why none are needed in the guide's base space, else empty."""
         self._limit.say("chains")
         began = self._limit.seconds
         try:
@@ -61,11 +61,11 @@ class DrawsFirst:
 
     @property
     def has_mixed(self) -> bool:
-        """Whether there are chains that agree."""
+        """Whether there are chains, and they have mixed."""
         return self.ensemble is not None and self.ensemble.convergence().has_mixed
 
     def finish(self, status: FitStatus) -> Chains | None:
-        """The draws: by chains in the base space of the guide, where those from nothing have not mixed."""
+        """Returns the draws; if chains from the prior have not mixed, runs some in the guide's base space."""
         if self._trains_model:
             self.ensemble = None
         best, reason = self.ensemble, self._reason

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Fits a guide to a model, and says how good the posterior is."""
+"""Fits a guide to a model and judges the posterior."""
 
 import inspect
 import os
@@ -34,7 +34,7 @@ _CALLABLE = (
     ". What is callable in second place is the guide: give a callable of the model's own by its name, or "
     "the guide as guide=..."
 )
-# what options of other packages are here
+# hints for the option names of other packages
 _OF_OTHERS = {
     **dict.fromkeys(("lr", "learning_rate", "step_size"), _STEP_SIZE),
     **dict.fromkeys(("num_samples", "num_warmup", "num_chains"), _CHAINS),
@@ -63,81 +63,81 @@ def fit(
     config: FitConfig | None = None,
     **kwargs: Any,
 ) -> FitResult:
-    """Trains a guide of a model, with nothing to tune, and returns a verdict on the posterior.
+    """Trains a guide for a model, with nothing to tune, and returns a verdict on the posterior.
 
-    It is called as ``fit(model, guide, *args)``, or as ``fit(model, *args)``: then it chooses the
-    guide, ``result.guide``, and ``print(result)`` says why: ``AutoIAF`` for few latents and for
-    mini-batches, ``AutoStructuredFlow`` for many, ``AutoAmortized`` for latents in a sub-sampled plate.
-    If the second positional argument is callable, it is taken as the guide; where the model itself takes a
-    callable first, give that by its name, or the guide as ``guide=``.
+    Call it as ``fit(model, guide, *args)``, or as ``fit(model, *args)`` to let it choose the guide. The
+    chosen guide is ``result.guide``, and ``print(result)`` gives the reason: ``AutoIAF`` for few latents and
+    for mini-batches, ``AutoStructuredFlow`` for many latents, ``AutoAmortized`` for latents in a sub-sampled
+    plate. A callable second positional argument is taken as the guide. If the model's own first argument is
+    callable, pass it by name, or pass the guide as ``guide=``.
 
-    It begins with draws of the posterior itself, by many short Hamiltonian chains, and the verdict is on
-    these first (``docs/chains.md``). A guide of this package starts as it is, or at the Gaussian that matches
-    these draws and the gradients of the density there, whichever has the larger ELBO. It is trained by the
-    path gradient, unless its weights say that it is the posterior; any other Pyro guide by Pyro's own ELBO,
-    from where it is. When the ELBO stops moving, or little is left to win, smaller steps go on from the
-    average of the parameters. Parameters of the model are trained as well, and the result has no draws then
-    unless they are asked for. The verdict on the guide rests on draws that were not trained on.
+    The fit first draws from the posterior with many short Hamiltonian chains, and the verdict begins with
+    these draws (``docs/chains.md``). A guide of this package starts at its current parameters or at the
+    Gaussian that matches the draws and the gradients of the density there, whichever has the larger ELBO. It
+    is trained with the path gradient, unless its importance weights show that it already is the posterior.
+    Any other Pyro guide is trained with Pyro's ELBO from its current parameters. Once the ELBO stops moving,
+    or little is left to gain, smaller steps continue from the average of the parameters. Parameters of the
+    model are trained too; the result then has no draws unless you ask for them. The verdict on the guide
+    uses draws that were not used in training.
 
-    With ``draws=n`` there are no steps unless ``num_steps`` asks for some, or the model has parameters. Where
-    the chains do not mix, or parameters were trained, others run in the base space of the trained guide.
+    With ``draws=n`` there are no steps unless ``num_steps`` requests them or the model has parameters. If
+    the chains do not mix, or parameters were trained, new ones run in the base space of the trained guide.
 
-    With a ``loader`` each step sees the next mini-batch. Rows in the model are then
-    ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, so that it scales a batch up
-    to all data, except where all latents belong to a batch's own rows, as in a variational autoencoder.
-    Latents of the rows themselves need a guide that reads the batch, such as ``AutoAmortized``, and
-    ``AutoStructuredFlow`` has to be set up before, by ``guide.set_up(*all_data)``. The verdict goes through
-    the loader again, for all data, or for each element that has latents of its own
-    (``docs/minibatches.md``), and a loader of one batch with all data is as good as arguments. A short
-    last batch has the weight of its rows.
+    With a ``loader`` each step sees the next mini-batch. The model then needs its rows in
+    ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, which scales a batch up to all data,
+    except where every latent belongs to a row of the batch, as in a variational autoencoder. Per-row latents
+    need a guide that reads the batch, such as ``AutoAmortized``, and ``AutoStructuredFlow`` must be set up
+    beforehand, with ``guide.set_up(*all_data)``. The verdict makes another pass over the loader, for all
+    data, or for each element with latents of its own (``docs/minibatches.md``). A loader of one batch with
+    all data is equivalent to arguments. A short last batch is weighted by its number of rows.
 
-    Operations that are the same in each step are captured and replayed, so that the model's Python runs
-    only now and then: what it prints or counts is no number of steps. Where such a run differs from the
-    replay, for example because a callback has changed something, training goes back to the run before.
+    Operations that are the same in each step are captured and replayed, so the model's Python code runs
+    only occasionally: do not count steps in it. If such a run differs from the replay, for example because
+    a callback changed something, training goes back to the last run that agreed.
 
-    Ctrl-C ends chains and steps, and the verdict on what was learned until then takes a second; so does
-    ``max_seconds``, of which a quarter is for the verdict. A second Ctrl-C interrupts.
-    Started by ``torchrun``, or where ``torch.distributed`` is initialized, all processes share one fit,
-    with the same model, guide, data, options and result (``docs/many_processes.md``).
+    Ctrl-C, like ``max_seconds``, ends chains and steps; a verdict on the fit so far follows within a second.
+    A quarter of ``max_seconds`` is reserved for the verdict. A second Ctrl-C interrupts.
+    Under ``torchrun``, or if ``torch.distributed`` is initialized, all processes share one fit, with the
+    same model, guide, data, options and result (``docs/many_processes.md``).
 
     :param model: a Pyro model.
-    :param args: the guide, if one is given, and, without a loader, the arguments of model and guide.
-    :param guide: any Pyro guide of it. What one can offer beyond Pyro's interface is in
-        :mod:`pyro_artransform.joint.protocols`.
-    :param choose_guide: another way to choose the guide where none is given: a function of the model, its
-        ``args``, its ``kwargs`` and ``is_minibatch=``, that returns a new guide, and why in words.
-    :param num_steps: the number of steps; by default the fit finds its end itself.
-    :param num_particles: draws for each step; by default 64, and 16 for ``AutoStructuredFlow`` from 200
-        latents on.
-    :param seed: makes the fit repeatable, the order of a ``DataLoader(shuffle=True)`` included, unless that
-        has a generator of its own, and leaves the generators as they were.
-    :param progress: whether to show a progress bar, where ``tqdm`` is installed.
-    :param callback: called after each step with its number, from 1 on, and its ELBO in nats, which is
-        not finite where the step was skipped. The fit ends where it returns ``True``.
-    :param checkpoint: a file to save the fit to as it goes; with a full disk it warns and goes on.
-    :param resume: a file of an earlier fit of the same model and guide, which then goes on to the
-        same steps as if it had not been interrupted; with a loader from the next epoch.
-    :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
-        that returns one of ``torch.optim``; its step size is then its own. By default Adam.
-    :param loader: a ``DataLoader``, or another iterable of mini-batches that begins anew each time, as a
-        list does. A tuple or list of it is the arguments of model and guide, a mapping their keyword
-        arguments, a tensor their only argument.
-    :param epochs: how often to go through the loader, instead of ``num_steps``.
-    :param draws: how many effective draws of each latent to return as ``result.draws``, by the chains of
-        :func:`~pyro_artransform.inference.mcmc`. By default there are 400, where the model sees all its data
-        by its arguments; of a model that runs for one draw after the other 100, or what some
-        trajectories give. With 0, shorter chains only initialize the guide, and no draws are returned. With a
-        ``loader`` there are none unless asked for: each of their gradients is a pass over it.
-    :param max_seconds: the wall time of the whole fit. The verdict, and for ``AutoStructuredFlow`` the search
-        for its graph, may exceed it.
-    :param config: all numbers that a fit is tuned by.
-    :param kwargs: the keyword arguments of model and guide, with a loader those of every batch.
-    :raises TypeError: if the arguments are not those of the model, or an option is of another type.
-    :raises ValueError: if the model has no continuous latent, or a parameter of the name of an option; if
-        model, guide, loader, ``optim`` and checkpoint do not go together, or the processes of a fit
-        differ; if no initial guide has a finite density, or an option is out of its range.
-    :raises RuntimeError: in ``torch.inference_mode``, inside of one of Pyro's handlers, or if another process
-        of the fit does not answer.
+    :param args: the guide, if there is one, and, without a loader, the arguments of model and guide.
+    :param guide: any Pyro guide for the model. :mod:`pyro_artransform.joint.protocols` describes what a
+        guide may offer beyond Pyro's interface.
+    :param choose_guide: replaces the default choice of a guide: a function of the model, its ``args``, its
+        ``kwargs`` and ``is_minibatch=`` that returns a new guide and the reason in words.
+    :param num_steps: the number of steps; by default the fit decides when to stop.
+    :param num_particles: draws per step; by default 64, or 16 for ``AutoStructuredFlow`` with 200 latents
+        or more.
+    :param seed: makes the fit reproducible and restores the generators afterwards. This includes the order
+        of a ``DataLoader(shuffle=True)``, unless the loader has a generator of its own.
+    :param progress: whether to show a progress bar, if ``tqdm`` is installed.
+    :param callback: called after each step with its number, starting at 1, and its ELBO in nats, which is
+        not finite if the step was skipped. The fit ends when it returns ``True``.
+    :param checkpoint: a file to save the fit to while it runs; a full disk only causes a warning.
+    :param resume: a file of an earlier fit of the same model and guide, which continues with the same
+        steps as without the interruption, or, with a loader, from the next epoch.
+    :param optim: an optimizer or scheduler of ``pyro.optim``, or a function from a list of parameters to
+        an optimizer of ``torch.optim``, used with its own step size. The default is Adam.
+    :param loader: a ``DataLoader``, or another iterable of mini-batches that can be iterated repeatedly,
+        such as a list. A tuple or list holds the arguments of model and guide, a mapping their keyword
+        arguments, a tensor is their only argument.
+    :param epochs: the number of passes over the loader, instead of ``num_steps``.
+    :param draws: how many effective draws of each latent to return as ``result.draws``, from the chains of
+        :func:`~pyro_artransform.inference.mcmc`. The default is 400 if the model sees all its data
+        through its arguments, or 100 if it runs for one draw at a time, and fewer if the limit on
+        trajectories is reached. With 0, shorter chains only initialize the guide, and no draws are returned.
+        With a ``loader`` the default is none, since each gradient is a pass over it.
+    :param max_seconds: the wall time of the whole fit. The verdict, and the graph search of
+        ``AutoStructuredFlow``, may exceed it.
+    :param config: all tuning constants of a fit.
+    :param kwargs: the keyword arguments of model and guide; with a loader, those of every batch.
+    :raises TypeError: if the arguments do not fit the model, or an option has the wrong type.
+    :raises ValueError: if the model has no continuous latent, or a parameter named like an option; if
+        model, guide, loader, ``optim`` and checkpoint are incompatible, or the processes of a fit
+        differ; if no initial guide has a finite density, or an option is out of range.
+    :raises RuntimeError: in ``torch.inference_mode``, inside one of Pyro's handlers, or if another process
+        of the fit does not respond.
     :raises FitError: if the loss is not finite for many steps in a row, or the model has parameters that its
         first run did not have.
 
@@ -157,7 +157,7 @@ def fit(
         >>> result.guide.sample_posterior(4)["loc"].shape, result.rows()["guide"]
         (torch.Size([4]), 'AutoIAF, for 1 latent')
 
-    By mini-batches, with a callback::
+    With mini-batches and a callback::
 
         >>> def model(y):
         ...     loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
@@ -181,7 +181,7 @@ def fit(
         raise RuntimeError("fit: expected to be called outside of torch.inference_mode")
     if config is not None and not isinstance(config, FitConfig):
         raise TypeError(f"config: expected a FitConfig, got {config!r}")
-    # what is callable is not data, but for the distributions of Pyro
+    # a callable is not data, unless it is a distribution of Pyro
     if guide is None and args and callable(args[0]) and not isinstance(args[0], Distribution):
         guide, args = args[0], args[1:]
     if guide is not None:
@@ -246,10 +246,10 @@ def fit(
 def check_model(
     model: Function, args: tuple[object, ...] | None, kwargs: Mapping[str, object]
 ) -> None:
-    """Checks that a model takes its arguments, and no option's name; ``None`` are a loader's arguments."""
+    """Checks that a model accepts its arguments (``None`` with a loader), and none has an option's name."""
     called = model.forward if isinstance(model, nn.Module) else model
     try:
-        # a decorated model takes what its decorator takes
+        # the wrapper of a decorated model decides which arguments it accepts
         signature = inspect.signature(called, follow_wrapped=False)
         names = inspect.signature(called).parameters.keys()
     except (TypeError, ValueError):

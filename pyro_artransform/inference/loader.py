@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The mini-batches of a loader, epoch after epoch, the share of one process, and who can use them."""
+"""The mini-batches of a loader by epoch and process, and the check that model and guide support them."""
 
 import copy
 import math
@@ -30,10 +30,10 @@ from ..joint import LogJoint
 from ..joint.protocols import MinibatchGuide, ReparametrizedGuide
 
 _END = object()
-# bytes of batches that are held between passes over all of them
+# the most bytes of batches kept in memory between passes over all of them
 _MOST_HELD = 2**29
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-# what has a fixed order, or one that follows torch's generators
+# containers and samplers with a fixed order, or one drawn from torch's generators
 _KNOWN = (list, tuple, range, SequentialSampler, DistributedSampler, *_SHUFFLED)
 _OPTIONS = (
     *("num_workers", "collate_fn", "pin_memory", "timeout", "worker_init_fn", "generator"),
@@ -42,7 +42,7 @@ _OPTIONS = (
 
 
 class Batch(NamedTuple):
-    """The arguments of model and guide for a step."""
+    """The arguments of model and guide in one step."""
 
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
@@ -50,10 +50,10 @@ class Batch(NamedTuple):
 
 @dataclass
 class EveryNth:
-    """The batches of a loader, or of its sampler, that one of many processes takes: every n-th one.
+    """One process's share of the batches of a loader, or of its sampler: every n-th one of n processes.
 
-    The order is drawn from a seed, the same for all processes, plus the epoch. Each batch counts once an
-    epoch: where n does not divide ``num_batches``, some processes are an epoch ahead in the last step.
+    The order is drawn from the common seed plus the epoch. Each batch is used once per epoch: if n does not
+    divide ``num_batches``, some processes are one epoch ahead in the last step.
     """
 
     batches: Iterable[Any]
@@ -70,14 +70,14 @@ class EveryNth:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(self.seed + self.epoch)
             iterator = iter(self.batches)
-            # samplers draw their order, or its seed, with the first one
+            # samplers draw their order, or its seed, with the first batch
             first = [*islice(iterator, 1)]
         start = (self.rank - self.epoch * self.num_batches) % self.size
         yield from islice(chain(first, iterator), start, None, self.size)
 
 
 class BatchStream:
-    """The mini-batches of a loader as arguments of a model, all with the same keyword arguments."""
+    """The mini-batches of a loader as arguments of a model, with common keyword arguments."""
 
     def __init__(
         self, loader: Iterable[object], kwargs: Mapping[str, object] | None = None
@@ -89,7 +89,7 @@ class BatchStream:
                 f"epoch, got {type(loader).__name__}. A list will do, as [(x, y)], or x.split(100)"
             )
         self._loader, self._kwargs = loader, dict(kwargs or {})
-        #: what draws the batches, and what draws the rows in them, as far as they are known
+        #: the samplers of batches and of rows, if known
         self._batches: Any = None
         self._rows: object = loader
         owners: list[object] = [loader]
@@ -98,23 +98,23 @@ class BatchStream:
             rows = batches.sampler if isinstance(batches, BatchSampler) else batches
             self._rows = loader.sampler if rows is None else rows
             owners += batches, rows, loader.sampler
-        # PyTorch's loaders and samplers all call them by this name
-        found = [getattr(owner, "generator", None) for owner in owners]
-        own = {generator for generator in found if isinstance(generator, torch.Generator)}
+        # the attribute has this name in all of PyTorch's loaders and samplers
+        generators = [getattr(owner, "generator", None) for owner in owners]
+        own = {generator for generator in generators if isinstance(generator, torch.Generator)}
         self._generators = [*own | {torch.default_generator}]
-        self.whole = self  #: the stream of all processes that this one is a share of
+        self.whole = self  #: the stream of all processes
         self._iterator: Iterator[object] | None = None
-        #: the states of torch's generator, and of the loader's own ones, at the beginning
+        #: the initial states of torch's generator and of the loader's own ones
         self._origin = self._states()
-        self.epoch, self.position = 0, 0  #: epochs that are over, batches of the present one
-        self.num_batches = self._count()  #: in an epoch
+        self.epoch, self.position = 0, 0  #: completed epochs, batches taken from the current one
+        self.num_batches = self._count()  #: batches per epoch
         if not self.num_batches:
             raise ValueError("loader: expected at least one batch, got none")
-        #: whether each epoch is one batch, with each row once: it is as good as arguments
+        #: whether each epoch is one batch with each row once, which is equivalent to arguments
         self.is_all_data = self.num_batches == 1 and self.is_partition
 
     def next(self) -> Batch:
-        """The next batch, of the next epoch where this one is over."""
+        """Returns the next batch, and starts a new epoch if the current one is over."""
         while True:
             if self._iterator is None:
                 self._iterator, self.position = self._iterate(self.epoch), 0
@@ -136,7 +136,7 @@ class BatchStream:
             self._iterator, self.epoch = None, self.epoch + 1
 
     def share(self, rank: int, size: int, seed: int) -> "BatchStream":
-        """The :class:`EveryNth` batches; a single one, or a ``DistributedSampler``, is left as it is."""
+        """The :class:`EveryNth` batches; itself for a single batch or a user's ``DistributedSampler``."""
         if self.num_batches == 1 or isinstance(self._rows, DistributedSampler):
             return self
         if self.num_batches < size:
@@ -147,18 +147,18 @@ class BatchStream:
         part = EveryNth(loader, self.num_batches, rank, size, seed)
         stream._loader = stream._rows = part
         is_loader = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
-        if is_loader and self._batches is not None:  # it loads its own rows only
+        if is_loader and self._batches is not None:  # loads only this process's rows
             part.batches, stream._loader = self._batches, _with_batches(loader, part)
         stream.num_batches, stream.whole = math.ceil(self.num_batches / size), self
         return stream
 
     @property
     def next_epoch(self) -> int:
-        """The epoch that a fit which is resumed begins with: the one after the present one."""
+        """The epoch at which a resumed fit begins: the one after the current one."""
         return self.epoch + (self.position > 0)
 
     def go_on(self, num_batches: int, epoch: int) -> None:
-        """Begins with an epoch of another stream."""
+        """Continues at an epoch of an earlier fit's stream."""
         if num_batches != self.num_batches:
             raise ValueError(
                 f"resume: expected a loader of {num_batches} batches, as before, got {self.num_batches}"
@@ -166,11 +166,11 @@ class BatchStream:
         self.epoch = epoch
 
     def close(self) -> None:
-        """Drops the present epoch, and the processes that load it."""
+        """Drops the current epoch and its worker processes."""
         self._iterator = None
 
     def one_pass(self, count: int) -> Iterator[Batch]:
-        """At most ``count`` batches, spread over the first epoch; stream and generators stay as they are."""
+        """At most ``count`` batches, spread over the first epoch; leaves stream and generators unchanged."""
         count = min(count, self.num_batches)
         wanted = {(2 * k + 1) * self.num_batches // (2 * count) for k in range(count)}
         if isinstance(self._rows, _SHUFFLED):
@@ -189,7 +189,7 @@ class BatchStream:
                 yield self._arguments(batch)
 
     def one_pass_with_rows(self) -> Iterator[tuple[Batch, Sequence[int] | None]]:
-        """All batches of an epoch, and which rows of all data each has, where the loader tells."""
+        """All batches of an epoch with their row indices in all data, or ``None`` if these are unknown."""
         stream, loader, order = copy.copy(self), self._loader, None
         batches = self._batches
         if type(loader) is DataLoader and type(batches) is BatchSampler:
@@ -200,7 +200,7 @@ class BatchStream:
             yield batch, None if order is None else order[k]
 
     def place(self, num_steps: int | None) -> tuple[str, str]:
-        """The epoch and the batch in words, of ``num_steps`` in all, if that is known."""
+        """The current epoch and batch in words; ``num_steps`` is the total, if known."""
         total = self.num_batches
         epochs = "" if num_steps is None else f"/{math.ceil(num_steps / total)}"
         return f"epoch {self.epoch + 1}{epochs}", f"batch {self.position}/{total}"
@@ -242,7 +242,7 @@ class BatchStream:
 
     @property
     def is_partition(self) -> bool:
-        """Whether an epoch is known to have each row once; a subset that the user chose is all rows."""
+        """Whether an epoch is known to have each row once; a subset chosen by the user counts as all rows."""
         loader, batches, rows = self._loader, self._batches, self._rows
         is_drawn = isinstance(rows, WeightedRandomSampler) or getattr(rows, "replacement", False)
         if is_drawn or not isinstance(rows, _KNOWN):
@@ -261,7 +261,7 @@ class BatchStream:
 
     @contextmanager
     def _generators_at(self, states: Sequence[Tensor]) -> Iterator[None]:
-        """Generators at given states, and in the end where they were."""
+        """Sets the generators to given states, and restores them at the end."""
         before = self._states()
         try:
             for generator, state in zip(self._generators, states):
@@ -273,13 +273,13 @@ class BatchStream:
 
 
 def _with_batches(loader: Any, batches: Iterable[list[int]]) -> DataLoader[Any]:
-    """A loader of the same data whose batches have other rows."""
+    """A loader of the same data with other batches."""
     options = {name: getattr(loader, name) for name in _OPTIONS}
     return DataLoader(loader.dataset, batch_sampler=batches, **options)
 
 
 class AllBatches:
-    """The batches of a pass over a stream, the same ones each time; held where they take little memory."""
+    """The batches of a pass over a stream, the same each time; kept if they take little memory."""
 
     def __init__(self, stream: BatchStream) -> None:
         self._stream, self._held = stream, list[Batch]()
@@ -291,7 +291,7 @@ class AllBatches:
         held, size = list[Batch](), 0.0
         for batch in self._stream.one_pass(self._stream.num_batches):
             for value in (*batch.args, *batch.kwargs.values()):
-                # plain data take nothing, and what is not known more than is held
+                # plain data count as nothing; an object of unknown size prevents keeping
                 is_plain = isinstance(value, (int, float, str, type(None)))
                 rest = 0 if is_plain else math.inf
                 size += value.nbytes if isinstance(value, Tensor) else rest
@@ -305,7 +305,7 @@ class AllBatches:
 
 
 def check_use(stream: BatchStream, guide: object, log_joint: LogJoint, first: Batch) -> None:
-    """Checks that a guide, once called, knows which elements a batch has, and a model how many rows."""
+    """Checks that a guide, after a call, knows the elements of a batch, and that the model scales it up."""
     if stream.whole.is_all_data:
         return
     structure = log_joint.structure(*first)
@@ -323,7 +323,7 @@ def check_use(stream: BatchStream, guide: object, log_joint: LogJoint, first: Ba
         )
     common = structure.global_latents
     if all(isinstance(part, ReparametrizedGuide) or _is_stock(part) for part in parts):
-        common = list(structure.shapes)  # the latents are the same for all arguments of the guide
+        common = list(structure.shapes)  # these guides have the same latents for all arguments
     if common and not structure.is_scaled:
         raise ValueError(
             f"loader: the latent '{common[0]}' is of all batches, and the model does not say that a "
@@ -334,8 +334,8 @@ def check_use(stream: BatchStream, guide: object, log_joint: LogJoint, first: Ba
 
 
 def _is_stock(guide: object) -> bool:
-    """Whether a guide is one of Pyro's own that has parameters for each element of a plate."""
-    if isinstance(guide, AutoCallable):  # a function of the user's in an AutoGuideList
+    """Whether a guide is one of Pyro's, with parameters for each element of a plate."""
+    if isinstance(guide, AutoCallable):  # a user's function in an AutoGuideList
         return False
     is_pyros = type(guide).__module__.startswith("pyro.infer.autoguide")
     return is_pyros and not (isinstance(guide, AutoMessenger) and guide.amortized_plates)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws of a posterior by an ensemble of short Hamiltonian chains."""
+"""Posterior draws from an ensemble of short Hamiltonian chains."""
 
 from collections.abc import Callable
 
@@ -19,7 +19,7 @@ from .evaluation.verdict import FitStatus
 from .prior_only import warn_of_prior
 from .progress import alone, progress_bar, seeded
 
-#: the share of the seconds after which chains end, so that the rest judges them
+#: the share of the time limit at which chains end; the rest is for diagnostics
 CHAINS_UNTIL = 0.85
 
 
@@ -34,37 +34,37 @@ def mcmc(
     max_seconds: float | None = None,
     **kwargs: object,
 ) -> Chains:
-    """Draws of a posterior by many short Hamiltonian chains, with nothing to tune.
+    """Samples a posterior with many short Hamiltonian chains, with nothing to tune.
 
-    Without a guide the chains begin at quantiles of the prior, far apart, in groups that begin at one point,
-    the superchains, and in units of the priors, where these have scales that depend on other latents. They
-    learn the scale of all directions, their step size and the length of trajectories together, and go on
-    until the worst latent has ``num_samples`` effective draws, of its bulk and of its tails, and
-    superchains agree on each latent and on its outer quantiles (a nested R-hat of at most 1.02). They end
-    earlier in modes that they do not move between, where too many trajectories diverge or far more than 3,000
-    would be needed, when the time is over, or by Ctrl-C: the result says which. Where superchains stay in
-    several modes, proposals at these let chains jump between them. The first third of the draws is discarded.
+    Without a guide the chains start at widely dispersed quantiles of the prior, in groups with a common
+    starting point, the superchains. Priors whose scales depend on other latents are non-centered. The chains
+    jointly adapt a preconditioner, the step size and the trajectory length. They run until the worst latent
+    has ``num_samples`` effective draws, in its bulk and in its tails, and superchains agree on each latent
+    and on its outer quantiles (a nested R-hat of at most 1.02). They end earlier if they do not move between
+    modes, if too many trajectories diverge or far more than 3,000 would be needed, at the time limit, or
+    with Ctrl-C; the result says which. If superchains stay in several modes, proposals located there let
+    chains jump between them. The first third of the draws is discarded.
 
-    With a guide chains begin at points of its base space, wider than its draws, and move there: in the base
+    With a guide the chains move in its base space, from starting points wider than its draws. In the base
     space of a good guide the posterior is nearly a standard normal, so that chains move far in a few steps,
-    whatever k-hat is. Any guide of continuous latents will do: one with a transform, as Pyro's Gaussian
-    and flow guides and those of this package have, by its transform, another one by the means and sds of
-    its draws, and so a Gaussian one of a hierarchy, in coordinates from the prior. Modes that are far from
-    the guide are not found.
+    whatever its k-hat. Any guide of continuous latents will do. If it has a transform, as Pyro's Gaussian and
+    flow guides and those of this package do, the chains use the transform. Otherwise they use the means and
+    sds of its draws, as they do for a Gaussian guide of a hierarchy, in coordinates from the prior. Modes far
+    from the guide are not found.
 
     :param model: a Pyro model that sees all its data.
-    :param guide: ``None``, or a guide of it; ``args`` and ``kwargs`` are the arguments of both.
-    :param num_samples: how many effective draws of each latent.
-    :param num_chains: how many chains, 4 at least; by default one for each 12 draws, 16 to 64, fewer where
-        many draws at once take long, and 8 where the model runs for one draw after the other. Superchains
-        are 8 of them, or 4, if the number can be divided by that, else each chain is one.
-    :param seed: makes the draws repeatable, and leaves the generators as they were.
-    :param progress: whether to show a progress bar, where ``tqdm`` is installed.
-    :param max_seconds: the wall time after which chains end with what there is.
-    :raises ValueError: if a number is out of its range, the model sub-samples its data, too few starts have a
+    :param guide: a guide for the model, or ``None``; both take ``args`` and ``kwargs``.
+    :param num_samples: the number of effective draws of each latent.
+    :param num_chains: the number of chains, at least 4. By default one per 12 draws, between 16 and 64, fewer
+        if evaluating many draws at once is slow, and 8 if the model runs for one draw at a time. Superchains
+        have 8 chains, or 4, if that divides the number; otherwise each chain is its own superchain.
+    :param seed: makes the draws reproducible and restores the generators afterwards.
+    :param progress: whether to show a progress bar, if ``tqdm`` is installed.
+    :param max_seconds: the wall time after which chains end with the draws so far.
+    :raises ValueError: if a number is out of range, the model sub-samples its data, too few starts have a
         finite density, or the guide lacks a latent, was made for another model, is a point, has discrete
         sites, or has no finite draws.
-    :raises RuntimeError: in ``torch.inference_mode``, or inside of one of Pyro's handlers.
+    :raises RuntimeError: in ``torch.inference_mode``, or inside one of Pyro's handlers.
 
     Example::
 
@@ -114,13 +114,13 @@ def mcmc(
         status = FitStatus(prior_only=warn_of_prior(log_joint))
         ensemble.run(num_samples)
         reason = limit.reason
-        found = chains_of(ensemble, num_samples, limit.seconds, reason, status)
-        return found.with_model(model)
+        chains = chains_of(ensemble, num_samples, limit.seconds, reason, status)
+        return chains.with_model(model)
 
 
 def from_nothing(
     log_joint: LogJoint, num_samples: float, num_chains: int | None = None
 ) -> Ensemble:
-    """Chains that begin at quantiles of the prior, in its units."""
+    """Chains that start at quantiles of the prior, in non-centered coordinates."""
     log_joint = non_centered(log_joint.with_coordinates(None), with_shapes=True)
     return Ensemble(log_joint, num_samples, num_chains)

@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""One fit by many processes: those of ``torchrun``, or of a group of ``torch.distributed``.
+"""One fit in many processes, started by ``torchrun`` or in a process group of ``torch.distributed``.
 
-Each process takes its own draws and mini-batches, and gradients are averaged. The first one finds the
-start, judges the end and writes the files. All of them call the same methods in the same order.
+Each process has its own draws and mini-batches, and gradients are averaged. The first process initializes
+the guide, computes the verdict and writes files. All processes call the same methods in the same order.
 """
 
 import logging
@@ -29,24 +29,24 @@ T = TypeVar("T")
 Gradients = Sequence[Tensor | None]
 
 _LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-_PATIENCE = 5.0  # seconds of waiting after which a process logs it
-_FIRST_MEETING = timedelta(minutes=1)  # of processes that nothing but the environment speaks of
+_PATIENCE = 5.0  # seconds after which a waiting process logs a message
+_FIRST_MEETING = timedelta(minutes=1)  # time limit for a rendezvous not launched by torchrun
 _LATE = "Another process is late, hangs or has ended"
-_groups = count()  # made so far, as many in all processes
+_groups = count()  # the number of process groups made so far, equal in all processes
 
 
 @contextmanager
 def open_parallel() -> "Iterator[Parallel]":
-    """The processes that share the fit, of which this is one.
+    """Joins the processes that share the fit.
 
-    A process group is made and destroyed in the environment of ``torchrun``, unless there is one.
+    Under ``torchrun`` it creates a process group and destroys it at the end, unless one exists.
     """
     has_group = distributed.is_available() and distributed.is_initialized()
     is_launched = os.environ.get("WORLD_SIZE", "1") != "1" and all(map(os.environ.get, _LAUNCHED))
     is_made = distributed.is_available() and is_launched and not has_group
     if is_made:
-        told = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED)
-        hint = f"The environment has {told}. Unset WORLD_SIZE if this process is to fit alone"
+        variables = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED)
+        hint = f"The environment has {variables}. Unset WORLD_SIZE if this process is to fit alone"
         _wait_for("the other processes of this fit", _make_group, hint=hint)
     try:
         parallel = Parallel(has_group or is_made)
@@ -54,20 +54,20 @@ def open_parallel() -> "Iterator[Parallel]":
             if parallel.rank > 0:
                 warnings.simplefilter("ignore")  # the first process warns
             yield parallel
-        parallel.any(False)  # what was sent has to arrive before the group ends
+        parallel.any(False)  # pending messages must arrive before the group is destroyed
     finally:
         if is_made:
             distributed.destroy_process_group()
 
 
 def _make_group() -> None:
-    """A group in which NCCL carries what is on GPUs, where there are any, and gloo all else."""
-    # imported while a group is open, as torch.func does, it keeps the group until Python ends, and its
-    # threads, which may ask for Python then, abort
+    """Creates a process group with NCCL for tensors on GPUs, if available, and gloo for all others."""
+    # if it is first imported while a group is open, as torch.func does, it keeps the group alive until
+    # the interpreter exits, when the group's threads may need the interpreter and abort
     import torch.distributed.nn.functional
 
     store, rank, size = _rendezvous()
-    # torchrun's store outlives the processes that it starts again: each group needs keys of its own
+    # torchrun's store outlives restarted processes, so that each group needs its own keys
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     store = distributed.PrefixStore(f"pyro_artransform {attempt}.{next(_groups)}", store)
     has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
@@ -77,14 +77,14 @@ def _make_group() -> None:
 
 @cache
 def _rendezvous() -> "tuple[distributed.Store, int, int]":
-    """The store by which all processes find each other, the rank and their number."""
+    """The store of the rendezvous, the rank of this process and the number of processes."""
     is_launched = distributed.is_torchelastic_launched()
     timeout = distributed.constants.default_pg_timeout if is_launched else _FIRST_MEETING
     return cast(Any, next(distributed.rendezvous("env://", timeout=timeout)))
 
 
 def _wait_for(what: str, function: Callable[..., object], *args: object, hint: str = _LATE) -> None:
-    """Calls a function of PyTorch that waits; logs after some seconds what for, and says it in errors."""
+    """Calls a blocking function of PyTorch; ``what`` it waits for is logged after some time and in errors."""
     words = f"fit has waited {_PATIENCE:.0f} s for {what}. {hint}"
     timer = threading.Timer(_PATIENCE, logging.getLogger(__name__).warning, [words])
     timer.start()
@@ -98,19 +98,19 @@ def _wait_for(what: str, function: Callable[..., object], *args: object, hint: s
 
 
 class Parallel:
-    """One of the processes of the default group of ``torch.distributed``; alone without a group."""
+    """This process in the default group of ``torch.distributed``; the only one without a group."""
 
     def __init__(self, is_group: bool = False) -> None:
-        #: which process this is, from 0, and of how many
+        #: the index of this process, from 0, and the number of processes
         self.rank = distributed.get_rank() if is_group else 0
         self.size = distributed.get_world_size() if is_group else 1
 
     def share(self, num_draws: int) -> int:
-        """The part of a number of draws that each process takes, rounded up."""
+        """The number of draws per process, rounded up."""
         return math.ceil(num_draws / self.size)
 
     def first(self, what: str, function: Callable[[], T]) -> T:
-        """What a function returns, or raises, in the first process, which alone calls it."""
+        """Calls a function in the first process only; returns its value, or raises its error, in all."""
         value, failure = None, ""
         try:
             value = function() if self.rank == 0 else None
@@ -125,21 +125,21 @@ class Parallel:
         return cast(T, value)
 
     def seed(self, seed: int | None = None) -> int:
-        """The seed of the first process, or a new one."""
-        own = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
-        return self.gather_objects("a seed by the first process", own)[0]
+        """Broadcasts the seed of the first process, by default a new one."""
+        value = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        return self.gather_objects("a seed by the first process", value)[0]
 
     def seed_apart(self) -> None:
-        """Gives each of several processes random numbers of its own."""
+        """Seeds each of several processes differently."""
         if self.size > 1:
             pyro.set_rng_seed(self.seed() + self.rank)
 
     def gather_objects(self, what: str, own: T) -> list[T]:
         """The objects of all processes, by rank."""
-        found = [own] * self.size
+        objects = [own] * self.size
         if self.size > 1:
-            _wait_for(what, distributed.all_gather_object, found, own)
-        return found
+            _wait_for(what, distributed.all_gather_object, objects, own)
+        return objects
 
     def gather(self, draws: Tensor) -> Tensor:
         """The draws ``(n, ...)`` of all processes, by rank."""
@@ -147,28 +147,28 @@ class Parallel:
         return torch.cat(parts).to(draws)
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
-        """Whether each flag is set in some process."""
-        found = self.gather_objects("the end of a step in all processes", flags)
-        return tuple(map(any, zip(*found)))
+        """Whether each flag is set in any process."""
+        gathered = self.gather_objects("the end of a step in all processes", flags)
+        return tuple(map(any, zip(*gathered)))
 
     @torch.no_grad()
     def copy_first(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
-        """Gives tensors the values that they have in the first process."""
+        """Broadcasts the values of tensors from the first process, in place."""
         for tensor in tensors() if self.size > 1 else ():
             sent = tensor.detach().clone(memory_format=torch.contiguous_format)
             _wait_for("parameters of the first process", distributed.broadcast, sent, 0)
             tensor.copy_(sent)
 
     def scales_of_first(self, scales: Scales) -> dict[nn.Parameter, Tensor]:
-        """The scales of a guide's steps in the first process, whose mini-batch may be another."""
-        found = {parameter: scale.clone() for parameter, scale in scales().items()}
-        self.copy_first(found.values)
-        return found
+        """The step scales of a guide in the first process; those of others may be of another mini-batch."""
+        copied = {parameter: scale.clone() for parameter, scale in scales().items()}
+        self.copy_first(copied.values)
+        return copied
 
     def mean(
         self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
     ) -> tuple[float, Gradients | None]:
-        """The mean loss and gradients; ``None`` instead of all of these where a loss is not finite."""
+        """The mean loss and gradients; ``None`` for all gradients if any loss is not finite."""
         if self.size == 1:
             return loss, gradients
         gradients = gradients or [None] * len(parameters)
@@ -182,5 +182,5 @@ class Parallel:
         loss, *present = head.tolist()
         if not math.isfinite(loss):
             return loss, None
-        found = zip(means, parameters, present)
-        return loss, [part.view_as(p).to(p) if share else None for part, p, share in found]
+        triples = zip(means, parameters, present)
+        return loss, [part.view_as(p).to(p) if share else None for part, p, share in triples]

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether the data of a model tell anything about its latents, or its posterior is the prior."""
+"""Detects a model whose data tell nothing about its latents, so that its posterior is the prior."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
@@ -18,7 +18,7 @@ from ..joint.handlers import hidden_sites
 from ..joint.traces import is_deterministic, observed_nodes
 from ..joint.vectorization import ModelFailures
 
-#: what to do about it
+#: the remedy
 GIVE_DATA = (
     "pass the data to the model, as in fit(model, x, y), and to a site that depends on its latents, by obs= "
     "or pyro.factor"
@@ -26,34 +26,34 @@ GIVE_DATA = (
 _NO_DATA = (
     "The model has no observed site, neither obs= nor a pyro.factor, so the answer is its prior."
 )
-# distances from the start, on the unconstrained space, at which the density of the data is compared, and
-# how many draws there are at each, and of the prior
+# distances from the start, on the unconstrained space, at which densities of the data are compared, and
+# the number of draws at each distance and from the prior
 _DISTANCES, _NUM_DRAWS = (0.1, 3.0), 3
 
 
 def warn_of_prior(log_joint: LogJoint, others: Iterable[LogJoint] = ()) -> str:
-    """Warns where the posterior of a model is its prior, and returns why, in a sentence.
+    """Warns if the posterior of a model is its prior; returns a sentence on the reason, else empty.
 
-    :param others: the log joint densities of the same model for further mini-batches.
+    :param others: the log joint densities of the model for further mini-batches.
     """
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        found = why_prior(log_joint)
-        if not found or not all(map(why_prior, others)):
+        reason = why_prior(log_joint)
+        if not reason or not all(map(why_prior, others)):
             return ""
-    warn_user(f"{found} Please {GIVE_DATA}", UserWarning)
-    return found
+    warn_user(f"{reason} Please {GIVE_DATA}", UserWarning)
+    return reason
 
 
 @torch.no_grad()
 def why_prior(log_joint: LogJoint) -> str:
-    """Why the posterior of a model is its prior; empty where the density of its data depends on latents.
+    """The reason why the posterior is the prior; empty if the density of the data depends on latents.
 
-    It is compared at some draws, of which the first two are enough where it depends on them.
+    Compares this density at several draws; two are enough if it depends on latents.
     """
     first: dict[str, Tensor] | None = None
     for values in _draws(log_joint):
         terms = _data_terms(log_joint, values)
-        if terms is None:  # the model does not take this draw
+        if terms is None:  # the model fails at this draw
             continue
         if not terms:
             return _NO_DATA
@@ -71,7 +71,7 @@ def why_prior(log_joint: LogJoint) -> str:
 
 
 def _draws(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
-    """Values of all continuous latents near the start, far from it, and of the prior."""
+    """Values of all continuous latents near the start, far from it, and from the prior."""
     start = log_joint.with_coordinates(None).start
     for distance in _DISTANCES * _NUM_DRAWS:
         yield log_joint.latents.constrain(start + distance * torch.randn_like(start))
@@ -80,15 +80,15 @@ def _draws(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
             suppress(Exception),
             pyro.validation_enabled(False),
             hidden_sites(),
-        ):  # as of an improper one
+        ):  # an improper prior fails, for one
             nodes: Any = poutine.trace(log_joint.run).get_trace().nodes
             yield {name: nodes[name]["value"] for name in log_joint.latents.sites}
 
 
 def _data_terms(log_joint: LogJoint, values: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """The log-densities of observed sites and factors in one run; None where it fails.
+    """The log densities of observed sites and factors in one run; ``None`` if it fails.
 
-    Discrete latents are drawn anew in each, while other random numbers of the model stay the same.
+    Enumerated latents are drawn anew in each run, while other random numbers of the model stay the same.
     """
     with suppress(*ModelFailures), torch.random.fork_rng([], enabled=not log_joint.is_enumerated):
         run: Any = poutine.condition(log_joint.run, values)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What surrounds a fit: its seed, its progress bar, and what it cannot run beside."""
+"""The surroundings of a fit: its seed, its progress bar, and exclusion of other handlers and threads."""
 
 import math
 import sys
@@ -24,16 +24,16 @@ _SECONDS_OF_LINE = 30
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """Waits for what runs in other threads, since Pyro has one stack of handlers for all of them.
+    """Waits for fits in other threads, since all threads share Pyro's stack of handlers.
 
-    :raises RuntimeError: inside of a handler that changes models, which would not reach this one.
+    :raises RuntimeError: inside a handler that changes models, since a fit would partly ignore it.
     """
     with _lock:
         harmless = TraceMessenger, BlockMessenger
-        found = [type(h).__name__ for h in _PYRO_STACK if not isinstance(h, harmless)]
-        if found:
+        handlers = [type(h).__name__ for h in _PYRO_STACK if not isinstance(h, harmless)]
+        if handlers:
             raise RuntimeError(
-                f"{name}: expected to be called outside of Pyro's handlers, got {', '.join(found)}, which "
+                f"{name}: expected to be called outside of Pyro's handlers, got {', '.join(handlers)}, which "
                 "would be ignored in part. Apply them to the model, as in "
                 f"{name}(poutine.condition(model, data), ...)"
             )
@@ -42,7 +42,7 @@ def alone(name: str) -> Iterator[None]:
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Seeds the generators of Python, NumPy and torch, and at the end puts them back."""
+    """Seeds the generators of Python, NumPy and torch, and restores their states at the end."""
     if seed is None:
         yield
         return
@@ -55,7 +55,7 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 
 class _Lines:
-    """A log, where each state of a bar is a line of its own."""
+    """A stream that writes each state of a progress bar as a line of a log."""
 
     def write(self, text: str) -> None:
         if words := text.strip():
@@ -67,20 +67,20 @@ class _Lines:
 
 @dataclass
 class ProgressBar:
-    """A bar of ``tqdm`` with the mean ELBO of the last 50 steps; ``None`` shows nothing."""
+    """A ``tqdm`` bar with the mean ELBO of the last 50 steps; ``None`` shows nothing."""
 
     bar: Any
-    is_live: bool = True  #: on a terminal or in a notebook; elsewhere a line every half minute
+    is_live: bool = True  #: redrawn in a terminal or notebook; elsewhere a line every half minute
 
     def say(self, what: str) -> None:
-        """Shows what is being done."""
+        """Shows the current phase."""
         if self.bar is not None:
             steps = ", {n_fmt} steps" if self.bar.n else ""
             self.bar.bar_format = f"{{desc}} [{{elapsed}}{steps}{{postfix}}]"
             self.bar.set_description_str(what, refresh=self.is_live)
 
     def tick(self) -> None:
-        """Shows the time in phases without steps."""
+        """Refreshes the elapsed time in phases without steps."""
         if self.bar is not None and time.time() - self.bar.last_print_t > self.bar.mininterval:
             self.bar.last_print_t = time.time()
             self.bar.refresh()
@@ -88,7 +88,7 @@ class ProgressBar:
     def update(
         self, losses: Sequence[float], total: int | None, epoch: str = "", batch: str = ""
     ) -> None:
-        """Goes on to the number of losses; in all there are ``total``, if that is known."""
+        """Advances the bar to the number of losses, out of ``total`` if that is known."""
         if self.bar is None:
             return
         self.bar.total, self.bar.bar_format = total, None
@@ -104,13 +104,13 @@ class ProgressBar:
 
 @contextmanager
 def progress_bar(shown: bool) -> Iterator[ProgressBar]:
-    """A progress bar, closed at the end; an empty one where ``tqdm`` is not installed."""
+    """A progress bar, closed at the end; it shows nothing if ``tqdm`` is not installed."""
     bar, is_live = None, True
     if shown:
         with suppress(ImportError):
             from tqdm.auto import tqdm
 
-            # a notebook shows widgets, and what is written to stderr, though it is not a terminal
+            # a notebook can redraw widgets and stderr, although it is not a terminal
             is_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
             is_notebook |= type(sys.stderr).__module__ == "ipykernel.iostream"
             is_live = is_notebook or sys.stderr.isatty()
@@ -119,4 +119,4 @@ def progress_bar(shown: bool) -> Iterator[ProgressBar]:
     with nullcontext() if bar is None else bar:
         yield ProgressBar(bar, is_live)
         if bar is not None:
-            bar.delay = 0.0  # or else a bar that was never shown is not shown at its end
+            bar.delay = 0.0  # otherwise a bar that was never shown is not shown at its end

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a fit returns."""
+"""The result of a fit."""
 
 import math
 from dataclasses import dataclass, field, replace
@@ -21,97 +21,97 @@ from .evaluation.checks import Check, FailedCheck, Verdict, as_lines
 from .evaluation.elements import Elements
 from .saved import SavedResult
 
-_NUM_DRAWS = 1000  # of a guide, where there are none of chains
+_NUM_DRAWS = 1000  # draws of the guide, if there are none from chains
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class FitResult(SavedResult):
-    """A verdict on a posterior, with the numbers that it rests on. The posterior itself is ``guide``.
+    """A verdict on a posterior, with the numbers behind it. The posterior itself is ``guide``.
 
-    After a fit by mini-batches the ELBO is the mean over the batches of one pass: that of all data,
-    where the model scales its batches up, and otherwise that of a batch. Its standard error is from the
-    draws, and from batches that the pass has left out. ``log_evidence``, ``khat`` and ``ess`` are ``nan``
-    unless the pass had all data, and the guide draws on the unconstrained space, or has latents of the
-    elements of each batch, see ``elements``.
+    After a fit with mini-batches the ELBO is the mean over the batches of one pass: the ELBO of all data if
+    the model scales its batches up, and of a single batch otherwise. Its standard error covers the draws and
+    batches that the pass left out. ``log_evidence``, ``khat`` and ``ess`` are ``nan`` unless the pass had
+    all data and the guide either draws on the unconstrained space or has latents for the elements of each
+    batch, see ``elements``.
     """
 
-    elbo: float  #: the evidence lower bound in nats, from draws that were not trained on
-    elbo_se: float  #: its standard error
+    elbo: float  #: the evidence lower bound in nats, from draws not used in training
+    elbo_se: float  #: standard error of ``elbo``
     log_evidence: float  #: the log evidence, by Pareto-smoothed importance sampling
-    #: its standard error, too small where ``khat`` exceeds 0.5; above 0.7 the evidence is that of a few
-    #: draws, most often too small
+    #: standard error of ``log_evidence``, too small if ``khat`` exceeds 0.5; above 0.7 the evidence rests on
+    #: a few draws and is usually too small
     log_evidence_se: float
     khat: float  #: the Pareto index of the importance weights
-    khat_se: float  #: its standard error
-    ess: float  #: the effective number of ``num_samples`` draws
+    khat_se: float  #: standard error of ``khat``
+    ess: float  #: effective sample size, out of ``num_samples``
     num_samples: int  #: the number of draws behind these numbers
-    trusted: bool  #: whether no check of the guide failed, see ``failed``
-    verdict: str  #: the same in words, and what to do where it is not trusted
-    history: list[float]  #: the ELBO of each step, ``nan`` where the step was skipped
+    trusted: bool  #: whether the guide passed all checks, see ``failed``
+    verdict: str  #: the verdict in words, with a remedy if the guide is not trusted
+    history: list[float]  #: the ELBO of each step, ``nan`` if the step was skipped
     num_steps: int  #: the number of steps
-    num_skipped: int  #: steps that were skipped, since the loss or its gradient was not finite
-    num_gradients: int  #: gradients of the model's log density that the steps took
+    num_skipped: int  #: steps skipped because the loss or its gradient was not finite
+    num_gradients: int  #: gradients of the model's log density in all steps
     seconds: float  #: wall time of the whole fit
     stopped_because: str  #: why the steps ended
-    start: str  #: the candidate that the guide was initialized with
-    #: the sites because of which steps were skipped, with the number of times
+    start: str  #: the candidate chosen to initialize the guide
+    #: the sites that caused steps to be skipped, with the number of steps
     culprits: dict[str, int] = field(default_factory=dict)
-    point_estimates: tuple[str, ...] = ()  #: the parameters of the model that were trained as well
-    one_at_a_time: str = ""  #: why the model was run for one draw after the other, if it was
+    point_estimates: tuple[str, ...] = ()  #: the trained parameters of the model
+    one_at_a_time: str = ""  #: why the model ran for one draw at a time; empty if it did not
     #: the importance weights; ``None`` for a model that sub-samples its data
     importance: Importance | None = None
-    #: whether the mean and the sd of each single latent can be trusted, by draws of chains that have mixed;
-    #: ``None`` without them
+    #: whether the mean and the sd of each latent can be trusted, judged by draws of chains that have mixed;
+    #: ``None`` without such chains
     marginals_trusted: bool | None = None
-    marginals: Marginals | None = None  #: how far each of them is off; ``None`` without chains
-    #: how close the guide is to each element of a plate, of a fit by mini-batches with latents of their own
-    #: elements; then ``log_evidence``, ``khat``, ``ess`` and ``importance`` are of what all share
+    marginals: Marginals | None = None  #: errors of means and sds; ``None`` without such chains
+    #: how close the guide is to the posterior of each element of a plate, if mini-batches have latents of
+    #: their own; ``log_evidence``, ``khat``, ``ess`` and ``importance`` then concern the shared latents
     elements: Elements | None = None
-    #: how centred latents with coordinates from the prior are, by site: 0 in units of the prior, 1 as the
-    #: model is written; empty where all are as it is written
+    #: by site, how centered the latents with coordinates from the prior are: 0 for non-centered, 1 for the
+    #: model as written; empty if all latents are as written
     coordinates: dict[str, Tensor] = field(default_factory=dict)
-    #: draws of the posterior by chains, each ``(draws,) + site shape``, of a model of all data. The verdict
-    #: begins with them, and ``trusted`` is about the guide alone, which is not trained where ``draws=`` asked
-    #: for draws and chains from the prior have them
+    #: draws of the posterior from chains, each ``(draws,) + site shape``, for a model of all data. The
+    #: verdict begins with them. ``trusted`` is about the guide alone, which is not trained if ``draws=``
+    #: requested draws and chains from the prior supplied them
     draws: dict[str, Tensor] | None = None
     chains: Chains | None = None
-    guide: Any = None  #: that of the user, or the one that the fit has chosen
-    guide_class: str = ""  #: the name of its class
-    guide_reason: str = ""  #: why it has chosen this one
-    model: Any = None  #: the model, as it was given; ``None`` after a load without it
-    judged: Verdict = field(default_factory=Verdict)  #: the verdict on the guide in its parts
+    guide: Any = None  #: the user's guide, or the one chosen by the fit
+    guide_class: str = ""  #: the class name of the guide
+    guide_reason: str = ""  #: why the fit chose this guide
+    model: Any = None  #: the user's model; ``None`` after loading without it
+    judged: Verdict = field(default_factory=Verdict)  #: the verdict on the guide, in parts
 
     @property
     def ok(self) -> bool:
-        """Whether the posterior can be trusted: by its draws, where there are some, else by the guide."""
+        """Whether the posterior can be trusted: judged by its draws if there are any, else by the guide."""
         return self.trusted if self.chains is None else self.chains.trusted
 
     @property
     def failed(self) -> tuple[FailedCheck, ...]:
-        """The checks that failed of what ``ok`` is about; those of the guide alone are ``judged.failed``."""
+        """The failed checks behind ``ok``; those of the guide alone are ``judged.failed``."""
         return self.judged.failed if self.chains is None else self.chains.failed
 
     def summary(self, *args: object, **kwargs: object) -> Summary:
-        """Mean, sd and quantiles of 5, 50 and 95 % of each element: a table, and a dict of tensors.
+        """Mean, sd and 5, 50 and 95 % quantiles of each element, as a table and a dict of tensors.
 
-        They are those of all draws by chains, with ess and R-hat, or, where there are none, of 1,000 fresh
-        draws of the guide.
+        They are computed from all draws of the chains, with ESS and R-hat, or, without chains, from 1,000
+        fresh draws of the guide.
 
-        :param args: the arguments of the guide, where its draws need some.
-        :raises ValueError: if there is neither, as after a load.
+        :param args: the arguments of the guide, if its draws need any.
+        :raises ValueError: if there are neither chains nor a guide, as after loading.
         """
         if self.chains is not None:
             return self.chains.summary()
         return summary(self._drawn(args, kwargs))
 
     def predict(self, *args: object, **kwargs: object) -> dict[str, Tensor]:
-        """Data at each of ``draws``, as by :func:`~pyro_artransform.posterior.predict`.
+        """Predicts data at each of ``draws`` with :func:`~pyro_artransform.posterior.predict`.
 
-        Without these they are at 1,000 draws of the guide. Where such draws need arguments, as those of
-        ``AutoAmortized``, give them to that function.
+        Without ``draws`` it uses 1,000 draws of the guide. If these need arguments, as for
+        ``AutoAmortized``, pass draws to that function instead.
 
-        :param args: the arguments of the model, new ones for predictions, or those of the fit for checks.
-        :raises ValueError: if the model is not known, as after a load without it, or there are neither draws
+        :param args: the arguments of the model: new ones to predict, those of the fit for predictive checks.
+        :raises ValueError: if the model is missing, as after loading without it, or there are neither draws
             nor a guide.
         """
         draws = self._drawn() if self.draws is None else self.draws
@@ -126,7 +126,7 @@ class FitResult(SavedResult):
         return draws_of_guide(self.guide, _NUM_DRAWS, args, kwargs or {})
 
     def save(self, path: FilePath) -> None:
-        """See :meth:`SavedResult.save`; it warns where the model has parameters, which no file has."""
+        """See :meth:`SavedResult.save`; warns if the model has parameters, which the file does not hold."""
         if self.point_estimates:
             warn_user(
                 f"the file has no parameters of the model, {first_of(self.point_estimates)}, without which "
@@ -136,12 +136,12 @@ class FitResult(SavedResult):
         super().save(path)
 
     def with_model(self, model: Any) -> "FitResult":
-        """The same result, with the model that it is of."""
+        """A copy of the result with its model."""
         chains = None if self.chains is None else self.chains.with_model(model)
         return replace(self, model=model, chains=chains)
 
     def rows(self) -> dict[str, str]:
-        """The numbers in words, by name."""
+        """The formatted numbers, by name."""
         rows = {}
         if self.guide_reason:
             rows["guide"] = f"{self.guide_class}, {self.guide_reason}"
@@ -167,10 +167,10 @@ class FitResult(SavedResult):
             about = about.removeprefix("Marginals ").removeprefix("Single latents were ")
             rows["marginals"] = about.removesuffix(".")
         if self.chains is not None:
-            found = self.chains
+            chains = self.chains
             rows["chains"] = (
-                f"{found.min_ess:,.0f} effective draws at least, R-hat at most {found.max_rhat:.3f}, "
-                f"{found.num_gradients:,} gradients"
+                f"{chains.min_ess:,.0f} effective draws at least, R-hat at most {chains.max_rhat:.3f}, "
+                f"{chains.num_gradients:,} gradients"
             )
         rows["steps"] = f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}"
         rows["start"] = self.start
@@ -190,13 +190,13 @@ class FitResult(SavedResult):
     def __repr__(self) -> str:
         judged, chains = self.judged, self.chains
         if chains is None:
-            told = tuple[FailedCheck, ...]()
+            shown = tuple[FailedCheck, ...]()
             lines = [f"Guide trusted: {'yes' if self.trusted else f'no, {judged.num_failed}'}"]
         else:
-            told, lines = chains.failed, [chains.answer, *as_lines(chains.judged.rows())]
+            shown, lines = chains.failed, [chains.answer, *as_lines(chains.judged.rows())]
             rest = ", on which the draws do not rest" if chains.trusted else ""
             answer = "trusted" if self.trusted else f"not trusted, {judged.num_failed}"
             lines.append(f"About the guide alone{rest}: {answer}")
         why = [("why", judged.praise.removesuffix("."))] if self.trusted else []
-        rows = [*why, *judged.rows(without=told), *self.rows().items()]
+        rows = [*why, *judged.rows(without=shown), *self.rows().items()]
         return "\n".join([*lines, *as_lines(rows)])

@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether the log density of a mini-batch is a sum over its rows, as training on mini-batches assumes.
+"""Checks that the log density of a mini-batch is a sum over its rows, as mini-batch training assumes.
 
-Two batches of the same length exchange every other row. At fixed values of the latents a sum over rows,
-whatever its scale is, adds up to the same number before and after.
+Two batches of equal length exchange every other row. At fixed latents, the total of a density that is a
+sum over rows, whatever its scale, is the same before and after.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -26,28 +26,28 @@ from .loader import Batch
 
 Model = Callable[..., object]
 FailedChecks = tuple[FailedCheck, ...]
-# pairs of batches that are compared, half of an epoch apart, how far latents are from the start on the
-# unconstrained space, and units in the last place by which sums of rows may differ
+# the number of pairs of batches, each half an epoch apart; the distance of latents from the start on the
+# unconstrained space; the tolerance of sums over rows, in units in the last place
 _NUM_PAIRS, _DISTANCE, _ROUND_OFF = 3, 0.5, 100.0
 
 
 @torch.no_grad()
 def warn_of_no_sum(model: Model, batches: Sequence[Batch]) -> FailedChecks | None:
-    """Warns where a log density is no sum over rows, and returns that check; ``None`` where it is not known.
+    """Warns if a log density is not a sum over rows, and returns the failed check; ``None`` if not known.
 
-    :param batches: some of an epoch, in its order.
+    :param batches: some batches of an epoch, in order.
     """
-    half, found = len(batches) // 2, list[FailedChecks | None]()
+    half, results = len(batches) // 2, list[FailedChecks | None]()
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         for pair in [*zip(batches[:half], batches[half:])][:_NUM_PAIRS]:
             try:
-                found.append(_why_no_sum(model, *pair))
-            except Exception:  # any error means that the model does not take rows of both batches
-                found.append(None)
-    for failed in chain.from_iterable(filter(None, found)):
+                results.append(_why_no_sum(model, *pair))
+            except Exception:  # any error means that the model does not accept mixed rows
+                results.append(None)
+    for failed in chain.from_iterable(filter(None, results)):
         warn_user(f"{failed.sentence}. {failed.remedy}", UserWarning)
         return (failed,)
-    return () if () in found else None
+    return () if () in results else None
 
 
 def _why_no_sum(model: Model, first: Batch, second: Batch) -> FailedChecks | None:
@@ -55,11 +55,11 @@ def _why_no_sum(model: Model, first: Batch, second: Batch) -> FailedChecks | Non
     mixed = [Batch(*parts) for parts in zip(*pairs)]
     values = _latents(started_trace(partial(model, *first.args, **first.kwargs), init_to_median))
     batches, state = (first, second, *mixed), torch.get_rng_state()
-    runs = [_log_density(model, *each, state) for each in zip(batches, values)]
+    runs = [_log_density(model, *pair, state) for pair in zip(batches, values)]
     new_state = torch.Generator().manual_seed(0).get_state()
     again, *_ = _log_density(model, first, values[0], new_state)
     (one, other, *new), shares, slacks = zip(*runs)
-    if again != one:  # by random numbers of the model
+    if again != one:  # the model is random
         return None
     are_shares_sums = torch.allclose(shares[0] + shares[1], shares[2] + shares[3])
     if are_shares_sums and not abs(one + other - sum(new)) > sum(slacks):
@@ -68,9 +68,9 @@ def _why_no_sum(model: Model, first: Batch, second: Batch) -> FailedChecks | Non
 
 
 def _exchanged(one: Any, other: Any) -> tuple[Any, Any]:
-    """The arguments of two batches with every other row of each from the other one.
+    """The arguments of two batches after they exchange every other row.
 
-    :raises ValueError: if it is not known how.
+    :raises ValueError: if an argument's rows are not known.
     """
     if isinstance(one, Mapping):
         pairs = {name: _exchanged(value, other[name]) for name, value in one.items()}
@@ -88,11 +88,11 @@ def _exchanged(one: Any, other: Any) -> tuple[Any, Any]:
 
 
 def _latents(trace: poutine.Trace) -> list[dict[str, Tensor]]:
-    """Values of all latents in each of two batches, and after these have exchanged every other row.
+    """Values of all latents for two batches before and after they exchange every other row.
 
-    They are the same in all four but for those of the elements of a sub-sampled plate.
+    All four are equal except for latents of the elements of a sub-sampled plate.
     """
-    found: list[dict[str, Tensor]] = [{}, {}, {}, {}]
+    by_batch: list[dict[str, Tensor]] = [{}, {}, {}, {}]
     for node in latent_nodes(trace):
         values = [_moved(node)] * 4
         for frame in node["cond_indep_stack"]:
@@ -100,22 +100,22 @@ def _latents(trace: poutine.Trace) -> list[dict[str, Tensor]]:
                 dim = frame.dim - node["fn"].event_dim
                 one, other = (_moved(node).movedim(dim, 0) for _ in range(2))
                 values = [v.movedim(0, dim) for v in (one, other, *_exchanged(one, other))]
-        for of_batch, value in zip(found, values):
+        for of_batch, value in zip(by_batch, values):
             of_batch[node["name"]] = value
-    return found
+    return by_batch
 
 
 def _moved(node: Any) -> Tensor:
-    """A random value near that of a run."""
+    """A random value near a site's value in the trace."""
     return moved_latent(node, lambda u: u + _DISTANCE * torch.randn_like(u))
 
 
 def _log_density(
     model: Model, batch: Batch, values: Mapping[str, Tensor], state: Tensor
 ) -> tuple[float, Tensor, float]:
-    """The log density of all sites, the share of all data that each has, and what may be round-off.
+    """The log density of all sites divided by their scales, the inverse scales, and the round-off error.
 
-    A scale that is one number is in the shares, its inverse: those of padded batches add up, too.
+    Only scales that are one number count; inverse scales of padded batches must add up, too.
     """
     torch.set_rng_state(state)
     run = partial(poutine.condition(model, dict(values)), *batch.args, **batch.kwargs)

@@ -42,21 +42,18 @@ from .result import FitResult
 from .set_up import SetUp
 
 _ASKED = "the callback asked to stop"
-# the shares of max_seconds at which the first chains end, and steps
+# the shares of max_seconds at which the first chains and the steps end
 _START_UNTIL, _STEPS_UNTIL = 0.5, 0.75
-# draws of a guide without steps, beside those that were asked for
+# draws of the guide for its verdict, if the user requested draws of the posterior
 _NUM_BESIDE_DRAWS = 2000
 
 
 def start(set_up: SetUp, resume: FilePath | None = None) -> Training:
-    """The ensemble, and the guide at the best initial one, or as a checkpoint has left it.
-
-    There may be no step left.
-    """
+    """Runs the ensemble and initializes or restores the guide; the training may already be over."""
     parallel, chains = set_up.parallel, set_up.draws_first
     if resume is not None:
         training = resumed(set_up, resume)
-        if chains is not None:  # steps go on with the random numbers of the checkpoint
+        if chains is not None:  # steps continue with the random numbers of the checkpoint
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
                 set_up.limit.enter_phase(_START_UNTIL)
                 parallel.first("the ensemble", chains.sample)
@@ -72,7 +69,7 @@ def start(set_up: SetUp, resume: FilePath | None = None) -> Training:
 
 
 def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
-    """Puts the guide at the best initial one, if it can be put anywhere; why there are no steps, if so."""
+    """Initializes the guide if it supports that; also returns why there are no steps, empty if there are."""
     minibatches, chains = set_up.minibatches, set_up.draws_first
     if minibatches is not None and (missing := set_up.missing()):
         raise ValueError(
@@ -109,10 +106,10 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
             return find_start(whole, cast(FlowGuide, guide), ensemble, config), why_no_steps
         if isinstance(guide, MinibatchGuide):
             elbo_draws = set_up.objective.elbo_draws
-            found = find_initial_minibatch_guide(
+            initial = find_initial_minibatch_guide(
                 log_joint, guide, batch, elbo_draws, chains_of, config
             )
-            return found, why_no_steps
+            return initial, why_no_steps
     return InitialGuide(UNCHANGED, math.nan), why_no_steps
 
 
@@ -123,7 +120,7 @@ def train(
     callback: Callable[[int, float], object] | None,
     bar: ProgressBar,
 ) -> bool:
-    """Takes steps until the schedule, the callback or Ctrl-C ends them; whether a checkpoint was written."""
+    """Takes steps until the schedule, the callback or Ctrl-C ends them; returns if a checkpoint was saved."""
     limit, parallel, stream = set_up.limit, set_up.parallel, set_up.stream
     limit.enter_phase(_STEPS_UNTIL)
     if parallel.rank > 0:
@@ -137,20 +134,20 @@ def train(
         if checkpoint and step % set_up.config.optimization.checkpoint_every == 0:
             is_saved |= save(set_up, training, checkpoint)
         answer: Any = None if callback is None else callback(step, -loss)
-        # True, or one of NumPy or PyTorch
+        # True may also be a scalar of NumPy or PyTorch
         is_asked = (answer.item() if hasattr(answer, "item") else answer) is True
         is_asked, is_late = parallel.any(is_asked, limit.is_over())
     if checkpoint is not None:
         is_saved |= save(set_up, training, checkpoint)
     if is_asked or not training.is_over():
-        # another process may be late before this one is
+        # another process may reach the time limit before this one
         reason = _ASKED if is_asked else limit.reason or OUT_OF_TIME
         training.schedule = training.schedule.ending_at(training.num_steps, reason)
     return is_saved
 
 
 def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
-    """The result of the fit, with the guide at its last parameters."""
+    """Finishes training and returns the result of the fit."""
     set_up.limit.enter_phase(1.0, has_grace=True)
     if set_up.stream is not None:
         set_up.stream.close()
@@ -162,7 +159,7 @@ def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
 
 
 def _cut_short(training: Training, is_saved: bool) -> FailedCheck | None:
-    """Why steps ended before their end, or before the ELBO was seen to settle, if so, and what to do."""
+    """The failed check if steps ended early or before the ELBO settled, with a remedy; else ``None``."""
     schedule, reason = training.schedule, training.schedule.reason
     again = "resume it from its checkpoint" if is_saved else "fit again"
     hints = {INTERRUPTED: again, OUT_OF_TIME: "give more seconds", _ASKED: "let it go on"}
@@ -180,7 +177,7 @@ def _cut_short(training: Training, is_saved: bool) -> FailedCheck | None:
 
 
 def _remedy(set_up: SetUp, num_steps: int) -> str:
-    """What to use where the guide is not the posterior, the surest first."""
+    """Remedies for a guide that is not the posterior, the most reliable first."""
     if not num_steps:
         return "num_steps=1000, since the guide has had no step"
     guide, way = cast(object, set_up.subject.guide), "a flow guide, such as AutoIAF"
@@ -197,7 +194,7 @@ def _remedy(set_up: SetUp, num_steps: int) -> str:
 
 
 def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
-    """The result of the fit but for its model and its guide."""
+    """The result of the fit without its model and guide."""
     subject, config, draws_first = set_up.subject, set_up.config, set_up.draws_first
     guide: object = subject.guide
     num_steps, num_gradients = training.num_steps, training.num_gradients
@@ -214,22 +211,22 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         missing=set_up.missing,
     )
     chains = None if draws_first is None else draws_first.finish(status)
-    if not cut_short:  # by the draws that there are in the end
+    if not cut_short:  # depends on the final draws
         status = status._replace(remedy=_remedy(set_up, num_steps))
     set_up.limit.enter_phase(1.0, has_grace=True)
     minibatches = set_up.minibatches
     if minibatches is not None and not set_up.has_all_data:
         passed = minibatches.over_a_pass()
         elements = weigh_elements(minibatches, passed, num_gradients)
-        found = evaluate_minibatches(subject, passed, status, elements)
+        evaluation = evaluate_minibatches(subject, passed, status, elements)
     else:
         ensemble = None if draws_first is None else draws_first.ensemble
         if draws_first is not None and draws_first.is_asked:
             few = min(config.evaluation.num_samples, _NUM_BESIDE_DRAWS)
             config = replace(config, evaluation=replace(config.evaluation, num_samples=few))
-        found = evaluate(subject, status, config, num_gradients, ensemble)
+        evaluation = evaluate(subject, status, config, num_gradients, ensemble)
     return FitResult(
-        **found.result_fields(chains),
+        **evaluation.result_fields(chains),
         history=[-loss for loss in training.losses],
         num_steps=num_steps,
         num_skipped=training.num_skipped,

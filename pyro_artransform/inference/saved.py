@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Results in files of tensors and plain data."""
+"""Saves results to files of tensors and plain data."""
 
 from typing import Any, ClassVar, TypeVar
 
@@ -15,7 +15,7 @@ from .evaluation.elements import Elements
 
 _KIND = "the draws and the verdict of class {}, format 1"
 _LEFT_OUT = ("model", "guide")
-# an object is a pair of its class and its fields, so that a pair is nothing else
+# a pair always encodes an object by class and content; tuples, too, are encoded as such a pair
 _CLASSES: dict[str, Any] = {
     each.__name__: each for each in (Importance, Marginals, Elements, Verdict, FailedCheck)
 }
@@ -24,7 +24,7 @@ Result = TypeVar("Result", bound="SavedResult")
 
 
 class SavedResult:
-    """A dataclass that a file can hold, but for its model and its guide."""
+    """A dataclass that can be saved, apart from its model and its guide."""
 
     with_model: ClassVar[Any]
 
@@ -34,8 +34,8 @@ class SavedResult:
     def save(self, path: FilePath) -> None:
         """Writes draws, numbers and the verdict to a file of tensors and plain data.
 
-        Neither the model is in it nor the guide, which has a ``save`` of its own. Where writing fails, an old
-        file stays.
+        The file holds neither the model nor the guide, which has its own ``save``. If writing fails, an
+        existing file is kept.
         """
         files.write(path, _KIND.format(type(self).__name__), {"result": _plain(self)})
 
@@ -43,9 +43,9 @@ class SavedResult:
     def load(
         cls: type[Result], path: FilePath, model: Any = None, *, map_location: Any = None
     ) -> Result:
-        """Reads what :meth:`save` wrote; a file runs no code.
+        """Reads a file written by :meth:`save`, without running code from it.
 
-        :param model: the model, which predictions need.
+        :param model: the model, needed for predictions.
         :param map_location: as for ``torch.load``.
         :raises ValueError: if the file was not written by :meth:`save` of this class, or is damaged.
         """

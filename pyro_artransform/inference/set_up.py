@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The set-up of a fit: one run of model and guide, and what follows from it and the options."""
+"""The set-up of a fit, from its options and one run of model and guide."""
 
 import time
 import warnings
@@ -32,19 +32,19 @@ from .parallel import Parallel
 from .prior_only import warn_of_prior
 from .row_sums import warn_of_no_sum
 
-# from this many latents on, structured guides have fewer particles a step: half the time, same ELBO
+# from this many latents on, structured guides use fewer particles per step: half the time, same ELBO
 _MANY_LATENTS, _NUM_PARTICLES_OF_MANY = 200, 16
 
 Function = Callable[..., object]
-#: of a model, its arguments and whether they are a mini-batch: a guide, and why it is this one
+#: maps a model, its arguments and ``is_minibatch=`` to a guide and the reason for it
 Chooser = Callable[..., tuple[Function, str]]
 
 
 class SetUp:
-    """What a fit consists of before its start, from one run of model and guide.
+    """The parts of a fit before its start, from one run of model and guide.
 
-    What cannot be fitted is an error here, batches that ``check_call`` refuses among it. The last options are
-    those of :func:`~pyro_artransform.fit`.
+    Models, guides and data that cannot be fitted raise an error here, as do batches that ``check_call``
+    refuses. The last options are those of :func:`~pyro_artransform.fit`.
     """
 
     def __init__(
@@ -73,24 +73,24 @@ class SetUp:
         is_minibatch = not (stream is None or stream.whole.is_all_data)
         with naming_arguments(model, *batches[0]):
             if guide is None:
-                given = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
-                guide, self.guide_reason = given
+                choice = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
+                guide, self.guide_reason = choice
             self.subject = _run_once(model, guide, batches[0], stream)
         log_joint = self.subject.log_joint
-        #: why the posterior is the prior, in a sentence, if it is
+        #: a sentence on why the posterior is the prior; empty if it is not
         self.prior_only = warn_of_prior(log_joint, (LogJoint(model, *b) for b in batches[1:]))
-        #: the failed check of whether the density of mini-batches is a sum over rows; ``None`` if not known
+        #: the check that the density of mini-batches is a sum over rows, if it failed; ``None`` if not known
         self.no_sum = warn_of_no_sum(model, batches) if is_minibatch else ()
         self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None
         of_batch = _objective_of_batch(self.subject)
-        #: why the model is run for one draw after the other, if it is
+        #: why the model runs for one draw at a time; empty if it does not
         self.looped_because = log_joint.reason
         if isinstance(of_batch, PyroObjective) and not of_batch.is_vectorized:
             self.looped_because = log_joint.reason or _NOT_IN_A_PLATE
             if log_joint.strategy != "loop":
                 self.config = config = config.for_strategy("loop")
-        #: that of this process alone
+        #: the objective of this process alone
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
             of_stream = of_batch, self.stream, log_joint, batches, config.minibatch
@@ -100,7 +100,7 @@ class SetUp:
                 self.config = config = config.for_passes()
         #: whether the log joint density is that of all data
         self.has_all_data = self.minibatches is None or self.minibatches.whole is not None
-        #: the ensemble that the fit begins with, where the density is a function, of all data
+        #: the initial ensemble, if the density is a deterministic function of all data
         self.draws_first: DrawsFirst | None = None
         is_known = self.has_all_data and not self.subject.log_joint.is_random
         if draws and not is_known:
@@ -116,7 +116,7 @@ class SetUp:
             self.draws_first = DrawsFirst(*of_fit)
         latent_dim = log_joint.latents.latent_dim
         settings = config.optimization.for_latents(latent_dim)
-        # where all data correct a batch, the noise of batches is too small to be averaged
+        # if all data correct a batch, the noise of batches is too small to need averaging over an epoch
         epoch = 1
         if self.minibatches is not None and self.minibatches.on_all is None:
             epoch = self.minibatches.stream.num_batches
@@ -126,22 +126,22 @@ class SetUp:
         is_default = num_particles is None and wanted == OptimizationConfig.num_particles
         if is_default and is_structured and latent_dim >= _MANY_LATENTS:
             wanted = _NUM_PARTICLES_OF_MANY
-        # a batch is not shared: each process has another one
-        own = wanted if self.stream is not None else parallel.share(wanted)
-        #: draws for each step, of all processes
-        self.num_particles = own * parallel.size
+        # processes share no batch, so that each takes all draws for its own
+        per_process = wanted if self.stream is not None else parallel.share(wanted)
+        #: draws per step, of all processes
+        self.num_particles = per_process * parallel.size
         if parallel.size > 1:
             self._check_processes(batches[0], num_steps, num_particles)
         if self.looped_because:
-            _warn_of_loop(of_batch, self.looped_because, own, self.schedule)
+            _warn_of_loop(of_batch, self.looped_because, per_process, self.schedule)
 
     @property
     def minibatches(self) -> MinibatchObjective | None:
-        """The objective, where each step sees a mini-batch of the stream."""
+        """The objective, if each step sees a mini-batch of the stream."""
         return self.objective if isinstance(self.objective, MinibatchObjective) else None
 
     def new_training(self, schedule: Schedule) -> Training:
-        """A training that begins at the present parameters."""
+        """A training that starts at the current parameters."""
         guide: object = self.subject.guide
         scales: Scales | None = guide.step_scales if isinstance(guide, ScaledSteps) else None
         if self.parallel.size > 1 and scales is not None and self.stream is not None:
@@ -151,7 +151,7 @@ class SetUp:
 
     @cached_property
     def point_estimates(self) -> list[str]:
-        """The names of the model's own parameters, which are trained as well."""
+        """The names of the model's parameters, which are trained too."""
         model, _, args, kwargs, _ = self.subject
         if self.objective.is_guide_alone():
             return []
@@ -159,15 +159,15 @@ class SetUp:
             return [*traced_parameters(partial(model, *args, **kwargs))]
 
     def tensors(self) -> list[Tensor]:
-        """All parameters and buffers, in an order that all processes have."""
-        found = list(self.objective.parameters().values())
+        """All parameters and buffers, in the same order in all processes."""
+        tensors = list(self.objective.parameters().values())
         for module in (self.subject.guide, self.subject.model):
             if isinstance(module, nn.Module):
-                found += [*module.parameters(), *module.buffers()]
-        return found
+                tensors += [*module.parameters(), *module.buffers()]
+        return tensors
 
     def missing(self) -> tuple[str, ...]:
-        """Dependencies that a guide with a graph has missed, in words."""
+        """Dependencies that the graph of a structured guide lacks, in words."""
         guide: object = self.subject.guide
         if not isinstance(guide, StructuredGuide):
             return ()
@@ -179,7 +179,7 @@ class SetUp:
     def _check_processes(
         self, batch: Batch, num_steps: int | None, num_particles: int | None
     ) -> None:
-        """Checks that all processes have the same fit, and gives them the same parameters."""
+        """Checks that all processes run the same fit, and synchronizes their parameters."""
         same: dict[str, object] = {"num_steps": num_steps, "num_particles": num_particles}
         same["parameters"] = [tuple(tensor.shape) for tensor in self.tensors()]
         if self.stream is None:
@@ -195,11 +195,11 @@ class SetUp:
 def _warn_of_loop(
     objective: BatchObjective, reason: str, num_draws: int, schedule: Schedule
 ) -> None:
-    """Says why a model is run for one draw after the other, and how long that takes.
+    """Warns that a model runs for one draw at a time, with the reason and the expected time.
 
-    :param num_draws: those of a step.
+    :param num_draws: the draws per step.
     """
-    # the draw takes no random numbers of the caller
+    # leave the caller's random numbers untouched
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.enable_grad():
         began = time.perf_counter()
         if (loss := objective.loss(1)).requires_grad:
@@ -222,15 +222,15 @@ _NOT_IN_A_PLATE = "model and guide do not run in a plate of particles"
 def _run_once(
     model: Function, guide: Function, batch: Batch, stream: BatchStream | None
 ) -> ModelAndGuide:
-    """Runs model and guide, so that what cannot be fitted is an error now."""
-    (args, kwargs), given = batch, cast(object, guide)
-    if isinstance(given, StoredGuide):  # a new guide is to be new, whatever was fitted before
-        given.drop_orphans()
+    """Runs model and guide, so that errors in them are raised before the fit starts."""
+    (args, kwargs), offered = batch, cast(object, guide)
+    if isinstance(offered, StoredGuide):  # a new guide must not start from an earlier one's values
+        offered.drop_orphans()
     left_over = list[str]()
-    if isinstance(given, AutoGuide) and not isinstance(given, StoredGuide):
-        is_new = getattr(given, "prototype_trace", None) is None
-        own = f"{given._pyro_name}."
-        left_over = [name for name in pyro.get_param_store() if is_new and name.startswith(own)]
+    if isinstance(offered, AutoGuide) and not isinstance(offered, StoredGuide):
+        is_new = getattr(offered, "prototype_trace", None) is None
+        prefix = f"{offered._pyro_name}."
+        left_over = [name for name in pyro.get_param_store() if is_new and name.startswith(prefix)]
     subject = ModelAndGuide.of(model, guide, args, kwargs)
     if stream is not None:
         check_use(stream, guide, subject.log_joint, batch)
@@ -240,12 +240,12 @@ def _run_once(
             "For a new guide call pyro.clear_param_store() before",
             UserWarning,
         )
-    list(subject.weighted_draws(0))  # an error if the guide lacks a latent
+    list(subject.weighted_draws(0))  # raises an error if the guide lacks a latent
     return subject
 
 
 def _objective_of_batch(subject: ModelAndGuide) -> BatchObjective:
-    """The objective for a batch: by the path gradient, if the guide has all latents of the model."""
+    """The objective for a batch, with the path gradient if the guide has all latents of the model."""
     model, _, args, kwargs, log_joint = subject
     guide: object = subject.guide
     if isinstance(guide, FlowGuide):

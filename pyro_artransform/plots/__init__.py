@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of results: each function draws into matplotlib's Axes and returns them."""
+"""Plots of results: each function draws into matplotlib's Axes and returns them."""
 
 try:
     import matplotlib  # noqa: F401

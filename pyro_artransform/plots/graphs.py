@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The graph of the latents of a structured guide."""
+"""Plots the graph of the latents of a structured guide."""
 
 from collections.abc import Mapping, Sequence
 from itertools import groupby
@@ -15,22 +15,22 @@ from matplotlib.ticker import MaxNLocator
 from ..guides import AutoStructuredFlow
 from ..guides.structured.latent_graph import LatentGraph, Name
 
-_MAX_CELLS = 200  # of a matrix in each direction: more would be less than a pixel
+_MAX_CELLS = 200  # of a matrix in each direction; more would be smaller than a pixel
 
 
 def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) -> Axes:
-    """Which latents depend on each other: the pattern of the Hessian of the log density, twice.
+    """Plots which latents depend on each other, as the sparsity pattern of the log density's Hessian.
 
-    Left in the order of the model, right in that of the guide. The colour is the level at which the guide
-    draws the later of the two; gray is fill-in. Of more than 200 latents several share a cell.
+    The left matrix has the order of the model, the right one that of the guide. The colour is the level at
+    which the guide draws the later of the two latents; gray is fill-in. Above 200, latents share cells.
 
     :param graph: a guide after its first call, or its ``graph``.
-    :param ax: where to draw; by default new Axes.
+    :param ax: the Axes to draw into; new ones by default.
     """
     found = graph if isinstance(graph, LatentGraph) else graph.graph
     names, num_levels = found.names, len(found.levels)
     level = {name: k for k, members in enumerate(found.levels) for name in members}
-    by_level = sorted(names, key=level.__getitem__)  # stable, so as in the model within a level
+    by_level = sorted(names, key=level.__getitem__)  # stable: the model's order within a level
     pairs = {(one, two) for one in names for two in (one, *found.neighbours(*one))}
     filled = {(one, two) for one in names for two in found.parents(*one)} - pairs
     levels = {pair: float(max(map(level.__getitem__, pair))) for pair in pairs}
@@ -47,24 +47,24 @@ def plot_graph(graph: AutoStructuredFlow | LatentGraph, ax: Axes | None = None) 
         image = square.imshow(_cells(order, values), extent=(0, len(names), len(names), 0), **style)
         square.set_xticks(list(ticks), ticks.values(), rotation=30, ha="right")
         square.set_yticks(list(ticks), ticks.values())
-    square.set_yticks([])  # in the order of its columns
+    square.set_yticks([])  # rows have the order of the columns
     ax.figure.colorbar(image, ax=ax, shrink=0.8, label="level", ticks=MaxNLocator(integer=True))
     return ax
 
 
 def _cells(order: Sequence[Name], values: Mapping[tuple[Name, Name], float]) -> Any:
-    """A square of cells, each of the largest value of its pairs, or NaN."""
+    """A square matrix of cells, each with the largest value of its pairs, or NaN."""
     size = min(len(order), _MAX_CELLS)
     cell = {name: place * size // len(order) for place, name in enumerate(order)}
     cells = [[nan] * size for _ in range(size)]
     for (one, two), value in values.items():
         row, column = cells[cell[one]], cell[two]
-        row[column] = max(value, row[column])  # the value, where that of the cell is NaN
+        row[column] = max(value, row[column])  # the value if the cell is NaN
     return cells
 
 
 def _named_runs(labels: Sequence[str]) -> dict[float, str]:
-    """The middle of each run of equal labels that is a large enough part of all, with its label."""
+    """The midpoint and label of each run of equal labels that is long enough."""
     named, end = {}, 0
     for label, run in groupby(labels):
         start, end = end, end + len(list(run))

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pictures of a fit: its ELBO, its weights, and errors of single latents."""
+"""Plots of a fit: its ELBO, its importance weights, and errors of its marginals."""
 
 from collections.abc import Sequence
 from math import isfinite
@@ -23,7 +23,7 @@ BLUE, ORANGE, GRAY = "#2c6fbb", "#d9772b", "#9a9a9a"
 
 
 def new_axes(ax: Axes | None, **labels: str) -> Axes:
-    """The given Axes, or new ones, with labels, without the two sides that bound nothing."""
+    """Labels Axes, by default new ones, and hides their top and right spines."""
     ax = plt.subplots(figsize=(6, 3.6), layout="constrained")[1] if ax is None else ax
     ax.spines[["top", "right"]].set_visible(False)
     ax.set(**labels)
@@ -31,27 +31,27 @@ def new_axes(ax: Axes | None, **labels: str) -> Axes:
 
 
 def doubles(value: Tensor) -> Tensor:
-    """All numbers of a tensor, as matplotlib takes them."""
+    """A tensor flattened to float64 on the CPU, for matplotlib."""
     return value.detach().to("cpu", torch.float64).flatten()
 
 
 def _part(result: Any, name: str) -> Any:
-    """A part of the result of a fit, or what is given in its place."""
-    found = getattr(result, name, result)
-    if found is None:
+    """The named part of the result of a fit, or the argument if it is that part."""
+    part = getattr(result, name, result)
+    if part is None:
         raise ValueError(
             f"result: expected one with {name}, which this fit has not: {result.verdict}"
         )
-    return found
+    return part
 
 
 def plot_elbo(history: Sequence[float] | Tensor | FitResult, ax: Axes | None = None) -> Axes:
-    """The ELBO by step, and its running median.
+    """Plots the ELBO by step, and its running median.
 
-    The axis shows the last nine tenths of the steps; the first ones may be hundreds of nats below it.
+    The vertical axis fits the last 90 % of the steps; the first ones may be hundreds of nats below it.
 
     :param history: the ELBO of each step, or a result with such a ``history``.
-    :param ax: where to draw; by default new Axes.
+    :param ax: the Axes to draw into; new ones by default.
     :raises ValueError: if there are no steps.
     """
     steps = doubles(torch.as_tensor(getattr(history, "history", history), device="cpu"))
@@ -71,27 +71,28 @@ def plot_elbo(history: Sequence[float] | Tensor | FitResult, ax: Axes | None = N
 
 
 def plot_khat(result: Importance | FitResult, ax: Axes | None = None) -> Axes:
-    """The largest importance weights against their rank, with the Pareto tail fitted to them.
+    """Plots the largest importance weights against their rank, with the fitted Pareto tail.
 
-    A tail of index k falls with the slope -1 / k far out; dashed is 0.7, the largest to rely on.
+    Far out, a tail of index k has slope -1 / k; the dashed line has 0.7, the largest reliable index.
 
-    :param result: what :func:`~pyro_artransform.diagnostics.importance` found, or that of a fit.
-    :param ax: where to draw; by default new Axes.
+    :param result: the result of :func:`~pyro_artransform.diagnostics.importance`, or of a fit.
+    :param ax: the Axes to draw into; new ones by default.
     """
-    found: Importance = _part(result, "importance")
-    title, tail = f"k-hat = {found.khat:.2f} ± {found.khat_se:.2f}", fit_tail(found.log_weights)
+    weights: Importance = _part(result, "importance")
+    title = f"k-hat = {weights.khat:.2f} ± {weights.khat_se:.2f}"
+    tail = fit_tail(weights.log_weights)
     ax = new_axes(ax, xlabel="weight / mean weight", ylabel="share of larger weights", title=title)
-    ordered = doubles(found.log_weights).sort(descending=True).values
-    ordered = ordered[ordered.isfinite()] - found.log_evidence
+    ordered = doubles(weights.log_weights).sort(descending=True).values
+    ordered = ordered[ordered.isfinite()] - weights.log_evidence
     ranks = torch.arange(1, len(ordered) + 1, dtype=torch.float64, device="cpu") - 0.5
-    shares, top = ranks / found.num_samples, max(3 * tail.size, 10)
+    shares, top = ranks / weights.num_samples, max(3 * tail.size, 10)
     ax.loglog(ordered[:top].exp(), shares[:top], ".", color=BLUE, alpha=0.6, label="weights")
     if isfinite(tail.scale) and len(ordered):
         levels, limit = ranks[: tail.size] / tail.size, f"of index {GOOD_KHAT}"
         for label, khat, style in (("Pareto tail", tail.khat, "-"), (limit, GOOD_KHAT, "--")):
-            # the weights of a tail of this index that are exceeded at these levels
+            # the weights that a tail of this index exceeds with these probabilities
             quantiles = torch.expm1(-khat * levels.log()) / khat * tail.scale
-            x = (tail.log_cutoff - found.log_evidence + quantiles.log1p()).exp()
+            x = (tail.log_cutoff - weights.log_evidence + quantiles.log1p()).exp()
             ax.loglog(x, shares[: tail.size], style, color=ORANGE, label=label)
     ax.xaxis.set_minor_formatter(NullFormatter())  # labels between decades overlap
     ax.legend(frameon=False)
@@ -99,29 +100,30 @@ def plot_khat(result: Importance | FitResult, ax: Axes | None = None) -> Axes:
 
 
 def plot_marginals(result: Marginals | FitResult, ax: Axes | None = None) -> Axes:
-    """How far each latent's standard deviation is off, over how far its mean is.
+    """Plots the error of each latent's standard deviation against that of its mean.
 
     Each dot is a coordinate on the unconstrained space; errors in the gray box are small enough to trust.
 
-    :param result: that of :func:`~pyro_artransform.fit`, or its ``marginals``.
-    :param ax: where to draw; by default new Axes.
-    :raises ValueError: if the fit has none, as where chains have not mixed.
+    :param result: the result of :func:`~pyro_artransform.fit`, or its ``marginals``.
+    :param ax: the Axes to draw into; new ones by default.
+    :raises ValueError: if the fit has no ``marginals``, for example because chains have not mixed.
     """
-    found: Marginals = _part(result, "marginals")
+    marginals: Marginals = _part(result, "marginals")
     ax = new_axes(ax, xlabel="mean too large by (sd)", ylabel="sd too large by (%)")
     x, y = GOOD_MEAN_SHIFT, 100 * GOOD_SD_ERROR
     ax.add_patch(Rectangle((-x, -y), 2 * x, 2 * y, color=GRAY, alpha=0.2))
     limits = torch.tensor([2 * x, 2 * y], dtype=torch.float64, device="cpu")
-    has_bars = sum(map(torch.numel, found.mean_shift.values())) <= 100  # more hide each other
-    for k, (name, shift) in enumerate(found.mean_shift.items()):
-        dots = torch.stack([doubles(shift), 100 * doubles(found.sd_ratio[name] - 1)])
+    has_bars = sum(map(torch.numel, marginals.mean_shift.values())) <= 100  # more would overlap
+    for k, (name, shift) in enumerate(marginals.mean_shift.items()):
+        dots = torch.stack([doubles(shift), 100 * doubles(marginals.sd_ratio[name] - 1)])
         style: dict[str, Any] = {"fmt": ".", "color": f"C{k % 10}", "elinewidth": 0.6}
         if has_bars:
-            style["xerr"] = doubles(found.mean_shift_se[name])
-            style["yerr"] = 100 * doubles(found.sd_ratio_se[name])
+            style["xerr"] = doubles(marginals.mean_shift_se[name])
+            style["yerr"] = 100 * doubles(marginals.sd_ratio_se[name])
         ax.errorbar(dots[0], dots[1], label=name if k < 8 else None, **style)
         limits = limits.maximum(dots.abs().nan_to_num(0, 0).amax(1))
     x, y = (1.1 * limits).tolist()
-    ax.set(xlim=(-x, x), ylim=(-y, y), title=bounds_in_words(found.mean_bound, found.sd_bound))
+    title = bounds_in_words(marginals.mean_bound, marginals.sd_bound)
+    ax.set(xlim=(-x, x), ylim=(-y, y), title=title)
     ax.legend(frameon=False, fontsize=8)
     return ax

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws of a posterior: summaries, predictions, log-likelihoods, and ArviZ data sets."""
+"""Posterior draws: summaries, predictions, log likelihoods, and ArviZ data sets."""
 
 from .arviz import to_inference_data
 from .log_likelihood import log_likelihood

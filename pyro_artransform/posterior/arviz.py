@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Draws of a posterior, with predictions and likelihoods, as an ArviZ data set."""
+"""Converts posterior draws, with predictions and likelihoods, to an ArviZ data set."""
 
 import inspect
 from collections.abc import Callable
@@ -29,22 +29,22 @@ def to_inference_data(
     *args: object,
     **kwargs: object,
 ) -> Any:
-    """Draws of a posterior as an ArviZ data set, of one chain of independent draws.
+    """Converts draws of a guide to an ArviZ data set, as one chain of independent draws.
 
-    The groups are ``posterior`` (with deterministic sites, computed from the draws and the data, and
-    what a reparametrizer computes), ``posterior_predictive`` (by Pyro's ``Predictive``),
-    ``log_likelihood`` (with discrete latents summed out; with a warning not of sites whose data share
-    some) and ``observed_data``.
+    The groups are ``posterior`` (including deterministic sites, computed from the draws and the data,
+    and sites computed by reparametrizers), ``posterior_predictive`` (from Pyro's ``Predictive``),
+    ``log_likelihood`` (with discrete latents summed out; a warning names sites left out because their
+    data share some) and ``observed_data``.
 
-    Sites without data that the guide has no draws of, as where the model is called with new predictors
-    and ``y=None``, are drawn given each draw of the others, and are the group ``predictions``. So are
-    deterministic sites if nothing else has data.
+    If the guide has no draws of a site without data, as when the model is called with new predictors
+    and ``y=None``, the site is drawn given each draw of the others, in the group ``predictions``. This
+    group includes deterministic sites if no other site has data.
 
-    :param num_samples: how many draws; ``args`` and ``kwargs`` are the arguments of model and guide.
-    :return: an ``arviz.InferenceData``, from version 1 of ArviZ on an ``xarray.DataTree``.
+    :param num_samples: the number of draws; model and guide both take ``args`` and ``kwargs``.
+    :return: an ``arviz.InferenceData``, or an ``xarray.DataTree`` since version 1 of ArviZ.
     :raises ImportError: if ArviZ is missing.
-    :raises ValueError: if ``num_samples`` is not a positive integer, or a site with data or a
-        deterministic one exists at some draws only.
+    :raises ValueError: if ``num_samples`` is not a positive integer, or a deterministic site or one
+        with data exists at some draws only.
     """
     check_integer("num_samples", num_samples)
     _import_arviz()
@@ -61,7 +61,7 @@ def to_inference_data(
 def chains_to_inference_data(
     model: Callable[..., object], by_chain: Draws, args: Args, kwargs: Kwargs
 ) -> Any:
-    """The same of draws of chains, each of shape ``(num_chains, n) + site shape``."""
+    """Converts draws of chains, each of shape ``(num_chains, n) + site shape``."""
     num_chains = len(next(iter(by_chain.values())))
     draws = {name: value.flatten(0, 1) for name, value in by_chain.items()}
     return _data_set(Likelihood(partial(model, *args, **kwargs)), draws, num_chains)
@@ -76,12 +76,12 @@ def _import_arviz() -> Any:
 
 
 def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
-    """The groups of draws ``(C n, ...)``, one chain after the other."""
+    """Builds the data set from draws ``(C n, ...)``, with chains concatenated."""
     from_dict, run = _import_arviz().from_dict, likelihood.run
     predicted = likelihood.predicted(draws)
-    # how many draws are taken at once shows where predictions have values
+    # choose the strategy with the predictions conditioned on, since they need values, too
     scored = Likelihood(poutine.condition(run, data=predicted)) if predicted else likelihood
-    # what is computed from data may not take many draws of them
+    # deterministic sites computed from data may not support many draws at once
     parallel = not likelihood.has_deterministic and scored.strategy(draws) == "plate"
     placed = likelihood.in_plate(draws) if parallel else dict(draws)
 
@@ -116,7 +116,7 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
 
 
 def _log_likelihood(likelihood: Likelihood, draws: Draws) -> Terms:
-    """That of each datum, discrete latents without draws summed out; a warning names sites without one."""
+    """The log likelihood, with undrawn discrete latents summed out; a warning names sites left out."""
     undrawn = likelihood.latents.keys() - draws.keys()
     if not undrawn:
         return likelihood(draws)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The log-likelihood of each datum of a model, at many draws of its latents."""
+"""The pointwise log likelihood of a model at many draws of its latents."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -38,19 +38,18 @@ from ..joint.vectorization import (
 def log_likelihood(
     model: Callable[..., object], draws: Mapping[str, Tensor], *args: object, **kwargs: object
 ) -> dict[str, Tensor]:
-    """The log-likelihood of each datum at each draw.
+    """The log likelihood of each datum at each draw.
 
-    Scales, such as those of ``poutine.scale``, are left out: each number is the log-density of a
-    datum. Masked data have zero, which counts as a datum where the spread of the terms does, as in the
-    standard errors of ``arviz.loo``. A site with event dimensions has one datum for each element of
-    its batch shape.
+    Scales, such as those of ``poutine.scale``, are ignored: each value is the log density of a datum.
+    Masked data have the value zero, and still count as data in the spread of the terms, as in standard
+    errors of ``arviz.loo``. A site with event dimensions has one datum per element of its batch shape.
 
-    :param draws: for each latent site of the model a tensor of shape ``(n,) + site shape``; further
+    :param draws: for each latent site of the model a tensor of shape ``(n,) + site shape``; other
         sites are ignored.
-    :return: for each site that has data (a factor has none) a tensor of shape ``(n,) + batch shape``.
-    :raises ValueError: if the model has a latent without draws (discrete latents that are summed out
-        have none: draw them by :func:`pyro.infer.infer_discrete`), or it sub-samples its data, or a
-        site has data at some draws only, or draws have wrong shapes.
+    :return: for each site with data (a factor has none) a tensor of shape ``(n,) + batch shape``.
+    :raises ValueError: if a latent of the model has no draws (draw discrete latents that were summed
+        out with :func:`pyro.infer.infer_discrete`), the model sub-samples its data, a site has data at
+        some draws only, or draws have wrong shapes.
 
     Example::
 
@@ -67,7 +66,7 @@ def log_likelihood(
 
 
 class Likelihood:
-    """The log-likelihood of each datum as a function of draws of all latents, and the sites behind it."""
+    """The pointwise log likelihood as a function of draws of all latents, and the sites of the model."""
 
     def __init__(self, run: Callable[[], object], is_of_all_data: bool = True) -> None:
         self.run = run
@@ -78,42 +77,42 @@ class Likelihood:
                 f"model: expected all data, got the sub-sampled plate '{frame.name}' "
                 f"({frame.size} of {frame.full_size})"
             )
-        check_data(trace, all_shapes=False)  # Pyro's MCMC gives draws of such models, too
+        check_data(trace, all_shapes=False)  # Pyro's MCMC accepts such models, too
         self._num_plates = plate_nesting(trace)
         latents, observed = latent_nodes(trace), observed_nodes(trace)
         self._event_dims = {site["name"]: site["fn"].event_dim for site in (*latents, *observed)}
-        #: a value of each latent site, and of each that has data
+        #: a value of each latent site, and of each site with data
         self.latents: Terms = {site["name"]: site["value"] for site in latents}
         self.observed: Terms = {s["name"]: s["value"] for s in observed if has_data(s)}
         #: the names of the discrete latents that are summed out
         self.enumerated = {site["name"] for site in latents if is_enumerated(site)}
-        self._needed = {*self.latents}  # the sites that have to have draws
+        self._needed = {*self.latents}  # the sites that need draws
         self.has_deterministic = any(map(is_deterministic, observed))
 
     def __call__(self, draws: Draws) -> Terms:
-        """The log-likelihoods of each site with data, of shape ``(n,) + batch shape``."""
+        """The log likelihoods of each site with data, of shape ``(n,) + batch shape``."""
         if undrawn := sorted(self._needed - draws.keys()):
             raise ValueError(f"draws: expected those of all latents, got none of {undrawn}")
         chosen, rows = self._compared(draws)
         expected = evaluate_many(self._evaluate, _part(chosen, rows), "loop")
         for strategy in STRATEGIES[STRATEGIES.index(self.strategy(draws)) :]:
-            found = evaluate_many(self._evaluate, chosen, strategy, chunk_size=1000)
-            # a draw that is not among the few may take a branch, and with it all others
-            if agree(_part(found, rows), expected, slack=10):
+            terms = evaluate_many(self._evaluate, chosen, strategy, chunk_size=1000)
+            # a draw outside ``rows`` may take a branch of the model that then applies to all draws
+            if agree(_part(terms, rows), expected, slack=10):
                 break
-        return found
+        return terms
 
     def predicted(self, draws: Draws) -> Terms:
-        """A value of each latent without draws but those that are summed out given data."""
+        """A value of each latent without draws, except latents that are summed out given data."""
         hidden = self.enumerated if self.observed else ()
         return {k: v for k, v in self.latents.items() if not (k in draws or k in hidden)}
 
     def strategy(self, draws: Draws) -> str:
-        """How many draws are evaluated: by "plate", "vmap", "copies" or "loop"."""
+        """The strategy to evaluate many draws: "plate", "vmap", "copies" or "loop"."""
         return choose_strategy(self._evaluate, _part(*self._compared(draws)))[0]
 
     def given(self, draws: Draws) -> Terms:
-        """The draws of latents of the model, whose shapes are checked."""
+        """Selects the draws of the model's latents, and checks their shapes."""
         chosen = {name: draws[name] for name in self.latents if name in draws}
         n = next((len(value) for value in chosen.values() if value.dim()), 1)
         for name, value in chosen.items():
@@ -126,7 +125,7 @@ class Likelihood:
         return chosen
 
     def _compared(self, draws: Draws) -> tuple[Terms, list[int]]:
-        """The draws of latents, and the rows at which strategies are compared: some, and extreme ones."""
+        """The draws of latents, and the rows at which strategies are compared: a sample and the extremes."""
         chosen = self.given(draws)
         n = len(next(iter(chosen.values()), ()))
         if not n:
@@ -137,21 +136,21 @@ class Likelihood:
         return chosen, sorted({*rows, *part.argmin(0).tolist(), *part.argmax(0).tolist()})
 
     def in_plate(self, draws: Draws) -> Draws:
-        """Draws with their dimension to the left of all plates of the model."""
+        """Moves the dimension of draws to the left of all plates of the model."""
         size = len(next(iter(draws.values())))
         return DrawPlate(size, self._num_plates).place(draws, self._event_dims)
 
     def sites(
         self, draws: Draws, run: Callable[[], object], is_wanted: Callable[[Any], bool]
     ) -> Terms:
-        """The values ``(n,) + site shape`` of sites of a model that runs once at each of some draws."""
+        """Runs a model once per draw, and returns the wanted sites, ``(n,) + site shape``."""
         rows = list[Terms]()
         for values in zip(*draws.values()):
             with poutine.block():
                 conditioned = poutine.condition(run, dict(zip(draws, values)))
                 nodes: dict[str, Any] = poutine.trace(conditioned).get_trace().nodes
-            found = [n for n in nodes.values() if n["type"] == "sample" and is_wanted(n)]
-            rows.append({node["name"]: node["value"] for node in found})
+            nodes_wanted = [n for n in nodes.values() if n["type"] == "sample" and is_wanted(n)]
+            rows.append({node["name"]: node["value"] for node in nodes_wanted})
             _check_same(rows[0], rows[-1])
         return stack(rows)
 
@@ -163,21 +162,21 @@ class Likelihood:
         _check_same(self.observed, scored.log_probs)
         if size is None:
             return scored.log_probs
-        found = {}
+        log_probs = {}
         for name, term in scored.log_probs.items():
             batch_dim = self.observed[name].dim() - self._event_dims[name]
-            found[name] = term.reshape(term.shape[:1] + term.shape[term.dim() - batch_dim :])
-        return found
+            log_probs[name] = term.reshape(term.shape[:1] + term.shape[term.dim() - batch_dim :])
+        return log_probs
 
 
 def _check_same(expected: Terms, found: Terms) -> None:
-    """Refuses sites that some runs of a model have, and others have not."""
+    """Raises a ``ValueError`` if two runs of a model have different sites."""
     for name in sorted(expected.keys() ^ found.keys()):
         raise at_some_draws_only(name)
 
 
 def at_some_draws_only(name: str) -> ValueError:
-    """The error about a site that not each run of a model has."""
+    """The error about a site that only some runs of a model have."""
     return ValueError(
         f"model: expected the same sites at each draw, got '{name}' at some only; have it in "
         f"each branch, or hide it by poutine.block(model, hide=['{name}'])"

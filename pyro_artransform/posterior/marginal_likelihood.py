@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The log-likelihood of each datum with the discrete latents of a model summed out."""
+"""The pointwise log likelihood with the discrete latents of a model summed out."""
 
 from collections.abc import Callable
 from functools import partial
@@ -21,16 +21,16 @@ class _Marginal(NamedTuple):
     """An observed site and the discrete latents that its data depend on."""
 
     sites: frozenset[str]
-    plates: list[str]  #: of the observed site, from left to right
+    plates: list[str]  #: plates of the observed site, from left to right
     scale: float
-    shape: torch.Size  #: its batch shape
+    shape: torch.Size  #: batch shape of the observed site
 
 
 class MarginalLikelihood(Likelihood):
-    """The log-likelihood of each datum of the sites whose data have discrete latents of their own.
+    """The pointwise log likelihood of sites whose data do not share discrete latents.
 
-    It is not defined for a datum where others depend on the same discrete latents, as in a hidden Markov
-    model, nor where continuous latents do, whose draws tell of the discrete ones: ``left_out`` has these.
+    It is undefined if several data depend on the same discrete latents, as in a hidden Markov model, or if
+    continuous latents do, since their draws carry information on these. ``left_out`` names such sites.
     """
 
     def __init__(self, run: Callable[[], object]) -> None:
@@ -46,9 +46,9 @@ class MarginalLikelihood(Likelihood):
             if site["type"] == "sample" and "packed" in site and "log_prob" in site["packed"]
         }
         dims = {name: set(term._pyro_dims) - plates for name, term in terms.items()}
-        found = {name: _marginal(trace, name, dims) for name in self.observed}
-        self._marginals = {name: marginal for name, marginal in found.items() if marginal}
-        self.left_out = sorted(found.keys() - self._marginals.keys())
+        marginals = {name: _marginal(trace, name, dims) for name in self.observed}
+        self._marginals = {name: marginal for name, marginal in marginals.items() if marginal}
+        self.left_out = sorted(marginals.keys() - self._marginals.keys())
         self._needed -= self.enumerated
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
@@ -58,16 +58,16 @@ class MarginalLikelihood(Likelihood):
         plate = DrawPlate(size, self._num_plates)
         given: Any = poutine.condition(self.run, plate.place(draws, self._event_dims))
         batch, kept = ((), []) if size is None else ((size,), [DRAWS])
-        first_dim, found = -1 - self._num_plates - len(batch), Terms()
+        first_dim, log_probs = -1 - self._num_plates - len(batch), Terms()
         for name, marginal in self._marginals.items():
             run = poutine.block(partial(plate.run, given), expose=[*marginal.sites])
             log_prob = marginal_log_prob(run, first_dim, (*kept, *marginal.plates))
-            found[name] = (log_prob / marginal.scale).reshape(batch + marginal.shape)
-        return found
+            log_probs[name] = (log_prob / marginal.scale).reshape(batch + marginal.shape)
+        return log_probs
 
 
 def _marginal(trace: Any, name: str, dims: dict[str, set[str]]) -> _Marginal | None:
-    """What the data of a site are summed over; ``None`` where that is not defined for each datum."""
+    """The sites that the data of a site are summed over; ``None`` if that is undefined for each datum."""
     sites, before = {name}, set[str]()
     while sites != before:
         before, summed = sites, set[str]().union(*(dims[other] for other in sites))

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Data that a model predicts at draws of a posterior."""
+"""Predictions of a model at posterior draws."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,20 +23,19 @@ from .log_likelihood import Likelihood
 def predict(
     model: Callable[..., object], draws: Mapping[str, Tensor], *args: object, **kwargs: object
 ) -> dict[str, Tensor]:
-    """One draw of all data at each draw of the latents, and of whatever else has no draws.
+    """Draws data, and any latents without draws, once for each draw of the other latents.
 
-    The model runs once for each draw, with latents of exactly the shape that its sites have, so that any
-    model can be predicted from, ``X @ b`` among it; Pyro's ``Predictive`` gives latents the dimensions of
-    all plates.
+    The model runs once per draw, with latents in exactly the shapes of its sites, so that any model works,
+    including ones with ``X @ b``. Pyro's ``Predictive`` adds the dimensions of all plates to latents.
 
     :param draws: for each latent site a tensor of shape ``(n,) + site shape``, such as ``result.draws``;
-        further sites are ignored. Latents without draws, as those of new groups,
-        and discrete ones that were summed out, are drawn from their priors given the others:
-        ``pyro.infer.infer_discrete`` has the posterior of the latter.
-    :param args: the arguments of the model, new ones for predictions, or those of the fit for checks.
+        other sites are ignored. Latents without draws, such as those of new groups and discrete latents that
+        were summed out, are drawn from their priors given the others. For the posterior of the latter use
+        ``pyro.infer.infer_discrete``.
+    :param args: the arguments of the model: new ones to predict, those of the fit for predictive checks.
     :return: for each site with data, each latent without draws and each deterministic site a tensor of
         shape ``(n,) + site shape``.
-    :raises ValueError: if there are no draws, or they have wrong shapes, or a site exists at some only.
+    :raises ValueError: if there are no draws, they have wrong shapes, or a site exists at some draws only.
 
     Example::
 
@@ -50,25 +49,25 @@ def predict(
         torch.Size([100, 3])
     """
     likelihood = Likelihood(partial(model, *args, **kwargs), is_of_all_data=False)
-    given = likelihood.given(draws)
-    if not any(map(len, given.values())):
+    chosen = likelihood.given(draws)
+    if not any(map(len, chosen.values())):
         raise ValueError(
             f"draws: expected some of the model's latents, {first_of([*likelihood.latents])}, got none; for "
             "draws of the prior use pyro.infer.Predictive(model, num_samples=n)"
         )
-    wanted = (likelihood.observed.keys() | likelihood.latents.keys()) - given.keys()
+    wanted = (likelihood.observed.keys() | likelihood.latents.keys()) - chosen.keys()
 
     def is_wanted(node: Any) -> bool:
         return node["name"] in wanted or is_deterministic(node)
 
-    return likelihood.sites(given, poutine.uncondition(likelihood.run), is_wanted)
+    return likelihood.sites(chosen, poutine.uncondition(likelihood.run), is_wanted)
 
 
 @torch.no_grad()
 def draws_of_guide(
     guide: Callable[..., object], n: int, args: Args, kwargs: Kwargs
 ) -> dict[str, Tensor]:
-    """Draws of all sites of a guide, ``(n,) + site shape``: by its ``sample_posterior``, or one by one."""
+    """Draws all sites of a guide, ``(n,) + site shape``, with its ``sample_posterior`` or one by one."""
     offered: object = guide
     if isinstance(offered, PosteriorGuide):
         return offered.sample_posterior(n, *args, **kwargs)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Moments and quantiles of draws of a posterior."""
+"""Moments and quantiles of posterior draws."""
 
 from collections.abc import Mapping, Sequence
 from itertools import islice, product
@@ -33,12 +33,12 @@ class Summary(dict[str, dict[str, Tensor]]):
 
 
 def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.95)) -> Summary:
-    """The mean, the standard deviation and quantiles of each coordinate of each site.
+    """The mean, standard deviation and quantiles of each coordinate of each site.
 
     :param draws: for each site a tensor of shape ``(n,) + site shape``.
     :param probs: levels of the quantiles, between 0 and 1.
-    :return: a dict of dicts: for each site its ``"mean"``, its ``"sd"`` and, for a level of 0.05,
-        ``"5%"``, each of the site's shape.
+    :return: a dict of dicts: for each site ``"mean"``, ``"sd"`` and one entry per level, such as
+        ``"5%"`` for 0.05, each of the site's shape.
     :raises ValueError: if a site has no draws, or a level is not between 0 and 1.
 
     Example::
@@ -50,7 +50,7 @@ def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.
     """
     if probs:
         check_levels("probs", probs)
-    found = Summary()
+    table = Summary()
     for name, value in draws.items():
         if not value.dim() or not len(value):
             raise ValueError(
@@ -60,14 +60,14 @@ def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.
             value = value.to(torch.get_default_dtype())
         value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
         sd = value.std(0) if len(value) > 1 else torch.full_like(value[0], torch.nan)
-        found[name] = {"mean": value.mean(0), "sd": sd}
+        table[name] = {"mean": value.mean(0), "sd": sd}
         for prob, quantile in zip(probs, quantiles_of(value, value.new_tensor(probs))):
-            found[name][f"{100 * prob:g}%"] = quantile
-    return found
+            table[name][f"{100 * prob:g}%"] = quantile
+    return table
 
 
 def check_levels(name: str, levels: Sequence[float] | Tensor) -> Tensor:
-    """Quantile levels, the argument of that name, as a vector of numbers between 0 and 1."""
+    """Checks the quantile levels of the argument ``name``, and returns them as a vector."""
     vector = torch.as_tensor(levels, dtype=torch.float64).reshape(-1)
     if not len(vector) or not ((vector >= 0) & (vector <= 1)).all():
         raise ValueError(f"{name}: expected numbers between 0 and 1, got {vector.tolist()}")
@@ -77,7 +77,7 @@ def check_levels(name: str, levels: Sequence[float] | Tensor) -> Tensor:
 def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
     """The quantiles ``(q, *)`` of each coordinate of draws ``(n, *)``, in their dtype."""
     columns = draws.reshape(len(draws), -1).split(max(1, _QUANTILE_NUMBERS // len(draws)), dim=1)
-    # torch has no quantiles of half precision
+    # torch.quantile does not support half precision
     dtype = torch.promote_types(draws.dtype, torch.float32)
     levels = levels.to(draws.device, dtype)
     found = torch.cat([torch.quantile(part.to(dtype), levels, dim=0) for part in columns], dim=1)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The contracts of this package as assertions, for its own tests and for those of third parties."""
+"""The contracts of this package as assertions, for its own tests and those of third parties."""
 
 from .comparison import redraw
 from .conditioner import check_conditioner

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Inputs and comparisons that all checks of contracts share."""
+"""Inputs and comparisons shared by all checks of contracts."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ DTYPES = (torch.float32, torch.float64)
 
 
 def redraw(module: nn.Module, gain: float = 1.0, seed: int = 0) -> nn.Module:
-    """Re-draws every parameter of a module in place, at PyTorch's default scale times ``gain``.
+    """Redraws every parameter of a module in place, at PyTorch's default scale times ``gain``.
 
-    :param seed: of a generator of its own; the global one stays as it is.
+    :param seed: the seed of a separate generator; the global one is not used.
     :return: the module.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -31,14 +31,14 @@ def redraw(module: nn.Module, gain: float = 1.0, seed: int = 0) -> nn.Module:
 
 
 def normal(shape: Sequence[int], dtype: torch.dtype = torch.float64, seed: int = 0) -> Tensor:
-    """Standard normal numbers on the CPU, from a generator of their own."""
+    """Standard normal draws on the CPU, from a separate generator."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
 
 @contextmanager
 def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """Makes a dtype the default for a while."""
+    """Sets the default dtype within a context."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
     try:
@@ -48,7 +48,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def require(holds: Tensor, contract: str, **values: Tensor) -> None:
-    """Fails with the values of the first entry for which a contract does not hold."""
+    """Fails with the values of the first entry that breaks a contract."""
     if not holds.all():
         first = tuple((~holds).nonzero()[0].tolist())
         entries = {name: value.broadcast_to(holds.shape)[first] for name, value in values.items()}
@@ -59,7 +59,7 @@ def require(holds: Tensor, contract: str, **values: Tensor) -> None:
 def equal(
     found: Tensor, expected: Tensor, contract: str, tolerance: Any = 0.0, **at: Tensor
 ) -> None:
-    """Requires what is expected, up to a tolerance relative to ``1 + |expected|``."""
+    """Requires equality up to a tolerance relative to ``1 + |expected|``."""
     kinds = [(value.dtype, tuple(value.shape)) for value in (found, expected)]
     assert kinds[0] == kinds[1], f"{contract} (got {kinds[0]}, expected {kinds[1]})"
     holds = (found - expected).abs() <= tolerance * (1 + expected.abs())
@@ -69,9 +69,9 @@ def equal(
 def check_gradient(
     function: Callable[..., Tensor], inputs: Sequence[Tensor], contract: str
 ) -> None:
-    """Gradients agree with differences, also those of an output without a graph, which are zero."""
+    """Checks gradients against finite differences; those of an output without a graph are zero."""
     try:
         torch.autograd.gradcheck(function, inputs, rtol=1e-5, fast_mode=True)
     except RuntimeError as error:
-        differ = " ".join(str(error).splitlines()[:3])  # before whole Jacobians
+        differ = " ".join(str(error).splitlines()[:3])  # whole Jacobians follow
         raise AssertionError(f"{contract}: {differ}") from error

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The contract of a conditioner, as assertions; parameters away from their start, and random inputs."""
+"""The contract of a conditioner, as assertions, at redrawn parameters and random inputs."""
 
 import copy
 from collections.abc import Callable
@@ -26,13 +26,13 @@ def check_conditioner(
     """Checks that a conditioner keeps its contract.
 
     It returns shape ``(*, D, P)`` in the dtype of its input, starts at zero, depends on exactly the
-    coordinates that its graph allows, also where no gradient shows it, states no smaller ``depth``, gives
-    the same values again, treats rows alike, broadcasts a context, and is restored by its state dict.
+    coordinates that its graph allows (checked beyond gradients), has a ``depth`` no smaller than its graph's,
+    is deterministic, treats rows alike, broadcasts a context, and is restored by its state dict.
 
     :param input_dim: the number D of coordinates.
     :param context_dim: the size C of its context, 0 for none.
-    :param adjacency: its graph, boolean of shape ``(D, D)``, by default that of the order 0 .. D-1.
-    :raises AssertionError: that says which contract broke, and for which input.
+    :param adjacency: its graph, boolean of shape ``(D, D)``, by default all edges in the order 0 .. D-1.
+    :raises AssertionError: that names the broken contract and the input.
     """
 
     def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -50,7 +50,7 @@ def check_conditioner(
         adjacency = torch.ones((input_dim, input_dim), dtype=torch.bool, device="cpu").tril(-1)
     for gain in (1.0, 10.0):
         _check_graph(redraw(conditioner, gain), adjacency, inputs()[1:], gain)
-    # the inverse stops after as many passes as the stated depth
+    # the inverse stops after ``depth`` passes
     depth = conditioner.depth if isinstance(conditioner, Conditioner) else None
     needed = int(levels(adjacency).max()) + 1
     path = f"{needed} coordinates are on the longest path of its graph"
@@ -87,7 +87,7 @@ def _check_graph(module: nn.Module, adjacency: Tensor, contexts: list[Tensor], g
 
 
 def _moved(module: nn.Module, x: Tensor, contexts: list[Tensor]) -> Tensor:
-    """Which parameters change with which coordinate, which a step or a detached x keeps from gradients."""
+    """Which parameters change with which coordinate, including by steps and detached x without gradients."""
     rows, is_moved = x.expand(len(x), -1), torch.eye(len(x), dtype=torch.bool, device="cpu")
     inputs: list[Any] = [context.expand(len(x), -1) for context in contexts]
     with torch.no_grad():

@@ -26,16 +26,16 @@ Args = tuple[Any, ...]
 def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args: Any) -> None:
     """Checks that a guide keeps its contract on a model.
 
-    Draws have the shapes, dtypes and supports of the sites; log-densities are those of the guide's trace,
-    also with path gradients; every parameter that can act trains, also next to a second guide, whose
-    parameters are its own, and from a store that was loaded; copies and pickles have the same density and
-    train apart.
+    Draws have the shapes, dtypes and supports of the sites; log densities agree with the guide's trace,
+    also with path gradients; every effective parameter trains, also next to a second guide, which has
+    separate parameters, and from a loaded param store; copies and pickles have the same density and train
+    independently.
 
     :param model: a Pyro model in float64, with at least two latent dimensions.
-    :param args: its arguments.
-    :raises AssertionError: that says which contract broke.
+    :param args: the model's arguments.
+    :raises AssertionError: that names the broken contract.
     """
-    with pyro.get_param_store().scope():  # the caller's store stays as it is
+    with pyro.get_param_store().scope():  # leaves the caller's store unchanged
         guide = make(model)
         guide(*args)
         _check_draws(guide)
@@ -43,7 +43,7 @@ def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args
         latent = _check_densities(guide, args)
         density, before = guide.get_posterior().log_prob(latent), _parameters(guide)
         copies = {"deepcopy": copy.deepcopy(guide), "pickle": pickle.loads(pickle.dumps(guide))}
-        copies["pickle"].model = model  # no pickle has it
+        copies["pickle"].model = model  # pickles leave it out
         for name, twin in copies.items():
             equal(twin.get_posterior(*args).log_prob(latent), density, f"{name}: another density")
         for name, other in {"a second guide": make(model), **copies}.items():
@@ -55,7 +55,7 @@ def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args
 
 
 def _parameters(guide: AutoAutoregressive) -> dict[str, Tensor]:
-    """Those that train: no gradient flows to the coordinates."""
+    """Copies of the trained parameters: no gradient flows to the coordinates."""
     coordinates = guide.prior_coordinates
     fixed = set() if coordinates is None else {*coordinates.parameters()}
     trained = ((name, p) for name, p in guide.named_parameters() if p not in fixed)
@@ -108,7 +108,7 @@ def _check_densities(guide: AutoAutoregressive, args: Args) -> Tensor:
 
 
 def _unconstrained(guide: AutoAutoregressive, z: Tensor) -> tuple[Tensor, Tensor]:
-    """Draws in the guide's coordinates on the unconstrained space, and the log-determinants."""
+    """Maps draws in the guide's coordinates to the unconstrained space, with log-determinants."""
     if guide.prior_coordinates is None:
         return z, z.new_zeros(len(z))
     unconstrained, ladj = guide.prior.density.to_unconstrained(z)

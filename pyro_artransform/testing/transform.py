@@ -21,15 +21,15 @@ def check_transform(
 ) -> None:
     """Checks that a transform of real vectors keeps its contract, in both directions.
 
-    The log-determinant is that of the autograd Jacobian; the inverse undoes the transform, has the opposite
-    log-determinant and owns the parameters; gradients are right both ways, in the argument and in the
-    parameters; nothing remembered is out of date after parameters changed by any means; copies and
-    pickles work and train apart; the dtype follows the input.
+    The log-determinant agrees with the autograd Jacobian; the inverse undoes the transform, has the opposite
+    log-determinant and owns the parameters; gradients in the argument and in the parameters are correct
+    both ways; caches are invalidated by any change of parameters; copies and pickles work and train
+    independently; the dtype follows the input.
 
-    :param make: builds the transform; its parameters are then re-drawn, at PyTorch's scale times ``gain``.
+    :param make: builds the transform; its parameters are then redrawn, at PyTorch's scale times ``gain``.
     :param input_dim: the number D of coordinates.
     :param atol: the tolerance of round trips in float64, relative to ``1 + |x|``.
-    :raises AssertionError: that says which contract broke, and for which input.
+    :raises AssertionError: that names the broken contract and the input.
     """
     transform: Any = redraw(make().double(), gain)
     assert isinstance(transform, TransformModule), f"not a TransformModule: {type(transform)}"
@@ -71,7 +71,7 @@ def _check_values(transform: Any, x: Tensor, atol: float) -> None:
 
 
 def _check_gradients(transform: Any, x: Tensor, whose: str = "") -> None:
-    """In the argument and in the parameters, which gradcheck moves in place."""
+    """Checks gradients in the argument and in the parameters, which gradcheck perturbs in place."""
     leaves = {"the parameters": [p for p in transform.parameters() if p.requires_grad]}
     leaves["x"] = [x := x.clone().requires_grad_()]
     for (k, name), where in product(enumerate(("y", "the log-determinant")), leaves):
@@ -91,7 +91,7 @@ def _check_ownership(transform: Any) -> None:
 
 
 def _check_memory(transform: Any, x: Tensor, atol: float) -> None:
-    """What is remembered is what recomputing gives, however the parameters were changed."""
+    """Checks that cached values equal recomputed ones, however the parameters were changed."""
     parameters = list(transform.parameters())
     for name, grad in product(("data", "detach"), (True, False)):
         with torch.set_grad_enabled(grad):

@@ -20,17 +20,17 @@ PARTS, TOLERANCE = ("value", "log-derivative"), {torch.float32: 1e-4, torch.floa
 
 
 def check_univariate(univariate: Univariate, *, dtype: torch.dtype = torch.float64) -> None:
-    """Checks the contracts of a univariate family.
+    """Checks that a univariate family keeps its contract.
 
-    ``forward`` returns an elementwise bijection; zero parameters are the identity; the map is strictly
-    increasing, onto the real line, its inverse and both log-determinants are right, by whichever method;
-    gradients pass ``gradcheck`` in both directions, and at large parameters they stay finite and
-    log-slopes below 10; each row and coordinate is transformed by its own parameters alone; shapes
-    broadcast; dtypes follow the input under either default dtype; and a NaN stays one.
+    ``forward`` returns an elementwise bijection; zero parameters give the identity; the map is strictly
+    increasing and onto the real line; its inverse and both log-determinants are correct by all methods;
+    gradients pass ``gradcheck`` in both directions; at large parameters they stay finite, and log-slopes
+    below 10; each row and coordinate depends on its own parameters alone; shapes broadcast; dtypes follow
+    the input under either default dtype; and NaN propagates.
 
-    :param univariate: the family, which is copied. What it raises itself is not caught.
-    :param dtype: the dtype for the checks of values; float32 has wider tolerances.
-    :raises AssertionError: that says which contract broke, and for which input.
+    :param univariate: the family, which is copied. Its own exceptions are not caught.
+    :param dtype: the dtype for checks of values; float32 has wider tolerances.
+    :raises AssertionError: that names the broken contract and the input.
     """
     family, who = copy.deepcopy(univariate).to(dtype), type(univariate).__name__
     try:
@@ -105,7 +105,7 @@ def _check_bijection(transform: Any, x: Tensor) -> None:
     ladj, slope = transform.log_abs_det_jacobian(x, y), torch.autograd.grad(y.sum(), x)[0]
     wanted = "the log-determinant must be the logarithm of the derivative"
     equal(ladj, slope.log(), wanted, 10 * tolerance, x=x)
-    # where the map is flat, round-off in y is more round-off in x, whatever the inverse does
+    # where the map is flat, the inverse amplifies round-off in y
     back, flat = transform.inv(y), (-ladj).exp().clamp_min(1.0)
     equal(back, x, "the inverse must undo the map", tolerance * flat, x=x, y=y)
     back_ladj = transform.inv.log_abs_det_jacobian(y, back)
@@ -125,7 +125,7 @@ def _check_bijection(transform: Any, x: Tensor) -> None:
 
 
 def _check_alone(family: Univariate, dtype: torch.dtype, way: str) -> None:
-    """Rows or coordinates by themselves, and among others whose params are large."""
+    """Compares rows or coordinates alone with the same among others with large params."""
     params, x = 4 * _params(family, dtype, 3, 3), normal((3, 3), dtype, seed=1)
     for dim, others in enumerate(("rows", "coordinates")):
         alone = [_values(family, way, *pair) for pair in zip(params.split(1, dim), x.split(1, dim))]
@@ -140,7 +140,7 @@ def _check_large(family: Univariate, params: Tensor, how: str) -> None:
     (y, ladj), where = _values(family, "map", params, x), f"at large params ({how})"
     finite = y.isfinite() & ladj.isfinite()
     require(finite, f"values must be finite {where}", x=x, y=y, ladj=ladj)
-    bounded = (ladj.abs() <= 10.0) | (x.abs() > 3)  # about 3 is what a layer of a flow should have
+    bounded = (ladj.abs() <= 10.0) | (x.abs() > 3)  # layers of a flow should have about 3
     wanted = f"log-slopes must be bounded, here by 10 for |x| <= 3, {where}: see soft_bound"
     require(bounded, wanted, x=x, ladj=ladj)
     total = y.sum() + ladj.sum() + family(params).inv(x).sum()

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The checks of draws and guides, the sentences of those that failed, and their layout in lines."""
+"""The checks of draws and guides, the sentences for failed checks, and their layout."""
 
 import textwrap
 from collections.abc import Iterable, Iterator
@@ -11,18 +11,18 @@ from typing import Any, NamedTuple
 
 from ..prior_only import GIVE_DATA
 
-_WIDTH, _LABEL = 100, 13  # of lines, and of the names of rows
+_WIDTH, _LABEL = 100, 13  # the width of lines, and of row names
 _BREAK_SYMMETRY = "Break the symmetry in the model (ordered supports, tighter priors)"
 CORNER = "Use a prior that keeps scales away from zero, or another parametrization"
 
 
 class Check(Enum):
-    """What draws and guides are checked for: a sentence that says that a check failed, and a remedy.
+    """The checks of draws and guides, each with the sentence for a failure and a remedy.
 
-    A remedy that begins with a small letter goes on after a colon.
+    A remedy that begins with a lower-case letter follows the sentence after a colon.
     """
 
-    # of both
+    # of draws and guides
     PRIOR = ("{prior_only}", GIVE_DATA)
     ROUNDED = (
         "the posterior of site {sites} is about as narrow as the spacing of floating-point numbers there: "
@@ -132,7 +132,7 @@ class Check(Enum):
         return f"Check.{self.name}"
 
     def failed(self, **fields: Any) -> "FailedCheck":
-        """The check with its numbers and names; ``remedy=None`` is none."""
+        """The failed check with numbers and names filled in; no remedy if ``remedy=None``."""
         sentence, remedy = self.value
         has_remedy = fields.get("remedy", "") is not None
         return FailedCheck(
@@ -141,7 +141,7 @@ class Check(Enum):
 
 
 class FailedCheck(NamedTuple):
-    """A check that failed: a sentence without its full stop, and what to do, if that is known."""
+    """A failed check: a sentence without its full stop, and a remedy, if one is known."""
 
     check: Check
     sentence: str
@@ -149,22 +149,22 @@ class FailedCheck(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Whether draws, or a guide, can be trusted, and why, or why not."""
+    """Whether draws or a guide can be trusted, with the reasons."""
 
-    failed: tuple[FailedCheck, ...] = ()  #: the checks that failed
-    praise: str = ""  #: a sentence for where none has
-    notes: tuple[str, ...] = ()  #: what else is to be known, in sentences
-    marginals: str = ""  #: what is known of single latents, in a sentence
-    of: str = ""  #: whose verdict it is; empty for a guide's
+    failed: tuple[FailedCheck, ...] = ()  #: the failed checks
+    praise: str = ""  #: a sentence for the case that none failed
+    notes: tuple[str, ...] = ()  #: remarks, in sentences
+    marginals: str = ""  #: a sentence on the marginals
+    of: str = ""  #: the subject of the verdict; empty for a guide
 
     @property
     def trusted(self) -> bool:
-        """Whether no check failed."""
+        """Whether all checks passed."""
         return not self.failed
 
     @property
     def words(self) -> str:
-        """All of it, one sentence after the other."""
+        """The whole verdict as one text."""
         trusted = "trusted" if self.trusted else "not trusted"
         words = f"{self.of} {trusted}".strip().capitalize()
         text = f"{_joined(self.failed)}." if self.failed else self.praise
@@ -173,12 +173,12 @@ class Verdict(NamedTuple):
         return " ".join(filter(None, parts))
 
     def rows(self, without: Iterable[FailedCheck] = ()) -> Iterator[tuple[str, str]]:
-        """The checks that failed, with their remedies, and notes, as rows of a table.
+        """The failed checks with their remedies, and the notes, as rows of a table.
 
-        :param without: checks that were told before.
+        :param without: failed checks to leave out.
         """
-        told = {*without}
-        for remedy, failed in groupby((f for f in self.failed if f not in told), _remedy_of):
+        omitted = {*without}
+        for remedy, failed in groupby((f for f in self.failed if f not in omitted), _remedy_of):
             yield from (("failed", each.sentence.removesuffix(".")) for each in failed)
             if remedy:
                 yield "remedy", remedy[0].upper() + remedy[1:]
@@ -186,7 +186,7 @@ class Verdict(NamedTuple):
 
     @property
     def num_failed(self) -> str:
-        """How many checks failed, in words."""
+        """The number of failed checks, in words."""
         return f"{len(self.failed)} check{'s' * (len(self.failed) > 1)} failed"
 
 
@@ -195,7 +195,7 @@ def _remedy_of(failed: FailedCheck) -> str:
 
 
 def _joined(failed: Iterable[FailedCheck]) -> str:
-    """The sentences in one, with a remedy after all of those in a row that it is for."""
+    """The sentences as one text; consecutive ones with the same remedy share it."""
     parts = []
     for remedy, same in groupby(failed, _remedy_of):
         sentences = "; ".join(each.sentence for each in same if each.check is not Check.PRIOR)
@@ -205,7 +205,7 @@ def _joined(failed: Iterable[FailedCheck]) -> str:
 
 
 def as_lines(rows: Iterable[tuple[str, str]]) -> list[str]:
-    """Rows of a table with their names before them, wrapped."""
+    """The rows of a table as wrapped lines that begin with their names."""
     return [
         textwrap.fill(
             text,

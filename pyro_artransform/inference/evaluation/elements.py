@@ -1,12 +1,12 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Importance weights by mini-batches, where each batch has latents of its own elements.
+"""Importance weights with mini-batches whose elements have latents of their own.
 
-Given a draw of the latents that all elements share, elements are independent, and the mean weight of an
-element's draws is an unbiased estimate of its likelihood: the product of all of them makes a weight of that
-draw. See Importance Sampling Squared for Bayesian Inference in Latent Variable Models (Tran, Scharth, Pitt,
-Kohn, 2013), https://arxiv.org/abs/1309.3339
+Elements are independent given the latents that they share, and the mean weight of an element's draws is an
+unbiased estimate of its likelihood. The product over elements weighs a draw of the shared latents. See
+Importance Sampling Squared for Bayesian Inference in Latent Variable Models (Tran, Scharth, Pitt, Kohn,
+2013), https://arxiv.org/abs/1309.3339
 """
 
 import math
@@ -33,19 +33,19 @@ from ..loader import Batch
 from ..optimization.minibatches import MinibatchObjective, PassEstimate
 from ..optimization.objective import PyroObjective, are_close
 
-_MAX_INNER = 16  # draws of each element given each draw of what all share
+_MAX_INNER = 16  # the most draws of each element per draw of the shared latents
 
 
 @dataclass(frozen=True, eq=False, repr=False, kw_only=True)
 class Elements:
-    """How close a guide is to the posterior of each element of a plate, given what all elements share.
+    """How close a guide is to the posterior of each element of a plate, given the shared latents.
 
-    :param khat: the Pareto index of the weights of its draws, with its standard error ``khat_se``.
-    :param tail_share: how much of its weights is above the cutoff of their tail.
-    :param gap: the log evidence of its data less its ELBO, in nats: by the guide's draws, or by draws of the
-        prior where these find more, beyond what may be by chance.
-    :param index: of each element in the plate, ascending, shape ``(size,)``; ``None`` where a loader does not
-        tell: then elements are in the order of a pass over it.
+    :param khat: the Pareto index of each element's weights, with standard error ``khat_se``.
+    :param tail_share: the share of each element's weights above the cutoff of their tail.
+    :param gap: the log evidence of each element less its ELBO, in nats: estimated from the guide's draws, or
+        from draws of the prior if these give significantly more evidence.
+    :param index: the indices of the elements in the plate, ascending, shape ``(size,)``; ``None`` if the
+        loader does not know them, and elements are in the order of a pass over it.
     """
 
     plate: str
@@ -57,16 +57,16 @@ class Elements:
 
     @property
     def trusted(self) -> Tensor:
-        """Whether each is trusted, shape ``(size,)``, by the bounds of a whole posterior.
+        """Whether each element is trusted, shape ``(size,)``, by the thresholds for a whole posterior.
 
-        The largest of many k-hats is large by chance: its bound grows by the median of their largest error.
+        The largest of many k-hats is large by chance: its threshold is raised by the median largest error.
         """
         bound = GOOD_KHAT + _largest_error(len(self.khat)) * self.khat_se
         return ((self.khat <= bound) | (self.tail_share <= GOOD_TAIL)) & (self.gap <= GOOD_GAP)
 
     @property
     def objection(self) -> str:
-        """The untrusted elements in words, worst first; empty if there are none."""
+        """A sentence on the untrusted elements, worst first; empty if there are none."""
         worst = self.gap.argsort(descending=True)
         named = [
             f"{self.name_of(k)} (k-hat {self.khat[k]:.2f} ± {self.khat_se[k]:.2f})"
@@ -81,7 +81,7 @@ class Elements:
         return words if named else ""
 
     def name_of(self, place: int) -> str:
-        """An element in words."""
+        """The name of an element in messages."""
         if self.index is None:
             return f"element {place} of a pass over the loader"
         return f"element {int(self.index[place])}"
@@ -97,32 +97,32 @@ class Elements:
 
 
 def _largest_error(count: int) -> float:
-    """The median of the largest of so many standard normal errors."""
+    """The median of the maximum of ``count`` standard normal errors."""
     return NormalDist().inv_cdf(0.5 ** (1 / count))
 
 
 class ElementWeights(NamedTuple):
-    """What a pass over a loader says of a guide with latents of the elements of mini-batches."""
+    """The importance weights of a pass over a loader, for a guide with latents of elements."""
 
     elements: Elements
-    #: the weights of the latents that all elements share, if there are some, with the ELBO of these alone
+    #: the weights and the ELBO of the shared latents alone; ``None`` if there are none
     shared: Importance | None
-    noise: float  #: the variance of their logarithms that is due to the draws of elements
-    num_inner: int  #: how many draws of each element there were for each of these
+    noise: float  #: the variance of the shared log weights that is due to the draws of elements
+    num_inner: int  #: the number of draws of each element per draw of the shared latents
 
 
 @torch.no_grad()
 def weigh_elements(
     minibatches: MinibatchObjective, passed: PassEstimate, num_gradients: int
 ) -> ElementWeights | str:
-    """Weighs draws of the elements of all mini-batches, and of what these share; or says why it cannot.
+    """Weighs draws of the elements of all mini-batches and of shared latents, or returns why it cannot.
 
-    :param num_gradients: the draws of mini-batches that a fit took: not many more are taken.
+    :param num_gradients: the gradients of all steps, which limit the number of draws.
     """
     try:
         with validation_enabled(False):
             return passed.obstacle or _weigh(minibatches, num_gradients)
-    except Exception as error:  # a model or a guide that does not take many draws of a batch
+    except Exception as error:  # the model or the guide may not support many draws of a batch
         return f"its elements could not be weighed ({describe(error)})"
 
 
@@ -136,15 +136,15 @@ def _weigh(minibatches: MinibatchObjective, num_gradients: int) -> ElementWeight
         total = total + (log_ratios.logsumexp(0) - math.log(draws.inner)).sum(-1)
         parts.append(_columns(log_ratios, by_prior))
         indices += [index] if len(index) == log_ratios.shape[-1] else []
-    found, is_known = torch.cat(parts, 1), len(indices) == len(parts)
-    elements = _judged(draws.plate, found, torch.cat(indices) if is_known else None)
-    shared, noise = Importance.from_log_weights(total), float(found[-1].sum())
+    columns, is_known = torch.cat(parts, 1), len(indices) == len(parts)
+    elements = _judged(draws.plate, columns, torch.cat(indices) if is_known else None)
+    shared, noise = Importance.from_log_weights(total), float(columns[-1].sum())
     shared = replace(shared, elbo=min(shared.elbo + noise / 2, shared.log_evidence))
     return ElementWeights(elements, shared if draws.names else None, noise, draws.inner)
 
 
 def _judged(plate: str, found: Tensor, index: Tensor | None) -> Elements:
-    """What is known after a pass, by the columns of :func:`_columns` and the index of each, if known."""
+    """The elements after a pass, from the rows of :func:`_columns` and the index of each, if known."""
     if index is not None:
         index, order = index.sort()
         found = found[:, order]
@@ -154,26 +154,26 @@ def _judged(plate: str, found: Tensor, index: Tensor | None) -> Elements:
 
 
 def _columns(log_ratios: Tensor, by_prior: Tensor) -> Tensor:
-    """What is known of the elements of a batch, a column each, by ``(draws, shared draws, elements)``.
+    """Diagnostics of the elements of a batch, ``(7, elements)``, from ``(draws, shared draws, elements)``.
 
-    That is k-hat, its standard error, the share of the tail, the gap, the log evidence by the prior over that
-    by the guide, with its standard error, and the noise of the log weights. The gap is without the bias of a
-    mean of few to the second order. See Debiasing Evidence Approximations: On Importance-weighted
-    Autoencoders and Jackknife Variational Inference (Nowozin, 2018),
+    The rows are k-hat, its standard error, the tail share, the gap, the log ratio of the evidence estimated
+    from the prior to that from the guide, its standard error, and the noise of the log weights. The gap has
+    its bias for few draws removed to second order. See Debiasing Evidence Approximations: On
+    Importance-weighted Autoencoders and Jackknife Variational Inference (Nowozin, 2018),
     https://openreview.net/forum?id=HyZoi-WRb
     """
     inner, log_sums = len(log_ratios), log_ratios.logsumexp(0)
     log_means, shares = log_sums - math.log(inner), log_ratios.softmax(0).nan_to_num(0.0)
     gap = inner / (inner - 1) * (log_means.mean(0) - log_ratios.mean((0, 1)))
-    # the relative variance of each mean over draws of an element
+    # the relative variance of the mean weight of an element
     noise = (inner * shares.square().sum(0) - 1).mean(0) / (inner - 1)
-    # over the mean of the others: the evidence of an element varies with what all share
+    # relative to the mean of the other draws, as an element's evidence varies with the shared latents
     of_others = log_sums + torch.log1p(-shares) - math.log(inner - 1)
     relative = (log_ratios - of_others).flatten(0, 1)
     tails = [(tail.khat, tail.khat_se, tail.log_cutoff) for tail in fit_tails(relative)]
     khat, khat_se, log_cutoff = relative.new_tensor(tails).T
     tail_share = share_above(relative, log_cutoff)
-    # where the guide does not draw, its estimate of the evidence is too small, and the prior's larger
+    # if the guide misses part of the posterior, its evidence estimate is too small and the prior's larger
     more = (by_prior - log_means).flatten(0, 1)
     error = (more.softmax(0).square().sum(0) - 1 / len(more)).clamp_min(0.0).sqrt().nan_to_num(0.0)
     log_mean = (more.logsumexp(0) - math.log(len(more))).nan_to_num(0.0)
@@ -182,7 +182,7 @@ def _columns(log_ratios: Tensor, by_prior: Tensor) -> Tensor:
 
 
 class _Draws:
-    """Draws of a guide and their weights by element, batch after batch, with the same shared draws."""
+    """Draws of a guide and their weights by element and batch, with common draws of shared latents."""
 
     def __init__(self, minibatches: MinibatchObjective, num_gradients: int) -> None:
         objective, config = minibatches.objective, minibatches.config
@@ -194,7 +194,7 @@ class _Draws:
         self._objective, self.plate = objective, plate_of_elements(model)
         inner = num_gradients // (minibatches.stream.whole.num_batches * config.num_shared)
         self.inner = min(max(inner, config.min_inner), _MAX_INNER)
-        # sites outside of the plate, but for what follows from others
+        # sites outside the plate that are not determined by others
         nodes = [n for n in latent_nodes(guide) if not isinstance(unwrapped(n["fn"]), Delta)]
         stacks = {n["name"]: {frame.name for frame in n["cond_indep_stack"]} for n in nodes}
         self.names = [name for name, plates in stacks.items() if self.plate not in plates]
@@ -205,23 +205,23 @@ class _Draws:
         objective.check_elements(self.plate, {k: v[[0, 0]] for k, v in self._given.items()})
 
     def _of_all(self, evaluate: Evaluate) -> Terms:
-        """Terms at all shared draws, as many at a time as fit into memory."""
+        """Evaluates terms at all shared draws, in chunks that fit into memory."""
         at_once = self._objective.log_joint.chunk_size
         return evaluate_many(evaluate, self._given, "plate", None, at_once)
 
     def of_batch(self, batch: Batch, rows: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-        """Log ratios and densities of data at the prior's draws, ``(draws, shared draws, elements)``.
+        """Log ratios and log densities of data at prior draws, ``(draws, shared draws, elements)`` each.
 
-        The last are the indices of the elements: the guide's, if it has them, or ``rows``.
+        The third value has the indices of the elements: the guide's, if it has any, or ``rows``.
         """
         objective = self._objective.with_arguments(batch)
         guide: object = objective.guide
         log_ratios = partial(objective.log_ratios, self.plate)
-        found = stack([self._of_all(log_ratios) for _ in range(self.inner)])
-        if not are_close(found["others"], self.log_ratio_of_shared):
+        terms = stack([self._of_all(log_ratios) for _ in range(self.inner)])
+        if not are_close(terms["others"], self.log_ratio_of_shared):
             outside = f"densities outside of plate '{self.plate}'"
             raise ValueError(f"{outside} depend on the mini-batch, or on its elements")
         index = torch.as_tensor(rows, device="cpu")
         if isinstance(guide, AutoGuide) and guide.create_plates is not None:
             index = objective.draws(objective.guide, {}, 1).values[self.plate].flatten().to("cpu")
-        return found["elements"], found["by_prior"], index
+        return terms["elements"], terms["by_prior"], index

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The evaluation of a guide: by the weights of its draws, and beside the draws of an ensemble."""
+"""Evaluates a guide by its importance weights and against the draws of an ensemble."""
 
 import math
 from typing import Any, NamedTuple
@@ -31,46 +31,46 @@ from .verdict import (
     judge,
 )
 
-# modes that matter, and the part of their share of draws that a guide has at least, unless it has lost them
+# the least share of a mode that matters; a guide has lost a mode if it has less than this part of its share
 _MIN_SHARE, _MIN_PART = 0.01, 0.1
 
 
 def draw(
     subject: ModelAndGuide, config: EvaluationConfig, max_more_draws: int = 0
 ) -> tuple[Tensor, Tensor | None]:
-    """The log weights of draws, more where k-hat is hardly known, and the first latents ``(m, D)``."""
-    # the weights of mini-batches are noise, and draws for them come one at a time
+    """The log weights of draws, with more draws if k-hat is in doubt, and the first latents ``(m, D)``."""
+    # the weights of mini-batches are noisy, and their draws are evaluated one at a time
     is_noisy = subject.log_joint.is_random
     count = config.num_noisy_samples if is_noisy else config.num_samples
     latents, parts = list[Tensor](), list[Tensor]()
-    most = draws_at_a_time(subject.log_joint.latents.latent_dim)  # that are kept
+    most = draws_at_a_time(subject.log_joint.latents.latent_dim)  # the number of latents to keep
     for chunk in limited(subject.weighted_draws(count), at_least=1):
         parts.append(chunk.log_weights)
         if chunk.latent is not None and sum(map(len, latents)) < most:
             latents.append(chunk.latent.clone())
     more = min(config.num_more_samples, max_more_draws)
     if not is_noisy and more >= count:
-        found = Importance.from_log_weights(torch.cat(parts))
-        # k-hat alone decides, and is not clearly below its limit
-        if found.is_close and found.khat + CLEAR_IN_SE * found.khat_se >= GOOD_KHAT:
+        weights = Importance.from_log_weights(torch.cat(parts))
+        # only k-hat is in doubt: it is not clearly below its threshold
+        if weights.is_close and weights.khat + CLEAR_IN_SE * weights.khat_se >= GOOD_KHAT:
             parts += [chunk.log_weights for chunk in limited(subject.weighted_draws(more))]
     return torch.cat(parts), torch.cat(latents) if latents else None
 
 
 class Evaluation(NamedTuple):
-    """What is known of a posterior after a fit."""
+    """The numbers of an evaluation, and the verdict."""
 
     elbo: float
     elbo_se: float
     num_samples: int
-    weights: Importance | None  #: ``None`` where mini-batches make them unknown
+    weights: Importance | None  #: ``None`` if unknown with mini-batches
     verdict: Verdict
-    is_noisy: bool = False  #: whether weights are the noise of mini-batches that the model draws
+    is_noisy: bool = False  #: whether weights have the noise of mini-batches drawn by the model
     marginals: Marginals | None = None  #: ``None`` without an ensemble that has mixed
-    elements: Elements | None = None  #: of mini-batches
+    elements: Elements | None = None  #: the elements of mini-batches
 
     def result_fields(self, chains: Any = None) -> dict[str, Any]:
-        """The fields of a ``FitResult`` about the posterior, or ``Chains`` of it; ``nan`` where not known."""
+        """The fields of a ``FitResult`` about the posterior, ``nan`` if unknown, from ``Chains`` as well."""
         words, marginals = self.verdict.words, self.marginals
         if chains is not None:
             words = f"{chains.verdict} Of the guide itself: {words}"
@@ -99,10 +99,10 @@ def evaluate(
     num_gradients: int = 0,
     ensemble: Ensemble | None = None,
 ) -> Evaluation:
-    """Evaluates a guide where the density is of all data, or the model draws mini-batches itself.
+    """Evaluates a guide with a density of all data, or with a model that draws mini-batches itself.
 
-    :param num_gradients: those of the steps, the most draws to add where k-hat is close to its limit.
-    :param ensemble: chains from all over the prior, beside whose draws the guide is judged.
+    :param num_gradients: the gradients of all steps, which limit the draws added if k-hat is in doubt.
+    :param ensemble: chains whose draws the guide is compared with.
     """
     log_joint = subject.log_joint
     strategy = log_joint.strategy
@@ -137,15 +137,15 @@ def evaluate(
 
 
 def lost_modes(ensemble: Ensemble, draws: Tensor) -> LostModes:
-    """Modes of an ensemble where a guide has next to no draws, by its draws ``(n, D)``, unconstrained."""
+    """Finds modes of an ensemble in which a guide has almost no unconstrained ``draws``, ``(n, D)``."""
     modes, is_mixed = ensemble.modes, ensemble.convergence().has_mixed
-    # chains in the base space of a guide began near it
+    # chains in the base space of a guide start near it
     was_searched = ensemble.to_latent is None
     if modes is None:
         had_time = was_searched and ensemble.end is not End.OUT_OF_TIME
         rhat = float(ensemble.convergence().rhat.max()) if had_time else 1.0
         return LostModes(was_searched=is_mixed and was_searched, rhat=rhat)
-    # chains that have not mixed have too many draws of some, and Gaussians are no more than a guess
+    # before mixing, the chains' shares of modes are wrong, and those of Gaussians are only approximate
     share = modes.shares_of(ensemble.draws.flatten(0, 1)) if is_mixed else modes.share
     is_lost = (share > _MIN_SHARE) & (modes.shares_of(draws) < _MIN_PART * share)
     return LostModes(float(share[is_lost].sum()), int(is_lost.sum()), was_searched)
@@ -157,14 +157,14 @@ def evaluate_minibatches(
     status: FitStatus,
     by_element: ElementWeights | str,
 ) -> Evaluation:
-    """Evaluates a posterior by passes over a loader, without a search for modes.
+    """Evaluates a posterior with passes over a loader, without a search for modes.
 
-    It is trusted by the weights of its elements, where each mini-batch has latents of its own.
+    The verdict depends on the weights of elements, if each mini-batch has latents of its own.
 
-    :param by_element: these weights, or why they are not known.
+    :param by_element: these weights, or the reason why they are unknown.
     """
     weights, elements, count = None, None, found.num_draws
-    values = next(subject.weighted_draws(8)).values  # a few tell whether they are all the same
+    values = next(subject.weighted_draws(8)).values  # a few draws show whether all are equal
     is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
     is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     status = status._replace(is_point=is_point)

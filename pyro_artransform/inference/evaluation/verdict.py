@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The verdict on a posterior in words, by the bounds of trust."""
+"""The verdict on a posterior in words, from the thresholds of trust."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, cast
@@ -18,8 +18,8 @@ from ..optimization.minibatches import PassEstimate
 from .checks import Check, FailedCheck, Verdict
 from .elements import ElementWeights
 
-_MOST_SKIPPED = 0.1  # of the steps
-_MOST_NOISE = 1.0  # of log weights, a variance
+_MOST_SKIPPED = 0.1  # the largest share of skipped steps
+_MOST_NOISE = 1.0  # the largest variance of log weights due to noise
 _ELSEWHERE = {
     True: ", and restarts found no other modes.",
     False: ", but other modes were not searched for.",
@@ -36,35 +36,35 @@ _MIXES_DRAWS = (
 
 
 class FitStatus(NamedTuple):
-    """How a fit ended, and of what kind its guide and model are."""
+    """How a fit ended, and properties of its guide and model."""
 
-    skipped_share: float = 0.0  #: of the steps
-    is_interrupted: bool = False  #: whether by Ctrl-C, the end of the time or the callback
+    skipped_share: float = 0.0  #: the share of skipped steps
+    is_interrupted: bool = False  #: whether Ctrl-C, the time limit or the callback ended it
     cut_short: FailedCheck | None = (
         None  #: why steps ended before their end, or before the ELBO settled
     )
-    remedy: str = ""  #: what to use where the guide is not the posterior, if that is known
-    is_point: bool = False  #: whether the guide is a single value at some site
+    remedy: str = ""  #: the remedy if the guide is not the posterior, if known
+    is_point: bool = False  #: whether the guide has a single value at some site
     is_random: bool = False  #: whether the model draws mini-batches itself, or is random otherwise
-    mixes_draws: bool = False  #: whether the model turned out to mix draws at once, after the fit
-    has_chains: bool = False  #: whether draws were asked for, so that the guide is not the answer
-    #: finds dependencies of the posterior that the guide's graph has not, in words
+    mixes_draws: bool = False  #: whether the model turned out to mix draws evaluated at once
+    has_chains: bool = False  #: whether draws were requested, so that the guide is not the answer
+    #: finds dependencies of the posterior that the guide's graph lacks, in words
     missing: Callable[[], Sequence[str]] = tuple
-    coarse: Sequence[str] = ()  #: the sites whose draws their dtype hardly tells apart
-    point_estimates: Sequence[str] = ()  #: the parameters of the model that were trained
-    start_failed: bool = False  #: whether the search for a start left the guide where it was
-    #: whether the density of mini-batches is a sum over rows: the check if it failed, ``None`` if not known
+    coarse: Sequence[str] = ()  #: the sites whose draws are barely resolved by their dtype
+    point_estimates: Sequence[str] = ()  #: the trained parameters of the model
+    start_failed: bool = False  #: whether initialization failed and left the guide unchanged
+    #: the check that the density of mini-batches is a sum over rows, if it failed; ``None`` if not known
     no_sum: tuple[FailedCheck, ...] | None = ()
-    prior_only: str = ""  #: why the posterior is the prior, in a sentence, if it is
+    prior_only: str = ""  #: a sentence on why the posterior is the prior; empty if it is not
 
 
 class LostModes(NamedTuple):
-    """Modes of a posterior where a guide has next to no draws."""
+    """Modes of a posterior in which a guide has almost no draws."""
 
     lost_mass: float = 0.0  #: their share of the posterior
-    num_lost: int = 0  #: how many they are
-    was_searched: bool = False  #: whether chains began all over the prior, for others to be seen
-    rhat: float = 1.0  #: the R-hat of such chains that had the time to agree, but did not
+    num_lost: int = 0  #: the number of lost modes
+    was_searched: bool = False  #: whether chains started all over the prior, to find other modes
+    rhat: float = 1.0  #: the R-hat of such chains, if they had enough time but have not mixed
 
 
 NOT_SEARCHED = LostModes()
@@ -78,11 +78,11 @@ def judge(
     about_others: Iterable[FailedCheck] = (),
     praise: str = "",
 ) -> Verdict:
-    """The verdict on a fit, which is told that it was cut short before anything else.
+    """The verdict on a fit; if steps were cut short, that comes first.
 
-    :param weights: those of the guide's own draws, unless mini-batches hide them.
-    :param about_others: the checks that failed on mini-batches.
-    :param praise: the words where no check failed, unless they are those about the weights.
+    :param weights: the importance weights of the guide's draws; ``None`` with mini-batches.
+    :param about_others: failed checks on mini-batches.
+    :param praise: the sentence if no check failed; by default it is about the weights.
     """
     failed = [*_about_steps(status), *about_draws(status)]
     failed += status.no_sum or ()
@@ -90,15 +90,15 @@ def judge(
         failed.append((Check.POINT if status.is_point else Check.SUBSAMPLED).failed())
     elif weights is not None:
         modes = list(about_lost_modes(lost, not status.cut_short))
-        # neither another guide nor more draws help against modes
+        # neither another guide nor more draws help against lost modes
         failed += [*about_weights(weights, "" if modes else status.remedy), *modes]
         if lost.rhat > MODES_RHAT and not status.cut_short:
             failed.append(Check.RESTARTS.failed(rhat=lost.rhat))
     failed += about_others
-    # chains are right whatever the graph is: then more than seconds are not spent on it in vain
+    # chains are correct whatever the graph, so skip this slow check if another one has failed
     if not (status.has_chains and failed) and (missing := status.missing()):
         failed.append(Check.GRAPH.failed(names=first_of(missing)))
-    # nothing else judges the parameters of a model
+    # no other check judges the parameters of a model
     is_unfinished = failed or status.is_interrupted or status.point_estimates
     if status.cut_short and is_unfinished:
         failed.insert(0, status.cut_short)
@@ -108,7 +108,7 @@ def judge(
 
 
 def _notes(status: FitStatus, has_failed: bool) -> Iterator[str]:
-    """What is no objection, but to be known."""
+    """Remarks that are not failed checks."""
     if status.mixes_draws:
         yield _MIXES_DRAWS
     if status.start_failed:
@@ -129,7 +129,7 @@ def _about_steps(status: FitStatus) -> Iterator[FailedCheck]:
 
 
 def about_draws(status: FitStatus) -> Iterator[FailedCheck]:
-    """Objections to draws of the prior, or rounded to few values."""
+    """The failed checks for draws from the prior, or rounded to few values."""
     if status.prior_only:
         yield Check.PRIOR.failed(prior_only=status.prior_only)
     if status.coarse:
@@ -137,7 +137,7 @@ def about_draws(status: FitStatus) -> Iterator[FailedCheck]:
 
 
 def about_weights(found: Importance, remedy: str) -> Iterator[FailedCheck]:
-    """Objections to weights of a guide's draws."""
+    """The failed checks of the importance weights of a guide."""
     if count := found.num_nonfinite:
         yield Check.DENSITY.failed(count=count, num_samples=found.num_samples)
         return
@@ -157,20 +157,20 @@ def about_weights(found: Importance, remedy: str) -> Iterator[FailedCheck]:
 
 
 def _borderline(found: Importance) -> str:
-    """What to add to a k-hat that other draws may put on the other side of its limit."""
+    """A remark on a k-hat within one standard error of its threshold."""
     is_borderline = abs(found.khat - GOOD_KHAT) <= found.khat_se
     return " (borderline, within one standard error)" if is_borderline else ""
 
 
 def about_lost_modes(lost: LostModes, is_settled: bool = True) -> Iterator[FailedCheck]:
-    """The objection to a guide that leaves out modes."""
+    """The failed check of a guide that misses modes."""
     if lost.lost_mass > GOOD_LOST_MASS:
-        found = Check.LOST_MODES.failed(percent=100 * lost.lost_mass, count=lost.num_lost)
-        yield found if is_settled else found._replace(remedy="")
+        failed = Check.LOST_MODES.failed(percent=100 * lost.lost_mass, count=lost.num_lost)
+        yield failed if is_settled else failed._replace(remedy="")
 
 
 def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
-    """What the draws of an ensemble say of single latents, or why they say nothing."""
+    """A sentence on the marginals, or on why they were not checked."""
     if found is not None:
         unclear = "Marginals not trusted" if found.is_off else "Marginals not known well enough"
         head = "Marginals trusted" if found.trusted else unclear
@@ -183,7 +183,7 @@ def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
 
 
 def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> FailedCheck:
-    """The objection to a fit by mini-batches: what a pass over a loader leaves unknown, and why."""
+    """The failed check of a fit with mini-batches: what a pass over a loader cannot tell, and why."""
     return Check.MINIBATCHES.failed(
         of="of all data" if is_of_all else "of a batch, on the average,",
         elbo=found.elbo,
@@ -194,9 +194,9 @@ def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> Fail
 
 
 def about_elements(found: ElementWeights, remedy: str) -> Iterator[FailedCheck]:
-    """The objections to a fit by mini-batches with latents of their elements; none where all is trusted.
+    """The failed checks of a fit with mini-batches and latents of their elements; none if all are trusted.
 
-    The noise of log weights that is admitted is about the best for pseudo-marginal chains. See Efficient
+    The accepted noise of log weights is about the optimal one for pseudo-marginal chains. See Efficient
     Implementation of Markov Chain Monte Carlo When Using an Unbiased Likelihood Estimator (Doucet, Pitt,
     Deligiannidis, Kohn, 2015), https://arxiv.org/abs/1210.1871
     """
@@ -211,7 +211,7 @@ def about_elements(found: ElementWeights, remedy: str) -> Iterator[FailedCheck]:
 
 
 def about_good_elements(found: ElementWeights) -> str:
-    """What is said of such a fit where all is trusted."""
+    """The sentence on a fit with latents of elements, if all of them are trusted."""
     elements, words, why = found.elements, "", ""
     worst = int(elements.khat.argmax())
     if elements.khat[worst] > GOOD_KHAT:

@@ -1,17 +1,17 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Gaussians in closed form, by draws of a density and its gradients there.
+r"""Gaussians in closed form, from draws of a density and its gradients there.
 
-With the covariance C of draws and G of gradients, the covariance S of the Gaussian has
+With the covariance C of draws and G of gradients, the covariance S of the Gaussian solves
 
 .. math::
 
     S G S = C
 
-which is a step of batch and match without a bound on its size. Of a Gaussian density it is exact, whatever
-noise draws have. With a graph row i of the precision is found by least squares: the gradient of
-coordinate i of a Gaussian is linear in this coordinate and its neighbours alone.
+which is an unregularized step of batch and match. It is exact for a Gaussian density, whatever the noise of
+the draws. With a graph, row i of the precision is estimated by least squares: component i of a Gaussian's
+gradient is linear in coordinate i and its neighbours alone.
 
 **References**
 
@@ -30,13 +30,13 @@ from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint.vectorization import draws_at_a_time
 from ...sampling.preconditioning import Preconditioner
 
-#: draws for each dimension from which on all directions are known
+#: draws per dimension above which a full covariance is estimated
 DRAWS_BY_DIM = 2
-_RIDGE = 1e-8  # what the correlations of regressors have added
+_RIDGE = 1e-8  # added to the diagonal of the regressors' correlation matrix
 
 
 class DenseGaussian(NamedTuple):
-    """A Gaussian by its mean ``(D,)`` and a lower-triangular scale ``(D, D)``."""
+    """A Gaussian with mean ``(D,)`` and lower-triangular scale ``(D, D)``."""
 
     loc: Tensor
     scale_tril: Tensor
@@ -46,29 +46,29 @@ class DenseGaussian(NamedTuple):
         return self.scale_tril @ (self.scale_tril.T @ right)
 
     def independent_sd(self) -> Tensor:
-        """The sds of the nearest Gaussian without correlations, in KL(q|p): the conditional ones."""
+        """The sds of the uncorrelated Gaussian that minimizes KL(q|p), which are the conditional sds."""
         identity = torch.ones_like(self.loc).diag()
         root = torch.linalg.solve_triangular(self.scale_tril, identity, upper=False)
         return root.norm(dim=0).reciprocal()
 
 
 def dense_gaussian(draws: Tensor, gradients: Tensor) -> DenseGaussian:
-    """The Gaussian at the mean of draws ``(n, D)`` of a density, by its gradients there too."""
+    """The Gaussian that matches draws ``(n, D)`` of a density and its gradients there."""
     loc, (count, dim) = draws.mean(0), draws.shape
     if count < DRAWS_BY_DIM * dim:
         scaled = Preconditioner.of(draws, gradients)(torch.ones_like(loc).diag())
         return DenseGaussian(loc, lower_factor(scaled.T))
-    # without covariances, whose condition number is that of the scale squared
+    # avoid covariances, which square the condition number
     lower = torch.linalg.qr(draws - loc).R.T
     _, values, axes = torch.linalg.svd((gradients - gradients.mean(0)) @ lower, full_matrices=False)
     return DenseGaussian(loc, lower_factor(lower @ axes.T * values.rsqrt()))
 
 
 def sparse_gaussian(draws: Tensor, gradients: Tensor, graph: MarkovGraph) -> SparseGaussian:
-    """The same with zeros in its precision where the graph has no edge.
+    """A Gaussian from draws and gradients ``(n, D)``, its precision zero where the graph has no edge.
 
-    The rows of hubs, which have many neighbours, have the entries of these by symmetry: least squares find
-    those between hubs alone.
+    Hubs have many neighbours. Their entries with other nodes follow by symmetry; least squares estimates
+    only those between hubs.
     """
     loc, dim = draws.mean(0), draws.shape[1]
     scale = draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny ** 0.5)
@@ -78,7 +78,7 @@ def sparse_gaussian(draws: Tensor, gradients: Tensor, graph: MarkovGraph) -> Spa
     hubs = frozenset(is_hub.nonzero()[:, 0].tolist())
     regressors = [() if i in hubs else (i, *own) for i, own in enumerate(graph.neighbours)]
     first = _negative_slopes(z, gradients, regressors)
-    # what is left of the gradients of hubs, once the terms of all others are taken away
+    # the gradients of hubs less the terms of all other coordinates
     rows, columns, values = first
     index = is_hub.cumsum(0) - 1
     terms = z.new_zeros(dim, len(hubs))
@@ -98,8 +98,8 @@ def sparse_gaussian(draws: Tensor, gradients: Tensor, graph: MarkovGraph) -> Spa
 def _negative_slopes(
     z: Tensor, gradients: Tensor, regressors: list[tuple[int, ...]]
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each coordinate's gradient in its regressors: rows, columns, and slopes with the other sign."""
-    (count, dim), found = z.shape, list[tuple[Tensor, ...]]()
+    """Negative slopes of each coordinate's gradient in its regressors, as rows, columns and values."""
+    (count, dim), parts_of_rows = z.shape, list[tuple[Tensor, ...]]()
     padded = torch.cat([z, z.new_zeros(count, 1)], 1)
     for group in padded_groups(regressors, [1] * dim):
         every = torch.tensor(group.coordinates, dtype=torch.long, device=z.device)
@@ -112,7 +112,7 @@ def _negative_slopes(
             right = x.mT @ gradients[:, own].T[..., None]
             slopes = torch.linalg.solve(x.mT @ x + ridge, -right)[..., 0]
             parts, is_used = (own[:, None].expand_as(columns), columns, slopes), columns < dim
-            found.append(tuple(part[is_used] for part in parts))
+            parts_of_rows.append(tuple(part[is_used] for part in parts))
     none = torch.zeros(0, dtype=torch.long, device=z.device)
-    rows, columns, values = map(torch.cat, zip((none, none, z.new_zeros(0)), *found))
+    rows, columns, values = map(torch.cat, zip((none, none, z.new_zeros(0)), *parts_of_rows))
     return rows, columns, values

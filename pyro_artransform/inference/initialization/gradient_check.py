@@ -1,11 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether the gradient of a model's log density is that of its values: no latent may be cut off from it.
+"""Checks the gradient of a model's log density against its values, to detect detached latents.
 
-Along a line the values have to rise by the integral of the gradient (here by Simpson's rule). Where latents
-are cut off, as by ``float(z)``, what is missing is a smooth function, so it is proportional to the length of
-the line, at nearly each point. Kinks, steps, round-off and strong curvature are not.
+Along a line segment the values must rise by the integral of the gradient (here by Simpson's rule). If
+latents are detached, as by ``float(z)``, the missing rise is a smooth function, so that it is proportional
+to the length of the segment at nearly every point. Kinks, jumps, round-off and strong curvature are not.
 """
 
 import torch
@@ -15,17 +15,17 @@ from ...arguments import first_of
 from ...graphs.dependencies import ROUND_OFF, value_and_gradient
 from ...joint import LogJoint
 
-# points, their distance from a center, and half the lengths of lines, in units of the unconstrained space
+# the number of points, their unconstrained distance from a center, and half the lengths of segments
 _NUM_POINTS, _SPREAD = 6, 0.3
 _STEPS = (0.1, 0.02, 0.004, 0.0008, 0.00016)
-# what is missing, as a share of the rise; how far it may differ by the lengths; how many have to show it
+# the least missing share of the rise, its tolerance between lengths, and how many must exceed round-off
 _SHARE, _SLACK, _NUM_SHOWN = 0.01, 0.2, 3
-# the share of points that have to show it: what is missing may be zero at some
+# the share of points that must show it, since the missing part may vanish at some
 _MOST = 0.65
 
 
 def check_gradient(density: LogJoint, center: Tensor) -> None:
-    """Refuses a model whose density has no gradient, or one that lacks the part of some latents.
+    """Raises a ``ValueError`` if the density has no gradient, or its gradient lacks a part in some latents.
 
     :param center: shape ``(latent_dim,)``, on the unconstrained space.
     """
@@ -43,8 +43,8 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
     u = center.detach()[None]
     if _lacking(written, u, torch.ones_like(u)) > _MOST:
         axes = torch.ones_like(center).diag()
-        found = [i for i, axis in enumerate(axes) if _lacking(written, u, axis) > 0.5 * _MOST]
-        names = first_of([latents.name_of(i) for i in found]) or "some latents"
+        lacking = [i for i, axis in enumerate(axes) if _lacking(written, u, axis) > 0.5 * _MOST]
+        names = first_of([latents.name_of(i) for i in lacking]) or "some latents"
         raise ValueError(
             "expected a model whose log density has a gradient in all latents that it depends on, got one "
             f"whose gradient lacks a part in {names}: take no float(), .item(), .numpy() or .detach() "
@@ -53,7 +53,10 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
 
 
 def _lacking(density: LogJoint, center: Tensor, moved: Tensor) -> float:
-    """The share of points around a center at which a part of the gradient is missing, along coordinates."""
+    """The share of points around a center at which a part of the gradient is missing.
+
+    :param moved: 1 for the coordinates along which segments run, 0 for others.
+    """
     shape, generator = (2, _NUM_POINTS, center.shape[-1]), torch.Generator().manual_seed(0)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     (noise, direction), steps = drawn.to(center), center.new_tensor(_STEPS)
@@ -80,5 +83,5 @@ def _lacking(density: LogJoint, center: Tensor, moved: Tensor) -> float:
     is_shown = slope.abs() * steps > noise_level
     is_alike = (rate - slope).abs() <= _SLACK * slope.abs()
     is_large = slope.abs() > _SHARE * rise
-    found = (is_alike | ~is_shown).all(-1) & (is_shown.sum(-1) >= _NUM_SHOWN) & is_large.all(-1)
-    return found.double().mean().item()
+    lacks = (is_alike | ~is_shown).all(-1) & (is_shown.sum(-1) >= _NUM_SHOWN) & is_large.all(-1)
+    return lacks.double().mean().item()

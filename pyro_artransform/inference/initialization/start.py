@@ -1,10 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The start of a fit: a guide as it is, or the Gaussian of draws by an ensemble of chains, by ELBO.
+"""Initializes a guide: at its current parameters or at a Gaussian fitted to an ensemble, chosen by ELBO.
 
-A guide that knows the elements of plates by one mini-batch at a time starts near draws of the latents of
-one of them.
+A guide that sees the elements of plates in mini-batches starts near draws of the latents of one mini-batch.
 """
 
 import math
@@ -29,17 +28,17 @@ from ..loader import Batch
 from ..optimization.training import copies, copy_to
 from .from_draws import DRAWS_BY_DIM, DenseGaussian, dense_gaussian, sparse_gaussian
 
-#: the name of the candidate that is the guide itself, which then does not change
+#: the name of the candidate that leaves the guide unchanged
 UNCHANGED = "initial guide"
-#: the same, where chains found no Gaussian that it could be compared with
+#: its name if chains found no Gaussian to compare it with
 FAILED = "initial guide, since chains found no Gaussian with a finite ELBO"
 AT_DRAWS = "a Gaussian at draws of the ensemble"
-_GAIN = 0.01  # nats by which the Gaussian has to beat the guide, beside what may be by chance
-_MOST_LATENTS = 1000  # of a mini-batch: memory
+_GAIN = 0.01  # nats by which the Gaussian must beat the guide, in addition to the margin for chance
+_MOST_LATENTS = 1000  # of a mini-batch, limited for memory
 
 
 class InitialGuide(NamedTuple):
-    """The name of the candidate that was chosen, and its ELBO."""
+    """The name of the chosen candidate, and its ELBO."""
 
     name: str
     elbo: float
@@ -49,24 +48,24 @@ class InitialGuide(NamedTuple):
 def find_start(
     density: LogJoint, guide: FlowGuide, ensemble: Ensemble | None, config: InitializationConfig
 ) -> InitialGuide:
-    """Makes a guide the Gaussian of draws and gradients there, unless its own ELBO is better.
+    """Sets a guide to the Gaussian that matches draws and gradients, unless the guide's own ELBO is better.
 
-    :param density: the log joint density, in the coordinates of the guide, which change in place.
-    :param ensemble: chains of it, or of a density near it; ``None`` where none could be run.
+    :param density: the log joint density in the coordinates of the guide, which change in place.
+    :param ensemble: chains of this density or of a similar one; ``None`` if none could be run.
     :raises ValueError: if neither has a finite ELBO.
     """
     elbo, needed = _judge(density, guide, config.num_compared)
-    found = -math.inf
+    gaussian_elbo = -math.inf
     if ensemble is not None:
         before = copies(guide.parameters())
-        found = _start_at_draws(density, guide, ensemble, config)
-        # with less, round-off is a nat of it
+        gaussian_elbo = _start_at_draws(density, guide, ensemble, config)
+        # a larger ELBO has round-off of a nat or more
         eps = torch.finfo(ensemble.draws.dtype).eps
-        if found > needed and abs(found) < max(1 / eps, abs(needed)):
-            return InitialGuide(AT_DRAWS, found)
+        if gaussian_elbo > needed and abs(gaussian_elbo) < max(1 / eps, abs(needed)):
+            return InitialGuide(AT_DRAWS, gaussian_elbo)
         copy_to(guide.parameters(), before)
     if elbo > -math.inf:
-        return InitialGuide(UNCHANGED if found > -math.inf else FAILED, elbo)
+        return InitialGuide(UNCHANGED if gaussian_elbo > -math.inf else FAILED, elbo)
     sites = ", ".join(density.nonfinite_sites(density.start[None])) or "the sum of its sites"
     raise ValueError(
         "expected a model with a finite log density somewhere near its starting values, found none: "
@@ -81,31 +80,31 @@ def _start_at_draws(
     flat = ensemble.draws.flatten(0, 1)
     count = max(config.num_compared, DRAWS_BY_DIM * flat.shape[1])
     u = flat[:: max(len(flat) // count, 1)]
-    own = guide.prior.coordinates if isinstance(guide, PriorGuide) else None
-    if own is not None and cast(PriorGuide, guide).prior.is_chosen:
-        unit = density.with_coordinates(own.non_centered(density.latents))
-        own.set_(centered_by_draws(unit, u), own.unit)
+    coordinates = guide.prior.coordinates if isinstance(guide, PriorGuide) else None
+    if coordinates is not None and cast(PriorGuide, guide).prior.is_chosen:
+        unit = density.with_coordinates(coordinates.non_centered(density.latents))
+        coordinates.set_(centered_by_draws(unit, u), coordinates.unit)
     z, _ = density.from_unconstrained(u)
     _, gradients = value_and_gradient(density, z)
     is_finite = (z.isfinite() & gradients.isfinite()).all(-1)
-    given = z[is_finite].double(), gradients[is_finite].double()
-    found = list[DenseGaussian | SparseGaussian]()
-    with suppress(torch.linalg.LinAlgError, ValueError):  # draws that are too few, or all the same
+    finite = z[is_finite].double(), gradients[is_finite].double()
+    candidates = list[DenseGaussian | SparseGaussian]()
+    with suppress(torch.linalg.LinAlgError, ValueError):  # too few draws, or identical ones
         if isinstance(guide, StructuredGuide):
-            found.append(sparse_gaussian(*given, guide.markov_graph()))
-        # a graph alone is known by fewer draws than all directions are
-        if not found or len(z) >= DRAWS_BY_DIM * z.shape[1]:
-            found.append(dense_gaussian(*given))
+            candidates.append(sparse_gaussian(*finite, guide.markov_graph()))
+        # a sparse precision needs fewer draws than a full covariance
+        if not candidates or len(z) >= DRAWS_BY_DIM * z.shape[1]:
+            candidates.append(dense_gaussian(*finite))
     best, needed, chosen = -math.inf, -math.inf, list[Callable[[], None]]()
-    for gaussian in found:
-        # the mean gradient of a posterior is zero: what is left is the error of the mean
-        for loc in (gaussian.loc + gaussian.solve(given[1].mean(0)), gaussian.loc):
+    for gaussian in candidates:
+        # the mean gradient of a posterior is zero, so that a nonzero one corrects the mean
+        for loc in (gaussian.loc + gaussian.solve(finite[1].mean(0)), gaussian.loc):
             before = -math.inf
-            for k in range(MAX_HALVINGS):  # it may reach to where the density is low, or none
+            for k in range(MAX_HALVINGS):  # a wide scale may reach regions of low or zero density
                 put = partial(_put, guide, gaussian, loc, 0.5**k)
                 try:
                     put()
-                except ValueError:  # it is not finite
+                except ValueError:  # the Gaussian is not finite
                     break
                 elbo, bound = _judge(density, guide, config.num_compared)
                 if elbo > needed:
@@ -121,7 +120,7 @@ def _start_at_draws(
 def _put(
     guide: FlowGuide, gaussian: DenseGaussian | SparseGaussian, loc: Tensor, factor: float
 ) -> None:
-    """Makes a guide a Gaussian at another mean, whose scale is a multiple of its own."""
+    """Sets a guide to a Gaussian moved to mean ``loc``, with its scale multiplied by ``factor``."""
     if isinstance(gaussian, SparseGaussian):
         scale, root_tril = factor * gaussian.scale, factor * gaussian.root_tril
         moved = replace(gaussian, loc=loc, scale=scale, root_tril=root_tril)
@@ -129,19 +128,19 @@ def _put(
         return
     try:
         guide.start_at(loc, factor * gaussian.scale_tril)
-    except ValueError:  # it has no correlations
+    except ValueError:  # the guide has no correlations
         guide.start_at(loc, factor * gaussian.independent_sd().diag())
 
 
 def _judge(density: LogJoint, guide: FlowGuide, count: int) -> tuple[float, float]:
-    """The ELBO of a guide as it is, by the same noise each time, and what another one has to exceed."""
+    """The ELBO of a guide with common random numbers, and the ELBO that another candidate must exceed."""
     with _common_noise():
         z, log_q = guide.rsample_and_log_prob(count)
     ratios = density(z) - log_q
     mean, median = ratios.mean(), ratios.median()
     error = (ratios.std() / len(ratios) ** 0.5).nan_to_num(0.0, 0.0, 0.0)
     bound = mean + CLEAR_IN_SE * error
-    # tails are one-sided: the median if it is between
+    # tails are one-sided, so the bound is at most the median if that exceeds the mean
     bound = torch.where((mean <= median) & (median < bound), median, bound)
     elbo, bound = torch.stack([mean, bound]).nan_to_num(-torch.inf, -torch.inf, -torch.inf).tolist()
     return elbo, bound + _GAIN
@@ -155,9 +154,9 @@ def _common_noise() -> Iterator[None]:
 
 
 class SharedPrior(LogJoint):
-    """The log joint density of a mini-batch by itself, with its share of the density of the globals.
+    """The unscaled log joint density of a mini-batch, with its share of the density of global latents.
 
-    The mini-batch is a share of all data, and the same in each run; its elements have some of the latents.
+    The mini-batch is the same in each run and is a ``share`` of all data; ``elements`` names its own latents.
     """
 
     def __init__(
@@ -170,7 +169,7 @@ class SharedPrior(LogJoint):
             self.is_random = False
 
     def __call__(self, z: Tensor) -> Tensor:
-        # Jacobians are not scaled up as the density of an element is
+        # the scale of an element multiplies its density but not its Jacobian
         u, ladj = self.to_unconstrained(z)
         parts = self.latents.split(u)
         for name in self._elements:
@@ -192,12 +191,12 @@ def find_initial_minibatch_guide(
     chains_of: Callable[[LogJoint], Ensemble | None],
     config: InitializationConfig,
 ) -> InitialGuide:
-    """Starts a guide near draws of the latents of one mini-batch, if it is better there.
+    """Starts a guide near draws of the latents of one mini-batch, if its ELBO is larger there.
 
-    A guide of too many latents, or without any that all mini-batches share, stays as it is.
+    A guide with too many latents, or without shared ones, stays unchanged.
 
-    :param elbo_draws: estimates of the guide's ELBO, from a number of draws.
-    :param chains_of: chains of a density; ``None`` where none can be run.
+    :param elbo_draws: returns estimates of the guide's ELBO from a number of draws.
+    :param chains_of: returns chains of a density, ``None`` if none can be run.
     """
     structure = log_joint.structure(*batch)
     is_large = log_joint.latents.latent_dim > _MOST_LATENTS
@@ -219,10 +218,10 @@ def find_initial_minibatch_guide(
             guide.center_at(u, log_joint, share)
         coordinates = guide.prior.coordinates_of(shared.latents)
         z, _ = shared.with_coordinates(coordinates).from_unconstrained(u)
-        with suppress(torch.linalg.LinAlgError):  # at the edge of a support: without covariance
+        with suppress(torch.linalg.LinAlgError):  # the covariance may be singular at a boundary
             guide.start_near(log_joint.latents.constrain(z), share)
-        found = candidate(AT_DRAWS)
-        if found.elbo > initial.elbo:
-            return found
+        moved = candidate(AT_DRAWS)
+        if moved.elbo > initial.elbo:
+            return moved
     copy_to(guide.parameters(), before)
     return initial

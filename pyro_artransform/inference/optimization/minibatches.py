@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The negative ELBO by mini-batches, and by all of them."""
+"""The negative ELBO on mini-batches and over a pass."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -18,16 +18,16 @@ from ..config import MinibatchConfig
 from ..loader import AllBatches, Batch, BatchStream
 from .objective import BatchObjective, Objective, PathObjective
 
-_MIN_DRAWS = 8  # the fewest draws a batch
+_MIN_DRAWS = 8  # the fewest draws per batch
 
 
 class PassEstimate(NamedTuple):
     """The ELBO as the mean over the batches of a pass.
 
-    :param elbo_se: its standard error, of draws, and of batches if not all of them were seen.
-    :param share: of all data that were seen; 0 where it is not known.
-    :param loader_share: how much of the data that batches are scaled up to the whole loader has; 1 where
-        it is not known.
+    :param elbo_se: its standard error, from draws, and from batches if some were left out.
+    :param share: the share of all data that the pass saw; 0 if unknown.
+    :param loader_share: the data of the whole loader, as a share of the data that batches are scaled up to;
+        1 if unknown.
     """
 
     elbo: float
@@ -39,7 +39,7 @@ class PassEstimate(NamedTuple):
 
     @property
     def obstacle(self) -> str:
-        """Why the pass is not known to be one of all data, each row once; empty where it is."""
+        """Why the pass is not known to have each row of all data once; empty if it is."""
         if not self.share:
             hint = "(drop_last=True may leave rows out)"
             return f"the loader is not known to have each row once in an epoch {hint}"
@@ -55,11 +55,11 @@ class PassEstimate(NamedTuple):
 
 @dataclass
 class MinibatchObjective(Objective):
-    """An objective that trains on the next batch of a stream.
+    """The negative ELBO on the next batch of a stream.
 
-    A short last batch is down-weighted by its number of rows, so that the steps of an epoch sum to the
-    gradient of all data. Where a guide has the path gradient of latents that all rows share, a batch's
-    density is corrected by that of all data at the guide's median when the steps began.
+    A short last batch is weighted by its number of rows, so that the steps of an epoch sum to the gradient
+    of all data. If all rows share their latents and the guide has a path gradient, a control variate
+    corrects a batch's density by that of all data at the guide's median at the first step.
     """
 
     objective: BatchObjective
@@ -72,13 +72,13 @@ class MinibatchObjective(Objective):
         self._last = self.objective
         self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
         self._anchor: Anchor | None = None
-        #: the log joint density of all data, where a pass over the stream has them and they share latents
+        #: the log joint density of all data, if a pass over the stream has them and they share all latents
         self.whole: MeanLogJoint | None = None
         stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
         if stream.is_partition and structure.is_scaled and not structure.subsampled_latents:
             whole = MeanLogJoint(self.log_joint, AllBatches(stream))
             self.whole = whole if whole.is_of_all_data and not whole.is_random else None
-        #: the objective on all data, which steps know of, too
+        #: the objective on all data, which corrects that of each batch
         self.on_all: PathObjective | None = None
         objective = self.objective
         if self.whole and isinstance(objective, PathObjective) and objective.is_guide_alone():
@@ -86,18 +86,18 @@ class MinibatchObjective(Objective):
         self.has_weights = self.on_all is not None
 
     def _weight(self, batch: Batch) -> float:
-        """The rows of a batch by those of the largest for validation; one if nothing is scaled."""
+        """The rows of a batch relative to those of the largest validation batch; one without scales."""
         return self._least_scale / self.log_joint.structure(*batch).scale
 
     def loss(self, num_particles: int) -> Tensor:
         batch = self.stream.next()
         self._last = self.objective.with_arguments(batch)
         if self.on_all is not None and isinstance(self._last, PathObjective):
-            with torch.random.fork_rng(devices=[]):  # plates draw indices that nobody asks for
+            with torch.random.fork_rng(devices=[]):  # plates draw indices that are not used
                 corrected = AnchoredLogJoint(self._last.log_joint, self._anchor_of(self.on_all))
             self._last = replace(self._last, log_joint=corrected)
         loss, weight = self._last.loss(num_particles), self._weight(batch)
-        # the value stays that of the ELBO
+        # only the gradient is weighted; the value stays that of the ELBO
         return loss if weight == 1 else loss.detach() + weight * (loss - loss.detach())
 
     def _anchor_of(self, on_all: PathObjective) -> Anchor:
@@ -115,18 +115,18 @@ class MinibatchObjective(Objective):
 
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
-        """Each of them on all data, or the mean over the batches for validation."""
+        """Estimates of the ELBO on all data, or its mean over the validation batches."""
         if self.on_all is not None:
             return self.on_all.elbo_draws(count)
         estimate = self._estimator(max(count // len(self.validation), _MIN_DRAWS))
         weights = [*map(self._weight, self.validation)]
         total = sum(weights)
         draws = [w / total * estimate(batch) for w, batch in zip(weights, self.validation)]
-        shortest = min(map(len, draws))  # some may be cut off
+        shortest = min(map(len, draws))  # a time limit may cut some off
         return torch.stack([part[:shortest] for part in draws]).sum(0)
 
     def _estimator(self, count: int) -> Callable[[Batch], Tensor]:
-        """Draws of the ELBO of a batch; the same draws for all, where all have the same latents."""
+        """Returns a function for ELBO draws of a batch, with common draws if batches share all latents."""
         objective = self.objective
         if not isinstance(objective, PathObjective):
             return lambda batch: objective.with_arguments(batch).elbo_draws(count)
@@ -137,13 +137,13 @@ class MinibatchObjective(Objective):
         return self._last.nonfinite_sites()
 
     def mean_log_joint(self) -> MeanLogJoint:
-        """The mean log joint density of several batches, in which an initial guide is found."""
+        """The mean log joint density of several batches, which determines the initial guide."""
         few = self.validation[:: math.ceil(len(self.validation) / self.config.num_for_start)]
         return MeanLogJoint(self.log_joint, few)
 
     @torch.no_grad()
     def over_a_pass(self) -> PassEstimate:
-        """The ELBO from one pass over the loader, or from batches that are spread over it."""
+        """Estimates the ELBO in one pass over the loader, or from batches spread over it."""
         config, whole = self.config, self.stream.whole
         are_common = isinstance(self.objective, PathObjective)
         count = config.num_draws // min(whole.num_batches, config.max_batches)
@@ -154,7 +154,7 @@ class MinibatchObjective(Objective):
             draws.append(estimate(batch))
             scales.append(self.log_joint.structure(*batch).scale)
         weights, num_batches = [self._least_scale / scale for scale in scales], len(draws)
-        seen = sum(1 / scale for scale in scales)  # the part of all data by the scales
+        seen = sum(1 / scale for scale in scales)  # the share of all data according to the scales
         is_scaled = any(scale != 1 for scale in scales)
         share = num_batches / whole.num_batches if whole.is_partition else 0.0
         loader_share = seen if is_scaled and share == 1 else 1.0
@@ -174,12 +174,12 @@ class MinibatchObjective(Objective):
 def _mean_and_error(
     means: Sequence[float], variances: Sequence[float], weights: Sequence[float], share: float
 ) -> tuple[float, float]:
-    """The weighted mean of independent means, a share of all that there are, and its error."""
+    """The weighted mean of independent means, and its standard error; they are a ``share`` of all means."""
     mean, variance, weight = torch.tensor(
         [means, variances, weights], dtype=torch.float64, device="cpu"
     )
     shares = weight / weight.sum()
-    found = shares @ mean
-    by_batches = shares.square() @ (mean - found).square() * len(means) / max(len(means) - 1, 1)
+    center = shares @ mean
+    by_batches = shares.square() @ (mean - center).square() * len(means) / max(len(means) - 1, 1)
     by_draws = shares.square() @ variance
-    return float(found), float((by_draws + max(1 - share, 0.0) * by_batches).sqrt())
+    return float(center), float((by_draws + max(1 - share, 0.0) * by_batches).sqrt())

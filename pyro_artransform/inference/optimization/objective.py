@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a fit minimizes: the negative ELBO, of all data or of mini-batches."""
+"""The objective of a fit: the negative ELBO, on all data or on a mini-batch."""
 
 import copy
 import warnings
@@ -34,59 +34,59 @@ from ...joint.vectorization import (
 from ...time_limit import limited
 from ..loader import Batch
 
-# independent estimates of an ELBO where draws cannot be told apart
+# independent estimates of an ELBO if single draws have no log weights
 _NUM_ESTIMATES = 4
-# runs of the model in which a site that is not finite is searched for
+# runs of the model in the search for a site that is not finite
 _NUM_TRACED = 16
 
-# how much more deviating log weights count for tails, the squared deviation where that ends, and how many
-# times as many draws a step has then: k-hat of gp_regr, hmm_example and garch11 is 0.46 to 0.82 with as many
+# the additional weight of deviating log weights in the tail loss, the squared deviation at its cap, and
+# the factor on draws per step: with factor 1 gp_regr, hmm_example and garch11 have k-hat 0.46 to 0.82
 _TAIL_WEIGHT, _MAX_DEVIATION, _TAIL_DRAWS = 2.0, 50.0, 4
-# numbers of the draws of a step for the tails: memory, and time where latents are many
+# draws times latents in a step with the tail loss, limited for memory and time
 _MOST_TRAINED = 2**14
 
 
 class Objective(Protocol):
-    """The negative ELBO of a guide as a function of all parameters, the model's included."""
+    """The negative ELBO of a guide as a function of all parameters, including the model's."""
 
-    #: whether :meth:`elbo_draws` are log weights of single draws
+    #: whether :meth:`elbo_draws` returns log weights of single draws
     has_weights: bool = False
 
     @property
     def num_compared(self) -> int:
-        """How often losses that are replayed were compared with others, and were the same."""
+        """How often a replayed loss was compared with a fresh evaluation, and agreed."""
         return 0
 
     def loss(self, num_particles: int) -> Tensor:
         """A differentiable estimate of the negative ELBO in nats, a scalar.
 
-        :raises ReplayError: if losses since the last comparison were wrong; the next one is not.
+        :raises ReplayError: if losses since the last comparison were wrong; the next call is correct.
         """
 
     def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:
-        """As :meth:`loss`, with a gradient that covers the tails better, and its number of draws."""
+        """A loss like :meth:`loss` whose gradient covers the tails better, and its number of draws."""
         return self.loss(num_particles), num_particles
 
     def parameters(self) -> dict[str, Tensor]:
         """The unconstrained parameters by name."""
 
     def is_guide_alone(self) -> bool:
-        """Whether all parameters are the guide's, as far as that is known."""
+        """Whether all parameters are known to be the guide's."""
         return False
 
     def elbo_draws(self, count: int) -> Tensor:
         """Independent unbiased estimates of the ELBO in nats, shape ``(n,)``, from ``count`` draws.
 
-        Where single draws have no log weights, n is smaller than ``count``.
+        If single draws have no log weights, n is smaller than ``count``.
         """
 
     def nonfinite_sites(self) -> list[str]:
-        """The sites that made the last loss other than finite, as far as that can be found."""
+        """The sites that made the last loss non-finite, if they can be found."""
 
 
 @dataclass
 class _PathTerms:
-    """log q - log p at draws of a guide, with the path gradient; a captured loss holds it without a cycle."""
+    """log q - log p at draws of a guide, with the path gradient; apart, so that captures form no cycle."""
 
     log_joint: LogJoint
     guide: ReparametrizedGuide
@@ -115,11 +115,11 @@ class _PathTerms:
 
 @dataclass
 class PathObjective(Objective):
-    """The ELBO with the path gradient, which vanishes where the guide is the posterior.
+    """The ELBO with the path gradient, which vanishes if the guide is the posterior.
 
     See Sticking the Landing (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194.
 
-    :param is_one: whether it is the objective of all steps, so that capturing its operations is worth while.
+    :param is_one: whether all steps use this objective, so that capturing its operations is worthwhile.
     """
 
     log_joint: LogJoint
@@ -136,14 +136,14 @@ class PathObjective(Objective):
         return sum(captured.num_compared for captured in self._captured.values())
 
     def with_arguments(self, batch: Batch) -> "PathObjective":
-        """The same objective, of the same parameters, for other arguments of model and guide."""
+        """A copy of the objective, with shared parameters, for other arguments of model and guide."""
         return replace(self, log_joint=self.log_joint.with_arguments(*batch), is_one=False)
 
     def loss(self, num_particles: int) -> Tensor:
         return self._replayed(self._terms.mean, num_particles)
 
     def _replayed(self, loss: Callable[[int], Tensor], num_particles: int) -> Tensor:
-        """A loss of so many draws, whose operations are captured."""
+        """Evaluates a loss with this number of draws, replaying captured operations."""
         if not self.is_one or self.log_joint.strategy == "loop":
             return loss(num_particles)
         key = loss.__name__, num_particles
@@ -152,12 +152,12 @@ class PathObjective(Objective):
         return self._captured[key]()
 
     def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:
-        r"""As :meth:`loss`, with the gradient of another divergence, which covers the tails better.
+        r"""The ELBO with the gradient of another divergence, which covers the tails better.
 
         With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path gradient of the ELBO
-        with weights :math:`w^2 f''(w)`, which are one for the ELBO. Here they are
-        :math:`1 + \lambda \min(d^2, c)`, d the deviation of :math:`\log w` from its median in units
-        of its spread. The minimum is the posterior all the same.
+        with weights :math:`w^2 f''(w)`, which are one for the ELBO. Here the weights are
+        :math:`1 + \lambda \min(d^2, c)`, where d is the deviation of :math:`\log w` from its median in
+        units of its spread. The minimum is still at the posterior.
 
         See Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al., 2019),
         https://arxiv.org/abs/1810.04152, and Variational Inference via chi Upper Bound Minimization
@@ -168,13 +168,13 @@ class PathObjective(Objective):
         return self._replayed(self._terms.for_tails, count), count
 
     def parameters(self) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        parameters: dict[str, Tensor] = {}
         if isinstance(self.guide, nn.Module):
-            found.update(self.guide.named_parameters(prefix="guide"))
-        known = set(found.values())
+            parameters.update(self.guide.named_parameters(prefix="guide"))
+        known = set(parameters.values())
         with torch.no_grad():
             traced = traced_parameters(partial(self._terms.mean, 1))
-        return found | {name: p for name, p in traced.items() if p not in known}
+        return parameters | {name: p for name, p in traced.items() if p not in known}
 
     def is_guide_alone(self) -> bool:
         return all(name.startswith("guide.") for name in self.parameters())
@@ -196,7 +196,7 @@ class PathObjective(Objective):
 
 @contextmanager
 def _quietly() -> Iterator[None]:
-    """Hides sites from handlers around a fit, and what Pyro says of NaN, which a fit counts itself."""
+    """Hides sites from surrounding handlers, and Pyro's warnings of NaN, which a fit counts itself."""
     with hidden_sites(), pyro.validation_enabled(False), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Encountered ")
         yield
@@ -204,7 +204,7 @@ def _quietly() -> Iterator[None]:
 
 @dataclass
 class PyroObjective(Objective):
-    """The ELBO by Pyro's estimators, for any guide; with the path gradient where the guide has one."""
+    """The ELBO with Pyro's estimators, for any guide; with the path gradient if the guide has one."""
 
     model: Callable[..., object]
     guide: Callable[..., object]
@@ -228,37 +228,38 @@ class PyroObjective(Objective):
         return other
 
     def draws(self, function: Callable[..., object], given: Draws, n: int) -> SiteLogProbs:
-        """The sites of the model or the guide in a plate of n draws, with given values of some."""
+        """The sites of the model or the guide in a plate of n draws, some of them conditioned on."""
         scored, (args, kwargs) = SiteLogProbs(given), self.arguments
         with poutine.block(), CholeskyOrNan(), scored:
             DrawPlate(n, self._num_plates).run(partial(function, *args, **kwargs))
         return scored
 
     def log_ratios(self, plate: str, given: Draws, n: int | None) -> Terms:
-        """The log weights of n draws of the guide, by element of a plate ``(n, size)`` and of other sites.
+        """Log weights of n draws of the guide: by element of a plate, ``(n, size)``, and of other sites.
 
-        The third ones are the densities of the data, by element, at draws of the elements' prior, which are
-        zero where it cannot be drawn from. All are in float64.
+        ``"by_prior"`` has the log densities of the data, by element, at prior draws of the elements' latents,
+        ``-inf`` if the prior cannot be sampled. All are in float64.
         """
         n = n or 1
         drawn = self.draws(self.guide, given, n)
         scored = self.draws(self.model, drawn.values, n)
         pairs = zip(scored.by_element(plate), drawn.by_element(plate))
         elements, others = (p.double() - q.double() for p, q in pairs)
-        own = {name for name in drawn.frames if drawn.frame(name, plate)}
-        given = {name: value for name, value in drawn.values.items() if name not in own}
+        local = {name for name in drawn.frames if drawn.frame(name, plate)}
+        given = {name: value for name, value in drawn.values.items() if name not in local}
         try:
-            by_prior = self.draws(self.model, given, n).by_element(plate, left_out=own)[0].double()
-        except (NotImplementedError, *ModelFailures):  # an improper prior, or a draw that is none
+            from_prior = self.draws(self.model, given, n)
+            by_prior = from_prior.by_element(plate, left_out=local)[0].double()
+        except (NotImplementedError, *ModelFailures):  # an improper prior, or an invalid draw
             by_prior = torch.full_like(elements, -torch.inf)
         terms = {"elements": elements, "others": others, "by_prior": by_prior}
         finite = -torch.inf, torch.inf, -torch.inf
         return {name: term.nan_to_num(*finite).to("cpu") for name, term in terms.items()}
 
     def check_elements(self, plate: str, given: Draws) -> None:
-        """Refuses a model in which an element of a plate depends on others, by two draws of the guide.
+        """Checks with two draws of the guide that the elements of a plate are independent.
 
-        :raises ValueError: if the density of an element does not go with it to another draw.
+        :raises ValueError: if the density of an element changes when others come from another draw.
         """
         drawn = self.draws(self.guide, given, 2)
         mixed = dict(drawn.values)
@@ -286,7 +287,7 @@ class PyroObjective(Objective):
         return not self.traces()[1].param_nodes
 
     def elbo_draws(self, count: int) -> Tensor:
-        # in a loop, draw by draw, so that it ends in time
+        # a loop takes one draw at a time, to stop at the time limit
         batch = max(count // _NUM_ESTIMATES, 1) if self.is_vectorized else 1
         losses = [self._value(batch) for _ in limited(range(max(count // batch, 1)), at_least=2)]
         like = next(iter(self.parameters().values()))
@@ -295,16 +296,16 @@ class PyroObjective(Objective):
     @torch.no_grad()
     @_quietly()
     def nonfinite_sites(self) -> list[str]:
-        found: list[str] = []
+        names: list[str] = []
         for _ in range(_NUM_TRACED):
             for trace in self.traces():
                 trace.compute_log_prob()
                 for name, node in trace.nodes.items():
                     if "log_prob" in node and not bool(node["log_prob"].isfinite().all()):
-                        found.append(name)
-            if found:
+                        names.append(name)
+            if names:
                 break
-        return found
+        return names
 
     @torch.no_grad()
     @_quietly()
@@ -330,13 +331,13 @@ class PyroObjective(Objective):
 
 
 def _exchanged(draws: Tensor, dim: int) -> Tensor:
-    """Two draws that have exchanged every other entry of a dimension, counted from the last."""
+    """Two draws after they exchange every other entry of a dimension, a negative index."""
     is_other = torch.arange(draws.shape[dim], device=draws.device) % 2 == 1
     return torch.where(is_other[(..., *(None,) * (-1 - dim))], draws.flip(0), draws)
 
 
 def are_close(found: Tensor, expected: Tensor) -> bool:
-    """Whether log densities of the same draws are the same but for round-off."""
+    """Whether log densities of the same draws are equal up to round-off."""
     return torch.allclose(found, expected.expand_as(found), rtol=1e-4, atol=1e-2, equal_nan=True)
 
 

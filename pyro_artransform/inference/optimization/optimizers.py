@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The optimizers of a fit: its own Adam, and those that users bring."""
+"""The optimizers of a fit: Adam, and wrappers for the user's."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -13,33 +13,33 @@ from torch import Tensor, nn
 from torch.optim.adam import adam
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-#: the ``step_scales`` of a guide
+#: the ``step_scales`` method of a guide
 Scales = Callable[[], Mapping[nn.Parameter, Tensor]]
 
-# of Adam; the memory of squares is short since steps are few
+# beta2 is small since steps are few
 _RATES = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
 
 
 class Adam:
     """Adam whose step size follows the schedule of the fit.
 
-    It is the function of PyTorch and not an optimizer of it: the first of these in a process imports the
-    compiler, which takes as long as a hundred steps of a small fit.
+    It calls PyTorch's functional Adam: the first optimizer object in a process imports the compiler, which
+    takes as long as a hundred steps of a small fit.
 
-    A guide may scale the steps of parameters: Adam's are as large for a deviation of 1e-4 as for 1e4.
+    A guide may scale the steps of its parameters, since Adam takes equal steps for an sd of 1e-4 or 1e4.
     """
 
     def __init__(
         self, parameters: Sequence[Tensor], step_size: float, scales: Scales | None = None
     ) -> None:
         self._step_size, self._scales = step_size, scales
-        #: of the step size, by the schedule
+        #: the schedule's factor on the step size
         self.factor = 1.0
         has_kernel = all(p.device.type in ("cpu", "cuda") for p in parameters)
         is_fused = has_kernel and all(map(torch.is_floating_point, parameters))
         has_complex = any(map(torch.is_complex, parameters))
         self._kind = {"fused": is_fused, "has_complex": has_complex}
-        #: of each parameter: the mean of its gradients, that of their squares, and the number of steps
+        #: by parameter, the means of gradients and of their squares, and the number of steps
         self._moments: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
         for p in parameters:
             device = p.device if is_fused else "cpu"
@@ -48,7 +48,7 @@ class Adam:
 
     @torch.no_grad()
     def step(self) -> None:
-        """Takes a step along each ``grad``; a parameter without one stays where it is."""
+        """Takes a step with each ``grad``; a parameter without one stays unchanged."""
         scales = {} if self._scales is None else self._scales()
         scaled = [(p, scales[p], p.detach().clone()) for p in scales if p in self._moments]
         present = [(p, p.grad, *own) for p, own in self._moments.items() if p.grad is not None]
@@ -71,11 +71,11 @@ class Adam:
 
 
 class PyroOptimizer:
-    """An optimizer of Pyro, as one of PyTorch; a scheduler goes on after each step."""
+    """Adapts an optimizer of Pyro to PyTorch's interface; a scheduler advances after each step."""
 
     def __init__(self, optimizer: PyroOptim, parameters: Sequence[Tensor]) -> None:
         self._parameters, self._optimizer = list(parameters), cast(Any, optimizer)
-        # Pyro does this at the first step only, before which a state could not be loaded
+        # Pyro does this only at the first step, but a state may be loaded before
         for parameter in set(parameters) - optimizer.optim_objs.keys():
             optimizer.optim_objs[parameter] = self._optimizer._get_optim(parameter)
             optimizer.grad_clip[parameter] = self._optimizer._get_grad_clip(parameter)
@@ -97,10 +97,10 @@ Optimizer = Adam | PyroOptimizer | torch.optim.Optimizer
 
 
 def users_optimizer(optim: Any, parameters: Sequence[Tensor]) -> Optimizer:
-    """The user's optimizer for these parameters, at its own step size.
+    """The user's optimizer for these parameters, with its own step size.
 
-    :param optim: an optimizer or scheduler of ``pyro.optim``, or a function of a list of parameters
-        that returns one of ``torch.optim``; of these parameters, and without need of the loss.
+    :param optim: an optimizer or scheduler of ``pyro.optim`` that needs no loss, or a function from a list
+        of parameters to an optimizer of ``torch.optim`` that needs no closure.
     """
     if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is ReduceLROnPlateau:
         raise TypeError("optim: expected a scheduler that needs no loss, got ReduceLROnPlateau")

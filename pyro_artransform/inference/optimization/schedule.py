@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""When the step size goes down, when a fit ends, and what its parameters are averaged over."""
+"""The schedule of the step size, the end of a fit, and the weights of the parameter average."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,30 +19,30 @@ LITTLE_TO_WIN = "little was left to win, as far as its weights tell"
 LIMIT = (
     "the largest number of steps that a fit takes by itself was reached while the ELBO still moved"
 )
-# steps in which the step size rises at first
+# steps over which the step size rises at the start
 _WARM_UP = 20
-# steps of the decay, and the fraction of the step size that it starts from: the gradient for tails is noisier
+# steps of the decay, and the fraction of the step size it starts from, as the tail gradient is noisier
 _DECAY, _DECAY_FACTOR = 150, 0.3
-# the share of a given number of steps that is the decay, from the full size: they may end far off
+# the share of a fixed number of steps spent in decay, from the full step size: the guide may still be far off
 _DECAY_SHARE = 0.4
-# a factor on num_compared for the last check: with 1,000 draws the standard error of k-hat is 0.15
+# multiplies num_compared for the last check: with 1,000 draws the standard error of k-hat is 0.15
 _TIMES_AT_END = 5
-# the average of parameters is over the last one of so many parts of all steps, about: with 3 it still had the
-# climb of Pyro's Gaussian guides (benchmarks/fit.md)
+# parameters are averaged over about the last 1/8 of all steps; 1/3 still included the climb of Pyro's
+# Gaussian guides (benchmarks/fit.md)
 _AVERAGED_PARTS = 8
-# epochs in a window, and in the longest constant phase where these are more steps
+# epochs in a window, and in the longest constant phase if that is more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
 
 def remaining_gap(draws: Tensor, has_variance: bool = False) -> float:
-    """The gap between the ELBO and the evidence in nats, by log weights ``(n,)``.
+    """The gap between the ELBO and the evidence in nats, estimated from log weights ``(n,)``.
 
-    It is inf where k-hat is too large for these to know it.
+    It is inf if k-hat is too large to estimate it.
 
-    :param has_variance: whether the weights have to have a variance: those of a Gaussian guide of a posterior
-        with a tail may have a gap of 0.001 nats and a k-hat of 0.9.
+    :param has_variance: whether to require weights with finite variance: a Gaussian guide of a heavy-tailed
+        posterior may have a gap of 0.001 nats and a k-hat of 0.9.
     """
-    # weights with a heavy tail know too little of the evidence
+    # heavy-tailed weights do not estimate the evidence reliably
     bound, num_se = (KHAT_OF_VARIANCE, 1.0) if has_variance else (GOOD_KHAT, 0.0)
     tail, elbo = fit_tail(draws), draws.mean()
     if not math.isfinite(elbo) or tail.khat + num_se * tail.khat_se > bound:
@@ -52,13 +52,13 @@ def remaining_gap(draws: Tensor, has_variance: bool = False) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """A constant step size for as long as the ELBO improves, then half a cosine down to zero.
+    """A constant step size while the ELBO improves, then a half-cosine decay to zero.
 
-    The cosine begins at the average of the parameters.
+    The decay starts from the average of the parameters.
 
-    :param epoch: the steps in which the noise of mini-batches cancels; 1 without a loader.
-    :param num_steps: the number of steps that were asked for, if they were.
-    :param end: the number of steps in all; ``None`` while it is not known.
+    :param epoch: the number of steps over which mini-batch noise cancels; 1 without a loader.
+    :param num_steps: the number of steps the user requested, or ``None``.
+    :param end: the total number of steps, ``None`` while unknown.
     """
 
     config: OptimizationConfig
@@ -69,7 +69,7 @@ class Schedule:
     reason: str = ""
 
     def of_length(self, num_steps: int | None) -> "Schedule":
-        """The schedule of a given number of steps; itself without one."""
+        """The schedule for a fixed number of steps; unchanged for ``None``."""
         if num_steps is None:
             return self
         return replace(
@@ -81,12 +81,12 @@ class Schedule:
         )
 
     def ending_at(self, step: int, reason: str) -> "Schedule":
-        """The schedule of a fit that ends now."""
+        """The schedule of a fit that ends at this step."""
         start = step if self.end is None else min(self.decay_start, step)
         return replace(self, decay_start=start, end=step, reason=reason)
 
     def observe(self, losses: Sequence[float]) -> "Schedule":
-        """The schedule after the losses of all steps: once they stop falling the step size does."""
+        """Updates the schedule with the losses of all steps: the decay starts once they stop falling."""
         step = len(losses)
         if self.end is not None or step % self.whole_epochs(self.config.window // 4):
             return self
@@ -97,26 +97,26 @@ class Schedule:
         return self
 
     def _decaying(self, step: int, reason: str) -> "Schedule":
-        """The schedule whose step size goes down from now on."""
+        """The schedule whose decay starts at this step."""
         end = step + self.whole_epochs(_DECAY)
         return replace(self, decay_start=step, end=end, reason=reason)
 
     def expected_end(self, step: int) -> int:
-        """The number of steps in all; while it is not known, that of a fit that stops moving now."""
+        """The total number of steps; while unknown, the number if the ELBO stopped moving now."""
         still = max(step, 2 * self.whole_epochs(self.config.window, _MIN_EPOCHS))
         return still + self.whole_epochs(_DECAY) if self.end is None else self.end
 
     def is_for_check(self, step: int) -> bool:
-        """Whether to check, after a number of steps, what is left to win."""
+        """Whether the gap is to be checked after this number of steps."""
         every = self.config.window // 4
         return self.end is None and step >= 2 * every and step % every == 0
 
     def after_check(self, step: int, log_weights: Callable[[int], Tensor]) -> "Schedule":
-        """The schedule after a check of the gap to the evidence: with a good one the step size falls.
+        """Checks the gap to the evidence: the decay starts if it is small enough.
 
-        Where weights have a variance as well there are no more steps.
+        Steps end if the weights also have a finite variance.
 
-        :param log_weights: those of a number of draws.
+        :param log_weights: returns the log weights of a number of draws.
         """
         config = self.config
         if remaining_gap(log_weights(config.num_compared)) > config.good_gap:
@@ -127,18 +127,18 @@ class Schedule:
         return self._decaying(step, LITTLE_TO_WIN) if step else self
 
     def whole_epochs(self, steps: int, min_epochs: int = 1) -> int:
-        """A number of steps rounded up to whole epochs, and to a number of these."""
+        """A number of steps rounded up to whole epochs, at least ``min_epochs``."""
         if self.epoch == 1:
             return steps
         return self.epoch * max(math.ceil(steps / self.epoch), min_epochs)
 
     def is_still(self, losses: Sequence[float]) -> bool:
-        """Whether the mean loss fell by less than is worth while, or than its standard error."""
+        """Whether the mean loss fell by less than the minimal improvement or its standard error."""
         window = self.whole_epochs(self.config.window, _MIN_EPOCHS)
         before, after = losses[-2 * window : -window], losses[-window:]
         if len(losses) < 2 * window:
             return False
-        if self.epoch > 1:  # the differences between the batches of an epoch are no noise
+        if self.epoch > 1:  # differences between the batches of an epoch are not noise
             starts = range(0, len(before), self.epoch)
             before = [_mean_and_variance(before[k : k + self.epoch])[0] for k in starts]
             after = [_mean_and_variance(after[k : k + self.epoch])[0] for k in starts]
@@ -146,11 +146,11 @@ class Schedule:
         return not old - new > max(self.config.min_improvement, math.sqrt(old_var + new_var))
 
     def is_over(self, step: int) -> bool:
-        """Whether a number of steps is enough."""
+        """Whether the fit is over after this number of steps."""
         return self.end is not None and step >= self.end
 
     def factor(self, step: int) -> float:
-        """What to multiply the step size by, after a number of steps."""
+        """The factor on the step size after a number of steps."""
         if self.end is None or step < self.decay_start:
             return min(1.0, (step + 1) / _WARM_UP)
         share = (step - self.decay_start) / (self.end - self.decay_start)
@@ -158,7 +158,7 @@ class Schedule:
         return size * 0.5 * (1 + math.cos(math.pi * share))
 
     def average_weight(self, step: int) -> float:
-        """The weight of the current parameters in their polynomial-decay average.
+        """The weight of the current parameters in the polynomial-decay average.
 
         See Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
         Averaging Schemes (Shamir, Zhang, 2013), https://arxiv.org/abs/1212.1824.
@@ -167,7 +167,7 @@ class Schedule:
 
 
 def _mean_and_variance(losses: Sequence[float]) -> tuple[float, float]:
-    """The mean of the finite numbers, and its variance."""
+    """The mean of the finite losses, and the variance of this mean."""
     finite = [loss for loss in losses if math.isfinite(loss)]
     if len(finite) < 2:
         return math.nan, math.nan

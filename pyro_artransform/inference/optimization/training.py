@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The steps of a fit, and the parameters that it ends with."""
+"""The steps of a fit, and its final parameters."""
 
 import copy
 import math
@@ -24,33 +24,33 @@ from .schedule import Schedule
 
 _END = ("decay_start", "end", "reason")
 _COPIED = ("norms", "average")
-# gradients are clipped to a multiple of the median norm of so many steps
+# gradients are clipped to 3 times their median norm over the last 100 steps
 _CLIP_FACTOR, _CLIP_WINDOW = 3.0, 100
-# steps in a row that are not finite before a fit gives up
+# consecutive non-finite steps after which a fit gives up
 _MAX_SKIPS = 100
 
 
 class FitError(RuntimeError):
-    """A fit that cannot go on."""
+    """Raised when a fit cannot continue."""
 
 
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
-    """The values of tensors."""
+    """Detached copies of tensors."""
     return [*map(torch.clone, map(Tensor.detach, tensors))]
 
 
 @torch.no_grad()
 def copy_to(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    """Puts tensors at given values, one for each, in place."""
+    """Copies values to tensors, in place."""
     for tensor, value in zip(tensors, values):
         tensor.copy_(value)
 
 
 class Training:
-    """The state of a fit between two steps, all of which can be saved and restored.
+    """The state of a fit between two steps, which can be saved and restored.
 
     :param optim: the user's optimizer; ``None`` for Adam with the step size of the settings.
-    :param scales: those of the steps of a guide's parameters, where it has them.
+    :param scales: returns the scales of the guide's steps by parameter, if it has any.
     """
 
     def __init__(
@@ -75,28 +75,28 @@ class Training:
             if optim is None
             else users_optimizer(optim, self.trained)
         )
-        # a user's optimizer ends where its own step sizes lead
+        # a user's optimizer has its own step sizes
         self._has_decay = optim is None
-        #: the loss of each step, NaN where the step was skipped
+        #: the loss of each step, NaN if the step was skipped
         self.losses: list[float] = []
-        #: the sites because of which steps were skipped, with the number of times
+        #: the sites that caused steps to be skipped, with the number of steps
         self.culprits: Counter[str] = Counter()
         self._norms: list[float] = []
-        #: gradients of the model's log density, one for each draw
+        #: gradients of the model's log density, one per draw
         self.num_gradients = 0
         self.start = ""  #: the name of the initial guide
-        self.earlier_seconds = 0.0  #: the wall time that the fit took before it was resumed
+        self.earlier_seconds = 0.0  #: the wall time of the fit before it was resumed
         self._average = copies(self.trained)
-        # the state at the last replays that were verified, to go back to
+        # the state at the last verified replay, to return to
         self._num_compared = 0
         self._confirmed: dict[str, Any] | None = None
-        # the weights say nothing of the parameters of a model
+        # weights do not judge the parameters of a model
         self._has_checks = objective.has_weights and is_guide_alone
         self._num_stored = len(pyro.get_param_store())
 
     @property
     def num_steps(self) -> int:
-        """The steps taken so far, the skipped ones included."""
+        """The number of steps so far, including skipped ones."""
         return len(self.losses)
 
     @property
@@ -104,19 +104,19 @@ class Training:
         return sum(map(math.isnan, self.losses))
 
     def check_start(self, name: str) -> None:
-        """Leaves out all steps where their number was not given, and the initial guide is good enough."""
+        """Ends the fit if the user requested no number of steps and the initial guide is good enough."""
         self.start = name
         is_asked = self.schedule.num_steps is not None or not self._has_decay
         if self._has_checks and not is_asked:
             self.schedule = self.schedule.after_check(0, self._log_weights)
 
     def _log_weights(self, count: int) -> Tensor:
-        """Those of so many draws of all processes."""
-        own = self._parallel.share(count)
-        return self._parallel.gather(self.objective.elbo_draws(own))
+        """The log weights of at least ``count`` draws, from all processes."""
+        share = self._parallel.share(count)
+        return self._parallel.gather(self.objective.elbo_draws(share))
 
     def is_over(self) -> bool:
-        """Whether the schedule is at its end."""
+        """Whether the schedule has ended."""
         return self.schedule.is_over(self.num_steps)
 
     @torch.enable_grad()
@@ -126,14 +126,14 @@ class Training:
             self._num_compared = self.objective.num_compared
             self._confirmed = copy.deepcopy(self.state())
         try:
-            loss, own = self._loss()
+            loss, num_draws = self._loss()
         except ReplayError:
-            # other processes would stay where they are
+            # with several processes the others would not go back
             if self._confirmed is not None and self._parallel.size == 1:
                 self.restore(self._confirmed)
-            loss, own = self._loss()
+            loss, num_draws = self._loss()
         self._refuse_new_parameters()
-        self.num_gradients += own * self._parallel.size
+        self.num_gradients += num_draws * self._parallel.size
         if not loss.requires_grad:
             raise FitError("there is nothing to train: neither guide nor model has parameters")
         if isinstance(self.optimizer, Adam):
@@ -154,9 +154,9 @@ class Training:
         return value
 
     def _take(self, loss: Tensor) -> float:
-        """Takes a step, or skips it where the loss or its gradient is not finite; returns the loss.
+        """Takes a step, or skips it if the loss or its gradient is not finite; returns the loss.
 
-        :raises FitError: if too many steps in a row were skipped.
+        :raises FitError: if too many consecutive steps were skipped.
         """
         value = loss.item()
         gradients: Gradients | None = None
@@ -179,7 +179,7 @@ class Training:
             torch._foreach_mul_(present, shrink)
         for parameter, gradient in zip(self.trained, gradients):
             if gradient is not None and gradient.stride() != parameter.stride():
-                # PyTorch's fused Adam reads both in the order of memory
+                # PyTorch's fused Adam assumes equal memory layouts
                 gradient = torch.empty_like(parameter).copy_(gradient)
             parameter.grad = gradient
         self.optimizer.step()
@@ -188,8 +188,8 @@ class Training:
         return value
 
     def _skip(self) -> None:
-        own = self.objective.nonfinite_sites()
-        names = self._parallel.gather_objects("the sites of all processes", own)
+        sites = self.objective.nonfinite_sites()
+        names = self._parallel.gather_objects("the sites of all processes", sites)
         self.culprits.update([*dict.fromkeys(chain(*names))] or ["the gradient"])
         self.losses.append(math.nan)
         if sum(map(math.isnan, self.losses[-_MAX_SKIPS:])) == _MAX_SKIPS:
@@ -202,7 +202,7 @@ class Training:
             )
 
     def _refuse_new_parameters(self) -> None:
-        """Refuses a model with parameters that its first run did not have: they would not be trained."""
+        """Raises an error if the model has parameters that its first run lacked: they are not trained."""
         if len(pyro.get_param_store()) <= self._num_stored:
             return
         if new := sorted(self.objective.parameters().keys() - self.parameters.keys()):
@@ -213,18 +213,18 @@ class Training:
         self._num_stored = len(pyro.get_param_store())
 
     def _loss(self) -> tuple[Tensor, int]:
-        own = self._parallel.share(self.num_particles)
+        num_draws = self._parallel.share(self.num_particles)
         if self.schedule.end is not None and self.num_steps >= self.schedule.decay_start:
-            return self.objective.tail_loss(own)
-        return self.objective.loss(own), own
+            return self.objective.tail_loss(num_draws)
+        return self.objective.loss(num_draws), num_draws
 
     def finish(self) -> None:
-        """Takes the average of the parameters, unless smaller steps or a user's optimizer came after it."""
+        """Sets the parameters to their average, unless a decay or a user's optimizer determined them."""
         if self.losses and self._has_decay and self.num_steps <= self.schedule.decay_start:
             copy_to(self.trained, self._average)
 
     def state(self) -> dict[str, Any]:
-        """Everything that changes, in tensors and plain data."""
+        """All mutable state, in tensors and plain data."""
         return {
             **{name: copy.deepcopy(getattr(self, f"_{name}")) for name in _COPIED},
             "parameters": dict(zip(self.parameters, copies(self.trained))),
@@ -237,7 +237,7 @@ class Training:
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Takes over what :meth:`state` returned; an error if it is of other parameters."""
+        """Restores what :meth:`state` returned; raises a ``ValueError`` if the parameters differ."""
         expected = {name: tuple(p.shape) for name, p in self.parameters.items()}
         got = {name: tuple(p.shape) for name, p in state["parameters"].items()}
         if expected != got:
