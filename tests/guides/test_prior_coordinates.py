@@ -314,4 +314,3 @@ def test_a_model_with_bound_arguments_keeps_them_to_itself():
     assert guide.prior_coordinates is not None
     latent = guide.get_transform(SIGMA)(torch.zeros(3, 5))
     assert latent.isfinite().all()
-
