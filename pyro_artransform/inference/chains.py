@@ -221,15 +221,14 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
             names=first_of(names),
             between=between,
         )
-    remedy = more = "Let them run for longer"
+    remedy, fewer = "Let them run for longer", ", or ask for fewer draws"
+    more = f"{remedy}{fewer}"
     if bfmi < _LOW_BFMI:
         remedy = more = CORNER
     elif ensemble.end is End.LIMIT:
-        remedy = more = (
-            f"Ask for draws, draws={num_samples}: a fit that is not asked ends chains early"
-        )
+        remedy = more = f"Give draws={num_samples}: without draws= chains of a fit end early"
     elif ensemble.end is not End.OUT_OF_TIME:
-        more = "Use tighter priors, or another parametrization"
+        more = f"Use tighter priors, or another parametrization{fewer}"
         remedy = "Use tighter priors, another parametrization, or chains from a guide"
     if not is_apart and not max_rhat <= GOOD_RHAT:
         name = latents.name_of(int(convergence.rhat.argmax()))

@@ -126,7 +126,7 @@ class FitResult(SavedResult):
         return draws_of_guide(self.guide, _NUM_DRAWS, args, kwargs or {})
 
     def save(self, path: FilePath) -> None:
-        """See :meth:`Chains.save`; warns if the model has parameters, which the file does not hold."""
+        """As :meth:`~pyro_artransform.inference.Chains.save`; warns of parameters that the model has."""
         if self.point_estimates:
             warn_user(
                 f"the file has no parameters of the model, {first_of(self.point_estimates)}, without which "

@@ -38,7 +38,7 @@ class Check(Enum):
     MIXING = ("chains have not mixed: R-hat is {rhat:.3f} for {name}, above {bound}", "{remedy}")
     ESS = (
         "{name} has {ess:.0f} effective draws{where}, not {wanted}",
-        "{remedy}, or ask for fewer draws",
+        "{remedy}",
     )
     DIVERGENCES = (
         "{percent:.2g} % of the trajectories diverged: there is a corner that steps of this size do not "
