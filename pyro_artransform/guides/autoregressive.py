@@ -167,6 +167,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoAutoregressive":
         super()._apply(fn, recurse)
+        self._entries = {}
         if self._spec is not None:
             self._flow_start = {name: fn(value) for name, value in self._flow_start.items()}
         return self

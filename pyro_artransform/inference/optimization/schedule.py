@@ -29,7 +29,7 @@ _DECAY_SHARE = 0.4
 _TIMES_AT_END = 5
 # parameters are averaged over about the last 1/8 of all steps; 1/3 still included the climb of Pyro's
 # Gaussian guides (benchmarks/fit.md)
-_AVERAGED_PARTS = 8
+_AVERAGED_PARTS, _PARTS_OF_MINIBATCHES = 8, 3
 # epochs in a window, and in the longest constant phase if that is more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
@@ -163,7 +163,9 @@ class Schedule:
         See Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
         Averaging Schemes (Shamir, Zhang, 2013), https://arxiv.org/abs/1212.1824.
         """
-        return _AVERAGED_PARTS / max(step, _AVERAGED_PARTS)
+        # the noise of mini-batches takes longer to average out
+        parts = _AVERAGED_PARTS if self.epoch == 1 else _PARTS_OF_MINIBATCHES
+        return parts / max(step, parts)
 
 
 def _mean_and_variance(losses: Sequence[float]) -> tuple[float, float]:
