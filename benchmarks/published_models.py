@@ -15,7 +15,8 @@ from pyro import distributions
 
 #: for each site the mean and the variance of its square
 Truth = Mapping[str, tuple[np.ndarray, np.ndarray]]
-Model = Callable[..., None]
+#: a model, its arguments after the library, and its moments
+Target = tuple[Callable[..., None], tuple[np.ndarray, ...], Truth]
 
 
 @dataclass(frozen=True)
@@ -78,11 +79,9 @@ def volatility(lib: Library, y: Any) -> None:
 
 def item_responses(lib: Library, students: Any, questions: Any, y: Any) -> None:
     mean = lib.sample("mean_student_ability", lib.dist.Normal(0.75, 1.0))
-    normal = lib.dist.Normal
-    ability = lib.sample(
-        "centered_student_ability", normal(lib.arrays.zeros(400), 1.0).to_event(1)
-    )
-    difficulty = lib.sample("question_difficulty", normal(lib.arrays.zeros(100), 1.0).to_event(1))
+    of_students, of_questions = (lib.dist.Normal(lib.arrays.zeros(n), 1.0) for n in (400, 100))
+    ability = lib.sample("centered_student_ability", of_students.to_event(1))
+    difficulty = lib.sample("question_difficulty", of_questions.to_event(1))
     logits = mean[..., None] + ability[..., students] - difficulty[..., questions]
     lib.sample("y", lib.dist.Bernoulli(logits=logits).to_event(1), obs=y)
 
@@ -112,6 +111,26 @@ def truth_of_gym(name: str) -> Truth:
     return truth
 
 
+def truth_of_brownian(seen: np.ndarray, y: np.ndarray) -> Truth:
+    """Moments by quadrature over both scales, given which the path is Gaussian."""
+    logs = np.linspace(-5.0, 1.5, 150)
+    sd, noise = (np.exp(x).reshape(-1, 1, 1) for x in np.meshgrid(logs, logs))
+    prior = sd**2 * np.minimum.outer(np.arange(1, 31), np.arange(1, 31))
+    cov = prior[:, seen][:, :, seen] + noise**2 * np.eye(len(seen))
+    gain = np.linalg.solve(cov, prior[:, seen]).mT
+    log_weights = -0.5 * (y @ np.linalg.solve(cov, y[:, None])[..., 0].T)
+    log_weights -= 0.5 * np.linalg.slogdet(cov)[1]
+    log_weights -= (np.log(sd) ** 2 + np.log(noise) ** 2)[:, 0, 0] / 8
+    weights = np.exp(log_weights - log_weights.max())
+    weights /= weights.sum()
+    mean, variance = gain @ y, np.diagonal(prior - gain @ prior[:, seen], axis1=1, axis2=2)
+    second, fourth = mean**2 + variance, mean**4 + 6 * mean**2 * variance + 3 * variance**2
+    moments = {"locs": (weights @ second, weights @ fourth)}
+    for name, x in (("innovation", sd), ("observation", noise)):
+        moments[f"{name}_noise_scale"] = weights @ x[:, 0, 0] ** 2, weights @ x[:, 0, 0] ** 4
+    return {site: (second, fourth - second**2) for site, (second, fourth) in moments.items()}
+
+
 def ill_conditioned() -> np.ndarray:
     """The covariance of `inference_gym`'s Gaussian: eigenvalues inverse to gamma variates, rotated."""
     rng = np.random.RandomState(10)
@@ -121,29 +140,40 @@ def ill_conditioned() -> np.ndarray:
     return (q * eigenvalues) @ q.T
 
 
-def target(name: str) -> tuple[Model, tuple[np.ndarray, ...], Truth]:
-    """A model, its arguments beside the library, and its moments."""
-    if name.startswith("Gaussian"):
-        diagonal = np.diag(np.geomspace(0.1, 10, 100))
-        cov = ill_conditioned() if "rotated" in name else diagonal
-        truth = {"x": (np.diag(cov), 2 * np.diag(cov) ** 2)}
-        return gaussian, (np.linalg.inv(cov),), truth
-    if name == "banana":
-        return banana, (), {"x": (np.array([100.0, 19.0]), np.array([2e4, 4610.0]))}
-    if name == "Rosenbrock":
-        return rosenbrock, (), {"x": (np.array(2.0), np.array(6.0)), "y": (np.array(10.1), np.array(668.02))}
-    if name == "Brownian motion":
-        key = "brownian_motion_missing_middle_observations"
-        y = of_gym(f"internal/datasets/{key}").OBSERVED_LOC.astype(float)
-        seen = np.flatnonzero(~np.isnan(y))
-        truth = truth_of_gym("brownian_motion_unknown_scales_missing_middle_observations")
-        return brownian, (seen, y[seen]), truth
-    if name.startswith("volatility"):
-        returns = np.diff(of_gym("internal/datasets/sp500_closing_prices").CLOSING_PRICES)
-        is_small = "small" in name
-        returns = returns[-100:] if is_small else returns
-        truth = truth_of_gym(f"stochastic_volatility_sp500{'_small' * is_small}")
-        return volatility, (returns - returns.mean(),), truth
+def gaussian_target(covariance: np.ndarray) -> Target:
+    variance = np.diag(covariance)
+    return gaussian, (np.linalg.inv(covariance),), {"x": (variance, 2 * variance**2)}
+
+
+def brownian_target() -> Target:
+    """Its moments in the package are not those of its data, so that they are computed here."""
+    y = of_gym("internal/datasets/brownian_motion_missing_middle_observations").OBSERVED_LOC
+    seen = np.flatnonzero(~np.isnan(y))
+    y = y[seen].astype(float)
+    return brownian, (seen, y), truth_of_brownian(seen, y)
+
+
+def volatility_target(ending: str, num: int) -> Target:
+    prices = of_gym("internal/datasets/sp500_closing_prices").CLOSING_PRICES
+    y = np.diff(prices)[-num:]
+    return volatility, (y - y.mean(),), truth_of_gym(f"stochastic_volatility_sp500{ending}")
+
+
+def item_target() -> Target:
     data = of_gym("internal/datasets/synthetic_item_response_theory")
     args = data.STUDENT_IDS, data.QUESTION_IDS, data.CORRECT.astype(float)
     return item_responses, args, truth_of_gym("synthetic_item_response_theory")
+
+
+BANANA = {"x": (np.array([100.0, 19.0]), np.array([2e4, 4610.0]))}
+ROSENBROCK = {"x": (np.array(2.0), np.array(6.0)), "y": (np.array(10.1), np.array(668.02))}
+TARGETS: Mapping[str, Callable[[], Target]] = {
+    "Gaussian, diagonal": lambda: gaussian_target(np.diag(np.geomspace(0.1, 10.0, 100))),
+    "Gaussian, rotated": lambda: gaussian_target(ill_conditioned()),
+    "banana": lambda: (banana, (), BANANA),
+    "Rosenbrock": lambda: (rosenbrock, (), ROSENBROCK),
+    "Brownian motion": brownian_target,
+    "volatility, small": lambda: volatility_target("_small", 100),
+    "item responses": item_target,
+    "volatility": lambda: volatility_target("", 2516),
+}
