@@ -171,14 +171,15 @@ def chains_of(
     infos = ensemble.infos
     is_divergent = torch.stack([info.is_divergent for info in infos])
     bfmi = energy_bfmi(torch.stack([info.energy for info in infos], 1))
+    median_bfmi = float(bfmi.median())
     status = status._replace(coarse=latents.coarse_sites(flat))
     judged = Verdict(
-        failed=(*_objections(ensemble, num_samples, float(bfmi.median())), *about_draws(status)),
+        failed=(*_objections(ensemble, num_samples, median_bfmi), *about_draws(status)),
         praise=(
             f"{float(convergence.bulk.min()):,.0f} effective draws of the worst latent, R-hat at most "
             f"{float(convergence.rhat.max()):.3f}, by {count} chains of {size} draws."
         ),
-        notes=tuple(_notes(ensemble, float(bfmi.median()))),
+        notes=tuple(_notes(ensemble, median_bfmi)),
         of="draws",
     )
     return Chains(

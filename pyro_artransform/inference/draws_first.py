@@ -55,7 +55,7 @@ class DrawsFirst:
             return ""
         self.ensemble, self._reason = ensemble, self._limit.reason
         self._seconds = self._limit.seconds - began
-        if self._trains_model:
+        if self._trains_model or not self.is_asked:
             return ""
         return {End.ENOUGH: DRAWS_ARE_THERE, End.APART: End.APART.value}.get(ensemble.end, "")
 

@@ -93,8 +93,7 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
             density = whole = SharedPrior(log_joint)
         if is_flow:
             check_gradient(density, density.with_coordinates(None).start)
-        found_draws = "" if chains is None else chains.sample()
-        why_no_steps = found_draws if chains is not None and chains.is_asked else ""
+        why_no_steps = "" if chains is None else chains.sample()
 
         def chains_of(density: LogJoint) -> Ensemble | None:
             first = DrawsFirst(set_up.subject._replace(log_joint=density), 0, limit, config)
@@ -164,16 +163,16 @@ def _cut_short(training: Training, is_saved: bool) -> FailedCheck | None:
     again = "resume it from its checkpoint" if is_saved else "fit again"
     hints = {INTERRUPTED: again, OUT_OF_TIME: "give more seconds", _ASKED: "let it go on"}
     if reason in hints:
-        ended = f"{reason} after {training.num_steps:,} steps"
-        return Check.CUT_SHORT.failed(reason=ended, remedy=hints[reason])
-    if schedule.is_still(training.losses[: schedule.decay_start]):
+        reason, remedy = f"{reason} after {training.num_steps:,} steps", hints[reason]
+    elif schedule.is_still(training.losses[: schedule.decay_start]):
         return None
-    if schedule.num_steps is not None:
-        more = "give more, or none, so that the fit finds its end itself"
-        return Check.CUT_SHORT.failed(reason=reason, remedy=more)
-    if reason == LIMIT:
-        return Check.CUT_SHORT.failed(reason=reason, remedy="give more num_steps")
-    return None
+    elif schedule.num_steps is not None:
+        remedy = "give more, or none, so that the fit finds its end itself"
+    elif reason == LIMIT:
+        remedy = "give more num_steps"
+    else:
+        return None
+    return Check.CUT_SHORT.failed(reason=reason, remedy=remedy)
 
 
 def _remedy(set_up: SetUp, num_steps: int) -> str:

@@ -182,7 +182,6 @@ class ModelPrior:
         self.is_chosen = False  #: whether a fit may change lambda, in place
         self.is_wanted = True  #: whether chains may use them: not with ``coordinates="model"``
         self.log_joint: Any = None  #: the model's density on the unconstrained space
-        self.run: Any = None  #: the model bound to the last call's arguments
         self.arguments: Any = None  #: positional and keyword arguments of the last call
 
     @property
@@ -208,6 +207,11 @@ class ModelPrior:
         if not (with_location or self.asked == "model"):
             return {}
         return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
+
+    def run(self) -> object:
+        """Runs the model at the last call's arguments."""
+        args, kwargs = self.arguments
+        return self.log_joint.model(*args, **kwargs)
 
     @property
     def density(self) -> Any:
@@ -267,11 +271,11 @@ class ModelPrior:
 
     def __getstate__(self) -> dict[str, Any]:
         # pickles hold neither the model nor its data
-        return {**self.__dict__, "log_joint": None, "run": None, "arguments": None}
+        return {**self.__dict__, "log_joint": None, "arguments": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelPrior":
         twin = type(self).__new__(type(self))
-        shared = "log_joint", "run", "arguments"
+        shared = "log_joint", "arguments"
         for name, value in vars(self).items():
             setattr(twin, name, value if name in shared else deepcopy(value, memo))
         return twin

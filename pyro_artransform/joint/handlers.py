@@ -192,9 +192,11 @@ def _log_prob(site: Any) -> Tensor:
 
 def _unchecked(fn: Any) -> Any:
     """A copy of a distribution without argument checks, which read values; itself if it has none."""
-    own = {name: part for name, part in vars(fn).items() if isinstance(part, Distribution)}
-    changed = {name: _unchecked(part) for name, part in own.items()}
-    changed = {name: part for name, part in changed.items() if part is not own[name]}
+    changed = {
+        name: part
+        for name, checked in vars(fn).items()
+        if isinstance(checked, Distribution) and (part := _unchecked(checked)) is not checked
+    }
     if not (changed or vars(fn).get("_validate_args")):
         return fn
     twin = copy.copy(fn)

@@ -7,7 +7,6 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -119,7 +118,7 @@ class PersistentGuide(RegisteredGuide):
                 prior.log_joint = self._log_joint(*args, **kwargs)
         elif not (args or kwargs):
             return prior
-        prior.arguments, prior.run = (args, kwargs), partial(prior.log_joint.model, *args, **kwargs)
+        prior.arguments = args, kwargs
         return prior
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
