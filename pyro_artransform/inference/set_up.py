@@ -226,23 +226,25 @@ def _run_once(
     (args, kwargs), offered = batch, cast(object, guide)
     if isinstance(offered, StoredGuide):  # a new guide must not start from an earlier one's values
         offered.drop_orphans()
-    elif isinstance(offered, AutoGuide) and offered.prototype_trace is None:
-        _warn_of_left_over(f"{offered._pyro_name}.")
+    left_over = _left_over(offered)
     subject = ModelAndGuide.of(model, guide, args, kwargs)
     if stream is not None:
         check_use(stream, guide, subject.log_joint, batch)
-    list(subject.weighted_draws(0))  # raises an error if the guide lacks a latent
-    return subject
-
-
-def _warn_of_left_over(prefix: str) -> None:
-    """Warns of parameters in the store that a new guide of Pyro's takes for its own."""
-    if left_over := [name for name in pyro.get_param_store() if name.startswith(prefix)]:
+    if left_over:
         warn_user(
             f"the guide starts from values that the param store had for its name: {first_of(left_over)}. "
             "For a new guide call pyro.clear_param_store() before",
             UserWarning,
         )
+    list(subject.weighted_draws(0))  # raises an error if the guide lacks a latent
+    return subject
+
+
+def _left_over(guide: object) -> list[str]:
+    """The parameters in the store that a guide of Pyro's, while new, takes for its own."""
+    if isinstance(guide, StoredGuide) or not isinstance(guide, AutoGuide) or guide.prototype_trace:
+        return []
+    return [name for name in pyro.get_param_store() if name.startswith(f"{guide._pyro_name}.")]
 
 
 def _objective_of_batch(subject: ModelAndGuide) -> BatchObjective:
