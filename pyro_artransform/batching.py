@@ -15,10 +15,12 @@ and origin, become one operation on stacked inputs; :mod:`~pyro_artransform.tape
 
 from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 
+from .recurrences import join_recurrences
 from .tape import FEWEST, OF_ONE, POINTWISE, VIEWS, Call, Kind, Tape
 
 _TENSOR = torch._C.TensorType.get()
@@ -36,6 +38,7 @@ class _Writer:
         self._batches, self._sizes = list[Any](), list[int]()
         self._place = dict[str, tuple[int, int]]()
         self._stacks = dict[tuple[str, ...], Any]()
+        self._lists = dict[str, Call]()  # lists of tensors, written where they are needed
 
     def written(self, order: Iterable[Sequence[int]]) -> Any:
         for some in order:
@@ -52,9 +55,48 @@ class _Writer:
         return self._graph
 
     def _write(self, call: Call) -> None:
-        if call.node is None:
-            self._values[call.outputs[0]] = self._sum(call)
+        if call.kind == "recurrence":
+            self._keep([call], self._scanned(call))
             return
+        if call.kind == "prim::ListConstruct":
+            self._lists[call.outputs[0]] = call
+            return
+        if call.kind in ("cat", "stack") and self._join(call):
+            return
+        if call.node is None:
+            is_sum = call.kind.startswith("sum of")
+            inputs = () if is_sum else map(self._value, call.inputs)
+            value = self._sum(call) if is_sum else self._made(call.kind, *inputs)
+            self._values[call.outputs[0]] = value
+            return
+        self._clone(call)
+
+    def _join(self, call: Call) -> bool:
+        """Joins tensors, those in batches without a selection of each; returns whether it did."""
+        kinds, parts = self._tape.kinds, list[Any]()
+        names = self._lists[call.inputs[0]].inputs
+        runs = groupby(names, lambda name: kinds[name] if name in self._place else None)
+        found = [(kind is not None, tuple(run)) for kind, run in runs]
+        if not any(in_batch and len(run) >= FEWEST for in_batch, run in found):
+            return False
+        dim = self._tape.constants[call.inputs[1]] % len(kinds[call.outputs[0]].shape)
+        for in_batch, run in found:
+            if in_batch:
+                rows = self._made("movedim", self._stacked(run), 0, dim)
+                parts.append(
+                    self._made("flatten", rows, dim, dim + 1) if call.kind == "cat" else rows
+                )
+            else:
+                alone = map(self._value, run)
+                parts += (
+                    alone
+                    if call.kind == "cat"
+                    else [self._made("unsqueeze", v, dim) for v in alone]
+                )
+        self._values[call.outputs[0]] = self._made("cat", self._listed(parts), dim)
+        return True
+
+    def _clone(self, call: Call) -> None:
         values = iter([self._value(name) for name in call.inputs])
         node = self._graph.createClone(call.node, lambda _: next(values))
         self._graph.appendNode(node)
@@ -69,6 +111,50 @@ class _Writer:
         zeros = self._made("new_zeros", stack, sizes, None, None, None, None)
         parts = self._made("movedim", stack, 0, dim)
         return self._made("index_add", zeros, dim, self._index(rows, call.inputs[0]), parts, 1)
+
+    def _scanned(self, call: Call) -> Any:
+        """The stacked states of an affine recurrence."""
+        count, shape = len(call.outputs), self._tape.kinds[call.outputs[0]].shape
+        start = self._made("unsqueeze", self._value(call.inputs[0]), 0)
+        slopes, offsets = call.inputs[1 : count + 1], call.inputs[count + 1 :]
+        offset = self._steps(offsets, start, shape)
+        if all(self._tape.constants.get(name) == 1 for name in slopes):
+            # cumsum adds in the order of the loop, for the same round-off
+            both = self._made("cat", self._listed([start, offset]), 0)
+            return self._rest(self._made("cumsum", both, 0, None), 1)
+        slope = self._steps(slopes, start, shape)
+        # a scan of maps from the state before the first step
+        done = 1
+        while done < count:
+            earlier = self._made("slice", offset, 0, 0, count - done, 1)
+            later = self._made("mul", self._rest(slope, done), earlier)
+            later = self._made("add", self._rest(offset, done), later, 1)
+            offset = self._replaced(offset, done, later)
+            earlier = self._made("slice", slope, 0, 0, count - done, 1)
+            slope = self._replaced(slope, done, self._made("mul", self._rest(slope, done), earlier))
+            done *= 2
+        return self._made("add", offset, self._made("mul", slope, start), 1)
+
+    def _steps(self, names: tuple[str, ...], start: Any, shape: tuple[int, ...]) -> Any:
+        """Values of all steps, stacked, with the shape of a state each."""
+        constants = self._tape.constants
+        if names[0] in constants:
+            one = self._made("ones_like", start, None, None, None, None, None)
+            parts = [self._made("mul", one, constants[name]) for name in names]
+            value = self._made("cat", self._listed(parts), 0)
+        else:
+            value = self._stacked(names)
+            sizes = self._tape.kinds[names[0]].shape
+            missing = [1] * (len(shape) - len(sizes))
+            value = self._made("reshape", value, [len(names), *missing, *sizes])
+        return self._made("expand", value, [len(names), *shape], False)
+
+    def _rest(self, value: Any, start: int) -> Any:
+        return self._made("slice", value, 0, start, None, 1)
+
+    def _replaced(self, value: Any, start: int, rest: Any) -> Any:
+        head = self._made("slice", value, 0, 0, start, 1)
+        return self._made("cat", self._listed([head, rest]), 0)
 
     def _batch(self, calls: Sequence[Call]) -> Any:
         """The stacked outputs of operations of one role."""
@@ -115,15 +201,20 @@ class _Writer:
         return torch.tensor(rows, dtype=torch.long, device=self._tape.kinds[like].device)
 
     def _keep(self, calls: Sequence[Call], batch: Any) -> None:
-        self._place.update(
-            {call.outputs[0]: (len(self._batches), row) for row, call in enumerate(calls)}
-        )
+        names = [name for call in calls for name in call.outputs]
+        self._place.update({name: (len(self._batches), row) for row, name in enumerate(names)})
         self._batches.append(batch)
-        self._sizes.append(len(calls))
+        self._sizes.append(len(names))
 
     def _value(self, name: str) -> Any:
         """A single value, selected from its batch if needed."""
-        if name not in self._values:
+        if name in self._values:
+            return self._values[name]
+        if name in self._lists:
+            self._clone(self._lists[name])
+        elif name in self._tape.constants:
+            self._values[name] = self._graph.insertConstant(self._tape.constants[name])
+        else:
             batch, row = self._place[name]
             self._values[name] = self._made("select", self._batches[batch], 0, row)
         return self._values[name]
@@ -173,4 +264,6 @@ def batched(graph: Any, kinds: Mapping[str, Kind], random: Container[str]) -> An
     :param random: names of outputs of random operations, which keep their order.
     """
     tape = Tape(graph, kinds, random)
+    if not random:
+        join_recurrences(tape)
     return _Writer(tape, graph).written(tape.schedule())

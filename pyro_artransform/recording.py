@@ -32,6 +32,14 @@ _ATEN, _TENSOR = torch.ops.aten, torch._C.TensorType.get()
 # operations whose output depends on values, and one that raises an error because of them
 _READ_BY = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _CHECK_ERRORS = _ATEN._linalg_check_errors.default
+# operations of backward passes that write into their first input, and what they write, of the same dtype
+_OUT_OF_PLACE = {
+    _ATEN.bitwise_and_.Tensor: _ATEN.bitwise_and.Tensor,
+    _ATEN.logical_and_.default: _ATEN.logical_and.default,
+    _ATEN.masked_fill_.Scalar: _ATEN.masked_fill.Scalar,
+    _ATEN.relu_.default: _ATEN.relu.default,
+    _ATEN.scatter_.value: _ATEN.scatter.value,
+}
 # maximum number of elements of all tensors of a call, which capture keeps alive; with more, arithmetic
 # dominates the overhead that a replay saves
 _MOST_NUMBERS = 2**25
@@ -183,7 +191,10 @@ class _Recording(TorchDispatchMode):
             self.refuse(f"{func} writes into a tensor that was there before the call")
         found = func(*args, **kwargs)
         is_random = torch.Tag.nondeterministic_seeded in func.tags
-        self._is_pure &= not written
+        if written and func in _OUT_OF_PLACE and self._is_alone(written[0]):
+            kind = Schema.of(_OUT_OF_PLACE[func])
+        else:
+            self._is_pure &= not written
         if func is _CHECK_ERRORS:
             self._failures += given[:1]
         elif torch.Tag.data_dependent_output not in func.tags:
@@ -196,6 +207,11 @@ class _Recording(TorchDispatchMode):
             self._varying |= new
         self.has_lifted |= func is _ATEN.lift_fresh.default
         return found
+
+    def _is_alone(self, written: Tensor) -> bool:
+        """Whether no other tensor so far shares the memory of this one."""
+        memory = _memory(written)
+        return memory > 0 and all(t is written for t in self._held if _memory(t) == memory)
 
     def read(self, func: Any, values: Iterable[Tensor]) -> None:
         """Refuses a read of varying values; makes replays fail if other values have changed."""

@@ -11,6 +11,7 @@ dependents goes first, with those of its role that are ready, as in a recursion 
 import heapq
 from collections import Counter, defaultdict
 from collections.abc import Container, Mapping, Sequence
+from graphlib import TopologicalSorter
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -50,8 +51,8 @@ class Kind(NamedTuple):
 class Call(NamedTuple):
     """An operation, with the names of its inputs and outputs.
 
-    A call without a node sums its inputs. With ``part``, sizes, dimension and indices, it adds each input to
-    its place in a tensor of zeros.
+    Some calls have no node: elementwise functions, sums of their inputs, and recurrences. With ``part``,
+    sizes, dimension and indices, a sum adds each input to its place in a tensor of zeros.
     """
 
     node: Any
@@ -86,7 +87,6 @@ class Tape:
                 seen[key] = call
         self.results = [*map(self._name, graph.outputs())]
         self._join_sums()
-        self._made_by = {name: i for i, call in enumerate(self.calls) for name in call.outputs}
 
     def _name(self, value: Any) -> str:
         name = value.debugName()
@@ -131,14 +131,22 @@ class Tape:
             if len(terms) >= FEWEST:
                 joined.update({index: [] for index in members})
                 joined[members[-1]] = self._sums(name, terms, parts)
-        calls = [new for i, call in enumerate(self.calls) for new in joined.get(i, [call])]
-        # drop calls whose outputs are no longer used
-        needed, self.calls = {*self.results}, []
-        for call in reversed(calls):
-            if self.is_random(call) or not needed.isdisjoint(call.outputs):
-                needed.update(call.inputs)
-                self.calls.append(call)
-        self.calls.reverse()
+        self.keep_needed(
+            [new for i, call in enumerate(self.calls) for new in joined.get(i, [call])]
+        )
+
+    def keep_needed(self, calls: Sequence[Call]) -> None:
+        """Takes the calls, in any order, on which results or random numbers depend."""
+        self._made_by = {name: i for i, call in enumerate(calls) for name in call.outputs}
+        names = [name for call in calls if self.is_random(call) for name in call.outputs]
+        needed, names = set[int](), [*names, *self.results]
+        for name in names:
+            index = self._made_by.get(name, -1)
+            if index >= 0 and index not in needed:
+                needed.add(index)
+                names += calls[index].inputs
+        self.calls = [calls[i] for i in sorted(needed)]
+        self._made_by = {name: i for i, call in enumerate(self.calls) for name in call.outputs}
 
     def _parts(self, uses: Mapping[str, int]) -> dict[str, Call]:
         """Gradients of selections, which are zero elsewhere, by output name."""
@@ -219,7 +227,8 @@ class Tape:
             for j in needed:
                 users[j].append(i)
         height = [1] * len(needs)
-        for i in reversed(range(len(needs))):
+        in_order = TopologicalSorter(dict(enumerate(needs))).static_order()
+        for i in reversed([*in_order]):
             height[i] += max((height[j] for j in users[i]), default=0)
         roles = self.roles()
         left, waiting = Counter(roles), [len(needed) for needed in needs]

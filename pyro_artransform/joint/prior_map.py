@@ -47,14 +47,14 @@ from .vectorization import DrawPlate
 class SiteCoordinates(NamedTuple):
     """The coordinates of one latent.
 
-    :param centered: lambda, broadcastable to the latent on the unconstrained space.
+    :param centered: lambda, broadcastable to the latent on the unconstrained space; ``None`` if it is zero.
     :param unit: positive, broadcastable to it too.
     :param with_location: whether the map includes the location of the prior; if not, x is only scaled, and
         latents depend on each other through locations as in the model.
     :param bijection: the bijection from the unconstrained space onto the support.
     """
 
-    centered: Tensor
+    centered: Tensor | None
     unit: Tensor
     with_location: bool
     bijection: Transform
@@ -74,22 +74,31 @@ class Coordinates(nn.Module):
         super().__init__()
         self.centered, self.unit = nn.Parameter(centered.detach()), nn.Parameter(unit.detach())
         self.with_location = dict(with_location)
-        self._read: tuple[Tensor | None, int, bool] = None, 0, False
+        self._read: tuple[Tensor | None, int, list[bool], bool] = None, 0, [], False
 
     @property
     def is_identity(self) -> bool:
         """Whether lambda is 1 everywhere; it is read once after each change."""
-        centered, (seen, version, is_identity) = self.centered, self._read
+        return self._seen()[1]
+
+    def _seen(self) -> tuple[list[bool], bool]:
+        """Where lambda is 0, and whether it is 1 everywhere."""
+        centered, (seen, version, *found) = self.centered, self._read
         now = 0 if centered.is_inference() else centered._version
         if seen is not centered or version != now:
-            is_identity = bool((centered == 1).all())
-            self._read = centered, now, is_identity
-        return is_identity
+            found = [(centered == 0).tolist(), bool((centered == 1).all())]
+            self._read = centered, now, *found
+        return found
 
     def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
         """The coordinates of each mapped site."""
-        found, units = {}, latents.split(self.unit.detach())
+        found, units, start = {}, latents.split(self.unit.detach()), 0
+        is_zero, _ = self._seen()
         for name, centered in latents.split(self.centered.detach()).items():
+            end = start + centered.numel()
+            if all(is_zero[start:end]):
+                centered = None
+            start = end
             if name in self.with_location:
                 rest = self.with_location[name], latents.sites[name].bijection
                 found[name] = SiteCoordinates(centered, units[name], *rest)

@@ -225,16 +225,22 @@ class PriorScale(NamedTuple):
         return prior
 
     def unconstrained(
-        self, x: Tensor, centered: Tensor, unit: Tensor
+        self, x: Tensor, centered: Tensor | None, unit: Tensor
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Maps x to u; returns u, the log-determinant and the log density of u, elementwise.
+
+        ``None`` for lambda, the same as zeros, makes u an affine function of the location, and its density
+        free of it.
 
         In the neck of a funnel the scale is below the round-off of the location, so that u minus the location
         is zero. The density is therefore evaluated at the residual, before the location is added.
         """
         centered, is_shaped = self._gated(centered)
-        away, (powers, ladj) = x - centered * self.loc, self._powers(centered, unit)
-        if is_shaped is not None and self.shape is not None:
+        away, (powers, ladj) = self._away(x, centered), self._powers(centered, unit)
+        if self.shape is not None and is_shaped is None:
+            away, of_shape = self.shape.from_normal(away)
+            ladj = ladj + of_shape
+        elif self.shape is not None and is_shaped is not None:
             shaped, of_shape = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))
             away, ladj = torch.where(is_shaped, shaped, away), ladj + of_shape * is_shaped
         if self._is_matrix:
@@ -242,15 +248,20 @@ class PriorScale(NamedTuple):
             residual = torch.linalg.solve_triangular(self.scale, column, upper=False)[..., 0]
             away = column[..., 0]
         else:
-            residual = away / (self.scale**centered * unit ** (1 - centered))
+            is_zero = centered is None
+            residual = away / (unit if is_zero else self.scale**centered * unit ** (1 - centered))
             away = powers * away
         if self.log_prob is None:
             return self.loc + away, ladj.expand_as(away), None
         log_prob = self.log_prob(residual) - self.diagonal.log()
         return self.loc + away, ladj.expand_as(away), log_prob
 
-    def coordinates(self, u: Tensor, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def coordinates(
+        self, u: Tensor, centered: Tensor | None, unit: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Maps u to x; returns x and the log-determinant of the map from x, elementwise."""
+        if centered is None:
+            centered = torch.zeros_like(unit)
         centered, is_shaped = self._gated(centered)
         away, (powers, ladj) = u - self.loc, self._powers(centered, unit)
         if self._is_matrix:
@@ -263,9 +274,12 @@ class PriorScale(NamedTuple):
             ladj = ladj + self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))[1] * is_shaped
         return centered * self.loc + away, ladj.expand_as(away)
 
-    def _gated(self, centered: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _away(self, x: Tensor, centered: Tensor | None) -> Tensor:
+        return x if centered is None else x - centered * self.loc
+
+    def _gated(self, centered: Any) -> tuple[Any, Tensor | None]:
         """lambda, set to 0 where the map includes the shape, and a mask of these, or None without a shape."""
-        if self.shape is None:
+        if self.shape is None or centered is None:
             return centered, None
         is_shaped = centered < _SHAPED
         return centered.masked_fill(is_shaped, 0.0), is_shaped
@@ -279,11 +293,15 @@ class PriorScale(NamedTuple):
         """The scale; the diagonal if it is a matrix."""
         return self.scale.diagonal(dim1=-2, dim2=-1) if self._is_matrix else self.scale
 
-    def _powers(self, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def _powers(self, centered: Tensor | None, unit: Tensor) -> tuple[Tensor, Tensor]:
         """(scale / unit) to the power of 1 - lambda, by rows of a matrix, and its log diagonal."""
         if self.log_prob is None:  # the scale is 1
             return self.scale, self.scale.new_zeros(())
-        share, diagonal = 1 - centered, self.diagonal / unit
+        diagonal = self.diagonal / unit
+        if centered is None:
+            below = unit[..., None, :] if self._is_matrix else unit
+            return self.scale / below, diagonal.log()
+        share = 1 - centered
         powers = diagonal**share
         if self._is_matrix:
             below = (self.scale / unit[..., None, :]).tril(-1)
