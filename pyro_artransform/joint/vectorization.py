@@ -248,11 +248,8 @@ def agree(found: Terms, expected: Terms, slack: float | None = 1.0) -> bool:
     if found.keys() != expected.keys():
         return False
     for name, wanted in expected.items():
-        tol = (
-            ROUND_OFF * torch.finfo(wanted.dtype).eps
-            if slack is None
-            else slack * tolerance(wanted)
-        )
+        round_off = ROUND_OFF * torch.finfo(wanted.dtype).eps
+        tol = round_off if slack is None else slack * tolerance(wanted)
         same_shape = found[name].shape == wanted.shape
         if not (same_shape and torch.allclose(found[name], wanted, tol, tol, equal_nan=True)):
             return False
