@@ -34,6 +34,7 @@ _CHECK_ERRORS = _ATEN._linalg_check_errors.default
 # maximum number of elements of all tensors of a call, which capture keeps alive; with more, arithmetic
 # dominates the overhead that a replay saves
 _MOST_NUMBERS = 2**25
+_MASKS = (torch.bool, torch.uint8)  # dtypes of indices that select entries
 # functions that only return Python numbers
 _READS = {
     *(Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
@@ -170,8 +171,10 @@ class _Recording(TorchDispatchMode):
         rest = schema.arguments[len(args) :]
         arguments = [*args, *(kwargs.get(each.name, each.default_value) for each in rest)]
         if not _READ_BY.isdisjoint(func.tags):
-            read = arguments if func is not _ATEN.index.Tensor else _masks(args[1])
-            self.read(func, _tensors(read))
+            read = _tensors(arguments)
+            if func is _ATEN.index.Tensor:  # only masks determine the shape of the result
+                read = (index for index in _tensors(args[1]) if index.dtype in _MASKS)
+            self.read(func, read)
         pairs = [*zip(arguments, schema.arguments)]
         given = [self._lowered(value, each.type) for value, each in pairs]
         if func is _ATEN._to_copy.default and not isinstance(arguments[0], Tensor):  # of vmap
@@ -333,12 +336,6 @@ def _sequences(func: Any, args: Sequence[Any]) -> list[Any]:
     if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], tuple):
         args = (*args[1], *args[2:])
     return [each for each in args if isinstance(each, (list, tuple))]
-
-
-def _masks(indices: Sequence[Tensor | None]) -> list[Tensor]:
-    """The mask indices, whose values determine the shape of the result."""
-    masks = torch.bool, torch.uint8
-    return [index for index in indices if index is not None and index.dtype in masks]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:
