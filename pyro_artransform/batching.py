@@ -4,8 +4,8 @@
 """Batches the repeated operations of loops in a graph.
 
 A model that loops over time repeats a few operations at each step. All latents are known when a density is
-evaluated, so most of these do not depend on other steps. Operations of one kind, on inputs of equal shapes
-and origin, become one operation on stacked inputs; :mod:`~pyro_artransform.tape` selects them.
+evaluated, so most of these do not depend on other steps. Operations of one kind, on inputs of equal shapes,
+become one operation on stacked inputs; :mod:`~pyro_artransform.tape` selects them.
 
 **References**
 

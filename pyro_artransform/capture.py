@@ -67,9 +67,13 @@ class Captured:
         if replay is not None and not replay.is_current():
             replay, self._calls[key] = self._replays.pop(key) and None, 0
         self._calls[key] += 1
-        if replay is None:
-            return self._called(key, inputs)
         count = self._calls[key] - self._patience
+        if replay is None:
+            if count == 0:
+                recorded = record(self._evaluate, inputs, _MOST_SECONDS)
+                self.can_replay = recorded is not None
+                self._replays.update({} if recorded is None else {key: recorded})
+            return self._evaluate(*inputs)
         if count % _CHECK_EVERY == 0 or math.log2(count).is_integer():
             return self._compared(replay, inputs)
         found = replay(*inputs)
@@ -87,15 +91,6 @@ class Captured:
         if self._last is not None:
             inputs, found = self._last
             self._judge(found, self._evaluate(*inputs))
-
-    def _called(self, key: Hashable, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self._calls[key] == self._patience:
-            replay = record(self._evaluate, inputs, _MOST_SECONDS)
-            if replay is None:
-                self.can_replay = False
-            else:
-                self._replays[key] = replay
-        return self._evaluate(*inputs)
 
     def _compared(self, replay: Replay, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         devices = {value.device.index for value in inputs if value.is_cuda}

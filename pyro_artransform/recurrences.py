@@ -24,10 +24,12 @@ as many rounds as the logarithm of the number of steps.
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .tape import FEWEST, Call, Kind, Tape
 
+# steps back over which origins are compared
+_ROUNDS = 5
 _AFFINE = {"add", "sub", "mul", "div", "neg"}
 # operations that are searched for the state before
 _MOST_SEARCHED = 32
@@ -53,8 +55,8 @@ def join_recurrences(tape: Tape) -> None:
     """
     made_by = {name: call for call in tape.calls for name in call.outputs}
     groups = defaultdict[int, list[Call]](list)
-    for role, call in zip(tape.roles(), tape.calls):
-        if role is not None and call.kind in _AFFINE:
+    for role, call in zip(_roles(tape), tape.calls):
+        if call.kind in _AFFINE:
             groups[role].append(call)
     replaced = dict[str, list[Call]]()
     for group in groups.values():
@@ -70,6 +72,20 @@ def join_recurrences(tape: Tape) -> None:
     if replaced:
         calls = [new for call in tape.calls for new in replaced.get(call.outputs[0], [call])]
         tape.keep_needed(calls)
+
+
+def _roles(tape: Tape) -> list[int]:
+    """The role of each call: calls of one role have equal origins for some steps back."""
+    made_by = {name: i for i, call in enumerate(tape.calls) for name in call.outputs}
+    roles = [0] * len(tape.calls)
+    for _ in range(_ROUNDS):
+        before = {name: (tape.kinds.get(name), roles[i]) for name, i in made_by.items()}
+        numbers = dict[Any, int]()
+        roles = [
+            numbers.setdefault((c.kind, *(before.get(n, n) for n in c.inputs)), len(numbers))
+            for c in tape.calls
+        ]
+    return roles
 
 
 def _chains(group: Sequence[Call], made_by: dict[str, Call]) -> Iterator[list[Call]]:

@@ -26,7 +26,6 @@ from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
 from .priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
-from .protocols import LogDensity
 from .sites import Latents, LatentSpace, started_trace
 from .traces import (
     ModelStructure,
@@ -65,7 +64,7 @@ _FAR = 2.5
 MOST_SIGNATURES = 64
 
 
-class LogJoint(LogDensity):
+class LogJoint:
     r"""The log joint density of a Pyro model on the unconstrained space, with the Jacobian term.
 
     .. math::
@@ -145,7 +144,7 @@ class LogJoint(LogDensity):
 
     @cached_property
     def strategy(self) -> str:
-        """How draws are vectorized: see ``joint.vectorization``."""
+        """How draws are vectorized, "plate", "vmap", "copies" or "loop": see ``joint.vectorization``."""
         return self._choice().strategy
 
     @cached_property
@@ -233,6 +232,7 @@ class LogJoint(LogDensity):
         return self._structures[key]
 
     def __call__(self, z: Tensor) -> Tensor:
+        """The log density of draws ``(n, latent_dim)``, shape ``(n,)``; NaN where the model fails."""
         if len(z) == 1:
             return self._at(z)
         is_cached = z.device.type == "cpu" and not self.is_random
@@ -263,6 +263,7 @@ class LogJoint(LogDensity):
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
+        """The sites whose log density is not finite at some draw of ``(n, latent_dim)``."""
         return nonfinite_sites(self.run, self.latents.constrain(self.to_unconstrained(z)[0]))
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
@@ -295,6 +296,7 @@ class LogJoint(LogDensity):
 
     @property
     def start(self) -> Tensor:
+        """An initial point, shape ``(latent_dim,)``, in the coordinates of draws."""
         return self.from_unconstrained(self._find_start()[None])[0][0]
 
     def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,6 +304,7 @@ class LogJoint(LogDensity):
         return self._map(z, is_inverse=False)
 
     def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps unconstrained points ``(n, latent_dim)`` to coordinates; returns log-determinants, too."""
         z, ladj = self._map(u, is_inverse=True)
         return z, -ladj
 

@@ -17,7 +17,7 @@ from ...joint import LogJoint
 
 # the number of points, their unconstrained distance from a center, and half the lengths of segments
 _NUM_POINTS, _SPREAD = 6, 0.3
-_STEPS = (0.1, 0.02, 0.004, 0.0008, 0.00016)
+_STEPS = [0.1 / 5**k for k in range(5)]
 # the least missing share of the rise, its tolerance between lengths, and how many must exceed round-off
 _SHARE, _SLACK, _NUM_SHOWN = 0.01, 0.2, 3
 # the share of points that must show it, since the missing part may vanish at some
@@ -57,29 +57,24 @@ def _lacking(density: LogJoint, center: Tensor, moved: Tensor) -> float:
 
     :param moved: 1 for the coordinates along which segments run, 0 for others.
     """
-    shape, generator = (2, _NUM_POINTS, center.shape[-1]), torch.Generator().manual_seed(0)
+    shape, generator = (2, _NUM_POINTS, 1, center.shape[-1]), torch.Generator().manual_seed(0)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     (noise, direction), steps = drawn.to(center), center.new_tensor(_STEPS)
-    points = (center + _SPREAD * noise)[:, None]
-    shifts = steps[:, None] * (moved * direction.sign())[:, None]
-    lines = torch.cat([points, points - shifts, points + shifts], 1)
-    value, gradient = value_and_gradient(density, lines.flatten(0, 1))
-    dtype = value.dtype
-    value, gradient = value.unflatten(0, lines.shape[:2]), gradient.reshape(lines.shape)
-    value, gradient, lines = value.double(), gradient.double(), lines.double()
-    sizes = [1, len(_STEPS), len(_STEPS)]
-    (_, begin, end), (middle, first, last), (_, left, right) = (
-        part.split(sizes, 1) for part in (value, gradient, lines)
-    )
+    points, shifts = center + _SPREAD * noise, steps[:, None] * moved * direction.sign()
+    lines = torch.stack([points - shifts, points.expand_as(shifts), points + shifts])
+    found = value_and_gradient(density, lines.flatten(0, 2))
+    eps = max(density.latents.eps, torch.finfo(found[0].dtype).eps)
+    left, _, right = lines.double()
+    value = found[0].double().unflatten(0, lines.shape[:3])
+    first, middle, last = found[1].double().reshape(lines.shape)
     expected = ((right - left) * (first + 4 * middle + last)).sum(-1) / 6
-    missing, steps = end - begin - expected, steps.double()
+    missing, steps = value[2] - value[0] - expected, steps.double()
     usable = missing.isfinite().all(-1)
     if int(usable.sum()) < 3:
         return 0.0
     rate, rise = missing[usable] / steps, expected[usable].abs() / steps
     slope = rate.median(-1, keepdim=True).values
-    eps = max(density.latents.eps, torch.finfo(dtype).eps)
-    noise_level = ROUND_OFF * eps * value[usable].abs().amax()
+    noise_level = ROUND_OFF * eps * value[:, usable].abs().amax()
     is_shown = slope.abs() * steps > noise_level
     is_alike = (rate - slope).abs() <= _SLACK * slope.abs()
     is_large = slope.abs() > _SHARE * rise
