@@ -77,6 +77,7 @@ class Replay(NamedTuple):
     constants: list[Tensor]  #: outside tensors that the call reads, by reference
     shapes: list[tuple[torch.Size, bool]]  #: of constants, and whether they require gradients
     num_results: int
+    is_random: bool  #: whether it draws random numbers
 
     def is_current(self) -> bool:
         """Whether the outside tensors still have the same shapes and ``requires_grad``."""
@@ -296,7 +297,7 @@ class _Recording(TorchDispatchMode):
             graphs.insert(0, lambda: batched(self._graph, self._kinds, self._random))
         for graph in graphs:
             script = torch._C._create_function_from_graph("replay", graph())
-            yield Replay(script, self._constants, shapes, len(results))
+            yield Replay(script, self._constants, shapes, len(results), bool(self._random))
 
 
 class _Reads(TorchFunctionMode):

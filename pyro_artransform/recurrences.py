@@ -10,9 +10,9 @@ In a loop over time a state is often an affine function of the one before it,
     x_t = a_t x_{t-1} + b_t
 
 as in a random walk, an autoregression, the variance of a GARCH model and exponential smoothing, and in their
-gradients, which run backwards. If no :math:`a_t` and :math:`b_t` depends on a state, all of them are evaluated
-first, as a batch. Since the composition of affine maps is associative, the states are then a prefix scan, of
-as many rounds as the logarithm of the number of steps.
+gradients, which run backwards. If no :math:`a_t` or :math:`b_t` depends on a state, all are evaluated first,
+as a batch. Since the composition of affine maps is associative, the states are then a prefix scan, of as many
+rounds as the logarithm of the number of steps.
 
 **References**
 

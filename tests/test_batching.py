@@ -34,6 +34,33 @@ def recursion(x):
     return total
 
 
+def autoregression(x):
+    """A path of white noise, an affine function of the state before it, and so is its gradient."""
+    data, state, total = DATA.to(x.dtype), x[:, 0], 0.0
+    for t in range(2, NUM):
+        state = 0.5 - (state * x[:, 1].tanh() + 0.1 * (x[:, t] - state)) / 1.5
+        total = total + normal(data[t], state, 0.5)
+    return total
+
+
+def trend(x):
+    """A level that grows by a slope, which is a path, too."""
+    states, slope = [x[:, 0]], x[:, 1]
+    for t in range(2, NUM):
+        slope = slope + 0.1 * x[:, t]
+        states.append(states[-1] + slope)
+    return normal(DATA.to(x.dtype), torch.stack([x[:, 1], *states], -1), 0.5).sum(-1)
+
+
+def second_order(x):
+    """Each state depends on two before it, which is no recurrence of single numbers."""
+    data, states, total = DATA.to(x.dtype), [x[:, 0], x[:, 1]], 0.0
+    for t in range(2, NUM):
+        states.append(0.6 * states[-1] - 0.3 * states[-2] + x[:, t])
+        total = total + normal(data[t], states[-1], 0.5)
+    return total
+
+
 def vectors(x):
     """Steps of vectors, which are reshaped, broadcast and summed."""
     total = 0.0
@@ -79,7 +106,10 @@ def both(monkeypatch, function, *inputs):
     ("density", "share"),
     [
         (walk, 0.15),
-        (recursion, 0.6),
+        (recursion, 0.3),
+        (autoregression, 0.3),
+        (trend, 0.3),
+        (second_order, 0.8),
         (vectors, 0.25),
         (beside_the_loop, 0.5),
         (without_a_loop, 1.0),

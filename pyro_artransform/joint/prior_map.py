@@ -74,34 +74,31 @@ class Coordinates(nn.Module):
         super().__init__()
         self.centered, self.unit = nn.Parameter(centered.detach()), nn.Parameter(unit.detach())
         self.with_location = dict(with_location)
+        # the tensor and its version when lambda was read, whether each is 0, and whether all are 1
         self._read: tuple[Tensor | None, int, list[bool], bool] = None, 0, [], False
 
     @property
     def is_identity(self) -> bool:
         """Whether lambda is 1 everywhere; it is read once after each change."""
-        return self._seen()[1]
+        return self._current()[3]
 
-    def _seen(self) -> tuple[list[bool], bool]:
-        """Where lambda is 0, and whether it is 1 everywhere."""
-        centered, (seen, version, *found) = self.centered, self._read
+    def _current(self) -> tuple[Tensor | None, int, list[bool], bool]:
+        centered, (seen, version, *_) = self.centered, self._read
         now = 0 if centered.is_inference() else centered._version
         if seen is not centered or version != now:
-            found = [(centered == 0).tolist(), bool((centered == 1).all())]
-            self._read = centered, now, *found
-        return found
+            is_zero = (centered == 0).tolist()
+            self._read = centered, now, is_zero, bool((centered == 1).all())
+        return self._read
 
     def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
         """The coordinates of each mapped site."""
-        found, units, start = {}, latents.split(self.unit.detach()), 0
-        is_zero, _ = self._seen()
-        for name, centered in latents.split(self.centered.detach()).items():
-            end = start + centered.numel()
-            if all(is_zero[start:end]):
-                centered = None
-            start = end
+        found, start, is_zero = dict[str, SiteCoordinates](), 0, self._current()[2]
+        parts = (latents.split(each.detach()) for each in (self.centered, self.unit))
+        for (name, centered), unit in zip(next(parts).items(), next(parts).values()):
+            some, start = is_zero[start : start + centered.numel()], start + centered.numel()
             if name in self.with_location:
                 rest = self.with_location[name], latents.sites[name].bijection
-                found[name] = SiteCoordinates(centered, units[name], *rest)
+                found[name] = SiteCoordinates(None if all(some) else centered, unit, *rest)
         return found
 
     def non_centered(self, latents: Latents) -> "Coordinates":

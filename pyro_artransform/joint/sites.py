@@ -135,8 +135,10 @@ class LatentSpace(NamedTuple):
 
     def centered_by_site(self) -> dict[str, Tensor]:
         """lambda by site, in its unconstrained shape; empty without coordinates."""
-        sites = {} if self.coordinates is None else self.coordinates.of_sites(self.latents)
-        return {name: site.centered.clone() for name, site in sites.items()}
+        if (given := self.coordinates) is None:
+            return {}
+        parts = self.latents.split(given.centered.detach())
+        return {name: parts[name].clone() for name in parts if name in given.with_location}
 
 
 class Latents:
