@@ -7,6 +7,7 @@ import torch
 from torch.distributions import Normal
 
 from pyro_artransform import recording
+from pyro_artransform.capture import Captured
 from tests.test_capture import gradient
 
 NUM = 40
@@ -182,3 +183,21 @@ def test_inputs_of_two_dtypes_are_not_stacked(monkeypatch):
     (actual,), (expected,) = found(x), function(x)
     assert actual.dtype == expected.dtype == torch.float32
     torch.testing.assert_close(actual, expected)
+
+
+def test_a_sum_that_cancels_may_differ_as_much_as_its_inputs_allow():
+    """Terms of 1e8 that sum to about one: the order of a loop and of a batch round differently."""
+
+    def function(x):
+        states = [x[:, 0]]
+        for t in range(1, NUM):
+            states.append(states[-1] + 1e8 * x[:, t] + x[:, 0])
+        total = torch.stack(states, -1)
+        return (total[:, -1] - 1e8 * x[:, 1:].sum(1),)
+
+    torch.manual_seed(0)
+    captured = Captured(function)
+    for _ in range(40):
+        captured(torch.randn(4, NUM))
+    assert captured.can_replay
+    assert captured.num_compared > 3
