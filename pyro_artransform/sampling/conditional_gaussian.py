@@ -10,9 +10,16 @@ globals g, with a sparse precision matrix. With its mean m(g) and the Cholesky f
 
     x = m(g) + L(g)^{-T} e
 
-makes (g, e) nearly standard normal; centred and non-centred coordinates are its two extremes. Chains are
-exact in any coordinates, so m and the conditionals that L encodes may be approximate: they are polynomials of
-g, fitted at some draws, and cost little compared with the density.
+makes (g, e) nearly standard normal; centred and non-centred coordinates are its two extremes. Level by level
+of the graph, a latent is normal given its parents,
+
+.. math::
+
+    x_i = c_i + \sum_j A_{ij} (x_j - c_j) + s_i (d_i + e_i)
+
+with constants c. Chains are exact in any coordinates, so the A, log s and d may be approximate: they are
+interpolated in g between some draws, and cost little compared with the density. Where a scale vanishes, s
+vanishes with it, and A and d converge, so that e keeps its meaning.
 
 **References**
 
@@ -20,11 +27,12 @@ g, fitted at some draws, and cost little compared with the density.
    (Osmundsen, Kleppe, Liesenfeld, 2021), https://arxiv.org/abs/1812.07929
 2. Approximate Bayesian Inference for Latent Gaussian Models by Using Integrated Nested Laplace
    Approximations (Rue, Martino, Chopin, 2009), https://doi.org/10.1111/j.1467-9868.2008.00700.x
+3. Splines Minimizing Rotation-Invariant Semi-Norms in Sobolev Spaces (Duchon, 1977),
+   https://doi.org/10.1007/BFb0086566
 """
 
 import math
 from collections.abc import Iterator
-from itertools import combinations_with_replacement
 from typing import NamedTuple
 
 import torch
@@ -37,10 +45,8 @@ from ..joint import LogJoint
 
 # fewest dimensions for a field; most globals, levels, and parents on average
 _LEAST_DIM, _MOST_GLOBALS, _MOST_LEVELS, _MOST_PARENTS = 100, 16, 16, 8
-#: the largest degree of polynomials of the globals
-MOST_DEGREE = 4
-# maximum number of polynomial terms; draws per term, and the factor by which these draws are spread out
-_MOST_TERMS, _DRAWS_BY_TERM, _WIDER = 40, 2, 2.0
+# draws between which conditionals are interpolated, and the factor by which these are spread out
+_NUM_KNOTS, _WIDER = 40, 2.0
 # distance in sds between the 10 % and 90 % quantiles of a normal distribution
 _BETWEEN_TENTHS = 2.563
 # tail probability of an outer quantile of the draws; reach of the density grid beyond it, in sds and cells
@@ -151,48 +157,47 @@ class Field(NamedTuple):
 
 
 class ConditionalGaussian:
-    """The transform from (g, e) to (g, x), with polynomials of the globals fitted at some draws.
+    """The transform from (g, e) to (g, x), with conditionals interpolated between some draws.
 
-    :param latents: draws ``(n, D)``; the globals at which polynomials are fitted come from these.
+    The interpolation is by cubic radial basis functions with a linear part (reference 3).
+
+    :param latents: draws ``(n, D)``, of which the globals are those of the knots.
     :param unit: the sds of the latents, nearly, shape ``(D,)``.
-    :param degree: the maximum degree of the polynomials.
     """
 
-    def __init__(
-        self,
-        field: Field,
-        log_joint: LogJoint,
-        latents: Tensor,
-        unit: Tensor,
-        degree: int = MOST_DEGREE,
-    ) -> None:
+    def __init__(self, field: Field, log_joint: LogJoint, latents: Tensor, unit: Tensor) -> None:
         self._field, self._log_joint, self._unit = field, log_joint, unit
         self.of_globals, self.of_field = field.of_globals, field.of_field
         globals_ = latents[:, field.of_globals]
         tiny = torch.finfo(latents.dtype).tiny ** 0.5
         ordered, count = globals_.sort(0).values, len(globals_)
-        low, self._middle, high = (ordered[count * k // 10] for k in (1, 5, 9))
+        low, middle, high = (ordered[count * k // 10] for k in (1, 5, 9))
         self._spread = ((high - low) / _BETWEEN_TENTHS).clamp_min(tiny)
-        self._powers = _powers(globals_.shape[1], degree).to(latents.device)
-        number = min(_DRAWS_BY_TERM * len(self._powers), len(latents))
+        number = min(_NUM_KNOTS, count)
         points = latents.median(0).values.repeat(number, 1)
         # for each global, draws at evenly spaced ranks, its minimum and maximum included
-        rank, each = globals_.argsort(0), max(math.ceil(number / len(self._middle)), 2)
+        rank, each = globals_.argsort(0), max(math.ceil(number / len(middle)), 2)
         places = torch.arange(each, dtype=torch.long, device=latents.device)
-        chosen = rank[places * (len(latents) - 1) // (each - 1)].flatten()[:number]
-        deviations = (globals_[chosen] - self._middle).clamp(-3 * self._spread, 3 * self._spread)
-        wide = self._middle + _WIDER * deviations
+        chosen = rank[places * (count - 1) // (each - 1)].flatten()[:number]
+        deviations = (globals_[chosen] - middle).clamp(-3 * self._spread, 3 * self._spread)
+        wide = middle + _WIDER * deviations
         self._low, self._high = wide.amin(0), wide.amax(0)
         points[:, field.of_globals] = wide
         gaussians = field.conditionals(log_joint, points, unit)
         root = gaussians[0].root_tril
         self._below = torch.tril_indices(len(root), len(root), -1, device=root.device)
-        found = torch.cat(
-            [points[:, field.of_field], torch.stack([*map(self._numbers, gaussians)])], 1
-        )
-        is_finite = found.isfinite().all(1)
-        terms = self._terms(points[:, field.of_globals])
-        self._weights = (torch.linalg.pinv(terms[is_finite]) @ found[is_finite]).T.contiguous()
+        numbers, modes = torch.stack([*map(self._numbers, gaussians)]), points[:, field.of_field]
+        is_finite = numbers.isfinite().all(1) & modes.isfinite().all(1)
+        numbers, modes, self._knots = numbers[is_finite], modes[is_finite], wide[is_finite]
+        self._center = modes.median(0).values
+        shifts = self._noise((modes - self._center).T, *self._parts(numbers.T)).T
+        found = torch.cat([shifts, numbers], 1)
+        terms = self._terms(self._knots)
+        size = len(self._knots)
+        conditions = torch.zeros_like(terms[0].repeat(terms.shape[1], 1))
+        conditions[:size], conditions[size:, :size] = terms, terms[:, size:].T
+        values = torch.cat([found, found.new_zeros(len(conditions) - size, found.shape[1])])
+        self._weights = (torch.linalg.pinv(conditions) @ values).T.contiguous()
 
     def share_beyond(self, latents: Tensor) -> Tensor:
         """Mass of each global beyond its 1 % or 99 % quantile of draws ``(n, D)``, the larger one, ``(G,)``.
@@ -219,9 +224,9 @@ class ConditionalGaussian:
     def _log_marginal(self, globals_: Tensor) -> Tensor:
         """Laplace's approximation of the marginal log density of globals ``(n, G)``, up to a constant."""
         field = self._field
-        points = globals_.new_empty(len(globals_), len(self._unit))
+        points = globals_.new_zeros(len(globals_), len(self._unit))
         points[:, self.of_globals] = globals_
-        points[:, self.of_field] = self._conditionals(globals_)[0].T
+        points, _ = self(points)
         gaussians = field.conditionals(self._log_joint, points, self._unit)
         log_density, _ = value_and_gradient(self._log_joint, points)
         inner = field.order[len(field.pattern.root) :]
@@ -231,16 +236,14 @@ class ConditionalGaussian:
         return log_density.to(globals_.dtype) + torch.stack(widths)
 
     def _terms(self, globals_: Tensor) -> Tensor:
-        """The polynomial terms, shape ``(n, num_terms)``, constant beyond the range of the draws."""
-        t = (globals_.clamp(self._low, self._high) - self._middle) / self._spread
-        factors = torch.cat([torch.ones_like(globals_.sum(1, keepdim=True)), t], 1)
-        terms = torch.ones_like(factors[:, :1])
-        for power in self._powers.T:
-            terms = terms * factors[:, power]
-        return terms
+        """Basis functions ``(n, K + 1 + G)`` of K knots, constant beyond the range of these."""
+        t = globals_.clamp(self._low, self._high) / self._spread
+        squares = (t[:, None] - self._knots / self._spread).square().sum(-1)
+        # smooth at zero
+        return torch.cat([(squares + 1e-6) ** 1.5, torch.ones_like(t[:, :1]), t], 1)
 
     def _numbers(self, gaussian: SparseGaussian) -> Tensor:
-        """The parameters that polynomials predict: log scales, the root's factor, coefficients."""
+        """The parameters that are interpolated: log scales, the root's factor, coefficients."""
         field, root = self._field, gaussian.root_tril
         log_scale = gaussian.scale.log()[field.order[len(root) :]]
         parts = [root.diagonal().log(), log_scale, root[self._below[0], self._below[1]]]
@@ -248,52 +251,54 @@ class ConditionalGaussian:
             parts += [gaussian.coefficients[g][part].flatten() for g, part, _, _ in level]
         return torch.cat(parts)
 
-    def _conditionals(self, globals_: Tensor) -> tuple[Tensor, Tensor, Tensor, Iterator[Tensor]]:
-        """Means and log scales ``(N, C)``, root factors ``(C, R, R)`` and coefficients ``(m k, C)``."""
+    def _parts(self, numbers: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Log scales ``(N, C)``, root factors ``(C, R, R)`` and coefficients ``(m k, C)``."""
         size, num_root = len(self._field.order), len(self._field.pattern.root)
         above = [parents.numel() for level in self._field.parents for parents in level]
-        sizes = [size, size, self._below.shape[1], *above]
-        numbers = self._weights @ self._terms(globals_).T
-        loc, log_scale, below, *rest = numbers.split(sizes)
+        log_scale, below, *rest = numbers.split([size, self._below.shape[1], *above])
         factors = torch.diag_embed(log_scale[:num_root].exp().T)
         rows = torch.arange(len(factors), device=factors.device)[:, None]
         factors = factors.index_put((rows, self._below[0], self._below[1]), below.T)
-        return loc, log_scale, factors, iter(rest)
+        return log_scale, factors, rest
+
+    def _conditionals(self, globals_: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Shifts d of the noise ``(N, C)``, and the parts."""
+        numbers = self._weights @ self._terms(globals_).T
+        size = len(self._field.order)
+        return numbers[:size], *self._parts(numbers[size:])
 
     def __call__(self, base: Tensor) -> tuple[Tensor, Tensor]:
         """Maps (g, e) to latents, both ``(C, D)``; returns these and log-determinants ``(C,)``."""
         field, num_root = self._field, len(self._field.pattern.root)
-        loc, log_scale, factors, rest = self._conditionals(base[:, field.of_globals])
-        noise = base[:, field.of_field].T
+        shift, log_scale, factors, rest = self._conditionals(base[:, field.of_globals])
+        noise, coefficients = base[:, field.of_field].T + shift, iter(rest)
         z = (factors @ noise[:num_root].T[..., None])[..., 0].T
         levels = (log_scale[num_root:].exp() * noise[num_root:]).split(field.sizes)
         for own, parents in zip(levels, field.parents):
-            z = torch.cat([z, own + _sums(z, parents, rest, len(own))])
-        return base.index_copy(1, field.of_field, (loc + z).T), log_scale.sum(0)
+            z = torch.cat([z, own + _sums(z, parents, coefficients, len(own))])
+        latents = base.index_copy(1, field.of_field, (self._center[:, None] + z).T)
+        return latents, log_scale.sum(0)
 
     def inverse(self, latents: Tensor) -> Tensor:
         """Maps latents to (g, e), both ``(C, D)``."""
-        field, num_root = self._field, len(self._field.pattern.root)
-        loc, log_scale, factors, rest = self._conditionals(latents[:, field.of_globals])
-        z = latents[:, field.of_field].T - loc
+        shift, log_scale, *rest = self._conditionals(latents[:, self.of_globals])
+        noise = self._noise(latents[:, self.of_field].T - self._center[:, None], log_scale, *rest)
+        return latents.index_copy(1, self.of_field, (noise - shift).T)
+
+    def _noise(
+        self, z: Tensor, log_scale: Tensor, factors: Tensor, coefficients: list[Tensor]
+    ) -> Tensor:
+        """The standardized residuals given parents, both ``(N, C)``."""
+        field, num_root, rest = self._field, len(self._field.pattern.root), iter(coefficients)
         of_root = z[:num_root].T[..., None]
         noise = [torch.linalg.solve_triangular(factors, of_root, upper=False)[..., 0].T]
         start = num_root
         for size, parents in zip(field.sizes, field.parents):
             own = slice(start, start + size)
-            deviation = z[own] - _sums(z[:start], parents, rest, size)
-            noise.append(deviation / log_scale[own].exp())
+            residual = z[own] - _sums(z[:start], parents, rest, size)
+            noise.append(residual / log_scale[own].exp())
             start += size
-        return latents.index_copy(1, field.of_field, torch.cat(noise).T)
-
-
-def _powers(num_globals: int, most: int) -> Tensor:
-    """The factors of each term, 0 for a constant and k for global k: shape ``(num_terms, degree)``."""
-    degree = 1
-    while degree < most and math.comb(num_globals + degree + 1, degree + 1) <= _MOST_TERMS:
-        degree += 1
-    found = [*combinations_with_replacement(range(num_globals + 1), degree)]
-    return torch.tensor(found, dtype=torch.long, device="cpu")
+        return torch.cat(noise)
 
 
 def _sums(z: Tensor, parents: list[Tensor], coefficients: Iterator[Tensor], size: int) -> Tensor:

@@ -13,7 +13,7 @@ from ..joint.coordinates import with_strong_data_centered
 from ..joint.prior_map import Coordinates
 from ..time_limit import limited
 from .adaptation import StepSize, TrajectoryLength
-from .conditional_gaussian import MOST_DEGREE, ConditionalGaussian, Field
+from .conditional_gaussian import ConditionalGaussian, Field
 from .modes import IndependentProposals, lost_chains
 from .preconditioning import Preconditioner, fisher_divergence
 from .starts import climb, far_apart, latin_hypercube, overdispersed
@@ -24,8 +24,8 @@ from .trajectories import Info, integrator_of, trajectory
 # which these are refitted, or elements with strong data are centred
 _WARM_UP, _FIELD_AFTER, _CENTERED_AFTER = (8, 12, 20, 30, 10, 8), 1, 3
 # Fisher divergence above which a field is looked for (in benchmarks/chains.md 0.4 for a linear state space
-# model, which is faster without, and 1.3 for stochastic volatility); first degree of its polynomials
-_FAR, _FIRST_DEGREE = 0.5, 2
+# model, which is faster without, and 1.3 for stochastic volatility)
+_FAR = 0.5
 # maximum number of steps of a trajectory, in the first round and after the warm-up
 _FEW_STEPS, _MANY_STEPS = 10, 500
 # maximum step size as a multiple of the mean integration time
@@ -128,7 +128,7 @@ class MovingChains:
                 and _divergence(_last(states)) > _FAR
             ):
                 self._field = self._field or self._find_field()
-                self._transform_field(states, _FIRST_DEGREE)
+                self._transform_field(states)
             if index == _CENTERED_AFTER and self.to_latent is None:
                 if self._target.to_latent is not identity:
                     # refit at draws closer to the posterior
@@ -213,22 +213,19 @@ class MovingChains:
         return other is not self.log_joint and self._go_on_in(PulledBack(other), states)
 
     def _find_field(self) -> tuple[LogJoint, Field] | None:
-        """Finds a field, and a density in coordinates from its prior, or from the prior's scales only.
+        """Finds a field, and a density in coordinates from its prior, or as the model is written.
 
-        A sequence whose location is the previous state has a sparse graph only in the latter. The model's own
-        coordinates would also do in the bulk of the posterior, but not in the neck of a funnel.
+        A sequence whose location is the previous state has a sparse graph only in the latter.
         """
         densities, given = [self.log_joint], self.log_joint.coordinates
         if given is not None and bool(self._has_parents.any()):
-            parts = self.log_joint.latents.split(self._has_parents)
-            is_root = {name: not bool(parts[name].any()) for name in given.with_location}
-            of_scales = {name: has and is_root[name] for name, has in given.with_location.items()}
-            other = Coordinates(given.centered, given.unit, of_scales)
+            centered = given.centered.masked_fill(self._has_parents, 1.0)
+            other = Coordinates(centered, given.unit, given.with_location)
             densities.append(self.log_joint.with_coordinates(other))
         found = ((density, Field.of(density)) for density in densities)
         return next(((density, field) for density, field in found if field is not None), None)
 
-    def _transform_field(self, states: list[State], degree: int = MOST_DEGREE) -> bool:
+    def _transform_field(self, states: list[State]) -> bool:
         """Tries coordinates in which a field is nearly normal given its globals; returns whether it moved."""
         if self._field is None:
             return False
@@ -236,7 +233,7 @@ class MovingChains:
         settled = states[-max(len(states) // 3, 1) :]
         latent, _ = density.from_unconstrained(self._unconstrained(settled))
         sds = latent.std(0).clamp_min(torch.finfo(latent.dtype).tiny ** 0.5)
-        fitted = ConditionalGaussian(field, density, latent, sds, degree)
+        fitted = ConditionalGaussian(field, density, latent, sds)
         return self._go_on_in(PulledBack(density, fitted), states, only_if_better=True)
 
     def _unconstrained(self, states: list[State]) -> Tensor:
