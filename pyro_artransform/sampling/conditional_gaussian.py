@@ -44,9 +44,10 @@ from ..graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ..joint import LogJoint
 
 # fewest dimensions for a field; most globals, levels, and parents on average
-_LEAST_DIM, _MOST_GLOBALS, _MOST_LEVELS, _MOST_PARENTS = 100, 16, 16, 8
-# draws between which conditionals are interpolated, and the factor by which these are spread out
-_NUM_KNOTS, _WIDER = 40, 2.0
+_LEAST_DIM, MOST_GLOBALS, _MOST_LEVELS, _MOST_PARENTS = 100, 16, 16, 8
+# draws between which conditionals are interpolated, the factor by which these are spread out, and how far
+# beyond them, in units of their range, the interpolation goes on
+_NUM_KNOTS, _WIDER, _REACH = 40, 2.0, 0.5
 # distance in sds between the 10 % and 90 % quantiles of a normal distribution
 _BETWEEN_TENTHS = 2.563
 # tail probability of an outer quantile of the draws; reach of the density grid beyond it, in sds and cells
@@ -87,7 +88,7 @@ class Field(NamedTuple):
             return None
         coloring = color_columns(neighbours)
         is_hub = coloring.on(start.device) >= coloring.num_colors - coloring.num_hubs
-        if not 0 < coloring.num_hubs <= _MOST_GLOBALS or bool(is_hub.all()):
+        if not 0 < coloring.num_hubs <= MOST_GLOBALS or bool(is_hub.all()):
             return None
         of_field = (~is_hub).nonzero()[:, 0]
         index = {i: k for k, i in enumerate(of_field.tolist())}
@@ -181,16 +182,23 @@ class ConditionalGaussian:
         chosen = rank[places * (count - 1) // (each - 1)].flatten()[:number]
         deviations = (globals_[chosen] - middle).clamp(-3 * self._spread, 3 * self._spread)
         wide = middle + _WIDER * deviations
-        self._low, self._high = wide.amin(0), wide.amax(0)
         points[:, field.of_globals] = wide
         gaussians = field.conditionals(log_joint, points, unit)
         root = gaussians[0].root_tril
         self._below = torch.tril_indices(len(root), len(root), -1, device=root.device)
         numbers, modes = torch.stack([*map(self._numbers, gaussians)]), points[:, field.of_field]
-        is_finite = numbers.isfinite().all(1) & modes.isfinite().all(1)
-        numbers, modes, self._knots = numbers[is_finite], modes[is_finite], wide[is_finite]
-        self._center = modes.median(0).values
-        shifts = self._noise((modes - self._center).T, *self._parts(numbers.T)).T
+        # below, curvatures by differences have no digits left
+        least = unit[field.of_field].log() + math.log(torch.finfo(unit.dtype).eps) / 3
+        is_usable = (numbers[:, : len(least)] > least).all(1)
+        is_usable &= numbers.isfinite().all(1) & modes.isfinite().all(1)
+        numbers, modes, self._knots = numbers[is_usable], modes[is_usable], wide[is_usable]
+        low, high = self._knots.amin(0), self._knots.amax(0)
+        self._low, self._high = low - _REACH * (high - low), high + _REACH * (high - low)
+        # where a scale vanishes, shifts are bounded only around modes that are as smooth
+        parts = self._parts(numbers.T)
+        by_center = [self._noise((modes - mode).T, *parts).T for mode in modes]
+        best = min(range(len(modes)), key=lambda i: float(by_center[i].abs().max()))
+        self._center, shifts = modes[best], by_center[best]
         found = torch.cat([shifts, numbers], 1)
         terms = self._terms(self._knots)
         size = len(self._knots)
@@ -281,8 +289,9 @@ class ConditionalGaussian:
 
     def inverse(self, latents: Tensor) -> Tensor:
         """Maps latents to (g, e), both ``(C, D)``."""
-        shift, log_scale, *rest = self._conditionals(latents[:, self.of_globals])
-        noise = self._noise(latents[:, self.of_field].T - self._center[:, None], log_scale, *rest)
+        shift, log_scale, factors, rest = self._conditionals(latents[:, self.of_globals])
+        z = latents[:, self.of_field].T - self._center[:, None]
+        noise = self._noise(z, log_scale, factors, rest)
         return latents.index_copy(1, self.of_field, (noise - shift).T)
 
     def _noise(

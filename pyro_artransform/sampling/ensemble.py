@@ -130,10 +130,15 @@ class Ensemble(MovingChains):
         Uses Laplace's approximation. Zero except for globals of a field some of whose priors have no parents.
         """
         found, fitted = torch.zeros_like(self.log_joint.start), self._target.to_latent
-        if isinstance(fitted, ConditionalGaussian) and not self._has_parents[fitted.of_field].all():
+        if isinstance(fitted, ConditionalGaussian) and self._is_centered(fitted.of_field):
             latents, _ = self.log_joint.from_unconstrained(self.draws.flatten(0, 1))
             found[fitted.of_globals] = fitted.share_beyond(latents)
         return found
+
+    def _is_centered(self, of_field: Tensor) -> bool:
+        """Whether latents of a field are not in units of the scales of their prior."""
+        given = self.log_joint.coordinates
+        return given is None or bool((given.centered[of_field] == 1).any())
 
     @torch.no_grad()
     def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:

@@ -13,16 +13,16 @@ from ..joint.coordinates import with_strong_data_centered
 from ..joint.prior_map import Coordinates
 from ..time_limit import limited
 from .adaptation import StepSize, TrajectoryLength
-from .conditional_gaussian import ConditionalGaussian, Field
+from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, Field
 from .modes import IndependentProposals, lost_chains
 from .preconditioning import Preconditioner, fisher_divergence
 from .starts import climb, far_apart, latin_hypercube, overdispersed
 from .target import PulledBack, State, ToLatent, identity
 from .trajectories import Info, integrator_of, trajectory
 
-# trajectories in each warm-up round; the round after which coordinates for a field are tried; the round after
-# which these are refitted, or elements with strong data are centred
-_WARM_UP, _FIELD_AFTER, _CENTERED_AFTER = (8, 12, 20, 30, 10, 8), 1, 3
+# trajectories in each warm-up round; the rounds after which coordinates for a field are tried; the round
+# after which these are refitted, or elements with strong data are centred
+_WARM_UP, _FIELD_AFTER, _CENTERED_AFTER = (8, 12, 20, 30, 10, 8), (1, 2), 3
 # Fisher divergence above which a field is looked for (in benchmarks/chains.md 0.4 for a linear state space
 # model, which is faster without, and 1.3 for stochastic volatility)
 _FAR = 0.5
@@ -122,13 +122,8 @@ class MovingChains:
                 return
             if index < len(_WARM_UP) - 1:
                 self._learn(self._rejoined(states))
-            if (
-                index == _FIELD_AFTER
-                and self.to_latent is None
-                and _divergence(_last(states)) > _FAR
-            ):
-                self._field = self._field or self._find_field()
-                self._transform_field(states)
+            if index in _FIELD_AFTER and self.to_latent is None:
+                self._try_field(states)
             if index == _CENTERED_AFTER and self.to_latent is None:
                 if self._target.to_latent is not identity:
                     # refit at draws closer to the posterior
@@ -137,6 +132,14 @@ class MovingChains:
                     self._transform_field(states)
                 elif self._center(states):
                     self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
+
+    def _try_field(self, states: list[State]) -> None:
+        """Looks for a field where chains are far from a Gaussian, or the model loops, and goes on in it."""
+        num_sites = len(self.log_joint.latents.sites)
+        if self._field is None and (num_sites > MOST_GLOBALS or _divergence(_last(states)) > _FAR):
+            self._field = self._find_field()
+        if self._target.to_latent is identity:
+            self._transform_field(states)
 
     def _adapt(self, number: int, most_steps: int, by_chain: bool) -> list[State]:
         """Runs chains, adapting step size and length; returns the state after each trajectory.
@@ -210,7 +213,9 @@ class MovingChains:
         """Changes to coordinates centred where data are strong; returns whether it did."""
         gradients = torch.stack([state.gradient for state in states], 1)
         other = with_strong_data_centered(self.log_joint, gradients, self._has_parents)
-        return other is not self.log_joint and self._go_on_in(PulledBack(other), states)
+        return other is not self.log_joint and self._go_on_in(
+            PulledBack(other, before=self._target), states
+        )
 
     def _find_field(self) -> tuple[LogJoint, Field] | None:
         """Finds a field, and a density in coordinates from its prior, or as the model is written.
@@ -234,7 +239,8 @@ class MovingChains:
         latent, _ = density.from_unconstrained(self._unconstrained(settled))
         sds = latent.std(0).clamp_min(torch.finfo(latent.dtype).tiny ** 0.5)
         fitted = ConditionalGaussian(field, density, latent, sds)
-        return self._go_on_in(PulledBack(density, fitted), states, only_if_better=True)
+        target = PulledBack(density, fitted, self._target)
+        return self._go_on_in(target, states, only_if_better=True)
 
     def _unconstrained(self, states: list[State]) -> Tensor:
         return self.log_joint.to_unconstrained(torch.cat([state.latent for state in states]))[0]
@@ -248,7 +254,6 @@ class MovingChains:
         """
         # lost chains have been restarted since the last of these
         states = [*_last(states), self._state]
-        target.num_gradients = self._target.num_gradients
         latent, _ = target.log_joint.from_unconstrained(self._unconstrained(states))
         to_latent = target.to_latent
         if isinstance(to_latent, ConditionalGaussian):

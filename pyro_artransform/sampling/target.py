@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..capture import Captured
+from ..capture import Captured, Function
 from ..joint import LogJoint
 
 # calls before a gradient is captured for replay: chains evaluate hundreds
@@ -54,15 +54,26 @@ class PulledBack:
     """The pullback ``log p(T(x)) + log |det T'(x)|`` of a posterior p to the base space of a transform T.
 
     ``num_gradients`` counts the points at which it was evaluated.
+
+    :param before: a pullback whose captured density is shared if it is the same.
     """
 
-    def __init__(self, log_joint: LogJoint, to_latent: ToLatent = identity) -> None:
+    def __init__(
+        self,
+        log_joint: LogJoint,
+        to_latent: ToLatent = identity,
+        before: "PulledBack | None" = None,
+    ) -> None:
         self.log_joint, self.to_latent = log_joint, to_latent
-        self.num_gradients = 0
-        self._evaluate: Callable[[Tensor], tuple[Tensor, ...]] = self._with_gradient
-        self._captured: Captured | None = None
-        if log_joint.strategy != "loop":
-            self._evaluate = self._captured = Captured(self._with_gradient, _PATIENCE)
+        self.num_gradients: int = 0 if before is None else before.num_gradients
+        functions = self._density_and_gradient, self._transformed, self._pulled_back
+        self._density, self._transform, self._pull = map(self._captured, functions)
+        if before is not None and before.log_joint is log_joint:
+            self._density = before._density
+
+    def _captured(self, function: Function) -> Function:
+        is_loop = self.log_joint.strategy == "loop"
+        return function if is_loop else Captured(function, _PATIENCE)
 
     def __call__(self, base: Tensor) -> State:
         """Evaluates latents, log densities and gradients at points ``(C, D)``, one chunk at a time."""
@@ -75,13 +86,31 @@ class PulledBack:
 
         :raises ReplayError: if they differ.
         """
-        if self._captured is not None:
-            self._captured.confirm()
+        for function in (self._density, self._transform, self._pull):
+            if isinstance(function, Captured):
+                function.confirm()
 
-    def _with_gradient(self, base: Tensor) -> tuple[Tensor, ...]:
+    def _evaluate(self, base: Tensor) -> tuple[Tensor, ...]:
+        if self.to_latent is identity:
+            return base, *self._density(base)
+        latent, ladj = self._transform(base)
+        log_density, gradient = self._density(latent)
+        return latent, log_density + ladj, *self._pull(base, gradient)
+
+    def _density_and_gradient(self, latent: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            latent = latent.detach().requires_grad_()
+            log_density = self.log_joint(latent)
+            (gradient,) = torch.autograd.grad(log_density.sum(), latent)
+        return log_density.detach(), gradient
+
+    def _transformed(self, base: Tensor) -> tuple[Tensor, ...]:
+        latent, ladj = self.to_latent(base)
+        return latent.detach(), ladj.detach()
+
+    def _pulled_back(self, base: Tensor, gradient: Tensor) -> tuple[Tensor, ...]:
+        """The gradient in the base space from that by the latents."""
         with torch.enable_grad():
             base = base.detach().requires_grad_()
             latent, ladj = self.to_latent(base)
-            log_density = self.log_joint(latent) + ladj
-            (gradient,) = torch.autograd.grad(log_density.sum(), base)
-        return latent.detach(), log_density.detach(), gradient
+            return torch.autograd.grad((latent * gradient).sum() + ladj.sum(), base)
