@@ -66,8 +66,9 @@ class PulledBack:
     ) -> None:
         self.log_joint, self.to_latent = log_joint, to_latent
         self.num_gradients: int = 0 if before is None else before.num_gradients
-        functions = self._density_and_gradient, self._transformed, self._pulled_back
-        self._density, self._transform, self._pull = map(self._captured, functions)
+        self._density: Function = self._captured(self._density_and_gradient)
+        self._transform: Function = self._captured(self._transformed)
+        self._pull: Function = self._captured(self._pulled_back)
         if before is not None and before.log_joint is log_joint:
             self._density = before._density
 
