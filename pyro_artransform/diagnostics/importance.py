@@ -190,14 +190,14 @@ def _chosen(log_weights: Tensor, n: int) -> Tensor:
     """The indices ``(n,)`` of draws resampled with log weights ``(S,)``, on the CPU."""
     if not bool(log_weights.isfinite().any()):
         raise ValueError(
-            f"guide: expected draws with finite weights, got none of {len(log_weights)}: train it first, or "
+            f"guide: expected draws with finite weights, got none in {len(log_weights)}: train it first, or "
             "check supports and data"
         )
     tail = fit_tail(log_weights)
     if tail.khat > GOOD_KHAT:
         warnings.warn(
-            f"k-hat is {tail.khat:.2f}: above {GOOD_KHAT} resampling is no better than the guide. Fit the "
-            "guide for longer, or a more expressive one",
+            f"k-hat is {tail.khat:.2f}: above {GOOD_KHAT}, resampling does not improve on the guide. Train "
+            "it for longer, or use a more flexible one",
             stacklevel=3,
         )
     cumulative = smooth_tail(log_weights, tail).softmax(0).cumsum(0)

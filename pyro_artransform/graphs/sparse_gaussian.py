@@ -92,8 +92,8 @@ class PrecisionPattern:
         is_padding = (rows >= self._base - 1) | (columns >= self._base - 1)
         if bool(((self._keys[found] != key) & ~is_padding).any()):
             raise ValueError(
-                "expected entries for pairs of the pattern alone (of latents that depend on each other), "
-                "got one for another pair"
+                "expected entries only for pairs in the pattern (latents that depend on each other), got one "
+                "for another pair"
             )
         return torch.where(is_padding, self.num_entries, found)
 

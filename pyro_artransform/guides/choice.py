@@ -45,8 +45,8 @@ def choose_guide(
     for site in latents.sites.values():
         for plate in site.plates:
             if plate.name in parts:
-                return AutoAmortized(model), f"for latents in the sub-sampled plate '{plate.name}'"
+                return AutoAmortized(model), f"for latents in the subsampled plate '{plate.name}'"
     if parts or is_minibatch:
-        return AutoIAF(model), f"for {count} and sub-sampled data"
+        return AutoIAF(model), f"for {count} and subsampled data"
     is_small = latents.latent_dim <= _MOST_FOR_IAF
     return (AutoIAF if is_small else AutoStructuredFlow)(model), f"for {count}"

@@ -89,10 +89,10 @@ def mcmc(
        MCMC (Vehtari, Gelman, Simpson, Carpenter, Bürkner, 2021), https://arxiv.org/abs/1903.08008
     """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("mcmc: expected gradients, got torch.inference_mode: leave it")
+        raise RuntimeError("mcmc: expected to be called outside torch.inference_mode")
     check_integer("num_samples", num_samples)
     if guide is not None:
-        check_callable("guide", guide, "a guide of the model, or None")
+        check_callable("guide", guide, "a guide for the model, or None")
     if seed is not None:
         check_integer("seed", seed, 0)
     with (

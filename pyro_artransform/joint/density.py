@@ -198,8 +198,8 @@ class LogJoint(LogDensity):
         if structure.shapes != expected:
             raise ValueError(
                 "the model has other latents with these arguments: expected the sites and shapes "
-                f"{expected}, got {structure.shapes}. Latents of the elements of a mini-batch need a "
-                "guide that is told of the mini-batch, such as AutoAmortized"
+                f"{expected}, got {structure.shapes}. Latents of the elements of a mini-batch need a guide "
+                "such as AutoAmortized"
             )
         other = self.bound_to(args, kwargs)
         other.chunk_size = self._chunk_size(structure.num_values)

@@ -94,7 +94,7 @@ def _check_draws(guide: AutoAutoregressive) -> None:
 def _check_densities(guide: AutoAutoregressive, args: Args) -> Tensor:
     trace: Any = poutine.trace(guide).get_trace(*args)
     values = {name: trace.nodes[name]["value"] for name in guide.prototype_trace.nodes}
-    wanted = "log_prob: another one for a draw whose density in the guide's trace is"
+    wanted = "log_prob: differs for a draw whose density in the guide's trace is"
     expected = trace.log_prob_sum().detach()
     equal(guide.log_prob(values), expected, f"{wanted} {expected:.9g}", 1e-7)
     for path in (False, True):

@@ -203,8 +203,8 @@ class AutoAmortized(PersistentGuide):
         feature_dims = spec.arguments["feature_dims"]
         if feature_dims and encoder is None:
             raise ValueError(
-                f"the guide had an encoder for plate '{next(iter(feature_dims))}': expected it as "
-                "encoder= of the guide or of load, since no file or state dict holds it, got none"
+                f"the guide had an encoder for plate '{next(iter(feature_dims))}': expected it as encoder= "
+                "of the guide or of load, since files and state dicts do not contain it, got none"
             )
         self.transform = AmortizedPosterior(spec, start, make_flows, encoder)
         self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}

@@ -124,9 +124,9 @@ def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter])
     for short in sorted(entries.keys() | own.keys()):
         if expected.get(short) != got.get(short):
             return (
-                f"the param store's '{short}' of the guide '{name}' does not fit: expected "
+                f"the param store's '{short}' of the guide '{name}' does not match: expected "
                 f"{expected.get(short)}, got {got.get(short)}. Build the guide as it was saved, or call "
-                "pyro.clear_param_store() to start anew"
+                "pyro.clear_param_store() to start afresh"
             )
     return ""
 

@@ -42,7 +42,7 @@ class PassEstimate(NamedTuple):
         """Why the pass is not known to have each row of all data once; empty if it is."""
         if not self.share:
             hint = "(drop_last=True may leave rows out)"
-            return f"the loader is not known to have each row once in an epoch {hint}"
+            return f"an epoch of the loader may not contain each row exactly once {hint}"
         if not math.isclose(self.loader_share, 1.0):
             return (
                 f"a pass over the loader is {100 * self.loader_share:.3g} % of the data that the "
