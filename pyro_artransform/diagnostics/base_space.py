@@ -27,7 +27,7 @@ def ensemble_of(
 ) -> Ensemble:
     """Chains in the base space of a guide, where the posterior is nearly a standard normal.
 
-    :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or the guide lacks
+    :raises ValueError: if there are fewer than 4 chains, the model subsamples its data, or the guide lacks
         a latent, was made for another model, is a point, has discrete sites, or has too few finite draws.
     """
     if subject.log_joint.is_random:

@@ -129,7 +129,7 @@ def importance(
     """Importance sampling with a guide: ELBO, evidence, k-hat and effective sample size.
 
     Any Pyro guide will do. Discrete latents marked for enumeration are summed out; others need a
-    guide that draws them. If the model sub-samples its data, or its density is random otherwise, each
+    guide that draws them. If the model subsamples its data, or its density is random otherwise, each
     draw sees another mini-batch, whose noise enters the weights: the ELBO is still correct, but k-hat
     and the evidence are meaningless.
 

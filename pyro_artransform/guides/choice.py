@@ -29,8 +29,8 @@ def choose_guide(
 ) -> tuple[PersistentGuide, str]:
     """Makes a guide for a model, and says why it is of this class.
 
-    Chooses ``AutoAmortized`` if latents are in a sub-sampled plate, which no other guide supports;
-    ``AutoIAF`` for few latents, and for sub-sampled data, since a mini-batch may lack dependencies of the
+    Chooses ``AutoAmortized`` if latents are in a subsampled plate, which no other guide supports;
+    ``AutoIAF`` for few latents, and for subsampled data, since a mini-batch may lack dependencies of the
     posterior; ``AutoStructuredFlow`` for many latents.
 
     :param is_minibatch: whether the arguments are one of many mini-batches.

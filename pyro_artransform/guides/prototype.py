@@ -113,7 +113,7 @@ def one_more_run(run: Callable[[], object]) -> poutine.Trace:
 
 
 def refuse_subsampling(sites: Iterable[Site]) -> None:
-    """Rejects latents in sub-sampled plates, which differ between mini-batches."""
+    """Rejects latents in subsampled plates, which differ between mini-batches."""
     for site in sites:
         for frame in site.plates:
             if frame.full_size is not None and frame.size != frame.full_size:

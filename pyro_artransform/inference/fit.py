@@ -67,7 +67,7 @@ def fit(
 
     Call it as ``fit(model, guide, *args)``, or as ``fit(model, *args)`` to let it choose the guide. The
     chosen guide is ``result.guide``, and ``print(result)`` gives the reason: ``AutoIAF`` for few latents and
-    for mini-batches, ``AutoStructuredFlow`` for many latents, ``AutoAmortized`` for latents in a sub-sampled
+    for mini-batches, ``AutoStructuredFlow`` for many latents, ``AutoAmortized`` for latents in a subsampled
     plate. A callable second positional argument is taken as the guide. If the model's own first argument is
     callable, pass it by name, or pass the guide as ``guide=``.
 

@@ -61,7 +61,7 @@ def mcmc(
     :param seed: makes the draws reproducible and restores the generators afterwards.
     :param progress: whether to show a progress bar, if ``tqdm`` is installed.
     :param max_seconds: the wall time after which chains end with the draws so far.
-    :raises ValueError: if a number is out of range, the model sub-samples its data, too few starts have a
+    :raises ValueError: if a number is out of range, the model subsamples its data, too few starts have a
         finite density, or the guide lacks a latent, was made for another model, is a point, has discrete
         sites, or has no finite draws.
     :raises RuntimeError: in ``torch.inference_mode``, or inside one of Pyro's handlers.

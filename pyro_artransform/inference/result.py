@@ -58,7 +58,7 @@ class FitResult(SavedResult):
     culprits: dict[str, int] = field(default_factory=dict)
     point_estimates: tuple[str, ...] = ()  #: the trained parameters of the model
     one_at_a_time: str = ""  #: why the model ran for one draw at a time; empty if it did not
-    #: the importance weights; ``None`` for a model that sub-samples its data
+    #: the importance weights; ``None`` for a model that subsamples its data
     importance: Importance | None = None
     #: whether the mean and the sd of each latent can be trusted, judged by draws of chains that have mixed;
     #: ``None`` without such chains
@@ -165,7 +165,7 @@ class FitResult(SavedResult):
                 "ESS": f"{self.ess:.0f} of {self.num_samples}{of}",
             }
         if about := self.judged.marginals:
-            about = about.removeprefix("Marginals ").removeprefix("Single latents were ")
+            about = about.removeprefix("Marginals ")
             rows["marginals"] = about.removesuffix(".")
         if self.chains is not None:
             chains = self.chains

@@ -93,7 +93,7 @@ class ModelStructure(NamedTuple):
     """The sites of a model run, without values."""
 
     shapes: dict[str, tuple[int, ...]]  #: by continuous latent
-    #: latents in no plate, and latents in a sub-sampled plate
+    #: latents in no plate, and latents in a subsampled plate
     global_latents: list[str]
     subsampled_latents: list[str]
     #: the largest scale of data relative to global latents: 5 in a plate of 20 of 100 elements
@@ -159,12 +159,12 @@ def _all_frames(trace: poutine.Trace) -> list[CondIndepStackFrame]:
 
 
 def subsampling_scale(frame: CondIndepStackFrame) -> float:
-    """The factor by which a sub-sampled plate scales log densities."""
+    """The factor by which a subsampled plate scales log densities."""
     return (frame.full_size or frame.size) / frame.size
 
 
 def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
-    """The frames of sub-sampled plates in a trace, once per site."""
+    """The frames of subsampled plates in a trace, once per site."""
     return [f for f in _all_frames(trace) if f.full_size not in (None, f.size)]
 
 

@@ -328,7 +328,7 @@ class GuideSampler:
             plate.run(self._run)
         batch = () if size is None else (size,)
         found = {k: scored.values[k].reshape(batch + shape) for k, shape in self.shapes.items()}
-        # single runs at these draws see the same sub-samples
+        # single runs at these draws see the same subsamples
         self._indices = {k: v for k, v in scored.values.items() if k not in scored.log_probs}
         zero = next(iter(found.values())).new_zeros(batch)
         names = self.shapes if self._runs_model else scored.log_probs  # without the model's data

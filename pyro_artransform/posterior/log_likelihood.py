@@ -48,7 +48,7 @@ def log_likelihood(
         sites are ignored.
     :return: for each site with data (a factor has none) a tensor of shape ``(n,) + batch shape``.
     :raises ValueError: if a latent of the model has no draws (draw discrete latents that were summed
-        out with :func:`pyro.infer.infer_discrete`), the model sub-samples its data, a site has data at
+        out with :func:`pyro.infer.infer_discrete`), the model subsamples its data, a site has data at
         some draws only, or draws have wrong shapes.
 
     Example::

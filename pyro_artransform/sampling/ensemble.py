@@ -71,7 +71,7 @@ class Ensemble(MovingChains):
     :param num_chains: the number of chains; by default chosen from the cost of the density.
     :param to_latent: a transform from a nearly standard normal base space, in which chains then move, to
         these coordinates; without one chains ascend from quantiles of the prior.
-    :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or too few starts
+    :raises ValueError: if there are fewer than 4 chains, the model subsamples its data, or too few starts
         have a finite density.
     """
 

@@ -316,7 +316,7 @@ def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) ->
         got, expected = (plate.size, plate.subsample_size, plate.dim), (full_size, size, dim)
         if got != expected:
             raise ValueError(
-                f"create_plates: expected plate '{name}' of (size, sub-sample size, dim) {expected}, "
+                f"create_plates: expected plate '{name}' of (size, subsample size, dim) {expected}, "
                 f"as the model has it for these arguments, got {got}"
             )
     return plates

@@ -75,7 +75,7 @@ class Elements:
             for k in worst[~self.trusted[worst]].tolist()
         ]
         words = (
-            f"{len(named):,} of the {len(self.gap):,} elements of plate '{self.plate}' are not trusted: "
+            f"the guide fails for {len(named):,} of the {len(self.gap):,} elements of plate '{self.plate}': "
             f"{first_of(named)}: result.elements lists them all"
         )
         return words if named else ""
