@@ -117,8 +117,8 @@ def _rounded(model):
     ("model", "guide", "words"),
     [
         (subsampled, AutoNormal, "one that sees all its data"),
-        (conjugate.local_normals, AutoDelta, "one value of mean in all"),
-        (_model, _rounded, "one value of b"),
+        (conjugate.local_normals, AutoDelta, "got the same value of mean in all"),
+        (_model, _rounded, "got the same value of b in all"),
         (nowhere, AutoDiagonalNormal, "at least 2 starts of finite density and gradient, got 0"),
     ],
 )

@@ -174,7 +174,7 @@ def with_factor(data=None):
 @pytest.mark.parametrize(
     ("error", "words", "found", "options"),
     [
-        (ValueError, "expected the names of the data sites", {}, {"observed": None}),
+        (ValueError, "expected the names of the observed sites", {}, {"observed": None}),
         (ValueError, r"expected sites of \['mean', 'y'\], got \['x'\]", {}, {"observed": ["x"]}),
         (ValueError, r"factors \['extra'\]", {}, {"model": with_factor}),
         (ValueError, r"of shape \(99,\), got \(98,\)", {"mean": torch.zeros(98)}, {}),

@@ -232,7 +232,7 @@ def test_resampling_takes_rows_and_warns_of_heavy_weights():
         with pyro.plate("data", len(conjugate.REALS)):
             pyro.sample("z", dist.Normal(mean + 0.1, 0.001))
 
-    with pytest.warns(UserWarning, match=r"k-hat is \d.*Fit the guide for longer"):
+    with pytest.warns(UserWarning, match=r"k-hat is \d.*Train it for longer"):
         draws = psis_resample(conjugate.local_normals, coupled, 500)
     assert draws["mean"].shape == (500,)
     assert draws["z"].shape == (500, 3)

@@ -121,7 +121,9 @@ def test_guides_whose_density_of_the_latents_is_not_known(distribution, infer):
     def model():
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match=r"others that determine them by a Delta.*got \['u'\]"):
+    with pytest.raises(
+        ValueError, match=r"auxiliary ones that determine them through a Delta.*got \['u'\]"
+    ):
         importance(model, guide, 10)
 
 

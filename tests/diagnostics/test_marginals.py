@@ -81,7 +81,7 @@ def test_few_draws_know_too_little():
     model, guide = partial(path, 20), PathGuide(20)
     found = marginals_of(chains_of(model, guide), guide.rsample_and_log_prob(60)[0])
     assert not found.trusted
-    assert "but the draws tell only this: means accurate to" in found.words
+    assert "but the bounds are wide (means accurate to" in found.words
 
 
 def test_of_constrained_sites():
@@ -117,7 +117,7 @@ def test_no_bound_of_a_moment_that_does_not_exist(law, has_mean):
     assert not found.trusted
     assert math.isfinite(found.mean_bound) == has_mean
     assert found.sd_bound == math.inf
-    assert "not known, such as that of z, whose tail" in found.words
+    assert "unknown, such as that of z, whose tails" in found.words
 
 
 def test_single_precision():

@@ -80,6 +80,6 @@ def test_what_the_param_store_had_is_said():
     fitted(guide)
     fitted(guide)  # goes on, as it should
     with pytest.warns(
-        UserWarning, match=r"starts from values that the param store had .*AutoNormal\."
+        UserWarning, match=r"starts from values already in the param store .*AutoNormal\."
     ):
         fitted(AutoNormal(models.location))

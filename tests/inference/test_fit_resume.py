@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_ends_no_fit(tmp_path):
     options = {"num_steps": 12, "config": config, "seed": 3}
     given = {"checkpoint": path, "callback": callback, **options}
     try:
-        with pytest.warns(UserWarning, match=r"fit\.pt.*goes on without") as caught:
+        with pytest.warns(UserWarning, match=r"fit\.pt.*continues without") as caught:
             whole = fitted(*fresh(models.regression, small), **given)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -131,7 +131,7 @@ def test_a_process_that_ends_does_not_leave_the_other_waiting(tmp_path):
     codes, wrote = launch(tmp_path, "fails")
     assert codes == [1, 1]
     assert "ZeroDivisionError: of the second process" in wrote[1]
-    assert "and waited in vain. Another process is late, hangs or has ended" in wrote[0]
+    assert "got none in time. Another process is late, hangs or has ended" in wrote[0]
 
 
 @pytest.mark.slow

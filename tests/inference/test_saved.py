@@ -64,7 +64,7 @@ def test_everything_that_a_result_may_have(result, tmp_path):
     found = FitResult.load(tmp_path / "odd.pt", models.regression)
     assert same(odd, found)
     for ask in (found.summary, found.predict):
-        with pytest.raises(ValueError, match="AutoIAF: expected it beside the verdict"):
+        with pytest.raises(ValueError, match="AutoIAF: expected a guide or draws"):
             ask()
 
 
@@ -96,6 +96,6 @@ def test_parameters_of_the_model_are_in_no_file(tmp_path):
     """Without them the model predicts as it did at first, which nobody would see."""
     fitted = quick_fit(models.with_param, num_steps=2, progress=False)
     assert fitted.point_estimates
-    with pytest.warns(UserWarning, match="the file has no parameters of the model"):
+    with pytest.warns(UserWarning, match="the file does not contain the parameters of the model"):
         fitted.save(tmp_path / "result.pt")
     assert FitResult.load(tmp_path / "result.pt").point_estimates == fitted.point_estimates

@@ -275,7 +275,7 @@ def test_predictions_beside_data(arviz):
 
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(AutoIAF, "these arguments have the latents"), (AutoNormal, "draws: expected 'z'")],
+    [(AutoIAF, "with these arguments the model has"), (AutoNormal, "draws: expected 'z'")],
 )
 def test_predictions_with_latents_of_other_shapes(arviz, make, words):
     def model(size, values=None):

@@ -303,5 +303,5 @@ def test_a_huge_state_dict_is_not_built():
     plain["sites"][0]["shape"] = [2**20]
     changed = bytearray(json.dumps(plain).encode())
     state["_extra_state"] = torch.frombuffer(changed, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="does not fit the sites and arguments of its guide"):
+    with pytest.raises(RuntimeError, match="does not match the sites and arguments of its guide"):
         AutoIAF(models.regression).load_state_dict(state)
