@@ -79,7 +79,7 @@ class SBC:
         result = "passed" if self.passed() else "failed"
         lines = [
             f"SBC with {self.num_simulations} simulations, {self.num_draws} draws each: {result}",
-            f"{'site':{width}}  smallest p-value  coverage of 50 %, of 90 %",
+            f"{'site':{width}}  smallest p-value  coverage of 50 %, 90 % intervals",
         ]
         for name, pvalue in self.pvalues().items():
             half, most = (100 * coverage[name].reshape(2, -1).mean(1)).tolist()

@@ -102,8 +102,8 @@ class MovingChains:
         usable = state.is_finite.nonzero()[:, 0]
         if len(usable) <= size:
             raise ValueError(
-                f"expected at least 2 starts of finite density and gradient, got {len(usable) // size} of "
-                f"{self.num_superchains}: check supports, priors and data"
+                "expected at least 2 starting points with finite density and gradient, got "
+                f"{len(usable) // size} of {self.num_superchains}: check supports, priors and data"
             )
         chosen = torch.arange(self.num_chains, device=usable.device)
         others = usable[chosen // size * size % len(usable)]
