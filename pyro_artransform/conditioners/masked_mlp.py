@@ -201,7 +201,7 @@ class MaskedMLP(Conditioner):
         return hidden + self.context_layer(context.to(self.context_layer.weight.dtype))
 
     def linearize(self, x: Tensor, context: Tensor | None = None) -> MLPLinearization | None:
-        """None where :meth:`blocks` is."""
+        """The conditioner at x, or None if :meth:`blocks` returns None."""
         if not self._is_of_its_layers():
             return None
         # masked once, for the values and for their derivatives

@@ -175,7 +175,7 @@ def _cut_short(training: Training, is_saved: bool) -> FailedCheck | None:
 
 
 def _remedy(set_up: SetUp, num_steps: int) -> str:
-    """Remedies for a guide that is not the posterior, the most reliable first."""
+    """Remedies for a guide that differs from the posterior, the most reliable first."""
     if not num_steps:
         return "num_steps=1000, since the guide was not trained"
     guide, way = cast(object, set_up.subject.guide), "a flow guide, such as AutoIAF"

@@ -272,7 +272,7 @@ def _last(states: list[State]) -> list[State]:
 
 
 def _divergence(states: list[State]) -> float:
-    """The Fisher divergence of the density at states from a Gaussian."""
+    """The Fisher divergence between the density at the states and a Gaussian."""
     known = State.cat(states)
     known = known.at(known.is_finite)
     return fisher_divergence(known.base, known.gradient) if len(known.base) > 1 else math.inf

@@ -32,7 +32,7 @@ def check_conditioner(
     :param input_dim: the number D of coordinates.
     :param context_dim: the size C of its context, 0 for none.
     :param adjacency: its graph, boolean of shape ``(D, D)``, by default all edges in the order 0 .. D-1.
-    :raises AssertionError: that names the broken contract and the input.
+    :raises AssertionError: with the broken contract and the input.
     """
 
     def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:

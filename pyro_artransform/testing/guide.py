@@ -33,7 +33,7 @@ def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args
 
     :param model: a Pyro model in float64, with at least two latent dimensions.
     :param args: the model's arguments.
-    :raises AssertionError: that names the broken contract.
+    :raises AssertionError: with the broken contract.
     """
     with pyro.get_param_store().scope():  # leaves the caller's store unchanged
         guide = make(model)

@@ -29,7 +29,7 @@ def check_transform(
     :param make: builds the transform; its parameters are then redrawn, at PyTorch's scale times ``gain``.
     :param input_dim: the number D of coordinates.
     :param atol: the tolerance of round trips in float64, relative to ``1 + |x|``.
-    :raises AssertionError: that names the broken contract and the input.
+    :raises AssertionError: with the broken contract and the input.
     """
     transform: Any = redraw(make().double(), gain)
     assert isinstance(transform, TransformModule), f"not a TransformModule: {type(transform)}"

@@ -30,7 +30,7 @@ def check_univariate(univariate: Univariate, *, dtype: torch.dtype = torch.float
 
     :param univariate: the family, which is copied. Its own exceptions are not caught.
     :param dtype: the dtype for checks of values; float32 has wider tolerances.
-    :raises AssertionError: that names the broken contract and the input.
+    :raises AssertionError: with the broken contract and the input.
     """
     family, who = copy.deepcopy(univariate).to(dtype), type(univariate).__name__
     try:

@@ -104,7 +104,7 @@ class Training:
         return sum(map(math.isnan, self.losses))
 
     def check_start(self, name: str) -> None:
-        """Ends the fit if the user requested no number of steps and the initial guide is good enough."""
+        """Ends the fit if the user set no number of steps and the initial guide is good enough."""
         self.start = name
         is_asked = self.schedule.num_steps is not None or not self._has_decay
         if self._has_checks and not is_asked:
