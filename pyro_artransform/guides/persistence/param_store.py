@@ -4,8 +4,8 @@
 """Guides that share their tensors with Pyro's param store.
 
 Pyro's store looks up parameters by name, and a second guide of a class has the same names as the first. In
-Pyro such a guide is never trained (pyro#3094), nor is a guide created after loading the store (pyro#1204). Here a guide
-adopts the tensors of the store, or takes another name.
+Pyro such a guide is never trained (pyro#3094), nor is a guide created after loading the store (pyro#1204).
+Here a guide adopts the tensors of the store, or takes another name.
 """
 
 import itertools
