@@ -45,7 +45,7 @@ def test_right_posteriors_pass():
     coverage = result.coverage((0.5, 0.9))["mean"]
     assert torch.allclose(coverage, torch.tensor([0.5, 0.9]), atol=0.07)
     first, _, line = repr(result).splitlines()
-    assert first == "SBC of 300 simulations, 99 draws each: passed"
+    assert first == "SBC with 300 simulations, 99 draws each: passed"
     assert line.startswith("mean ")
 
 

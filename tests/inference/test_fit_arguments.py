@@ -59,10 +59,10 @@ def test_errors_of_runs_name_the_arguments(guide):
         (
             ValueError,
             (x, y.numpy()),
-            r"; 'y' of shape \(5,\), of type ndarray in place of a tensor",
+            r"; 'y' of shape \(5,\), of type ndarray instead of a tensor",
         ),
         (ValueError, (x, torch.ones(5, 1)), r"; 'y' of shape \(5, 1\)$"),
-        (AttributeError, (x.numpy(), y), r", of type ndarray in place of a tensor .*; 'y' of "),
+        (AttributeError, (x.numpy(), y), r", of type ndarray instead of a tensor .*; 'y' of "),
     ]:
         with pytest.raises(kind, match=first + words):
             few(model, *([] if guide is None else [guide(model)]), *args)

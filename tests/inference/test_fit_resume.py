@@ -150,7 +150,9 @@ def test_a_place_for_checkpoints_that_is_none(tmp_path):
     steps = {}
     for path in (tmp_path / "missing" / "fit.pt", tmp_path):
         options = {"checkpoint": path, "callback": steps.__setitem__}
-        with pytest.raises(ValueError, match="checkpoint: expected a file in a folder"):
+        with pytest.raises(
+            ValueError, match="checkpoint: expected a file in an existing directory"
+        ):
             fitted(*fresh(models.regression, small), **options)
     assert not steps
 

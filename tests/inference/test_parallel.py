@@ -175,7 +175,7 @@ def test_a_stale_environment_is_named(monkeypatch, caplog, rank):
     monkeypatch.setattr(module, "_PATIENCE", 0.2)
     monkeypatch.setattr(module, "_FIRST_MEETING", timedelta(seconds=1))
     words = rf"RANK={rank}, WORLD_SIZE=2, .*Unset WORLD_SIZE if this process is to fit alone"
-    with pytest.raises(RuntimeError, match=f"other processes of this fit.*in vain.*{words}"):
+    with pytest.raises(RuntimeError, match=f"other processes of this fit.*in time.*{words}"):
         quick_fit(models.location, models.small(models.location), progress=False)
     assert "fit has waited 0 s for the other processes of this fit" in caplog.text
     assert "Unset WORLD_SIZE" in caplog.text

@@ -82,7 +82,7 @@ def test_other_files_are_refused(result, tmp_path):
         Chains.load(path)
     for content in ({}, {"result": 1}, {"result": ("Chains", {})}, {"result": ("open", {})}):
         files.write(path, kind, content)
-        with pytest.raises(ValueError, match=r"file.pt: expected what FitResult.save writes"):
+        with pytest.raises(ValueError, match=r"file.pt: expected a file written by FitResult.save"):
             FitResult.load(path)
     result.guide.save(path)
     with pytest.raises(ValueError, match="got a guide of class AutoIAF"):

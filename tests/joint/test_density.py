@@ -170,7 +170,7 @@ def test_checked_compares_draws_at_once_with_single_runs():
     found = log_joint.checked(z, torch.zeros(200))
     assert torch.allclose(found.values, expected)
     assert found.strategy == "vmap"
-    assert "another log-density" in found.obstacle
+    assert "log density of many draws at once differs" in found.obstacle
     assert log_joint.strategy == "plate"  # what a check finds is for the caller to decide
 
 
