@@ -31,7 +31,7 @@ from .set_up import Chooser, Function, SetUp
 _STEP_SIZE = ". fit chooses the step size itself; to set it, pass an optimizer as optim="
 _CHAINS = ". For the number of effective draws, use draws=; fit chooses the number and length of its chains"
 _CALLABLE = (
-    ". A callable as second argument is taken for the guide: pass a callable argument of the model by "
+    ". A callable as the second argument is taken for the guide: pass a callable argument of the model by "
     "keyword, or the guide as guide="
 )
 # hints for the option names of other packages

@@ -183,7 +183,7 @@ class FitResult(SavedResult):
             rows["coordinates"] = f"0: non-centred, 1: as in the model; {first_of(words)}"
         if self.num_skipped:
             named = ", ".join(f"{name} ({count})" for name, count in self.culprits.items())
-            rows["skipped"] = f"{self.num_skipped} steps, because of {named or 'sites unknown'}"
+            rows["skipped"] = f"{self.num_skipped} steps, because of {named or 'unknown sites'}"
         if self.one_at_a_time:
             rows["slow"] = f"the model was run one draw at a time ({self.one_at_a_time})"
         return rows

@@ -162,7 +162,7 @@ def _cut_short(training: Training, is_saved: bool) -> FailedCheck | None:
     again = "resume from the checkpoint" if is_saved else "fit again"
     hints = {INTERRUPTED: again, OUT_OF_TIME: "increase max_seconds", _ASKED: "let it continue"}
     if reason in hints:
-        reason, remedy = f"{reason} after {training.num_steps:,} steps", hints[reason]
+        reason, remedy = f"{reason} after step {training.num_steps:,}", hints[reason]
     elif schedule.is_still(training.losses[: schedule.decay_start]):
         return None
     elif schedule.num_steps is not None:

@@ -118,7 +118,7 @@ def _rounded(model):
     [
         (subsampled, AutoNormal, "one that sees all its data"),
         (conjugate.local_normals, AutoDelta, "got the same value of mean in all"),
-        (_model, _rounded, "got the same value of b in all"),
+        (_model, _rounded, "got the same value of b"),
         (
             nowhere,
             AutoDiagonalNormal,

@@ -176,7 +176,7 @@ def with_factor(data=None):
     [
         (ValueError, "expected the names of the observed sites", {}, {"observed": None}),
         (ValueError, r"expected sites of \['mean', 'y'\], got \['x'\]", {}, {"observed": ["x"]}),
-        (ValueError, r"factors \['extra'\]", {}, {"model": with_factor}),
+        (ValueError, r"pyro.factor sites \['extra'\]", {}, {"model": with_factor}),
         (ValueError, r"of shape \(99,\), got \(98,\)", {"mean": torch.zeros(98)}, {}),
         (ValueError, r"draws of \['mean'\], got \['mu'\]", {"mu": torch.zeros(99)}, {}),
         (TypeError, "expected a guide, a dict of draws, or a function", None, {}),

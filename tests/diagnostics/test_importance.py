@@ -246,7 +246,7 @@ def test_resampling_without_weights_or_counts():
     for function in (importance, psis_resample):
         with pytest.raises(ValueError, match="expected a positive integer, got 0"):
             function(conjugate.local_normals, guide, 0)
-    with pytest.raises(ValueError, match="finite weights, got none of 10000"):
+    with pytest.raises(ValueError, match="finite weights, got none in 10000"):
         psis_resample(conjugate.local_normals, guide, 5)
 
 

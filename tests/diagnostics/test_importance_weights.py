@@ -101,9 +101,9 @@ other_names = poutine.reparam(funnel, {"theta": LocScaleReparam(0.0)})
 def test_a_guide_of_another_model(model):
     """Its latents have as many dimensions, so that no number shows it."""
     for use in (importance, psis_resample):
-        with pytest.raises(ValueError, match="made for another model"):
+        with pytest.raises(ValueError, match="expected a guide for this model"):
             use(model, AutoIAF(funnel), 20)
-    with pytest.raises(ValueError, match="made for another model"):
+    with pytest.raises(ValueError, match="expected a guide for this model"):
         fit(model, AutoIAF(funnel), num_steps=2, progress=False)
 
 

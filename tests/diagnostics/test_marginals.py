@@ -99,7 +99,7 @@ def test_of_constrained_sites():
     # the variance of the log of a gamma is the trigamma function of its shape
     ratio = (torch.polygamma(1, torch.tensor(5.0)) / torch.polygamma(1, torch.tensor(20.0))).sqrt()
     assert abs(found.sd_ratio["rate"] - ratio) < 0.2
-    assert "of rate" in found.words
+    assert "(rate by" in found.words
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,6 @@ def test_the_worst_latent_is_named_by_its_place_and_shown():
         pyro.sample("b", dist.Normal(loc, 1.0).to_event(2))
 
     found = marginals(model, guide)
-    words = "1 of 7 means is off by more than 0.15 posterior sd (that of b[1, 1] by "
+    words = "1 of 7 means is off by more than 0.15 posterior sd (b[1, 1] by "
     assert found.words.startswith(words)
     assert repr(found).startswith(f"Marginals: {words}")

@@ -28,7 +28,7 @@ def test_integers_as_data_are_named():
             pyro.sample("y", dist.Bernoulli(p), obs=y)
 
     with pytest.raises(
-        RuntimeError, match=r"'y' of shape \(3,\), of torch.int64, where the default"
+        RuntimeError, match=r"'y' of shape \(3,\), of dtype torch.int64, where the default"
     ):
         few(model, torch.tensor([0, 1, 1]))
 

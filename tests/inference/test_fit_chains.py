@@ -167,7 +167,7 @@ def test_draws_given_parameters_of_the_model_are_none():
 def test_steps_that_are_asked_for_are_taken():
     result = fitted(models.regression, small(models.regression), num_steps=7)
     assert result.num_steps == 7
-    assert "7 steps" in result.stopped_because
+    assert "number of steps (7)" in result.stopped_because
     assert result.chains.trusted
     are_right(result.chains)
 
@@ -249,7 +249,7 @@ def test_what_is_refused():
         fitted(models.location, max_seconds=-1.0)
     with pytest.raises(ValueError, match="a model that sees all data"):
         fitted(models.subsampled)
-    with pytest.raises(ValueError, match="a parameter 'draws', which is an option of fit"):
+    with pytest.raises(ValueError, match="a parameter 'draws', which is also an option of fit"):
         fitted(taking_draws)
     x, y = loaders.rows(20)
     loader = list(zip(x.split(10), y.split(10)))

@@ -129,7 +129,7 @@ def test_amortized_locals_and_globals():
     part = fitted(loaders.groups, guide, shuffled(y[:20]), epochs=1)
     assert not part.trusted
     assert part.elements is None
-    assert "a pass over the loader is 46.5 % of the data" in part.verdict
+    assert "a pass over the loader covers 46.5 % of the data" in part.verdict
 
 
 def test_a_loader_of_one_batch_is_as_good_as_arguments():

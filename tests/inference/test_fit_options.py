@@ -356,7 +356,7 @@ def test_ctrl_c_in_each_phase_gives_a_verdict(monkeypatch, phase, draws):
     if phase != "verdict":
         assert result.num_steps == 0
         assert result.stopped_because == "it was interrupted"
-        assert "it was interrupted after 0 steps: fit again" in result.verdict
+        assert "it was interrupted after step 0: fit again" in result.verdict
     assert draws is None or len(result.draws["loc"]) > 0
 
 

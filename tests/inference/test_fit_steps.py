@@ -50,7 +50,7 @@ def test_callback_that_logs():
     model, log = models.regression, {}
     result = fitted(model, small(model), num_steps=7, callback=log.__setitem__)
     assert log == dict(enumerate(result.history, start=1))
-    assert "7 steps" in result.stopped_because
+    assert "number of steps (7)" in result.stopped_because
 
 
 @pytest.mark.parametrize("kind", [bool, np.bool_, torch.tensor])
@@ -99,8 +99,11 @@ def test_what_to_use_where_the_guide_is_not_the_posterior(kind, options, ways):
             {"num_steps": 5},
             "the requested number of steps (5) was taken: set a larger number, or none, so",
         ),
-        ({"callback": lambda *_: True}, "the callback asked to stop after 1 steps: let it go on; "),
-        ({"max_seconds": 1e-6}, "the time limit was reached after 0 steps: increase max_seconds; "),
+        (
+            {"callback": lambda *_: True},
+            "the callback asked to stop after step 1: let it continue; ",
+        ),
+        ({"max_seconds": 1e-6}, "the time limit was reached after step 0: increase max_seconds; "),
     ],
 )
 def test_a_fit_that_is_cut_short_tells_nothing_of_its_guide(options, words):
@@ -141,7 +144,7 @@ def test_a_good_guide_of_a_fit_that_was_cut_short_is_not_trusted(name, end):
     options = {"callback": callback, "max_seconds": 600, "num_steps": 9, "draws": 0, **options}
     result = fitted(model, guide, **options)
     assert not result.trusted
-    assert re.match(rf"Not trusted: {end} after 1 steps: [\w ]+\.", result.verdict), result
+    assert re.match(rf"Not trusted: {end} after step 1: [\w ]+\.", result.verdict), result
 
 
 @pytest.mark.parametrize("answer", [None, 1, "stop", torch.tensor(1.0)])

@@ -177,7 +177,7 @@ def test_what_it_says(capsys):
     assert text.startswith(
         f"Draws trusted: yes, {chains.min_ess:,.0f} effective draws of the worst"
     )
-    assert "8 superchains of 2, " in text
+    assert "8 superchains of 2 chains, " in text
     assert "there are enough effective draws" in text
     assert chains.num_gradients > 16 * chains.by_chain["loc"].shape[1]
     assert f"acceptance {chains.acceptance:.2f}, {chains.num_divergent} divergent" in text
@@ -218,7 +218,7 @@ def test_modes_that_are_left_out_are_a_note():
     ensemble.left_out = 2e-5
     found = chains_of(ensemble, 50, 1.0, "", FitStatus())
     assert found.trusted
-    assert "about 2e-05 of the posterior" in found.verdict
+    assert "about 0.002 % of the posterior" in found.verdict
 
 
 def test_draws_of_divergent_trajectories_are_not_trusted():

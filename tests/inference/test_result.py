@@ -73,7 +73,9 @@ def test_of_a_guide_alone(result):
     assert repr(good).startswith("Guide trusted: yes\n  why           All is well\n")
     bad = replace(alone, trusted=False, judged=Verdict((POINT,)))
     assert bad.failed == (POINT,)
-    assert repr(bad).startswith("Guide trusted: no, 1 check failed\n  failed        the guide is a")
+    assert repr(bad).startswith(
+        "Guide trusted: no, 1 check failed\n  failed        the guide has a point mass"
+    )
     assert "\n  remedy        Use AutoIAF\n" in repr(bad)
 
 

@@ -40,7 +40,7 @@ def without_digits():
 
 LATE = {
     "cut_short": Check.CUT_SHORT.failed(
-        reason="the time limit was reached after 0 steps", remedy="increase max_seconds"
+        reason="the time limit was reached after step 0", remedy="increase max_seconds"
     ),
     "remedy": "",
 }
@@ -65,7 +65,7 @@ NOT_TRUSTED = {
     "cut short, with modes": (weights, LOST, LATE, ["almost no draws."]),
     "skipped": (weights, NOTHING, {"skipped_share": 0.5}, ["50 % of the steps"]),
     "point": (lambda: torch.full((100,), -torch.inf), None, {"is_point": True}, ["AutoDelta"]),
-    "random": (weights, None, {"is_random": True}, ["sub-samples", "diagnostics.importance"]),
+    "random": (weights, None, {"is_random": True}, ["subsamples", "diagnostics.importance"]),
 }
 #: where a better guide, or chains, would help
 REMEDIED = {"heavy tail", "gap", "noise"}
@@ -98,7 +98,7 @@ def test_a_verdict_is_one_sentence_that_says_why(case):
         assert some in verdict.words
     if not verdict.trusted and "cut_short" in status:  # nothing is known of the guide
         assert verdict.words.startswith(
-            "Not trusted: the time limit was reached after 0 steps: increase"
+            "Not trusted: the time limit was reached after step 0: increase"
         )
         assert "Break" not in verdict.words
     assert ("Use draws=1000" in verdict.words) == (case in REMEDIED)
