@@ -59,7 +59,7 @@ class Check(Enum):
     )
     NO_SUM = (
         "the log density of a mini-batch is not a sum over its rows: the total of two batches changes from "
-        "{before:.6g} to {after:.6g} when they exchange every other row, as if the model centered (y - "
+        "{before:.6g} to {after:.6g} when they exchange every other row, as if the model centred (y - "
         "y.mean()), standardized or normalized within the batch",
         "Compute such statistics from all data, and pass them to the model",
     )
