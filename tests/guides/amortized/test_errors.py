@@ -237,7 +237,7 @@ def test_plates_that_do_not_fit(plates, kind, message):
             TypeError,
             "encoder: expected the model's arguments.*missing .*'other'",
         ),
-        (lambda y: {"rows": y[:, None]}, ValueError, r"of \['groups'\], got the key 'rows'"),
+        (lambda y: {"rows": y[:, None]}, ValueError, r"keys \['groups'\], got the key 'rows'"),
         (lambda y: [y], TypeError, "expected it to return a tensor or a dict of tensors.*list"),
         (lambda y: {"groups": 1.0}, TypeError, "features of 'groups' that are floats, got float"),
         (lambda y: y[:, None].long(), TypeError, "features of 'groups' that are floats, got torch"),
