@@ -356,10 +356,7 @@ def test_what_is_refused(model, guide, options, words):
 
 
 def test_inference_mode_is_refused():
-    with (
-        torch.inference_mode(),
-        pytest.raises(RuntimeError, match=r"outside torch\.inference_mode"),
-    ):
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="to be called outside"):
         mcmc(models.location, AutoNormal(models.location))
 
 
