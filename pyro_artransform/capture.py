@@ -117,7 +117,7 @@ class Captured:
         self.can_replay = False
         self._replays.clear()
         if was_used:
-            raise ReplayError("expected replays that are what calls are, got others")
+            raise ReplayError("expected replays that agree with calls, got different values")
 
     def _agree_nearby(
         self, inputs: Sequence[Tensor], found: Sequence[Tensor], expected: Sequence[Tensor]

@@ -130,7 +130,7 @@ class Field(NamedTuple):
     def gaussians(self, log_joint: LogJoint, points: Tensor, unit: Tensor) -> list[SparseGaussian]:
         """Zero-mean Gaussians with the curvature of a density in the field, at points ``(n, D)``.
 
-        :param unit: the sds of the latents, nearly, shape ``(D,)``.
+        :param unit: approximate sds of the latents, shape ``(D,)``.
         """
         of_pattern = self.of_pattern
         step = points.new_zeros(int(self.color.max()) + 1, points.shape[1])
@@ -160,10 +160,10 @@ class Field(NamedTuple):
 class ConditionalGaussian:
     """The transform from (g, e) to (g, x), with conditionals interpolated between some draws.
 
-    The interpolation is by cubic radial basis functions with a linear part (reference 3).
+    The interpolation uses cubic radial basis functions with a linear part (reference 3).
 
-    :param latents: draws ``(n, D)``, of which the globals are those of the knots.
-    :param unit: the sds of the latents, nearly, shape ``(D,)``.
+    :param latents: draws ``(n, D)``; knots have the globals of some of these.
+    :param unit: approximate sds of the latents, shape ``(D,)``.
     """
 
     def __init__(self, field: Field, log_joint: LogJoint, latents: Tensor, unit: Tensor) -> None:
