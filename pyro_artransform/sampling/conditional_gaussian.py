@@ -44,7 +44,7 @@ from ..graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ..joint import LogJoint
 
 # fewest dimensions for a field; most globals, levels, and parents on average
-_LEAST_DIM, MOST_GLOBALS, _MOST_LEVELS, _MOST_PARENTS = 100, 16, 16, 8
+_LEAST_DIM, MOST_GLOBALS, _MOST_LEVELS, _MOST_PARENTS = 50, 16, 16, 8
 # draws between which conditionals are interpolated, the factor by which these are spread out, and how far
 # beyond them, in units of their range, the interpolation goes on
 _NUM_KNOTS, _WIDER, _REACH = 40, 2.0, 0.5

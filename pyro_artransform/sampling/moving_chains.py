@@ -126,10 +126,7 @@ class MovingChains:
                 self._try_field(states)
             if index == _CENTERED_AFTER and self.to_latent is None:
                 if self._target.to_latent is not identity:
-                    # refit at draws closer to the posterior
-                    if self._transform_field(states):
-                        states = self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
-                    self._transform_field(states)
+                    self._transform_field(states)  # refit at draws closer to the posterior
                 elif self._center(states):
                     self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
 
