@@ -243,8 +243,9 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
         :return: shape ``(latent_dim,)``, preceded by the shapes of plates around the guide.
         """
+        transform = self._registered_transform()
+        base = standard_normal(torch.zeros_like(transform.transforms[-1].loc))
         # a new one in each call, as it caches the density of its draw
-        base, transform = self.get_base_dist(), self._registered_transform()
         posterior = FlowDistribution(base, transform, validate_args=False)
         name = f"_{self._pyro_name}_latent"
         return pyro.sample(name, posterior, infer={"is_auxiliary": True})

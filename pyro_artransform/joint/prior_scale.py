@@ -145,10 +145,11 @@ def exact_class(part: Any) -> type | None:
     return None if any(map(partial(hasattr, kind), own)) else kind
 
 
-def _without_wrappers(fn: Any) -> Any:
-    while exact_class(fn) in _WRAPPERS:
+def _unwrapped(fn: Any) -> tuple[Any, type | None]:
+    """A distribution without wrappers, and its exact class."""
+    while (kind := exact_class(fn)) in _WRAPPERS:
         fn = fn.base_dist
-    return fn
+    return fn, kind
 
 
 def is_identity_or_exp(bijection: Any) -> bool:
@@ -169,12 +170,14 @@ class PriorScale(NamedTuple):
     :param log_prob: the log density of the standard member; ``None`` if the density at the value itself is
         precise, as for positive numbers.
     :param shape: the standard member, if it is not normal and has a quantile function.
+    :param is_matrix: whether the scale is a matrix.
     """
 
     loc: Tensor
     scale: Tensor
     log_prob: Callable[[Tensor], Tensor] | None = None
     shape: StandardFamily | None = None
+    is_matrix: bool = False
 
     @classmethod
     def of(cls, fn: Any) -> "PriorScale | None":
@@ -184,23 +187,21 @@ class PriorScale(NamedTuple):
         exponential. Subclasses, masked distributions and instances with replaced methods may have another
         density.
         """
-        fn = _without_wrappers(fn)
-        kind = exact_class(fn)
+        fn, kind = _unwrapped(fn)
         if kind in _BOUNDED:
             location, shape = _BOUNDED[kind]
             loc = location(fn)
             return cls(loc, torch.ones_like(loc), None, shape)
-        return cls._of_transformed(fn) if kind in _TRANSFORMED else cls._on_the_line(fn)
+        return cls._of_transformed(fn) if kind in _TRANSFORMED else cls._on_the_line(fn, kind)
 
     @classmethod
-    def _on_the_line(cls, fn: Any) -> "PriorScale | None":
-        kind: Any = exact_class(fn)
-        if kind is dist.MultivariateNormal:
-            # the matrix that log_prob reads
-            matrix = fn._unbroadcasted_scale_tril
-            return cls(fn.loc, matrix.expand((*fn.loc.shape, -1)), normal_log_prob)
+    def _on_the_line(cls, fn: Any, kind: Any) -> "PriorScale | None":
         if kind is dist.Normal:
             return cls(fn.loc, fn.scale, normal_log_prob)
+        if kind is dist.MultivariateNormal:
+            # the matrix that log_prob reads
+            matrix = fn._unbroadcasted_scale_tril.expand((*fn.loc.shape, -1))
+            return cls(fn.loc, matrix, normal_log_prob, is_matrix=True)
         if kind not in _WITH_LOCATION:
             return None
         given = {"df": fn.df} if kind is dist.StudentT else {}
@@ -211,14 +212,14 @@ class PriorScale(NamedTuple):
     @classmethod
     def _of_transformed(cls, fn: Any) -> "PriorScale | None":
         """The scale of a family after affine transforms and, as for LogNormal, an exponential."""
-        base, transforms = _without_wrappers(fn.base_dist), fn.transforms
-        prior = cls._on_the_line(base)
+        (base, kind), transforms = _unwrapped(fn.base_dist), fn.transforms
+        prior = cls._on_the_line(base, kind)
         if transforms and exact_class(transforms[-1]) is ExpTransform:
             transforms = transforms[:-1]
         for transform in transforms:
-            if prior is None or prior._is_matrix or exact_class(transform) is not AffineTransform:
+            if prior is None or prior.is_matrix or exact_class(transform) is not AffineTransform:
                 return None
-            if type(base) is dist.Gumbel:  # reflected, it leaves the family
+            if kind is dist.Gumbel:  # reflected, it leaves the family
                 return None
             loc, scale = transform.loc + transform.scale * prior.loc, transform.scale * prior.scale
             prior = prior._replace(loc=loc, scale=scale.abs())
@@ -237,7 +238,7 @@ class PriorScale(NamedTuple):
         if is_shaped is not None and self.shape is not None:
             shaped, of_shape = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))
             away, ladj = torch.where(is_shaped, shaped, away), ladj + of_shape * is_shaped
-        if self._is_matrix:
+        if self.is_matrix:
             column = powers @ away[..., None]
             residual = torch.linalg.solve_triangular(self.scale, column, upper=False)[..., 0]
             away = column[..., 0]
@@ -253,7 +254,7 @@ class PriorScale(NamedTuple):
         """Maps u to x; returns x and the log-determinant of the map from x, elementwise."""
         centered, is_shaped = self._gated(centered)
         away, (powers, ladj) = u - self.loc, self._powers(centered, unit)
-        if self._is_matrix:
+        if self.is_matrix:
             away = torch.linalg.solve_triangular(powers, away[..., None], upper=False)[..., 0]
         else:
             away = away / powers
@@ -271,13 +272,9 @@ class PriorScale(NamedTuple):
         return centered.masked_fill(is_shaped, 0.0), is_shaped
 
     @property
-    def _is_matrix(self) -> bool:
-        return self.scale.dim() > self.loc.dim()
-
-    @property
     def diagonal(self) -> Tensor:
         """The scale; the diagonal if it is a matrix."""
-        return self.scale.diagonal(dim1=-2, dim2=-1) if self._is_matrix else self.scale
+        return self.scale.diagonal(dim1=-2, dim2=-1) if self.is_matrix else self.scale
 
     def _powers(self, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
         """(scale / unit) to the power of 1 - lambda, by rows of a matrix, and its log diagonal."""
@@ -285,7 +282,7 @@ class PriorScale(NamedTuple):
             return self.scale, self.scale.new_zeros(())
         share, diagonal = 1 - centered, self.diagonal / unit
         powers = diagonal**share
-        if self._is_matrix:
+        if self.is_matrix:
             below = (self.scale / unit[..., None, :]).tril(-1)
             powers = torch.diag_embed(powers) + share[..., None] * below
         return powers, share * diagonal.log()

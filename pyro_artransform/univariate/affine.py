@@ -6,6 +6,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial, reduce
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -144,8 +145,8 @@ class HingedTransform(ElementwiseTransform):
         super().__init__()
         if len(knots) == 0:
             raise ValueError("knots: expected at least one, got none")
-        self._hinges = [(side, knot) for knot in knots for side in (1.0, -1.0)]
-        self._log_slopes = [of_side[k] for k in range(len(knots)) for of_side in (right, left)]
+        self._hinges = [*product(knots, (1.0, -1.0))]
+        self._log_slopes = [*chain.from_iterable(zip(right, left))]
         self.width = width
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +159,7 @@ class HingedTransform(ElementwiseTransform):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         large = torch.finfo(y.dtype).max ** 0.4  # v * v must not overflow
         width, slopes = y.new_full((), self.width), []
-        for log_slope, (side, knot) in zip(self._log_slopes[::-1], self._hinges[::-1]):
+        for log_slope, (knot, side) in zip(self._log_slopes[::-1], self._hinges[::-1]):
             k, slope = 0.5 * torch.expm1(log_slope), log_slope.exp()
             v = (side * y - knot).clamp(-large, large)
             change = -k / slope * (v + torch.hypot(v, slope.sqrt() * width))
@@ -179,7 +180,7 @@ class _Bend(torch.autograd.Function):
         y, _ = torch.broadcast_tensors(x, factors[0])
         large, width_of_all = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width)
         arguments, roots = [], []
-        for factor, (side, knot) in zip(factors.unbind(), hinges):
+        for factor, (knot, side) in zip(factors.unbind(), hinges):
             # clamped, so that infinity stays itself
             arguments.append((y - knot if side > 0 else -knot - y).clamp(-large, large))
             # several times as fast as the root of a sum of squares
