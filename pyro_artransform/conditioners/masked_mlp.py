@@ -16,6 +16,7 @@ from .base import Conditioner
 from .blocks import BlockLayout, MLPBlocks, MLPLinearization, Weights
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
 
+
 def runs_only(module: nn.Module, cls: type[nn.Module]) -> bool:
     """Whether the forward of a class, without hooks, is all that makes a module's values."""
     hooked = module._forward_hooks or module._forward_pre_hooks
@@ -203,8 +204,9 @@ class MaskedMLP(Conditioner):
             return None
         self._check(x, context)
         masked, skip = self._masked()  # once, for the values and for their derivatives
-        output, slopes = self._with_context(F.linear(x, masked[0], self.layers[0].bias), context), []
-        for weight, layer in zip(masked[1:], [*self.layers][1:]):
+        first, *others = self.layers
+        output, slopes = self._with_context(F.linear(x, masked[0], first.bias), context), []
+        for weight, layer in zip(masked[1:], others):
             slopes.append(slope_of(self.nonlinearity, output))
             output = F.linear(self.nonlinearity(output), weight, layer.bias)
         params = self._as_params(output if skip is None else output + F.linear(x, skip))

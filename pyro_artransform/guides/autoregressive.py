@@ -175,8 +175,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     @property
     def _parts(self) -> Any:
         """The flow, and its location and scale, without the param statements that attribute access makes."""
-        if self._spec is None:
-            raise RuntimeError(self._unknown)
+        self._checked_spec()
         return cast(ComposedTransform, self._modules["transform"]).transforms
 
     def _colors(self) -> Tensor | None:
@@ -209,8 +208,9 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     def _check_latents(self, args: Any, kwargs: Any, *, with_values: bool = True) -> None:
         """Rejects latents other than the guide's, by a run of the model for new shapes or values."""
         # a JitTrace_ELBO trace must not include another run of the model
-        if self._spec and self._model is not None and not torch._C._get_tracing_state():
-            spec, signature = self._spec, argument_signature((args, kwargs), with_values=with_values)
+        spec = self._spec
+        if spec and self._model is not None and not torch._C._get_tracing_state():
+            signature = argument_signature((args, kwargs), with_values=with_values)
             sites, run = spec.latents.sites, partial(self.model, *args, **kwargs)
             if not self._model_is_checked:
                 prototype.refuse_other_model(sites, spec.observed, run)

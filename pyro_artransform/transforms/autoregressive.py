@@ -95,6 +95,8 @@ class AutoregressiveTransform(FlowModule):
 class _AtContext(AutoregressiveTransform):
     """An autoregressive transform at a context, whose batch shape broadcasts with that of x."""
 
+    meta: ContextMeta
+
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return torch.broadcast_shapes(shape, (*self.meta.batch_shape, shape[-1]))
 

@@ -14,7 +14,34 @@ from torch import Tensor
 
 from ..arguments import check_broadcast, check_positive, values_can_be_read
 from ..differentiation import gradients_with_graph
-from .base import Derivatives, ElementwiseTransform, Univariate, soft_bound, unbind_params
+from .base import Derivatives, ElementwiseTransform, Univariate
+
+
+def soft_bound(x: Tensor, bound: float) -> Tensor:
+    r"""Squashes the real line smoothly into ``(-bound, bound)``, with slope 1 at zero.
+
+    .. math:: b(x) = \frac{2B}{\pi} \arctan\left(\frac{\pi x}{2B}\right)
+
+    It is 0 at 0 exactly. The gradient decays like ``x**-2``: it is still positive where that of a
+    hyperbolic tangent has long been rounded to zero, and automatic differentiation keeps its digits.
+
+    :param x: of any shape.
+    :param bound: B, positive.
+    """
+    scale = 2 * bound / math.pi
+    return torch.atan(x / scale) * scale
+
+
+def unbind_params(params: Tensor, count: int) -> Sequence[Tensor]:
+    """The ``count`` parameters of a family, one by one: views of shape ``(*, D)``.
+
+    :raises ValueError: if there are not ``count`` of them.
+    """
+    if torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
+        return [params[..., k] for k in range(count)]
+    if params.shape[-1:] != (count,):
+        raise ValueError(f"params: expected shape (*, D, {count}), got {tuple(params.shape)}")
+    return params.unbind(-1) if params.dim() < 2 else params.mT.unbind(-2)
 
 
 class GivenLocationScale(ElementwiseTransform):
