@@ -249,12 +249,12 @@ class BoundedPrior(PriorScale):
     """A prior of bounded support, of scale 1; with lambda near 0 its shape is part of the map."""
 
     def unconstrained(self, x: Tensor, centered: Tensor, unit: Tensor) -> Mapped:
-        is_shaped = (centered < _SHAPED) & (self.shape is not None)
+        is_shaped = centered < (0.0 if self.shape is None else _SHAPED)
         away, ladj = self._shaped(x - centered.masked_fill(is_shaped, 0.0) * self.loc, is_shaped)
         return self.loc + away, ladj, None
 
     def coordinates(self, u: Tensor, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
-        is_shaped, away = (centered < _SHAPED) & (self.shape is not None), u - self.loc
+        is_shaped, away = centered < (0.0 if self.shape is None else _SHAPED), u - self.loc
         if self.shape is not None:
             normal = self.shape.to_normal(away.masked_fill(~is_shaped, 0.0))
             away = torch.where(is_shaped, normal, away)
