@@ -192,7 +192,7 @@ class PersistentGuide(RegisteredGuide):
         if self._spec is None:
             raise RuntimeError(self._unknown)
         entries, stored = self._entries, pyro.get_param_store()._params
-        # otherwise the store was neither cleared nor loaded; store[key] would apply transforms
+        # otherwise the store was neither cleared nor loaded; reading store[key] applies transforms
         if not entries or not all(map(is_, map(stored.get, entries), entries.values())):
             self._register()
         return self.transform  # a param statement, as each access of the attribute is
