@@ -88,11 +88,13 @@ class Coordinates(nn.Module):
 
     def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
         """The coordinates of each mapped site."""
-        found, units = {}, latents.split(self.unit.detach())
-        for name, centered in latents.split(self.centered.detach()).items():
+        found, sizes = {}, latents.sizes
+        parts = self.centered.detach().split(sizes), self.unit.detach().split(sizes)
+        for name, site, centered, unit in zip(latents.sites, latents.sites.values(), *parts):
             if name in self.with_location:
-                rest = self.with_location[name], latents.sites[name].bijection
-                found[name] = SiteCoordinates(centered, units[name], *rest)
+                shape, rest = site.unconstrained_shape, (self.with_location[name], site.bijection)
+                centered, unit = centered.reshape(shape), unit.reshape(shape)
+                found[name] = SiteCoordinates(centered.to(site.dtype), unit.to(site.dtype), *rest)
         return found
 
     def non_centered(self, latents: Latents) -> "Coordinates":

@@ -230,9 +230,7 @@ class AutoAmortized(PersistentGuide):
         """
         self.set_up(*args, **kwargs)
         self._update_sizes(args, kwargs)
-        self._register()
-        # attribute access registers the parameters with Pyro
-        posterior: AmortizedPosterior = self.transform
+        posterior: AmortizedPosterior = self._registered_transform()
         make = cache(lambda: self._plates_for(args, kwargs))
         features = posterior.encode(make, args, kwargs)
         if not (make.cache_info().currsize or posterior.fits(features, self._sizes)):
@@ -246,8 +244,7 @@ class AutoAmortized(PersistentGuide):
             with entered(plates[plate] for plate in group.dims):
                 vectors[group.name] = pyro.sample(name, distribution, infer={"is_auxiliary": True})
             parts.update(group.latents.place(vectors[group.name]))
-        run = self._bind(args, kwargs).run if self.prior.space.is_mapped else None
-        found, ladjs = self.prior.space.to_sites(parts, run)
+        found, ladjs = self.prior.space.to_sites(parts, self._run_of_model(args, kwargs))
         for group in posterior.layout.groups:
             with entered(plates[plate] for plate in group.dims):
                 for name, site in group.latents.sites.items():
