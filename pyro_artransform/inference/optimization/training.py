@@ -24,10 +24,9 @@ from .schedule import Schedule
 
 _END = ("decay_start", "end", "reason")
 _COPIED = ("norms", "average")
-# gradients are clipped to 3 times their median norm over the last 100 steps
-_CLIP_FACTOR, _CLIP_WINDOW = 3.0, 100
-# consecutive non-finite steps after which a fit gives up
-_MAX_SKIPS = 100
+# gradients are clipped to 3 times their median norm over the last 100 steps; a fit gives up if none of its
+# last 100 steps is finite
+_CLIP_FACTOR, _MAX_SKIPS = 3.0, 100
 
 
 class FitError(RuntimeError):
@@ -172,7 +171,7 @@ class Training:
             self._skip()
             return value
         self.losses.append(value)
-        self._norms = [*self._norms[1 - _CLIP_WINDOW :], norm]
+        self._norms = [*self._norms[1 - _MAX_SKIPS :], norm]
         limit = _CLIP_FACTOR * statistics.median(self._norms)
         shrink = min(1.0, limit / norm) if norm > 0 else 1.0
         if shrink < 1.0:
