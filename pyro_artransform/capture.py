@@ -114,12 +114,7 @@ class Captured:
 
 
 class CapturedLoss(Captured):
-    """Captures a scalar function without arguments together with its gradients.
-
-    The loss may be random, and depend on any parameters.
-
-    :param loss: returns the scalar, differentiable in the parameters.
-    """
+    """Captures a scalar loss, which may be random, together with its gradients by all parameters."""
 
     def __init__(self, loss: Callable[[], Tensor]) -> None:
         super().__init__()

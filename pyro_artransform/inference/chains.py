@@ -148,10 +148,7 @@ class Chains(SavedResult):
 
 
 def known(model: Any) -> Any:
-    """Returns the model.
-
-    :raises ValueError: if it is ``None``.
-    """
+    """Returns the model; raises a ``ValueError`` if it is ``None``."""
     if model is None:
         raise ValueError("predict: expected a model, got none with the file: load(path, model)")
     return model
@@ -160,10 +157,7 @@ def known(model: Any) -> Any:
 def chains_of(
     ensemble: Ensemble, num_samples: int, seconds: float, reason: str, status: FitStatus
 ) -> Chains:
-    """The draws of an ensemble with their convergence diagnostics and a verdict.
-
-    :param reason: why time ran out; empty if it did not.
-    """
+    """The draws of an ensemble with diagnostics and a verdict; ``reason`` is why time ran out, if so."""
     convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
     count, size, dim = ensemble.draws.shape
     flat = ensemble.draws.reshape(-1, dim)

@@ -53,10 +53,7 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
 
 
 def _lacking(density: LogJoint, center: Tensor, moved: Tensor) -> float:
-    """The share of points around a center at which a part of the gradient is missing.
-
-    :param moved: 1 for the coordinates along which segments run, 0 for others.
-    """
+    """The share of points around a center at which the gradient in the coordinates ``moved`` lacks a part."""
     shape, generator = (2, _NUM_POINTS, 1, center.shape[-1]), torch.Generator().manual_seed(0)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     (noise, direction), steps = drawn.to(center), center.new_tensor(_STEPS)

@@ -162,7 +162,9 @@ class MinibatchObjective(Objective):
         elbo, elbo_se = _mean_and_error(means, variances, shares, share)
         num_draws = count * num_batches
         if are_common:
-            total = torch.stack([part * weight / seen for part, weight in zip(draws, shares)]).sum(0)
+            total = torch.stack([part * weight / seen for part, weight in zip(draws, shares)]).sum(
+                0
+            )
             num_draws = len(total)
             elbo_se = math.hypot(total.double().std().item() / num_draws**0.5, elbo_se)
         return PassEstimate(elbo, elbo_se, num_draws, num_batches, share, loader_share)

@@ -153,10 +153,7 @@ class Training:
         return value
 
     def _take(self, loss: Tensor) -> float:
-        """Takes a step, or skips it if the loss or its gradient is not finite; returns the loss.
-
-        :raises FitError: if too many consecutive steps were skipped.
-        """
+        """Takes a step, or skips it if the loss or its gradient is not finite; returns the loss."""
         value = loss.item()
         gradients: Gradients | None = None
         if math.isfinite(value):
