@@ -76,7 +76,7 @@ def find_start(
 def _start_at_draws(
     density: LogJoint, guide: FlowGuide, ensemble: Ensemble, config: InitializationConfig
 ) -> float:
-    """Sets a guide to the Gaussian of the draws; returns its ELBO, or -inf if that is not finite."""
+    """Sets a guide to the best candidate Gaussian; returns its ELBO, or -inf if none has a finite one."""
     flat = ensemble.draws.flatten(0, 1)
     count = max(config.num_compared, DRAWS_BY_DIM * flat.shape[1])
     u = flat[:: max(len(flat) // count, 1)]
@@ -88,30 +88,31 @@ def _start_at_draws(
     _, gradients = value_and_gradient(density, z)
     is_finite = (z.isfinite() & gradients.isfinite()).all(-1)
     finite = z[is_finite].double(), gradients[is_finite].double()
-    gaussian: DenseGaussian | SparseGaussian
-    try:
+    candidates = list[DenseGaussian | SparseGaussian]()
+    with suppress(torch.linalg.LinAlgError, ValueError):  # too few draws, or identical ones
         if isinstance(guide, StructuredGuide):
-            gaussian = sparse_gaussian(*finite, guide.markov_graph())
-        else:
-            gaussian = dense_gaussian(*finite)
-    except (torch.linalg.LinAlgError, ValueError):  # too few draws, or identical ones
-        return -math.inf
-    # the mean gradient of a posterior is zero, so that a nonzero one corrects the mean
-    put = partial(_put, guide, gaussian, gaussian.loc + gaussian.solve(finite[1].mean(0)))
-    best, needed, chosen, before = -math.inf, -math.inf, 1.0, -math.inf
-    for k in range(MAX_HALVINGS):  # a wide scale may reach regions of low or zero density
-        try:
-            put(0.5**k)
-        except ValueError:  # the Gaussian is not finite
-            break
-        elbo, bound = _judge(density, guide, config.num_compared)
-        if elbo > needed:
-            best, needed, chosen = elbo, bound, 0.5**k
-        if -math.inf < before >= elbo:
-            break
-        before = elbo
-    if best > -math.inf:
-        put(chosen)
+            candidates.append(sparse_gaussian(*finite, guide.markov_graph()))
+        # a sparse precision needs fewer draws than a full covariance
+        if not candidates or len(z) >= DRAWS_BY_DIM * z.shape[1]:
+            candidates.append(dense_gaussian(*finite))
+    best, needed, chosen = -math.inf, -math.inf, list[Callable[[], None]]()
+    for gaussian in candidates:
+        # the mean gradient of a posterior is zero, so that a nonzero one corrects the mean
+        loc, before = gaussian.loc + gaussian.solve(finite[1].mean(0)), -math.inf
+        for k in range(MAX_HALVINGS):  # a wide scale may reach regions of low or zero density
+            put = partial(_put, guide, gaussian, loc, 0.5**k)
+            try:
+                put()
+            except ValueError:  # the Gaussian is not finite
+                break
+            elbo, bound = _judge(density, guide, config.num_compared)
+            if elbo > needed:
+                best, needed, chosen = elbo, bound, [put]
+            if -math.inf < before >= elbo:
+                break
+            before = elbo
+    for put_best in chosen:
+        put_best()
     return best
 
 
