@@ -32,7 +32,7 @@ def check_conditioner(
     :param input_dim: the number D of coordinates.
     :param context_dim: the size C of its context, 0 for none.
     :param adjacency: its graph, boolean of shape ``(D, D)``, by default all edges in the order 0 .. D-1.
-    :raises AssertionError: that names the broken contract and the input.
+    :raises AssertionError: with the broken contract and the input.
     """
 
     def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -63,12 +63,12 @@ def check_conditioner(
 
 def _check_rows(conditioner: nn.Module, x: Tensor, *contexts: Tensor) -> None:
     whole = conditioner(x, *contexts)
-    equal(conditioner(x, *contexts), whole, "random: the same x gives other values again")
+    equal(conditioner(x, *contexts), whole, "random: the same x gives different values")
     row = conditioner(*(argument[1, 2] for argument in (x, *contexts)))
-    equal(row, whole[1, 2], "batch: a row alone gives another value", 1e-10)
+    equal(row, whole[1, 2], "batch: a row alone gives a different value", 1e-10)
     for context in contexts:
         one = conditioner(x, context[:1, :1])
-        assert one.shape == whole.shape, "context: one of shape (1, 1, C) does not broadcast with x"
+        assert one.shape == whole.shape, "context: shape (1, 1, C) does not broadcast with x"
         assert not torch.equal(one, whole), "context: it has no effect"
 
 

@@ -29,7 +29,7 @@ def check_transform(
     :param make: builds the transform; its parameters are then redrawn, at PyTorch's scale times ``gain``.
     :param input_dim: the number D of coordinates.
     :param atol: the tolerance of round trips in float64, relative to ``1 + |x|``.
-    :raises AssertionError: that names the broken contract and the input.
+    :raises AssertionError: with the broken contract and the input.
     """
     transform: Any = redraw(make().double(), gain)
     assert isinstance(transform, TransformModule), f"not a TransformModule: {type(transform)}"
@@ -107,7 +107,7 @@ def _check_memory(transform: Any, x: Tensor, atol: float) -> None:
         y = transform(x)
     for _, p in product(range(2), parameters):
         remembered, expected = (_gradient(transform, point, p) for point in (y, y.clone()))
-        wanted = "memory: another gradient for a value made without gradients"
+        wanted = "memory: different gradient for a value made without gradients"
         equal(remembered, expected, wanted, 1e-7)
 
 
@@ -123,11 +123,11 @@ def _check_copies(transform: Any, x: Tensor, atol: float) -> None:
         y.sum().backward()
     with torch.no_grad():
         expected = transform(x)
-        equal(transform.with_cache(0)(x), expected, "with_cache: other values", atol)
+        equal(transform.with_cache(0)(x), expected, "with_cache: different values", atol)
         for way, of_inverse in product((copy.deepcopy, _pickled), (False, True)):
             twin = way(transform.inv).inv if of_inverse else way(transform)
             name = way.__name__ + " of inv" * of_inverse
-            equal(twin(x), expected, f"{name}: other values", atol)
+            equal(twin(x), expected, f"{name}: different values", atol)
             for p in twin.parameters():
                 p.add_(1.0)
             equal(transform(x), expected, f"{name}: it shares parameters", atol)

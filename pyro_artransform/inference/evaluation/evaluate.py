@@ -73,7 +73,7 @@ class Evaluation(NamedTuple):
         """The fields of a ``FitResult`` about the posterior, ``nan`` if unknown, from ``Chains`` as well."""
         words, marginals = self.verdict.words, self.marginals
         if chains is not None:
-            words = f"{chains.verdict} Of the guide itself: {words}"
+            words = f"{chains.verdict} About the guide alone: {words}"
         by_weights = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
         return {
             "elbo": self.elbo,
