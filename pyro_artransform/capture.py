@@ -10,12 +10,12 @@ The gradient of a small model is a thousand operations of a few microseconds eac
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .differentiation import leaves
+from .differentiation import KnownGradients, leaves
 from .recording import Replay, record
 
 #: a function of tensors that returns detached tensors
@@ -67,9 +67,13 @@ class Captured:
         if replay is not None and not replay.is_current():
             replay, self._calls[key] = self._replays.pop(key) and None, 0
         self._calls[key] += 1
-        if replay is None:
-            return self._called(key, inputs)
         count = self._calls[key] - self._patience
+        if replay is None:
+            if count == 0:
+                recorded = record(self._evaluate, inputs, _MOST_SECONDS)
+                self.can_replay = recorded is not None
+                self._replays.update({} if recorded is None else {key: recorded})
+            return self._evaluate(*inputs)
         if count % _CHECK_EVERY == 0 or math.log2(count).is_integer():
             return self._compared(replay, inputs)
         found = replay(*inputs)
@@ -87,15 +91,6 @@ class Captured:
         if self._last is not None:
             inputs, found = self._last
             self._judge(found, self._evaluate(*inputs))
-
-    def _called(self, key: Hashable, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if self._calls[key] == self._patience:
-            replay = record(self._evaluate, inputs, _MOST_SECONDS)
-            if replay is None:
-                self.can_replay = False
-            else:
-                self._replays[key] = replay
-        return self._evaluate(*inputs)
 
     def _compared(self, replay: Replay, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         devices = {value.device.index for value in inputs if value.is_cuda}
@@ -119,12 +114,7 @@ class Captured:
 
 
 class CapturedLoss(Captured):
-    """Captures a scalar function without arguments together with its gradients.
-
-    The loss may be random, and depend on any parameters.
-
-    :param loss: returns the scalar, differentiable in the parameters.
-    """
+    """Captures a scalar loss, which may be random, together with its gradients by all parameters."""
 
     def __init__(self, loss: Callable[[], Tensor]) -> None:
         super().__init__()
@@ -137,7 +127,7 @@ class CapturedLoss(Captured):
         if not self.can_replay:
             return self._loss()
         value, *gradients = super().__call__()
-        found: Tensor = _KnownGradients.apply(value, gradients, *self._parameters)
+        found: Tensor = KnownGradients.apply(value, gradients, None, None, *self._parameters)
         return found
 
     def _evaluate(self, *_: Tensor) -> tuple[Tensor, ...]:
@@ -153,21 +143,6 @@ class CapturedLoss(Captured):
         pairs = [(p, g) for p, g in zip(reached, found) if g is not None]
         self._parameters = [parameter for parameter, _ in pairs]
         return value.detach(), *(gradient for _, gradient in pairs)
-
-
-class _KnownGradients(torch.autograd.Function):
-    """A value with precomputed gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, gradients: Sequence[Tensor], *parameters: Tensor
-    ) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(weights[0] * gradient for gradient in ctx.gradients)
 
 
 def agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

@@ -24,7 +24,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .batching import batched
 from .products import has_one_matrix, product_with_one_matrix
-from .schema import Schema
 from .tape import Kind
 from .time_limit import is_out_of_time
 
@@ -35,6 +34,7 @@ _CHECK_ERRORS = _ATEN._linalg_check_errors.default
 # maximum number of elements of all tensors of a call, which capture keeps alive; with more, arithmetic
 # dominates the overhead that a replay saves
 _MOST_NUMBERS = 2**25
+_MASKS = (torch.bool, torch.uint8)  # dtypes of indices that select entries
 # functions that only return Python numbers
 _READS = {
     *(Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
@@ -121,9 +121,6 @@ class _Recording(TorchDispatchMode):
 
     Values that depend on inputs or random numbers vary, and so do all tensors that share their memory. Python
     may read other values, such as data and parameters; a replay fails if these have changed.
-
-    :param inputs: the tensors that a replay replaces; all others are taken by reference.
-    :param end: the ``time.process_time`` after which the recording is refused.
     """
 
     def __init__(self, inputs: Sequence[Tensor], end: float) -> None:
@@ -133,7 +130,6 @@ class _Recording(TorchDispatchMode):
         self._num_numbers = 0
         # tensors are identified by id and memory by address, so references must be kept
         self._held, self._values = list[Tensor](), dict[int, Any]()
-        self._numbers: dict[Any, Any] = {}
         self._kinds, self._random, self._is_pure = dict[str, Kind](), set[str](), True
         self._constants = list[Tensor]()
         self._failures = list[Any]()  # error codes of linear algebra and changed reads
@@ -168,17 +164,21 @@ class _Recording(TorchDispatchMode):
     def _record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if self.is_refused or time.process_time() > self._end or is_out_of_time():
             self.refuse("the capture was refused, or takes too long")
-        kind = Schema.of(func)
-        arguments = kind.bound(args, kwargs)
+        schema = func._schema
+        rest = schema.arguments[len(args) :]
+        arguments = [*args, *(kwargs.get(each.name, each.default_value) for each in rest)]
         if not _READ_BY.isdisjoint(func.tags):
-            read = arguments if func is not _ATEN.index.Tensor else _masks(args[1])
-            self.read(func, _tensors(read))
-        given = [self._lowered(*pair) for pair in zip(arguments, kind.types)]
+            read = _tensors(arguments)
+            if func is _ATEN.index.Tensor:  # only masks determine the shape of the result
+                read = (index for index in _tensors(args[1]) if index.dtype in _MASKS)
+            self.read(func, read)
+        pairs = [*zip(arguments, schema.arguments)]
+        given = [self._lowered(value, each.type) for value, each in pairs]
         if func is _ATEN._to_copy.default and not isinstance(arguments[0], Tensor):  # of vmap
             dtype = torch.float64 if isinstance(arguments[0], float) else None  # as in Python
             number = torch.tensor(arguments[0], dtype=dtype, device="cpu")
             given[0] = self._graph.insertConstant(number)
-        written = [arguments[i] for i in kind.written]
+        written = [value for value, each in pairs if each.alias_info and each.alias_info.is_write]
         if not self._given.isdisjoint(map(_memory, _tensors(written))):
             self.refuse(f"{func} modifies a tensor that existed before the call")
         found = func(*args, **kwargs)
@@ -187,9 +187,11 @@ class _Recording(TorchDispatchMode):
         if func is _CHECK_ERRORS:
             self._failures += given[:1]
         elif torch.Tag.data_dependent_output not in func.tags:
-            values = self._written(kind, given, found)
-            self._name(found, values)
-            self._random |= {value.debugName() for value in values if is_random}
+            outputs = self._node(schema.name, given, [each.type for each in schema.returns])
+            if isinstance(found, list):
+                outputs = self._node("prim::ListUnpack", outputs, [_TENSOR] * len(found))
+            self._name(found, outputs)
+            self._random |= {value.debugName() for value in outputs if is_random}
         new = {*map(_memory, _tensors((found, written)))} - {0}
         self._made |= new - self._given
         if is_random or not self._varying.isdisjoint(map(_memory, _tensors(arguments))):
@@ -217,21 +219,15 @@ class _Recording(TorchDispatchMode):
         if value and not any(isinstance(each, Tensor) for each in value):
             return self._constant([*value])
         element = type_.getElementType()
-        (made,) = self._node(
-            "prim::ListConstruct", [self._lowered(v, element) for v in value], [type_]
-        )
-        return made
+        elements = [self._lowered(each, element) for each in value]
+        return self._node("prim::ListConstruct", elements, [type_])[0]
 
     def _constant(self, value: Any) -> Any:
         for each in value if isinstance(value, list) else [value]:
             if not isinstance(each, (*_CONSTANTS, torch.memory_format)):
                 self.refuse(f"an operation has an argument of {type(each)}")
-        key = repr(value)
-        if key not in self._numbers:
-            if isinstance(value, torch.memory_format):
-                value = _MEMORY_FORMATS.index(value)
-            self._numbers[key] = self._graph.insertConstant(value)
-        return self._numbers[key]
+        is_format = isinstance(value, torch.memory_format)
+        return self._graph.insertConstant(_MEMORY_FORMATS.index(value) if is_format else value)
 
     def _value_of(self, value: Tensor) -> Any:
         """The graph value of a tensor, made by an operation or existing before the call."""
@@ -260,13 +256,6 @@ class _Recording(TorchDispatchMode):
         for output, type_ in zip(outputs, types):
             output.setType(type_)
         return outputs
-
-    def _written(self, kind: "Schema", inputs: Sequence[Any], found: Any = None) -> list[Any]:
-        """Appends an operation to the graph; returns its output tensors."""
-        outputs = self._node(kind.name, inputs, kind.returns)
-        if not isinstance(found, list):
-            return outputs
-        return self._node("prim::ListUnpack", outputs, [_TENSOR] * len(found))
 
     def _name(self, found: Any, values: Sequence[Any]) -> None:
         several = found if isinstance(found, (tuple, list)) else [found]
@@ -344,12 +333,6 @@ def _sequences(func: Any, args: Sequence[Any]) -> list[Any]:
     if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], tuple):
         args = (*args[1], *args[2:])
     return [each for each in args if isinstance(each, (list, tuple))]
-
-
-def _masks(indices: Sequence[Tensor | None]) -> list[Tensor]:
-    """The mask indices, whose values determine the shape of the result."""
-    masks = torch.bool, torch.uint8
-    return [index for index in indices if index is not None and index.dtype in masks]
 
 
 def _tensors(values: Any) -> Iterator[Tensor]:

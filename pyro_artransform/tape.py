@@ -3,12 +3,13 @@
 
 """Lists the operations of a graph, decides which can be batched, and schedules them.
 
-Operations of one role have the same kind, the same input shapes and dtypes, and the same origin. They wait
-until the inputs of all of them are ready. If nothing is complete, the operation with the longest chain of
-dependents goes first, with those of its role that are ready, as in a recursion over time.
+Operations of one role have the same kind, input shapes, dtypes and constants. They wait until the inputs of
+all of them are ready. If no role is complete, the operation with the longest chain of dependents goes first,
+with those of its role that are ready, as in a recursion over time.
 """
 
 import heapq
+import math
 from collections import Counter, defaultdict
 from collections.abc import Container, Mapping, Sequence
 from itertools import pairwise
@@ -29,14 +30,10 @@ POINTWISE = {
 #: operations that only reshape, and functions of one tensor
 VIEWS = {"_unsafe_view", "squeeze", "unsqueeze", "view"}
 OF_ONE = {*VIEWS, "expand", "sum"}
-# operations that ignore the values of their first input
-_VALUELESS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 # identities where there are no gradients
 _SAME = {"detach", "lift_fresh"}
 #: minimum number of operations in a batch, and of terms in a sum
 FEWEST = 8
-# number of steps back over which origins of inputs are compared
-_ROUNDS = 4
 
 
 class Kind(NamedTuple):
@@ -86,7 +83,6 @@ class Tape:
                 seen[key] = call
         self.results = [*map(self._name, graph.outputs())]
         self._join_sums()
-        self._made_by = {name: i for i, call in enumerate(self.calls) for name in call.outputs}
 
     def _name(self, value: Any) -> str:
         name = value.debugName()
@@ -99,8 +95,6 @@ class Tape:
             return None if isinstance(value, torch.Tensor) else (type(value), repr(value))
         if call.kind == "prim::ListConstruct" and not call.inputs:
             self.constants[call.outputs[0]] = []
-        if call.kind in _VALUELESS and call.inputs[0] in self.kinds:
-            return call.kind, self.kinds[call.inputs[0]], *call.inputs[1:]
         return None if self.is_random(call) else (call.kind, *call.inputs)
 
     def is_random(self, call: Call) -> bool:
@@ -166,32 +160,14 @@ class Tape:
             rest += [of_part] if of_part != name else []
         return [*found, Call(None, "sum of terms", tuple(rest), (name,))] if rest else found
 
-    def roles(self) -> list[int | None]:
-        """The role of each operation, None if it cannot be batched.
-
-        Operations of one role have inputs of equal shapes, from operations with equal inputs, and so on for
-        some steps back. Their constants are equal, except for the index of a selection.
-        """
-        common = []
-        for call in self.calls:
-            names = call.inputs[:2] if call.kind == "select" else call.inputs
-            common.append(names if self._can_be_batched(call) else ())
-        role = [0] * len(self.calls)
-        for _ in range(1 + _ROUNDS):
-            numbers, before = dict[Any, int](), role
-            role = []
-            for call, names in zip(self.calls, common):
-                inputs = [
-                    (
-                        self.kinds[name],
-                        before[self._made_by[name]] if name in self._made_by else None,
-                    )
-                    if name in self.kinds
-                    else name
-                    for name in names
-                ]
-                role.append(numbers.setdefault((call.kind, *inputs), len(numbers)))
-        return [each if names else None for each, names in zip(role, common)]
+    def _role(self, index: int) -> Any:
+        """What operations of one batch share: kind, shapes and constants, but for a selection's index."""
+        call = self.calls[index]
+        if not self._can_be_batched(call):
+            return index
+        if call.kind == "select":  # from one tensor
+            return call.kind, *call.inputs[:2]
+        return call.kind, *(self.kinds.get(name, name) for name in call.inputs)
 
     def _can_be_batched(self, call: Call) -> bool:
         """Whether the operation can be batched: a known kind, with inputs of one dtype and device."""
@@ -208,48 +184,35 @@ class Tape:
 
     def schedule(self) -> list[list[int]]:
         """Batches of operations, in an order that respects dependencies."""
-        needs = [
-            {self._made_by[n] for n in call.inputs if n in self._made_by} for call in self.calls
-        ]
+        made_by = {name: i for i, call in enumerate(self.calls) for name in call.outputs}
+        needs = [{made_by[n] for n in call.inputs if n in made_by} for call in self.calls]
         random = [i for i, call in enumerate(self.calls) if self.is_random(call)]
         for before, after in pairwise(random):
             needs[after].add(before)  # random operations keep their order
-        users = defaultdict[int, list[int]](list)
-        for i, needed in enumerate(needs):
-            for j in needed:
-                users[j].append(i)
-        height = [1] * len(needs)
+        users, height = defaultdict[int, list[int]](list), [1] * len(needs)
         for i in reversed(range(len(needs))):
             height[i] += max((height[j] for j in users[i]), default=0)
-        roles = self.roles()
-        left, waiting = Counter(roles), [len(needed) for needed in needs]
-        ready = defaultdict[int | None, list[int]](list)
-        complete, highest = list[list[int]](), list[tuple[int, int]]()
-        order, new = list[list[int]](), [i for i, number in enumerate(waiting) if not number]
-        is_done = [False] * len(needs)
+            for j in needs[i]:
+                users[j].append(i)
+        roles, waiting = [*map(self._role, range(len(needs)))], [len(needed) for needed in needs]
+        left, ready = Counter(roles), defaultdict[Any, list[int]](list)
+        queue, order = list[tuple[float, int]](), list[list[int]]()
+        new = [i for i, number in enumerate(waiting) if not number]
         while True:
             for i in new:
-                role = roles[i]
-                if role is None:
-                    complete.append([i])
-                    continue
-                ready[role].append(i)
-                heapq.heappush(highest, (-height[i], i))
-                if len(ready[role]) == left[role]:
-                    complete.append(ready.pop(role))
-            if complete:
-                some = complete.pop()
-            else:
-                while highest and is_done[highest[0][1]]:
-                    heapq.heappop(highest)
-                if not highest:
-                    return order
-                some = ready.pop(roles[highest[0][1]])
-            order.append(sorted(some))
+                ready[roles[i]].append(i)
+                is_complete = len(ready[roles[i]]) == left[roles[i]]
+                heapq.heappush(queue, (-math.inf if is_complete else -height[i], i))
+            while queue and waiting[queue[0][1]] < 0:
+                heapq.heappop(queue)
+            if not queue:
+                return order
+            role = roles[queue[0][1]]
+            order.append(sorted(ready.pop(role)))
+            left[role] -= len(order[-1])
             new = []
-            for i in some:
-                is_done[i] = True
-                left[roles[i]] -= 1
+            for i in order[-1]:
+                waiting[i] = -1
                 for j in users[i]:
                     waiting[j] -= 1
                     if not waiting[j]:

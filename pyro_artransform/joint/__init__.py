@@ -5,13 +5,11 @@
 
 from .density import LogJoint
 from .mean_density import MeanLogJoint
-from .protocols import LogDensity
 from .sites import Latents, Site
 from .traces import ModelStructure
 
 __all__ = [
     "Latents",
-    "LogDensity",
     "LogJoint",
     "MeanLogJoint",
     "ModelStructure",

@@ -21,12 +21,12 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
+from ..graphs.dependencies import value_and_gradient
 from .checks import checked
 from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
 from .priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
-from .protocols import LogDensity
 from .sites import Latents, LatentSpace, started_trace
 from .traces import (
     ModelStructure,
@@ -65,7 +65,7 @@ _FAR = 2.5
 MOST_SIGNATURES = 64
 
 
-class LogJoint(LogDensity):
+class LogJoint:
     r"""The log joint density of a Pyro model on the unconstrained space, with the Jacobian term.
 
     .. math::
@@ -145,7 +145,7 @@ class LogJoint(LogDensity):
 
     @cached_property
     def strategy(self) -> str:
-        """How draws are vectorized: see ``joint.vectorization``."""
+        """How draws are vectorized, "plate", "vmap", "copies" or "loop": see ``joint.vectorization``."""
         return self._choice().strategy
 
     @cached_property
@@ -175,14 +175,12 @@ class LogJoint(LogDensity):
     def or_origin(self, u: Tensor) -> Tensor:
         """The start, or the origin if the density at a median start has lost precision or has no gradient."""
         if self._init_loc_fn is init_to_median:
-            with _quietly(), torch.enable_grad(), suppress(Exception):
-                z, origin = u.detach().requires_grad_(), torch.zeros_like(u)
-                here = self._evaluate({"z": z}, None)["total"]
-                (slope,) = torch.autograd.grad(here, z)
+            with _quietly(), suppress(Exception):
+                here, slope = value_and_gradient(self, u[None])
                 has_digits = here.abs() * torch.finfo(u.dtype).eps <= 1
-                if not bool(has_digits & slope.isfinite().all()):
-                    there = self._evaluate({"z": origin}, None)["total"]
-                    return origin if bool((here < there) & there.isfinite()) else u
+                if not bool((has_digits & slope.isfinite()).all()):
+                    there = self(torch.zeros_like(u)[None])
+                    return torch.zeros_like(u) if bool((here < there) & there.isfinite()) else u
         return u
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
@@ -233,6 +231,7 @@ class LogJoint(LogDensity):
         return self._structures[key]
 
     def __call__(self, z: Tensor) -> Tensor:
+        """The log density of draws ``(n, latent_dim)``, shape ``(n,)``; NaN where the model fails."""
         if len(z) == 1:
             return self._at(z)
         is_cached = z.device.type == "cpu" and not self.is_random
@@ -263,6 +262,7 @@ class LogJoint(LogDensity):
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
+        """The sites whose log density is not finite at some draw of ``(n, latent_dim)``."""
         return nonfinite_sites(self.run, self.latents.constrain(self.to_unconstrained(z)[0]))
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
@@ -295,6 +295,7 @@ class LogJoint(LogDensity):
 
     @property
     def start(self) -> Tensor:
+        """An initial point, shape ``(latent_dim,)``, in the coordinates of draws."""
         return self.from_unconstrained(self._find_start()[None])[0][0]
 
     def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
@@ -302,6 +303,7 @@ class LogJoint(LogDensity):
         return self._map(z, is_inverse=False)
 
     def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps unconstrained points ``(n, latent_dim)`` to coordinates; returns log-determinants, too."""
         z, ladj = self._map(u, is_inverse=True)
         return z, -ladj
 

@@ -27,7 +27,7 @@ from .traces import has_data, is_enumerated, latent_nodes, moved_latent, subsamp
 
 _MOST_LOG_PROB = 0.1  # nats by which a log probability may exceed 0
 # shifts of latents on the unconstrained space that reveal what depends on them
-_DISTANCES = (0.1, -1.0, 5.0, -5.0)
+_DISTANCES = (-1.0, 5.0)
 # errors of a model at values that it was not written for
 _FAILURES = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 
@@ -94,7 +94,7 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
         first, *totals = (float(traced({**values, name: g}).log_prob_sum()) for g in given)
         return any(total != first for total in totals)
 
-    found = set[str]()
+    found = {node["name"] for node in masked}
     random, quiet = torch.random.fork_rng(devices=[]), warnings.catch_warnings()
     with random, quiet, hidden_sites(), validation_enabled(False):
         warnings.simplefilter("ignore")  # Pyro warns of NaN
@@ -103,11 +103,9 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
             with suppress(*_FAILURES):  # no density at these values
                 moved.append(traced(_moved(nodes, distance)))
         for node in masked:
-            try:
-                is_kept = not moved or is_improper(node, moved)
-            except _FAILURES:
-                is_kept = True
-            found |= {node["name"]} if is_kept else set()
+            with suppress(*_FAILURES):
+                if moved and not is_improper(node, moved):
+                    found.discard(node["name"])
     return found
 
 

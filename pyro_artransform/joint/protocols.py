@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Protocols that diagnostics and fits require of log densities, and of guides beyond Pyro's interface.
+"""Protocols that diagnostics and fits require of guides beyond Pyro's interface.
 
 Any Pyro guide works; one that implements a protocol is used through it. Protocols are checked by
 ``isinstance``, so third-party guides need no base class. ``args`` and ``kwargs`` are the model's arguments;
@@ -20,30 +20,6 @@ from torch.distributions import Transform
 from ..graphs.markov_graph import MarkovGraph
 from ..graphs.sparse_gaussian import SparseGaussian
 from .coordinates import ModelPrior
-from .sites import Latents
-
-
-class LogDensity(Protocol):
-    """A log density of a model's latents, on the unconstrained space or in other coordinates."""
-
-    latents: Latents
-
-    @property
-    def strategy(self) -> str:
-        """How draws are vectorized: "plate", "vmap", "copies" or "loop"."""
-
-    @property
-    def start(self) -> Tensor:
-        """An initial point, shape ``(latent_dim,)``, in the coordinates of draws."""
-
-    def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Maps unconstrained points ``(n, latent_dim)`` to coordinates; returns log-determinants, too."""
-
-    def __call__(self, z: Tensor) -> Tensor:
-        """The log density of draws ``(n, latent_dim)``, shape ``(n,)``; NaN where the model fails."""
-
-    def nonfinite_sites(self, z: Tensor) -> list[str]:
-        """The sites whose log density is not finite at some draw of ``(n, latent_dim)``."""
 
 
 @runtime_checkable

@@ -22,7 +22,7 @@ name: log densities by datum, or their sum.
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -53,10 +53,8 @@ _LIBRARIES = (Path(__file__).parents[1], *(Path(str(m.__file__)).parent for m in
 _MAX_VALUES = 2**23
 # chunk size when a draw fails: only chunks with such a draw are looped over
 _FEW = 32
-#: number of draws at which strategies are compared
+#: number of draws at which strategies are compared, reached by repeating draws if there are fewer
 NUM_COMPARED = 3
-# minimum batch size in a comparison, reached by repeating draws
-_LEAST_AT_ONCE = 5
 
 
 def evaluate_many(
@@ -185,7 +183,7 @@ def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = N
             failures.append(error)
     if not single:
         raise failures[0]
-    rows = [*islice(cycle(single), max(len(single), _LEAST_AT_ONCE))]
+    rows = [*islice(cycle(single), max(len(single), NUM_COMPARED))]
     is_random, num_values = False, 1.0
     for strategy in STRATEGIES:
         rows = rows[:1] if strategy == "loop" else rows
@@ -248,11 +246,8 @@ def agree(found: Terms, expected: Terms, slack: float | None = 1.0) -> bool:
     if found.keys() != expected.keys():
         return False
     for name, wanted in expected.items():
-        tol = (
-            ROUND_OFF * torch.finfo(wanted.dtype).eps
-            if slack is None
-            else slack * tolerance(wanted)
-        )
+        round_off = ROUND_OFF * torch.finfo(wanted.dtype).eps
+        tol = round_off if slack is None else slack * tolerance(wanted)
         same_shape = found[name].shape == wanted.shape
         if not (same_shape and torch.allclose(found[name], wanted, tol, tol, equal_nan=True)):
             return False
@@ -277,10 +272,8 @@ class DrawPlate(NamedTuple):
 
     def run(self, model: Callable[[], object]) -> None:
         """Runs a model in the plate."""
-        if self.size is None:
-            model()
-            return
-        with pyro.plate(DRAWS, self.size, dim=-1 - self.num_plates):
+        plate = self.size and pyro.plate(DRAWS, self.size, dim=-1 - self.num_plates)
+        with plate or nullcontext():
             model()
 
     def total(self, log_probs: Mapping[str, Tensor], initial: Tensor) -> Tensor:

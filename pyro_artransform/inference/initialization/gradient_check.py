@@ -17,7 +17,7 @@ from ...joint import LogJoint
 
 # the number of points, their unconstrained distance from a center, and half the lengths of segments
 _NUM_POINTS, _SPREAD = 6, 0.3
-_STEPS = (0.1, 0.02, 0.004, 0.0008, 0.00016)
+_STEPS = [0.1 / 5**k for k in range(5)]
 # the least missing share of the rise, its tolerance between lengths, and how many must exceed round-off
 _SHARE, _SLACK, _NUM_SHOWN = 0.01, 0.2, 3
 # the share of points that must show it, since the missing part may vanish at some
@@ -53,32 +53,25 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
 
 
 def _lacking(density: LogJoint, center: Tensor, moved: Tensor) -> float:
-    """The share of points around a center at which a part of the gradient is missing.
-
-    :param moved: 1 for the coordinates along which segments run, 0 for others.
-    """
-    shape, generator = (2, _NUM_POINTS, center.shape[-1]), torch.Generator().manual_seed(0)
+    """The share of points around a center at which the gradient in the coordinates ``moved`` lacks a part."""
+    shape, generator = (2, _NUM_POINTS, 1, center.shape[-1]), torch.Generator().manual_seed(0)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     (noise, direction), steps = drawn.to(center), center.new_tensor(_STEPS)
-    points = (center + _SPREAD * noise)[:, None]
-    shifts = steps[:, None] * (moved * direction.sign())[:, None]
-    lines = torch.cat([points, points - shifts, points + shifts], 1)
+    points, shifts = center + _SPREAD * noise, steps[:, None] * moved * direction.sign()
+    left, right, sizes = points - shifts, points + shifts, [len(steps), len(steps), 1]
+    lines = torch.cat([left, right, points], 1)
     value, gradient = value_and_gradient(density, lines.flatten(0, 1))
-    dtype = value.dtype
-    value, gradient = value.unflatten(0, lines.shape[:2]), gradient.reshape(lines.shape)
-    value, gradient, lines = value.double(), gradient.double(), lines.double()
-    sizes = [1, len(_STEPS), len(_STEPS)]
-    (_, begin, end), (middle, first, last), (_, left, right) = (
-        part.split(sizes, 1) for part in (value, gradient, lines)
-    )
-    expected = ((right - left) * (first + 4 * middle + last)).sum(-1) / 6
+    eps = max(density.latents.eps, torch.finfo(value.dtype).eps)
+    value = value.double().unflatten(0, lines.shape[:2])
+    begin, end, _ = value.split(sizes, 1)
+    first, last, middle = gradient.double().reshape(lines.shape).split(sizes, 1)
+    expected = ((right.double() - left.double()) * (first + 4 * middle + last)).sum(-1) / 6
     missing, steps = end - begin - expected, steps.double()
     usable = missing.isfinite().all(-1)
     if int(usable.sum()) < 3:
         return 0.0
     rate, rise = missing[usable] / steps, expected[usable].abs() / steps
     slope = rate.median(-1, keepdim=True).values
-    eps = max(density.latents.eps, torch.finfo(dtype).eps)
     noise_level = ROUND_OFF * eps * value[usable].abs().amax()
     is_shown = slope.abs() * steps > noise_level
     is_alike = (rate - slope).abs() <= _SLACK * slope.abs()
