@@ -16,9 +16,8 @@ from ..joint.protocols import PriorGuide, TransformedGuide
 from ..sampling import Ensemble
 from ..sampling.target import ToLatent
 from ..transforms.flow_module import call_and_ladj_over_vectors
-from .importance_weights import ModelAndGuide, check_same_latents
+from .importance_weights import NUM_DRAWS, ModelAndGuide, check_same_latents
 
-_NUM_DRAWS = 10_000  # draws to estimate the means and sds of a guide
 _MOST_DENSE = 1200  # the most dimensions of an affine transform that is stored as a matrix
 
 
@@ -53,7 +52,7 @@ def base_space(subject: ModelAndGuide) -> tuple[LogJoint, ToLatent]:
     unit = non_centered(log_joint)
     if affine is not None and unit is log_joint:
         return log_joint, affine
-    draws = subject.draws(_NUM_DRAWS)
+    draws = subject.draws(NUM_DRAWS)
     draws = draws[draws.isfinite().all(-1)]
     if unit is not log_joint and len(draws):
         coordinates = coordinates_at(log_joint, unit.coordinates, draws)

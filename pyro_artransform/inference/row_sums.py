@@ -19,6 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..arguments import warn_user
+from ..graphs.dependencies import ROUND_OFF
 from ..joint.sites import started_trace
 from ..joint.traces import latent_nodes, moved_latent
 from .evaluation.checks import Check, FailedCheck
@@ -27,8 +28,8 @@ from .loader import Batch
 Model = Callable[..., object]
 FailedChecks = tuple[FailedCheck, ...]
 # the number of pairs of batches, each half an epoch apart; the distance of latents from the start on the
-# unconstrained space; the tolerance of sums over rows, in units in the last place
-_NUM_PAIRS, _DISTANCE, _ROUND_OFF = 3, 0.5, 100.0
+# unconstrained space
+_NUM_PAIRS, _DISTANCE = 3, 0.5
 
 
 @torch.no_grad()
@@ -128,5 +129,5 @@ def _log_density(
         shares.append(1 / float(scale) if is_number else 1.0)
         total += shares[-1] * float(term.sum())
         eps = torch.finfo(site["log_prob"].dtype).eps
-        slack += _ROUND_OFF * eps * shares[-1] * float(term.abs().sum())
+        slack += ROUND_OFF * eps * shares[-1] * float(term.abs().sum())
     return total, torch.tensor(shares, dtype=torch.float64, device="cpu"), slack

@@ -166,11 +166,8 @@ class AutoAmortized(PersistentGuide):
     @property
     def needs_indices(self) -> bool:
         """Whether batches of data need ``create_plates``, to look up their embeddings."""
-        if self.create_plates is not None:
-            return False
-        if self._spec is None:
-            return self._encoder[0] is None
-        return any(factor.table is not None for factor in self._posterior.locals)
+        has_embeddings = any(factor.table is not None for factor in self._posterior.locals)
+        return has_embeddings and self.create_plates is None
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
