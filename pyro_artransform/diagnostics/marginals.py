@@ -133,7 +133,8 @@ def _judged(errors: MarginalErrors, num_chains: int, latents: Latents) -> Margin
             f"this: {bounds_in_words(mean_bound, sd_bound)}; more draws= tell more"
         )
     judged = mean_bound, sd_bound, is_known and not objections, bool(objections), words
-    return Marginals(*map(latents.split, errors), *judged)
+    shifts, shift_ses, ratios, ratio_ses = map(latents.split, errors)
+    return Marginals(shifts, shift_ses, ratios, ratio_ses, *judged)
 
 
 def _worst(values: Tensor, is_off: Tensor, what: str, latents: Latents) -> tuple[int, str, str]:
