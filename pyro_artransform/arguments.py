@@ -124,13 +124,17 @@ def _fault(value: Any) -> str:
     if not isinstance(value, Tensor):
         kind = type(value).__name__
         return (
-            f", of type {kind} in place of a tensor (torch.as_tensor makes one of an array, and "
-            "data.to_numpy() an array of a table)"
+            f", of type {kind} instead of a tensor (use torch.as_tensor for an array, and data.to_numpy() "
+            "for a table)"
         )
     if count := int((~value.isfinite()).sum()):
         return f", {count} of {value.numel()} elements not finite"
     default = torch.get_default_dtype()
-    return f", of {value.dtype}, where the default is {default}" if value.dtype != default else ""
+    return (
+        f", of dtype {value.dtype}, where the default is {default}"
+        if value.dtype != default
+        else ""
+    )
 
 
 def first_of(words: Sequence[str]) -> str:

@@ -115,7 +115,7 @@ class Captured:
         self.can_replay = False
         self._replays.clear()
         if was_used:
-            raise ReplayError("expected replays that are what calls are, got others")
+            raise ReplayError("expected replays that agree with calls, got different values")
 
 
 class CapturedLoss(Captured):

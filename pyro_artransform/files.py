@@ -17,9 +17,9 @@ FilePath = str | os.PathLike[str]
 
 # before format 9 a guide's file held a number in place of its kind
 _OLDER = (
-    "a guide of an older version. Version 0.2.0 (pip install pyro_artransform==0.2.0) saves its draws by "
-    "torch.save(AutoIAF.load(path).sample_posterior(10_000), 'draws.pt'), with the class of the guide, "
-    "and with its flow, model and data where it asks for them"
+    "a guide from an older version. With version 0.2.0 (pip install pyro_artransform==0.2.0), save its draws "
+    "by torch.save(AutoIAF.load(path).sample_posterior(10_000), 'draws.pt'), with the class of the guide, "
+    "and its flow, model and data if required"
 )
 
 
@@ -44,7 +44,7 @@ def read(path: FilePath, kind: str, map_location: Any = None) -> dict[str, Any]:
 
     :raises ValueError: if it is another file, is damaged, or needs a device that is not available.
     """
-    got = "another file, a damaged one, or one of a device that is not here (map_location)"
+    got = "another kind of file, a damaged one, or one for a device that is not available (map_location)"
     # suppress torch's errors, which advise running the code in a file
     with open(path, "rb") as file, suppress(Exception), zipfile.ZipFile(file) as archive:
         size = sum(record.file_size for record in archive.infolist())

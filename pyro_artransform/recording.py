@@ -180,7 +180,7 @@ class _Recording(TorchDispatchMode):
             given[0] = self._graph.insertConstant(number)
         written = [arguments[i] for i in kind.written]
         if not self._given.isdisjoint(map(_memory, _tensors(written))):
-            self.refuse(f"{func} writes into a tensor that was there before the call")
+            self.refuse(f"{func} modifies a tensor that existed before the call")
         found = func(*args, **kwargs)
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         self._is_pure &= not written
@@ -201,7 +201,7 @@ class _Recording(TorchDispatchMode):
         """Refuses a read of varying values; makes replays fail if other values have changed."""
         for value in values:
             if _memory(value) in self._varying:
-                self.refuse(f"{func} gives Python a value")
+                self.refuse(f"{func} returns a value to Python")
             given = [self._value_of(value), self._graph.insertConstant(value.detach().clone())]
             self._failures += self._node("aten::ne", given, [_TENSOR])
 
@@ -238,9 +238,7 @@ class _Recording(TorchDispatchMode):
         if id(value) not in self._values:
             memory = _memory(value)
             if memory in self._made:
-                self.refuse(
-                    "a tensor shares the memory of another one that no operation has made it of"
-                )
+                self.refuse("a tensor shares memory with another one that it was not computed from")
             self._given |= {memory} - {0}
             self._constants.append(value)
             self._hold(value, self._graph.addInput())
@@ -252,7 +250,7 @@ class _Recording(TorchDispatchMode):
         self._held.append(tensor)
         self._num_numbers += tensor.numel()
         if self._num_numbers > _MOST_NUMBERS:
-            self.refuse(f"a call has tensors of more than {_MOST_NUMBERS} numbers in all")
+            self.refuse(f"the tensors of a call have more than {_MOST_NUMBERS} elements in total")
 
     def _node(self, name: str, inputs: Sequence[Any], types: Sequence[Any]) -> list[Any]:
         """Appends a node to the graph; returns its outputs."""
@@ -276,7 +274,7 @@ class _Recording(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._hold(tensor, value)
             elif tensor is not None:
-                self.refuse(f"an operation makes {type(tensor)}")
+                self.refuse(f"an operation returns {type(tensor)}")
 
     def finished(self, results: Sequence[Tensor]) -> Iterator[Replay]:
         """Candidate replays that return these results, the fastest first."""
@@ -315,10 +313,10 @@ class _Reads(TorchFunctionMode):
                 return _grad(*args, **kwargs)
         found = func(*args, **kwargs)
         if not _is_known(func, found):
-            recording.refuse(f"{func} may give Python values")
+            recording.refuse(f"{func} may return values to Python")
         is_python = isinstance(func, FunctionType)
         if recording.has_lifted and not is_python and [*_tensors(_sequences(func, args))]:
-            recording.refuse(f"{func} makes a tensor of numbers that it reads from others")
+            recording.refuse(f"{func} makes a tensor from values that it reads from others")
         return found
 
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 from .arguments import check_positive
 
 INTERRUPTED = "it was interrupted"
-OUT_OF_TIME = "the time was over"
+OUT_OF_TIME = "the time limit was reached"
 # maximum wall seconds of a result phase after Ctrl-C
 _GRACE = 1.0
 

@@ -51,7 +51,7 @@ def elbos(printed: str) -> dict[str, tuple[float, float]]:
 def verdicts(printed: str) -> dict[str, str]:
     """Whether each guide is trusted: the words that follow those about the draws."""
     joined = re.sub(r"(?<!\n)\n(?!\n)", " ", printed)
-    found = r"^(Auto\w+): Draws [^\n]*Of the guide itself: (Trusted|Not trusted): "
+    found = r"^(Auto\w+): Draws [^\n]*About the guide alone: (Trusted|Not trusted): "
     return dict(re.findall(found, joined, flags=re.MULTILINE))
 
 

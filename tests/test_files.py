@@ -16,7 +16,7 @@ def read(path, *options):
 
 def refuses(path):
     with pytest.raises(
-        ValueError, match="expected numbers, got another file, a damaged one"
+        ValueError, match="expected numbers, got another kind of file, a damaged one"
     ) as caught:
         read(path)
     text = str(caught.value)
@@ -75,7 +75,7 @@ def test_what_cannot_be_read(tmp_path):
         assert refuses(path)
     assert not (tmp_path / "made").exists()
     files.write(path, "numbers", {"n": torch.ones(2)})
-    with pytest.raises(ValueError, match="of a device that is not here"):
+    with pytest.raises(ValueError, match="for a device that is not available"):
         read(path, "nowhere")
     path.write_bytes(path.read_bytes()[:-50])
     assert refuses(path)

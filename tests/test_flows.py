@@ -94,7 +94,7 @@ def test_bad_layers():
         pa.iaf(3, 0)
     with pytest.raises(TypeError, match=r"new family for each layer, such as Affine, got Affine\("):
         pa.maf(3, univariate=Affine())
-    with pytest.raises(TypeError, match="univariate: expected it to make a Univariate, got"):
+    with pytest.raises(TypeError, match="univariate: expected it to return a Univariate, got"):
         pa.iaf(3, univariate=lambda: Affine)
 
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a conditioner promises."""
+"""The interface of conditioners."""
 
 from abc import ABC, abstractmethod
 from typing import Any, Protocol

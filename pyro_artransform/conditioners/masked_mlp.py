@@ -36,7 +36,7 @@ def check_input(
     if x.shape[-1:] != (input_dim,):
         raise ValueError(f"x: expected shape (*, {input_dim}), got {tuple(x.shape)}")
     if x.dtype != (dtype or x.dtype) and not torch.is_autocast_enabled(x.device.type):
-        raise ValueError(f"x: expected {dtype}, the network's own, got {x.dtype}")
+        raise ValueError(f"x: expected {dtype}, the dtype of the network, got {x.dtype}")
     size = None if context is None else tuple(context.shape[-1:])
     if size != ((context_dim,) if context_dim else None):
         wanted = f"shape (*, {context_dim})" if context_dim else "none"
@@ -201,7 +201,7 @@ class MaskedMLP(Conditioner):
         return hidden + self.context_layer(context.to(self.context_layer.weight.dtype))
 
     def linearize(self, x: Tensor, context: Tensor | None = None) -> MLPLinearization | None:
-        """None where :meth:`blocks` is."""
+        """The conditioner at x, or None if :meth:`blocks` returns None."""
         if not self._is_of_its_layers():
             return None
         # masked once, for the values and for their derivatives

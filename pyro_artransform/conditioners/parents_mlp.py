@@ -104,7 +104,7 @@ class ParentsMLP(Conditioner):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         graph = state_dict.get(f"{prefix}graph")
         if graph is not None and not torch.equal(graph.to("cpu"), self.graph.to("cpu")):
-            raise RuntimeError("the state dict is of a network of another graph")
+            raise RuntimeError("the state dict belongs to a network with another graph")
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:

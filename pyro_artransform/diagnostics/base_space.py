@@ -26,7 +26,7 @@ def ensemble_of(
 ) -> Ensemble:
     """Chains in the base space of a guide, where the posterior is nearly a standard normal.
 
-    :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or the guide lacks
+    :raises ValueError: if there are fewer than 4 chains, the model subsamples its data, or the guide lacks
         a latent, was made for another model, is a point, has discrete sites, or has too few finite draws.
     """
     if subject.log_joint.is_random:
@@ -66,7 +66,9 @@ def base_space(subject: ModelAndGuide) -> tuple[LogJoint, ToLatent]:
     # a latent rounded to the same value in all draws would never move, and chains would agree on it
     if len(fixed := (draws == draws[0]).all(0).nonzero()):
         name = log_joint.latents.name_of(int(fixed[0]))
-        raise ValueError(f"guide: expected draws that differ, got one value of {name} in all")
+        raise ValueError(
+            f"guide: expected draws that differ, got the same value of {name} in all of them"
+        )
     loc, scale = draws.mean(0), draws.std(0).clamp_min(torch.finfo(draws.dtype).tiny)
     ladj = scale.log().sum()
     return log_joint, lambda base: (loc + base * scale, ladj.expand(len(base)))

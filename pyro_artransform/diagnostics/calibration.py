@@ -78,8 +78,8 @@ class SBC:
         coverage, width = self.coverage((0.5, 0.9)), max(map(len, ["site", *self.ranks]))
         result = "passed" if self.passed() else "failed"
         lines = [
-            f"SBC of {self.num_simulations} simulations, {self.num_draws} draws each: {result}",
-            f"{'site':{width}}  smallest p-value  coverage of 50 %, of 90 %",
+            f"SBC with {self.num_simulations} simulations, {self.num_draws} draws each: {result}",
+            f"{'site':{width}}  smallest p-value  coverage of 50 %, 90 % intervals",
         ]
         for name, pvalue in self.pvalues().items():
             half, most = (100 * coverage[name].reshape(2, -1).mean(1)).tolist()
@@ -173,13 +173,15 @@ def _data_sites(run: Callable[[], object], observed: Iterable[str] | None) -> se
     sites = {name: site for name, site in _sites(run).items() if not is_deterministic(site)}
     factors = [name for name, site in sites.items() if site_is_factor(site)]
     if factors:
-        raise ValueError(f"model: expected one to simulate from, got the factors {factors}")
+        raise ValueError(
+            f"model: expected one to simulate from, got one with pyro.factor sites {factors}"
+        )
     names = {name for name, site in sites.items() if site["is_observed"]} | set(observed or ())
     if unknown := sorted(names - sites.keys()):
         raise ValueError(f"observed: expected sites of {sorted(sites)}, got {unknown}")
     if not names:
         raise ValueError(
-            "observed: expected the names of the data sites, or a model with data here"
+            "observed: expected the names of the observed sites, or a model with data, got neither"
         )
     return names
 

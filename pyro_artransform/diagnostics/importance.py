@@ -129,7 +129,7 @@ def importance(
     """Importance sampling with a guide: ELBO, evidence, k-hat and effective sample size.
 
     Any Pyro guide will do. Discrete latents marked for enumeration are summed out; others need a
-    guide that draws them. If the model sub-samples its data, or its density is random otherwise, each
+    guide that draws them. If the model subsamples its data, or its density is random otherwise, each
     draw sees another mini-batch, whose noise enters the weights: the ELBO is still correct, but k-hat
     and the evidence are meaningless.
 
@@ -190,14 +190,14 @@ def _chosen(log_weights: Tensor, n: int) -> Tensor:
     """The indices ``(n,)`` of draws resampled with log weights ``(S,)``, on the CPU."""
     if not bool(log_weights.isfinite().any()):
         raise ValueError(
-            f"guide: expected draws with finite weights, got none of {len(log_weights)}: train it first, or "
+            f"guide: expected draws with finite weights, got none in {len(log_weights)}: train it first, or "
             "check supports and data"
         )
     tail = fit_tail(log_weights)
     if tail.khat > GOOD_KHAT:
         warnings.warn(
-            f"k-hat is {tail.khat:.2f}: above {GOOD_KHAT} resampling is no better than the guide. Fit the "
-            "guide for longer, or a more expressive one",
+            f"k-hat is {tail.khat:.2f}: above {GOOD_KHAT}, resampling does not improve on the guide. Train "
+            "it for longer, or use a more flexible one",
             stacklevel=3,
         )
     cumulative = smooth_tail(log_weights, tail).softmax(0).cumsum(0)

@@ -53,7 +53,9 @@ def log_weights(
     chunks = list(weighted_draws(model, guide, num_samples, args, kwargs or {}, log_joint))
     latents = [chunk.latent for chunk in chunks if chunk.latent is not None]
     if len(latents) < len(chunks):
-        raise ValueError("guide: expected neither discrete sites nor latents of a minibatch")
+        raise ValueError(
+            "guide: expected no discrete sites and no latents of a mini-batch, got some"
+        )
     return torch.cat(latents), torch.cat([chunk.log_weights for chunk in chunks])
 
 
@@ -187,8 +189,8 @@ def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
     if checked.strategy != log_joint.strategy:
         log_joint.strategy, log_joint.obstacle = checked.strategy, checked.obstacle
         warnings.warn(
-            "the model gives many draws at once another log-density than one at a time: from now on its "
-            f"draws are evaluated by {log_joint.strategy}. Write it without branches (torch.where)",
+            "the model has a different log density for many draws at once than for one at a time: from now "
+            f"on, draws are evaluated by {log_joint.strategy}. Write it without branches (torch.where)",
             stacklevel=2,
         )
     return checked.values - log_q
@@ -223,8 +225,8 @@ def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
     # a guide with only a latent vector does not name its latents; their order is that of the vector
     if got and list(got.items()) != list(expected.items()):
         raise ValueError(
-            f"guide: it was made for another model: expected the latents {expected}, in this order, got "
-            f"{got}. Make it of the very model that it is used with, as in AutoIAF(model)"
+            f"guide: expected a guide for this model, with the latents {expected} in this order, got {got}. "
+            "Make it from the model that it is used with, as in AutoIAF(model)"
         )
 
 
@@ -237,9 +239,9 @@ def _check_auxiliary(trace: poutine.Trace, wanted: Container[str]) -> None:
     num_determined = sum(node["value"].numel() for node in points)
     if num_others > num_determined:
         raise ValueError(
-            "guide: expected sites of the model only, or others that determine them by a Delta, got "
-            f"{others}, so that the density of the model's latents alone is not known: sum these "
-            "sites out, or leave them away"
+            "guide: expected only sites of the model, or auxiliary ones that determine them through a Delta, "
+            f"got {others}, so the density of the model's latents alone is unknown: marginalize these sites, "
+            "or remove them"
         )
 
 

@@ -69,7 +69,7 @@ class Marginals:
 
     def __repr__(self) -> str:
         width = max(map(len, ["site", *self.mean_shift]))
-        head = f"  {'site':{width}}  largest shift of a mean  sds of the guide's"
+        head = f"  {'site':{width}}  largest error of a mean  guide sd / posterior sd"
         lines = [f"Marginals: {self.words}", head]
         for name, shift in self.mean_shift.items():
             ratio = self.sd_ratio[name]
@@ -109,12 +109,12 @@ def _judged(errors: MarginalErrors, num_chains: int, latents: Latents) -> Margin
     is_off = shift.abs() - shift_width > GOOD_ERROR
     if is_off.any():
         at, those, name = _worst(shift.abs(), is_off, "means", latents)
-        worst = f"that of {name} by {shift[at]:.2f} ± {shift_width[at]:.2f}"
+        worst = f"{name} by {shift[at]:.2f} ± {shift_width[at]:.2f}"
         objections.append(f"{those} off by more than {GOOD_ERROR} posterior sd ({worst})")
     is_off = (ratio - 1).abs() - ratio_width > GOOD_ERROR
     if is_off.any():
         at, those, name = _worst(ratio.log().abs(), is_off, "sds", latents)
-        worst = f"that of {name} is {ratio[at]:.2f} ± {ratio_width[at]:.2f} of the posterior's"
+        worst = f"{name}: {ratio[at]:.2f} ± {ratio_width[at]:.2f} times that of the posterior"
         objections.append(f"{those} off by more than {100 * GOOD_ERROR:.0f} % ({worst})")
     is_known = max(mean_bound, sd_bound) <= 2 * GOOD_ERROR
     if objections:
@@ -124,13 +124,13 @@ def _judged(errors: MarginalErrors, num_chains: int, latents: Latents) -> Margin
     elif (is_unknown := (shift + ratio).isnan()).any():
         name = latents.name_of(int(is_unknown.int().argmax()))
         words = (
-            f"errors of {int(is_unknown.sum()):,} of {len(is_unknown):,} latents are not known, such as "
-            f"that of {name}, whose tail is too heavy"
+            f"errors of {int(is_unknown.sum()):,} of {len(is_unknown):,} latents are unknown, such as that "
+            f"of {name}, whose tails are too heavy"
         )
     else:
         words = (
-            f"no mean and no sd is seen to be off, but the draws tell only "
-            f"this: {bounds_in_words(mean_bound, sd_bound)}; more draws= tell more"
+            f"no error was found, but the bounds are wide ({bounds_in_words(mean_bound, sd_bound)}): set a "
+            "larger draws="
         )
     judged = mean_bound, sd_bound, is_known and not objections, bool(objections), words
     shifts, shift_ses, ratios, ratio_ses = map(latents.split, errors)

@@ -304,8 +304,8 @@ def _finite_point(
             return point
     names = log_density.nonfinite_sites(start[None]) or ["the gradient of a site"]
     raise ValueError(
-        "expected a log density that is finite near the starting values, and its gradient too, got one "
-        f"that is not: {', '.join(names)}. Give the guide an init_loc_fn with values that the data allow"
+        "expected a finite log density and gradient near the initial values, got one that is not: "
+        f"{', '.join(names)}. Give the guide an init_loc_fn with values at which the log density is finite"
     )
 
 
@@ -316,7 +316,7 @@ def _refuse_randomness(log_density: LogDensityOfRows, point: Tensor) -> None:
     differ = ((one - other).abs() > slack).nonzero()[:, 0]
     if len(differ):
         raise ValueError(
-            "expected a model whose density is the same in each run, got one that is random: "
-            f"{len(differ)} of {len(point)} gradients differ between two runs at the same latents, as with "
-            "sites that are hidden or drawn anew, and plates that sub-sample"
+            f"expected a model with a deterministic density, got a random one: {len(differ)} of {len(point)} "
+            "gradients differ between two runs at the same latents, as with hidden or resampled sites, and "
+            "subsampled plates"
         )

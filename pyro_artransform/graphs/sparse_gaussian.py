@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Gaussians whose precision has the pattern of a graph; nothing is as large as the square of D.
+r"""Gaussians whose precision matrix has the sparsity of a graph, without dense ``(D, D)`` matrices.
 
 The Cholesky factorization along an elimination gives the conditionals
 
@@ -17,7 +17,7 @@ level by level, and a dense Gaussian of the root block. All coordinates of a lev
 2. Formation of a Sparse Bus Impedance Matrix and Its Application to Short Circuit Study (Takahashi, Fagan,
    Chen, 1973)
 3. Newton-Type Methods for Unconstrained and Linearly Constrained Optimization (Gill, Murray, 1974), whose
-   bound on the factors of an indefinite matrix is that of pivots here, https://doi.org/10.1007/BF01585529
+   bound on the factors of an indefinite matrix applies to pivots here, https://doi.org/10.1007/BF01585529
 """
 
 from collections.abc import Sequence
@@ -91,8 +91,8 @@ class PrecisionPattern:
         is_padding = (rows >= self._base - 1) | (columns >= self._base - 1)
         if bool(((self._keys[found] != key) & ~is_padding).any()):
             raise ValueError(
-                "expected entries for pairs of the pattern alone (of latents that depend on each other), "
-                "got one for another pair"
+                "expected entries only for pairs in the pattern (latents that depend on each other), got one "
+                "for another pair"
             )
         return torch.where(is_padding, self.num_entries, found)
 

@@ -79,7 +79,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         module, or has no parameters.
     :raises ValueError: if ``init_scale`` is not positive, or a number of ``coordinates`` is not between 0 and
         1; at the first call, for sites in ``coordinates`` without coordinates from the prior, discrete
-        latents that are not enumerated, latents in a sub-sampled plate, a support that depends on another
+        latents that are not enumerated, latents in a subsampled plate, a support that depends on another
         latent, or a flow that is not autoregressive.
 
     Example::

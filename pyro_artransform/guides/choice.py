@@ -29,8 +29,8 @@ def choose_guide(
 ) -> tuple[PersistentGuide, str]:
     """Makes a guide for a model, and says why it is of this class.
 
-    Chooses ``AutoAmortized`` if latents are in a sub-sampled plate, which no other guide supports;
-    ``AutoIAF`` for few latents, and for sub-sampled data, since a mini-batch may lack dependencies of the
+    Chooses ``AutoAmortized`` if latents are in a subsampled plate, which no other guide supports;
+    ``AutoIAF`` for few latents, and for subsampled data, since a mini-batch may lack dependencies of the
     posterior; ``AutoStructuredFlow`` for many latents.
 
     :param is_minibatch: whether the arguments are one of many mini-batches.
@@ -45,8 +45,8 @@ def choose_guide(
     for site in latents.sites.values():
         for plate in site.plates:
             if plate.name in parts:
-                return AutoAmortized(model), f"for latents in the sub-sampled plate '{plate.name}'"
+                return AutoAmortized(model), f"for latents in the subsampled plate '{plate.name}'"
     if parts or is_minibatch:
-        return AutoIAF(model), f"for {count} and sub-sampled data"
+        return AutoIAF(model), f"for {count} and subsampled data"
     is_small = latents.latent_dim <= _MOST_FOR_IAF
     return (AutoIAF if is_small else AutoStructuredFlow)(model), f"for {count}"

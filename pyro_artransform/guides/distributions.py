@@ -38,8 +38,8 @@ def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: i
     else:
         wanted = "a TransformModule"
         advice = (
-            "pyro_artransform.transforms.chain([...]) makes one of transforms and keeps their "
-            "parameters, in its .inv too"
+            "pyro_artransform.transforms.chain([...]) makes one from transforms and keeps their parameters, "
+            "also in its .inv"
         )
     kind: type = ConditionalTransform if context_dim else Transform
     got, is_flow = type(flow).__name__, isinstance(flow, nn.Module) and isinstance(flow, kind)

@@ -25,21 +25,21 @@ from ..joint.traces import is_enumerated
 Traces = tuple[poutine.Trace, poutine.Trace]
 
 _DEPENDS_ON_LATENTS = {
-    "names": "site '{name}' is there for some values of the other latents only: expected the same "
-    "latents in each run. Draw it always, and use its value where it is wanted",
+    "names": "site '{name}' exists only for some values of the other latents: expected the same latents "
+    "in each run. Always draw it, and use its value where needed",
     "shape": "the shape of site '{name}' depends on other latents: expected one shape, got {expected} "
     "and {got}",
     "support": "the support of site '{name}' depends on other latents: expected one support, got "
-    "{expected} and {got}. Draw it on a fixed scale and transform it: in place of x ~ Uniform(0, a), "
+    "{expected} and {got}. Draw it on a fixed scale and transform it: instead of x ~ Uniform(0, a), "
     "u ~ Uniform(0, 1) and pyro.deterministic('x', a * u)",
 }
 _OF_ANOTHER_MODEL = {
-    "names": "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The "
-    "guide is of another model, or of other data",
+    "names": "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The guide "
+    "was made for another model, or for other data",
     "shape": "site '{name}': expected the shape for which the guide was set up, {expected}, got {got}. "
     "Make a new guide for other data",
     "support": "site '{name}': expected the support {expected}, for which the guide was set up, got "
-    "{got}. The guide is of another model",
+    "{got}. The guide was made for another model",
 }
 
 
@@ -51,12 +51,12 @@ def starting_value(
         return site["fn"].sample()
     if site["fn"].support.is_discrete:
         raise ValueError(
-            f"site '{site['name']}' is discrete, and a flow guide covers continuous latents only: "
-            "expected it to be enumerated, hidden or summed out, or to have data. If it has data in "
-            "training and is to be predicted, call the guide with the data first. Else give the guide "
-            "and TraceEnum_ELBO the model pyro.infer.config_enumerate(model); or hide the site by "
-            f"poutine.block(model, hide=['{site['name']}']) from this guide and guide it by "
-            "another one of an AutoGuideList; or write the model without it, as a mixture"
+            f"site '{site['name']}' is discrete, and a flow guide covers continuous latents only: expected "
+            "it to be enumerated, hidden, marginalized or observed. If it is observed in training and to be "
+            "predicted, call the guide with the data first. Otherwise pass "
+            "pyro.infer.config_enumerate(model) to the guide and to TraceEnum_ELBO; or hide the site from "
+            f"this guide by poutine.block(model, hide=['{site['name']}']) and use another guide for it in an "
+            "AutoGuideList; or write the model without it, as a mixture"
         )
     for frame in site["cond_indep_stack"]:
         if not frame.vectorized:
@@ -113,15 +113,15 @@ def one_more_run(run: Callable[[], object]) -> poutine.Trace:
 
 
 def refuse_subsampling(sites: Iterable[Site]) -> None:
-    """Rejects latents in sub-sampled plates, which differ between mini-batches."""
+    """Rejects latents in subsampled plates, which differ between mini-batches."""
     for site in sites:
         for frame in site.plates:
             if frame.full_size is not None and frame.size != frame.full_size:
                 raise ValueError(
-                    f"site '{site.name}' is in the sub-sampled plate '{frame.name}' ({frame.size} of "
-                    f"{frame.full_size}): this guide cannot follow a mini-batch. Use "
-                    "AutoAmortized(model, encoder), whose encoder reads its data, or AutoAmortized(model), "
-                    "which has parameters for each element; or do not sub-sample the plate"
+                    f"site '{site.name}' is in the subsampled plate '{frame.name}' ({frame.size} of "
+                    f"{frame.full_size}): this guide does not support latents of mini-batches. Use "
+                    "AutoAmortized(model, encoder), whose encoder reads the data, or AutoAmortized(model), "
+                    "which has parameters for each element; or do not subsample the plate"
                 )
 
 
@@ -172,9 +172,9 @@ def refuse_other_latents(
     if others or not set(mapped) <= trace.nodes.keys():
         left_out = f", without those of {others}" if others else ""
         raise ValueError(
-            f"these arguments have the latents {got}, the guide has {expected}: expected the same. Make a "
-            "new guide for other data. For predictions, draws = guide.sample_posterior(n, *data of the fit)"
-            f"{left_out}, then Predictive(model, posterior_samples=draws)(*these arguments)"
+            f"with these arguments the model has the latents {got}, the guide has {expected}: expected the "
+            "same. Make a new guide for other data. For predictions, draws = guide.sample_posterior(n, *data "
+            f"of the fit){left_out}, then Predictive(model, posterior_samples=draws)(*these arguments)"
         )
 
 

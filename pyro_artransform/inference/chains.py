@@ -87,8 +87,8 @@ class Chains(SavedResult):
         """The formatted numbers, by name."""
         size = next(iter(self.by_chain.values())).shape[1]
         return {
-            "chains": f"{self.num_superchains} superchains of {self.num_chains // self.num_superchains}, "
-            f"{size} draws each, {self.num_gradients:,} gradients",
+            "chains": f"{self.num_superchains} superchains of {self.num_chains // self.num_superchains} "
+            f"chains, {size} draws each, {self.num_gradients:,} gradients",
             "steps": f"acceptance {self.acceptance:.2f}, {self.num_divergent} divergent, E-BFMI at least "
             f"{float(self.bfmi.min()):.2f}",
             "time": f"{self.seconds:.1f} s: {self.stopped_because}",
@@ -152,7 +152,7 @@ def known(model: Any) -> Any:
     :raises ValueError: if it is ``None``.
     """
     if model is None:
-        raise ValueError("predict: expected a model, got none with the file: load(path, model)")
+        raise ValueError("predict: expected a model, got none, as in a file: use load(path, model)")
     return model
 
 
@@ -177,7 +177,7 @@ def chains_of(
         failed=(*_objections(ensemble, num_samples, median_bfmi), *about_draws(status)),
         praise=(
             f"{float(convergence.bulk.min()):,.0f} effective draws of the worst latent, R-hat at most "
-            f"{float(convergence.rhat.max()):.3f}, by {count} chains of {size} draws."
+            f"{float(convergence.rhat.max()):.3f}, from {count} chains of {size} draws."
         ),
         notes=tuple(_notes(ensemble, median_bfmi)),
         of="draws",
@@ -213,28 +213,28 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
     is_apart = ensemble.end is End.APART
     if modes is not None and (is_apart or float(modes.share[1:].sum()) > _SMALL_MODES):
         names = [latents.name_of(i) for i in (modes.differs > _APART).nonzero()[:, 0].tolist()]
-        between = "between which chains jump, and perhaps not to others"
+        between = "chains move between them, but may have missed others"
         if is_apart:
-            between = "between which chains do not move"
+            between = "chains do not move between them"
         yield Check.MODES.failed(
             count=len(modes.share),
             shares=first_of([f"{100 * share:.2g} %" for share in modes.share.tolist()]),
             names=first_of(names),
             between=between,
         )
-    remedy, fewer = "Let them run for longer", ", or ask for fewer draws"
+    remedy, fewer = "Allow more time", ", or ask for fewer draws"
     more = f"{remedy}{fewer}"
     if bfmi < _LOW_BFMI:
         remedy = more = CORNER
     elif ensemble.end is End.LIMIT:
-        remedy = more = f"Give draws={num_samples}: without draws= chains of a fit end early"
+        remedy = more = f"Set draws={num_samples}: without it, the chains of a fit end early"
     elif ensemble.end is not End.OUT_OF_TIME:
         more = f"Use tighter priors, or another parametrization{fewer}"
-        remedy = "Use tighter priors, another parametrization, or chains from a guide"
+        remedy = "Use tighter priors, another parametrization, or mcmc with a trained guide"
     if not is_apart and not max_rhat <= GOOD_RHAT:
         name = latents.name_of(int(convergence.rhat.argmax()))
         yield Check.MIXING.failed(rhat=max_rhat, name=name, bound=GOOD_RHAT, remedy=remedy)
-    for ess, where in ((convergence.bulk, ""), (convergence.tail, " for its tails")):
+    for ess, where in ((convergence.bulk, ""), (convergence.tail, " in the tails")):
         if not (least := float(ess.min())) >= num_samples:
             numbers = {"ess": least, "wanted": num_samples, "where": where, "remedy": more}
             yield Check.ESS.failed(name=latents.name_of(int(ess.argmin())), **numbers)
@@ -252,13 +252,13 @@ def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:
     """Remarks that are not failed checks."""
     if ensemble.left_out:
         yield (
-            f"Some starts led to other modes, with about {ensemble.left_out:.1g} of the posterior as far as "
-            "Gaussians tell: their chains began anew elsewhere."
+            f"Some chains found other modes, with about {100 * ensemble.left_out:.1g} % of the posterior by "
+            "a Gaussian approximation, and were restarted elsewhere."
         )
     if (outside := share_of_divergent(ensemble.infos, is_finite=False)) > _MANY_OUTSIDE:
         yield (
-            f"{100 * outside:.2g} % of the trajectories ended where the density is zero or fails, as beyond "
-            "the edge of a support: a scale, for one, needs a positive prior, such as HalfNormal."
+            f"{100 * outside:.2g} % of the trajectories ended where the log density is not finite, such as "
+            "outside a support: a scale, for example, needs a prior on positive numbers, such as HalfNormal."
         )
     if bfmi < _LOW_BFMI:
-        yield f"The median E-BFMI of chains is {bfmi:.2f}: tails are explored slowly."
+        yield f"The median E-BFMI is {bfmi:.2f}: the chains explore the tails slowly."

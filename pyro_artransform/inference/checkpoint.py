@@ -33,8 +33,8 @@ def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
         return True
     except (OSError, RuntimeError) as error:  # torch reports a full disk by either
         warnings.warn(
-            f"checkpoint: {path} could not be written, so that the fit goes on without; an earlier "
-            f"file stays as it was ({error}). Is the disk full?",
+            f"checkpoint: {path} could not be written, so the fit continues without it; an earlier file is "
+            f"unchanged ({error}). Is the disk full?",
             stacklevel=4,
         )
         return False

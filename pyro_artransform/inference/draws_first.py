@@ -13,7 +13,7 @@ from .evaluation.verdict import FitStatus
 from .mcmc import CHAINS_UNTIL, from_nothing
 
 #: the reason for a fit without steps
-DRAWS_ARE_THERE = "chains have the draws that were asked for"
+DRAWS_ARE_THERE = "the chains gave the requested draws"
 
 
 class DrawsFirst:

@@ -28,18 +28,18 @@ from .result import FitResult
 from .run import judge, start, train
 from .set_up import Chooser, Function, SetUp
 
-_STEP_SIZE = ". A fit finds its step size itself; optim= takes an optimizer with another one"
-_CHAINS = ". Effective draws of the posterior are draws=; a fit finds number and length of its chains itself"
+_STEP_SIZE = ". fit chooses the step size itself; to set it, pass an optimizer as optim="
+_CHAINS = ". For the number of effective draws, use draws=; fit chooses the number and length of its chains"
 _CALLABLE = (
-    ". What is callable in second place is the guide: give a callable of the model's own by its name, or "
-    "the guide as guide=..."
+    ". A callable as the second argument is taken for the guide: pass a callable argument of the model by "
+    "keyword, or the guide as guide="
 )
 # hints for the option names of other packages
 _OF_OTHERS = {
     **dict.fromkeys(("lr", "learning_rate", "step_size"), _STEP_SIZE),
     **dict.fromkeys(("num_samples", "num_warmup", "num_chains"), _CHAINS),
     "num_epochs": ". Did you mean epochs=, an option of fit with a loader?",
-    "verbose": ". progress=False hides the progress bar, and nothing else is printed",
+    "verbose": ". To hide the progress bar, use progress=False",
 }
 
 
@@ -67,7 +67,7 @@ def fit(
 
     Call it as ``fit(model, guide, *args)``, or as ``fit(model, *args)`` to let it choose the guide. The
     chosen guide is ``result.guide``, and ``print(result)`` gives the reason: ``AutoIAF`` for few latents and
-    for mini-batches, ``AutoStructuredFlow`` for many latents, ``AutoAmortized`` for latents in a sub-sampled
+    for mini-batches, ``AutoStructuredFlow`` for many latents, ``AutoAmortized`` for latents in a subsampled
     plate. A callable second positional argument is taken as the guide. If the model's own first argument is
     callable, pass it by name, or pass the guide as ``guide=``.
 
@@ -178,22 +178,22 @@ def fit(
        https://arxiv.org/abs/1802.02538
     """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("fit: expected to be called outside of torch.inference_mode")
+        raise RuntimeError("fit: expected to be called outside torch.inference_mode")
     if config is not None and not isinstance(config, FitConfig):
         raise TypeError(f"config: expected a FitConfig, got {config!r}")
     # a callable is not data, unless it is a distribution of Pyro
     if guide is None and args and callable(args[0]) and not isinstance(args[0], Distribution):
         guide, args = args[0], args[1:]
     if guide is not None:
-        check_callable("guide", guide, "a guide of the model, such as AutoIAF(model)")
+        check_callable("guide", guide, "a guide for the model, such as AutoIAF(model)")
     if loader is None and epochs is not None:
-        raise ValueError("epochs: expected a loader to count them by, or num_steps instead")
+        raise ValueError("epochs: expected a loader as well, got none; without one, use num_steps")
     if epochs is not None and num_steps is not None:
         raise ValueError(f"expected epochs or num_steps, got both ({epochs} and {num_steps})")
     if loader is not None and args:
         raise ValueError(
-            "expected no positional arguments of the model beside a loader, whose batches are its "
-            f"arguments, got {len(args)}. Keyword arguments are added to each batch"
+            "expected no positional arguments of the model with a loader, whose batches are its arguments, "
+            f"got {len(args)}. Keyword arguments are passed with each batch"
         )
     counts = {"num_steps": num_steps, "epochs": epochs, "num_particles": num_particles}
     for name, count in {**counts, "draws": draws, "seed": seed}.items():
@@ -212,7 +212,7 @@ def fit(
     ):
         path = None if checkpoint is None else Path(checkpoint)
         if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"checkpoint: expected a file in a folder that exists, got {path}")
+            raise ValueError(f"checkpoint: expected a file in an existing directory, got {path}")
         stream = None
         if loader is not None:
             stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
@@ -259,13 +259,13 @@ def check_model(
     options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for name in sorted((names - bound) & {*options}):
         raise ValueError(
-            f"the model has a parameter '{name}', which is an option of fit: expected another "
-            f"name, or bind it first, as in functools.partial(model, {name}=...)"
+            f"the model has a parameter '{name}', which is also an option of fit: expected another name, or "
+            f"bind it first, as in functools.partial(model, {name}=...)"
         )
     if args is None:
         return
     if any(isinstance(value, DataLoader) for value in args):
-        raise TypeError("fit: expected the model's arguments, got a DataLoader: give it as loader=")
+        raise TypeError("fit: expected the model's arguments, got a DataLoader: pass it as loader=")
     try:
         signature.bind(*args, **kwargs)
     except TypeError as error:
@@ -274,6 +274,6 @@ def check_model(
             near = "".join(get_close_matches(name, options, 1))
             hint = _OF_OTHERS.get(name, near and f". Did you mean {near}=, an option of fit?")
         raise TypeError(
-            f"fit: expected the arguments that the model takes, {signature}, got {len(args)} by their place "
-            f"and {sorted(kwargs)} by name ({error}){hint}"
+            f"fit: expected the arguments that the model takes, {signature}, got {len(args)} by position and "
+            f"{sorted(kwargs)} by keyword ({error}){hint}"
         ) from None

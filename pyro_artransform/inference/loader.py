@@ -85,8 +85,8 @@ class BatchStream:
         is_data = isinstance(loader, (Tensor, Mapping, str, bytes))
         if is_data or isinstance(loader, Iterator) or not isinstance(loader, Iterable):
             raise TypeError(
-                "loader: expected a DataLoader or another iterable of batches that begins anew in each "
-                f"epoch, got {type(loader).__name__}. A list will do, as [(x, y)], or x.split(100)"
+                "loader: expected a DataLoader or another iterable of batches that restarts in each epoch, "
+                f"got {type(loader).__name__}. A list works, such as [(x, y)], or x.split(100)"
             )
         self._loader, self._kwargs = loader, dict(kwargs or {})
         #: the samplers of batches and of rows, if known
@@ -124,14 +124,14 @@ class BatchStream:
                 return self._arguments(batch)
             if not self.position:
                 raise ValueError(
-                    f"loader: expected batches in each epoch, got none in epoch {self.epoch + 1}: an "
-                    "iterable is needed that begins anew each time, as a DataLoader or a list does"
+                    f"loader: expected batches in each epoch, got none in epoch {self.epoch + 1}: use an "
+                    "iterable that restarts each time, such as a DataLoader or a list"
                 )
             if self.whole is self and self.position != self.num_batches:
                 raise ValueError(
                     f"loader: expected {self.num_batches} batches in each epoch, got {self.position} in "
-                    f"epoch {self.epoch + 1}: the weight of each batch would be wrong. Drop the last one "
-                    "in each epoch or in none"
+                    f"epoch {self.epoch + 1}: the weight of each batch would be wrong. Drop the last one in "
+                    "every epoch or in none"
                 )
             self._iterator, self.epoch = None, self.epoch + 1
 
@@ -221,9 +221,11 @@ class BatchStream:
         parts = *args, *named.values()
         rows = [len(part) for part in parts if isinstance(part, Tensor) and part.dim()]
         if rows and not any(rows):
-            raise ValueError("loader: expected batches with rows, got an empty one: leave it out")
+            raise ValueError("loader: expected batches with rows, got an empty one: remove it")
         for name in named.keys() & self._kwargs.keys():
-            raise ValueError(f"loader: expected batches without '{name}', as fit has {name}= too")
+            raise ValueError(
+                f"loader: expected batches without '{name}', since {name}= is also passed to fit"
+            )
         return Batch(args, {**self._kwargs, **named})
 
     def _count(self) -> int:
@@ -235,8 +237,8 @@ class BatchStream:
                 count = sum(1 for _ in islice(self._loader, most + 1))
             if count > most:
                 raise ValueError(
-                    f"loader: expected an epoch that ends, got {most} batches and no end: give the "
-                    "iterable a length (__len__), so that it is not counted, or let it end"
+                    f"loader: expected a finite epoch, got {most} batches and no end: give the iterable a "
+                    "length (__len__), or let it end"
                 ) from None
             return count
 
@@ -317,7 +319,7 @@ def check_use(stream: BatchStream, guide: object, log_joint: LogJoint, first: Ba
         of = f" (as '{subsampled[0]}')" if subsampled else ""
         raise ValueError(
             f"loader: the guide {type(guide).__name__} has parameters for the elements of a plate{of}, and "
-            "draws their indices itself: they are not those of the rows of a batch. Expected "
+            "draws their indices itself, which are not those of the rows of a batch. Expected "
             "guide=AutoAmortized(model, encoder), whose encoder reads the batch, or create_plates=, a "
             "function of a batch that returns the plate with the indices of its rows (subsample=)"
         )
@@ -326,10 +328,9 @@ def check_use(stream: BatchStream, guide: object, log_joint: LogJoint, first: Ba
         common = list(structure.shapes)  # these guides have the same latents for all arguments
     if common and not structure.is_scaled:
         raise ValueError(
-            f"loader: the latent '{common[0]}' is of all batches, and the model does not say that a "
-            "batch is a part of the data: its likelihood would count as if there were no other rows. "
-            "Expected the rows in pyro.plate(name, number of all rows, subsample_size=len(batch)), or "
-            "poutine.scale"
+            f"loader: the latent '{common[0]}' is shared by all batches, but the model does not scale the "
+            "likelihood of a batch up to all data. Expected the rows in pyro.plate(name, number of all rows, "
+            "subsample_size=len(batch)), or poutine.scale"
         )
 
 

@@ -61,7 +61,7 @@ def mcmc(
     :param seed: makes the draws reproducible and restores the generators afterwards.
     :param progress: whether to show a progress bar, if ``tqdm`` is installed.
     :param max_seconds: the wall time after which chains end with the draws so far.
-    :raises ValueError: if a number is out of range, the model sub-samples its data, too few starts have a
+    :raises ValueError: if a number is out of range, the model subsamples its data, too few starts have a
         finite density, or the guide lacks a latent, was made for another model, is a point, has discrete
         sites, or has no finite draws.
     :raises RuntimeError: in ``torch.inference_mode``, or inside one of Pyro's handlers.
@@ -89,10 +89,10 @@ def mcmc(
        MCMC (Vehtari, Gelman, Simpson, Carpenter, Bürkner, 2021), https://arxiv.org/abs/1903.08008
     """
     if torch.is_inference_mode_enabled():
-        raise RuntimeError("mcmc: expected gradients, got torch.inference_mode: leave it")
+        raise RuntimeError("mcmc: expected to be called outside torch.inference_mode")
     check_integer("num_samples", num_samples)
     if guide is not None:
-        check_callable("guide", guide, "a guide of the model, or None")
+        check_callable("guide", guide, "a guide for the model, or None")
     if seed is not None:
         check_integer("seed", seed, 0)
     with (

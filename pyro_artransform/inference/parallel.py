@@ -91,7 +91,7 @@ def _wait_for(what: str, function: Callable[..., object], *args: object, hint: s
     try:
         function(*args)
     except RuntimeError as error:
-        words = f"fit: expected {what}, and waited in vain. {hint} (PyTorch: {error})"
+        words = f"fit: expected {what}, got none in time. {hint} (PyTorch: {error})"
         raise RuntimeError(words) from error
     finally:
         timer.cancel()

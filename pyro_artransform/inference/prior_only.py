@@ -20,11 +20,11 @@ from ..joint.vectorization import ModelFailures
 
 #: the remedy
 GIVE_DATA = (
-    "pass the data to the model, as in fit(model, x, y), and to a site that depends on its latents, by obs= "
+    "pass the data to the model, as in fit(model, x, y), and to a site that depends on the latents, by obs= "
     "or pyro.factor"
 )
 _NO_DATA = (
-    "The model has no observed site, neither obs= nor a pyro.factor, so the answer is its prior."
+    "The model has no observed site (no obs= and no pyro.factor), so the posterior is the prior."
 )
 # distances from the start, on the unconstrained space, at which densities of the data are compared, and
 # the number of draws at each distance and from the prior
@@ -65,8 +65,8 @@ def why_prior(log_joint: LogJoint) -> str:
         return ""
     names = ", ".join(first)
     return (
-        f"The observed sites of the model ({names}) do not depend on any latent, so the answer is "
-        "its prior."
+        f"The observed sites of the model ({names}) do not depend on any latent, so the posterior is the "
+        "prior."
     )
 
 

@@ -34,8 +34,8 @@ def alone(name: str) -> Iterator[None]:
         if handlers:
             raise RuntimeError(
                 f"{name}: expected to be called outside of Pyro's handlers, got {', '.join(handlers)}, which "
-                "would be ignored in part. Apply them to the model, as in "
-                f"{name}(poutine.condition(model, data), ...)"
+                f"would be partly ignored. Apply them to the model, as in {name}(poutine.condition(model, "
+                "data), ...)"
             )
         yield
 

@@ -58,7 +58,7 @@ class FitResult(SavedResult):
     culprits: dict[str, int] = field(default_factory=dict)
     point_estimates: tuple[str, ...] = ()  #: the trained parameters of the model
     one_at_a_time: str = ""  #: why the model ran for one draw at a time; empty if it did not
-    #: the importance weights; ``None`` for a model that sub-samples its data
+    #: the importance weights; ``None`` for a model that subsamples its data
     importance: Importance | None = None
     #: whether the mean and the sd of each latent can be trusted, judged by draws of chains that have mixed;
     #: ``None`` without such chains
@@ -120,8 +120,8 @@ class FitResult(SavedResult):
     def _drawn(self, args: Args = (), kwargs: Kwargs | None = None) -> dict[str, Tensor]:
         if self.guide is None:
             raise ValueError(
-                f"{self.guide_class or 'guide'}: expected it beside the verdict, since there are no draws: "
-                "load it, and give its draws to inference.summary or inference.predict"
+                f"{self.guide_class or 'guide'}: expected a guide or draws, got only a verdict: load the "
+                "guide, and pass its draws to inference.summary or inference.predict"
             )
         return draws_of_guide(self.guide, _NUM_DRAWS, args, kwargs or {})
 
@@ -129,8 +129,9 @@ class FitResult(SavedResult):
         """As :meth:`~pyro_artransform.inference.Chains.save`; warns of parameters that the model has."""
         if self.point_estimates:
             warn_user(
-                f"the file has no parameters of the model, {first_of(self.point_estimates)}, without which "
-                "predictions are others: pyro.get_param_store().save(path), or a state_dict, has them",
+                f"the file does not contain the parameters of the model, {first_of(self.point_estimates)}, "
+                "on which predictions depend: save them with pyro.get_param_store().save(path), or as a "
+                "state_dict",
                 UserWarning,
             )
         super().save(path)
@@ -149,27 +150,27 @@ class FitResult(SavedResult):
         if not math.isnan(self.khat):
             evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
             khat, weights = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance
-            of = "" if self.elements is None else ", of what all elements share"
+            of = "" if self.elements is None else ", for the shared latents"
             if any(failed.check is Check.LOST_MODES for failed in self.judged.failed):
-                evidence += " (of the modes that the guide has)"
+                evidence += " (only of the modes that the guide covers)"
             if self.khat > GOOD_KHAT:
                 if weights is None or weights.has_heavy_tail:
-                    evidence += f" (most often too small: k-hat is above {GOOD_KHAT})"
+                    evidence += f" (probably too small: k-hat is above {GOOD_KHAT})"
                 else:
                     share = f"{100 * weights.tail_share:.1g} % of the weight"
-                    khat += f" of {share}, too little to matter"
+                    khat += f" (its tail has {share}, which is negligible)"
             rows |= {
                 "log evidence": evidence,
                 "k-hat": khat + of,
                 "ESS": f"{self.ess:.0f} of {self.num_samples}{of}",
             }
         if about := self.judged.marginals:
-            about = about.removeprefix("Marginals ").removeprefix("Single latents were ")
+            about = about.removeprefix("Marginals ")
             rows["marginals"] = about.removesuffix(".")
         if self.chains is not None:
             chains = self.chains
             rows["chains"] = (
-                f"{chains.min_ess:,.0f} effective draws at least, R-hat at most {chains.max_rhat:.3f}, "
+                f"at least {chains.min_ess:,.0f} effective draws, R-hat at most {chains.max_rhat:.3f}, "
                 f"{chains.num_gradients:,} gradients"
             )
         rows["steps"] = f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}"
@@ -179,12 +180,12 @@ class FitResult(SavedResult):
             for name, centered in self.coordinates.items():
                 least, most = f"{centered.min():.2f}", f"{centered.max():.2f}"
                 words.append(f"{name} {least}" + ("" if least == most else f" to {most}"))
-            rows["coordinates"] = f"0: of the prior, 1: of the model; {first_of(words)}"
+            rows["coordinates"] = f"0: non-centred, 1: as in the model; {first_of(words)}"
         if self.num_skipped:
             named = ", ".join(f"{name} ({count})" for name, count in self.culprits.items())
-            rows["skipped"] = f"{self.num_skipped} steps, because of {named or 'sites unknown'}"
+            rows["skipped"] = f"{self.num_skipped} steps, because of {named or 'unknown sites'}"
         if self.one_at_a_time:
-            rows["slow"] = f"the model was run for one draw after the other ({self.one_at_a_time})"
+            rows["slow"] = f"the model was run one draw at a time ({self.one_at_a_time})"
         return rows
 
     def __repr__(self) -> str:
@@ -194,7 +195,7 @@ class FitResult(SavedResult):
             lines = [f"Guide trusted: {'yes' if self.trusted else f'no, {judged.num_failed}'}"]
         else:
             shown, lines = chains.failed, [chains.answer, *as_lines(chains.judged.rows())]
-            rest = ", on which the draws do not rest" if chains.trusted else ""
+            rest = " (the draws do not depend on it)" if chains.trusted else ""
             answer = "trusted" if self.trusted else f"not trusted, {judged.num_failed}"
             lines.append(f"About the guide alone{rest}: {answer}")
         why = [("why", judged.praise.removesuffix("."))] if self.trusted else []

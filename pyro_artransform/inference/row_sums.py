@@ -90,7 +90,7 @@ def _exchanged(one: Any, other: Any) -> tuple[Any, Any]:
 def _latents(trace: poutine.Trace) -> list[dict[str, Tensor]]:
     """Values of all latents for two batches before and after they exchange every other row.
 
-    All four are equal except for latents of the elements of a sub-sampled plate.
+    All four are equal except for latents of the elements of a subsampled plate.
     """
     by_batch: list[dict[str, Tensor]] = [{}, {}, {}, {}]
     for node in latent_nodes(trace):

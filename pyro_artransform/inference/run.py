@@ -73,10 +73,9 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
     minibatches, chains = set_up.minibatches, set_up.draws_first
     if minibatches is not None and (missing := set_up.missing()):
         raise ValueError(
-            "loader: the guide's graph lacks dependencies of the posterior that mini-batches have: "
-            f"{first_of(missing)}. The first batch alone does not have them all: make the guide anew "
-            "and set it up with all data before the fit, guide.set_up(*all_data), or use AutoIAF, or "
-            "AutoAmortized for latents of the rows themselves"
+            "loader: the guide's graph lacks dependencies that other mini-batches have: "
+            f"{first_of(missing)}. Make a new guide and set it up with all data before the fit, "
+            "guide.set_up(*all_data), or use AutoIAF, or AutoAmortized if rows have latents of their own"
         )
     model, _, args, kwargs, log_joint = set_up.subject
     guide: object = set_up.subject.guide
@@ -160,35 +159,35 @@ def judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
 def _cut_short(training: Training, is_saved: bool) -> FailedCheck | None:
     """The failed check if steps ended early or before the ELBO settled, with a remedy; else ``None``."""
     schedule, reason = training.schedule, training.schedule.reason
-    again = "resume it from its checkpoint" if is_saved else "fit again"
-    hints = {INTERRUPTED: again, OUT_OF_TIME: "give more seconds", _ASKED: "let it go on"}
+    again = "resume from the checkpoint" if is_saved else "fit again"
+    hints = {INTERRUPTED: again, OUT_OF_TIME: "increase max_seconds", _ASKED: "let it continue"}
     if reason in hints:
-        reason, remedy = f"{reason} after {training.num_steps:,} steps", hints[reason]
+        reason, remedy = f"{reason} after step {training.num_steps:,}", hints[reason]
     elif schedule.is_still(training.losses[: schedule.decay_start]):
         return None
     elif schedule.num_steps is not None:
-        remedy = "give more, or none, so that the fit finds its end itself"
+        remedy = "set a larger number, or none, so that fit chooses it"
     elif reason == LIMIT:
-        remedy = "give more num_steps"
+        remedy = "set a larger num_steps"
     else:
         return None
     return Check.CUT_SHORT.failed(reason=reason, remedy=remedy)
 
 
 def _remedy(set_up: SetUp, num_steps: int) -> str:
-    """Remedies for a guide that is not the posterior, the most reliable first."""
+    """Remedies for a guide that differs from the posterior, the most reliable first."""
     if not num_steps:
-        return "num_steps=1000, since the guide has had no step"
+        return "num_steps=1000, since the guide was not trained"
     guide, way = cast(object, set_up.subject.guide), "a flow guide, such as AutoIAF"
     if isinstance(guide, FlowGuide):
         way = "more layers (num_transforms) or wider ones"
     elif isinstance(guide, MinibatchGuide) or not set_up.has_all_data:
-        way = "an encoder with features that tell more, or a more flexible local_flow"
+        way = "an encoder with more informative features, or a more flexible local_flow"
     chains = set_up.draws_first
     if chains is not None and chains.gives_draws:
         way = f"result.draws, or {way}" if chains.has_mixed else way
     elif set_up.has_all_data:
-        way = f"draws=1000 (chains need no good k-hat), or {way}"
+        way = f"draws=1000 (chains do not need a small k-hat), or {way}"
     return way if set_up.schedule.num_steps is None else f"{way}, or more steps"
 
 
@@ -225,7 +224,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
             config = replace(config, evaluation=replace(config.evaluation, num_samples=few))
         fields = evaluate(subject, status, config, num_gradients, ensemble)
     if chains is not None:
-        words = f"{chains.verdict} Of the guide itself: {fields['verdict']}"
+        words = f"{chains.verdict} About the guide alone: {fields['verdict']}"
         fields |= {"chains": chains, "draws": chains.draws, "verdict": words}
     return FitResult(
         **fields,

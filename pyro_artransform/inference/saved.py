@@ -58,7 +58,7 @@ class SavedResult:
             return loaded
         except Exception as error:
             raise ValueError(
-                f"{path}: expected what {cls.__name__}.save writes, got: {error}"
+                f"{path}: expected a file written by {cls.__name__}.save, got: {error}"
             ) from None
 
 

@@ -105,9 +105,9 @@ class SetUp:
         is_known = self.has_all_data and not self.subject.log_joint.is_random
         if draws and not is_known:
             raise ValueError(
-                "draws: expected a model of all data, since chains need its density, got one that sees "
-                "mini-batches that are not known to be all data, or have latents of their own, or is "
-                "random otherwise: fit without draws"
+                "draws: expected a model that sees all data, since chains need its density, got one that is "
+                "random, or sees mini-batches that may not be all data or have latents of their own: fit "
+                "without draws="
             )
         if draws or (is_known and self.minibatches is None):
             trains_model = bool(self.point_estimates)
@@ -207,16 +207,15 @@ def _warn_of_loop(
         seconds = num_draws * (time.perf_counter() - began)
     num_steps = schedule.num_steps or schedule.expected_end(0)
     warnings.warn(
-        "the model cannot be evaluated at many draws at once, so that it is run for one draw after the "
-        f"other, which is slow ({reason}). A step of {num_draws} draws takes about {seconds:.2g} seconds, "
-        f"and {num_steps:,} steps about {num_steps * seconds:,.0f}. Write model and guide without branches "
-        "on values of latents, and index from the right (docs/vectorization.md); or take fewer "
-        "num_particles, or max_seconds=",
+        "the model cannot be evaluated at many draws at once, so it is run one draw at a time, which is slow "
+        f"({reason}). A step of {num_draws} draws takes about {seconds:.2g} seconds, and {num_steps:,} steps "
+        f"about {num_steps * seconds:,.0f}. Write model and guide without branches on values of latents, and "
+        "index from the right (docs/vectorization.md); or reduce num_particles, or set max_seconds",
         stacklevel=4,  # the caller of fit
     )
 
 
-_NOT_IN_A_PLATE = "model and guide do not run in a plate of particles"
+_NOT_IN_A_PLATE = "model and guide do not vectorize over particles"
 
 
 def _run_once(
@@ -232,8 +231,8 @@ def _run_once(
         check_use(stream, guide, subject.log_joint, batch)
     if left_over:
         warn_user(
-            f"the guide starts from values that the param store had for its name: {first_of(left_over)}. "
-            "For a new guide call pyro.clear_param_store() before",
+            f"the guide starts from values already in the param store under its name: {first_of(left_over)}. "
+            "For a fresh guide, call pyro.clear_param_store() first",
             UserWarning,
         )
     list(subject.weighted_draws(0))  # raises an error if the guide lacks a latent

@@ -175,8 +175,8 @@ class ModelPrior:
             is_right = isinstance(asked, str) and asked in ("prior", "model")
         if not is_right:
             raise ValueError(
-                "coordinates: expected 'prior', 'model', or a mapping of sites to how centred they are, "
-                f"between 0 (in units of the prior) and 1 (as the model is written), got {asked!r}"
+                "coordinates: expected 'prior', 'model', or a mapping from sites to degrees of centring, "
+                "from 0 (non-centred) to 1 (as in the model), got {asked!r}"
             )
         self.asked = asked
         self.is_chosen = False  #: whether a fit may change lambda, in place
@@ -231,8 +231,8 @@ class ModelPrior:
         if isinstance(self.asked, Mapping):
             if unknown := sorted(self.asked.keys() - found.keys()):
                 raise ValueError(
-                    "coordinates: expected latents whose prior has a location or a scale that depends "
-                    f"on other latents, or a shape to be made normal, {list(found)}, got {unknown}"
+                    "coordinates: expected latents whose prior is not normal, or has a location or a scale "
+                    f"that depends on other latents, {list(found)}, got {unknown}"
                 )
             found = {name: found[name] for name in found if name in self.asked}
         return found

@@ -155,7 +155,7 @@ class LogJoint(LogDensity):
 
     @cached_property
     def is_random(self) -> bool:
-        """Whether the density is random, by sub-sampling or by other random numbers of the model."""
+        """Whether the density is random, by subsampling or by other random numbers of the model."""
         return self._is_part or self._choice().is_random
 
     @cached_property
@@ -198,8 +198,8 @@ class LogJoint(LogDensity):
         if structure.shapes != expected:
             raise ValueError(
                 "the model has other latents with these arguments: expected the sites and shapes "
-                f"{expected}, got {structure.shapes}. Latents of the elements of a mini-batch need a "
-                "guide that is told of the mini-batch, such as AutoAmortized"
+                f"{expected}, got {structure.shapes}. Latents of the elements of a mini-batch need a guide "
+                "such as AutoAmortized"
             )
         other = self.bound_to(args, kwargs)
         other.chunk_size = self._chunk_size(structure.num_values)
@@ -239,7 +239,7 @@ class LogJoint(LogDensity):
         size = max(self.chunk_size // CACHED, 1) if is_cached else self.chunk_size
         if not torch.is_grad_enabled():
             return self._at(z, size)
-        # if the model sub-samples, all draws see one mini-batch and stay together
+        # if the model subsamples, all draws see one mini-batch and stay together
         if len(z) <= size or self.is_random or not values_can_be_read(z):
             return self._at(z)
         found, state = [], torch.get_rng_state()

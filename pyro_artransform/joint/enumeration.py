@@ -126,9 +126,9 @@ def marginal_log_prob(
         scales.setdefault(float(scale) if is_number else math.nan, scale)
     if len(scales) > 1 or math.nan in scales:
         raise ScaleError(
-            "expected one scale of all sites that depend on discrete latents, as of those in one plate, "
-            f"got {sorted(scales)}: sites of different scales, such as a discrete latent outside of a "
-            "sub-sampled plate, cannot be summed out"
+            f"expected the same scale for all sites that depend on discrete latents, got {sorted(scales)}: "
+            "sites with different scales, such as a discrete latent outside a subsampled plate, cannot be "
+            "summed out"
         )
     total: Any = 0.0
     kept = "".join(symbols[name] for name in kept_plates)

@@ -150,7 +150,7 @@ class SiteLogProbs(Messenger):
     def by_element(self, plate: str, left_out: Container[str] = ()) -> tuple[Tensor, Tensor]:
         """Log densities of n draws by element of a plate ``(n, size)``, and of all other sites ``(n,)``.
 
-        Elements exclude the scale of a sub-sampled plate. The dimension of draws is left of all plates.
+        Elements exclude the scale of a subsampled plate. The dimension of draws is left of all plates.
         """
         inside, outside = list[Tensor](), list[Tensor]()
         for name in filter(lambda name: name not in left_out, self.log_probs):

@@ -80,7 +80,7 @@ def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = Fal
             order = torch.cat([rows for rows, _ in found]).argsort()
             return {name: torch.cat([t[name] for _, t in found])[order] for name in found[0][1]}
     raise ManyPathsError(
-        f"the branches of the model part {len(every)} draws into more than {len(found)} paths"
+        f"the branches of the model split {len(every)} draws into more than {len(found)} paths"
     )
 
 

@@ -167,8 +167,8 @@ class Latents:
                     continue
                 got = f"'{how}'" if count is None else f"num_samples={count}"
                 raise ValueError(
-                    f"site '{node['name']}': expected enumeration in parallel over all of its values, as "
-                    f"pyro.infer.config_enumerate(model) marks it, got {got}"
+                    f"site '{node['name']}': expected parallel enumeration over all of its values, as marked "
+                    f"by pyro.infer.config_enumerate(model), got {got}"
                 )
             if node["fn"].support.is_discrete:
                 raise ValueError(
@@ -319,7 +319,7 @@ def check_continuous(site: Any) -> None:
     """Rejects a latent without a density on the reals: a Delta, or a support without a bijection."""
     if isinstance(unwrapped(site["fn"]), Delta):
         raise ValueError(
-            f"site '{site['name']}' is a Delta, a value and no latent: expected it to be written as "
+            f"site '{site['name']}' is a Delta, which is a value, not a latent: expected it to be written as "
             f"pyro.deterministic('{site['name']}', ...)"
         )
     bijection_onto(site["fn"].support, site["name"])

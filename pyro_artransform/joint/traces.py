@@ -93,7 +93,7 @@ class ModelStructure(NamedTuple):
     """The sites of a model run, without values."""
 
     shapes: dict[str, tuple[int, ...]]  #: by continuous latent
-    #: latents in no plate, and latents in a sub-sampled plate
+    #: latents in no plate, and latents in a subsampled plate
     global_latents: list[str]
     subsampled_latents: list[str]
     #: the largest scale of data relative to global latents: 5 in a plate of 20 of 100 elements
@@ -159,12 +159,12 @@ def _all_frames(trace: poutine.Trace) -> list[CondIndepStackFrame]:
 
 
 def subsampling_scale(frame: CondIndepStackFrame) -> float:
-    """The factor by which a sub-sampled plate scales log densities."""
+    """The factor by which a subsampled plate scales log densities."""
     return (frame.full_size or frame.size) / frame.size
 
 
 def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
-    """The frames of sub-sampled plates in a trace, once per site."""
+    """The frames of subsampled plates in a trace, once per site."""
     return [f for f in _all_frames(trace) if f.full_size not in (None, f.size)]
 
 
@@ -182,7 +182,7 @@ def plate_of_elements(trace: poutine.Trace) -> str:
     if len(names) != 1 or not dims or None in dims:
         got = f"those of {names}, {len(dims)} with latents" if names else "none"
         raise ValueError(
-            f"mini-batches are not known to be the elements of one plate with latents, no loop: got {got}"
+            f"expected mini-batches that are the elements of one vectorized plate with latents, got {got}"
         )
     return names[0]
 
@@ -273,9 +273,9 @@ def _check_shape(node: Any) -> None:
         # a scalar is meant for all elements, a batch of one row is not
         if is_part and frame.size > 1 and sizes.get(frame.dim - event_dim) == 1:
             raise ValueError(
-                f"site '{node['name']}': expected data of {frame.size} elements of the sub-sampled plate "
-                f"'{frame.name}', got one, which would count {frame.size} times. Make the subsample_size "
-                "the length of the data, as in subsample_size=len(y)"
+                f"site '{node['name']}': expected data of {frame.size} elements of the subsampled plate "
+                f"'{frame.name}', got one, which would count {frame.size} times. Make the subsample_size the "
+                "length of the data, as in subsample_size=len(y)"
             )
     shape = torch.Size((*node["fn"].batch_shape, *node["fn"].event_shape))
     both = shape
@@ -303,8 +303,8 @@ def _check_support(node: Any) -> None:
     inside = node["fn"].support.check(node["value"]) | ~torch.as_tensor(mask)
     if not bool(inside.all()):
         raise ValueError(
-            f"site '{node['name']}': expected data within the support of {type(fn).__name__} "
-            f"({fn.support}), got {int((~inside).sum())} of {inside.numel()} outside of it, at which the "
-            "density means nothing. Check the data: NaN, labels that begin at 1 in place of 0, or counts "
-            "that are not whole numbers, or do not add up to total_count"
+            f"site '{node['name']}': expected data within the support of {type(fn).__name__} ({fn.support}), "
+            f"got {int((~inside).sum())} of {inside.numel()} outside it, where the density is undefined. "
+            "Check the data: NaN, labels that begin at 1 instead of 0, or counts that are not integers or do "
+            "not add up to total_count"
         )

@@ -45,7 +45,7 @@ STRATEGIES = ("plate", "vmap", "copies", "loop")
 #: errors of a model at an impossible draw, such as one without a Cholesky factor
 ModelFailures = (torch.linalg.LinAlgError, ValueError)
 DRAWS = "_draws"  #: name of the plate of draws
-MIXED = "many draws at once give another log-density than one at a time"
+MIXED = "the log density of many draws at once differs from that of one at a time"
 _LOG_PROB = "_log_prob"
 # code in these folders is not the user's
 _LIBRARIES = (Path(__file__).parents[1], *(Path(str(m.__file__)).parent for m in (torch, pyro)))
@@ -328,7 +328,7 @@ class GuideSampler:
             plate.run(self._run)
         batch = () if size is None else (size,)
         found = {k: scored.values[k].reshape(batch + shape) for k, shape in self.shapes.items()}
-        # single runs at these draws see the same sub-samples
+        # single runs at these draws see the same subsamples
         self._indices = {k: v for k, v in scored.values.items() if k not in scored.log_probs}
         zero = next(iter(found.values())).new_zeros(batch)
         names = self.shapes if self._runs_model else scored.log_probs  # without the model's data

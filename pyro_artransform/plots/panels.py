@@ -40,7 +40,7 @@ def _part(result: Any, name: str) -> Any:
     part = getattr(result, name, result)
     if part is None:
         raise ValueError(
-            f"result: expected one with {name}, which this fit has not: {result.verdict}"
+            f"result: expected one with {name}, got none from this fit: {result.verdict}"
         )
     return part
 
@@ -109,7 +109,7 @@ def plot_marginals(result: Marginals | FitResult, ax: Axes | None = None) -> Axe
     :raises ValueError: if the fit has no ``marginals``, for example because chains have not mixed.
     """
     marginals: Marginals = _part(result, "marginals")
-    ax = new_axes(ax, xlabel="mean too large by (sd)", ylabel="sd too large by (%)")
+    ax = new_axes(ax, xlabel="error of the mean (posterior sd)", ylabel="error of the sd (%)")
     x, y = GOOD_ERROR, 100 * GOOD_ERROR
     ax.add_patch(Rectangle((-x, -y), 2 * x, 2 * y, color=GRAY, alpha=0.2))
     limits = torch.tensor([2 * x, 2 * y], dtype=torch.float64, device="cpu")

@@ -110,8 +110,9 @@ def _log_likelihood(likelihood: Likelihood, draws: Draws) -> Terms:
         names = ", ".join(marginal.left_out)
         warn_user(
             f"log_likelihood is left out for {names}: with discrete latents ({', '.join(sorted(undrawn))}) "
-            "summed out it is not that of each datum, since several data, or continuous latents, depend on "
-            "the same ones. Draw these by pyro.infer.infer_discrete, and give all to log_likelihood",
+            "summed out, it has no term for each observation, since several observations, or continuous "
+            "latents, depend on the same ones. Draw them by pyro.infer.infer_discrete, and pass all draws to "
+            "log_likelihood",
             UserWarning,
         )
     return marginal(draws) if len(marginal.left_out) < len(likelihood.observed) else {}

@@ -48,7 +48,7 @@ def log_likelihood(
         sites are ignored.
     :return: for each site with data (a factor has none) a tensor of shape ``(n,) + batch shape``.
     :raises ValueError: if a latent of the model has no draws (draw discrete latents that were summed
-        out with :func:`pyro.infer.infer_discrete`), the model sub-samples its data, a site has data at
+        out with :func:`pyro.infer.infer_discrete`), the model subsamples its data, a site has data at
         some draws only, or draws have wrong shapes.
 
     Example::
@@ -74,8 +74,8 @@ class Likelihood:
             trace = poutine.trace(run).get_trace()
         for frame in subsampled_plates(trace) if is_of_all_data else ():
             raise ValueError(
-                f"model: expected all data, got the sub-sampled plate '{frame.name}' "
-                f"({frame.size} of {frame.full_size})"
+                f"model: expected all data, got the subsampled plate '{frame.name}' ({frame.size} of "
+                f"{frame.full_size})"
             )
         check_data(trace, all_shapes=False)  # Pyro's MCMC accepts such models, too
         self._num_plates = plate_nesting(trace)
@@ -118,7 +118,7 @@ class Likelihood:
             if got != expected:
                 raise ValueError(
                     f"draws: expected '{name}' of shape {expected}, got {got}; for new groups give "
-                    f"predict(model, draws, ...) no draws of '{name}', which is then drawn from its prior"
+                    f"predict(model, draws, ...) no draws of '{name}', which are then drawn from the prior"
                 )
         return chosen
 
@@ -166,8 +166,8 @@ def _check_same(expected: Terms, found: Terms) -> None:
     """Raises a ``ValueError`` if two runs of a model have different sites."""
     for name in sorted(expected.keys() ^ found.keys()):
         raise ValueError(
-            f"model: expected the same sites at each draw, got '{name}' at some only; have it in "
-            f"each branch, or hide it by poutine.block(model, hide=['{name}'])"
+            f"model: expected the same sites at each draw, got '{name}' only at some; put it into each "
+            f"branch, or hide it by poutine.block(model, hide=['{name}'])"
         )
 
 

@@ -123,7 +123,7 @@ class Field(NamedTuple):
     def gaussians(self, log_joint: LogJoint, points: Tensor, unit: Tensor) -> list[SparseGaussian]:
         """Zero-mean Gaussians with the curvature of a density in the field, at points ``(n, D)``.
 
-        :param unit: the sds of the latents, nearly, shape ``(D,)``.
+        :param unit: approximate sds of the latents, shape ``(D,)``.
         """
         of_pattern = self.of_pattern
         step = points.new_zeros(int(self.color.max()) + 1, points.shape[1])
@@ -154,7 +154,7 @@ class ConditionalGaussian:
     """The transform from (g, e) to (g, x), with polynomials of the globals fitted at some draws.
 
     :param latents: draws ``(n, D)``; the globals at which polynomials are fitted come from these.
-    :param unit: the sds of the latents, nearly, shape ``(D,)``.
+    :param unit: approximate sds of the latents, shape ``(D,)``.
     :param degree: the maximum degree of the polynomials.
     """
 

@@ -56,11 +56,11 @@ class End(Enum):
     """Why an ensemble stopped."""
 
     ENOUGH = "there are enough effective draws of each latent, and chains agree"
-    APART = "superchains stay in modes that chains do not move between"
-    LIMIT = "the limit of trajectories of a fit without draws= was reached"
+    APART = "superchains stay in different modes"
+    LIMIT = "the maximum number of trajectories without draws= was reached"
     TOO_MANY = "far more trajectories would be needed"
-    DIVERGENT = "so many trajectories diverged that more draws would not be trusted"
-    OUT_OF_TIME = "the time was over"
+    DIVERGENT = "too many trajectories diverged for more draws to be trusted"
+    OUT_OF_TIME = "the time limit was reached"
 
 
 class Ensemble(MovingChains):
@@ -71,7 +71,7 @@ class Ensemble(MovingChains):
     :param num_chains: the number of chains; by default chosen from the cost of the density.
     :param to_latent: a transform from a nearly standard normal base space, in which chains then move, to
         these coordinates; without one chains ascend from quantiles of the prior.
-    :raises ValueError: if there are fewer than 4 chains, the model sub-samples its data, or too few starts
+    :raises ValueError: if there are fewer than 4 chains, the model subsamples its data, or too few starts
         have a finite density.
     """
 
@@ -86,8 +86,8 @@ class Ensemble(MovingChains):
             check_integer("num_chains", num_chains, 4)
         if log_joint.is_random:
             raise ValueError(
-                "model: expected one that sees all its data, got one that sub-samples them, or whose "
-                "density is random otherwise"
+                "model: expected one that sees all its data, got one that subsamples them or has a random "
+                "density"
             )
         count = num_chains or _num_chains(log_joint, num_samples)
         num_superchains = next((k for k in (SUPERCHAINS, 4) if count % k == 0), count)

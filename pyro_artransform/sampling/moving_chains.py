@@ -102,8 +102,8 @@ class MovingChains:
         usable = state.is_finite.nonzero()[:, 0]
         if len(usable) <= size:
             raise ValueError(
-                f"expected at least 2 starts of finite density and gradient, got {len(usable) // size} of "
-                f"{self.num_superchains}: check supports, priors and data"
+                "expected at least 2 starting points with finite density and gradient, got "
+                f"{len(usable) // size} of {self.num_superchains}: check supports, priors and data"
             )
         chosen = torch.arange(self.num_chains, device=usable.device)
         others = usable[chosen // size * size % len(usable)]
@@ -272,7 +272,7 @@ def _last(states: list[State]) -> list[State]:
 
 
 def _divergence(states: list[State]) -> float:
-    """The Fisher divergence of the density at states from a Gaussian."""
+    """The Fisher divergence between the density at the states and a Gaussian."""
     known = State.cat(states)
     known = known.at(known.is_finite)
     return fisher_divergence(known.base, known.gradient) if len(known.base) > 1 else math.inf

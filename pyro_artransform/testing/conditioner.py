@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..conditioners import Conditioner
 from ..conditioners.masks import levels
 from .comparison import BATCH_SHAPES, DTYPES, equal, normal, redraw
 
@@ -31,7 +32,7 @@ def check_conditioner(
     :param input_dim: the number D of coordinates.
     :param context_dim: the size C of its context, 0 for none.
     :param adjacency: its graph, boolean of shape ``(D, D)``, by default all edges in the order 0 .. D-1.
-    :raises AssertionError: that names the broken contract and the input.
+    :raises AssertionError: with the broken contract and the input.
     """
 
     def inputs(*shape: int, dtype: torch.dtype = torch.float64) -> list[Tensor]:
@@ -49,7 +50,8 @@ def check_conditioner(
         adjacency = torch.ones((input_dim, input_dim), dtype=torch.bool, device="cpu").tril(-1)
     for gain in (1.0, 10.0):
         _check_graph(redraw(conditioner, gain), adjacency, inputs()[1:], gain)
-    depth, needed = getattr(conditioner, "depth", None), int(levels(adjacency).max()) + 1
+    depth = conditioner.depth if isinstance(conditioner, Conditioner) else None
+    needed = int(levels(adjacency).max()) + 1
     path = f"{needed} coordinates are on the longest path of its graph"
     # the inverse stops after ``depth`` passes
     assert depth is None or depth >= needed, f"depth: it states {depth}, but {path}"
@@ -61,12 +63,12 @@ def check_conditioner(
 
 def _check_rows(conditioner: nn.Module, x: Tensor, *contexts: Tensor) -> None:
     whole = conditioner(x, *contexts)
-    equal(conditioner(x, *contexts), whole, "random: the same x gives other values again")
+    equal(conditioner(x, *contexts), whole, "random: the same x gives different values")
     row = conditioner(*(argument[1, 2] for argument in (x, *contexts)))
-    equal(row, whole[1, 2], "batch: a row alone gives another value", 1e-10)
+    equal(row, whole[1, 2], "batch: a row alone gives a different value", 1e-10)
     for context in contexts:
         one = conditioner(x, context[:1, :1])
-        assert one.shape == whole.shape, "context: one of shape (1, 1, C) does not broadcast with x"
+        assert one.shape == whole.shape, "context: shape (1, 1, C) does not broadcast with x"
         assert not torch.equal(one, whole), "context: it has no effect"
 
 

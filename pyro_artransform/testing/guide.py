@@ -33,7 +33,7 @@ def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args
 
     :param model: a Pyro model in float64, with at least two latent dimensions.
     :param args: the model's arguments.
-    :raises AssertionError: that names the broken contract.
+    :raises AssertionError: with the broken contract.
     """
     with pyro.get_param_store().scope():  # leaves the caller's store unchanged
         guide = make(model)
@@ -94,7 +94,7 @@ def _check_draws(guide: AutoAutoregressive) -> None:
 def _check_densities(guide: AutoAutoregressive, args: Args) -> Tensor:
     trace: Any = poutine.trace(guide).get_trace(*args)
     values = {name: trace.nodes[name]["value"] for name in guide.prototype_trace.nodes}
-    wanted = "log_prob: another one for a draw whose density in the guide's trace is"
+    wanted = "log_prob: differs for a draw whose density in the guide's trace is"
     expected = trace.log_prob_sum().detach()
     equal(guide.log_prob(values), expected, f"{wanted} {expected:.9g}", 1e-7)
     for path in (False, True):

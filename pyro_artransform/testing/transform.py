@@ -29,7 +29,7 @@ def check_transform(
     :param make: builds the transform; its parameters are then redrawn, at PyTorch's scale times ``gain``.
     :param input_dim: the number D of coordinates.
     :param atol: the tolerance of round trips in float64, relative to ``1 + |x|``.
-    :raises AssertionError: that names the broken contract and the input.
+    :raises AssertionError: with the broken contract and the input.
     """
     transform: Any = redraw(make().double(), gain)
     assert isinstance(transform, TransformModule), f"not a TransformModule: {type(transform)}"
@@ -92,12 +92,12 @@ def _check_module(transform: Any, x: Tensor, atol: float) -> None:
         y.sum().backward()
     with torch.no_grad():
         expected = transform(x)
-        equal(transform.with_cache(0)(x), expected, "with_cache: other values", atol)
+        equal(transform.with_cache(0)(x), expected, "with_cache: different values", atol)
         twins = {"deepcopy": copy.deepcopy(transform)}
         twins["deepcopy of inv"] = copy.deepcopy(inverse).inv
         twins["pickle"] = pickle.loads(pickle.dumps(transform))
         for name, twin in twins.items():
-            equal(twin(x), expected, f"{name}: other values", atol)
+            equal(twin(x), expected, f"{name}: different values", atol)
             for p in twin.parameters():
                 p.add_(1.0)
             equal(transform(x), expected, f"{name}: it shares parameters", atol)

@@ -31,7 +31,7 @@ def check_univariate(univariate: Univariate, *, dtype: torch.dtype = torch.float
 
     :param univariate: the family, which is copied. Its own exceptions are not caught.
     :param dtype: the dtype for checks of values; float32 has wider tolerances.
-    :raises AssertionError: that names the broken contract and the input.
+    :raises AssertionError: with the broken contract and the input.
     """
     family, who = copy.deepcopy(univariate).to(dtype), type(univariate).__name__
     try:
@@ -76,7 +76,7 @@ def _check_interface(family: Univariate, dtype: torch.dtype) -> None:
     assert isinstance(transform, Transform), got
     dims = transform.domain.event_dim, transform.codomain.event_dim
     assert dims == (0, 0), f"the transform must be elementwise (event_dim 0), got {dims}"
-    assert transform.bijective, "the transform must say bijective = True"
+    assert transform.bijective, "the transform must have bijective = True"
 
 
 def _check_identity(family: Univariate, dtype: torch.dtype) -> None:
@@ -116,7 +116,7 @@ def _check_bijection(transform: Any, x: Tensor) -> None:
     again = transform(far.where(far.isfinite(), nan))
     equal(again, x, "the map must be onto the real line", 10 * round_off, inverse=far)
     for way, function in {"map": transform, "inverse": transform.inv}.items():
-        require(function(nan * x).isnan(), f"a NaN must stay one in the {way}", x=nan * x)
+        require(function(nan * x).isnan(), f"a NaN must remain NaN in the {way}", x=nan * x)
     both = {"call_and_ladj": (x, y, ladj), "inverse_and_ladj": (y, back, back_ladj)}
     for method, (at, *expected) in both.items():
         wanted = f"{method} must agree with the methods of torch, such as log_abs_det_jacobian"

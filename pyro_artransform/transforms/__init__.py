@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Transforms: the autoregressive core, composition and inversion, and the names that Zuko's users know."""
+"""Transforms: the autoregressive core, composition and inversion, and Zuko's names for some of them."""
 
 from ..univariate import MonotonicAffineTransform, MonotonicRQSTransform
 from .autoregressive import (

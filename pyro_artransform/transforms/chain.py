@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Transforms made of transforms, which keep every parameter, in both directions."""
+"""Compositions of transforms, which register every parameter, as their inverses do."""
 
 from collections.abc import Sequence
 from typing import Any

@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an autoregressive transform asks of its meta, and the meta of a conditioner and a univariate family.
+"""The interface of metas, and the meta made of a conditioner and a univariate family.
 
 Any callable that returns, given x of shape ``(*, D)``, a torch transform for that x is a meta. A
-:class:`StructuredMeta` says more of itself, and is inverted for about the price of one evaluation.
+:class:`StructuredMeta` describes its graph, and is inverted for about the price of one evaluation.
 """
 
 from collections.abc import Callable
@@ -82,7 +82,7 @@ def check_returned(value: object) -> Transform:
 
 
 def call_returned(value: object, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What :func:`check_returned` lets pass, at x ``(*, D)``, with its log-determinant ``(*,)``."""
+    """The value at x ``(*, D)`` of a transform from a meta, and its log-determinant ``(*,)``."""
     if isinstance(value, ElementwiseTransform):
         y, ladj = value.call_and_ladj(x)
         return y, ladj.sum(-1)

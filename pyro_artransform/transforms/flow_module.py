@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What all transforms of this package have in common."""
+"""The base classes of the transforms of this package."""
 
 import copy
 import weakref

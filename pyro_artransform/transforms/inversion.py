@@ -227,8 +227,8 @@ def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
     """:func:`invert` where the inverse x is known, from one evaluation."""
     if not values_can_be_read(y):
         raise RuntimeError(
-            "the gradient at a known pair is solved by iteration, which torch.jit, torch.compile and "
-            "torch.func cannot follow; use inverse_and_ladj there"
+            "the gradient at a known pair is computed by iteration, which torch.jit, torch.compile and "
+            "torch.func do not support; use inverse_and_ladj there"
         )
     return _with_gradient(meta, x.expand(y.shape), y, None)
 

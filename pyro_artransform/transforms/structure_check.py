@@ -19,14 +19,14 @@ from ..arguments import values_can_be_read
 from .conditioned import Meta, StructuredMeta, check_returned
 
 _RANDOM = (
-    "the meta is random: at the same x it gives another transform each time, so log-determinants and "
-    "inverses are those of other transforms. Use layers and nonlinearities without randomness, or call "
-    ".eval() where they have it in training only, as dropout does"
+    "the meta is random: it gives a different transform each time for the same x, so log-determinants and "
+    "inverses are wrong. Use deterministic layers and nonlinearities, or call .eval() if they are random "
+    "only in training, like dropout"
 )
 _MIXES_ROWS = (
     "the meta mixes the rows of a batch: the transform of a row depends on other rows, so densities are "
-    "wrong. Use layers and nonlinearities that act on each row alone, or call .eval() where they mix rows "
-    "in training only, as batch normalization does"
+    "wrong. Use layers and nonlinearities that act on each row alone, or call .eval() if they mix rows only "
+    "in training, like batch normalization"
 )
 
 

@@ -99,7 +99,7 @@ def test_summed_out(model, number):
     try:
         log_joint = LogJoint(marked)
     except ValueError as error:
-        assert "one scale" in str(error)  # noqa: PT017
+        assert "the same scale" in str(error)  # noqa: PT017
         note("models with two scales of a sum refused")
         return
     torch.manual_seed(number)

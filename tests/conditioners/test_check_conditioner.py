@@ -37,8 +37,10 @@ FAULTS = {
         lambda x, before: before + torch.where(x < -6, x, 0.0)
     ),
     r"graph: .* do not depend on x_j": lambda x, before: 0 * before,
-    r"random: the same x gives other values": lambda _, before: nn.functional.dropout(before, 0.5),
-    r"batch: a row alone gives another value": (
+    r"random: the same x gives different values": lambda _, before: nn.functional.dropout(
+        before, 0.5
+    ),
+    r"batch: a row alone gives a different value": (
         lambda x, before: before - x.reshape(-1, 4).mean(0).detach()
     ),
 }

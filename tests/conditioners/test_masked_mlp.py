@@ -117,7 +117,7 @@ def test_bad_input():
     cases = [
         (r"x: expected shape \(\*, 3\), got \(5, 4\)", plain, torch.zeros(5, 4)),
         (r"x: expected shape \(\*, 3\), got \(\)", plain, torch.zeros(())),
-        (r"x: expected torch\.float64, the network's own", plain, x.float()),
+        (r"x: expected torch\.float64, the dtype of the network", plain, x.float()),
         (r"context: expected none, got \(5, 2\)", plain, x, torch.zeros(5, 2)),
         (r"context: expected shape \(\*, 2\), got none", conditional, x),
         (r"context: expected shape \(\*, 2\), got \(5, 3\)", conditional, x, torch.zeros(5, 3)),

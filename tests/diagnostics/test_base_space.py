@@ -117,9 +117,13 @@ def _rounded(model):
     ("model", "guide", "words"),
     [
         (subsampled, AutoNormal, "one that sees all its data"),
-        (conjugate.local_normals, AutoDelta, "one value of mean in all"),
-        (_model, _rounded, "one value of b"),
-        (nowhere, AutoDiagonalNormal, "at least 2 starts of finite density and gradient, got 0"),
+        (conjugate.local_normals, AutoDelta, "got the same value of mean in all"),
+        (_model, _rounded, "got the same value of b"),
+        (
+            nowhere,
+            AutoDiagonalNormal,
+            "at least 2 starting points with finite density and gradient, got 0",
+        ),
     ],
 )
 def test_what_is_refused(model, guide, words):

@@ -45,7 +45,7 @@ def test_right_posteriors_pass():
     coverage = result.coverage((0.5, 0.9))["mean"]
     assert torch.allclose(coverage, torch.tensor([0.5, 0.9]), atol=0.07)
     first, _, line = repr(result).splitlines()
-    assert first == "SBC of 300 simulations, 99 draws each: passed"
+    assert first == "SBC with 300 simulations, 99 draws each: passed"
     assert line.startswith("mean ")
 
 
@@ -174,9 +174,9 @@ def with_factor(data=None):
 @pytest.mark.parametrize(
     ("error", "words", "found", "options"),
     [
-        (ValueError, "expected the names of the data sites", {}, {"observed": None}),
+        (ValueError, "expected the names of the observed sites", {}, {"observed": None}),
         (ValueError, r"expected sites of \['mean', 'y'\], got \['x'\]", {}, {"observed": ["x"]}),
-        (ValueError, r"factors \['extra'\]", {}, {"model": with_factor}),
+        (ValueError, r"pyro.factor sites \['extra'\]", {}, {"model": with_factor}),
         (ValueError, r"of shape \(99,\), got \(98,\)", {"mean": torch.zeros(98)}, {}),
         (ValueError, r"draws of \['mean'\], got \['mu'\]", {"mu": torch.zeros(99)}, {}),
         (TypeError, "expected a guide, a dict of draws, or a function", None, {}),

@@ -232,7 +232,7 @@ def test_resampling_takes_rows_and_warns_of_heavy_weights():
         with pyro.plate("data", len(conjugate.REALS)):
             pyro.sample("z", dist.Normal(mean + 0.1, 0.001))
 
-    with pytest.warns(UserWarning, match=r"k-hat is \d.*Fit the guide for longer"):
+    with pytest.warns(UserWarning, match=r"k-hat is \d.*Train it for longer"):
         draws = psis_resample(conjugate.local_normals, coupled, 500)
     assert draws["mean"].shape == (500,)
     assert draws["z"].shape == (500, 3)
@@ -246,7 +246,7 @@ def test_resampling_without_weights_or_counts():
     for function in (importance, psis_resample):
         with pytest.raises(ValueError, match="expected a positive integer, got 0"):
             function(conjugate.local_normals, guide, 0)
-    with pytest.raises(ValueError, match="finite weights, got none of 10000"):
+    with pytest.raises(ValueError, match="finite weights, got none in 10000"):
         psis_resample(conjugate.local_normals, guide, 5)
 
 

@@ -101,9 +101,9 @@ other_names = poutine.reparam(funnel, {"theta": LocScaleReparam(0.0)})
 def test_a_guide_of_another_model(model):
     """Its latents have as many dimensions, so that no number shows it."""
     for use in (importance, psis_resample):
-        with pytest.raises(ValueError, match="made for another model"):
+        with pytest.raises(ValueError, match="expected a guide for this model"):
             use(model, AutoIAF(funnel), 20)
-    with pytest.raises(ValueError, match="made for another model"):
+    with pytest.raises(ValueError, match="expected a guide for this model"):
         fit(model, AutoIAF(funnel), num_steps=2, progress=False)
 
 
@@ -121,7 +121,9 @@ def test_guides_whose_density_of_the_latents_is_not_known(distribution, infer):
     def model():
         pyro.sample("z", dist.Normal(0.0, 1.0))
 
-    with pytest.raises(ValueError, match=r"others that determine them by a Delta.*got \['u'\]"):
+    with pytest.raises(
+        ValueError, match=r"auxiliary ones that determine them through a Delta.*got \['u'\]"
+    ):
         importance(model, guide, 10)
 
 

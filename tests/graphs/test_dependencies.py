@@ -177,9 +177,12 @@ def test_missing_edges_of_a_model_that_draws_its_mini_batches():
 @pytest.mark.parametrize(
     ("factor", "message"),
     [
-        (lambda x: torch.randn(3) * x, "the same in each run, got one that is random"),
+        (lambda x: torch.randn(3) * x, "a deterministic density, got a random one"),
         # the root has an infinite slope at zero
-        (lambda x: (0 * x).abs().sqrt(), "finite near the starting values, and its gradient"),
+        (
+            lambda x: (0 * x).abs().sqrt(),
+            "a finite log density and gradient near the initial values",
+        ),
     ],
 )
 def test_a_density_that_is_random_or_has_no_finite_gradient_is_refused(factor, message):

@@ -95,5 +95,5 @@ def test_a_precision_that_is_not_finite_has_no_finite_gaussian():
 def test_entries_are_those_of_the_pattern_alone():
     pattern = PrecisionPattern(eliminate(chain(300, 2)))
     assert pattern.num_entries < 10 * 302
-    with pytest.raises(ValueError, match="pairs of the pattern alone"):
+    with pytest.raises(ValueError, match="entries only for pairs in the pattern"):
         pattern.from_pairs(torch.tensor([0]), torch.tensor([40]), torch.ones(1))

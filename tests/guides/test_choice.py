@@ -38,9 +38,9 @@ CHOICES = [
     (path, (1,), AutoIAF, "for 1 latent"),
     (path, (_MOST_FOR_IAF,), AutoIAF, f"for {_MOST_FOR_IAF} latents"),
     (path, (MANY,), AutoStructuredFlow, f"for {MANY} latents"),
-    (groups, (6, 3), AutoAmortized, "for latents in the sub-sampled plate 'groups'"),
+    (groups, (6, 3), AutoAmortized, "for latents in the subsampled plate 'groups'"),
     # a mini-batch may lack dependencies
-    (rows, (MANY,), AutoIAF, f"for {MANY} latents and sub-sampled data"),
+    (rows, (MANY,), AutoIAF, f"for {MANY} latents and subsampled data"),
     (improper, (), AutoIAF, "for 1 latent"),
 ]
 
@@ -59,7 +59,7 @@ def test_a_mini_batch_may_lack_dependencies_and_leaves_no_trace():
     with pyro.poutine.trace() as tracer:
         guide, why = choose_guide(path, (MANY,), is_minibatch=True)
     assert type(guide) is AutoIAF
-    assert why == f"for {MANY} latents and sub-sampled data"
+    assert why == f"for {MANY} latents and subsampled data"
     assert torch.equal(torch.get_rng_state(), before)
     assert not tracer.trace.nodes
 

@@ -294,7 +294,7 @@ def test_a_loaded_guide_asks_for_the_data_that_its_prior_needs(tmp_path):
     loaded = AutoStructuredFlow.load(tmp_path / "guide", imputed)
     for call in (partial(loaded.sample_posterior, 3), loaded.median):
         with pytest.raises(
-            TypeError, match=r"sample_posterior\(n, \*data\): this guide has coordinates from"
+            TypeError, match=r"sample_posterior\(n, \*data\): this guide uses coordinates from"
         ):
             call()
     assert loaded.sample_posterior(3, *data)["x_mis"].shape == (3, 2)

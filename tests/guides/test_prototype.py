@@ -87,7 +87,7 @@ BAD_MODELS = [
     (draw(dist.Bernoulli(torch.full((2,), 0.5)).to_event(1)), "'z' is discrete"),
     (of_another_support, "(?i)support of site 'b' depends on other latents: .*interval.* a fixed"),
     (of_another_support_in_an_event, "support of site 'b' depends on other latents: .*Independent"),
-    (comes_and_goes, "site 'b' is there for some values of the other latents only"),
+    (comes_and_goes, "site 'b' exists only for some values of the other latents"),
     (of_another_shape, r"shape of site 'b' depends on other latents: .*\(1,\) and \(2,\)"),
     (in_a_subsampled_plate, r"'z' is in .* plate 'items' \(5 of 20\).*AutoAmortized\(model, "),
     (in_a_sequential_plate, r"'z0' is in the sequential plate 'loop'.* range\(2\)"),
@@ -138,7 +138,9 @@ def test_other_shapes_of_the_latents():
     guide = AutoIAF(models.locals_of)
     guide(models.data())
     for other in (models.data()[:1], models.data()[:3], models.data().repeat(2)):
-        words = rf"have the latents .*'z': \({len(other)},\)}}, the guide has .*'z': \(8,\)}}"
+        words = (
+            rf"the model has the latents .*'z': \({len(other)},\)}}, the guide has .*'z': \(8,\)}}"
+        )
         with pytest.raises(ValueError, match=words):
             guide(other)
         guide(models.data())

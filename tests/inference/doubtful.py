@@ -78,7 +78,7 @@ def two_scales():
     pyro.sample("effects", dist.Normal(torch.zeros(5), scale).to_event(1))
 
 
-MODES, APART = "starts led to 2 modes", "have not mixed"
+MODES, APART = "chains found 2 modes", "have not mixed"
 
 DOUBTFUL = {
     "two modes": Doubtful(two_modes(5, 8.0, 0.5), (MODES, APART)),

@@ -28,7 +28,7 @@ def test_integers_as_data_are_named():
             pyro.sample("y", dist.Bernoulli(p), obs=y)
 
     with pytest.raises(
-        RuntimeError, match=r"'y' of shape \(3,\), of torch.int64, where the default"
+        RuntimeError, match=r"'y' of shape \(3,\), of dtype torch.int64, where the default"
     ):
         few(model, torch.tensor([0, 1, 1]))
 
@@ -59,10 +59,10 @@ def test_errors_of_runs_name_the_arguments(guide):
         (
             ValueError,
             (x, y.numpy()),
-            r"; 'y' of shape \(5,\), of type ndarray in place of a tensor",
+            r"; 'y' of shape \(5,\), of type ndarray instead of a tensor",
         ),
         (ValueError, (x, torch.ones(5, 1)), r"; 'y' of shape \(5, 1\)$"),
-        (AttributeError, (x.numpy(), y), r", of type ndarray in place of a tensor .*; 'y' of "),
+        (AttributeError, (x.numpy(), y), r", of type ndarray instead of a tensor .*; 'y' of "),
     ]:
         with pytest.raises(kind, match=first + words):
             few(model, *([] if guide is None else [guide(model)]), *args)
@@ -80,6 +80,6 @@ def test_what_the_param_store_had_is_said():
     fitted(guide)
     fitted(guide)  # goes on, as it should
     with pytest.warns(
-        UserWarning, match=r"starts from values that the param store had .*AutoNormal\."
+        UserWarning, match=r"starts from values already in the param store .*AutoNormal\."
     ):
         fitted(AutoNormal(models.location))

@@ -68,11 +68,11 @@ def bent():
 def test_a_gaussian_beside_trusted_draws_is_not_trusted():
     result = fitted(bent)
     assert result.verdict.startswith("Draws trusted: ")
-    assert " Of the guide itself: Not trusted: " in result.verdict
-    assert "Use num_steps=1000, since the guide has had no step" in result.verdict
+    assert " About the guide alone: Not trusted: " in result.verdict
+    assert "Use num_steps=1000, since the guide was not trained" in result.verdict
     assert result.ok
     assert result.failed == ()
-    about = repr(result).index("About the guide alone, on which the draws do not rest: not trusted")
+    about = repr(result).index("About the guide alone (the draws do not depend on it): not trusted")
     assert repr(result).index("remedy        Use num_steps=1000") > about
 
 
@@ -93,7 +93,7 @@ def test_a_posterior_that_a_guide_has():
     result = fitted(models.location)
     assert (result.num_steps, result.trusted) == (0, True)
     assert result.chains.trusted
-    assert "Of the guide itself: Trusted" in result.verdict
+    assert "About the guide alone: Trusted" in result.verdict
 
 
 def test_chains_that_have_not_mixed_go_on_from_the_trained_guide(monkeypatch):
@@ -120,7 +120,7 @@ def test_modes_that_the_draws_are_in():
     """Chains jump between them; the guide at their moments is not trusted."""
     result = fitted(two_modes(2, 20.0, 0.4), draws=200)
     assert result.num_steps == 0
-    assert "starts led to 2 modes" in result.verdict
+    assert "chains found 2 modes" in result.verdict
     assert not result.trusted
     assert not result.chains.trusted
 
@@ -167,7 +167,7 @@ def test_draws_given_parameters_of_the_model_are_none():
 def test_steps_that_are_asked_for_are_taken():
     result = fitted(models.regression, small(models.regression), num_steps=7)
     assert result.num_steps == 7
-    assert "7 steps" in result.stopped_because
+    assert "number of steps (7)" in result.stopped_because
     assert result.chains.trusted
     are_right(result.chains)
 
@@ -191,7 +191,7 @@ def test_the_guide_is_weighed_in_its_own_coordinates():
 
 
 def test_a_model_that_is_run_by_loop():
-    with pytest.warns(UserWarning, match="one draw after the other"):
+    with pytest.warns(UserWarning, match="one draw at a time"):
         result = fitted(models.branching, draws=50)
     assert (result.chains.num_chains, result.chains.num_superchains) == (8, 8)
     assert result.chains.trusted, result
@@ -205,7 +205,7 @@ def test_a_seed_makes_draws_repeatable():
 def test_max_seconds_ends_steps_and_chains():
     result = fitted(models.regression, small(models.regression), draws=10**5, max_seconds=2.0)
     assert not result.chains.trusted
-    assert result.chains.stopped_because == "the time was over"
+    assert result.chains.stopped_because == "the time limit was reached"
     assert "effective draws, not 100000" in result.verdict
     assert repr(result).startswith("Draws trusted: no, ")
     assert {each.check for each in result.failed} >= {Check.ESS}
@@ -247,13 +247,13 @@ def test_what_is_refused():
             fitted(models.location, draws=count)
     with pytest.raises(ValueError, match="max_seconds: expected a positive"):
         fitted(models.location, max_seconds=-1.0)
-    with pytest.raises(ValueError, match="a model of all data"):
+    with pytest.raises(ValueError, match="a model that sees all data"):
         fitted(models.subsampled)
-    with pytest.raises(ValueError, match="a parameter 'draws', which is an option of fit"):
+    with pytest.raises(ValueError, match="a parameter 'draws', which is also an option of fit"):
         fitted(taking_draws)
     x, y = loaders.rows(20)
     loader = list(zip(x.split(10), y.split(10)))
-    with pytest.raises(ValueError, match="draws: expected a model of all data"):
+    with pytest.raises(ValueError, match="draws: expected a model that sees all data"):
         fitted(loaders.regression, AutoIAF(loaders.regression), loader=loader, epochs=1)
 
 
@@ -307,12 +307,12 @@ def test_chains_at_the_first_parameters_judge_no_trained_guide():
     result = fitted(with_a_location, num_steps=300, draws=None)
     assert result.draws is None
     assert result.marginals is None
-    assert "Single latents were not checked, since there are no chains" in result.verdict
+    assert "Marginals not checked, since there are no chains" in result.verdict
 
 
 def test_a_point_is_not_told_that_chains_have_not_mixed():
     result = fitted(models.gaussian, AutoDelta(models.gaussian), num_steps=10)
-    assert "since the guide is a point or not finite" in result.verdict
+    assert "since the guide has a point mass or draws that are not finite" in result.verdict
 
 
 def test_the_time_of_chains_is_their_own():

@@ -121,7 +121,7 @@ def test_inference_mode():
     guide = AutoIAF(models.location)
     with (
         torch.inference_mode(),
-        pytest.raises(RuntimeError, match=r"expected .* outside of torch\.inference_mode"),
+        pytest.raises(RuntimeError, match=r"expected .* outside torch\.inference_mode"),
     ):
         fit(models.location, guide, num_steps=2, progress=False)
     with torch.no_grad():
@@ -207,11 +207,11 @@ def test_a_callable_of_the_models_goes_by_its_name():
     chosen = AutoNormal(with_link)
     assert few(with_link, torch.exp, Y, guide=chosen, num_steps=2).guide is chosen
     assert isinstance(few(with_link, link=torch.exp, y=Y, num_steps=2).guide, AutoIAF)
-    with pytest.raises(TypeError, match=r"missing a required argument: 'y'.*by its name"):
+    with pytest.raises(TypeError, match=r"missing a required argument: 'y'.*by keyword"):
         few(with_link, torch.exp, Y, num_steps=2)
 
 
-A_GUIDE = r"guide: expected a guide of the model, such as AutoIAF\(model\)"
+A_GUIDE = r"guide: expected a guide for the model, such as AutoIAF\(model\)"
 WRONG = [
     ((AutoNormal,), {}, A_GUIDE),
     ((AutoIAF, Y), {}, A_GUIDE),
@@ -223,14 +223,14 @@ WRONG = [
     ((Y,), {"optim": 0.01}, "optim"),
     ((Y,), {"callback": 3}, "callback: expected a function, got 3"),
     ((Y,), {"num_step": 3}, r"Did you mean num_steps=, an option of fit\?"),
-    ((Y,), {"lr": 0.01}, "finds its step size itself"),
-    ((Y,), {"num_samples": 100}, r"draws of the posterior are draws="),
-    ((Y,), {"num_chains": 4}, r"draws=; a fit finds number and length of its chains"),
-    ((Y,), {"num_warmup": 500}, r"draws=; a fit finds number and length of its chains"),
+    ((Y,), {"lr": 0.01}, "chooses the step size itself"),
+    ((Y,), {"num_samples": 100}, "number of effective draws, use draws="),
+    ((Y,), {"num_chains": 4}, "draws=; fit chooses the number and length of its chains"),
+    ((Y,), {"num_warmup": 500}, "draws=; fit chooses the number and length of its chains"),
     ((Y,), {"num_epochs": 3}, r"Did you mean epochs=.* with a loader\?"),
     ((Y,), {"verbose": True}, "progress=False"),
     ((Y,), {"dtype": torch.float64}, r"\(got an unexpected keyword argument 'dtype'\)$"),
-    ((DataLoader(Y),), {}, "got a DataLoader: give it as loader="),
+    ((DataLoader(Y),), {}, "got a DataLoader: pass it as loader="),
 ]
 
 
@@ -241,9 +241,9 @@ def test_arguments_of_another_type(args, options, words):
 
 
 BATCHES = [
-    ([(Y, 1.0, Y)], {}, r"\(y, scale=1.0\), got 3 by their place.*too many positional"),
-    ([{"data": Y}], {}, r"got 0 by their place and \['data'\] by name"),
-    ([(Y,)], {"lr": 0.1}, "finds its step size itself"),
+    ([(Y, 1.0, Y)], {}, r"\(y, scale=1.0\), got 3 by position.*too many positional"),
+    ([{"data": Y}], {}, r"got 0 by position and \['data'\] by keyword"),
+    ([(Y,)], {"lr": 0.1}, "chooses the step size itself"),
     ([(Y,)], {"num_epochs": 3}, "Did you mean epochs="),
 ]
 
@@ -294,7 +294,7 @@ def test_loader():
     loader = DataLoader(Y, batch_size=4, shuffle=True)
     result = few(location, loader=loader, epochs=2, scale=0.5)
     assert isinstance(result.guide, AutoIAF)
-    assert result.rows()["guide"] == "AutoIAF, for 1 latent and sub-sampled data"
+    assert result.rows()["guide"] == "AutoIAF, for 1 latent and subsampled data"
     assert result.num_steps == 6
 
 
@@ -356,7 +356,7 @@ def test_ctrl_c_in_each_phase_gives_a_verdict(monkeypatch, phase, draws):
     if phase != "verdict":
         assert result.num_steps == 0
         assert result.stopped_because == "it was interrupted"
-        assert "it was interrupted after 0 steps: fit again" in result.verdict
+        assert "it was interrupted after step 0: fit again" in result.verdict
     assert draws is None or len(result.draws["loc"]) > 0
 
 
@@ -368,4 +368,4 @@ def test_max_seconds_are_those_of_the_whole_fit(draws):
     )
     assert time.perf_counter() - began < 4.5  # a tenth more is promised on an idle machine
     assert 0 < result.num_steps < 10**6
-    assert result.stopped_because == "the time was over"
+    assert result.stopped_because == "the time limit was reached"

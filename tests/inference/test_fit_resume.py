@@ -135,7 +135,7 @@ def test_a_disk_that_is_full_ends_no_fit(tmp_path):
     options = {"num_steps": 12, "config": config, "seed": 3}
     given = {"checkpoint": path, "callback": callback, **options}
     try:
-        with pytest.warns(UserWarning, match=r"fit\.pt.*goes on without") as caught:
+        with pytest.warns(UserWarning, match=r"fit\.pt.*continues without") as caught:
             whole = fitted(*fresh(models.regression, small), **given)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -150,7 +150,9 @@ def test_a_place_for_checkpoints_that_is_none(tmp_path):
     steps = {}
     for path in (tmp_path / "missing" / "fit.pt", tmp_path):
         options = {"checkpoint": path, "callback": steps.__setitem__}
-        with pytest.raises(ValueError, match="checkpoint: expected a file in a folder"):
+        with pytest.raises(
+            ValueError, match="checkpoint: expected a file in an existing directory"
+        ):
             fitted(*fresh(models.regression, small), **options)
     assert not steps
 

@@ -62,7 +62,7 @@ def test_a_wrong_posterior_is_not_trusted(name):
     result, gap = fitted(model, kind, num_steps=num_steps)
     assert gap > WRONG
     assert not result.trusted, f"a gap of {gap:.2f}: {result}"
-    assert "Of the guide itself: Not trusted: " in result.verdict
+    assert "About the guide alone: Not trusted: " in result.verdict
 
 
 def test_heavy_tails_that_the_draws_of_a_guide_hardly_show():

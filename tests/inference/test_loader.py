@@ -52,7 +52,7 @@ def test_what_is_no_batch():
 def test_what_is_no_loader():
     batches = [torch.zeros(2)]
     for loader in (iter(batches), zip(batches), torch.zeros(3, 2), {"x": batches[0]}, "rows", 3):
-        with pytest.raises(TypeError, match=r"begins anew in each epoch, got .*A list will do"):
+        with pytest.raises(TypeError, match=r"restarts in each epoch, got .*A list works"):
             BatchStream(loader)
     empty = DataLoader(TensorDataset(torch.zeros(3)), batch_size=4, drop_last=True)
     for loader in ([], empty):

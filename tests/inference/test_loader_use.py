@@ -43,7 +43,7 @@ def test_latents_that_would_see_one_batch_only(kind):
             pyro.sample("y", dist.Normal(z, 0.5), obs=y)
 
     for model, name in ((of_all, "mean"), (of_rows, "z")):
-        refused = rf"'{name}' is of all batches.*subsample_size=len\(batch\)"
+        refused = rf"'{name}' is shared by all batches.*subsample_size=len\(batch\)"
         with pytest.raises(ValueError, match=refused):
             fitted(model, kind(model), shuffled(rows()[1][:40]))
 
@@ -155,7 +155,7 @@ def test_a_list_that_has_an_encoder_or_a_function():
     check_alone(loaders.groups, in_parts(loaders.groups, lambda model: local))
     with pytest.raises(ValueError, match=r"'z'.*create_plates"):
         check_alone(loaders.groups, in_parts(loaders.groups, AutoNormal))
-    with pytest.raises(ValueError, match="'mean' is of all batches"):
+    with pytest.raises(ValueError, match="'mean' is shared by all batches"):
         check_alone(unscaled, in_parts(unscaled, encoded))
 
 
@@ -179,7 +179,7 @@ def test_a_guide_that_is_a_function():
             pyro.sample("z", dist.Normal(y / 2, 0.7))
 
     check_alone(model, guide)
-    with pytest.raises(ValueError, match="'z' is of all batches"):
+    with pytest.raises(ValueError, match="'z' is shared by all batches"):
         check_alone(model, AutoNormal(model))
 
 
@@ -193,6 +193,6 @@ def test_a_scale_of_everything_is_no_scaling_up():
         with poutine.scale(scale=4.3), pyro.plate("rows", len(y)):
             pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
 
-    with pytest.raises(ValueError, match="'mean' is of all batches"):
+    with pytest.raises(ValueError, match="'mean' is shared by all batches"):
         check_alone(normalised, encoded(normalised))
     check_alone(lifted, AutoNormal(lifted))

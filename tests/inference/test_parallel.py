@@ -131,7 +131,7 @@ def test_a_process_that_ends_does_not_leave_the_other_waiting(tmp_path):
     codes, wrote = launch(tmp_path, "fails")
     assert codes == [1, 1]
     assert "ZeroDivisionError: of the second process" in wrote[1]
-    assert "and waited in vain. Another process is late, hangs or has ended" in wrote[0]
+    assert "got none in time. Another process is late, hangs or has ended" in wrote[0]
 
 
 @pytest.mark.slow
@@ -175,7 +175,7 @@ def test_a_stale_environment_is_named(monkeypatch, caplog, rank):
     monkeypatch.setattr(module, "_PATIENCE", 0.2)
     monkeypatch.setattr(module, "_FIRST_MEETING", timedelta(seconds=1))
     words = rf"RANK={rank}, WORLD_SIZE=2, .*Unset WORLD_SIZE if this process is to fit alone"
-    with pytest.raises(RuntimeError, match=f"other processes of this fit.*in vain.*{words}"):
+    with pytest.raises(RuntimeError, match=f"other processes of this fit.*in time.*{words}"):
         quick_fit(models.location, models.small(models.location), progress=False)
     assert "fit has waited 0 s for the other processes of this fit" in caplog.text
     assert "Unset WORLD_SIZE" in caplog.text

@@ -40,7 +40,7 @@ def test_shown(result):
     stopped = result.stopped_because
     for words in (f"{result.elbo:.3f}", "k-hat", "ESS", "log evidence", stopped):
         assert words in text
-    assert "after the other" not in text
+    assert "one draw at a time" not in text
     assert max(map(len, repr(result).splitlines())) <= 100
 
 
@@ -73,7 +73,9 @@ def test_of_a_guide_alone(result):
     assert repr(good).startswith("Guide trusted: yes\n  why           All is well\n")
     bad = replace(alone, trusted=False, judged=Verdict((POINT,)))
     assert bad.failed == (POINT,)
-    assert repr(bad).startswith("Guide trusted: no, 1 check failed\n  failed        the guide is a")
+    assert repr(bad).startswith(
+        "Guide trusted: no, 1 check failed\n  failed        the guide has a point mass"
+    )
     assert "\n  remedy        Use AutoIAF\n" in repr(bad)
 
 
@@ -130,16 +132,16 @@ def test_predictions_of_new_rows():
 def test_what_went_wrong_is_shown(result):
     odd = replace(result, num_skipped=2, culprits={"y": 2}, one_at_a_time="a branch")
     assert "2 steps, because of y (2)" in repr(odd)
-    assert "one draw after the other (a branch)" in repr(odd)
+    assert "one draw at a time (a branch)" in repr(odd)
     assert "too small" not in repr(replace(result, khat=0.6))
     zero = torch.zeros(3)
     numbers = dict.fromkeys(("khat", "khat_se", "tail_share", "gap"), zero)
     elements = Elements(plate="rows", index=None, **numbers)
     shared = replace(result, khat=0.6, elements=elements)
     assert shared.rows()["k-hat"].startswith("0.60 ± ")
-    assert shared.rows()["k-hat"].endswith(", of what all elements share")
+    assert shared.rows()["k-hat"].endswith(", for the shared latents")
     odd = replace(result, khat=0.8, log_evidence=-3.0, log_evidence_se=0.5, importance=None)
-    assert odd.rows()["log evidence"] == "-3.000 ± 0.500 (most often too small: k-hat is above 0.7)"
+    assert odd.rows()["log evidence"] == "-3.000 ± 0.500 (probably too small: k-hat is above 0.7)"
 
 
 def test_ok_is_about_the_draws_where_there_are_some(result):

@@ -140,7 +140,7 @@ def test_padded_rows_are_a_sum():
 def test_what_is_no_sum_over_rows(model):
     state = torch.get_rng_state()
     with pytest.warns(
-        UserWarning, match="no sum over its rows.*Compute such numbers from all data"
+        UserWarning, match="not a sum over its rows.*Compute such statistics from all data"
     ):
         assert warn_of_no_sum(model, batches())
     assert torch.equal(torch.get_rng_state(), state)
@@ -175,11 +175,11 @@ def test_a_fit_warns_and_is_not_trusted(model):
     if model is prior_of_the_batch:
         guide = AutoAmortized(model, lambda x, y: torch.stack([x, y], -1), coordinates="model")
     loader = [*zip(X.split(10), Y.split(10))]
-    with pytest.warns(UserWarning, match="no sum over its rows") as caught:
+    with pytest.warns(UserWarning, match="not a sum over its rows") as caught:
         result = quick_fit(model, guide, loader=loader, num_steps=3, progress=False)
     assert caught[0].filename == __file__
     assert not result.trusted
-    assert "no sum over its rows" in result.verdict
+    assert "not a sum over its rows" in result.verdict
 
 
 @pytest.mark.parametrize("is_known", [True, False])
@@ -210,5 +210,5 @@ def test_batches_half_of_an_epoch_apart_are_compared():
             pyro.factor("y", -w / w.mean() * (y - loc) ** 2)
 
     found = [Batch(pair, {}) for pair in zip(weights.split(5), Y.split(5))]
-    with pytest.warns(UserWarning, match="no sum over its rows"):
+    with pytest.warns(UserWarning, match="not a sum over its rows"):
         assert warn_of_no_sum(model, found)

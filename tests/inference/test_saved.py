@@ -64,7 +64,7 @@ def test_everything_that_a_result_may_have(result, tmp_path):
     found = FitResult.load(tmp_path / "odd.pt", models.regression)
     assert same(odd, found)
     for ask in (found.summary, found.predict):
-        with pytest.raises(ValueError, match="AutoIAF: expected it beside the verdict"):
+        with pytest.raises(ValueError, match="AutoIAF: expected a guide or draws"):
             ask()
 
 
@@ -82,7 +82,7 @@ def test_other_files_are_refused(result, tmp_path):
         Chains.load(path)
     for content in ({}, {"result": 1}, {"result": ("Chains", {})}, {"result": ("open", {})}):
         files.write(path, kind, content)
-        with pytest.raises(ValueError, match=r"file.pt: expected what FitResult.save writes"):
+        with pytest.raises(ValueError, match=r"file.pt: expected a file written by FitResult.save"):
             FitResult.load(path)
     result.guide.save(path)
     with pytest.raises(ValueError, match="got a guide of class AutoIAF"):
@@ -96,6 +96,6 @@ def test_parameters_of_the_model_are_in_no_file(tmp_path):
     """Without them the model predicts as it did at first, which nobody would see."""
     fitted = quick_fit(models.with_param, num_steps=2, progress=False)
     assert fitted.point_estimates
-    with pytest.warns(UserWarning, match="the file has no parameters of the model"):
+    with pytest.warns(UserWarning, match="the file does not contain the parameters of the model"):
         fitted.save(tmp_path / "result.pt")
     assert FitResult.load(tmp_path / "result.pt").point_estimates == fitted.point_estimates

@@ -220,7 +220,7 @@ def scale_of_each_element():
     ("model", "got"), [(two_scales, r"\[1.0, 10.0\]"), (scale_of_each_element, r"\[nan\]")]
 )
 def test_two_scales_of_one_sum(model, got):
-    with pytest.raises(ValueError, match=f"expected one scale .* got {got}"):
+    with pytest.raises(ValueError, match=f"expected the same scale .* got {got}"):
         LogJoint(config_enumerate(model))
 
 
@@ -228,7 +228,7 @@ def test_two_scales_of_one_sum(model, got):
     ("options", "got"), [({"default": "sequential"}, "'sequential'"), ({"num_samples": 3}, "=3")]
 )
 def test_what_is_drawn_and_not_summed(options, got):
-    with pytest.raises(ValueError, match=f"expected enumeration in parallel over all .*{got}"):
+    with pytest.raises(ValueError, match=f"expected parallel enumeration over all .*{got}"):
         LogJoint(config_enumerate(plain, **options))
 
 

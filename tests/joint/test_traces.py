@@ -174,7 +174,7 @@ def test_a_last_batch_of_one_row(event):
         with pyro.plate("data", 101, subsample_size=50):
             pyro.sample("y", likelihood, obs=y)
 
-    message = r"'y': expected data of 50 elements of the sub-sampled plate 'data', got one"
+    message = r"'y': expected data of 50 elements of the subsampled plate 'data', got one"
     log_joint = LogJoint(model, (torch.zeros(50, *event),))
     with pytest.raises(ValueError, match=message):
         log_joint.with_arguments((torch.zeros(1, *event),))

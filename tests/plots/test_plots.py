@@ -201,6 +201,6 @@ def test_parts_of_the_result_of_a_fit():
         plots.plot_marginals(found).get_title() == plots.plot_marginals(found.marginals).get_title()
     )
     with pytest.raises(
-        ValueError, match="with importance, which this fit has not: of mini-batches"
+        ValueError, match="with importance, got none from this fit: of mini-batches"
     ):
         plots.plot_khat(SimpleNamespace(importance=None, verdict="of mini-batches"))

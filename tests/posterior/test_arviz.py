@@ -131,7 +131,9 @@ def test_a_site_at_some_draws_only(arviz, kind, seed):
 
     guide = AutoIAF(branches, init_scale=1.0)
     pyro.set_rng_seed(seed)
-    with pytest.raises(ValueError, match="expected the same sites at each draw, got 'x' at some"):
+    with pytest.raises(
+        ValueError, match="expected the same sites at each draw, got 'x' only at some"
+    ):
         to_inference_data(branches, guide, 20, data()[0])
 
 
@@ -273,7 +275,7 @@ def test_predictions_beside_data(arviz):
 
 @pytest.mark.parametrize(
     ("make", "words"),
-    [(AutoIAF, "these arguments have the latents"), (AutoNormal, "draws: expected 'z'")],
+    [(AutoIAF, "with these arguments the model has"), (AutoNormal, "draws: expected 'z'")],
 )
 def test_predictions_with_latents_of_other_shapes(arviz, make, words):
     def model(size, values=None):

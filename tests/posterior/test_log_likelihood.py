@@ -133,7 +133,7 @@ def test_bad_input():
     for model, draws, message in (
         (plate, {}, r"expected those of all latents, got none of \['z'\]"),
         (mixture, {"z": z}, r"expected those of all latents, got none of \['kind'\]"),
-        (minibatch, {"z": z}, r"expected all data, got the sub-sampled plate 'data' \(2"),
+        (minibatch, {"z": z}, r"expected all data, got the subsampled plate 'data' \(2"),
         (plate, {"z": torch.randn(6, 2)}, r"expected 'z' of shape \(6,\), got \(6, 2\)"),
         (plate, {"z": torch.tensor(0.0)}, r"expected 'z' of shape \(1,\), got \(\)"),
     ):

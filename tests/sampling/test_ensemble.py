@@ -257,8 +257,8 @@ def test_starts_without_a_density_are_those_of_other_chains():
     ("model", "num_chains", "words"),
     [
         (conjugate, 3, "num_chains: expected an integer of at least 4"),
-        (subsampled, None, "expected one that sees all its data, got one that sub-samples them"),
-        (nowhere, None, "at least 2 starts of finite density and gradient, got 1 of 8"),
+        (subsampled, None, "expected one that sees all its data, got one that subsamples them"),
+        (nowhere, None, "at least 2 starting points with finite density and gradient, got 1 of 8"),
     ],
 )
 def test_what_is_refused(model, num_chains, words):

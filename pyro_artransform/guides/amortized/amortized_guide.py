@@ -61,7 +61,7 @@ class AutoAmortized(PersistentGuide):
     g are the latents in no plate, z_i those of element i of a plate, and h_i its features, which an encoder
     computes from its data. Without an encoder h_i is an embedding, a row of parameters per element. Latents
     in one plate share a flow; those in nested plates also depend on those in the outer plates. Plates may be
-    sub-sampled, so the guide can train on mini-batches.
+    subsampled, so the guide can train on mini-batches.
 
     On the unconstrained space, a new guide is ``Normal(init_loc, init_scale)`` for the global latents, and
     ``Normal(m, init_scale)`` for each element, where m is the mean of all elements' initial values.
@@ -87,7 +87,7 @@ class AutoAmortized(PersistentGuide):
         more plates with the indices of the mini-batch, if the model sets these itself.
     :param coordinates: as for :class:`~pyro_artransform.AutoAutoregressive`, with the same numbers for all
         elements of a plate. Draws of all elements need a model with a prior for each: by plates that it
-        sub-samples itself, by arguments for all, or by priors that do not depend on the data.
+        subsamples itself, by arguments for all, or by priors that do not depend on the data.
     :raises TypeError: if an argument has the wrong type.
     :raises ValueError: if a number is not positive; at the first call, if the model has no latents in plates,
         has discrete latents, or sets indices itself, or if the encoder's result does not fit.
@@ -198,8 +198,8 @@ class AutoAmortized(PersistentGuide):
         feature_dims = spec.arguments["feature_dims"]
         if feature_dims and encoder is None:
             raise ValueError(
-                f"the guide had an encoder for plate '{next(iter(feature_dims))}': expected it as "
-                "encoder= of the guide or of load, since no file or state dict holds it, got none"
+                f"the guide had an encoder for plate '{next(iter(feature_dims))}': expected it as encoder= "
+                "of the guide or of load, since files and state dicts do not contain it, got none"
             )
         self.transform = AmortizedPosterior(spec, start, make_flows, encoder)
         self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}

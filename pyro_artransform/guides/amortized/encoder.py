@@ -27,8 +27,8 @@ def check_encoder(encoder: Encoder) -> None:
     modules = encoder.modules() if isinstance(encoder, nn.Module) else []
     if any(isinstance(module, PyroModule) for module in modules):
         raise TypeError(
-            "encoder: expected a function or a module of torch.nn modules, got one with a PyroModule "
-            f"inside, {type(encoder).__name__}: the param store would have its parameters twice"
+            "encoder: expected a function or a module of torch.nn modules, got one with a PyroModule inside, "
+            f"{type(encoder).__name__}: the param store would contain its parameters twice"
         )
 
 
@@ -52,8 +52,8 @@ class MiniBatch(Messenger):
                 continue
             if dim in found:
                 raise ValueError(
-                    f"encoder: pyro.subsample of shape {tuple(value.shape)} fits the plates "
-                    f"{sorted([found[dim], name])}: expected one. Return a row for each of all elements"
+                    f"encoder: expected one plate for pyro.subsample of shape {tuple(value.shape)}, got "
+                    f"{sorted([found[dim], name])}. Return a row for each of all elements"
                 )
             found[dim] = name
             message["value"] = message["value"].index_select(dim, plate.indices)
@@ -74,8 +74,8 @@ def encode(
     if isinstance(found, Tensor):
         if len(names) > 1:
             raise ValueError(
-                f"encoder: the model has local latents in several plates, {names}: expected a dict of "
-                f"features of some or all of these, got one tensor of shape {tuple(found.shape)}"
+                f"encoder: the model has local latents in several plates, {names}: expected a dict with "
+                f"features for some or all of them, got one tensor of shape {tuple(found.shape)}"
             )
         found = {names[0]: found}
     if not isinstance(found, dict):
@@ -83,7 +83,9 @@ def encode(
         raise TypeError(f"encoder: expected it to return a tensor or a dict of tensors, got {kind}")
     for name, features in found.items():
         if name not in names:
-            raise ValueError(f"encoder: expected a dict by plate, of {names}, got the key {name!r}")
+            raise ValueError(
+                f"encoder: expected a dict with the keys {names}, got the key {name!r}"
+            )
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"encoder: expected features of '{name}' that are floats, got {got}")
@@ -108,8 +110,8 @@ def first_feature_units(
     trains = any(features.requires_grad for features in found.values())
     if trains and not isinstance(encoder, nn.Module) and not tracer.trace.nodes:
         raise ValueError(
-            "encoder: expected a torch module, or a function that registers its modules by "
-            "pyro.module, got a function with parameters that are not registered: they would not train"
+            "encoder: expected a torch module, or a function that registers its modules by pyro.module, got "
+            "a function with parameters that are not registered: they would not be trained"
         )
     units = {}
     for name, features in found.items():

@@ -183,8 +183,8 @@ def latents_of_one_element(trace: Any) -> tuple[Latents, Tensor]:
                 )
     if not any(site.plates for site in sites.values()):
         raise ValueError(
-            "AutoAmortized: expected a model with latents in a plate, got one with no latents in a "
-            f"plate, only {sorted(sites)}. AutoIAF is the guide of such a model"
+            "AutoAmortized: expected a model with latents in a plate, got one with no latents in a plate, "
+            f"only {sorted(sites)}. Use AutoIAF for such a model"
         )
     latents = Latents(sites.values())
     start = latents.unconstrain({name: trace.nodes[name]["value"].detach() for name in sites})
@@ -251,10 +251,10 @@ class GivenIndices(Messenger):
         for name in sorted(names):
             dim, size, full_size = sizes[name]
             raise ValueError(
-                f"the model gives the indices of plate '{name}' itself, by subsample= ({size} of "
+                f"the model sets the indices of plate '{name}' itself, by subsample= ({size} of "
                 f"{full_size}), and the guide would draw others: expected create_plates=lambda ...: "
-                f"pyro.plate('{name}', {full_size}, subsample=..., dim={dim}), a function of the "
-                "model's arguments that returns the plate with these indices"
+                f"pyro.plate('{name}', {full_size}, subsample=..., dim={dim}), a function of the model's "
+                "arguments that returns the plate with these indices"
             )
 
 
@@ -278,8 +278,8 @@ def compare_elements(expected: Site, got: Site) -> None:
 def plates_were_dropped(*args: object, **kwargs: object) -> Plates:
     """Replaces ``create_plates`` in a pickled guide; raises an error."""
     raise RuntimeError(
-        "this AutoAmortized has no create_plates: pickle drops it. guide.create_plates = "
-        "create_plates puts it into the guide"
+        "this AutoAmortized has no create_plates, which pickle drops: set guide.create_plates = "
+        "create_plates"
     )
 
 
@@ -316,7 +316,7 @@ def complete_plates(of_user: Plates, sizes: PlateSizes, device: torch.device) ->
         got, expected = (plate.size, plate.subsample_size, plate.dim), (full_size, size, dim)
         if got != expected:
             raise ValueError(
-                f"create_plates: expected plate '{name}' of (size, sub-sample size, dim) {expected}, "
+                f"create_plates: expected plate '{name}' of (size, subsample size, dim) {expected}, "
                 f"as the model has it for these arguments, got {got}"
             )
     return plates

@@ -85,8 +85,8 @@ class ElementMap(NamedTuple):
                 one, other = parts[0][key], turned[key].roll(-1, dim)
                 if not agree({key: one}, {key: other}):
                     raise ValueError(
-                        f"plate '{name}': expected priors that are known for all {total} elements, got "
-                        f"some that depend on the data of a mini-batch of {plate.size}. Give the model's "
+                        f"plate '{name}': expected priors that are known for all {total} elements, got some "
+                        f"that depend on the data of one mini-batch of {plate.size}. Pass the model's "
                         "arguments for all elements, or make the guide with coordinates='model'"
                     )
         found = dict(parts[0])

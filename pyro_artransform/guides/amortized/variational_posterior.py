@@ -23,8 +23,8 @@ from ..persistence.spec import Arguments, GuideSpec
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .plates import GLOBAL, Group, LatentLayout, Plates, PlateSizes, Vectors
 
-_OTHER_TABLE = "Only elements of the set-up have embeddings: make a new guide, or use an encoder"
-_OTHER_ELEMENTS = "Elements have to be the same for all latents: embeddings are of all elements"
+_OTHER_TABLE = "Only the elements at set-up have embeddings: make a new guide, or use an encoder"
+_OTHER_ELEMENTS = "All latents must have the same elements, since embeddings are for all of them"
 # with more global latents, local ones depend on a linear summary of this size
 _MAX_GLOBALS = 64
 _FULL_RANK_LIMIT = 200

@@ -3,9 +3,9 @@
 
 """Guides that share their tensors with Pyro's param store.
 
-Pyro's store looks up parameters by name, and a second guide of a class has the names of the first. In Pyro
-such a guide never trains (pyro#3094), nor does a guide after the store was loaded (pyro#1204). Here a guide
-adopts the tensors of the store, or takes another name.
+Pyro's store looks up parameters by name, and a second guide of a class has the same names as the first. In
+Pyro such a guide is never trained (pyro#3094), nor is a guide created after loading the store (pyro#1204).
+Here a guide adopts the tensors of the store, or takes another name.
 """
 
 import itertools
@@ -124,9 +124,9 @@ def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter])
     for short in sorted(entries.keys() | own.keys()):
         if expected.get(short) != got.get(short):
             return (
-                f"the param store's '{short}' of the guide '{name}' does not fit: expected "
+                f"the param store's '{short}' of the guide '{name}' does not match: expected "
                 f"{expected.get(short)}, got {got.get(short)}. Build the guide as it was saved, or call "
-                "pyro.clear_param_store() to start anew"
+                "pyro.clear_param_store() to start afresh"
             )
     return ""
 

@@ -79,8 +79,8 @@ class PersistentGuide(RegisteredGuide):
         """The model; unpickled guides, and guides loaded without a model, have none."""
         if self._model is None:
             raise RuntimeError(
-                f"this {type(self).__name__} has no model: pickle drops it, load(path) has none. guide.model "
-                f"= model, or {type(self).__name__}.load(path, model), puts one into the guide"
+                f"this {type(self).__name__} has no model, since pickle and load(path) drop it: set "
+                f"guide.model = model, or use {type(self).__name__}.load(path, model)"
             )
         return self._model[0]
 
@@ -113,8 +113,10 @@ class PersistentGuide(RegisteredGuide):
         prior, model = self.prior, self._model and self._model[1]
         if prior.log_joint is None or prior.log_joint.model is not model:
             wanted = "the model's arguments with the first call, as in sample_posterior(n, *data)"
-            of_file = "coordinates from the prior, which the model says at its data, and no file has these"
-            with asks_for_data(args, kwargs, f"expected {wanted}: this guide has {of_file}"):
+            of_file = (
+                "coordinates from the prior, which may depend on the data that no file contains"
+            )
+            with asks_for_data(args, kwargs, f"expected {wanted}: this guide uses {of_file}"):
                 prior.log_joint = self._log_joint(*args, **kwargs)
         elif not (args or kwargs):
             return prior
@@ -147,8 +149,8 @@ class PersistentGuide(RegisteredGuide):
     def _flow_maker(self) -> Any:
         if self._make_flow is None:
             raise RuntimeError(
-                "this guide was pickled before its first call, without its flow: call it once before it is "
-                "pickled, or make it anew"
+                "this guide was pickled before its first call, without its flow: call it once before "
+                "pickling it, or make a new one"
             )
         return self._make_flow
 
@@ -264,7 +266,7 @@ class PersistentGuide(RegisteredGuide):
             expected, got = ({site.name: tuple(site.shape) for site in sites} for sites in both)
             if expected != got:
                 message = f"expected {expected}, got {got}"
-                raise RuntimeError(f"the state dict is of a guide of other sites: {message}")
+                raise RuntimeError(f"the state dict belongs to a guide with other sites: {message}")
         elif self._spec is None and state:
             raise RuntimeError(
                 f"{type(self).__name__} was never called, so it has no parameters yet, and the state "

@@ -142,8 +142,8 @@ def check_size(state: State, least: int) -> None:
     numbers = sum(v.untyped_storage().nbytes() // v.element_size() for v in storages.values())
     if numbers < least:
         raise RuntimeError(
-            "the state does not fit the sites and arguments of its guide: expected at least "
-            f"{least} numbers, got {numbers}"
+            f"the state does not match the sites and arguments of its guide: expected at least {least} "
+            f"numbers, got {numbers}"
         )
 
 

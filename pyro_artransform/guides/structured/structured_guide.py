@@ -192,10 +192,10 @@ class AutoStructuredFlow(AutoAutoregressive):
         missing = self.missing_over_batches([(args, kwargs)])
         if missing:
             raise ValueError(
-                "the model has dependencies that were switched off at the first call of the guide: "
-                f"{first_of(missing)}. Expected a graph with all of them: make the guide anew with an "
-                "init_loc_fn of values where they are on, such as "
-                "init_to_value(values=guide.median()), or use AutoIAF"
+                "the model has dependencies that were inactive at the first call of the guide: "
+                f"{first_of(missing)}. Expected a graph with all of them: make a new guide with an "
+                "init_loc_fn where they are active, such as init_to_value(values=guide.median()), or use "
+                "AutoIAF"
             )
 
     @torch.no_grad()

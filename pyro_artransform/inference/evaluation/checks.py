@@ -26,14 +26,14 @@ class Check(Enum):
     # of draws and guides
     PRIOR = ("{prior_only}", GIVE_DATA)
     ROUNDED = (
-        "the posterior of site {sites} is about as narrow as the spacing of floating-point numbers there: "
-        "its draws are rounded to a few values",
-        "Use float64, or write the site on the scale of its posterior",
+        "the posterior of site {sites} is hardly wider than the spacing of floating-point numbers: its draws "
+        "are rounded to a few values",
+        "Use float64, or rescale the site to the scale of its posterior",
     )
     # of draws
     MODES = (
-        "starts led to {count} modes, with about {shares} of the posterior as far as Gaussians tell, which "
-        "differ in {names}, {between}",
+        "chains found {count} modes, which differ in {names} and have about {shares} of the posterior by a "
+        "Gaussian approximation: {between}",
         _BREAK_SYMMETRY,
     )
     MIXING = ("chains have not mixed: R-hat is {rhat:.3f} for {name}, above {bound}", "{remedy}")
@@ -42,54 +42,55 @@ class Check(Enum):
         "{remedy}",
     )
     DIVERGENCES = (
-        "{percent:.2g} % of the trajectories diverged: there is a corner that steps of this size do not "
-        "enter, such as a scale near zero, and draws have too little of it",
+        "{percent:.2g} % of the trajectories diverged: the step size is too large for a region of high "
+        "curvature, such as a scale near zero, and the draws underrepresent it",
         CORNER,
     )
     TAIL = (
-        "the draws of {name} lack a tail: by Laplace's approximation {percent:.2g} % of the posterior is "
+        "the draws of {name} miss a tail: by a Laplace approximation, {percent:.2g} % of the posterior is "
         "beyond their outer 1 % quantile",
         CORNER,
     )
     # of guides
     CUT_SHORT = ("{reason}", "{remedy}")
     SKIPPED = (
-        "{percent:.0f} % of the steps had to be skipped, since the loss or its gradient was not finite: "
-        "result.culprits has the sites",
+        "{percent:.0f} % of the steps were skipped, since the loss or its gradient was not finite: "
+        "result.culprits names the sites",
         "Use tighter priors, or supports that keep scales away from zero",
     )
     NO_SUM = (
-        "the log density of a mini-batch is no sum over its rows: that of two batches is {before:.6g}, and "
-        "{after:.6g} once they have exchanged every other row, as of a model that centers (y - y.mean()), "
-        "standardizes or normalizes by the batch",
-        "Compute such numbers from all data before the fit, as arguments of it",
+        "the log density of a mini-batch is not a sum over its rows: the total of two batches changes from "
+        "{before:.6g} to {after:.6g} when they exchange every other row, as if the model centred (y - "
+        "y.mean()), standardized or normalized within the batch",
+        "Compute such statistics from all data, and pass them to the model",
     )
     POINT = (
-        "the guide is a point at some site, as AutoDelta is (and AutoLaplaceApproximation before its "
-        "laplace_approximation): an estimate of the mode, and no posterior",
+        "the guide has a point mass at some site, like AutoDelta (or AutoLaplaceApproximation before "
+        "laplace_approximation): a point estimate, not a posterior",
         "Use AutoIAF",
     )
     SUBSAMPLED = (
-        "the model sub-samples its data, or is random otherwise, so that the numbers below rest on the noisy "
-        "density of mini-batches: the ELBO is right but for noise, k-hat and the evidence mean nothing",
+        "the model subsamples its data or is random in another way, so the numbers below come from a noisy "
+        "density: the ELBO is correct up to noise, but k-hat and the evidence are meaningless",
         "Run diagnostics.importance with a model that sees all data",
     )
     DENSITY = (
-        "the model's density is zero or fails at {count} of {num_samples} draws of the guide",
+        "the log density of the model is not finite at {count} of {num_samples} draws of the guide",
         "check supports and data",
     )
     ROUND_OFF = (
-        "the weights are the round-off of {dtype}, which is up to {nats:.2g} nats of a log-density of "
-        "{elbo:.3g}: nothing is known of their tail",
+        "the importance weights are dominated by the round-off of {dtype}, up to {nats:.2g} nats in a log "
+        "density of {elbo:.3g}: their tail is unknown",
         "Use {remedy}",
     )
     KHAT = (
-        "k-hat is {khat:.2f} ± {khat_se:.2f}, above {bound}: the posterior has tails or corners that the "
-        "guide does not reach",
+        "k-hat is {khat:.2f} ± {khat_se:.2f}, above {bound}: the guide does not cover some part of the "
+        "posterior, such as a tail",
         "{remedy}",
     )
     ELBO_NOISE = (
-        "the ELBO is known to {elbo_se:.2g} nats only: the weights of the guide's draws vary too much",
+        "the standard error of the ELBO is {elbo_se:.2g} nats: the log weights of the guide's draws vary too "
+        "much",
         "{remedy}",
     )
     GAP = (
@@ -98,35 +99,35 @@ class Check(Enum):
         "{remedy}",
     )
     LOST_MODES = (
-        "about {percent:.0f} % of the posterior is in {count} other mode(s) that restarts found, where the "
-        "guide has next to no draws",
-        f"{_BREAK_SYMMETRY}, or sum out what switches",
+        "about {percent:.0f} % of the posterior is in {count} other mode(s), found by restarts, where the "
+        "guide has almost no draws",
+        f"{_BREAK_SYMMETRY}, or marginalize the discrete variable behind the modes",
     )
     RESTARTS = (
-        "chains from all over the prior have not mixed, with an R-hat of {rhat:.3f}, so that the guide may "
-        "lack modes or tails",
-        "Ask for draws, draws=400, or use tighter priors",
+        "chains from starting points spread over the prior have not mixed (R-hat is {rhat:.3f}), so the "
+        "guide may miss modes or tails",
+        "Request draws (draws=400), or use tighter priors",
     )
     GRAPH = (
-        "the guide's graph lacks dependencies that the model has where the posterior is: {names}",
-        "They were switched off where the graph was found: make it anew with an init_loc_fn of values where "
-        "they are on, such as init_to_value(values=guide.median()), or use AutoIAF. In float32 round-off may "
-        "look like them: use float64",
+        "the guide's graph lacks dependencies that the posterior has: {names}",
+        "They were inactive at the initial values: make a new guide with an init_loc_fn where they are "
+        "active, such as init_to_value(values=guide.median()), or use AutoIAF. In float32, round-off can "
+        "look like a dependency: use float64",
     )
     MINIBATCHES = (
-        "it was trained on mini-batches: the ELBO {of} is {elbo:.3f} ± {elbo_se:.3f} ({num_batches} "
-        "batches), but k-hat and the evidence are not known, since {reason}",
-        "On data that fit into memory run diagnostics.importance with all of them and a model that does not "
-        "sub-sample; on others, diagnostics.sbc with simulated data",
+        "the guide was trained on mini-batches: the ELBO {of} is {elbo:.3f} ± {elbo_se:.3f} ({num_batches} "
+        "batches), but k-hat and the evidence are unknown, since {reason}",
+        "If all data fit into memory, run diagnostics.importance on them with a model that does not "
+        "subsample; otherwise run diagnostics.sbc on simulated data",
     )
     ELEMENTS = (
         "{found}",
-        "Where these are few, look at their data; where they are many, use {remedy}",
+        "If they are few, check their data; if they are many, use {remedy}",
     )
     ELEMENT_NOISE = (
-        "nothing is known of the latents that all elements share: with {count} draws of each element their "
-        "log weights have a variance of {noise:.2g} by noise alone, above {bound:.0f}",
-        "Use more draws of each element (MinibatchConfig.min_inner), or {remedy}",
+        "the shared latents could not be checked: with {count} draws per element, noise alone gives their "
+        "log weights a variance of {noise:.2g}, above {bound:.0f}",
+        "Use more draws per element (MinibatchConfig.min_inner), or {remedy}",
     )
 
     def __repr__(self) -> str:

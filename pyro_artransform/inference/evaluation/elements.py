@@ -71,12 +71,12 @@ class Elements:
         named = [
             f"{self.name_of(k)} (k-hat {self.khat[k]:.2f} ± {self.khat_se[k]:.2f})"
             if self.gap[k] <= GOOD_GAP
-            else f"{self.name_of(k)} (an ELBO {self.gap[k]:,.2f} nats below the log evidence)"
+            else f"{self.name_of(k)} (ELBO {self.gap[k]:,.2f} nats below the log evidence)"
             for k in worst[~self.trusted[worst]].tolist()
         ]
         words = (
-            f"{len(named):,} of the {len(self.gap):,} elements of plate '{self.plate}' are not good: "
-            f"{first_of(named)}: result.elements has them all"
+            f"the guide fails for {len(named):,} of the {len(self.gap):,} elements of plate '{self.plate}': "
+            f"{first_of(named)}: result.elements lists them all"
         )
         return words if named else ""
 
@@ -123,7 +123,7 @@ def weigh_elements(
         with validation_enabled(False):
             return passed.obstacle or _weigh(minibatches, num_gradients)
     except Exception as error:  # the model or the guide may not support many draws of a batch
-        return f"its elements could not be weighed ({describe(error)})"
+        return f"importance weights of elements could not be computed ({describe(error)})"
 
 
 def _weigh(minibatches: MinibatchObjective, num_gradients: int) -> ElementWeights:
@@ -131,7 +131,7 @@ def _weigh(minibatches: MinibatchObjective, num_gradients: int) -> ElementWeight
     total, parts, indices = draws.log_ratio_of_shared, list[Tensor](), list[Tensor]()
     for batch, rows in minibatches.stream.whole.one_pass_with_rows():
         if is_out_of_time():
-            raise TimeoutError("there was no time for the draws of each element")
+            raise TimeoutError("the time limit was reached before all elements were drawn")
         log_ratios, by_prior, index = draws.of_batch(batch, rows or [])
         total = total + (log_ratios.logsumexp(0) - math.log(draws.inner)).sum(-1)
         parts.append(_columns(log_ratios, by_prior))
@@ -187,7 +187,7 @@ class _Draws:
     def __init__(self, minibatches: MinibatchObjective, num_gradients: int) -> None:
         objective, config = minibatches.objective, minibatches.config
         if not (isinstance(objective, PyroObjective) and objective.is_vectorized):
-            raise ValueError("model and guide do not draw many elements at once in a plate")
+            raise ValueError("model and guide do not vectorize over draws")
         if objective.log_joint.is_enumerated:
             raise ValueError("the model has discrete latents, which are summed out")
         guide, model = objective.traces()

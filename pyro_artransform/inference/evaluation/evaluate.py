@@ -139,14 +139,12 @@ def evaluate_minibatches(
     weights, elements = None, None
     values = next(subject.weighted_draws(8)).values  # a few draws show whether all are equal
     is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
-    status, elbo = (
-        status._replace(is_point=is_point),
-        {"elbo": found.elbo, "elbo_se": found.elbo_se},
-    )
+    status = status._replace(is_point=is_point)
+    elbo = {"elbo": found.elbo, "elbo_se": found.elbo_se}
     if isinstance(by_element, str):
         is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
         failed = Check.MINIBATCHES.failed(
-            of="of all data" if is_of_all else "of a batch, on the average,",
+            of="of all data" if is_of_all else "averaged over batches",
             num_batches=found.num_batches,
             reason=by_element,
             **elbo,

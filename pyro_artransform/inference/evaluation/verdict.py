@@ -24,12 +24,12 @@ _ELSEWHERE = {
     False: ", but other modes were not searched for.",
 }
 _SUM_NOT_CHECKED = (
-    "Whether the density of a mini-batch is a sum over its rows could not be checked: all this "
-    "assumes it."
+    "The verdict assumes that the log density of a mini-batch is a sum over its rows, which could not be "
+    "checked."
 )
 _MIXES_DRAWS = (
-    "The model gave many draws at once another density than one at a time: the fit was trained on the "
-    "former, and all numbers here are of the latter. Write it without branches on values of its latents "
+    "The model has a different density for many draws at once than for one at a time: the guide was trained "
+    "with the former, and the numbers here use the latter. Write it without branches on values of latents "
     "(torch.where), and fit again."
 )
 
@@ -116,12 +116,12 @@ def _notes(status: FitStatus, has_failed: bool) -> Iterator[str]:
         yield _MIXES_DRAWS
     if status.start_failed:
         yield (
-            "The search for a starting point failed, since no Gaussian around one has a finite ELBO: the "
-            "guide began where its arguments put it."
+            "Initialization failed, since no Gaussian around a starting point has a finite ELBO: the guide "
+            "started from its own initial values."
         )
     if status.point_estimates:
         names = first_of(status.point_estimates)
-        yield f"The model's own parameters are point estimates ({names}): all this is given them."
+        yield f"The model's own parameters are point estimates ({names}): the verdict is conditional on them."
     if status.no_sum is None and not has_failed:
         yield _SUM_NOT_CHECKED
 
@@ -163,14 +163,16 @@ def _borderline(found: Importance) -> str:
 def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
     """A sentence on the marginals, or on why they were not checked."""
     if found is not None:
-        unclear = "Marginals not trusted" if found.is_off else "Marginals not known well enough"
+        unclear = "Marginals not trusted" if found.is_off else "Marginals inconclusive"
         head = "Marginals trusted" if found.trusted else unclear
         return f"{head}: {found.words}."
     reason = "there are no chains"
     if ensemble is not None:
         has_mixed = ensemble.convergence().has_mixed
-        reason = "the guide is a point or not finite" if has_mixed else "chains have not mixed"
-    return f"Single latents were not checked, since {reason}."
+        reason = "chains have not mixed"
+        if has_mixed:
+            reason = "the guide has a point mass or draws that are not finite"
+    return f"Marginals not checked, since {reason}."
 
 
 def about_elements(found: ElementWeights, remedy: str) -> Iterator[FailedCheck]:
@@ -195,21 +197,20 @@ def about_good_elements(found: ElementWeights) -> str:
     elements, words, why = found.elements, "", ""
     worst = int(elements.khat.argmax())
     if elements.khat[worst] > GOOD_KHAT:
-        why = "as the largest of so many good ones is by chance"
+        why = "as expected by chance for the largest of so many"
         if elements.tail_share[worst] <= GOOD_TAIL:
-            why = "of a tail too light to matter"
+            why = "with a tail of negligible weight"
         why = f" (above {GOOD_KHAT}, {why})"
     if (shared := found.shared) is not None:
         gap = max(shared.log_evidence - shared.elbo, 0.0)
         words += (
-            f"of the latents that all elements share the ELBO is {gap:.3f} nats below the log evidence "
+            f"for the shared latents, the ELBO is {gap:.3f} nats below the log evidence "
             f"{shared.log_evidence:.3f}, k-hat is {shared.khat:.2f} ± {shared.khat_se:.2f}; "
         )
     return (
-        f"{words}the ELBO of each of {len(elements.khat):,} elements of plate '{elements.plate}' is at most "
-        f"{elements.gap.max():.3f} nats below its log evidence, and the largest k-hat is "
-        f"{elements.khat[worst]:.2f}{why}"
-        f"{_ELSEWHERE[False]}"
+        f"{words}for each of {len(elements.khat):,} elements of plate '{elements.plate}', the ELBO is at "
+        f"most {elements.gap.max():.3f} nats below its log evidence, and the largest k-hat is "
+        f"{elements.khat[worst]:.2f}{why}{_ELSEWHERE[False]}"
     )
 
 
@@ -221,12 +222,12 @@ def _about_success(found: Importance, lost: LostModes) -> str:
     )
     if not found.trusted:
         share = f"{100 * found.tail_share:.1g} % of the weight"
-        words += f" (of a tail of {share}, too little to matter)"
+        words += f" (its tail has {share}, which is negligible)"
     else:
         words += _borderline(found)
     if lost.num_lost:
         return (
-            f"{words}, but about {100 * lost.lost_mass:.0f} % of the posterior is in {lost.num_lost} "
-            "other mode(s) that the guide leaves out."
+            f"{words}, but about {100 * lost.lost_mass:.0f} % of the posterior is in {lost.num_lost} other "
+            "mode(s) that the guide misses."
         )
     return words + _ELSEWHERE[lost.was_searched]

@@ -34,8 +34,8 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
         value = density(z).sum()
     if not value.requires_grad or torch.autograd.grad(value, z, allow_unused=True)[0] is None:
         raise ValueError(
-            "expected a model whose log density has a gradient in its latents, got one without: does it "
-            "run in torch.no_grad, or detach them?"
+            "expected a log density with a gradient with respect to the latents, got one without: does the "
+            "model use torch.no_grad, or detach them?"
         )
     if density.is_random:
         return
@@ -46,9 +46,9 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
         lacking = [i for i, axis in enumerate(axes) if _lacking(written, u, axis) > 0.5 * _MOST]
         names = first_of([latents.name_of(i) for i in lacking]) or "some latents"
         raise ValueError(
-            "expected a model whose log density has a gradient in all latents that it depends on, got one "
-            f"whose gradient lacks a part in {names}: take no float(), .item(), .numpy() or .detach() "
-            "of what is made of latents, and no torch.no_grad"
+            "expected a log density with the full gradient with respect to the latents, got one whose "
+            f"gradient lacks a part for {names}: do not use float(), .item(), .numpy() or .detach() on "
+            "anything computed from latents, nor torch.no_grad"
         )
 
 

@@ -31,8 +31,8 @@ from .from_draws import DRAWS_BY_DIM, DenseGaussian, dense_gaussian, sparse_gaus
 #: the name of the candidate that leaves the guide unchanged
 UNCHANGED = "initial guide"
 #: its name if chains found no Gaussian to compare it with
-FAILED = "initial guide, since chains found no Gaussian with a finite ELBO"
-AT_DRAWS = "a Gaussian at draws of the ensemble"
+FAILED = "initial guide, since no Gaussian fitted to the chains has a finite ELBO"
+AT_DRAWS = "a Gaussian fitted to the draws of the ensemble"
 _GAIN = 0.01  # nats by which the Gaussian must beat the guide, in addition to the margin for chance
 _MOST_LATENTS = 1000  # of a mini-batch, limited for memory
 
@@ -68,8 +68,8 @@ def find_start(
         return InitialGuide(UNCHANGED if gaussian_elbo > -math.inf else FAILED, elbo)
     sites = ", ".join(density.nonfinite_sites(density.start[None])) or "the sum of its sites"
     raise ValueError(
-        "expected a model with a finite log density somewhere near its starting values, found none: "
-        f"{sites} is not finite there. Give the guide an init_loc_fn with values that the data allow"
+        f"expected a finite log density near the initial values, got none: {sites} is not finite there. Give "
+        "the guide an init_loc_fn with values at which the log density is finite"
     )
 
 

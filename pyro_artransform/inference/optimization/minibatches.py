@@ -42,11 +42,11 @@ class PassEstimate(NamedTuple):
         """Why the pass is not known to have each row of all data once; empty if it is."""
         if not self.share:
             hint = "(drop_last=True may leave rows out)"
-            return f"the loader is not known to have each row once in an epoch {hint}"
+            return f"an epoch of the loader may not contain each row exactly once {hint}"
         if not math.isclose(self.loader_share, 1.0):
             return (
-                f"a pass over the loader is {100 * self.loader_share:.3g} % of the data that the "
-                "model scales its batches up to: check the size of the plate"
+                f"a pass over the loader covers {100 * self.loader_share:.3g} % of the data size to which "
+                "the model scales its batches: check the size of the plate"
             )
         if self.share < 1.0 and not math.isclose(self.share, 1.0):
             return f"a pass saw {100 * self.share:.3g} % of the data, in {self.num_batches} batches"

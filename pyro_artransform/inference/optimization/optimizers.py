@@ -117,6 +117,6 @@ def users_optimizer(optim: Any, parameters: Sequence[Tensor]) -> Optimizer:
     moved = {parameter for group in made.param_groups for parameter in group["params"]}
     if moved.isdisjoint(parameters):
         raise ValueError(
-            "optim: expected an optimizer of the parameters that it is given, got one of others"
+            "optim: expected an optimizer for the parameters that it is given, got one for others"
         )
     return made

@@ -13,12 +13,10 @@ from ...diagnostics.importance import GOOD_KHAT, KHAT_OF_VARIANCE
 from ...diagnostics.psis import fit_tail
 from ..config import OptimizationConfig
 
-PLATEAU = "the ELBO stopped moving"
-NOTHING_TO_WIN = "the guide is the posterior, as far as its weights tell: nothing is left to win"
-LITTLE_TO_WIN = "little was left to win, as far as its weights tell"
-LIMIT = (
-    "the largest number of steps that a fit takes by itself was reached while the ELBO still moved"
-)
+PLATEAU = "the ELBO stopped improving"
+NOTHING_TO_WIN = "the importance weights show no difference between guide and posterior"
+LITTLE_TO_WIN = "the importance weights show that little could still be gained"
+LIMIT = "the default maximum of steps was reached while the ELBO was still improving"
 # steps over which the step size rises at the start
 _WARM_UP = 20
 # steps of the decay, and the fraction of the step size it starts from, as the tail gradient is noisier
@@ -77,7 +75,7 @@ class Schedule:
             num_steps=num_steps,
             end=num_steps,
             decay_start=num_steps - int(_DECAY_SHARE * num_steps),
-            reason=f"all {num_steps} steps that were asked for were taken",
+            reason=f"the requested number of steps ({num_steps}) was taken",
         )
 
     def ending_at(self, step: int, reason: str) -> "Schedule":

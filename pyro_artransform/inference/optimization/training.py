@@ -104,7 +104,7 @@ class Training:
         return sum(map(math.isnan, self.losses))
 
     def check_start(self, name: str) -> None:
-        """Ends the fit if the user requested no number of steps and the initial guide is good enough."""
+        """Ends the fit if the user set no number of steps and the initial guide is good enough."""
         self.start = name
         is_asked = self.schedule.num_steps is not None or not self._has_decay
         if self._has_checks and not is_asked:
@@ -194,11 +194,10 @@ class Training:
         self.losses.append(math.nan)
         if sum(map(math.isnan, self.losses[-_MAX_SKIPS:])) == _MAX_SKIPS:
             raise FitError(
-                f"the fit stopped: the loss or its gradient was not finite in {_MAX_SKIPS} steps "
-                f"in a row, because of {', '.join(self.culprits)}. The parameters are finite, as the "
-                "last good steps left them. Check the data, and that the model and its gradient are finite "
-                "for all its latents: what a mask or torch.where leaves out of a value, NaN for example, "
-                "stays in its gradient"
+                f"the fit stopped: the loss or its gradient was not finite for {_MAX_SKIPS} steps in a row, "
+                f"because of {', '.join(self.culprits)}. The parameters are those after the last good step. "
+                "Check the data, and that the log density and its gradient are finite for all values of the "
+                "latents: a NaN that a mask or torch.where removes from a value stays in its gradient"
             )
 
     def _refuse_new_parameters(self) -> None:

@@ -57,7 +57,7 @@ def without_a_size(y):
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (no_locals, r"no latents in a plate.*\['mean'\]\. AutoIAF is the guide"),
+        (no_locals, r"no latents in a plate.*\['mean'\]\. Use AutoIAF"),
         (in_groups("kind", lambda y: dist.Bernoulli(0.5)), "site 'kind' is discrete"),
         (
             in_groups("z", lambda y: dist.Uniform(y - 1, y + 1)),
@@ -166,7 +166,7 @@ INDEX = torch.tensor([3, 1, 7])
 def test_indices_that_the_model_gives():
     """Stock guides put their own in place of them, in silence."""
     y = data()
-    refuses(r"gives the indices of plate 'groups' itself.*3 of 12.*create_plates", given, y, INDEX)
+    refuses(r"sets the indices of plate 'groups' itself.*3 of 12.*create_plates", given, y, INDEX)
     guide = AutoAmortized(given, create_plates=plates)
     for now in (INDEX, torch.tensor([0, 11])):
         trace = pyro.poutine.trace(guide).get_trace(y, now)
@@ -178,7 +178,7 @@ def test_indices_that_the_model_gives():
         guides = AutoGuideList(given, create_plates=create_plates)
         guides.append(AutoAmortized(given))
         if create_plates is None:
-            with pytest.raises(ValueError, match="gives the indices of plate 'groups' itself"):
+            with pytest.raises(ValueError, match="sets the indices of plate 'groups' itself"):
                 guides(y, INDEX)
         else:
             assert guides(y, INDEX)["z"].shape == (3,)
@@ -203,7 +203,7 @@ def test_indices_choose_the_embeddings():
         (lambda y, i: pyro.plate("groups", 12, subsample=i[:2]), ValueError, r"\(12, 2, -1\)"),
         (lambda y, i: pyro.plate("groups", 12, subsample=i, dim=-2), ValueError, r"\(12, 3, -2\)"),
         (lambda y, i: [i], TypeError, "expected it to return a pyro.plate or several, got Tensor"),
-        (lambda y, i: [], ValueError, "gives the indices of plate 'groups' itself"),
+        (lambda y, i: [], ValueError, "sets the indices of plate 'groups' itself"),
     ],
 )
 def test_plates_that_do_not_fit(plates, kind, message):
@@ -237,7 +237,7 @@ def test_plates_that_do_not_fit(plates, kind, message):
             TypeError,
             "encoder: expected the model's arguments.*missing .*'other'",
         ),
-        (lambda y: {"rows": y[:, None]}, ValueError, r"of \['groups'\], got the key 'rows'"),
+        (lambda y: {"rows": y[:, None]}, ValueError, r"keys \['groups'\], got the key 'rows'"),
         (lambda y: [y], TypeError, "expected it to return a tensor or a dict of tensors.*list"),
         (lambda y: {"groups": 1.0}, TypeError, "features of 'groups' that are floats, got float"),
         (lambda y: y[:, None].long(), TypeError, "features of 'groups' that are floats, got torch"),
@@ -263,7 +263,9 @@ def test_features_that_do_not_fit_plates():
     def encoder(y):
         return {name: pyro.subsample(y, event_dim=0)[:, None] for name in ("a", "b")}
 
-    refuses(r"fits the plates \['a', 'b'\]: expected one", model, data(), encoder=encoder)
+    refuses(
+        r"expected one plate for pyro.subsample.*, got \['a', 'b'\]", model, data(), encoder=encoder
+    )
 
 
 def test_features_that_come_and_go():

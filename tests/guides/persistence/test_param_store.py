@@ -158,9 +158,9 @@ def test_loaded_store_of_another_guide(tmp_path):
     train(new_guide())
     pyro.get_param_store().save(str(tmp_path / "store"))
     for count, width, message in (
-        (2, 16, r"does not fit: expected \(\(16,\).* got \(\(8,\)"),
-        (1, 8, r"does not fit: expected None, got \(\(8,"),
-        (3, 8, r"does not fit: expected \(\(8,.*, got None"),
+        (2, 16, r"does not match: expected \(\(16,\).* got \(\(8,\)"),
+        (1, 8, r"does not match: expected None, got \(\(8,"),
+        (3, 8, r"does not match: expected \(\(8,.*, got None"),
     ):
         pyro.clear_param_store()
         pyro.get_param_store().load(str(tmp_path / "store"))

@@ -220,7 +220,7 @@ CHANGES = {
     "shape of a graph": ("structured", site(shape=[2**40], plates=[]), "expected the parents"),
     "plate of embeddings": ("amortized", site(plates=[["data", -1, 2**40, 0, 2**40]]), SIZES),
     "plate": ("structured", site(plates=[["groups", -1, 2**40, 0, None]]), SIZES),
-    "sub-sampled plate": ("structured", site(plates=[["groups", -1, 8, 0, 2**40]]), "sub-sampled"),
+    "subsampled plate": ("structured", site(plates=[["groups", -1, 8, 0, 2**40]]), "subsampled"),
     "plate without a dimension": ("iaf", site(plates=[["p", -1, 2**40, 0, None]]), SIZES),
     "bounds": ("iaf", site(support=BOUNDS), "expand"),
     "edge": ("structured", graph(edges=[[0, 10**9]]), r"graph: .* coordinates 1000000000"),
@@ -244,7 +244,7 @@ CHANGES = {
         lambda s: s.update(format="a guide of class AutoMAF, format 9"),
         "AutoIAF, format 9, got a guide of class AutoMAF",
     ),
-    "another kind": ("iaf", lambda saved: saved.update(format=[9]), "got another file"),
+    "another kind": ("iaf", lambda saved: saved.update(format=[9]), "got another kind of file"),
     "older": (
         "iaf",
         lambda saved: saved.update(format=8),
@@ -303,5 +303,5 @@ def test_a_huge_state_dict_is_not_built():
     plain["sites"][0]["shape"] = [2**20]
     changed = bytearray(json.dumps(plain).encode())
     state["_extra_state"] = torch.frombuffer(changed, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="does not fit the sites and arguments of its guide"):
+    with pytest.raises(RuntimeError, match="does not match the sites and arguments of its guide"):
         AutoIAF(models.regression).load_state_dict(state)

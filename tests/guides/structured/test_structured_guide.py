@@ -152,7 +152,7 @@ def test_what_is_refused():
         x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         pyro.factor("noise", (torch.randn(3) * x).sum(-1))
 
-    with pytest.raises(ValueError, match="got one that is random"):
+    with pytest.raises(ValueError, match="got a random one"):
         AutoStructuredFlow(random).set_up()
 
 

@@ -87,7 +87,7 @@ def test_the_posterior_itself():
     assert elements.tail_share.max() < 1e-12
     assert verdict(found).trusted
     for words in (
-        "Trusted: of the latents that all",
+        "Trusted: for the shared latents, the ELBO",
         "43 elements of plate 'groups'",
         "other modes were not",
     ):
@@ -127,9 +127,9 @@ def test_one_element_is_named(shift):
     assert (~found.elements.trusted).nonzero().flatten().tolist() == [17]
     judged = verdict(found)
     assert not judged.trusted
-    words = "1 of the 43 elements of plate 'groups' are not good: element 17 (an ELBO "
+    words = "the guide fails for 1 of the 43 elements of plate 'groups': element 17 (ELBO "
     assert words in judged.words
-    assert "where they are many, use a better one." in judged.words
+    assert "if they are many, use a better one." in judged.words
 
 
 def test_heavy_tails_of_one_element_are_named():
@@ -155,7 +155,7 @@ def test_much_noise_hides_what_all_share():
     found = weighed(partial(posterior, width=1.4, shift=0.02), num_shared=500)
     good = found._replace(elements=weighed(posterior).elements)
     assert found.noise > 1
-    assert "nothing is known of the latents that all elements share" in verdict(good).words
+    assert "the shared latents could not be checked" in verdict(good).words
 
 
 def test_the_largest_of_many_khats():
@@ -175,9 +175,9 @@ def test_the_largest_of_many_khats():
     [
         (
             1.0,
-            "1.10 (above 0.7, as the largest of so many good ones is by chance), but other modes",
+            "1.10 (above 0.7, as expected by chance for the largest of so many), but other modes",
         ),
-        (1e-4, "1.10 (above 0.7, of a tail too light to matter), but other modes"),
+        (1e-4, "1.10 (above 0.7, with a tail of negligible weight), but other modes"),
     ],
 )
 def test_why_a_large_khat_is_trusted(share, why):
@@ -206,7 +206,7 @@ def test_elements_without_an_index(kind):
         assert found.elements.index is None
         assert found.elements.name_of(17) == "element 17 of a pass over the loader"
     else:
-        assert "each row once" in found
+        assert "each row exactly once" in found
 
 
 class OfPlate:
@@ -281,12 +281,12 @@ def test_what_is_not_known_is_said():
 
     double = partial(groups, size=2 * SIZE)
     for words, found in (
-        ("is 90.7 % of the data", weighed(posterior, make_loader=most)),
-        ("is 50 % of the data", weighed(partial(posterior, size=2 * SIZE), double)),
-        ("is 50 % of the data", weighed(posterior, data_twice)),
+        ("covers 90.7 % of the data", weighed(posterior, make_loader=most)),
+        ("covers 50 % of the data", weighed(partial(posterior, size=2 * SIZE), double)),
+        ("covers 50 % of the data", weighed(posterior, data_twice)),
         ("depend on the mini-batch", weighed(posterior, moved)),
         ("depend on the mini-batch", weighed(posterior, outside)),
-        ("many elements at once in a plate", weighed(in_no_plate)),
+        ("do not vectorize over draws", weighed(in_no_plate)),
         ("depend on each other", weighed(posterior, joined)),
         (r"those of ['groups', 'rows']", weighed(posterior, crossed)),
         ("a pass saw 60 % of the data, in 3 batches", weighed(posterior, max_batches=3)),
@@ -302,4 +302,7 @@ def test_an_error_is_no_end_of_a_fit(monkeypatch):
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr("pyro_artransform.inference.evaluation.elements._weigh", fails)
-    assert "its elements could not be weighed (RuntimeError: out of memory" in weighed(posterior)
+    assert (
+        "importance weights of elements could not be computed (RuntimeError: out of memory"
+        in weighed(posterior)
+    )

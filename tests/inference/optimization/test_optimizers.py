@@ -120,7 +120,7 @@ def test_what_is_not_an_optimizer(optim, words):
 
 def test_an_optimizer_of_something_else():
     others = parameters()
-    with pytest.raises(ValueError, match=r"optim: expected .* of the parameters that it is given"):
+    with pytest.raises(ValueError, match=r"optim: expected .* for the parameters that it is given"):
         users_optimizer(lambda trained: torch.optim.Adam(others), parameters())
     # a part of them, and what is trained elsewhere, are the user's choice
     trained = parameters()
