@@ -49,8 +49,6 @@ from .variational_posterior import (
 
 # number of latent vectors drawn at once
 _CHUNK = 2**16
-# factor of the global location's steps, over which mini-batch noise averages out
-_LOCATION_STEP = 2.0
 
 
 class AutoAmortized(PersistentGuide):
@@ -166,11 +164,8 @@ class AutoAmortized(PersistentGuide):
     @property
     def needs_indices(self) -> bool:
         """Whether batches of data need ``create_plates``, to look up their embeddings."""
-        if self.create_plates is not None:
-            return False
-        if self._spec is None:
-            return self._encoder[0] is None
-        return any(factor.table is not None for factor in self._posterior.locals)
+        has_embeddings = any(factor.table is not None for factor in self._posterior.locals)
+        return has_embeddings and self.create_plates is None
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
@@ -335,7 +330,7 @@ class AutoAmortized(PersistentGuide):
             return {}
         ratio = max(plate.full_size / plate.size for plate in self._sizes.values())
         scale = globals_.affine.log_scale.detach().exp()
-        scales = {globals_.affine.loc: _LOCATION_STEP * ratio**0.5 * scale}
+        scales = {globals_.affine.loc: ratio**0.5 * scale}
         if ratio != 1:
             for parameter in globals_.transform.transforms[:-1].parameters():
                 scales[parameter] = scale.new_full((), ratio**-0.5)
