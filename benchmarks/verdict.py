@@ -115,7 +115,7 @@ def run(name: str, kind: str, seed: int, num_steps: int | None) -> Outcome:
         guide = known_guide(target, kind)
         subject = ModelAndGuide(target.model, guide, (), {}, LogJoint(target.model))
         found = evaluate(subject, FitStatus(), FitConfig())
-        khat, trusted, words = found.weights.khat, found.verdict.trusted, found.verdict.words
+        khat, trusted, words = found["khat"], found["trusted"], found["verdict"]
     else:
         guide = FITTED[kind](poutine.block(target.model, hide=list(target.summed_out)))
         result = fit(target.model, guide, num_steps=num_steps, progress=False)

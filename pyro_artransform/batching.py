@@ -13,9 +13,8 @@ become one operation on stacked inputs; :mod:`~pyro_artransform.tape` selects th
    https://arxiv.org/abs/1705.07860
 """
 
-from collections import defaultdict
 from collections.abc import Container, Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
@@ -46,17 +45,16 @@ class _Writer:
             if len(calls) < FEWEST:
                 for call in calls:
                     self._write(call)
-            elif calls[0].kind == "select":
-                self._write_selections(calls)
             else:
-                self._keep(calls, self._batch(calls))
+                stack = self._selected if calls[0].kind == "select" else self._batch
+                self._keep([call.outputs[0] for call in calls], stack(calls))
         for name in self._tape.results:
             self._graph.registerOutput(self._value(name))
         return self._graph
 
     def _write(self, call: Call) -> None:
         if call.kind == "recurrence":
-            self._keep([call], self._scanned(call))
+            self._keep(call.outputs, self._scanned(call))
             return
         if call.kind == "prim::ListConstruct":
             self._lists[call.outputs[0]] = call
@@ -80,19 +78,14 @@ class _Writer:
         if not any(in_batch and len(run) >= FEWEST for in_batch, run in found):
             return False
         dim = self._tape.constants[call.inputs[1]] % len(kinds[call.outputs[0]].shape)
+        is_cat = call.kind == "cat"
         for in_batch, run in found:
             if in_batch:
                 rows = self._made("movedim", self._stacked(run), 0, dim)
-                parts.append(
-                    self._made("flatten", rows, dim, dim + 1) if call.kind == "cat" else rows
-                )
+                parts.append(self._made("flatten", rows, dim, dim + 1) if is_cat else rows)
             else:
                 alone = map(self._value, run)
-                parts += (
-                    alone
-                    if call.kind == "cat"
-                    else [self._made("unsqueeze", v, dim) for v in alone]
-                )
+                parts += alone if is_cat else [self._made("unsqueeze", v, dim) for v in alone]
         self._values[call.outputs[0]] = self._made("cat", self._listed(parts), dim)
         return True
 
@@ -179,20 +172,11 @@ class _Writer:
         dims = [d + 1 if d >= 0 else d for d in self._tape.constants[first.inputs[1]]]
         return self._made("sum", inputs[0], dims, *inputs[2:])
 
-    def _write_selections(self, calls: Sequence[Call]) -> None:
-        """Batches selections by source tensor."""
-        by_source = defaultdict[str, list[Call]](list)
-        for call in calls:
-            by_source[call.inputs[0]].append(call)
-        for source, some in by_source.items():
-            if len(some) < FEWEST:
-                for call in some:
-                    self._write(call)
-                continue
-            rows = [self._tape.constants[call.inputs[2]] for call in some]
-            dim = self._tape.constants[some[0].inputs[1]]
-            found = self._rows(self._value(source), dim, rows, source)
-            self._keep(some, self._made("movedim", found, dim, 0))
+    def _selected(self, calls: Sequence[Call]) -> Any:
+        """The stacked outputs of selections from one tensor."""
+        source, dim = calls[0].inputs[0], self._tape.constants[calls[0].inputs[1]]
+        rows = [self._tape.constants[call.inputs[2]] for call in calls]
+        return self._made("movedim", self._rows(self._value(source), dim, rows, source), dim, 0)
 
     def _rows(self, value: Any, dim: int, rows: Sequence[int], like: str) -> Any:
         return self._made("index_select", value, dim, self._index(rows, like))
@@ -200,8 +184,7 @@ class _Writer:
     def _index(self, rows: Sequence[int], like: str) -> torch.Tensor:
         return torch.tensor(rows, dtype=torch.long, device=self._tape.kinds[like].device)
 
-    def _keep(self, calls: Sequence[Call], batch: Any) -> None:
-        names = [name for call in calls for name in call.outputs]
+    def _keep(self, names: Sequence[str], batch: Any) -> None:
         self._place.update({name: (len(self._batches), row) for row, name in enumerate(names)})
         self._batches.append(batch)
         self._sizes.append(len(names))
@@ -222,19 +205,14 @@ class _Writer:
     def _stacked(self, names: tuple[str, ...]) -> Any:
         """Stacks values along a new first dimension, reusing rows of batches."""
         if names not in self._stacks:
-            alone = [*dict.fromkeys(name for name in names if name not in self._place)]
-            sources = [*dict.fromkeys(self._place[n][0] for n in names if n in self._place)]
-            parts, start, starts = [self._batches[k] for k in sources], 0, dict[int, int]()
-            for source in sources:
-                starts[source], start = start, start + self._sizes[source]
-            if alone:
-                parts.append(self._made("stack", self._listed(map(self._value, alone)), 0))
-            rows = []
-            for name in names:
-                source, row = self._place.get(name, (-1, 0))
-                rows.append(start + alone.index(name) if source < 0 else starts[source] + row)
+            if alone := [*dict.fromkeys(name for name in names if name not in self._place)]:
+                self._keep(alone, self._made("stack", self._listed(map(self._value, alone)), 0))
+            sources = [*dict.fromkeys(self._place[name][0] for name in names)]
+            *starts, end = accumulate((self._sizes[k] for k in sources), initial=0)
+            start, parts = dict(zip(sources, starts)), [self._batches[k] for k in sources]
+            rows = [start[source] + row for source, row in map(self._place.__getitem__, names)]
             value = parts[0] if len(parts) == 1 else self._made("cat", self._listed(parts), 0)
-            if rows != [*range(start + len(alone))]:
+            if rows != [*range(end)]:
                 value = self._rows(value, 0, rows, names[0])
             self._stacks[names] = value
         return self._stacks[names]

@@ -10,12 +10,12 @@ The gradient of a small model is a thousand operations of a few microseconds eac
 import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from .differentiation import leaves
+from .differentiation import KnownGradients, leaves
 from .recording import Replay, record
 
 #: a function of tensors that returns detached tensors
@@ -133,12 +133,7 @@ class Captured:
 
 
 class CapturedLoss(Captured):
-    """Captures a scalar function without arguments together with its gradients.
-
-    The loss may be random, and depend on any parameters.
-
-    :param loss: returns the scalar, differentiable in the parameters.
-    """
+    """Captures a scalar loss, which may be random, together with its gradients by all parameters."""
 
     def __init__(self, loss: Callable[[], Tensor]) -> None:
         super().__init__()
@@ -151,7 +146,7 @@ class CapturedLoss(Captured):
         if not self.can_replay:
             return self._loss()
         value, *gradients = super().__call__()
-        found: Tensor = _KnownGradients.apply(value, gradients, *self._parameters)
+        found: Tensor = KnownGradients.apply(value, gradients, None, None, *self._parameters)
         return found
 
     def _evaluate(self, *_: Tensor) -> tuple[Tensor, ...]:
@@ -167,21 +162,6 @@ class CapturedLoss(Captured):
         pairs = [(p, g) for p, g in zip(reached, found) if g is not None]
         self._parameters = [parameter for parameter, _ in pairs]
         return value.detach(), *(gradient for _, gradient in pairs)
-
-
-class _KnownGradients(torch.autograd.Function):
-    """A value with precomputed gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, value: Tensor, gradients: Sequence[Tensor], *parameters: Tensor
-    ) -> Tensor:
-        ctx.gradients = gradients
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
-        return None, None, *(weights[0] * gradient for gradient in ctx.gradients)
 
 
 def _nudged(value: Tensor) -> Tensor:

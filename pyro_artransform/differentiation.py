@@ -39,7 +39,7 @@ def evaluate_with_gradient(
         (gradient,) = torch.autograd.grad(values.sum(), inputs, retain_graph=True)
     except RuntimeError:  # a reentrant checkpoint, or an error that backward will raise
         return values, False
-    found: Tensor = _KnownGradient.apply(inputs, values.detach(), gradient, function, state)
+    found: Tensor = KnownGradients.apply(values.detach(), [gradient], function, state, inputs)
     return found, True
 
 
@@ -66,7 +66,8 @@ def sum_with_gradient(
             return total(inputs)
         values = values + found.detach()
         gradient = gradient + torch.autograd.grad(found.sum(), rows)[0]
-    known: Tensor = _KnownGradient.apply(inputs, values, gradient, total, torch.get_rng_state())
+    state = torch.get_rng_state()
+    known: Tensor = KnownGradients.apply(values, [gradient], total, state, inputs)
     return known
 
 
@@ -89,30 +90,38 @@ def leaves(values: Sequence[Tensor], inputs: Tensor | None = None) -> Iterator[T
             waiting += [child for child, _ in node.next_functions]
 
 
-class _KnownGradient(torch.autograd.Function):
-    """Values with a precomputed gradient; double differentiation evaluates the function again."""
+class KnownGradients(torch.autograd.Function):
+    """Values with precomputed gradients, one per input.
+
+    Double differentiation evaluates ``function`` of rows again, if there is one, from a random ``state``.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
-        inputs: Tensor,
         values: Tensor,
-        gradient: Tensor,
-        function: Callable[[Tensor], Tensor],
-        state: Tensor,
+        gradients: Sequence[Tensor],
+        function: Callable[[Tensor], Tensor] | None,
+        state: Tensor | None,
+        *inputs: Tensor,
     ) -> Tensor:
-        ctx.function, ctx.state = function, state
-        ctx.save_for_backward(inputs, gradient)
+        ctx.gradients, ctx.function, ctx.state = gradients, function, state
+        ctx.save_for_backward(*(inputs if function else ()))
         return values.clone()
 
     @staticmethod
     def backward(ctx: Any, *weights: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, gradient = ctx.saved_tensors
-        if torch.is_grad_enabled():  # create_graph=True
+        if ctx.function and torch.is_grad_enabled():  # create_graph=True
             with torch.random.fork_rng(devices=[]):
                 torch.set_rng_state(ctx.state)  # with the same random numbers
-                again = gradients_with_graph(lambda x: [ctx.function(x)], [inputs], weights)
-            return again[0], None, None, None, None
-        by_row = weights[0][:, None].to(gradient)
+                again = gradients_with_graph(
+                    lambda x: [ctx.function(x)], ctx.saved_tensors, weights
+                )
+            return None, None, None, None, *again
+        (weight,) = weights
+        if not weight.dim():
+            return None, None, None, None, *(weight * gradient for gradient in ctx.gradients)
         # values of weight zero may have an infinite gradient
-        return torch.where(by_row == 0, 0.0, by_row * gradient), None, None, None, None
+        (gradient,), by_row = ctx.gradients, weight[:, None]
+        found = torch.where(by_row == 0, 0.0, by_row.to(gradient) * gradient)
+        return None, None, None, None, found

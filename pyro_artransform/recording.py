@@ -130,9 +130,6 @@ class _Recording(TorchDispatchMode):
 
     Values that depend on inputs or random numbers vary, and so do all tensors that share their memory. Python
     may read other values, such as data and parameters; a replay fails if these have changed.
-
-    :param inputs: the tensors that a replay replaces; all others are taken by reference.
-    :param end: the ``time.process_time`` after which the recording is refused.
     """
 
     def __init__(self, inputs: Sequence[Tensor], end: float) -> None:

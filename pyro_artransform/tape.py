@@ -177,8 +177,9 @@ class Tape:
         call = self.calls[index]
         if not self._can_be_batched(call):
             return index
-        names = call.inputs[:2] if call.kind == "select" else call.inputs
-        return call.kind, *(self.kinds.get(name, name) for name in names)
+        if call.kind == "select":  # from one tensor
+            return call.kind, *call.inputs[:2]
+        return call.kind, *(self.kinds.get(name, name) for name in call.inputs)
 
     def _can_be_batched(self, call: Call) -> bool:
         """Whether the operation can be batched: a known kind, with inputs of one dtype and device."""

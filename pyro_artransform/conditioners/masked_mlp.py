@@ -3,9 +3,7 @@
 
 """The masked multilayer perceptron and its layer, and parameters that depend on no input."""
 
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +15,6 @@ from .activations import is_elementwise, slope_of
 from .base import Conditioner
 from .blocks import BlockLayout, MLPBlocks, MLPLinearization, Weights
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
-
-Layer = Callable[[Tensor], Tensor]
 
 
 def runs_only(module: nn.Module, cls: type[nn.Module]) -> bool:
@@ -177,23 +173,25 @@ class MaskedMLP(Conditioner):
         self._is_narrow = min(self.hidden_dims) < len(sets)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        # keeps one output at a time: large batches spend their time on memory
-        return deque(self._outputs(self.layers, self.skip, x, context), maxlen=1).pop()
-
-    def _outputs(
-        self, layers: Iterable[Layer], skip: Layer | None, x: Tensor, context: Tensor | None
-    ) -> Iterator[Tensor]:
-        """What each layer returns, before the activation; the parameters are the last."""
-        check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
-        first, *others = layers
-        output = first(x) if context is None else self._with_context(first(x), context)
+        first, *others = self.layers
+        if (context is None) is not (self.context_layer is None):
+            self._check(x, context)
+        try:
+            output = first(x) if context is None else self._with_context(first(x), context)
+        except RuntimeError:  # torch's own does not name the argument
+            self._check(x, context)
+            raise
         for layer in others:
-            yield output
             output = layer(self.nonlinearity(output))
-        output = output if skip is None else output + skip(x)
+        return self._as_params(output if self.skip is None else output + self.skip(x))
+
+    def _check(self, x: Tensor, context: Tensor | None) -> None:
+        check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
+
+    def _as_params(self, outputs: Tensor) -> Tensor:
         # each parameter is one contiguous row of D numbers: slices of it are as fast as tensors
-        rows = output.reshape(output.shape[:-1] + (self.num_params, self.input_dim))
-        yield rows.transpose(-1, -2)
+        rows = outputs.reshape(outputs.shape[:-1] + (self.num_params, self.input_dim))
+        return rows.transpose(-1, -2)
 
     def _with_context(self, hidden: Tensor, context: Tensor | None) -> Tensor:
         if self.context_layer is None or context is None:
@@ -204,12 +202,14 @@ class MaskedMLP(Conditioner):
         """The conditioner at x, or None if :meth:`blocks` returns None."""
         if not self._is_of_its_layers():
             return None
-        # masked once, for the values and for their derivatives
-        masked, skip = self._masked()
-        layers = [partial(F.linear, weight=w, bias=own.bias) for w, own in zip(masked, self.layers)]
-        through_skip = None if skip is None else partial(F.linear, weight=skip)
-        *hidden, params = self._outputs(layers, through_skip, x, context)
-        slopes = [slope_of(self.nonlinearity, layer) for layer in hidden]
+        self._check(x, context)
+        masked, skip = self._masked()  # once, for the values and for their derivatives
+        first, *others = self.layers
+        output, slopes = self._with_context(F.linear(x, masked[0], first.bias), context), []
+        for weight, layer in zip(masked[1:], others):
+            slopes.append(slope_of(self.nonlinearity, output))
+            output = F.linear(self.nonlinearity(output), weight, layer.bias)
+        params = self._as_params(output if skip is None else output + F.linear(x, skip))
         with torch.no_grad():
             weights = self._weights(masked, skip, None)
         return MLPLinearization(params, self._layout, self._order(), weights, slopes)
@@ -220,7 +220,7 @@ class MaskedMLP(Conditioner):
         """None for a subclass with another ``forward``, or with hooks, which blocks do not go through."""
         if not self._is_of_its_layers():
             return None
-        check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
+        self._check(x, context)
         weights = self._weights(*self._masked(), context).sorted_by(self._order())
         return MLPBlocks(self._layout, self._order(), weights, self.nonlinearity, x)
 

@@ -16,9 +16,8 @@ from ..joint.protocols import PriorGuide, TransformedGuide
 from ..sampling import Ensemble
 from ..sampling.target import ToLatent
 from ..transforms.flow_module import call_and_ladj_over_vectors
-from .importance_weights import ModelAndGuide, check_same_latents
+from .importance_weights import NUM_DRAWS, ModelAndGuide, check_same_latents
 
-_NUM_DRAWS = 10_000  # draws to estimate the means and sds of a guide
 _MOST_DENSE = 1200  # the most dimensions of an affine transform that is stored as a matrix
 
 
@@ -42,20 +41,18 @@ def base_space(subject: ModelAndGuide) -> tuple[LogJoint, ToLatent]:
     A guide without a transform is replaced by the means and sds of its draws. So is a Gaussian guide of a
     hierarchy, whose location and scale carry over to coordinates from the prior.
     """
-    log_joint, pair = subject.log_joint, None
+    log_joint, affine = subject.log_joint, None
     draws = subject.draws(2)  # raises an error if the guide does not belong to this model
     transform = transform_of(subject)
     if transform is not None:
-        guide = partial(subject.guide, *subject.args, **subject.kwargs)
-        check_same_latents(log_joint, guide)
+        check_same_latents(log_joint, partial(subject.guide, *subject.args, **subject.kwargs))
         affine = _affine(transform, draws)
-        pair = log_joint, affine or transform
         if affine is None or isinstance(cast(object, subject.guide), PriorGuide):
-            return pair
+            return log_joint, affine or transform
     unit = non_centered(log_joint)
-    if pair is not None and unit is log_joint:
-        return pair
-    draws = subject.draws(_NUM_DRAWS)
+    if affine is not None and unit is log_joint:
+        return log_joint, affine
+    draws = subject.draws(NUM_DRAWS)
     draws = draws[draws.isfinite().all(-1)]
     if unit is not log_joint and len(draws):
         coordinates = coordinates_at(log_joint, unit.coordinates, draws)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_integer
-from .importance_weights import Values, weighted_draws
+from .importance_weights import NUM_DRAWS, Values, weighted_draws
 from .psis import fit_tail, share_above, smooth_tail
 
 GOOD_KHAT = 0.7  #: the largest k-hat at which estimates with the weights are reliable
@@ -21,11 +21,11 @@ GOOD_GAP = 0.1  #: the largest gap between an ELBO and the log evidence, in nats
 GOOD_ELBO_SE = 0.05  #: the largest standard error of an ELBO, in nats
 GOOD_TAIL = 0.001  #: the largest excess of a tail, as a share of all weights, that is negligible
 GOOD_LOST_MASS = 0.05  #: the largest share of a posterior in modes that the guide has missed
-GOOD_MEAN_SHIFT = 0.15  #: the largest error of a mean, in sds of the posterior
-GOOD_SD_ERROR = 0.15  #: the largest relative error of a standard deviation
+GOOD_ERROR = (
+    0.15  #: the largest error of a mean, in sds of the posterior, and relative error of an sd
+)
 CLEAR_IN_SE = 2.0  #: the number of standard errors at which a difference is clear
 CONFIDENCE = 0.975  #: the probability that the bounds on all errors of means and sds hold
-_FEWEST = 10_000  # the fewest draws to resample from
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,7 +122,7 @@ class Importance:
 def importance(
     model: Callable[..., object],
     guide: Callable[..., object],
-    num_samples: int = 10_000,
+    num_samples: int = NUM_DRAWS,
     *args: object,
     **kwargs: object,
 ) -> Importance:
@@ -180,7 +180,7 @@ def psis_resample(
        1996), https://doi.org/10.2307/1390750
     """
     check_integer("n", n)
-    chunks = list(weighted_draws(model, guide, max(_FEWEST, 5 * n), args, kwargs, None))
+    chunks = list(weighted_draws(model, guide, max(NUM_DRAWS, 5 * n), args, kwargs, None))
     chosen = _chosen(torch.cat([chunk.log_weights for chunk in chunks]), n)
     values = {name: torch.cat([c.values[name] for c in chunks]) for name in chunks[0].values}
     return {name: value[chosen.to(value.device)] for name, value in values.items()}

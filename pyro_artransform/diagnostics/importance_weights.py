@@ -25,6 +25,7 @@ Model = Callable[..., object]
 Run = Callable[[], object]
 Values = dict[str, Tensor]
 
+NUM_DRAWS = 10_000  #: draws by which a guide is judged
 _SMALL_CHUNK = 100  # draws at once if they are slow, or time is limited
 
 

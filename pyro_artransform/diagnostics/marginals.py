@@ -19,7 +19,7 @@ from torch import Tensor
 from ..joint import Latents
 from ..sampling import Ensemble
 from ..sampling.convergence import mean_ess
-from .importance import CONFIDENCE, GOOD_MEAN_SHIFT, GOOD_SD_ERROR, KHAT_OF_VARIANCE
+from .importance import CONFIDENCE, GOOD_ERROR, KHAT_OF_VARIANCE
 from .importance_weights import Values
 from .psis import fit_tails
 
@@ -106,17 +106,17 @@ def _judged(errors: MarginalErrors, num_chains: int, latents: Latents) -> Margin
     most = torch.stack([shift.abs() + shift_width, (ratio - 1).abs() + ratio_width])
     mean_bound, sd_bound = most.nan_to_num(torch.inf, torch.inf).amax(1).tolist()
     objections = []
-    is_off = shift.abs() - shift_width > GOOD_MEAN_SHIFT
+    is_off = shift.abs() - shift_width > GOOD_ERROR
     if is_off.any():
         at, those, name = _worst(shift.abs(), is_off, "means", latents)
         worst = f"{name} by {shift[at]:.2f} ± {shift_width[at]:.2f}"
-        objections.append(f"{those} off by more than {GOOD_MEAN_SHIFT} posterior sd ({worst})")
-    is_off = (ratio - 1).abs() - ratio_width > GOOD_SD_ERROR
+        objections.append(f"{those} off by more than {GOOD_ERROR} posterior sd ({worst})")
+    is_off = (ratio - 1).abs() - ratio_width > GOOD_ERROR
     if is_off.any():
         at, those, name = _worst(ratio.log().abs(), is_off, "sds", latents)
         worst = f"{name}: {ratio[at]:.2f} ± {ratio_width[at]:.2f} times that of the posterior"
-        objections.append(f"{those} off by more than {100 * GOOD_SD_ERROR:.0f} % ({worst})")
-    is_known = mean_bound <= 2 * GOOD_MEAN_SHIFT and sd_bound <= 2 * GOOD_SD_ERROR
+        objections.append(f"{those} off by more than {100 * GOOD_ERROR:.0f} % ({worst})")
+    is_known = max(mean_bound, sd_bound) <= 2 * GOOD_ERROR
     if objections:
         words = "; ".join(objections)
     elif is_known:
@@ -132,8 +132,8 @@ def _judged(errors: MarginalErrors, num_chains: int, latents: Latents) -> Margin
             f"no error was found, but the bounds are wide ({bounds_in_words(mean_bound, sd_bound)}): set a "
             "larger draws="
         )
-    shifts, shift_ses, ratios, ratio_ses = map(latents.split, errors)
     judged = mean_bound, sd_bound, is_known and not objections, bool(objections), words
+    shifts, shift_ses, ratios, ratio_ses = map(latents.split, errors)
     return Marginals(shifts, shift_ses, ratios, ratio_ses, *judged)
 
 

@@ -20,7 +20,6 @@ level by level, and a dense Gaussian of the root block. All coordinates of a lev
    bound on the factors of an indefinite matrix applies to pivots here, https://doi.org/10.1007/BF01585529
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,11 +149,11 @@ class SparseGaussian:
                 entries[-1] = 0.0
         alone = pattern.alone
         scale[alone] = unit[alone] * _raised(entries[pattern.diagonal[alone]]).rsqrt()
-        return cls(pattern, loc, coefficients, scale, _dense_tril(pattern, entries, unit))
-
-    def at(self, loc: Tensor) -> "SparseGaussian":
-        """The same Gaussian with another mean, shape ``(D,)``."""
-        return SparseGaussian(self.pattern, loc, self.coefficients, self.scale, self.root_tril)
+        # the root block, whose precision is made positive
+        root = pattern.root
+        values, vectors = eigh(entries[pattern.index(root[:, None], root)])
+        root_tril = unit[root, None] * lower_factor(vectors * _raised(values).rsqrt())
+        return cls(pattern, loc, coefficients, scale, root_tril)
 
     def transform(self, noise: Tensor) -> Tensor:
         """Draws from standard normal noise, both of shape ``(n, D)``."""
@@ -184,13 +183,6 @@ class SparseGaussian:
             for g, part, own, above in parts:
                 z[own] += (self.coefficients[g][part][:, None] @ z[above])[:, 0]
         return z[:-1].T
-
-    def entropy(self) -> Tensor:
-        """The entropy in nats."""
-        log_scale = self.scale.log()
-        log_scale[self.pattern.root] = 0.0
-        total = log_scale.sum() + self.root_tril.diagonal().log().sum()
-        return total + 0.5 * len(self.loc) * (1 + math.log(2 * math.pi))
 
     @cached_property
     def sd(self) -> Tensor:
@@ -244,10 +236,3 @@ class SparseGaussian:
 
 def _raised(pivots: Tensor) -> Tensor:
     return torch.where(pivots <= _FLAT.get(pivots.dtype, 1e-5), _RAISED, pivots)
-
-
-def _dense_tril(pattern: PrecisionPattern, entries: Tensor, unit: Tensor) -> Tensor:
-    """The lower-triangular scale of the root block, whose precision is made positive."""
-    root = pattern.root
-    values, vectors = eigh(entries[pattern.index(root[:, None], root)])
-    return unit[root, None] * lower_factor(vectors * _raised(values).rsqrt())

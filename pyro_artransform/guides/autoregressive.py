@@ -175,6 +175,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     @property
     def _parts(self) -> Any:
         """The flow, and its location and scale, without the param statements that attribute access makes."""
+        self._checked_spec()
         return cast(ComposedTransform, self._modules["transform"]).transforms
 
     def _colors(self) -> Tensor | None:
@@ -190,9 +191,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         """
         if self._spec is None:
             self._setup_prototype(*args, **kwargs)
-        self._check_latents(args, kwargs, with_values=False)
+        if args or kwargs or not self._model_is_checked:
+            self._check_latents(args, kwargs, with_values=False)
         z, space = self.sample_latent(), self.prior.space
-        run = self._bind(args, kwargs).run if space.is_mapped else None
+        run = self._run_of_model(args, kwargs)
         values, ladjs = space.to_sites(space.latents.place(z), run)
         plates = self._create_plates(*args, **kwargs)
         for name, site in space.latents.sites.items():
@@ -205,13 +207,12 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     def _check_latents(self, args: Any, kwargs: Any, *, with_values: bool = True) -> None:
         """Rejects latents other than the guide's, by a run of the model for new shapes or values."""
-        spec, is_loaded = self._spec, not self._model_is_checked
-        is_new = bool(args or kwargs) or (is_loaded and not with_values)
         # a JitTrace_ELBO trace must not include another run of the model
-        if spec and is_new and self._model is not None and not torch._C._get_tracing_state():
+        spec = self._spec
+        if spec and self._model is not None and not torch._C._get_tracing_state():
             signature = argument_signature((args, kwargs), with_values=with_values)
             sites, run = spec.latents.sites, partial(self.model, *args, **kwargs)
-            if is_loaded:
+            if not self._model_is_checked:
                 prototype.refuse_other_model(sites, spec.observed, run)
                 self._model_is_checked = True
             elif signature != self._arguments_seen and dist.is_validation_enabled():
@@ -222,22 +223,14 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     def get_base_dist(self) -> dist.TorchDistribution:
         """The standard Normal."""
-        self._checked_spec()
         return standard_normal(torch.zeros_like(self._parts[1].loc))
 
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The transform from the base to the unconstrained space: the flow, then location and scale."""
-        transform = self._current_transform()
+        transform: ComposedTransform = self._registered_transform()
         if self.prior.space.is_mapped:
             density = self._bind(args, kwargs).density
             transform = ComposedTransform(transform, ToUnconstrained(density))
-        return transform
-
-    def _current_transform(self) -> ComposedTransform:
-        """The transform from the base to the coordinates of latents: the flow, then location and scale."""
-        self._checked_spec()
-        self._register()
-        transform: ComposedTransform = self.transform  # registers its parameters with Pyro
         return transform
 
     def get_posterior(self, *args: object, **kwargs: object) -> dist.TorchDistribution:
@@ -250,8 +243,9 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
         :return: shape ``(latent_dim,)``, preceded by the shapes of plates around the guide.
         """
+        transform = self._registered_transform()
+        base = standard_normal(torch.zeros_like(transform.transforms[-1].loc))
         # a new one in each call, as it caches the density of its draw
-        base, transform = self.get_base_dist(), self._current_transform()
         posterior = FlowDistribution(base, transform, validate_args=False)
         name = f"_{self._pyro_name}_latent"
         return pyro.sample(name, posterior, infer={"is_auxiliary": True})
@@ -269,7 +263,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         :raises ValueError: if the model has other latents with these arguments.
         """
         self.set_up(*args, **kwargs)
-        self._check_latents(args, kwargs)
+        if args or kwargs:
+            self._check_latents(args, kwargs)
         base, transform = self.get_base_dist(), self.get_transform(*args, **kwargs)
         # in chunks, to bound the memory of the networks
         chunk = self._chunk_size()
@@ -293,7 +288,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             validation on, also if one is outside its support, where the density means nothing.
         """
         latent, ladj = self.unconstrain(values, *args, **kwargs)
-        self._check_latents(args, kwargs)
+        if args or kwargs:
+            self._check_latents(args, kwargs)
         x, inverse_ladj = self.get_transform(*args, **kwargs).inverse_and_ladj(latent)
         normal = dist.Normal(torch.zeros_like(x), 1.0, validate_args=False)
         # summed here, as torch's Independent fails on empty batches
@@ -329,7 +325,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         flow, affine = self._parts
         if scale_tril is None:
             scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"]).diag()
-        self._current_transform()  # first adopt entries of the param store that take precedence
+        self._registered_transform()  # first adopt entries of the param store that take precedence
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         affine.set_(to_tensor("loc", loc, affine.loc), scale_tril)
         flow.load_state_dict(self._flow_start)
@@ -348,7 +344,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         1. Sticking the Landing: Simple, Lower-Variance Gradient Estimators for Variational
            Inference (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
         """
-        base, transform = self.get_base_dist(), self._current_transform()
+        base, transform = self.get_base_dist(), self._registered_transform()
         x = base.rsample((check_integer("n", n),))
         if not path:
             latent, ladj = transform.call_and_ladj(x)
@@ -360,6 +356,5 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
         """Optimizer step sizes by parameter: the location moves in units of its scale."""
-        self._checked_spec()
         affine = self._parts[1]
         return {affine.loc: affine.log_scale.detach().exp()}

@@ -14,15 +14,16 @@ from ..arguments import first_of
 from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
 from ..sampling import GOOD_RHAT, End, Ensemble, energy_bfmi
+from ..sampling.modes import APART
 from ..sampling.trajectories import MANY_DIVERGENT, share_of_divergent
 from .evaluation.checks import CORNER, Check, FailedCheck, Verdict, as_lines
 from .evaluation.verdict import FitStatus, about_draws
 from .saved import SavedResult
 
 _LOW_BFMI = 0.3  # Stan's threshold for E-BFMI
-# a latent is reported if modes differ in it by this many sds within chains; draws are not trusted if all
-# modes but the first have more than this share, since other modes may have been missed by all starts
-_APART, _SMALL_MODES = 4.0, 0.05
+# draws are not trusted if all modes but the first have more than this share, since other modes may have been
+# missed by all starts
+_SMALL_MODES = 0.05
 # the share of trajectories ending without a finite density above which a note says so: the eight schools
 # in float32 have 0.01, a scale with a Normal prior 0.3 and more (tests/inference/test_mcmc.py)
 _MANY_OUTSIDE = 0.1
@@ -147,10 +148,7 @@ class Chains(SavedResult):
 
 
 def known(model: Any) -> Any:
-    """Returns the model.
-
-    :raises ValueError: if it is ``None``.
-    """
+    """Returns the model; raises a ``ValueError`` if it is ``None``."""
     if model is None:
         raise ValueError("predict: expected a model, got none, as in a file: use load(path, model)")
     return model
@@ -159,10 +157,7 @@ def known(model: Any) -> Any:
 def chains_of(
     ensemble: Ensemble, num_samples: int, seconds: float, reason: str, status: FitStatus
 ) -> Chains:
-    """The draws of an ensemble with their convergence diagnostics and a verdict.
-
-    :param reason: why time ran out; empty if it did not.
-    """
+    """The draws of an ensemble with diagnostics and a verdict; ``reason`` is why time ran out, if so."""
     convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
     count, size, dim = ensemble.draws.shape
     flat = ensemble.draws.reshape(-1, dim)
@@ -212,7 +207,7 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
     modes = ensemble.modes
     is_apart = ensemble.end is End.APART
     if modes is not None and (is_apart or float(modes.share[1:].sum()) > _SMALL_MODES):
-        names = [latents.name_of(i) for i in (modes.differs > _APART).nonzero()[:, 0].tolist()]
+        names = [latents.name_of(i) for i in (modes.differs > APART).nonzero()[:, 0].tolist()]
         between = "chains move between them, but may have missed others"
         if is_apart:
             between = "chains do not move between them"

@@ -101,14 +101,12 @@ class FitConfig:
     def for_passes(self) -> "FitConfig":
         """The settings with fewer draws, for a density whose evaluation is a pass over a loader."""
         few = self.minibatch.num_common_draws
-        verdict = replace(self.evaluation, num_samples=few, num_more_samples=0)
+        num_compared = min(few, self.optimization.num_compared)
         return replace(
             self,
             initialization=_with_fewer(self.initialization, "max_trajectories", "num_compared"),
-            optimization=replace(
-                self.optimization, num_compared=min(few, self.optimization.num_compared)
-            ),
-            evaluation=verdict,
+            optimization=replace(self.optimization, num_compared=num_compared),
+            evaluation=replace(self.evaluation, num_samples=few, num_more_samples=0),
         )
 
     def __new__(cls, *args: object, **kwargs: object) -> "FitConfig":

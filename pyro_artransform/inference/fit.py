@@ -195,10 +195,10 @@ def fit(
             "expected no positional arguments of the model with a loader, whose batches are its arguments, "
             f"got {len(args)}. Keyword arguments are passed with each batch"
         )
-    counts = {"num_steps": num_steps, "epochs": epochs, "num_particles": num_particles}
-    for name, count in {**counts, "draws": draws, "seed": seed}.items():
+    positive = {"num_steps": num_steps, "epochs": epochs, "num_particles": num_particles}
+    for name, count in {**positive, "draws": draws, "seed": seed}.items():
         if count is not None:
-            check_integer(name, count, least=0 if name in ("draws", "seed") else 1)
+            check_integer(name, count, least=int(name in positive))
     check_model(model, args if loader is None else None, kwargs)
     if callback is not None:
         check_callable("callback", callback, "a function")

@@ -293,10 +293,10 @@ class AllBatches:
         held, size = list[Batch](), 0.0
         for batch in self._stream.one_pass(self._stream.num_batches):
             for value in (*batch.args, *batch.kwargs.values()):
-                # plain data count as nothing; an object of unknown size prevents keeping
-                is_plain = isinstance(value, (int, float, str, type(None)))
-                rest = 0 if is_plain else math.inf
-                size += value.nbytes if isinstance(value, Tensor) else rest
+                if isinstance(value, Tensor):
+                    size += value.nbytes
+                elif not isinstance(value, (int, float, str, type(None))):
+                    size = math.inf  # unknown
             if size <= _MOST_HELD:
                 held.append(batch)
             else:

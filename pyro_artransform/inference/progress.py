@@ -114,9 +114,8 @@ def progress_bar(shown: bool) -> Iterator[ProgressBar]:
             is_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
             is_notebook |= type(sys.stderr).__module__ == "ipykernel.iostream"
             is_live = is_notebook or sys.stderr.isatty()
+            # without a delay the bar is shown when it is made, and with a longer one not at its end
             wait = {"mininterval": _SECONDS_OF_LINE, "delay": 1e-9, "file": _Lines()}
             bar = tqdm(unit=" step", dynamic_ncols=is_live, **({} if is_live else wait))
     with nullcontext() if bar is None else bar:
         yield ProgressBar(bar, is_live)
-        if bar is not None:
-            bar.delay = 0.0  # otherwise a bar that was never shown is not shown at its end

@@ -8,8 +8,8 @@ sum over rows, whatever its scale, is the same before and after.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..arguments import warn_user
+from ..graphs.dependencies import ROUND_OFF
 from ..joint.sites import started_trace
 from ..joint.traces import latent_nodes, moved_latent
 from .evaluation.checks import Check, FailedCheck
@@ -26,28 +27,27 @@ from .loader import Batch
 
 Model = Callable[..., object]
 FailedChecks = tuple[FailedCheck, ...]
-# the number of pairs of batches, each half an epoch apart; the distance of latents from the start on the
-# unconstrained space; the tolerance of sums over rows, in units in the last place
-_NUM_PAIRS, _DISTANCE, _ROUND_OFF = 3, 0.5, 100.0
+_DISTANCE = 0.5  # of latents from the start, on the unconstrained space
 
 
 @torch.no_grad()
 def warn_of_no_sum(model: Model, batches: Sequence[Batch]) -> FailedChecks | None:
     """Warns if a log density is not a sum over rows, and returns the failed check; ``None`` if not known.
 
-    :param batches: some batches of an epoch, in order.
+    The first pair that can be compared decides.
+
+    :param batches: some batches of an epoch, in order; those of a pair are half of them apart.
     """
-    half, results = len(batches) // 2, list[FailedChecks | None]()
+    half, failed = len(batches) // 2, None
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        for pair in [*zip(batches[:half], batches[half:])][:_NUM_PAIRS]:
-            try:
-                results.append(_why_no_sum(model, *pair))
-            except Exception:  # any error means that the model does not accept mixed rows
-                results.append(None)
-    for failed in chain.from_iterable(filter(None, results)):
-        warn_user(f"{failed.sentence}. {failed.remedy}", UserWarning)
-        return (failed,)
-    return () if () in results else None
+        for pair in zip(batches[:half], batches[half:]):
+            with suppress(Exception):  # any error means that the model does not accept mixed rows
+                failed = _why_no_sum(model, *pair)
+            if failed is not None:
+                break
+    for each in failed or ():
+        warn_user(f"{each.sentence}. {each.remedy}", UserWarning)
+    return failed
 
 
 def _why_no_sum(model: Model, first: Batch, second: Batch) -> FailedChecks | None:
@@ -128,5 +128,5 @@ def _log_density(
         shares.append(1 / float(scale) if is_number else 1.0)
         total += shares[-1] * float(term.sum())
         eps = torch.finfo(site["log_prob"].dtype).eps
-        slack += _ROUND_OFF * eps * shares[-1] * float(term.abs().sum())
+        slack += ROUND_OFF * eps * shares[-1] * float(term.abs().sum())
     return total, torch.tensor(shares, dtype=torch.float64, device="cpu"), slack

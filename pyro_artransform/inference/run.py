@@ -216,15 +216,18 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
     if minibatches is not None and not set_up.has_all_data:
         passed = minibatches.over_a_pass()
         elements = weigh_elements(minibatches, passed, num_gradients)
-        evaluation = evaluate_minibatches(subject, passed, status, elements)
+        fields = evaluate_minibatches(subject, passed, status, elements)
     else:
         ensemble = None if draws_first is None else draws_first.ensemble
         if draws_first is not None and draws_first.is_asked:
             few = min(config.evaluation.num_samples, _NUM_BESIDE_DRAWS)
             config = replace(config, evaluation=replace(config.evaluation, num_samples=few))
-        evaluation = evaluate(subject, status, config, num_gradients, ensemble)
+        fields = evaluate(subject, status, config, num_gradients, ensemble)
+    if chains is not None:
+        words = f"{chains.verdict} About the guide alone: {fields['verdict']}"
+        fields |= {"chains": chains, "draws": chains.draws, "verdict": words}
     return FitResult(
-        **evaluation.result_fields(chains),
+        **fields,
         history=[-loss for loss in training.losses],
         num_steps=num_steps,
         num_skipped=training.num_skipped,

@@ -208,11 +208,6 @@ class ModelPrior:
             return {}
         return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
 
-    def run(self) -> object:
-        """Runs the model at the last call's arguments."""
-        args, kwargs = self.arguments
-        return self.log_joint.model(*args, **kwargs)
-
     @property
     def density(self) -> Any:
         """The log joint density at the last call's arguments, in the coordinates."""

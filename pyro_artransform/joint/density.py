@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
+from ..graphs.dependencies import value_and_gradient
 from .checks import checked
 from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
@@ -174,14 +175,12 @@ class LogJoint:
     def or_origin(self, u: Tensor) -> Tensor:
         """The start, or the origin if the density at a median start has lost precision or has no gradient."""
         if self._init_loc_fn is init_to_median:
-            with _quietly(), torch.enable_grad(), suppress(Exception):
-                z, origin = u.detach().requires_grad_(), torch.zeros_like(u)
-                here = self._evaluate({"z": z}, None)["total"]
-                (slope,) = torch.autograd.grad(here, z)
+            with _quietly(), suppress(Exception):
+                here, slope = value_and_gradient(self, u[None])
                 has_digits = here.abs() * torch.finfo(u.dtype).eps <= 1
-                if not bool(has_digits & slope.isfinite().all()):
-                    there = self._evaluate({"z": origin}, None)["total"]
-                    return origin if bool((here < there) & there.isfinite()) else u
+                if not bool((has_digits & slope.isfinite()).all()):
+                    there = self(torch.zeros_like(u)[None])
+                    return torch.zeros_like(u) if bool((here < there) & there.isfinite()) else u
         return u
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":

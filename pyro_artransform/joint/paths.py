@@ -42,10 +42,7 @@ class ManyPathsError(RuntimeError):
 
 
 class BranchError(BaseException):
-    """Ends a run whose draws take different branches from here on; models must not catch it.
-
-    Its argument is the value that the model read, by draw.
-    """
+    """Ends a run whose draws branch at a value, its argument; no ``Exception``, which models may catch."""
 
 
 def evaluate_by_path(evaluate: Evaluate, draws: Draws, *, has_copies: bool = False) -> Terms:

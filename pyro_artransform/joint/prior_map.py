@@ -74,7 +74,7 @@ class Coordinates(nn.Module):
         super().__init__()
         self.centered, self.unit = nn.Parameter(centered.detach()), nn.Parameter(unit.detach())
         self.with_location = dict(with_location)
-        # the tensor and its version when lambda was read, whether each is 0, and whether all are 1
+        # the tensor and its version when lambda was read, where it is 0, and whether it is 1 everywhere
         self._read: tuple[Tensor | None, int, list[bool], bool] = None, 0, [], False
 
     @property
@@ -92,13 +92,14 @@ class Coordinates(nn.Module):
 
     def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
         """The coordinates of each mapped site."""
-        found, start, is_zero = dict[str, SiteCoordinates](), 0, self._current()[2]
-        parts = (latents.split(each.detach()) for each in (self.centered, self.unit))
-        for (name, centered), unit in zip(next(parts).items(), next(parts).values()):
-            some, start = is_zero[start : start + centered.numel()], start + centered.numel()
+        found, sizes, is_zero = {}, latents.sizes, self._current()[2]
+        parts = self.centered.detach().split(sizes), self.unit.detach().split(sizes)
+        for name, site, centered, unit in zip(latents.sites, latents.sites.values(), *parts):
+            is_non_centered, is_zero = all(is_zero[: len(unit)]), is_zero[len(unit) :]
             if name in self.with_location:
-                rest = self.with_location[name], latents.sites[name].bijection
-                found[name] = SiteCoordinates(None if all(some) else centered, unit, *rest)
+                shape, rest = site.unconstrained_shape, (self.with_location[name], site.bijection)
+                lambda_ = None if is_non_centered else centered.reshape(shape).to(site.dtype)
+                found[name] = SiteCoordinates(lambda_, unit.reshape(shape).to(site.dtype), *rest)
         return found
 
     def non_centered(self, latents: Latents) -> "Coordinates":
@@ -176,7 +177,8 @@ class PriorMap(Messenger):
             prior = prior._replace(loc=torch.zeros_like(prior.loc), shape=None)
         log_prob = None
         if self._is_inverse:
-            u, (self.found[name], ladj) = given, prior.coordinates(given, centered, unit)
+            u, lambda_ = given, torch.zeros_like(unit) if centered is None else centered
+            self.found[name], ladj = prior.coordinates(u, lambda_, unit)
         else:
             u, ladj, log_prob = prior.unconstrained(given, centered, unit)
             self.found[name] = u

@@ -145,10 +145,11 @@ def exact_class(part: Any) -> type | None:
     return None if any(map(partial(hasattr, kind), own)) else kind
 
 
-def _without_wrappers(fn: Any) -> Any:
-    while exact_class(fn) in _WRAPPERS:
+def _unwrapped(fn: Any) -> tuple[Any, type | None]:
+    """A distribution without wrappers, and its exact class."""
+    while (kind := exact_class(fn)) in _WRAPPERS:
         fn = fn.base_dist
-    return fn
+    return fn, kind
 
 
 def is_identity_or_exp(bijection: Any) -> bool:
@@ -161,11 +162,15 @@ def is_identity_or_exp(bijection: Any) -> bool:
     return kinds in ([], [ExpTransform])
 
 
+#: a latent u, the log-determinant of the map to it, and its log density where that is computed, elementwise
+Mapped = tuple[Tensor, Tensor, Tensor | None]
+
+
 class PriorScale(NamedTuple):
     """The location and the scale of a prior on the unconstrained space.
 
     :param loc: the location, broadcastable to the latent.
-    :param scale: positive, same; for a multivariate prior a lower-triangular matrix, with one more dimension.
+    :param scale: positive, same.
     :param log_prob: the log density of the standard member; ``None`` if the density at the value itself is
         precise, as for positive numbers.
     :param shape: the standard member, if it is not normal and has a quantile function.
@@ -173,137 +178,134 @@ class PriorScale(NamedTuple):
 
     loc: Tensor
     scale: Tensor
-    log_prob: Callable[[Tensor], Tensor] | None = None
+    log_prob: Any
     shape: StandardFamily | None = None
 
-    @classmethod
-    def of(cls, fn: Any) -> "PriorScale | None":
+    @staticmethod
+    def of(fn: Any) -> "PriorScale | None":
         """The scale of a distribution; ``None`` if it is not a known location-scale family.
 
         Accepts the exact classes above, also reinterpreted, expanded, or followed by affine transforms and an
         exponential. Subclasses, masked distributions and instances with replaced methods may have another
         density.
         """
-        fn = _without_wrappers(fn)
-        kind = exact_class(fn)
+        fn, kind = _unwrapped(fn)
         if kind in _BOUNDED:
             location, shape = _BOUNDED[kind]
             loc = location(fn)
-            return cls(loc, torch.ones_like(loc), None, shape)
-        return cls._of_transformed(fn) if kind in _TRANSFORMED else cls._on_the_line(fn)
-
-    @classmethod
-    def _on_the_line(cls, fn: Any) -> "PriorScale | None":
-        kind: Any = exact_class(fn)
-        if kind is dist.MultivariateNormal:
-            # the matrix that log_prob reads
-            matrix = fn._unbroadcasted_scale_tril
-            return cls(fn.loc, matrix.expand((*fn.loc.shape, -1)), normal_log_prob)
-        if kind is dist.Normal:
-            return cls(fn.loc, fn.scale, normal_log_prob)
-        if kind not in _WITH_LOCATION:
-            return None
-        given = {"df": fn.df} if kind is dist.StudentT else {}
-        zero, one = torch.zeros_like(fn.loc), torch.ones_like(fn.scale)
-        standard = kind(**given, loc=zero, scale=one, validate_args=False)
-        return cls(fn.loc, fn.scale, standard.log_prob)
-
-    @classmethod
-    def _of_transformed(cls, fn: Any) -> "PriorScale | None":
-        """The scale of a family after affine transforms and, as for LogNormal, an exponential."""
-        base, transforms = _without_wrappers(fn.base_dist), fn.transforms
-        prior = cls._on_the_line(base)
-        if transforms and exact_class(transforms[-1]) is ExpTransform:
-            transforms = transforms[:-1]
-        for transform in transforms:
-            if prior is None or prior._is_matrix or exact_class(transform) is not AffineTransform:
-                return None
-            if type(base) is dist.Gumbel:  # reflected, it leaves the family
-                return None
-            loc, scale = transform.loc + transform.scale * prior.loc, transform.scale * prior.scale
-            prior = prior._replace(loc=loc, scale=scale.abs())
-        return prior
-
-    def unconstrained(
-        self, x: Tensor, centered: Tensor | None, unit: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Maps x to u; returns u, the log-determinant and the log density of u, elementwise.
-
-        ``None`` for lambda, the same as zeros, makes u an affine function of the location, and its density
-        free of it.
-
-        In the neck of a funnel the scale is below the round-off of the location, so that u minus the location
-        is zero. The density is therefore evaluated at the residual, before the location is added.
-        """
-        centered, is_shaped = self._gated(centered)
-        away, (powers, ladj) = self._away(x, centered), self._powers(centered, unit)
-        if self.shape is not None and is_shaped is None:
-            away, of_shape = self.shape.from_normal(away)
-            ladj = ladj + of_shape
-        elif self.shape is not None and is_shaped is not None:
-            shaped, of_shape = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))
-            away, ladj = torch.where(is_shaped, shaped, away), ladj + of_shape * is_shaped
-        if self._is_matrix:
-            column = powers @ away[..., None]
-            residual = torch.linalg.solve_triangular(self.scale, column, upper=False)[..., 0]
-            away = column[..., 0]
-        else:
-            is_zero = centered is None
-            residual = away / (unit if is_zero else self.scale**centered * unit ** (1 - centered))
-            away = powers * away
-        if self.log_prob is None:
-            return self.loc + away, ladj.expand_as(away), None
-        log_prob = self.log_prob(residual) - self.diagonal.log()
-        return self.loc + away, ladj.expand_as(away), log_prob
-
-    def coordinates(
-        self, u: Tensor, centered: Tensor | None, unit: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Maps u to x; returns x and the log-determinant of the map from x, elementwise."""
-        if centered is None:
-            centered = torch.zeros_like(unit)
-        centered, is_shaped = self._gated(centered)
-        away, (powers, ladj) = u - self.loc, self._powers(centered, unit)
-        if self._is_matrix:
-            away = torch.linalg.solve_triangular(powers, away[..., None], upper=False)[..., 0]
-        else:
-            away = away / powers
-        if is_shaped is not None and self.shape is not None:
-            normal = self.shape.to_normal(away.masked_fill(~is_shaped, 0.0))
-            away = torch.where(is_shaped, normal, away)
-            ladj = ladj + self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))[1] * is_shaped
-        return centered * self.loc + away, ladj.expand_as(away)
-
-    def _away(self, x: Tensor, centered: Tensor | None) -> Tensor:
-        return x if centered is None else x - centered * self.loc
-
-    def _gated(self, centered: Any) -> tuple[Any, Tensor | None]:
-        """lambda, set to 0 where the map includes the shape, and a mask of these, or None without a shape."""
-        if self.shape is None or centered is None:
-            return centered, None
-        is_shaped = centered < _SHAPED
-        return centered.masked_fill(is_shaped, 0.0), is_shaped
-
-    @property
-    def _is_matrix(self) -> bool:
-        return self.scale.dim() > self.loc.dim()
+            return BoundedPrior(loc, torch.ones_like(loc), None, shape)
+        return _of_transformed(fn) if kind in _TRANSFORMED else _on_the_line(fn, kind)
 
     @property
     def diagonal(self) -> Tensor:
-        """The scale; the diagonal if it is a matrix."""
-        return self.scale.diagonal(dim1=-2, dim2=-1) if self._is_matrix else self.scale
+        """The scale of each element, the diagonal of a matrix."""
+        return self.scale
 
-    def _powers(self, centered: Tensor | None, unit: Tensor) -> tuple[Tensor, Tensor]:
-        """(scale / unit) to the power of 1 - lambda, by rows of a matrix, and its log diagonal."""
-        if self.log_prob is None:  # the scale is 1
-            return self.scale, self.scale.new_zeros(())
-        diagonal = self.diagonal / unit
+    def unconstrained(self, x: Tensor, centered: Tensor | None, unit: Tensor) -> Mapped:
+        """Maps x to u; returns u, the log-determinant and the log density of u, elementwise.
+
+        In the neck of a funnel the scale is below the round-off of the location, so that u minus the location
+        is zero. The density is therefore evaluated at the residual, before the location is added.
+
+        :param centered: lambda; ``None`` for zero, where the density does not depend on the location.
+        """
+        ratio = self.scale / unit
         if centered is None:
-            below = unit[..., None, :] if self._is_matrix else unit
-            return self.scale / below, diagonal.log()
-        share = 1 - centered
-        powers = diagonal**share
-        if self._is_matrix:
-            below = (self.scale / unit[..., None, :]).tril(-1)
-            powers = torch.diag_embed(powers) + share[..., None] * below
-        return powers, share * diagonal.log()
+            away, residual, ladj = ratio * x, x / unit, ratio.log()
+        else:
+            share, away = 1 - centered, x - centered * self.loc
+            residual = away / (self.scale**centered * unit**share)
+            away, ladj = ratio**share * away, share * ratio.log()
+        log_prob = self.log_prob(residual) - self.scale.log()
+        return self.loc + away, ladj.expand_as(away), log_prob
+
+    def coordinates(self, u: Tensor, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps u to x; returns x and the log-determinant of the map from x, elementwise."""
+        share, ratio = 1 - centered, self.scale / unit
+        away = (u - self.loc) / ratio**share
+        return centered * self.loc + away, (share * ratio.log()).expand_as(away)
+
+
+class MatrixPrior(PriorScale):
+    """A multivariate normal prior, whose scale is a lower-triangular matrix."""
+
+    @property
+    def diagonal(self) -> Tensor:
+        return self.scale.diagonal(dim1=-2, dim2=-1)
+
+    def unconstrained(self, x: Tensor, centered: Tensor | None, unit: Tensor) -> Mapped:
+        centered = torch.zeros_like(unit) if centered is None else centered
+        powers, ladj = self._powers(centered, unit)
+        column = powers @ (x - centered * self.loc)[..., None]
+        residual = torch.linalg.solve_triangular(self.scale, column, upper=False)[..., 0]
+        away, log_prob = column[..., 0], normal_log_prob(residual) - self.diagonal.log()
+        return self.loc + away, ladj.expand_as(away), log_prob
+
+    def coordinates(self, u: Tensor, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        (powers, ladj), column = self._powers(centered, unit), (u - self.loc)[..., None]
+        away = torch.linalg.solve_triangular(powers, column, upper=False)[..., 0]
+        return centered * self.loc + away, ladj.expand_as(away)
+
+    def _powers(self, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        """(scale / unit) to the power of 1 - lambda, by rows, and its log diagonal."""
+        share, ratio = 1 - centered, self.diagonal / unit
+        below = (self.scale / unit[..., None, :]).tril(-1)
+        return torch.diag_embed(ratio**share) + share[..., None] * below, share * ratio.log()
+
+
+class BoundedPrior(PriorScale):
+    """A prior of bounded support, of scale 1; with lambda near 0 its shape is part of the map."""
+
+    def unconstrained(self, x: Tensor, centered: Tensor | None, unit: Tensor) -> Mapped:
+        if centered is None:
+            away, ladj = self.shape.from_normal(x) if self.shape else (x, torch.zeros_like(x))
+            return self.loc + away, ladj, None
+        is_shaped = centered < (0.0 if self.shape is None else _SHAPED)
+        away, ladj = self._shaped(x - centered.masked_fill(is_shaped, 0.0) * self.loc, is_shaped)
+        return self.loc + away, ladj, None
+
+    def coordinates(self, u: Tensor, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+        is_shaped, away = centered < (0.0 if self.shape is None else _SHAPED), u - self.loc
+        if self.shape is not None:
+            normal = self.shape.to_normal(away.masked_fill(~is_shaped, 0.0))
+            away = torch.where(is_shaped, normal, away)
+        x = centered.masked_fill(is_shaped, 0.0) * self.loc + away
+        return x, self._shaped(away, is_shaped)[1]
+
+    def _shaped(self, away: Tensor, is_shaped: Tensor) -> tuple[Tensor, Tensor]:
+        """Distances from the location, of this shape where it is part of the map; the log-determinant."""
+        if self.shape is None:
+            return away, torch.zeros_like(away)
+        shaped, ladj = self.shape.from_normal(away.masked_fill(~is_shaped, 0.0))
+        return torch.where(is_shaped, shaped, away), ladj * is_shaped
+
+
+def _on_the_line(fn: Any, kind: Any) -> PriorScale | None:
+    if kind is dist.Normal:
+        return PriorScale(fn.loc, fn.scale, normal_log_prob)
+    if kind is dist.MultivariateNormal:
+        # the matrix that log_prob reads
+        matrix = fn._unbroadcasted_scale_tril.expand((*fn.loc.shape, -1))
+        return MatrixPrior(fn.loc, matrix, normal_log_prob)
+    if kind not in _WITH_LOCATION:
+        return None
+    given = {"df": fn.df} if kind is dist.StudentT else {}
+    zero, one = torch.zeros_like(fn.loc), torch.ones_like(fn.scale)
+    standard = kind(**given, loc=zero, scale=one, validate_args=False)
+    return PriorScale(fn.loc, fn.scale, standard.log_prob)
+
+
+def _of_transformed(fn: Any) -> PriorScale | None:
+    """The scale of a family after affine transforms and, as for LogNormal, an exponential."""
+    (base, kind), transforms = _unwrapped(fn.base_dist), fn.transforms
+    prior = _on_the_line(base, kind)
+    if transforms and exact_class(transforms[-1]) is ExpTransform:
+        transforms = transforms[:-1]
+    for transform in transforms:
+        # a reflected Gumbel leaves the family
+        is_kept = type(prior) is PriorScale and kind is not dist.Gumbel
+        if prior is None or not is_kept or exact_class(transform) is not AffineTransform:
+            return None
+        loc, scale = transform.loc + transform.scale * prior.loc, transform.scale * prior.scale
+        prior = prior._replace(loc=loc, scale=scale.abs())
+    return prior

@@ -13,6 +13,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta, is_validation_enabled, validation_enabled
 from pyro.distributions.constraints import Constraint
+from pyro.distributions.util import broadcast_shape
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
@@ -153,8 +154,8 @@ class Latents:
         if not self.sites:
             raise ValueError("the model has no continuous latent: expected at least one")
         self.event_dims = {name: site.event_dim for name, site in self.sites.items()}
-        self._sizes = [site.size for site in self.sites.values()]
-        self.latent_dim = sum(self._sizes)
+        self.sizes = [site.size for site in self.sites.values()]
+        self.latent_dim = sum(self.sizes)
         #: machine epsilon of the coarsest dtype
         self.eps = max(torch.finfo(site.dtype).eps for site in self.sites.values())
 
@@ -187,15 +188,15 @@ class Latents:
 
     def views(self, z: Tensor) -> dict[str, Tensor]:
         """Like :meth:`split`, in the dtype of z; parts of a contiguous vector are views into it."""
-        parts = zip(self.sites.values(), z.split(self._sizes, -1))
+        parts = zip(self.sites.values(), z.split(self.sizes, -1))
         return {s.name: part.reshape(z.shape[:-1] + s.unconstrained_shape) for s, part in parts}
 
     def place(self, z: Tensor) -> dict[str, Tensor]:
         """Like :meth:`split`, with batch dimensions of z aligned with the plates around a guide."""
         placed = {}
-        for site, part in zip(self.sites.values(), z.split(self._sizes, -1)):
+        for site, part in zip(self.sites.values(), z.split(self.sizes, -1)):
             ones = z.shape[:-1] + (1,) * site.unconstrained_event_dim
-            shape = torch.broadcast_shapes(site.unconstrained_shape, ones)
+            shape = broadcast_shape(site.unconstrained_shape, ones)  # many times as fast as torch's
             placed[site.name] = part.reshape(shape).to(site.dtype)
         return placed
 

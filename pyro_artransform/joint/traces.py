@@ -245,10 +245,11 @@ def check_data(trace: poutine.Trace, *, all_shapes: bool = True) -> None:
     for node in trace.nodes.values():
         if node["type"] != "sample" or site_is_subsample(node):
             continue
+        if has_data(node):
+            _check_support(node)
         if all_shapes or node["cond_indep_stack"]:
             _check_plates(node)
         if has_data(node):
-            _check_support(node)
             _check_shape(node)
 
 

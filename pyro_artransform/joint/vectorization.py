@@ -22,7 +22,7 @@ name: log densities by datum, or their sum.
 
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -272,10 +272,8 @@ class DrawPlate(NamedTuple):
 
     def run(self, model: Callable[[], object]) -> None:
         """Runs a model in the plate."""
-        if self.size is None:
-            model()
-            return
-        with pyro.plate(DRAWS, self.size, dim=-1 - self.num_plates):
+        plate = self.size and pyro.plate(DRAWS, self.size, dim=-1 - self.num_plates)
+        with plate or nullcontext():
             model()
 
     def total(self, log_probs: Mapping[str, Tensor], initial: Tensor) -> Tensor:

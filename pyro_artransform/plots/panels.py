@@ -15,7 +15,7 @@ from matplotlib.ticker import NullFormatter
 from torch import Tensor
 
 from ..diagnostics import Importance, Marginals, fit_tail
-from ..diagnostics.importance import GOOD_KHAT, GOOD_MEAN_SHIFT, GOOD_SD_ERROR
+from ..diagnostics.importance import GOOD_ERROR, GOOD_KHAT
 from ..diagnostics.marginals import bounds_in_words
 from ..inference import FitResult
 
@@ -110,7 +110,7 @@ def plot_marginals(result: Marginals | FitResult, ax: Axes | None = None) -> Axe
     """
     marginals: Marginals = _part(result, "marginals")
     ax = new_axes(ax, xlabel="error of the mean (posterior sd)", ylabel="error of the sd (%)")
-    x, y = GOOD_MEAN_SHIFT, 100 * GOOD_SD_ERROR
+    x, y = GOOD_ERROR, 100 * GOOD_ERROR
     ax.add_patch(Rectangle((-x, -y), 2 * x, 2 * y, color=GRAY, alpha=0.2))
     limits = torch.tensor([2 * x, 2 * y], dtype=torch.float64, device="cpu")
     has_bars = sum(map(torch.numel, marginals.mean_shift.values())) <= 100  # more would overlap

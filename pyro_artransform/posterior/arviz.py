@@ -10,15 +10,14 @@ from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.infer import Predictive
 
 from ..arguments import check_integer, warn_user
 from ..joint.density import Args, Kwargs
-from ..joint.protocols import PosteriorGuide
-from ..joint.traces import in_shape_of_site, is_deterministic
+from ..joint.traces import is_deterministic
 from ..joint.vectorization import Draws, Terms
-from .log_likelihood import Likelihood, at_some_draws_only
+from .log_likelihood import Likelihood
 from .marginal_likelihood import MarginalLikelihood
+from .predictive import draws_of_guide
 
 
 @torch.no_grad()
@@ -32,7 +31,7 @@ def to_inference_data(
     """Converts draws of a guide to an ArviZ data set, as one chain of independent draws.
 
     The groups are ``posterior`` (including deterministic sites, computed from the draws and the data,
-    and sites computed by reparametrizers), ``posterior_predictive`` (from Pyro's ``Predictive``),
+    and sites computed by reparametrizers), ``posterior_predictive`` (the model runs once per draw),
     ``log_likelihood`` (with discrete latents summed out; a warning names sites left out because their
     data share some) and ``observed_data``.
 
@@ -49,12 +48,7 @@ def to_inference_data(
     check_integer("num_samples", num_samples)
     _import_arviz()
     likelihood = Likelihood(partial(model, *args, **kwargs))
-    offered: object = guide
-    if isinstance(offered, PosteriorGuide):
-        drawn = offered.sample_posterior(num_samples, *args, **kwargs)
-    else:
-        drawn = Predictive(guide, num_samples=num_samples)(*args, **kwargs)
-    return _data_set(likelihood, _of_shapes(drawn, likelihood.latents), 1)
+    return _data_set(likelihood, draws_of_guide(guide, num_samples, args, kwargs), 1)
 
 
 @torch.no_grad()
@@ -78,38 +72,27 @@ def _import_arviz() -> Any:
 def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
     """Builds the data set from draws ``(C n, ...)``, with chains concatenated."""
     from_dict, run = _import_arviz().from_dict, likelihood.run
-    predicted = likelihood.predicted(draws)
-    # choose the strategy with the predictions conditioned on, since they need values, too
-    scored = Likelihood(poutine.condition(run, data=predicted)) if predicted else likelihood
-    # deterministic sites computed from data may not support many draws at once
-    parallel = not likelihood.has_deterministic and scored.strategy(draws) == "plate"
-    placed = likelihood.in_plate(draws) if parallel else dict(draws)
-
-    def drawn(model: Callable[[], object], sites: Draws) -> Terms:
-        given: Any = {"posterior_samples": placed, "return_sites": list(sites)}
-        try:
-            return _of_shapes(Predictive(model, parallel=parallel, **given)(), sites)
-        except KeyError as error:
-            raise at_some_draws_only(error.args[0]) from error
-
+    draws = likelihood.given(draws)
+    predicted, observed = likelihood.predicted(draws), likelihood.observed
     groups = {"posterior": dict(draws)}
     if predicted:
-        groups["predictions"] = drawn(run, predicted)
-    if not parallel:
+        groups["predictions"] = likelihood.sites(draws, run, lambda s: s["name"] in predicted)
+    if likelihood.has_deterministic:
         known = {**draws, **groups.get("predictions", {})}
         computed = likelihood.sites(known, run, is_deterministic)
-        of_new = predicted and not likelihood.observed
-        groups["predictions" if of_new else "posterior"].update(computed)
-    if likelihood.observed:
-        groups["posterior_predictive"] = drawn(poutine.uncondition(run), likelihood.observed)
+        groups["predictions" if predicted and not observed else "posterior"].update(computed)
+    if observed:
+        unconditioned = poutine.uncondition(run)
+        drawn = likelihood.sites(draws, unconditioned, lambda s: s["name"] in observed)
+        groups["posterior_predictive"] = drawn
         if found := _log_likelihood(likelihood, draws):
             groups["log_likelihood"] = found
     data = {
         name: {k: v.unflatten(0, (num_chains, -1)).numpy(force=True) for k, v in group.items()}
         for name, group in groups.items()
     }
-    if likelihood.observed:
-        data["observed_data"] = {k: v.numpy(force=True) for k, v in likelihood.observed.items()}
+    if observed:
+        data["observed_data"] = {k: v.numpy(force=True) for k, v in observed.items()}
     if "posterior" in inspect.signature(from_dict).parameters:
         return from_dict(**data)
     return from_dict(data)
@@ -133,7 +116,3 @@ def _log_likelihood(likelihood: Likelihood, draws: Draws) -> Terms:
             UserWarning,
         )
     return marginal(draws) if len(marginal.left_out) < len(likelihood.observed) else {}
-
-
-def _of_shapes(found: Draws, sites: Draws) -> Terms:
-    return {k: in_shape_of_site(found[k], v.shape) for k, v in sites.items() if k in found}

@@ -94,8 +94,10 @@ class Likelihood:
         if undrawn := sorted(self._needed - draws.keys()):
             raise ValueError(f"draws: expected those of all latents, got none of {undrawn}")
         chosen, rows = self._compared(draws)
-        expected = evaluate_many(self._evaluate, _part(chosen, rows), "loop")
-        for strategy in STRATEGIES[STRATEGIES.index(self.strategy(draws)) :]:
+        some = _part(chosen, rows)
+        expected = evaluate_many(self._evaluate, some, "loop")
+        fastest = choose_strategy(self._evaluate, some).strategy
+        for strategy in STRATEGIES[STRATEGIES.index(fastest) :]:
             terms = evaluate_many(self._evaluate, chosen, strategy, chunk_size=1000)
             # a draw outside ``rows`` may take a branch of the model that then applies to all draws
             if agree(_part(terms, rows), expected, slack=10):
@@ -106,10 +108,6 @@ class Likelihood:
         """A value of each latent without draws, except latents that are summed out given data."""
         hidden = self.enumerated if self.observed else ()
         return {k: v for k, v in self.latents.items() if not (k in draws or k in hidden)}
-
-    def strategy(self, draws: Draws) -> str:
-        """The strategy to evaluate many draws: "plate", "vmap", "copies" or "loop"."""
-        return choose_strategy(self._evaluate, _part(*self._compared(draws)))[0]
 
     def given(self, draws: Draws) -> Terms:
         """Selects the draws of the model's latents, and checks their shapes."""
@@ -134,11 +132,6 @@ class Likelihood:
         coordinates = torch.cat([value.reshape(n, -1).double() for value in chosen.values()], -1)
         part = coordinates[:, :: -(-coordinates.shape[-1] // 32)]
         return chosen, sorted({*rows, *part.argmin(0).tolist(), *part.argmax(0).tolist()})
-
-    def in_plate(self, draws: Draws) -> Draws:
-        """Moves the dimension of draws to the left of all plates of the model."""
-        size = len(next(iter(draws.values())))
-        return DrawPlate(size, self._num_plates).place(draws, self._event_dims)
 
     def sites(
         self, draws: Draws, run: Callable[[], object], is_wanted: Callable[[Any], bool]
@@ -172,15 +165,10 @@ class Likelihood:
 def _check_same(expected: Terms, found: Terms) -> None:
     """Raises a ``ValueError`` if two runs of a model have different sites."""
     for name in sorted(expected.keys() ^ found.keys()):
-        raise at_some_draws_only(name)
-
-
-def at_some_draws_only(name: str) -> ValueError:
-    """The error about a site that only some runs of a model have."""
-    return ValueError(
-        f"model: expected the same sites at each draw, got '{name}' only at some; put it into each branch, "
-        f"or hide it by poutine.block(model, hide=['{name}'])"
-    )
+        raise ValueError(
+            f"model: expected the same sites at each draw, got '{name}' only at some; put it into each "
+            f"branch, or hide it by poutine.block(model, hide=['{name}'])"
+        )
 
 
 def _part(terms: Draws, rows: list[int]) -> Terms:

@@ -9,7 +9,7 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
-_QUANTILE_NUMBERS = 2**23  # torch.quantile takes no more than 2**24 at a time
+from ..joint.vectorization import draws_at_a_time
 
 
 class Summary(dict[str, dict[str, Tensor]]):
@@ -76,7 +76,8 @@ def check_levels(name: str, levels: Sequence[float] | Tensor) -> Tensor:
 
 def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
     """The quantiles ``(q, *)`` of each coordinate of draws ``(n, *)``, in their dtype."""
-    columns = draws.reshape(len(draws), -1).split(max(1, _QUANTILE_NUMBERS // len(draws)), dim=1)
+    # torch.quantile takes no more than 2**24 numbers at a time
+    columns = draws.reshape(len(draws), -1).split(draws_at_a_time(len(draws)), dim=1)
     # torch.quantile does not support half precision
     dtype = torch.promote_types(draws.dtype, torch.float32)
     levels = levels.to(draws.device, dtype)

@@ -14,8 +14,9 @@ from torch.distributions import Distribution
 
 from .target import State
 
-# distance between chains of different modes, in sds within chains; maximum number of modes
-_APART, _MOST_MODES = 6.0, 8
+#: distance between chains of different modes, in sds within chains
+APART = 6.0
+_MOST_MODES = 8
 # draws per dimension needed to estimate a covariance, and the ridge added to its correlations
 _DRAWS_BY_DIM, _RIDGE = 4, 1e-6
 #: a mode is negligible if its evidence is this many nats below that of the first, plus nats per dimension
@@ -99,7 +100,7 @@ def groups_of(draws: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
     # some chains may be stuck, and some modes narrow
     widest = torch.maximum(sds[:, None], sds).maximum(sds.median(0).values)
     apart = ((means[:, None] - means).abs() / widest).nan_to_num(0.0)
-    group = _components(apart.amax(-1) < _APART)
+    group = _components(apart.amax(-1) < APART)
     if int(group.max()) >= _MOST_MODES:  # chains have not mixed at all
         group = torch.zeros_like(group)
     return group, apart.flatten(0, 1).amax(0)[:-1]

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
+from ..joint.vectorization import tolerance
 from ..transforms.flow_module import call_and_ladj
 from ..univariate import Univariate
 from .comparison import BATCH_SHAPES, DTYPES, check_gradient, default_dtype, equal, normal, require
 
-PARTS, TOLERANCE = ("value", "log-derivative"), {torch.float32: 1e-4, torch.float64: 1e-9}
+PARTS = ("value", "log-derivative")
 
 
 def check_univariate(univariate: Univariate, *, dtype: torch.dtype = torch.float64) -> None:
@@ -99,21 +100,21 @@ def _check_dtypes_and_shapes(transform: Any, params: Tensor) -> None:
 
 
 def _check_bijection(transform: Any, x: Tensor) -> None:
-    tolerance, y = TOLERANCE[x.dtype], transform(x.requires_grad_())
+    round_off, y = tolerance(x), transform(x.requires_grad_())
     ends = {"x": x[:-1], "next_x": x[1:], "y": y[:-1], "next_y": y[1:]}
     require(y[1:] > y[:-1], "the map must be strictly increasing", **ends)
     ladj, slope = transform.log_abs_det_jacobian(x, y), torch.autograd.grad(y.sum(), x)[0]
     wanted = "the log-determinant must be the logarithm of the derivative"
-    equal(ladj, slope.log(), wanted, 10 * tolerance, x=x)
+    equal(ladj, slope.log(), wanted, 10 * round_off, x=x)
     # where the map is flat, the inverse amplifies round-off in y
     back, flat = transform.inv(y), (-ladj).exp().clamp_min(1.0)
-    equal(back, x, "the inverse must undo the map", tolerance * flat, x=x, y=y)
+    equal(back, x, "the inverse must undo the map", round_off * flat, x=x, y=y)
     back_ladj = transform.inv.log_abs_det_jacobian(y, back)
     wanted = "the inverse's log-determinant must be minus that of the map"
-    equal(back_ladj, -ladj, wanted, 1e3 * tolerance, x=x)
+    equal(back_ladj, -ladj, wanted, 1e3 * round_off, x=x)
     far = transform.inv(x)
     again = transform(far.where(far.isfinite(), nan))
-    equal(again, x, "the map must be onto the real line", 10 * tolerance, inverse=far)
+    equal(again, x, "the map must be onto the real line", 10 * round_off, inverse=far)
     for way, function in {"map": transform, "inverse": transform.inv}.items():
         require(function(nan * x).isnan(), f"a NaN must remain NaN in the {way}", x=nan * x)
     both = {"call_and_ladj": (x, y, ladj), "inverse_and_ladj": (y, back, back_ladj)}
@@ -121,7 +122,7 @@ def _check_bijection(transform: Any, x: Tensor) -> None:
         wanted = f"{method} must agree with the methods of torch, such as log_abs_det_jacobian"
         found = getattr(transform, method)(at) if hasattr(transform, method) else ()
         for one, other in zip(found, expected):
-            equal(one, other, wanted, 10 * tolerance, at=at)
+            equal(one, other, wanted, 10 * round_off, at=at)
 
 
 def _check_alone(family: Univariate, dtype: torch.dtype, way: str) -> None:
@@ -131,7 +132,7 @@ def _check_alone(family: Univariate, dtype: torch.dtype, way: str) -> None:
         alone = [_values(family, way, *pair) for pair in zip(params.split(1, dim), x.split(1, dim))]
         for part, among, own in zip(PARTS, _values(family, way, params, x), zip(*alone)):
             wanted = f"the {part} of the {way} must not depend on those of other {others}"
-            equal(among, torch.cat(own, dim), wanted, TOLERANCE[dtype], x=x)
+            equal(among, torch.cat(own, dim), wanted, tolerance(x), x=x)
 
 
 def _check_large(family: Univariate, params: Tensor, how: str) -> None:

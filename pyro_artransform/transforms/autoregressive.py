@@ -88,16 +88,19 @@ class AutoregressiveTransform(FlowModule):
                 warn_user(f"AutoregressiveTransform: {f}", UserWarning)
         return meta
 
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
-        # the context's batch shape broadcasts
-        batch = self.meta.batch_shape if isinstance(self.meta, StructuredMeta) else ()
-        # a distribution asks for it several times whenever it is made
-        return torch.broadcast_shapes(shape, (*batch, shape[-1])) if batch else shape
-
-    inverse_shape = forward_shape
-
     def extra_repr(self) -> str:
         return "" if self.passes is None else f"passes={self.passes}"
+
+
+class _AtContext(AutoregressiveTransform):
+    """An autoregressive transform at a context, whose batch shape broadcasts with that of x."""
+
+    meta: ContextMeta
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.broadcast_shapes(shape, (*self.meta.batch_shape, shape[-1]))
+
+    inverse_shape = forward_shape
 
 
 class ConditionalAutoregressiveTransform(ConditionalFlowModule):
@@ -121,7 +124,7 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         """The transform for a context ``(*, C)``, whose batch shape broadcasts with that of x."""
         if not isinstance(context, Tensor):
             raise ValueError(f"context: expected a tensor of shape (*, C), got {context!r}")
-        conditioned = AutoregressiveTransform(ContextMeta(self.meta, context), self.passes)
+        conditioned = _AtContext(ContextMeta(self.meta, context), self.passes)
         conditioned.structure = self.structure
         return conditioned
 

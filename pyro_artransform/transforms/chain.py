@@ -102,26 +102,29 @@ class ComposedTransform(FlowModule):
             event_dim += part.codomain.event_dim - part.domain.event_dim
 
     def call_and_ladj(self, x: Tensor) -> Any:
-        return self._run(self._steps, lambda flow, x: flow.call_and_ladj(x), x)
+        return self._run("call_and_ladj", self._steps, x)
 
     def inverse_and_ladj(self, y: Tensor) -> Any:
-        return self._run(self._steps[::-1], lambda flow, y: flow.inverse_and_ladj(y), y)
+        return self._run("inverse_and_ladj", self._steps[::-1], y)
 
     def inverse_at(self, x: Tensor, y: Tensor) -> Any:
-        known = [x.detach()]  # the argument of each part
+        known, ladjs = [x.detach()], []  # the argument of each part
         with torch.no_grad():
             for flow, _ in self._steps[:-1]:
                 known.append(flow.call_and_ladj(known[-1])[0])
-        return self._run(self._steps[::-1], lambda flow, y: flow.inverse_at(known.pop(), y), y)
+        for flow, dims in self._steps[::-1]:
+            y, ladj = flow.inverse_at(known.pop(), y)
+            ladjs.append(ladj.sum(dims) if dims else ladj)
+        return y, sum(ladjs[1:], ladjs[0])
 
     def call_and_score(self, x: Tensor, score: Tensor) -> Any:
-        return self._run(self._steps, lambda flow, x, s: flow.call_and_score(x, s), x, score)
+        return self._run("call_and_score", self._steps, x, score)
 
-    def _run(self, steps: Sequence[Any], step: Any, x: Tensor, *score: Tensor) -> Any:
+    def _run(self, method: str, steps: Sequence[Any], x: Tensor, *score: Tensor) -> Any:
         """The steps one after the other; log-determinants, the second output of each, are added."""
         ladjs = []
         for flow, dims in steps:
-            x, ladj, *score = step(flow, x, *score)
+            x, ladj, *score = getattr(flow, method)(x, *score)
             ladjs.append(ladj.sum(dims) if dims else ladj)
         return x, sum(ladjs[1:], ladjs[0]), *score
 

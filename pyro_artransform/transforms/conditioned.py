@@ -153,10 +153,8 @@ class ConditionedUnivariate(StructuredMeta):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
         """The elementwise transform for x of shape ``(*, D)`` and a context of shape ``(*, C)``."""
-        conditioner, univariate = (
-            self.conditioner,
-            self.univariate,
-        )  # looked up once: each costs a call
+        # looked up once: each costs a call
+        conditioner, univariate = self.conditioner, self.univariate
         # what is the same for all rows of a batch is computed once
         params = conditioner.constant() if univariate.broadcasts else None
         if params is None or x.shape[-1:] != params.shape[:1]:

@@ -3,8 +3,16 @@
 
 """Univariate families: from parameters to increasing bijections of the real line."""
 
-from .affine import Affine, Hinged, HingedTransform, MonotonicAffineTransform, Standardizing
-from .base import ElementwiseTransform, Univariate, soft_bound, split_params, unbind_params
+from .affine import (
+    Affine,
+    Hinged,
+    HingedTransform,
+    MonotonicAffineTransform,
+    Standardizing,
+    soft_bound,
+    unbind_params,
+)
+from .base import ElementwiseTransform, Univariate, split_params
 from .monotone import MonotoneNeural, MonotoneNeuralTransform, MonotoneTransform
 from .spline import MonotonicRQSTransform, RationalQuadraticSpline
 

@@ -6,6 +6,7 @@
 import math
 from collections.abc import Sequence
 from functools import partial, reduce
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -13,7 +14,34 @@ from torch import Tensor
 
 from ..arguments import check_broadcast, check_positive, values_can_be_read
 from ..differentiation import gradients_with_graph
-from .base import Derivatives, ElementwiseTransform, Univariate, soft_bound, unbind_params
+from .base import Derivatives, ElementwiseTransform, Univariate
+
+
+def soft_bound(x: Tensor, bound: float) -> Tensor:
+    r"""Squashes the real line smoothly into ``(-bound, bound)``, with slope 1 at zero.
+
+    .. math:: b(x) = \frac{2B}{\pi} \arctan\left(\frac{\pi x}{2B}\right)
+
+    It is 0 at 0 exactly. The gradient decays like ``x**-2``: it is still positive where that of a
+    hyperbolic tangent has long been rounded to zero, and automatic differentiation keeps its digits.
+
+    :param x: of any shape.
+    :param bound: B, positive.
+    """
+    scale = 2 * bound / math.pi
+    return torch.atan(x / scale) * scale
+
+
+def unbind_params(params: Tensor, count: int) -> Sequence[Tensor]:
+    """The ``count`` parameters of a family, one by one: views of shape ``(*, D)``.
+
+    :raises ValueError: if there are not ``count`` of them.
+    """
+    if torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
+        return [params[..., k] for k in range(count)]
+    if params.shape[-1:] != (count,):
+        raise ValueError(f"params: expected shape (*, D, {count}), got {tuple(params.shape)}")
+    return params.unbind(-1) if params.dim() < 2 else params.mT.unbind(-2)
 
 
 class GivenLocationScale(ElementwiseTransform):
@@ -144,8 +172,8 @@ class HingedTransform(ElementwiseTransform):
         super().__init__()
         if len(knots) == 0:
             raise ValueError("knots: expected at least one, got none")
-        self._hinges = [(side, knot) for knot in knots for side in (1.0, -1.0)]
-        self._log_slopes = [of_side[k] for k in range(len(knots)) for of_side in (right, left)]
+        self._hinges = [*product(knots, (1.0, -1.0))]
+        self._log_slopes = [*chain.from_iterable(zip(right, left))]
         self.width = width
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -158,7 +186,7 @@ class HingedTransform(ElementwiseTransform):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         large = torch.finfo(y.dtype).max ** 0.4  # v * v must not overflow
         width, slopes = y.new_full((), self.width), []
-        for log_slope, (side, knot) in zip(self._log_slopes[::-1], self._hinges[::-1]):
+        for log_slope, (knot, side) in zip(self._log_slopes[::-1], self._hinges[::-1]):
             k, slope = 0.5 * torch.expm1(log_slope), log_slope.exp()
             v = (side * y - knot).clamp(-large, large)
             change = -k / slope * (v + torch.hypot(v, slope.sqrt() * width))
@@ -179,7 +207,7 @@ class _Bend(torch.autograd.Function):
         y, _ = torch.broadcast_tensors(x, factors[0])
         large, width_of_all = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width)
         arguments, roots = [], []
-        for factor, (side, knot) in zip(factors.unbind(), hinges):
+        for factor, (knot, side) in zip(factors.unbind(), hinges):
             # clamped, so that infinity stays itself
             arguments.append((y - knot if side > 0 else -knot - y).clamp(-large, large))
             # several times as fast as the root of a sum of squares

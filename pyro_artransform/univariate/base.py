@@ -3,7 +3,6 @@
 
 """The contract of a univariate family, and the transform that every family returns."""
 
-import math
 from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
@@ -25,21 +24,6 @@ class Derivatives(NamedTuple):
     ladj_by_params: Tensor | None  # (B, D, P), None for zeros
 
 
-def soft_bound(x: Tensor, bound: float) -> Tensor:
-    r"""Squashes the real line smoothly into ``(-bound, bound)``, with slope 1 at zero.
-
-    .. math:: b(x) = \frac{2B}{\pi} \arctan\left(\frac{\pi x}{2B}\right)
-
-    It is 0 at 0 exactly. The gradient decays like ``x**-2``: it is still positive where that of a
-    hyperbolic tangent has long been rounded to zero, and automatic differentiation keeps its digits.
-
-    :param x: of any shape.
-    :param bound: B, positive.
-    """
-    scale = 2 * bound / math.pi
-    return torch.atan(x / scale) * scale
-
-
 def split_params(params: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     """Splits the parameters of a family of shape ``(*, D, P)`` into views of shapes ``(*, D, size)``.
 
@@ -55,18 +39,6 @@ def split_params(params: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
     # The gradient of a split is one concatenation; that of n slices is n tensors of zeros as large
     # as params. Along the next-to-last dimension it gets the layout that conditioners produce.
     return [part.mT for part in params.mT.split(list(sizes), -2)]
-
-
-def unbind_params(params: Tensor, count: int) -> Sequence[Tensor]:
-    """The ``count`` parameters of a family, one by one: views of shape ``(*, D)``.
-
-    :raises ValueError: if there are not ``count`` of them.
-    """
-    if torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
-        return [params[..., k] for k in range(count)]
-    if params.shape[-1:] != (count,):
-        raise ValueError(f"params: expected shape (*, D, {count}), got {tuple(params.shape)}")
-    return params.unbind(-1) if params.dim() < 2 else params.mT.unbind(-2)
 
 
 class Bijection(Transform):

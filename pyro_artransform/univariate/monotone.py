@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_broadcast, check_integer, values_can_be_read
-from .base import ElementwiseTransform, Univariate, soft_bound, split_params
+from .affine import soft_bound
+from .base import ElementwiseTransform, Univariate, split_params
 
 
 class MonotoneTransform(ElementwiseTransform):

@@ -17,7 +17,6 @@ from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.posterior import to_inference_data
-from pyro_artransform.posterior.log_likelihood import Likelihood
 from tests.joint.models import data
 
 
@@ -72,7 +71,6 @@ def test_predictions_of_vectors_and_plates(arviz):
         with pyro.plate("data", 5):
             pyro.sample("y", dist.Normal(beta[..., 0], 0.01), obs=values)
 
-    assert Likelihood(lambda: vectors(data())).strategy({"beta": torch.randn(5, 2)}) == "plate"
     found = sites_of(to_inference_data(vectors, AutoIAF(vectors, init_scale=1.0), 5, data()))
     y, beta = found["posterior_predictive"]["y"][0], found["posterior"]["beta"][0]
     assert torch.allclose(y, beta[:, :1].expand(5, 5), atol=0.05)

@@ -10,6 +10,7 @@ from pyro.infer import config_enumerate
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform.inference import log_likelihood
+from pyro_artransform.joint.vectorization import choose_strategy
 from pyro_artransform.posterior.log_likelihood import Likelihood
 from tests.joint.models import data
 
@@ -45,7 +46,8 @@ def test_pointwise(name, n):
     assert torch.allclose(found["y"], dist.Normal(means_of(z), 2.0).log_prob(data()))
     assert not found["y"].requires_grad
     if n > 1:
-        assert Likelihood(lambda: model(data())).strategy(draws) == strategy
+        evaluate = Likelihood(lambda: model(data()))._evaluate
+        assert choose_strategy(evaluate, {"z": z}).strategy == strategy
 
 
 def test_scales_are_left_out_and_masked_data_are_zero():
@@ -79,7 +81,7 @@ def test_what_a_reparametrizer_leaves_is_no_data():
 
     draws = {"z": torch.randn(20), "local_decentered": torch.randn(20, 3)}
     likelihood = Likelihood(lambda: model(data()[:3]))
-    assert likelihood.strategy(draws) == "vmap"
+    assert choose_strategy(likelihood._evaluate, draws).strategy == "vmap"
     found = likelihood(draws)
     assert list(found) == ["y"]
     local = (draws["z"][:, None] + 2 * draws["local_decentered"]).mT[rows].mT

@@ -147,3 +147,19 @@ def test_copies_leave_what_pyro_needs():
     assert svi.step() != svi.step()
     twin = copy.deepcopy(t.inv)
     assert twin.inv.inv is twin
+
+
+def test_gradients_of_a_value_made_without_gradients():
+    """Each time it is inverted, also the second time."""
+    t = redraw(affine_autoregressive(3))
+    with torch.no_grad():
+        y = t(torch.randn(5, 3))
+
+    def gradients(y):
+        x = t.inv(y)
+        total = -x.square().sum() - t.log_abs_det_jacobian(x, y).sum()
+        return torch.autograd.grad(total, list(t.parameters()))
+
+    for _ in range(2):
+        for remembered, expected in zip(gradients(y), gradients(y.clone())):
+            assert torch.allclose(remembered, expected)

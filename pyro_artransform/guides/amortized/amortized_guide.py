@@ -49,8 +49,6 @@ from .variational_posterior import (
 
 # number of latent vectors drawn at once
 _CHUNK = 2**16
-# factor of the global location's steps, over which mini-batch noise averages out
-_LOCATION_STEP = 2.0
 
 
 class AutoAmortized(PersistentGuide):
@@ -166,11 +164,8 @@ class AutoAmortized(PersistentGuide):
     @property
     def needs_indices(self) -> bool:
         """Whether batches of data need ``create_plates``, to look up their embeddings."""
-        if self.create_plates is not None:
-            return False
-        if self._spec is None:
-            return self._encoder[0] is None
-        return any(factor.table is not None for factor in self._posterior.locals)
+        has_embeddings = any(factor.table is not None for factor in self._posterior.locals)
+        return has_embeddings and self.create_plates is None
 
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state, given = torch.get_rng_state(), GivenIndices()
@@ -230,9 +225,7 @@ class AutoAmortized(PersistentGuide):
         """
         self.set_up(*args, **kwargs)
         self._update_sizes(args, kwargs)
-        self._register()
-        # attribute access registers the parameters with Pyro
-        posterior: AmortizedPosterior = self.transform
+        posterior: AmortizedPosterior = self._registered_transform()
         make = cache(lambda: self._plates_for(args, kwargs))
         features = posterior.encode(make, args, kwargs)
         if not (make.cache_info().currsize or posterior.fits(features, self._sizes)):
@@ -246,8 +239,7 @@ class AutoAmortized(PersistentGuide):
             with entered(plates[plate] for plate in group.dims):
                 vectors[group.name] = pyro.sample(name, distribution, infer={"is_auxiliary": True})
             parts.update(group.latents.place(vectors[group.name]))
-        run = self._bind(args, kwargs).run if self.prior.space.is_mapped else None
-        found, ladjs = self.prior.space.to_sites(parts, run)
+        found, ladjs = self.prior.space.to_sites(parts, self._run_of_model(args, kwargs))
         for group in posterior.layout.groups:
             with entered(plates[plate] for plate in group.dims):
                 for name, site in group.latents.sites.items():
@@ -338,7 +330,7 @@ class AutoAmortized(PersistentGuide):
             return {}
         ratio = max(plate.full_size / plate.size for plate in self._sizes.values())
         scale = globals_.affine.log_scale.detach().exp()
-        scales = {globals_.affine.loc: _LOCATION_STEP * ratio**0.5 * scale}
+        scales = {globals_.affine.loc: ratio**0.5 * scale}
         if ratio != 1:
             for parameter in globals_.transform.transforms[:-1].parameters():
                 scales[parameter] = scale.new_full((), ratio**-0.5)

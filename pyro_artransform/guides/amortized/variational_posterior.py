@@ -16,8 +16,8 @@ from ...joint.density import Args, Kwargs
 from ...joint.sites import Latents
 from ...transforms import ComposedTransform, LocationScale, chain
 from ...transforms.flow_distribution import FlowDistribution, standard_normal
+from ...univariate import soft_bound
 from ...univariate.affine import GivenLocationScale
-from ...univariate.base import soft_bound
 from ..distributions import PathDistribution, make_flow
 from ..persistence.spec import Arguments, GuideSpec
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows

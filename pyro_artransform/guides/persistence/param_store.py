@@ -12,7 +12,6 @@ import itertools
 import re
 import weakref
 from collections.abc import Mapping
-from operator import is_
 from typing import Any, Literal, cast
 
 import pyro
@@ -47,18 +46,15 @@ class RegisteredGuide(AutoGuide):
             for parameter in self._trainable().values():
                 # SVI reads this attribute, which otherwise the store sets
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # Pyro's
-            self._ownership = "carried"
+            self._ownership, self._entries = "carried", {}
             return
-        store, entries = pyro.get_param_store(), self._entries
-        stored = store._params  # like Pyro's modules: store[key] would apply transforms
-        is_stored = all(map(is_, map(stored.get, entries), entries.values()))
-        if entries and is_stored and self._ownership == "settled":
-            return  # the store was neither cleared nor loaded
         name, is_adopted = self._find_name(self._trainable())
         if (in_call := bool(self._pyro_context.active)) or is_adopted:
             self._entries = {f"{name}.{short}": p for short, p in self._trainable().items()}
+            store = pyro.get_param_store()
             for key, parameter in self._entries.items():
-                if stored.get(key) is not parameter:
+                # like Pyro's modules: store[key] would apply transforms
+                if store._params.get(key) is not parameter:
                     store[key] = parameter
                 _OWNERS[parameter] = weakref.ref(self)
             self._pyro_name = name

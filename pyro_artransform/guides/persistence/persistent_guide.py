@@ -7,8 +7,11 @@ import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
+from operator import is_
 from typing import Any, ClassVar, TypeVar
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.conditional import ConditionalTransform
@@ -37,8 +40,8 @@ _KIND = "a guide of class {}, format 9"
 class PersistentGuide(RegisteredGuide):
     """An autoguide built from a :class:`~pyro_artransform.guides.persistence.spec.GuideSpec`.
 
-    A subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_register` before it uses the
-    parameters of ``transform``.
+    A subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_registered_transform` where
+    it uses the parameters of ``transform``.
     """
 
     #: the user's functions: deep copies share them, pickles drop them
@@ -123,6 +126,13 @@ class PersistentGuide(RegisteredGuide):
         prior.arguments = args, kwargs
         return prior
 
+    def _run_of_model(self, args: Args, kwargs: Kwargs) -> Callable[[], object] | None:
+        """The model at its arguments, for latents with coordinates from its prior; None without such."""
+        if not self.prior.space.is_mapped:
+            return None
+        args, kwargs = self._bind(args, kwargs).arguments
+        return partial(self.prior.log_joint.model, *args, **kwargs)
+
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
         """See ``ModelPrior.find_sites``; empty if no prior was seen to depend on other latents."""
         asked = self.prior.asked
@@ -178,6 +188,16 @@ class PersistentGuide(RegisteredGuide):
         if self._spec is None:
             raise RuntimeError(self._unknown)
         return self._spec
+
+    def _registered_transform(self) -> Any:
+        """``transform``, whose parameters are the param store's."""
+        if self._spec is None:
+            raise RuntimeError(self._unknown)
+        entries, stored = self._entries, pyro.get_param_store()._params
+        # otherwise the store was neither cleared nor loaded; reading store[key] applies transforms
+        if not entries or not all(map(is_, map(stored.get, entries), entries.values())):
+            self._register()
+        return self.transform  # a param statement, as each access of the attribute is
 
     @torch.no_grad()
     def quantiles(

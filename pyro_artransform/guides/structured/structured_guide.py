@@ -271,14 +271,13 @@ class AutoStructuredFlow(AutoAutoregressive):
         self, loc: Tensor, sd: Tensor, coefficients: list[Tensor], scale: Tensor, root_tril: Tensor
     ) -> None:
         flow, affine = self._parts
-        self._current_transform()  # first adopt entries of the param store that take precedence
+        self._registered_transform()  # first adopt entries of the param store that take precedence
         affine.set_(loc, sd)
         flow.load_state_dict(self._flow_start)
         flow.start_at(sd, coefficients, scale, root_tril)
 
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
         """Optimizer step sizes by parameter, in units of conditional sds."""
-        self._checked_spec()
         flow, affine = self._parts
         relative = flow.conditional_scale()
         sizes = {affine.loc: affine.log_scale.detach().exp() * relative, affine.log_scale: relative}

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 from enum import Enum
 from itertools import groupby
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 from ..prior_only import GIVE_DATA
@@ -179,7 +180,8 @@ class Verdict(NamedTuple):
         :param without: failed checks to leave out.
         """
         omitted = {*without}
-        for remedy, failed in groupby((f for f in self.failed if f not in omitted), _remedy_of):
+        shown = (failed for failed in self.failed if failed not in omitted)
+        for remedy, failed in groupby(shown, attrgetter("remedy")):
             yield from (("failed", each.sentence.removesuffix(".")) for each in failed)
             if remedy:
                 yield "remedy", remedy[0].upper() + remedy[1:]
@@ -191,14 +193,10 @@ class Verdict(NamedTuple):
         return f"{len(self.failed)} check{'s' * (len(self.failed) > 1)} failed"
 
 
-def _remedy_of(failed: FailedCheck) -> str:
-    return failed.remedy
-
-
 def _joined(failed: Iterable[FailedCheck]) -> str:
     """The sentences as one text; consecutive ones with the same remedy share it."""
     parts = []
-    for remedy, same in groupby(failed, _remedy_of):
+    for remedy, same in groupby(failed, attrgetter("remedy")):
         sentences = "; ".join(each.sentence for each in same if each.check is not Check.PRIOR)
         colon = ": " if remedy[:1].islower() else ". "
         parts.append(colon.join(filter(None, (sentences, remedy))))

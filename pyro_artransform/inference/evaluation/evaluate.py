@@ -4,12 +4,12 @@
 """Evaluates a guide by its importance weights and against the draws of an ensemble."""
 
 import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...diagnostics import Importance, Marginals
+from ...diagnostics import Importance
 from ...diagnostics.importance import CLEAR_IN_SE, GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
@@ -18,8 +18,8 @@ from ...sampling import End, Ensemble
 from ...time_limit import limited
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
-from .checks import Verdict
-from .elements import Elements, ElementWeights
+from .checks import Check, Verdict
+from .elements import ElementWeights
 from .verdict import (
     NOT_SEARCHED,
     FitStatus,
@@ -27,10 +27,13 @@ from .verdict import (
     about_elements,
     about_good_elements,
     about_marginals,
-    about_minibatches,
     judge,
 )
 
+_BY_WEIGHTS = (
+    *("elbo", "elbo_se", "num_samples", "log_evidence", "log_evidence_se"),
+    *("khat", "khat_se", "ess"),
+)
 # the least share of a mode that matters; a guide has lost a mode if it has less than this part of its share
 _MIN_SHARE, _MIN_PART = 0.01, 0.1
 
@@ -57,39 +60,11 @@ def draw(
     return torch.cat(parts), torch.cat(latents) if latents else None
 
 
-class Evaluation(NamedTuple):
-    """The numbers of an evaluation, and the verdict."""
-
-    elbo: float
-    elbo_se: float
-    num_samples: int
-    weights: Importance | None  #: ``None`` if unknown with mini-batches
-    verdict: Verdict
-    is_noisy: bool = False  #: whether weights have the noise of mini-batches drawn by the model
-    marginals: Marginals | None = None  #: ``None`` without an ensemble that has mixed
-    elements: Elements | None = None  #: the elements of mini-batches
-
-    def result_fields(self, chains: Any = None) -> dict[str, Any]:
-        """The fields of a ``FitResult`` about the posterior, ``nan`` if unknown, from ``Chains`` as well."""
-        words, marginals = self.verdict.words, self.marginals
-        if chains is not None:
-            words = f"{chains.verdict} About the guide alone: {words}"
-        by_weights = ("log_evidence", "log_evidence_se", "khat", "khat_se", "ess")
-        return {
-            "elbo": self.elbo,
-            "elbo_se": self.elbo_se,
-            "num_samples": self.num_samples,
-            **{name: getattr(self.weights, name, math.nan) for name in by_weights},
-            "trusted": self.verdict.trusted,
-            "verdict": words,
-            "judged": self.verdict,
-            "chains": chains,
-            "draws": None if chains is None else chains.draws,
-            "importance": None if self.is_noisy else self.weights,
-            "elements": self.elements,
-            "marginals": marginals,
-            "marginals_trusted": None if marginals is None else marginals.trusted,
-        }
+def _fields(weights: Importance | None, verdict: Verdict, **others: Any) -> dict[str, Any]:
+    """The fields of a ``FitResult`` about the posterior; numbers are ``nan`` if weights are unknown."""
+    fields = {name: getattr(weights, name, math.nan) for name in _BY_WEIGHTS}
+    judged = {"trusted": verdict.trusted, "verdict": verdict.words, "judged": verdict}
+    return {**fields, **judged, "importance": weights, **others}
 
 
 def evaluate(
@@ -98,19 +73,19 @@ def evaluate(
     config: FitConfig,
     num_gradients: int = 0,
     ensemble: Ensemble | None = None,
-) -> Evaluation:
+) -> dict[str, Any]:
     """Evaluates a guide with a density of all data, or with a model that draws mini-batches itself.
 
     :param num_gradients: the gradients of all steps, which limit the draws added if k-hat is in doubt.
     :param ensemble: chains whose draws the guide is compared with.
+    :return: fields of a ``FitResult``.
     """
     log_joint = subject.log_joint
     strategy = log_joint.strategy
     log_weights, latents = draw(subject, config.evaluation, num_gradients)
     weights = Importance.from_log_weights(log_weights)
-    is_point, coarse, lost, marginals = False, list[str](), NOT_SEARCHED, None
-    if latents is not None:
-        is_point = bool((latents == latents[:1]).all(0).any())
+    coarse, lost, marginals = list[str](), NOT_SEARCHED, None
+    is_point = latents is not None and bool((latents == latents[:1]).all(0).any())
     if latents is not None and not is_point:
         draws, _ = log_joint.to_unconstrained(latents)
         coarse = log_joint.latents.coarse_sites(draws)
@@ -124,16 +99,13 @@ def evaluate(
         mixes_draws=log_joint.strategy != strategy,
         coarse=coarse,
     )
-    verdict = judge(status, weights, lost)
-    return Evaluation(
-        elbo=weights.elbo,
-        elbo_se=weights.elbo_se,
-        num_samples=weights.num_samples,
-        weights=weights,
-        is_noisy=log_joint.is_random,
-        verdict=verdict._replace(marginals=about_marginals(marginals, ensemble)),
-        marginals=marginals,
-    )
+    about = about_marginals(marginals, ensemble)
+    fields = _fields(weights, judge(status, weights, lost)._replace(marginals=about))
+    fields["marginals"] = marginals
+    fields["marginals_trusted"] = None if marginals is None else marginals.trusted
+    if log_joint.is_random:  # weights have the noise of mini-batches
+        fields["importance"] = None
+    return fields
 
 
 def lost_modes(ensemble: Ensemble, draws: Tensor) -> LostModes:
@@ -156,31 +128,33 @@ def evaluate_minibatches(
     found: PassEstimate,
     status: FitStatus,
     by_element: ElementWeights | str,
-) -> Evaluation:
+) -> dict[str, Any]:
     """Evaluates a posterior with passes over a loader, without a search for modes.
 
     The verdict depends on the weights of elements, if each mini-batch has latents of its own.
 
     :param by_element: these weights, or the reason why they are unknown.
+    :return: fields of a ``FitResult``.
     """
-    weights, elements, count = None, None, found.num_draws
+    weights, elements = None, None
     values = next(subject.weighted_draws(8)).values  # a few draws show whether all are equal
     is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
-    is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
     status = status._replace(is_point=is_point)
+    elbo = {"elbo": found.elbo, "elbo_se": found.elbo_se}
     if isinstance(by_element, str):
-        about = about_minibatches(found, is_of_all, by_element)
-        verdict = judge(status, about_others=[about])
+        is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
+        failed = Check.MINIBATCHES.failed(
+            of="of all data" if is_of_all else "averaged over batches",
+            num_batches=found.num_batches,
+            reason=by_element,
+            **elbo,
+        )
+        verdict = judge(status, about_others=[failed])
     else:
         elements, weights = by_element.elements, by_element.shared
-        count = count if weights is None else weights.num_samples
-        failed = about_elements(by_element, status.remedy)
-        verdict = judge(status, about_others=failed, praise=about_good_elements(by_element))
-    return Evaluation(
-        elbo=found.elbo,
-        elbo_se=found.elbo_se,
-        num_samples=count,
-        weights=weights,
-        verdict=verdict._replace(marginals=about_marginals(None, None)),
-        elements=elements,
-    )
+        praise = about_good_elements(by_element)
+        about_others = about_elements(by_element, status.remedy)
+        verdict = judge(status, about_others=about_others, praise=praise)
+    verdict = verdict._replace(marginals=about_marginals(None, None))
+    fields = _fields(weights, verdict, elements=elements, **elbo)
+    return fields if weights is not None else {**fields, "num_samples": found.num_draws}

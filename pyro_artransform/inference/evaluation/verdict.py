@@ -14,7 +14,6 @@ from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LO
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ...sampling import Ensemble
 from ...sampling.ensemble import MODES_RHAT
-from ..optimization.minibatches import PassEstimate
 from .checks import Check, FailedCheck, Verdict
 from .elements import ElementWeights
 
@@ -84,14 +83,18 @@ def judge(
     :param about_others: failed checks on mini-batches.
     :param praise: the sentence if no check failed; by default it is about the weights.
     """
-    failed = [*_about_steps(status), *about_draws(status)]
-    failed += status.no_sum or ()
+    failed = [*about_draws(status), *(status.no_sum or ())]
+    if status.skipped_share > _MOST_SKIPPED:
+        failed.insert(0, Check.SKIPPED.failed(percent=100 * status.skipped_share))
     if status.is_point or status.is_random:
         failed.append((Check.POINT if status.is_point else Check.SUBSAMPLED).failed())
     elif weights is not None:
-        modes = list(about_lost_modes(lost, not status.cut_short))
+        has_lost = lost.lost_mass > GOOD_LOST_MASS
         # neither another guide nor more draws help against lost modes
-        failed += [*about_weights(weights, "" if modes else status.remedy), *modes]
+        failed += about_weights(weights, "" if has_lost else status.remedy)
+        if has_lost:
+            lacks = Check.LOST_MODES.failed(percent=100 * lost.lost_mass, count=lost.num_lost)
+            failed.append(lacks._replace(remedy="") if status.cut_short else lacks)
         if lost.rhat > MODES_RHAT and not status.cut_short:
             failed.append(Check.RESTARTS.failed(rhat=lost.rhat))
     failed += about_others
@@ -121,11 +124,6 @@ def _notes(status: FitStatus, has_failed: bool) -> Iterator[str]:
         yield f"The model's own parameters are point estimates ({names}): the verdict is conditional on them."
     if status.no_sum is None and not has_failed:
         yield _SUM_NOT_CHECKED
-
-
-def _about_steps(status: FitStatus) -> Iterator[FailedCheck]:
-    if status.skipped_share > _MOST_SKIPPED:
-        yield Check.SKIPPED.failed(percent=100 * status.skipped_share)
 
 
 def about_draws(status: FitStatus) -> Iterator[FailedCheck]:
@@ -162,13 +160,6 @@ def _borderline(found: Importance) -> str:
     return " (borderline, within one standard error)" if is_borderline else ""
 
 
-def about_lost_modes(lost: LostModes, is_settled: bool = True) -> Iterator[FailedCheck]:
-    """The failed check of a guide that misses modes."""
-    if lost.lost_mass > GOOD_LOST_MASS:
-        failed = Check.LOST_MODES.failed(percent=100 * lost.lost_mass, count=lost.num_lost)
-        yield failed if is_settled else failed._replace(remedy="")
-
-
 def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
     """A sentence on the marginals, or on why they were not checked."""
     if found is not None:
@@ -182,17 +173,6 @@ def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
         if has_mixed:
             reason = "the guide has a point mass or draws that are not finite"
     return f"Marginals not checked, since {reason}."
-
-
-def about_minibatches(found: PassEstimate, is_of_all: bool, reason: str) -> FailedCheck:
-    """The failed check of a fit with mini-batches: what a pass over a loader cannot tell, and why."""
-    return Check.MINIBATCHES.failed(
-        of="of all data" if is_of_all else "averaged over batches",
-        elbo=found.elbo,
-        elbo_se=found.elbo_se,
-        num_batches=found.num_batches,
-        reason=reason,
-    )
 
 
 def about_elements(found: ElementWeights, remedy: str) -> Iterator[FailedCheck]:

@@ -53,28 +53,26 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
 
 
 def _lacking(density: LogJoint, center: Tensor, moved: Tensor) -> float:
-    """The share of points around a center at which a part of the gradient is missing.
-
-    :param moved: 1 for the coordinates along which segments run, 0 for others.
-    """
+    """The share of points around a center at which the gradient in the coordinates ``moved`` lacks a part."""
     shape, generator = (2, _NUM_POINTS, 1, center.shape[-1]), torch.Generator().manual_seed(0)
     drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     (noise, direction), steps = drawn.to(center), center.new_tensor(_STEPS)
     points, shifts = center + _SPREAD * noise, steps[:, None] * moved * direction.sign()
-    lines = torch.stack([points - shifts, points.expand_as(shifts), points + shifts])
-    found = value_and_gradient(density, lines.flatten(0, 2))
-    eps = max(density.latents.eps, torch.finfo(found[0].dtype).eps)
-    left, _, right = lines.double()
-    value = found[0].double().unflatten(0, lines.shape[:3])
-    first, middle, last = found[1].double().reshape(lines.shape)
-    expected = ((right - left) * (first + 4 * middle + last)).sum(-1) / 6
-    missing, steps = value[2] - value[0] - expected, steps.double()
+    left, right, sizes = points - shifts, points + shifts, [len(steps), len(steps), 1]
+    lines = torch.cat([left, right, points], 1)
+    value, gradient = value_and_gradient(density, lines.flatten(0, 1))
+    eps = max(density.latents.eps, torch.finfo(value.dtype).eps)
+    value = value.double().unflatten(0, lines.shape[:2])
+    begin, end, _ = value.split(sizes, 1)
+    first, last, middle = gradient.double().reshape(lines.shape).split(sizes, 1)
+    expected = ((right.double() - left.double()) * (first + 4 * middle + last)).sum(-1) / 6
+    missing, steps = end - begin - expected, steps.double()
     usable = missing.isfinite().all(-1)
     if int(usable.sum()) < 3:
         return 0.0
     rate, rise = missing[usable] / steps, expected[usable].abs() / steps
     slope = rate.median(-1, keepdim=True).values
-    noise_level = ROUND_OFF * eps * value[:, usable].abs().amax()
+    noise_level = ROUND_OFF * eps * value[usable].abs().amax()
     is_shown = slope.abs() * steps > noise_level
     is_alike = (rate - slope).abs() <= _SLACK * slope.abs()
     is_large = slope.abs() > _SHARE * rise

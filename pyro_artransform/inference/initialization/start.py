@@ -98,20 +98,19 @@ def _start_at_draws(
     best, needed, chosen = -math.inf, -math.inf, list[Callable[[], None]]()
     for gaussian in candidates:
         # the mean gradient of a posterior is zero, so that a nonzero one corrects the mean
-        for loc in (gaussian.loc + gaussian.solve(finite[1].mean(0)), gaussian.loc):
-            before = -math.inf
-            for k in range(MAX_HALVINGS):  # a wide scale may reach regions of low or zero density
-                put = partial(_put, guide, gaussian, loc, 0.5**k)
-                try:
-                    put()
-                except ValueError:  # the Gaussian is not finite
-                    break
-                elbo, bound = _judge(density, guide, config.num_compared)
-                if elbo > needed:
-                    best, needed, chosen = elbo, bound, [put]
-                if -math.inf < before >= elbo:
-                    break
-                before = elbo
+        loc, before = gaussian.loc + gaussian.solve(finite[1].mean(0)), -math.inf
+        for k in range(MAX_HALVINGS):  # a wide scale may reach regions of low or zero density
+            put = partial(_put, guide, gaussian, loc, 0.5**k)
+            try:
+                put()
+            except ValueError:  # the Gaussian is not finite
+                break
+            elbo, bound = _judge(density, guide, config.num_compared)
+            if elbo > needed:
+                best, needed, chosen = elbo, bound, [put]
+            if -math.inf < before >= elbo:
+                break
+            before = elbo
     for put_best in chosen:
         put_best()
     return best

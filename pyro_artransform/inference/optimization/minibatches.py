@@ -146,28 +146,27 @@ class MinibatchObjective(Objective):
         """Estimates the ELBO in one pass over the loader, or from batches spread over it."""
         config, whole = self.config, self.stream.whole
         are_common = isinstance(self.objective, PathObjective)
-        count = config.num_draws // min(whole.num_batches, config.max_batches)
-        count = max(count, _MIN_DRAWS)
+        count = max(config.num_draws // min(whole.num_batches, config.max_batches), _MIN_DRAWS)
         estimate = self._estimator(config.num_common_draws if are_common else count)
-        draws, scales = list[Tensor](), list[float]()
+        draws, shares = list[Tensor](), list[float]()
         for batch in limited(whole.one_pass(config.max_batches), at_least=2):
             draws.append(estimate(batch))
-            scales.append(self.log_joint.structure(*batch).scale)
-        weights, num_batches = [self._least_scale / scale for scale in scales], len(draws)
-        seen = sum(1 / scale for scale in scales)  # the share of all data according to the scales
-        is_scaled = any(scale != 1 for scale in scales)
+            shares.append(1 / self.log_joint.structure(*batch).scale)
+        num_batches, seen = len(draws), sum(shares)  # the share of all data according to the scales
+        is_scaled = any(share != 1 for share in shares)
         share = num_batches / whole.num_batches if whole.is_partition else 0.0
         loader_share = seen if is_scaled and share == 1 else 1.0
         share = min(share, seen) if is_scaled else share
         variances = [0.0 if are_common else (part.var() / len(part)).item() for part in draws]
         means = [part.mean().item() for part in draws]
-        elbo, elbo_se = _mean_and_error(means, variances, weights, share)
+        elbo, elbo_se = _mean_and_error(means, variances, shares, share)
         num_draws = count * num_batches
         if are_common:
-            total = torch.stack([weight * part for weight, part in zip(weights, draws)]).sum(0)
+            total = torch.stack([part * weight / seen for part, weight in zip(draws, shares)]).sum(
+                0
+            )
             num_draws = len(total)
-            variance = (total / sum(weights)).double().var() / num_draws
-            elbo_se = math.hypot(variance.sqrt().item(), elbo_se)
+            elbo_se = math.hypot(total.double().std().item() / num_draws**0.5, elbo_se)
         return PassEstimate(elbo, elbo_se, num_draws, num_batches, share, loader_share)
 
 
@@ -175,9 +174,8 @@ def _mean_and_error(
     means: Sequence[float], variances: Sequence[float], weights: Sequence[float], share: float
 ) -> tuple[float, float]:
     """The weighted mean of independent means, and its standard error; they are a ``share`` of all means."""
-    mean, variance, weight = torch.tensor(
-        [means, variances, weights], dtype=torch.float64, device="cpu"
-    )
+    numbers = [means, variances, weights]
+    mean, variance, weight = torch.tensor(numbers, dtype=torch.float64, device="cpu")
     shares = weight / weight.sum()
     center = shares @ mean
     by_batches = shares.square() @ (mean - center).square() * len(means) / max(len(means) - 1, 1)

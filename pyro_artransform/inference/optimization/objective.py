@@ -72,7 +72,6 @@ class Objective(Protocol):
 
     def is_guide_alone(self) -> bool:
         """Whether all parameters are known to be the guide's."""
-        return False
 
     def elbo_draws(self, count: int) -> Tensor:
         """Independent unbiased estimates of the ELBO in nats, shape ``(n,)``, from ``count`` draws.
@@ -181,12 +180,11 @@ class PathObjective(Objective):
 
     @torch.no_grad()
     def elbo_draws(self, count: int) -> Tensor:
-        most = draws_at_a_time(self.log_joint.latents.latent_dim)
-        return torch.cat([self._draw(min(most, count - k)) for k in range(0, count, most)])
-
-    def _draw(self, count: int) -> Tensor:
-        z, log_q = self.guide.rsample_and_log_prob(count)
-        return self.log_joint(z) - log_q
+        most, draws = draws_at_a_time(self.log_joint.latents.latent_dim), list[Tensor]()
+        for k in range(0, count, most):
+            z, log_q = self.guide.rsample_and_log_prob(min(most, count - k))
+            draws.append(self.log_joint(z) - log_q)
+        return torch.cat(draws)
 
     def nonfinite_sites(self) -> list[str]:
         if not bool(self._terms.last.isfinite().all()):

@@ -16,9 +16,6 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 #: the ``step_scales`` method of a guide
 Scales = Callable[[], Mapping[nn.Parameter, Tensor]]
 
-# beta2 is small since steps are few
-_RATES = {"beta1": 0.9, "beta2": 0.99, "eps": 1e-8}
-
 
 class Adam:
     """Adam whose step size follows the schedule of the fit.
@@ -52,12 +49,11 @@ class Adam:
         scales = {} if self._scales is None else self._scales()
         scaled = [(p, scales[p], p.detach().clone()) for p in scales if p in self._moments]
         present = [(p, p.grad, *own) for p, own in self._moments.items() if p.grad is not None]
-        if not present:
-            return
         moved, gradients, means, squares, counts = map(list, zip(*present))
-        options: Any = {**_RATES, **self._kind, "lr": self._step_size * self.factor}
-        options.update(weight_decay=0.0, amsgrad=False, maximize=False)
-        adam(moved, gradients, means, squares, [], counts, **options)
+        options: Any = {"weight_decay": 0.0, "amsgrad": False, "maximize": False, **self._kind}
+        options.update(lr=self._step_size * self.factor, eps=1e-8)
+        # beta2 is small since steps are few
+        adam(moved, gradients, means, squares, [], counts, beta1=0.9, beta2=0.99, **options)
         for parameter, scale, before in scaled:
             parameter.copy_(torch.addcmul(before, scale, parameter - before))
 

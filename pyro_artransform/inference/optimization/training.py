@@ -24,10 +24,9 @@ from .schedule import Schedule
 
 _END = ("decay_start", "end", "reason")
 _COPIED = ("norms", "average")
-# gradients are clipped to 3 times their median norm over the last 100 steps
-_CLIP_FACTOR, _CLIP_WINDOW = 3.0, 100
-# consecutive non-finite steps after which a fit gives up
-_MAX_SKIPS = 100
+# gradients are clipped to 3 times their median norm over the last 100 steps; a fit gives up if none of its
+# last 100 steps is finite
+_CLIP_FACTOR, _MAX_SKIPS = 3.0, 100
 
 
 class FitError(RuntimeError):
@@ -154,10 +153,7 @@ class Training:
         return value
 
     def _take(self, loss: Tensor) -> float:
-        """Takes a step, or skips it if the loss or its gradient is not finite; returns the loss.
-
-        :raises FitError: if too many consecutive steps were skipped.
-        """
+        """Takes a step, or skips it if the loss or its gradient is not finite; returns the loss."""
         value = loss.item()
         gradients: Gradients | None = None
         if math.isfinite(value):
@@ -172,7 +168,7 @@ class Training:
             self._skip()
             return value
         self.losses.append(value)
-        self._norms = [*self._norms[1 - _CLIP_WINDOW :], norm]
+        self._norms = [*self._norms[1 - _MAX_SKIPS :], norm]
         limit = _CLIP_FACTOR * statistics.median(self._norms)
         shrink = min(1.0, limit / norm) if norm > 0 else 1.0
         if shrink < 1.0:
