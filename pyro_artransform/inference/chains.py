@@ -112,6 +112,8 @@ class Chains(SavedResult):
                 ("ess_tail", self.ess_tail[name], torch.min),
                 ("r_hat", self.rhat[name], torch.max),
             ):
+                if not values.numel():  # a constant, such as a simplex of one
+                    values = values.new_tensor([torch.nan])
                 fits = values.shape == shape
                 columns[key] = values if fits else worst(values).expand(shape)
         return table

@@ -23,7 +23,14 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import Distribution, constraints
 
-from .traces import has_data, is_enumerated, latent_nodes, moved_latent, subsampling_scale
+from .traces import (
+    has_data,
+    is_enumerated,
+    latent_nodes,
+    moved_latent,
+    subsampling_scale,
+    support_of,
+)
 
 _MOST_LOG_PROB = 0.1  # nats by which a log probability may exceed 0
 # shifts of latents on the unconstrained space that reveal what depends on them
@@ -183,7 +190,8 @@ def _log_prob(site: Any) -> Tensor:
         counted = value.reshape(-1, *event)[is_counted.flatten().int().argmax()]
         value = torch.where(is_counted[(..., *(None,) * event_dim)], value, counted)
     log_prob: Tensor = fn.log_prob(value, *site["args"], **site["kwargs"])
-    if has_data(site) and fn.support.is_discrete and fn.support is not constraints.boolean:
+    support = support_of(fn)
+    if has_data(site) and support.is_discrete and support is not constraints.boolean:
         log_prob = log_prob.masked_fill(log_prob > _MOST_LOG_PROB, -torch.inf)
     return log_prob
 

@@ -21,7 +21,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
-from torch.distributions import biject_to
+from torch.distributions import biject_to, constraints
 
 _LONGEST_SEQUENCE = 16
 # maximum number of entries read for a signature: with more, a run of the model takes no longer
@@ -43,6 +43,14 @@ def unwrapped(fn: Any) -> Any:
     while isinstance(fn, (Independent, ExpandedDistribution, MaskedDistribution)):
         fn = fn.base_dist
     return fn
+
+
+def support_of(fn: Any) -> Any:
+    """The support of a distribution of data; all real numbers if it has none, which Pyro accepts."""
+    try:
+        return fn.support
+    except NotImplementedError:
+        return constraints.independent(constraints.real, fn.event_dim)
 
 
 def is_enumerated(site: Any) -> bool:
@@ -297,10 +305,11 @@ def _check_support(node: Any) -> None:
         )
     fn = unwrapped(node["fn"])
     # a support that is a property depends on parameters, which are rarely latents in discrete distributions
-    if isinstance(getattr(type(fn), "support", None), property) and not fn.support.is_discrete:
+    support = support_of(node["fn"])
+    if isinstance(getattr(type(fn), "support", None), property) and not support.is_discrete:
         return
     mask = True if node["mask"] is None else node["mask"]
-    inside = node["fn"].support.check(node["value"]) | ~torch.as_tensor(mask)
+    inside = support.check(node["value"]) | ~torch.as_tensor(mask)
     if not bool(inside.all()):
         raise ValueError(
             f"site '{node['name']}': expected data within the support of {type(fn).__name__} ({fn.support}), "

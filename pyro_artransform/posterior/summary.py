@@ -59,7 +59,8 @@ def summary(draws: Mapping[str, Tensor], probs: Sequence[float] = (0.05, 0.5, 0.
         if not value.is_floating_point():
             value = value.to(torch.get_default_dtype())
         value = value.detach().to(torch.promote_types(value.dtype, torch.float32))
-        sd = value.std(0) if len(value) > 1 else torch.full_like(value[0], torch.nan)
+        has_sd = len(value) > 1 and value.numel()
+        sd = value.std(0) if has_sd else torch.full_like(value[0], torch.nan)
         table[name] = {"mean": value.mean(0), "sd": sd}
         for prob, quantile in zip(probs, quantiles_of(value, value.new_tensor(probs))):
             table[name][f"{100 * prob:g}%"] = quantile
@@ -77,6 +78,8 @@ def check_levels(name: str, levels: Sequence[float] | Tensor) -> Tensor:
 def quantiles_of(draws: Tensor, levels: Tensor) -> Tensor:
     """The quantiles ``(q, *)`` of each coordinate of draws ``(n, *)``, in their dtype."""
     # torch.quantile takes no more than 2**24 numbers at a time
+    if not draws.numel():
+        return draws.new_zeros(levels.shape + draws.shape[1:])
     columns = draws.reshape(len(draws), -1).split(draws_at_a_time(len(draws)), dim=1)
     # torch.quantile does not support half precision
     dtype = torch.promote_types(draws.dtype, torch.float32)

@@ -270,7 +270,7 @@ def _num_chains(log_joint: LogJoint, num_samples: float) -> int:
     fast = min(
         log_joint.chunk_size // (_SHARE_OF_CACHE * CACHED),
         _CACHED_COORDINATES // log_joint.latents.latent_dim,
-        num_samples // _DRAWS_BY_CHAIN,
+        num_samples / _DRAWS_BY_CHAIN,
         MOST_CHAINS,
     )
     return max(int(fast) // SUPERCHAINS * SUPERCHAINS, FEWEST_CHAINS)

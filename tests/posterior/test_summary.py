@@ -1,9 +1,12 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
+from pyro_artransform.inference import mcmc
 from pyro_artransform.joint.vectorization import draws_at_a_time
 from pyro_artransform.posterior import summary
 from pyro_artransform.posterior.summary import check_levels, quantiles_of
@@ -68,3 +71,18 @@ def test_quantiles_in_half_precision(dtype):
     assert found.dtype == dtype
     assert torch.equal(found, expected.to(dtype))
     assert torch.equal(summary({"z": draws})["z"]["5%"], expected[0])
+
+
+def test_sites_without_elements_and_constants():
+    assert summary({"none": torch.zeros(5, 0)})["none"]["50%"].shape == (0,)
+
+
+def test_a_latent_that_is_a_constant():
+    def model():
+        pyro.sample("p", dist.Dirichlet(torch.ones(1)))
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
+
+    table = mcmc(model, None, 20, num_chains=4, seed=0, progress=False).summary()
+    assert table["p"]["mean"] == 1
+    assert table["p"]["r_hat"].isnan()

@@ -93,9 +93,11 @@ class PersistentGuide(RegisteredGuide):
         else:
             super().__setattr__(name, value)
 
-    def _use_model(self, model: Model, init_loc_fn: Callable[..., Any] = init_to_median) -> None:
+    def _use_model(self, model: Model, init_loc_fn: Callable[..., Any] | None = None) -> None:
         """Stores a model in a tuple, since a module would otherwise become a submodule of the guide."""
         names = None if self._spec is None else self._spec.latents.sites.keys()
+        known = vars(self).get("_model")
+        init_loc_fn = init_loc_fn or (known[2] if known else init_to_median)
         self._model = StartMessenger(init_loc_fn, names)(model), model, init_loc_fn
 
     @property
@@ -328,8 +330,10 @@ class PersistentGuide(RegisteredGuide):
         :param arguments: constructor arguments that files do not hold: ``flow`` of ``AutoAutoregressive``,
             and ``encoder`` and ``create_plates`` of ``AutoAmortized``.
         :raises ValueError: if the file was not written by :meth:`save`, is damaged, has another class of
-            guide, holds NaN, or needs another flow, or one that was not passed.
+            guide, holds NaN, needs another flow, or one that was not passed, or if ``coordinates`` are passed.
         """
+        if held := arguments.keys() & {*cls._found_arguments}:
+            raise ValueError(f"{held.pop()}: expected none, as the file holds those of the guide")
         saved = files.read(path, _KIND.format(cls.__name__), map_location)
         try:
             known = GuideSpec.from_json(saved["spec"], torch.device("cpu")).arguments

@@ -115,8 +115,8 @@ def _encode(name: str, value: Any) -> Arguments:
 def _decode(device: torch.device, plain: Arguments) -> Any:
     """Inverts :func:`_encode`, with tensors on a device."""
     match plain:
-        case {"dtype": str(name)}:
-            return getattr(torch, name)
+        case {"dtype": str(name)} if isinstance(dtype := getattr(torch, name), torch.dtype):
+            return dtype
         case {"tensor": values, "of": torch.dtype() as dtype}:
             return torch.tensor(values, dtype=dtype, device=device)
         case {"class": str(kind), "fields": dict(found)}:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro.infer import Predictive
+from pyro.infer.autoguide import init_to_value
 from torch import nn
 
 from pyro_artransform import iaf, spline_autoregressive
@@ -282,3 +283,18 @@ def test_bounds_in_another_dtype(path):
     low, high = (torch.tensor(bound, dtype=torch.float32) for bound in (0.1, 5.0))
     guide = AutoIAF.load(path, model_of(scale=dist.Uniform(low, high)))
     guide(models.data(), models.data())
+
+
+def test_another_model_keeps_the_users_start():
+    guide = AutoIAF(models.regression, init_loc_fn=init_to_value(values={"loc": torch.tensor(3.0)}))
+    guide.model = models.regression
+    guide.set_up(models.data())
+    assert abs(guide.median()["loc"] - 3.0) < 0.2
+
+
+def test_coordinates_are_those_of_the_file(tmp_path):
+    guide = AutoIAF(models.regression)
+    guide.set_up(models.data())
+    guide.save(tmp_path / "guide.pt")
+    with pytest.raises(ValueError, match="coordinates: expected none, as the file holds"):
+        AutoIAF.load(tmp_path / "guide.pt", models.regression, coordinates="model")
