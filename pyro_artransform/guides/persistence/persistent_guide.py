@@ -330,7 +330,7 @@ class PersistentGuide(RegisteredGuide):
         :param arguments: constructor arguments that files do not hold: ``flow`` of ``AutoAutoregressive``,
             and ``encoder`` and ``create_plates`` of ``AutoAmortized``.
         :raises ValueError: if the file was not written by :meth:`save`, is damaged, has another class of
-            guide, holds NaN, needs another flow, or one that was not passed, or if ``coordinates`` are passed.
+            guide, holds NaN, needs a flow that was not passed, or another one; if ``coordinates`` are passed.
         """
         if held := arguments.keys() & {*cls._found_arguments}:
             raise ValueError(f"{held.pop()}: expected none, as the file holds those of the guide")

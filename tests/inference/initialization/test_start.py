@@ -290,7 +290,7 @@ def steps_follow_the_noise_of_mini_batches(guide):
     units = {id(parameter): unit for parameter, unit in guide.step_scales().items()}
     *flow, affine = guide.transform.globals.transform.transforms
     scale = affine.log_scale.detach().exp()
-    assert torch.allclose(units.pop(id(affine.loc)), 2 * math.sqrt(ratio) * scale)
+    assert torch.allclose(units.pop(id(affine.loc)), math.sqrt(ratio) * scale)
     bent = [parameter for part in flow for parameter in part.parameters()]
     assert units.keys() == {id(parameter) for parameter in bent}
     assert all(unit == ratio**-0.5 for unit in units.values())
