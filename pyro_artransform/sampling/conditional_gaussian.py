@@ -164,25 +164,15 @@ class ConditionalGaussian:
 
     :param latents: draws ``(n, D)``; knots have the globals of some of these.
     :param unit: approximate sds of the latents, shape ``(D,)``.
+    :raises ValueError: if the field has no usable curvature at any of these draws.
     """
 
     def __init__(self, field: Field, log_joint: LogJoint, latents: Tensor, unit: Tensor) -> None:
         self._field, self._log_joint, self._unit = field, log_joint, unit
         self.of_globals, self.of_field = field.of_globals, field.of_field
-        globals_ = latents[:, field.of_globals]
-        tiny = torch.finfo(latents.dtype).tiny ** 0.5
-        ordered, count = globals_.sort(0).values, len(globals_)
-        low, middle, high = (ordered[count * k // 10] for k in (1, 5, 9))
-        self._spread = ((high - low) / _BETWEEN_TENTHS).clamp_min(tiny)
-        number = min(_NUM_KNOTS, count)
-        points = latents.median(0).values.repeat(number, 1)
-        # for each global, draws at evenly spaced ranks, its minimum and maximum included
-        rank, each = globals_.argsort(0), max(math.ceil(number / len(middle)), 2)
-        places = torch.arange(each, dtype=torch.long, device=latents.device)
-        chosen = rank[places * (count - 1) // (each - 1)].flatten()[:number]
-        deviations = (globals_[chosen] - middle).clamp(-3 * self._spread, 3 * self._spread)
-        wide = middle + _WIDER * deviations
-        points[:, field.of_globals] = wide
+        knots = self._spread_out(latents[:, field.of_globals])
+        points = latents.median(0).values.repeat(len(knots), 1)
+        points[:, field.of_globals] = knots
         gaussians = field.conditionals(log_joint, points, unit)
         root = gaussians[0].root_tril
         self._below = torch.tril_indices(len(root), len(root), -1, device=root.device)
@@ -191,21 +181,42 @@ class ConditionalGaussian:
         least = unit[field.of_field].log() + math.log(torch.finfo(unit.dtype).eps) / 3
         is_usable = (numbers[:, : len(least)] > least).all(1)
         is_usable &= numbers.isfinite().all(1) & modes.isfinite().all(1)
-        numbers, modes, self._knots = numbers[is_usable], modes[is_usable], wide[is_usable]
+        if not bool(is_usable.any()):
+            raise ValueError(
+                "expected curvatures of the field at some draws, got none that is finite"
+            )
+        numbers, modes, self._knots = numbers[is_usable], modes[is_usable], knots[is_usable]
         low, high = self._knots.amin(0), self._knots.amax(0)
         self._low, self._high = low - _REACH * (high - low), high + _REACH * (high - low)
         # where a scale vanishes, shifts are bounded only around modes that are as smooth
         parts = self._parts(numbers.T)
         by_center = [self._noise((modes - mode).T, *parts).T for mode in modes]
         best = min(range(len(modes)), key=lambda i: float(by_center[i].abs().max()))
-        self._center, shifts = modes[best], by_center[best]
-        found = torch.cat([shifts, numbers], 1)
-        terms = self._terms(self._knots)
-        size = len(self._knots)
-        conditions = torch.zeros_like(terms[0].repeat(terms.shape[1], 1))
+        self._center = modes[best]
+        self._weights = self._interpolation(torch.cat([by_center[best], numbers], 1))
+
+    def _spread_out(self, globals_: Tensor) -> Tensor:
+        """Globals of some draws ``(n, G)``, farther from the median than those: shape ``(K, G)``."""
+        ordered, count = globals_.sort(0).values, len(globals_)
+        low, middle, high = (ordered[count * k // 10] for k in (1, 5, 9))
+        tiny = torch.finfo(globals_.dtype).tiny ** 0.5
+        self._spread = ((high - low) / _BETWEEN_TENTHS).clamp_min(tiny)
+        number = min(_NUM_KNOTS, count)
+        # for each global, draws at evenly spaced ranks, its minimum and maximum included
+        rank, each = globals_.argsort(0), max(math.ceil(number / len(middle)), 2)
+        places = torch.arange(each, dtype=torch.long, device=globals_.device)
+        chosen = rank[places * (count - 1) // (each - 1)].flatten()[:number]
+        deviations = (globals_[chosen] - middle).clamp(-3 * self._spread, 3 * self._spread)
+        return middle + _WIDER * deviations
+
+    def _interpolation(self, values: Tensor) -> Tensor:
+        """Weights ``(N, K + 1 + G)`` of the basis functions that take values ``(K, N)`` at the knots."""
+        terms, size = self._terms(self._knots), len(self._knots)
+        # the cubic part is orthogonal to the linear one
+        conditions = terms.new_zeros(terms.shape[1], terms.shape[1])
         conditions[:size], conditions[size:, :size] = terms, terms[:, size:].T
-        values = torch.cat([found, found.new_zeros(len(conditions) - size, found.shape[1])])
-        self._weights = (torch.linalg.pinv(conditions) @ values).T.contiguous()
+        rest = values.new_zeros(len(conditions) - size, values.shape[1])
+        return (torch.linalg.pinv(conditions) @ torch.cat([values, rest])).T.contiguous()
 
     def share_beyond(self, latents: Tensor) -> Tensor:
         """Mass of each global beyond its 1 % or 99 % quantile of draws ``(n, D)``, the larger one, ``(G,)``.

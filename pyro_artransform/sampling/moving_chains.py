@@ -61,6 +61,7 @@ class MovingChains:
         self._state: State
         self._has_begun = False
         self._field: tuple[LogJoint, Field] | None = None
+        self._has_searched = False  # for a field
         self.num_begun_anew = 0  #: number of lost chains restarted at others
         self._proposals: IndependentProposals | None = None
         if to_latent is not None and dim <= _MOST_WITH_PROPOSALS:
@@ -133,8 +134,9 @@ class MovingChains:
     def _try_field(self, states: list[State]) -> None:
         """Looks for a field where chains are far from a Gaussian, or the model loops, and goes on in it."""
         num_sites = len(self.log_joint.latents.sites)
-        if self._field is None and (num_sites > MOST_GLOBALS or _divergence(_last(states)) > _FAR):
-            self._field = self._find_field()
+        is_wanted = num_sites > MOST_GLOBALS or _divergence(_last(states)) > _FAR
+        if is_wanted and not self._has_searched:
+            self._field, self._has_searched = self._find_field(), True
         if self._target.to_latent is identity:
             self._transform_field(states)
 
@@ -235,7 +237,10 @@ class MovingChains:
         settled = states[-max(len(states) // 3, 1) :]
         latent, _ = density.from_unconstrained(self._unconstrained(settled))
         sds = latent.std(0).clamp_min(torch.finfo(latent.dtype).tiny ** 0.5)
-        fitted = ConditionalGaussian(field, density, latent, sds)
+        try:
+            fitted = ConditionalGaussian(field, density, latent, sds)
+        except ValueError:  # no curvature near the draws
+            return False
         target = PulledBack(density, fitted, self._target)
         return self._go_on_in(target, states, only_if_better=True)
 

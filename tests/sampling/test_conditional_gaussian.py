@@ -109,9 +109,34 @@ def test_inverse_and_log_determinant(model):
         torch.testing.assert_close(found, torch.linalg.slogdet(jacobian)[1])
 
 
+def test_a_walk_is_standard_normal_where_its_scale_vanishes():
+    """To 0.2 of its sd from a scale of 0.7 down to one of 0.02; by polynomials far from it."""
+    torch.manual_seed(0)
+    log_joint = non_centered(LogJoint(walk, (data(N, 0.02),)), with_shapes=True)
+    field = Field.of(log_joint)
+    draws = log_joint.start + 0.3 * torch.randn(400, N + 2)
+    draws[:, field.of_globals] = torch.randn(400, 2) * torch.tensor([1.0, 0.1])
+    draws[:, field.of_globals] += torch.tensor([-1.2, 0.4])
+    transform = ConditionalGaussian(field, log_joint, draws, draws.std(0))
+    for quantile in (0.0, -1.0, -2.0):
+        base = torch.randn(20, N + 2)
+        base[:, field.of_globals] = torch.tensor([quantile, 0.4])
+        base.requires_grad_()
+        latents, ladj = transform(base)
+        (score,) = torch.autograd.grad((log_joint(latents) + ladj).sum(), base)
+        assert (score + base)[:, field.of_field].square().mean().sqrt() < 0.2
+
+
+def test_draws_without_curvature_are_refused():
+    log_joint, transform, draws = fitted(walk, data())
+    draws = torch.full_like(draws, torch.nan)
+    with pytest.raises(ValueError, match="expected curvatures of the field at some draws"):
+        ConditionalGaussian(transform._field, log_joint, draws, draws.std(0))
+
+
 @pytest.mark.parametrize("model", [walk, hierarchy])
 def test_a_gaussian_field_is_standard_normal_given_its_globals(model):
-    """Its score is minus its coordinates, to 5 % of their sd, as far as polynomials of degree 4 reach."""
+    """Its score is minus its coordinates, to 5 % of their sd, as far as the draws reach."""
     torch.manual_seed(0)
     log_joint, transform, draws = fitted(model, data())
     field = transform._field
@@ -143,20 +168,27 @@ def log_likelihood_by_kalman(y, q, r):
     return total
 
 
-@pytest.mark.parametrize("seed", [0, 1])
-def test_tails_of_a_scale_are_those_of_quadrature(seed):
-    """Shares of effective draws below exact quantiles, to four standard errors of 400 independent ones."""
-    y = data(N, 0.3)
-    grid = torch.linspace(0.01, 1.2, 400), torch.linspace(0.5, 1.7, 80)
+@pytest.mark.parametrize(("scale", "most_untrusted"), [(0.3, 0), (0.02, 1)])
+def test_tails_of_a_scale_are_those_of_quadrature(scale, most_untrusted):
+    """Shares of effective draws below exact quantiles, to four standard errors of 400 independent ones.
+
+    Data of the smaller scale allow it to be zero; chains may then fail to mix, and say so.
+    """
+    y, num_untrusted = data(N, scale), 0
+    grid = torch.linspace(-10, 0.2, 400).exp(), torch.linspace(0.5, 1.7, 80)
     q, r = torch.meshgrid(*grid, indexing="ij")
-    log_prob = log_likelihood_by_kalman(y, q, r) - (q.square() + r.square()) / 2
+    log_prob = log_likelihood_by_kalman(y, q, r) - (q.square() + r.square()) / 2 + q.log()
     mass = (log_prob - log_prob.max()).exp().sum(1).cumsum(0)
-    chains = mcmc(walk, None, 400, y, seed=seed, progress=False)
-    assert chains.trusted
-    for share in (0.03, 0.5, 0.97):
-        quantile = grid[0][int((mass / mass[-1] < share).sum())]
-        error = 4 * math.sqrt(share * (1 - share) / 400)
-        assert abs(float((chains.by_chain["q"] < quantile).double().mean()) - share) < error
+    for seed in (1, 2, 3):
+        chains = mcmc(walk, None, 400, y, seed=seed, progress=False, max_seconds=60)
+        if not chains.trusted:
+            num_untrusted += 1
+            continue
+        for share in (0.03, 0.5, 0.97):
+            quantile = grid[0][int((mass / mass[-1] < share).sum())]
+            error = 4 * math.sqrt(share * (1 - share) / 400)
+            assert abs(float((chains.by_chain["q"] < quantile).double().mean()) - share) < error
+    assert num_untrusted <= most_untrusted
 
 
 def test_the_divergence_of_a_gaussian_from_itself_is_zero():
