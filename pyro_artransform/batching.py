@@ -130,16 +130,15 @@ class _Writer:
 
     def _steps(self, names: tuple[str, ...], start: Any, shape: tuple[int, ...]) -> Any:
         """Values of all steps, stacked, with the shape of a state each."""
-        constants = self._tape.constants
-        if names[0] in constants:
+        constants, kinds = self._tape.constants, self._tape.kinds
+        if any(name in constants for name in names):
             one = self._made("ones_like", start, None, None, None, None, None)
-            parts = [self._made("mul", one, constants[name]) for name in names]
-            value = self._made("cat", self._listed(parts), 0)
-        else:
-            value = self._stacked(names)
-            sizes = self._tape.kinds[names[0]].shape
-            missing = [1] * (len(shape) - len(sizes))
-            value = self._made("reshape", value, [len(names), *missing, *sizes])
+            factors = (constants.get(name) or self._value(name) for name in names)
+            parts = [self._made("mul", one, factor) for factor in factors]
+            return self._made("cat", self._listed(parts), 0)
+        sizes = kinds[names[0]].shape
+        missing = [1] * (len(shape) - len(sizes))
+        value = self._made("reshape", self._stacked(names), [len(names), *missing, *sizes])
         return self._made("expand", value, [len(names), *shape], False)
 
     def _rest(self, value: Any, start: int) -> Any:

@@ -53,6 +53,16 @@ def trend(x):
     return normal(DATA.to(x.dtype), torch.stack([x[:, 1], *states], -1), 0.5).sum(-1)
 
 
+def with_breaks(x):
+    """A walk that returns to the mean at some steps: numbers, values, and none, as slopes."""
+    state, total = x[:, 0], 0.0
+    for t in range(1, NUM):
+        state = (x[:, 1].tanh() * state if t % 9 == 4 else state) + x[:, t]
+        state = 0.5 * state if t % 11 == 7 else state
+        total = total + normal(0.3, state, 0.5)
+    return total
+
+
 def second_order(x):
     """Each state depends on two before it, which is no recurrence of single numbers."""
     data, states, total = DATA.to(x.dtype), [x[:, 0], x[:, 1]], 0.0
@@ -110,6 +120,7 @@ def both(monkeypatch, function, *inputs):
         (recursion, 0.3),
         (autoregression, 0.3),
         (trend, 0.3),
+        (with_breaks, 0.7),
         (second_order, 0.8),
         (vectors, 0.25),
         (beside_the_loop, 0.5),
