@@ -62,12 +62,13 @@ class _Writer:
         if call.kind in ("cat", "stack") and self._join(call):
             return
         if call.node is None:
-            is_sum = call.kind.startswith("sum of")
-            inputs = () if is_sum else map(self._value, call.inputs)
-            value = self._sum(call) if is_sum else self._made(call.kind, *inputs)
-            self._values[call.outputs[0]] = value
+            is_sum = call.kind in ("sum of parts", "sum of terms")
+            self._values[call.outputs[0]] = self._sum(call) if is_sum else self._single(call)
             return
         self._clone(call)
+
+    def _single(self, call: Call) -> Any:
+        return self._made(call.kind, *map(self._value, call.inputs))
 
     def _join(self, call: Call) -> bool:
         """Joins tensors, those in batches without a selection of each; returns whether it did."""
@@ -130,16 +131,22 @@ class _Writer:
 
     def _steps(self, names: tuple[str, ...], start: Any, shape: tuple[int, ...]) -> Any:
         """Values of all steps, stacked, with the shape of a state each."""
-        constants, kinds = self._tape.constants, self._tape.kinds
+        constants = self._tape.constants
         if any(name in constants for name in names):
             one = self._made("ones_like", start, None, None, None, None, None)
             factors = (constants.get(name) or self._value(name) for name in names)
             parts = [self._made("mul", one, factor) for factor in factors]
             return self._made("cat", self._listed(parts), 0)
-        sizes = kinds[names[0]].shape
-        missing = [1] * (len(shape) - len(sizes))
-        value = self._made("reshape", self._stacked(names), [len(names), *missing, *sizes])
-        return self._made("expand", value, [len(names), *shape], False)
+        return self._made("expand", self._aligned(names, shape), [len(names), *shape], False)
+
+    def _aligned(self, names: tuple[str, ...], shape: tuple[int, ...]) -> Any:
+        """Stacked values, each of which broadcasts to a shape."""
+        sizes = self._tape.kinds[names[0]].shape
+        missing = len(shape) - len(sizes)
+        value = self._stacked(names)
+        if missing <= 0:
+            return value
+        return self._made("reshape", value, [len(names), *[1] * missing, *sizes])
 
     def _rest(self, value: Any, start: int) -> Any:
         return self._made("slice", value, 0, start, None, 1)
@@ -157,11 +164,8 @@ class _Writer:
             if names[0] not in kinds or is_shared:
                 inputs.append(self._value(names[0]))
                 continue
-            value, missing = self._stacked(names), len(shape) - len(kinds[names[0]].shape)
-            if missing > 0 and first.kind not in VIEWS:
-                sizes = [len(calls), *[1] * missing, *kinds[names[0]].shape]
-                value = self._made("reshape", value, sizes)
-            inputs.append(value)
+            is_view = first.kind in VIEWS
+            inputs.append(self._stacked(names) if is_view else self._aligned(names, shape))
         if first.kind not in OF_ONE:
             return self._made(first.kind, *inputs)
         if first.kind in VIEWS:

@@ -74,32 +74,35 @@ class Coordinates(nn.Module):
         super().__init__()
         self.centered, self.unit = nn.Parameter(centered.detach()), nn.Parameter(unit.detach())
         self.with_location = dict(with_location)
-        # the tensor and its version when lambda was read, where it is 0, and whether it is 1 everywhere
-        self._read: tuple[Tensor | None, int, list[bool], bool] = None, 0, [], False
+        # the tensor and its version when lambda was read, and whether it was 1 everywhere
+        self._read: tuple[Tensor | None, int, bool] = None, 0, False
+        self._non_centered = list[bool]()  # whether lambda of each site is 0; empty if not read yet
 
     @property
     def is_identity(self) -> bool:
         """Whether lambda is 1 everywhere; it is read once after each change."""
-        return self._current()[3]
-
-    def _current(self) -> tuple[Tensor | None, int, list[bool], bool]:
-        centered, (seen, version, *_) = self.centered, self._read
+        centered, (seen, version, is_identity) = self.centered, self._read
         now = 0 if centered.is_inference() else centered._version
         if seen is not centered or version != now:
-            is_zero = (centered == 0).tolist()
-            self._read = centered, now, is_zero, bool((centered == 1).all())
-        return self._read
+            is_identity, self._non_centered = bool((centered == 1).all()), []
+            self._read = centered, now, is_identity
+        return is_identity
 
     def of_sites(self, latents: Latents) -> dict[str, SiteCoordinates]:
         """The coordinates of each mapped site."""
-        found, sizes, is_zero = {}, latents.sizes, self._current()[2]
-        parts = self.centered.detach().split(sizes), self.unit.detach().split(sizes)
-        for name, site, centered, unit in zip(latents.sites, latents.sites.values(), *parts):
-            is_non_centered, is_zero = all(is_zero[: len(unit)]), is_zero[len(unit) :]
-            if name in self.with_location:
-                shape, rest = site.unconstrained_shape, (self.with_location[name], site.bijection)
+        found, parts = {}, self.centered.detach().split(latents.sizes)
+        if not (self.is_identity or self._non_centered):
+            self._non_centered = [bool((part == 0).all()) for part in parts]
+        rest = zip(latents.sites.values(), self.unit.detach().split(latents.sizes))
+        is_zero = self._non_centered or [False] * len(parts)
+        for (site, unit), centered, is_non_centered in zip(rest, parts, is_zero):
+            if (name := site.name) in self.with_location:
+                shape = site.unconstrained_shape
                 lambda_ = None if is_non_centered else centered.reshape(shape).to(site.dtype)
-                found[name] = SiteCoordinates(lambda_, unit.reshape(shape).to(site.dtype), *rest)
+                unit = unit.reshape(shape).to(site.dtype)
+                found[name] = SiteCoordinates(
+                    lambda_, unit, self.with_location[name], site.bijection
+                )
         return found
 
     def non_centered(self, latents: Latents) -> "Coordinates":
