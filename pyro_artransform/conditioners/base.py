@@ -11,17 +11,17 @@ from torch import Tensor
 
 
 class Linearization(Protocol):
-    """A conditioner at B known points, with the products of its Jacobian that gradients need."""
+    """A conditioner at B known points, with the Jacobian products that gradients need."""
 
     @property
     def params(self) -> Tensor:
-        """The parameters, shape ``(B, D, P)``, with a graph to those of the network alone."""
+        """The parameters, shape ``(B, D, P)``, with a graph to the network's weights only."""
 
     def pull_back(self, weights: Tensor) -> Tensor:
-        """The gradient in the points, ``(B, D)``, of the parameters' sum with weights, ``(B, D, P)``."""
+        """The gradient in the points, ``(B, D)``, of the sum of parameters times weights, ``(B, D, P)``."""
 
     def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
-        r"""The adjoint v of an inverse, by the structure of the graph.
+        r"""Solves for the adjoint v of an inverse, along the graph.
 
         .. math::
             v = g + N^\top v, \qquad N_{ij} = \sum_p s_{ip} \frac{\partial \theta_{ip}}{\partial x_j}
@@ -32,29 +32,29 @@ class Linearization(Protocol):
 
 
 class Blocks(Protocol):
-    """A conditioner at one batch, on blocks of levels; coordinates before the open one are known."""
+    """A conditioner at one batch, by blocks of levels; coordinates before the open block are known."""
 
-    #: The coordinates sorted by level, shape ``(D,)``, or None if they are in that order already.
+    #: The coordinates sorted by level, shape ``(D,)``; None if they already are in that order.
     order: Tensor | None
-    #: ``levels[k]`` coordinates come before level k; ``depth + 1`` entries.
+    #: The number of coordinates before each level; ``depth + 1`` entries.
     levels: list[int]
-    #: The number of multiplications in one evaluation of one row, None where each level is a block.
+    #: The number of multiplications to evaluate one row; None if each level is a block.
     work: int | None
 
     def open(self, start: int, stop: int) -> None:
-        """Begins the block of the levels ``start`` to ``stop - 1``."""
+        """Opens the block of levels ``start`` to ``stop - 1``."""
 
     def params(self, x: Tensor | None) -> Tensor:
         """The parameters of the block's n coordinates, shape ``(B, n, P)``.
 
-        :param x: their values, shape ``(B, n)``, or None for a block of one level.
+        :param x: the values of these coordinates, shape ``(B, n)``; None for a block of one level.
         """
 
     def close(self, x: Tensor, levels: int) -> None:
-        """Sets the coordinates of the block before level ``levels`` to ``x``: they are known then."""
+        """Marks the block's coordinates before level ``levels`` as known, with values ``x``."""
 
     def linearization(self) -> Linearization | None:
-        """The conditioner at the points that all blocks led to, or None if that is not offered."""
+        """The conditioner linearized at the points found by all blocks; None if not supported."""
 
 
 class Conditioner(torch.nn.Module, ABC):
@@ -67,17 +67,17 @@ class Conditioner(torch.nn.Module, ABC):
     ``(*, D, P)``. Its last layer should start at zero, so that a flow starts as the identity.
     """
 
-    #: Whether it reads earlier coordinates alone by construction, whatever the values of its parameters.
-    #: If not, transforms check it when Pyro's validation is on.
+    #: Whether it reads only earlier coordinates by construction, whatever the values of its parameters.
+    #: If not, transforms check this when Pyro's validation is on.
     autoregressive: bool = False
-    #: The number P of parameters of each coordinate, None if unknown.
+    #: The number P of parameters per coordinate; None if unknown.
     num_params: int | None = None
-    #: The number of coordinates on the longest path of the graph, None if unknown: as many fixed-point
-    #: passes invert exactly.
+    #: The number of coordinates on the longest path of the graph, which is the number of fixed-point passes
+    #: to an exact inverse; None if unknown.
     depth: int | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        # a class with another forward may break the promise of its base, and has to promise again
+        # a subclass with its own forward may not be autoregressive, so it must declare this again
         super().__init_subclass__(**kwargs)
         for base in cls.__mro__:
             if "autoregressive" in vars(base):
@@ -87,24 +87,24 @@ class Conditioner(torch.nn.Module, ABC):
                 return
 
     def constant(self) -> Tensor | None:
-        """The parameters, shape ``(D, P)``, where they are the same for every x; else None."""
+        """The parameters, shape ``(D, P)``, if they are the same for every x; else None."""
         return None
 
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
-        """The evaluation level by level, or None: then fixed-point passes invert.
+        """Returns the evaluation by blocks of levels; if None, the inverse takes fixed-point passes.
 
-        :param x: a tensor of shape ``(B, D)``, whose dtype and device are used, not its values.
+        :param x: a tensor of shape ``(B, D)``; only its dtype and device are used.
         :param context: shape ``(B, C)`` or ``(C,)``, or None.
-        :param in_place: whether values may be written in place, where nothing has to differentiate it.
+        :param in_place: whether values may be written in place, because the evaluation is not differentiated.
         """
         return None
 
     def linearize(self, x: Tensor, context: Tensor | None = None) -> Linearization | None:
-        """At x, shape ``(B, D)``, or None: then path gradients take vector-Jacobian products."""
+        """Linearizes at x, shape ``(B, D)``; if None, path gradients take vector-Jacobian products."""
         return None
 
     @abstractmethod
     def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """The parameters, shape ``(*, D, P)``, at ``x`` and a context where there is one."""
+        """The parameters, shape ``(*, D, P)``, at ``x`` and the context, if there is one."""

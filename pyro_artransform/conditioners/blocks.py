@@ -3,11 +3,11 @@
 
 r"""A masked multilayer perceptron, evaluated block by block.
 
-Coordinates are sorted by the level of the graph and hidden units by the step at which all that they
-read is known, so that a range of levels is a contiguous slice of the weights. Opening a block computes,
-once, what the known coordinates contribute to it; evaluating it then costs the small square of the block
-alone. All blocks together touch each weight about once: the price of one forward pass. A triangular
-system in the Jacobian is solved likewise, from the last block of levels to the first.
+Coordinates are sorted by level in the graph, and hidden units by the step at which all their inputs are
+known, so that a range of levels is a contiguous slice of the weights. Opening a block computes, once, the
+contribution of the known coordinates; each evaluation then uses only the small square of weights within the
+block. All blocks together use each weight about once, like a forward pass. A triangular system in the
+Jacobian is solved in the same way, from the last block of levels to the first.
 """
 
 from collections.abc import Callable
@@ -18,30 +18,30 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-# coordinates of an adjoint solve at once: as fast as 10, 12 and 20 for D of 10 to 200 (benchmarks/steps.md)
+# coordinates per adjoint solve: as fast as 10, 12 and 20 for D of 10 to 200 (benchmarks/steps.md)
 _SIZE = 16
 
 
 class BlockLayout(NamedTuple):
-    """Where levels begin, among coordinates and units sorted by level: integers, as tracing needs them."""
+    """Where levels begin among the sorted coordinates and units, as Python integers, which tracing needs."""
 
-    natural: bool  # whether the coordinates are in the order of their levels
+    natural: bool  # whether the coordinates already are in the order of levels
     levels: list[int]  # levels[k] coordinates come before level k; depth + 1 entries
-    #: ``units[i][k]`` units of hidden layer i are known once the coordinates before level k are.
+    #: ``units[i][k]`` units of hidden layer i depend only on coordinates before level k.
     units: list[list[int]]
 
 
 class Weights(NamedTuple):
-    """Masked weights, and the bias of each layer."""
+    """The masked weights and the biases of all layers."""
 
-    inner: list[Tensor]  # of the hidden layers, (H, D) for the first, (H', H) for those after it
+    inner: list[Tensor]  # of the hidden layers, (H, D) for the first, (H', H) for later ones
     last: Tensor  # (P, D, H)
-    skip: Tensor | None  # from the inputs to the outputs, (P, D, D)
+    skip: Tensor | None  # from inputs to outputs, (P, D, D)
     biases: list[Tensor]  # of the hidden layers, (H,), or (B, H) for the first with a context
     last_bias: Tensor  # (P, D)
 
     def sorted_by(self, order: Tensor | None) -> "Weights":
-        """The same for coordinates in another order."""
+        """The weights with coordinates in another order."""
         if order is None:
             return self
         first, *others = self.inner
@@ -65,12 +65,12 @@ class MLPBlocks:
         self.work: int | None = sum(w.numel() for w in (*weights.inner, weights.last))
         self._units, self._weights, self._act = layout.units, weights, nonlinearity
         self._batch = like.shape[0]
-        # what is known of the inputs, then of the units of each hidden layer, and how many columns these are
+        # the known inputs, the known units of each hidden layer, and the numbers of these columns
         self._known = [like[:, :0]] * (1 + len(layout.units))
         self._counts = [0] * len(self._known)
 
     def open(self, start: int, stop: int) -> None:
-        # the units whose inputs are known by now
+        # the units whose inputs are now known
         for i, units in enumerate(self._units):
             if count := units[start] - self._counts[i + 1]:
                 new = self._act(self._affine(i, slice(units[start] - count, units[start])))
@@ -81,12 +81,12 @@ class MLPBlocks:
         self._base: list[Tensor] = []
         self._square: list[Tensor] = []
         self._moved: list[Tensor] = []
-        if stop > start + 1:  # the units of a single level are known later
+        if stop > start + 1:  # the units of a single level become known later
             for i, weight in enumerate(self._weights.inner):
                 self._base.append(self._affine(i, own[i + 1]))
                 self._square.append(weight[own[i + 1], own[i]].T)
         self._width = own[0].stop - own[0].start
-        # the part of the block's parameters that is known, and the weights of the rest
+        # the contribution of known units to the block's parameters, and the weights of the other units
         rows, bias = self._weights.last[:, own[0]], self._weights.last_bias[:, own[0]]
         self._out_base = self._with_known(-1, bias.reshape(-1), rows)
         self._out, self._skip = rows[..., own[-1]].flatten(0, 1).T, None
@@ -111,27 +111,27 @@ class MLPBlocks:
         return out.reshape(self._batch, num_params, self._width).mT
 
     def close(self, x: Tensor, levels: int) -> None:
-        """See :class:`~.base.Blocks`; the units are those of the last evaluation."""
+        """See :class:`~.base.Blocks`; uses the units of the last evaluation."""
         self._add_known(0, x, self.levels[levels] - self._counts[0])
         for i, (moved, units) in enumerate(zip(self._moved, self._units), 1):
             self._add_known(i, moved, units[levels - 1] - self._counts[i])
 
     def linearization(self) -> None:
-        """See :class:`~.base.Blocks`: gradients are those of another evaluation."""
+        """See :class:`~.base.Blocks`; gradients take another evaluation."""
 
     def _add_known(self, i: int, columns: Tensor, count: int) -> None:
-        """Adds the first columns, whose number is a tensor while they are traced."""
+        """Adds the first columns as known; their number is a tensor during tracing."""
         self._known[i] = torch.cat([self._known[i], columns[:, :count]], -1)
         self._counts[i] += count
 
     def _with_known(self, i: int, bias: Tensor, weight: Tensor) -> Tensor:
-        """``bias + known @ weight.T`` of a weight ``(*, N)``; the bias, which broadcasts, if none is."""
+        """``bias + known @ weight.T`` for a weight ``(*, N)``; only the bias if none is known."""
         if not (count := self._counts[i]):
             return bias
         return torch.addmm(bias, self._known[i], weight[..., :count].reshape(-1, count).T)
 
     def _affine(self, i: int, rows: slice) -> Tensor:
-        """The known part of some units of a layer, shape ``(B, number of units)``."""
+        """The known contribution to some units of a layer, shape ``(B, number of units)``."""
         return self._with_known(i, self._weights.biases[i][..., rows], self._weights.inner[i][rows])
 
 
@@ -141,9 +141,9 @@ class MLPLinearization:
 
     params: Tensor
     layout: BlockLayout
-    order: Tensor | None  # the coordinates by level
-    weights: Weights  # masked, in the coordinates' own order
-    slopes: list[Tensor]  # the derivatives of the activations of each hidden layer, (B, H)
+    order: Tensor | None  # the coordinates sorted by level
+    weights: Weights  # masked, in the original order of coordinates
+    slopes: list[Tensor]  # the derivatives of the activations, (B, H) per hidden layer
 
     def pull_back(self, weights: Tensor) -> Tensor:
         network, rows = self.weights, weights.mT.flatten(1)
@@ -157,7 +157,7 @@ class MLPLinearization:
         if order is not None:
             slopes, rest = slopes[..., order], rest[..., order]
         weights, done = self.weights.sorted_by(order), list[Tensor]()
-        carried: Tensor | None = None  # the derivatives of later blocks by the last hidden units
+        carried: Tensor | None = None  # the derivatives of later blocks in the last hidden units
         stop = len(levels) - 1
         while stop > 0:
             start = stop - 1
@@ -170,7 +170,7 @@ class MLPLinearization:
             v = known
             if stop > start + 1:
                 square = self._square(weights, -slopes[..., own], start, stop)
-                # the routine takes the diagonal as ones, whatever is there
+                # unitriangular: the diagonal is taken as ones
                 options = {"upper": False, "left": False, "unitriangular": True}
                 v = solve_triangular(square, known[:, None], **options)[:, 0]
             done.append(v)
@@ -186,14 +186,14 @@ class MLPLinearization:
         return v if order is None else torch.empty_like(v).index_copy_(-1, order, v)
 
     def _square(self, weights: Weights, slopes: Tensor, start: int, stop: int) -> Tensor:
-        """The derivative of some levels by themselves, shape ``(B, n, n)``, strictly lower triangular."""
+        """The Jacobian of some levels in their own coordinates, ``(B, n, n)``, strictly lower triangular."""
         own = slice(self.layout.levels[start], self.layout.levels[stop])
-        # the units that read the block and are read by it
+        # the units that the block feeds and that feed the block
         units = [slice(places[start], places[stop - 1]) for places in self.layout.units]
         last = weights.last[:, own, units[-1]]
         skip = None if weights.skip is None else weights.skip[:, own, own]
         if len(weights.inner) == 1:
-            # the products of weights first: they have no rows, and are few
+            # products of weights first, since they do not depend on rows, and are few
             first, slope = weights.inner[0][units[0], own], self.slopes[0][:, units[0]]
             products = last[:, :, None] * first.T
             flat = products.flatten(0, 2).T
@@ -208,8 +208,8 @@ class MLPLinearization:
         return rows.transpose(0, 1).contiguous()
 
     def _through_layers(self, network: Weights, by_units: Tensor, own: slice, start: int) -> Tensor:
-        """The derivatives by inputs from a level on, from those by the last hidden units, ``(B, H)``."""
-        # the units that read these inputs, if only through others
+        """Backpropagates from the last hidden units, ``(B, H)``, to the inputs from a level on."""
+        # the units that depend on these inputs, directly or indirectly
         readers = [slice(places[start], None) for places in self.layout.units]
         pulled = by_units[:, readers[-1]]
         layers = zip(network.inner, self.slopes, readers, [own, *readers[:-1]])

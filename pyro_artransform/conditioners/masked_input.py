@@ -14,7 +14,7 @@ from .activations import is_elementwise
 from .base import Conditioner
 from .masks import check_graph
 
-#: layers that act on each row of a batch alone, without randomness; a subclass may not
+#: layers that treat rows of a batch independently, without randomness; subclasses may not
 _BY_ROW = {nn.Sequential, nn.Linear, nn.LayerNorm, nn.Unflatten}
 
 
@@ -23,16 +23,16 @@ class MaskedInput(Conditioner):
 
     .. math:: \theta_i = \mathrm{net}(x \odot m_i)_i,
 
-    where the mask :math:`m_i` keeps the coordinates before i and sets the rest to zero. It costs D
-    evaluations of the network, as one batch. If ``net`` returns parameters, shape ``(*, D, P)``, this is a
+    where the mask :math:`m_i` keeps the coordinates before i and sets the rest to zero. It takes D
+    evaluations of the network, in one batch. If ``net`` returns parameters, shape ``(*, D, P)``, this is a
     conditioner. If it returns an elementwise :class:`~torch.distributions.transforms.Transform` on
     ``(*, D)``, this is a ``meta`` for :class:`~pyro_artransform.transforms.AutoregressiveTransform`.
 
-    :param net: a function or a module of x, shape ``(*, D)``, and of a context where one is passed.
-    :param order: a permutation, or ``adjacency`` in its place, as for
+    :param net: a function or module of x, shape ``(*, D)``, and of a context, if one is passed.
+    :param order: a permutation; it or ``adjacency`` is as for
         :class:`~pyro_artransform.conditioners.MaskedMLP`.
-    :raises TypeError: if ``net`` cannot be called, or returns something else.
-    :raises ValueError: if the order or the adjacency is wrong, or what ``net`` returns has another shape.
+    :raises TypeError: if ``net`` is not callable, or returns another type.
+    :raises ValueError: if the order or the adjacency is invalid, or ``net`` returns another shape.
 
     Example::
 
@@ -46,7 +46,7 @@ class MaskedInput(Conditioner):
 
     @property
     def autoregressive(self) -> bool:  # type: ignore[override]  # read-only here
-        """By construction where all layers are known not to be random, nor to mix rows of a batch."""
+        """True if all layers are known to be deterministic and to treat rows of a batch independently."""
         net: object = self.net
         return isinstance(net, nn.Module) and all(
             type(m) in _BY_ROW or is_elementwise(m) for m in net.modules()
@@ -69,14 +69,14 @@ class MaskedInput(Conditioner):
     def forward(  # type: ignore[override]  # a transform, where the network gives one
         self, x: Tensor, context: Tensor | None = None
     ) -> Tensor | Transform:
-        """The parameters, or the transform, of each coordinate from its own masked copy."""
+        """The parameters or the transform, each coordinate's from its own masked copy."""
         dim = x.shape[-1] if x.dim() else 0
         mask = self.adjacency
         if mask is None:
             mask = torch.ones((dim, dim), dtype=torch.bool, device=x.device).tril(-1)
         elif dim != len(mask):
             raise ValueError(f"x: expected shape (*, {len(mask)}), got {tuple(x.shape)}")
-        # not a product: what is masked may be infinite
+        # not a product, since masked entries may be infinite
         inputs = [torch.where(mask, x.unsqueeze(-2), torch.zeros_like(x).unsqueeze(-2))]
         if context is not None:
             inputs.append(context.unsqueeze(-2).expand(context.shape[:-1] + (dim, -1)))
@@ -92,7 +92,7 @@ class MaskedInput(Conditioner):
 
 
 class _OwnCopyTransform(Transform):
-    """Coordinate i of an elementwise transform on ``(*, D, D)``, from its i-th copy."""
+    """Takes coordinate i of an elementwise transform on ``(*, D, D)`` from the i-th copy."""
 
     domain = constraints.real
     codomain = constraints.real
@@ -121,5 +121,5 @@ class _OwnCopyTransform(Transform):
 
 
 def _copies(x: Tensor) -> Tensor:
-    """From shape ``(*, D)`` to ``(*, D, D)``."""
+    """Expands shape ``(*, D)`` to ``(*, D, D)``."""
     return x.unsqueeze(-2).expand(x.shape[:-1] + (x.shape[-1], x.shape[-1]))

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The masked multilayer perceptron and its layer, and parameters that depend on no input."""
+"""The masked multilayer perceptron and its layer, and parameters that do not depend on x."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,7 +18,7 @@ from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spre
 
 
 def runs_only(module: nn.Module, cls: type[nn.Module]) -> bool:
-    """Whether the forward of a class, without hooks, is all that makes a module's values."""
+    """Whether a module's values come only from the forward of a class, without hooks."""
     hooked = module._forward_hooks or module._forward_pre_hooks
     return type(module).forward is cls.forward and not hooked
 
@@ -26,9 +26,9 @@ def runs_only(module: nn.Module, cls: type[nn.Module]) -> bool:
 def check_input(
     x: Tensor, context: Tensor | None, input_dim: int, context_dim: int, dtype: torch.dtype | None
 ) -> None:
-    """Raises a ValueError for an x or a context of another shape, or an x of another dtype."""
+    """Raises a ValueError if x or the context has a wrong shape, or x a wrong dtype."""
     if torch.jit.is_tracing():
-        return  # sizes are tensors then and cannot be compared
+        return  # sizes are tensors during tracing, and cannot be compared
     if x.shape[-1:] != (input_dim,):
         raise ValueError(f"x: expected shape (*, {input_dim}), got {tuple(x.shape)}")
     if x.dtype != (dtype or x.dtype) and not torch.is_autocast_enabled(x.device.type):
@@ -45,7 +45,7 @@ class MaskedLinear(nn.Linear):
 
     .. math:: y = (M \odot W) x + b
 
-    Overwriting the weight, by whatever means, leaves masked connections cut.
+    Masked connections stay cut even if the weight is overwritten.
 
     :param mask: zeros and ones, shape ``(out_features, in_features)``, a tensor or lists.
     :raises ValueError: if the mask has another shape.
@@ -59,36 +59,36 @@ class MaskedLinear(nn.Linear):
         if mask.shape != self.weight.shape:
             wanted = f"{tuple(self.weight.shape)} (out_features, in_features)"
             raise ValueError(f"mask: expected shape {wanted}, got {tuple(mask.shape)}")
-        # the product of two float tensors is many times faster than that of a float and a boolean one
+        # a product of two float tensors is many times faster than one of float and boolean
         self.register_buffer("mask", mask.to(self.weight))
 
     def forward(self, input: Tensor) -> Tensor:
-        """Applies the layer: from shape ``(*, in_features)`` to ``(*, out_features)``."""
+        """Applies the layer, from shape ``(*, in_features)`` to ``(*, out_features)``."""
         return F.linear(input, self.weight * self.mask, self.bias)
 
 
 class MaskedMLP(Conditioner):
     r"""A multilayer perceptron that is autoregressive by its masks.
 
-    The last layer starts at zero. If a hidden layer is too narrow to carry every set of parents, there are
-    skip connections in any case, which keep each dependence of the graph.
+    The last layer starts at zero. If a hidden layer has too few units for all sets of parents,
+    skip connections are always added, to represent every dependence of the graph.
 
     :param input_dim: the number D of coordinates.
-    :param num_params: the number P of parameters of each coordinate.
+    :param num_params: the number P of parameters per coordinate.
     :param hidden_dims: the width or widths of the hidden layers; by default two layers of width
         ``max(64, 2 * input_dim)``.
-    :param context_dim: the size C of the context, 0 for none; it is cast to the network's dtype.
-    :param nonlinearity: the activation of all hidden layers, by default ``torch.nn.ELU()``, an elementwise
-        deterministic function. Unless it is one of the usual modules of ``torch.nn``, transforms check
-        that the network is autoregressive when Pyro's validation is on.
-    :param skip_connections: whether a masked linear layer leads from the inputs to the outputs too.
-    :param order: a permutation, shape ``(D,)``: ``order[k]`` is the coordinate that comes k-th; by
+    :param context_dim: the size C of the context, 0 for none. A context is cast to the network's dtype.
+    :param nonlinearity: the activation of all hidden layers, an elementwise deterministic function, by
+        default ``torch.nn.ELU()``. Unless it is a usual module of ``torch.nn``, transforms check that the
+        network is autoregressive when Pyro's validation is on.
+    :param skip_connections: whether to add a masked linear layer from the inputs to the outputs.
+    :param order: a permutation, shape ``(D,)``: ``order[k]`` is the k-th coordinate in the order; by
         default 0 .. D-1.
-    :param adjacency: in place of ``order``, any acyclic graph, boolean of shape ``(D, D)``: entry
+    :param adjacency: an acyclic graph, instead of ``order``, boolean of shape ``(D, D)``: entry
         ``[i, j]`` says that coordinate i depends on coordinate j.
     :raises TypeError: if the nonlinearity is not a function.
-    :raises ValueError: for a size that is not positive, an order that is not a permutation, a graph with
-        a cycle, or both an order and a graph.
+    :raises ValueError: if a size is not positive, the order is not a permutation, the graph has a cycle, or
+        both an order and a graph are given.
 
     Example::
 
@@ -150,7 +150,7 @@ class MaskedMLP(Conditioner):
             mask = self.adjacency.repeat(self.num_params, 1)
             self.skip = MaskedLinear(self.input_dim, len(mask), mask, bias=False)
             nn.init.zeros_(self.skip.weight)
-        # the graph was worked out on the CPU; the layers are wherever torch puts new tensors
+        # the graph is computed on the CPU; the layers are on the default device
         self.to(last.weight.device)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -158,9 +158,9 @@ class MaskedMLP(Conditioner):
         self._read_levels()
 
     def _read_levels(self) -> None:
-        """Reads from the graph what the inverse needs where the values of tensors cannot be read."""
+        """Computes the layout for the inverse now, since tensor values may not be readable later."""
         if self.adjacency.is_meta:
-            return  # it has no values; the layout stays
+            return  # no values, so the layout is unchanged
         adjacency = self.adjacency.to("cpu")
         level, sets = levels(adjacency), hidden_sets(adjacency, self.context_dim > 0)
         self.depth = int(level.max()) + 1
@@ -178,7 +178,7 @@ class MaskedMLP(Conditioner):
             self._check(x, context)
         try:
             output = first(x) if context is None else self._with_context(first(x), context)
-        except RuntimeError:  # torch's own does not name the argument
+        except RuntimeError:  # torch's message does not name the argument
             self._check(x, context)
             raise
         for layer in others:
@@ -189,7 +189,7 @@ class MaskedMLP(Conditioner):
         check_input(x, context, self.input_dim, self.context_dim, self.layers[0].mask.dtype)
 
     def _as_params(self, outputs: Tensor) -> Tensor:
-        # each parameter is one contiguous row of D numbers: slices of it are as fast as tensors
+        # each parameter is a contiguous row of D numbers, so that its slices are fast
         rows = outputs.reshape(outputs.shape[:-1] + (self.num_params, self.input_dim))
         return rows.transpose(-1, -2)
 
@@ -203,7 +203,7 @@ class MaskedMLP(Conditioner):
         if not self._is_of_its_layers():
             return None
         self._check(x, context)
-        masked, skip = self._masked()  # once, for the values and for their derivatives
+        masked, skip = self._masked()  # once, for values and derivatives
         first, *others = self.layers
         output, slopes = self._with_context(F.linear(x, masked[0], first.bias), context), []
         for weight, layer in zip(masked[1:], others):
@@ -217,7 +217,7 @@ class MaskedMLP(Conditioner):
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> MLPBlocks | None:
-        """None for a subclass with another ``forward``, or with hooks, which blocks do not go through."""
+        """None for a subclass with its own ``forward``, or with hooks, which blocks would skip."""
         if not self._is_of_its_layers():
             return None
         self._check(x, context)
@@ -228,7 +228,7 @@ class MaskedMLP(Conditioner):
         return None if self._layout.natural else self.order
 
     def _is_of_its_layers(self) -> bool:
-        """Whether masked layers and activations alone make its parameters."""
+        """Whether the parameters come only from masked layers and activations."""
         layers = self.layers if self.skip is None else [*self.layers, self.skip]
         plain = [runs_only(layer, MaskedLinear) for layer in layers]
         return all(plain) and runs_only(self, MaskedMLP)
@@ -249,9 +249,9 @@ class MaskedMLP(Conditioner):
 
 
 class Unconditional(Conditioner):
-    """Parameters that are the same for every x: a univariate flow of each marginal.
+    """Parameters that are the same for every x, for a univariate flow of each marginal.
 
-    :raises ValueError: for a size that is not positive, see :class:`MaskedMLP`.
+    :raises ValueError: if a size is not positive; see :class:`MaskedMLP`.
     """
 
     autoregressive = True
@@ -262,7 +262,7 @@ class Unconditional(Conditioner):
         super().__init__()
         self.input_dim = check_integer("input_dim", input_dim)
         self.num_params = check_integer("num_params", num_params)
-        # a layer of PyTorch knows where new parameters go, and of what dtype they are
+        # a PyTorch layer determines the device and dtype of new parameters
         self.params = nn.Linear(self.num_params, self.input_dim, bias=False).weight
         nn.init.zeros_(self.params)
 

@@ -4,12 +4,12 @@
 r"""Masks of autoregressive networks, as pure functions.
 
 An *adjacency* is a boolean ``(D, D)`` matrix of a directed acyclic graph: entry ``[i, j]`` says that
-the parameters of coordinate ``i`` may depend on ``x_j``. The *parents* of ``i`` are the ones of row ``i``.
+the parameters of coordinate ``i`` may depend on ``x_j``. The *parents* of ``i`` are the ones in row ``i``.
 
 A hidden unit carries the set of inputs that it may see, a boolean row of length D. A unit may feed another
-one if its own set is a subset of the other's, and an output ``i`` if it is a subset of the parents of
-``i``; then output ``i`` sees its parents and nothing else, at any depth. For the full graph of an order
-the sets are nested and the rule is the one of MADE, with degrees in place of sets.
+one if its set is a subset of the other's, and an output ``i`` if its set is a subset of the parents of
+``i``. Then output ``i`` sees only its parents, at any depth. For the full graph of an order, the sets are
+nested, and the rule is that of MADE, with sets instead of degrees.
 
 **References**
 
@@ -27,10 +27,10 @@ from ..levels import graph_levels
 def check_graph(
     order: Tensor | Sequence[int] | None, adjacency: Tensor | None, input_dim: int
 ) -> tuple[Tensor, Tensor]:
-    """A graph of D coordinates and its order by level, from the arguments of a masked network.
+    """Checks the graph arguments of a masked network; returns the order by level, and the graph.
 
     :return: the order, long of shape ``(D,)``, and the adjacency, shape ``(D, D)``, on the CPU.
-    :raises ValueError: if one is wrong, or both are given; a cycle is named.
+    :raises ValueError: if one is invalid, or both are given; the message names a cycle.
     """
     if adjacency is not None:
         if order is not None:
@@ -52,7 +52,7 @@ def check_graph(
 
 
 def levels(adjacency: Tensor) -> Tensor:
-    """The level of each coordinate: 0 without parents, else one more than its highest parent's.
+    """The level of each coordinate: 0 without parents, else one more than the highest level of a parent.
 
     :return: long, shape ``(D,)``; the largest level plus 1 is the depth of the graph.
     :raises ValueError: if the graph has a cycle; the message names it.
@@ -62,9 +62,9 @@ def levels(adjacency: Tensor) -> Tensor:
 
 
 def hidden_sets(adjacency: Tensor, with_context: bool = False) -> Tensor:
-    """The distinct sets of inputs that hidden units need to carry: the parents of the coordinates.
+    """The distinct sets of inputs that hidden units must carry: the parents of each coordinate.
 
-    Without a context the empty set is left out, unless it is the only one.
+    Without a context the empty set is omitted, unless it is the only one.
 
     :return: shape ``(number of sets, D)``, sorted by :func:`set_levels`.
     """
@@ -75,22 +75,22 @@ def hidden_sets(adjacency: Tensor, with_context: bool = False) -> Tensor:
 
 
 def set_levels(sets: Tensor, level: Tensor) -> Tensor:
-    """The step of an inversion at which all members of a set are known, shape ``(N,)``.
+    """The step of an inversion at which all members of each set are known, shape ``(N,)``.
 
-    :param sets: shape ``(N, D)``; the empty one gets 0.
+    :param sets: shape ``(N, D)``; the empty set gets 0.
     :param level: levels of the coordinates, shape ``(D,)``.
     """
     return (sets * (level + 1)).amax(-1)
 
 
 def spread(sets: Tensor, hidden_dim: int) -> Tensor:
-    """The sets of ``hidden_dim`` units, evenly and in order; the last set always has a unit."""
+    """Assigns sets to ``hidden_dim`` units, evenly and in order; the last set always has a unit."""
     unit = torch.arange(1, hidden_dim + 1, device=sets.device)
     return sets[(unit * len(sets) + hidden_dim - 1) // hidden_dim - 1]
 
 
 def mlp_masks(adjacency: Tensor, hidden_dims: Sequence[int], with_context: bool) -> list[Tensor]:
-    """The masks of a multilayer perceptron, one of shape ``(out, in)`` for each layer."""
+    """The masks of a multilayer perceptron, of shape ``(out, in)``, one per layer."""
     sets = hidden_sets(adjacency, with_context)
     units = [spread(sets, width) for width in hidden_dims]
     masks = [units[0]]

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A small network for each coordinate, of its parents alone, evaluated and differentiated by levels."""
+"""Small networks that map each coordinate's parents to its parameters, evaluated level by level."""
 
 from collections.abc import Sequence
 from itertools import accumulate
@@ -20,27 +20,27 @@ from .masked_mlp import check_input, runs_only
 
 
 class Activations(NamedTuple):
-    """Networks of n coordinates at B points."""
+    """The values in the networks of n coordinates at B points."""
 
     x: Tensor  # the values of the parents, (n, k, B)
     before: Tensor  # the hidden units before the activation, (n, h, B)
-    hidden: Tensor  # and after it
+    hidden: Tensor  # the hidden units after it
     params: Tensor  # (n, P, B)
 
 
 class ParentsMLP(Conditioner):
-    r"""A network of its own for each coordinate, of the coordinates that it depends on.
+    r"""A separate network for each coordinate, whose inputs are its parents.
 
     .. math:: \theta_i = b_i + L_i x_{\mathrm{pa}(i)} + V_i \, \sigma(W_i x_{\mathrm{pa}(i)} + a_i)
 
-    The number of parameters is proportional to that of edges of the graph. The inverse of a transform goes
-    through the graph level by level. L and V start at zero; :math:`\sigma` is SiLU.
+    The number of parameters is proportional to the number of edges of the graph. The inverse of a transform
+    goes through the graph level by level. L and V start at zero; :math:`\sigma` is SiLU.
 
-    :param parents: for each of the D coordinates those that it depends on, without a cycle.
-    :param num_params: the number P of parameters of each coordinate.
-    :param hidden_dim: the number of hidden units of each coordinate.
-    :param bias: whether there is a b.
-    :raises ValueError: for a size that is not positive, a graph with a cycle, or parents that are not
+    :param parents: for each of the D coordinates, the coordinates that it depends on, without a cycle.
+    :param num_params: the number P of parameters per coordinate.
+    :param hidden_dim: the number of hidden units per coordinate.
+    :param bias: whether to include the bias b.
+    :raises ValueError: if a size is not positive, the graph has a cycle, or parents are not
         coordinates.
 
     **References**
@@ -53,8 +53,8 @@ class ParentsMLP(Conditioner):
     num_params: int
     depth: int
     graph: Tensor  # the number of parents of each coordinate, then all parents
-    order: Tensor  # the coordinates by level
-    place: Tensor  # where the outputs of each coordinate are among those of all groups
+    order: Tensor  # the coordinates sorted by level
+    place: Tensor  # the position of each coordinate's outputs among those of all groups
     groups: Any  # a ModuleList of ParentsGroup
     bias: nn.Parameter | None
 
@@ -79,19 +79,19 @@ class ParentsMLP(Conditioner):
         groups = (ParentsGroup(group, *sizes) for group in padded_groups(parents, level))
         self.groups = nn.ModuleList(groups)
         self._arrange(level)
-        like = nn.Linear(1, 1).weight  # PyTorch knows where new parameters go
+        like = nn.Linear(1, 1).weight  # has PyTorch's default dtype and device
         zeros = torch.zeros(self.input_dim, self.num_params, dtype=like.dtype, device=like.device)
         self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
         self.to(like.device)
 
     def _arrange(self, level: list[int]) -> None:
-        """Sorts the coordinates by level, within a level by group, and finds the outputs of groups."""
+        """Sorts coordinates by level, and by group within a level, and locates the outputs of groups."""
         of_group = dict[int, int]()
         for g, group in enumerate(self.groups):
             of_group.update(dict.fromkeys(group.layout.coordinates, g))
         order = sorted(range(self.input_dim), key=lambda i: (level[i], of_group.get(i, -1), i))
         self.levels = [0, *accumulate(level.count(k) for k in range(self.depth))]
-        # the outputs of all groups, one after the other, then a row of zeros
+        # the outputs of all groups in turn, then a row of zeros
         rows = {i: row for row, i in enumerate(of_group)}
         place = [rows.get(i, len(rows)) for i in range(self.input_dim)]
         self.register_buffer("order", _indices(order), persistent=False)
@@ -116,7 +116,7 @@ class ParentsMLP(Conditioner):
         return params.reshape(x.shape + (self.num_params,))
 
     def assembled(self, outputs: list[Tensor], like: Tensor) -> Tensor:
-        """The parameters without the bias, ``(B, D, P)``, from those of groups, each ``(m, P, B)``."""
+        """Collects parameters ``(B, D, P)``, without the bias, from groups, each ``(m, P, B)``."""
         # a row of zeros for coordinates without parents
         rows = [*outputs, like.new_zeros(1, self.num_params, like.shape[-1])]
         return torch.cat(rows).index_select(0, self.place).permute(2, 0, 1)
@@ -124,7 +124,7 @@ class ParentsMLP(Conditioner):
     def blocks(
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
-        """None for a subclass with another ``forward``, or with hooks, which blocks do not go through."""
+        """None for a subclass with its own ``forward``, or with hooks, which blocks would skip."""
         plain = [runs_only(group, ParentsGroup) for group in self.groups]
         if not all(plain) or not runs_only(self, ParentsMLP):
             return None
@@ -133,7 +133,7 @@ class ParentsMLP(Conditioner):
 
     @torch.no_grad()
     def set_linear(self, k: int, coefficients: Sequence[Tensor]) -> None:
-        """Sets the linear part of the k-th parameter, for each coordinate those of its parents."""
+        """Sets the linear part of the k-th parameter: coefficients of parents, for each coordinate."""
         for group in self.groups:
             rows = [coefficients[i] for i in group.layout.coordinates]
             is_parent = group.layout.is_parent.to(group.linear.device)
@@ -142,7 +142,7 @@ class ParentsMLP(Conditioner):
             group.linear[:, k] = values
 
     def step_scales(self, sizes: Tensor) -> dict[nn.Parameter, Tensor]:
-        """The sizes of steps by parameter of the network, from those of outputs, ``(D, P)``."""
+        """Optimizer step sizes by parameter of the network, from step sizes of its outputs, ``(D, P)``."""
         found: dict[nn.Parameter, Tensor] = {} if self.bias is None else {self.bias: sizes}
         for group in self.groups:
             own = sizes[group.coordinates, :, None]
@@ -155,7 +155,7 @@ class ParentsGroup(nn.Module):
 
     coordinates: Tensor
     parents: Tensor
-    ranks: Tensor  # the parents by their place in the order of levels
+    ranks: Tensor  # the positions of the parents in the order of levels
 
     def __init__(self, layout: PaddedGroup, num_params: int, hidden_dim: int) -> None:
         super().__init__()
@@ -165,7 +165,7 @@ class ParentsGroup(nn.Module):
         self.register_buffer("parents", layout.parents, persistent=False)
         like = nn.Linear(k, hidden_dim)
         options: dict[str, Any] = {"dtype": like.weight.dtype, "device": like.weight.device}
-        # as in PyTorch's linear layers, by the number of parents without padding
+        # as in PyTorch's linear layers, by the number of parents, excluding padding
         bound = layout.is_parent.sum(-1).to(**options).rsqrt()[:, None, None]
         self.inner = nn.Parameter((2 * torch.rand(m, hidden_dim, k, **options) - 1) * bound)
         self.inner_bias = nn.Parameter((2 * torch.rand(m, hidden_dim, 1, **options) - 1) * bound)
@@ -173,7 +173,7 @@ class ParentsGroup(nn.Module):
         self.linear = nn.Parameter(torch.zeros(m, num_params, k, **options))
 
     def forward(self, known: Tensor, index: Tensor, rows: slice) -> Activations:
-        """The networks of some rows.
+        """Evaluates the networks of some rows.
 
         :param known: coordinates and padding, shape ``(*, B)``, with the parents at ``index``, ``(m, k)``.
         """
@@ -185,7 +185,7 @@ class ParentsGroup(nn.Module):
 
 
 class ParentsLinearization:
-    """The :class:`~.base.Linearization` of a :class:`ParentsMLP`, of the activations of each group."""
+    """The :class:`~.base.Linearization` of a :class:`ParentsMLP`, from the activations of each group."""
 
     def __init__(self, network: ParentsMLP, parts: list[Activations], like: Tensor) -> None:
         self.network, self.parts = network, parts
@@ -194,13 +194,13 @@ class ParentsLinearization:
 
     @property
     def params(self) -> Tensor:
-        """See :class:`~.base.Linearization`; not kept, since its graph keeps this object."""
+        """See :class:`~.base.Linearization`; not stored, since its graph refers to this object."""
         found: Tensor = _Params.apply(self, *self.network.groups.parameters())
         bias = self.network.bias
         return found if bias is None else found + bias
 
     def by_group(self, weights: Tensor) -> list[tuple[Any, Tensor, Tensor]]:
-        """Each group, with its weights of shape ``(m, P, B)`` and those of its units before activation."""
+        """Each group, with its weights, ``(m, P, B)``, and their gradient in its units before activation."""
         rows, found = weights.permute(1, 2, 0).contiguous(), []
         for group, slope in zip(self.network.groups, self.slopes):
             own = rows[group.coordinates]
@@ -208,7 +208,7 @@ class ParentsLinearization:
         return found
 
     def edges(self, weights: Tensor) -> list[tuple[Any, Tensor]]:
-        """Each group, with the gradient in its parents of a sum with weights, shape ``(m, k, B)``."""
+        """Each group, with the gradient of the weighted sum of outputs in its parents, ``(m, k, B)``."""
         return [
             (group, torch.baddbmm(group.linear.mT @ own, group.inner.mT, moved))
             for group, own, moved in self.by_group(weights)
@@ -221,7 +221,7 @@ class ParentsLinearization:
         return total[:-1].T
 
     def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
-        """See :class:`~.base.Linearization`: one sweep from the last level to the first."""
+        """See :class:`~.base.Linearization`; one sweep from the last level to the first."""
         edges, v = self.edges(slopes), with_padding(gradient.T)
         for level in range(self.network.depth - 1, 0, -1):
             for group, edge in edges:
@@ -232,7 +232,7 @@ class ParentsLinearization:
 
 
 class _Params(torch.autograd.Function):
-    """The parameters at known points, with their gradients in closed form."""
+    """The parameters at known points, with closed-form gradients."""
 
     @staticmethod
     def forward(ctx: Any, linearization: ParentsLinearization, *_: Tensor) -> Tensor:
@@ -293,10 +293,10 @@ class ParentsBlocks:
 
 
 def with_padding(rows: Tensor) -> Tensor:
-    """Coordinates of shape ``(D, B)`` and a row of zeros, which padding reads."""
+    """Appends a row of zeros, which padding reads, to coordinates of shape ``(D, B)``."""
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
 
 
 def _indices(values: Sequence[int]) -> Tensor:
-    """Integers on the CPU, whatever the default device is."""
+    """A tensor of integers on the CPU, whatever the default device is."""
     return torch.tensor(values, dtype=torch.long, device="cpu")

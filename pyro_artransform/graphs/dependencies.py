@@ -1,16 +1,16 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""The Markov graph of a log density, found by differences of its gradient.
+r"""Finds the Markov graph of a log density from differences of its gradient.
 
-Two coordinates are conditionally independent given all others exactly where
+Two coordinates are conditionally independent given all others if and only if
 
 .. math::
 
     \frac{\partial^2}{\partial z_i \, \partial z_j} \log p(z) = 0 \quad \text{for all } z.
 
-Coordinates are moved one at a time, and the gradients that change are those of neighbours, however the
-density is written. At further points, where only dependencies that were switched off so far are unknown,
+If one coordinate is moved, the gradients of its neighbours change, however the density is written. First,
+coordinates are moved one at a time. At further points, to find dependencies that were switched off before,
 coordinates that share no neighbour are moved together.
 """
 
@@ -23,27 +23,27 @@ from torch.nn.utils.rnn import pad_sequence
 
 from .markov_graph import color_columns
 
-# entries of a batch of points: about 16 MB in double precision, and some ten of these in a model
+# maximum number of entries in a batch of points: 16 MB in double precision, some ten times that in a model
 _MOST_ENTRIES = 2_000_000
-#: units in the last place by which sums of about a thousand terms in another order may differ
+#: units in the last place by which sums of about a thousand terms may differ if reordered
 ROUND_OFF = 1e3
-MAX_HALVINGS = 12  #: of a step, or a scale, before it is given up
-# random halves of elements: two that depend on each other are in one half of all with probability 1e-6
+MAX_HALVINGS = 12  #: maximum number of halvings of a step or scale
+# random halves of elements: with probability 1e-6 two dependent elements are never in different halves
 _NUM_HALVINGS = 20
-# of coordinates, at draws and at a wider point: one shows what another hides
+# groupings of coordinates, at draws and at a wider point: one may reveal what another hides
 _NUM_GROUPINGS = 4
-# a new pair counts if its change is the same in repeats this many ulps away, to so many standard deviations
+# repeats to confirm a new pair, their distance in ulps, and the sds that their mean change must exceed
 _NUM_REPEATED, _MOST_ULPS, _CLEAR = 6, 8.0, 6.0
-# nats by which one sd of each of a pair interacts, below which a graph may lack it: half their square is lost
+# interaction of one sd of both latents, in nats, below which a graph may lack it: half its square is lost
 _LEAST = 0.01
-# a generator of the CPU works for every device
+# a CPU generator works for all devices
 _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
 class LogDensityOfRows(Protocol):
-    """The log density of points ``(n, D)`` whose graph is wanted, with a point ``(D,)`` where it is finite.
+    """A log density at points ``(n, D)``, with a point ``start``, ``(D,)``, where it is finite.
 
-    It names its parts that are not finite at one of some points.
+    ``nonfinite_sites`` names the terms that are not finite at some of the points.
     """
 
     @property
@@ -53,12 +53,12 @@ class LogDensityOfRows(Protocol):
 
 
 class DependencyGraph(NamedTuple):
-    """The Markov graph of a density, with the largest second derivatives that were seen."""
+    """The Markov graph of a density, with the largest second derivatives observed."""
 
     neighbours: tuple[frozenset[int], ...]
-    #: of neighbours, the smaller coordinate first, and of each coordinate with itself
+    #: all pairs of neighbours, the smaller coordinate first, and of each coordinate with itself
     pairs: Tensor
-    second: Tensor  #: of each pair
+    second: Tensor  #: the second derivative of each pair
 
 
 def value_and_gradient(
@@ -66,7 +66,7 @@ def value_and_gradient(
 ) -> tuple[Tensor, Tensor]:
     """A log density at points ``(n, D)``, and its gradients, NaN where the density is not finite.
 
-    All batches of points have the random numbers of the density, such as of a mini-batch, in common.
+    A random density, such as that of a mini-batch, uses the same random numbers for all batches of points.
     """
     values, gradients, state = list[Tensor](), list[Tensor](), torch.get_rng_state()
     for part in points.split(max(_MOST_ENTRIES // points.shape[-1], 1)):
@@ -83,12 +83,12 @@ def value_and_gradient(
 def find_dependencies(
     log_density: LogDensityOfRows, eps: float, elements: Tensor | None = None
 ) -> DependencyGraph:
-    """The Markov graph of a log density of coordinates with relative round-off ``eps``.
+    """The Markov graph of a log density whose coordinates have relative round-off ``eps``.
 
-    :param elements: a guess of what is independent given the rest, as the elements of a plate: for each
-        coordinate its element, -1 for the rest. Where random halves of them have no influence on the others,
-        one coordinate of each is moved at a time, which takes as many gradients as an element has
-        coordinates; the graph is the same.
+    :param elements: elements that may be independent given the rest, like those of a plate: the element of
+        each coordinate, -1 for the rest. If random halves of the elements do not influence the other halves,
+        one coordinate of every element is moved at once, which takes only as many gradients as an element
+        has coordinates; the graph is the same.
     """
     search = _Search(log_density, eps)
     generator = search.generator
@@ -113,10 +113,10 @@ def missing_dependencies(
     neighbours: Sequence[set[int] | frozenset[int]],
     draws: Tensor,
 ) -> list[tuple[int, int]]:
-    """Pairs of coordinates that depend on each other at some draws and are not neighbours in a graph.
+    """Pairs of coordinates that depend on each other at some draws but are not neighbours in a graph.
 
-    Coordinates of a draw are moved to where they are in the next draw. Pairs that hardly depend on each
-    other are left out: their distance in a chain of coordinates is where round-off ends the graph.
+    Coordinates of a draw are moved to their values in the next draw. Pairs that hardly depend on each other
+    are omitted: along a chain, dependence decays until round-off hides it.
 
     :param draws: draws of a posterior, shape ``(n, D)``, n at least 2.
     """
@@ -129,7 +129,7 @@ def missing_dependencies(
     for i, own in enumerate(search.neighbours):
         for j in sorted(j for j in own - neighbours[i] if i < j):
             strength = abs(search.second[i, j]) * sd[i] * sd[j]
-            if strength == 0 or strength > _LEAST:  # zero where nothing is known
+            if strength == 0 or strength > _LEAST:  # zero if unknown
                 pairs.append((i, j))
     return pairs
 
@@ -142,15 +142,15 @@ class _Search:
     ) -> None:
         self.log_density, self._eps = log_density, eps
         self.generator = torch.Generator().manual_seed(0)
-        #: whether there is a graph that the search adds to, so that each new pair is a finding
+        #: whether the search extends a given graph, so that new pairs must be confirmed
         self._is_known = neighbours is not None
         self.neighbours = neighbours or [set[int]() for _ in log_density.start]
         self.second: dict[tuple[int, int], float] = {}
 
     def move_elements(self, point: Tensor, other: Tensor, elements: Tensor) -> Tensor:
-        """Moves one coordinate of each element at a time, and the rest one by one; returns what is left.
+        """Moves a coordinate of every element at once, then the rest singly; returns coordinates not done.
 
-        That is all, where elements depend on each other, or what moves to where the density is not finite.
+        These are all if elements depend on each other, and those that move to a non-finite density.
         """
         device, count = point.device, int(elements.max()) + 1
         step, is_rest = other - point, elements < 0
@@ -160,7 +160,7 @@ class _Search:
         changed, change = self._changes(point[None], (is_moved * step)[None], base)
         if (changed[0] & ~is_moved & ~is_rest).any() or not change.isfinite().all():
             return torch.arange(len(point), device=device)
-        # what moves in each element, one after the other, and -1 after its last; nothing in the rest
+        # the coordinates of each element, padded with -1; none for the rest
         members: list[list[int]] = [[] for _ in range(count + 1)]
         for i, element in enumerate(elements.tolist()):
             if element >= 0:
@@ -171,25 +171,25 @@ class _Search:
         return self._move(point, step, moving, elements, base)
 
     def move_one_by_one(self, point: Tensor, other: Tensor, coordinates: Tensor) -> None:
-        """Moves coordinates of a point to another one, each by itself, and notes which gradients change.
+        """Moves coordinates of a point to another point, one at a time, and notes which gradients change.
 
-        Where the density there is not finite, the step is halved.
+        If the density there is not finite, the step is halved.
         """
         left, step, base = coordinates, other - point, self._gradients(point[None])[:, None]
         all_of_one = torch.zeros(len(point), dtype=torch.long, device=point.device)
         for _ in range(MAX_HALVINGS):
             if len(left):
                 left, step = self._move(point, step, left[:, None], all_of_one, base), 0.5 * step
-        # of the rest nothing is known: they may depend on everything
+        # nothing is known of the rest, which may depend on everything
         everything = torch.ones(len(left), len(point), dtype=torch.bool, device=point.device)
         self._note(left[:, None].expand_as(everything), everything, 0.0 * everything)
 
     def _move(
         self, point: Tensor, step: Tensor, moving: Tensor, elements: Tensor, base: Tensor
     ) -> Tensor:
-        """Notes which gradients change; returns what moves to where the density is not finite.
+        """Notes which gradients change; returns the coordinates that move to a non-finite density.
 
-        :param moving: the coordinate that moves beside those of each element, in each of m moves, or -1.
+        :param moving: the coordinate moved in each of m moves, by element, or -1; the last column is the rest.
         :param base: the gradients at the point, shape ``(1, 1, D)``.
         """
         every = torch.arange(len(point), device=point.device)
@@ -206,13 +206,13 @@ class _Search:
         return torch.cat(failed)
 
     def _gradients(self, points: Tensor) -> Tensor:
-        """Gradients with the same random numbers each time, so that they are of one mini-batch."""
+        """Gradients with the same random numbers in each call, so that the mini-batch is the same."""
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
             return value_and_gradient(self.log_density, points)[1]
 
     def _note(self, columns: Tensor, changed: Tensor, second: Tensor) -> None:
-        """Notes which gradients have changed, by the coordinates that have moved, all of shape ``(m, D)``."""
+        """Notes pairs of a moved coordinate and a changed gradient; all tensors have shape ``(m, D)``."""
         row, i = changed.nonzero().T
         values = second[row, i].tolist()
         for j, k, value in zip(columns[row, i].tolist(), i.tolist(), values):
@@ -223,9 +223,9 @@ class _Search:
                 self.neighbours[k].add(j)
 
     def _changes(self, points: Tensor, shifts: Tensor, base: Tensor) -> tuple[Tensor, Tensor]:
-        """Where gradients change by more than round-off, and by how much; not those that are not finite.
+        """Whether gradients change by more than round-off, and by how much; non-finite ones do not count.
 
-        :param points: shape ``(n, D)``; shifts have shape ``(n, m, D)``, as what is returned.
+        :param points: shape ``(n, D)``; shifts and results have shape ``(n, m, D)``.
         :param base: the gradients at the points, shape ``(n, 1, D)``.
         """
         moved = points[:, None] + shifts
@@ -235,9 +235,9 @@ class _Search:
         return change.abs() > ROUND_OFF * self._eps * size, change
 
     def _confirmed(self, point: Tensor, moved: Tensor, shifts: Tensor, changed: Tensor) -> Tensor:
-        """Which changes are of neighbours, or more than round-off in repeats some ulps away.
+        """Which changes belong to known neighbours, or exceed round-off in repeats some ulps away.
 
-        An ill-conditioned gradient, as through a Cholesky factor, has more round-off than by its size.
+        An ill-conditioned gradient, as through a Cholesky factor, has more round-off than its size suggests.
         """
         confirmed = torch.zeros_like(changed)
         for row, j in moved.nonzero().tolist():
@@ -254,10 +254,10 @@ class _Search:
         return confirmed
 
     def move_groups(self, points: Tensor, others: Tensor, seed: int) -> None:
-        """Moves coordinates without common neighbours at once; where other gradients change, one by one.
+        """Moves coordinates without common neighbours together; if unexpected gradients change, one by one.
 
-        Of each group a random half is moved: an unknown neighbour of a coordinate may be another one of
-        its group, or a neighbour of one. Points, and the others that they are moved to, are ``(n, D)``.
+        Only a random half of each group is moved, since an unknown neighbour of a coordinate may be in its
+        group, or a neighbour of a member. Points are moved to ``others``, both of shape ``(n, D)``.
         """
         coloring = color_columns(self.neighbours, seed)
         dim, count = points.shape[-1], coloring.num_colors
@@ -277,7 +277,7 @@ class _Search:
             base = self._gradients(point)[:, None]
             shifts = torch.where(moved, (other - point)[:, None], 0.0)
             changed, _ = self._changes(point, shifts, base)
-            # rows of hubs are seen through the columns of hubs
+            # rows of hubs are known from the columns of hubs
             for i, k in (changed & ~expected).any(-1).nonzero().tolist():
                 own = moved[i, k].nonzero()[:, 0]
                 known = set(own.tolist()).union(*(self.neighbours[j] for j in own.tolist()))
@@ -286,7 +286,7 @@ class _Search:
 
 
 def _steps(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Steps of either sign from 0.5 to 1.5, in the shape of a tensor."""
+    """Steps of random sign and size from 0.5 to 1.5, in the shape of a tensor."""
     size = torch.rand(like.shape, generator=generator, **_ON_CPU)
     sign = torch.randint(2, size.shape, generator=generator, device="cpu") * 2 - 1
     return (sign * (0.5 + size)).to(like)
@@ -295,7 +295,7 @@ def _steps(like: Tensor, generator: torch.Generator) -> Tensor:
 def _finite_point(
     log_density: LogDensityOfRows, spread: float, generator: torch.Generator
 ) -> Tensor:
-    """A point around the start with a finite gradient."""
+    """A point near the start with a finite gradient."""
     start = log_density.start
     noise = torch.randn(len(start), generator=generator, **_ON_CPU).to(start)
     for k in range(MAX_HALVINGS):
@@ -310,7 +310,7 @@ def _finite_point(
 
 
 def _refuse_randomness(log_density: LogDensityOfRows, point: Tensor) -> None:
-    """Refuses a density whose second evaluation differs from the first."""
+    """Raises an error if a second evaluation of the density differs from the first."""
     one, other = (value_and_gradient(log_density, point[None])[1][0] for _ in range(2))
     slack = ROUND_OFF * torch.finfo(one.dtype).eps * one.abs().amax()
     differ = ((one - other).abs() > slack).nonzero()[:, 0]

@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Factors of matrices, NaN where a matrix has none.
+"""Matrix factorizations that return NaN if they fail.
 
-An error would end a fit for one matrix of many. A Gaussian with such a factor has no finite ELBO, which no
-search for a start takes.
+An error would end a fit because of one matrix among many. A Gaussian with such a factor has no finite ELBO,
+so it is never chosen as a start.
 """
 
 import torch
@@ -16,7 +16,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     is_finite = matrix.isfinite().all(-1, keepdim=True).all(-2)
     try:
         values, vectors = torch.linalg.eigh(torch.where(is_finite[..., None], matrix, 0.0))
-    except torch.linalg.LinAlgError:  # no convergence
+    except torch.linalg.LinAlgError:  # did not converge
         return torch.full_like(matrix[..., 0], torch.nan), torch.full_like(matrix, torch.nan)
     return torch.where(is_finite, values, torch.nan), vectors
 

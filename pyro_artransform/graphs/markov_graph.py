@@ -3,18 +3,18 @@
 
 r"""Markov graphs, their elimination, and their colouring.
 
-A density whose Markov graph is G factorizes, for any order of elimination, as
+A density with Markov graph G factorizes, for any elimination order, as
 
 .. math::
 
     p(z) = p(z_R) \prod_{i \notin R} p(z_i \mid z_{\mathrm{pa}(i)})
 
-where pa(i) are the neighbours of i when it is eliminated, which are then joined. The coordinates that are
-eliminated last, R, are the root block.
+where pa(i) are the neighbours of i when it is eliminated, which are then connected. The coordinates R that
+are eliminated last are the root block.
 
-Columns of a symmetric matrix that share no row can be found from one product with their sum: the groups of
-such columns are the colours. Columns with entries nearly everywhere, the hubs, are taken one by one, and the
-entries of others in the rows of hubs are known by symmetry.
+Columns of a symmetric matrix without common rows can be recovered from one product with the sum of their unit
+vectors; groups of such columns are colours. Hubs, columns with entries nearly everywhere, are groups of their
+own, and entries of other columns in the rows of hubs follow by symmetry.
 
 **References**
 
@@ -42,39 +42,39 @@ from ..levels import graph_levels
 
 @dataclass(frozen=True)
 class Elimination:
-    """Sorted parents of each coordinate, and the root block, which has none and is drawn jointly."""
+    """The sorted parents of each coordinate, and the root block, which has none and is drawn jointly."""
 
     parents: tuple[tuple[int, ...], ...]
     root: tuple[int, ...]
 
     @property
     def num_edges(self) -> int:
-        """The number of pairs of a coordinate and a parent."""
+        """The number of edges from parents to coordinates."""
         return sum(map(len, self.parents))
 
     @cached_property
     def level(self) -> tuple[int, ...]:
-        """The level of each coordinate: 0 in the root block, else one more than its last parent's."""
+        """The level of each coordinate: 0 in the root block, else one above its highest parent's."""
         return tuple(graph_levels(self.parents, self.root))
 
     @cached_property
     def levels(self) -> tuple[tuple[int, ...], ...]:
-        """The coordinates of each level, in the order in which levels are drawn; the root is the first."""
+        """The coordinates of each level, in the order of drawing; the first level is the root block."""
         found: list[list[int]] = [[] for _ in range(max(self.level) + 1)]
         for i, k in enumerate(self.level):
             found[k].append(i)
         return tuple(map(tuple, found))
 
 
-# by how much the degrees of coordinates that are eliminated together may differ: with 12 a grid of 32 by 32
-# has 64 levels in place of 58
+# maximum difference between degrees of coordinates eliminated together: with 12 a grid of 32 by 32 has 64
+# levels instead of 58
 _MOST_MORE = 8
 
 
 def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
-    """Eliminates independent sets of coordinates of nearly the least degree until a clique is left.
+    """Eliminates independent sets of coordinates of nearly minimum degree until a clique is left.
 
-    :return: the elimination. Coordinates that would come one after the other at its end are the root block.
+    :return: the elimination. Coordinates that would be eliminated singly at the end join the root block.
 
     Example::
 
@@ -89,9 +89,9 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
         least = min(len(around[i]) for i in left)
         if least == len(left) - 1:
             break
-        # With strictly the least degree a chain is peeled from its ends, 501 levels in place of 10 for
-        # 1,000, and with nearly the least one a chain of triples; far from the least one a grid fills up.
-        # A coordinate next to one that is chosen has to wait.
+        # With strictly minimum degree, a chain of 1,000 is peeled from its ends, in 501 levels instead of 10,
+        # and with nearly minimum degree so is a chain of triples; with larger ones a grid fills in.
+        # Neighbours of a chosen coordinate must wait.
         most = least + 1 + min(least, _MOST_MORE)
         candidates = sorted((len(around[i]), i) for i in left if len(around[i]) <= most)
         chosen, blocked = list[int](), set[int]()
@@ -109,7 +109,7 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
     root = sorted(left)
     while rounds and len(rounds[-1]) == 1:
         root += rounds.pop()
-    if not root:  # what was last has no parents
+    if not root:  # the last coordinates have no parents
         root = rounds[-1][:1]
     for i in root:
         parents[i] = ()
@@ -118,24 +118,24 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
 
 @dataclass(frozen=True)
 class Coloring:
-    """Groups of columns: for each column its group, hubs last, each by itself."""
+    """Groups of columns: the group of each column; hubs come last, each in a group of its own."""
 
     color: tuple[int, ...]
     num_colors: int
     num_hubs: int
 
     def on(self, device: torch.device) -> Tensor:
-        """The group of each column, a tensor of integers."""
+        """The group of each column, as a tensor of integers."""
         return torch.tensor(self.color, dtype=torch.long, device=device)
 
 
 def color_columns(neighbours: Sequence[Set[int]], seed: int = 0) -> Coloring:
-    """Few groups of columns that share no rows but those of hubs.
+    """Divides columns into few groups whose members share no rows, except rows of hubs.
 
-    :param neighbours: for each column the rows of its entries off the diagonal.
+    :param neighbours: for each column, the rows of its off-diagonal entries.
     """
     degrees = [len(own) for own in neighbours]
-    # the degrees above which a column is a hub; each halving is tried
+    # candidates for the degree above which a column is a hub
     limits = {max(degrees) >> k for k in range(max(degrees).bit_length() + 1)} | {min(degrees)}
     hubs = {frozenset(i for i, k in enumerate(degrees) if k > most) for most in (-1, *limits)}
     tried = [_with_hubs(neighbours, own, seed) for own in sorted(hubs, key=len, reverse=True)]
@@ -143,9 +143,9 @@ def color_columns(neighbours: Sequence[Set[int]], seed: int = 0) -> Coloring:
 
 
 def _with_hubs(neighbours: Sequence[Set[int]], hubs: frozenset[int], seed: int) -> Coloring:
-    """The greedy groups of all columns but hubs."""
+    """Groups all columns but hubs greedily."""
     near = {i: set(own) - hubs for i, own in enumerate(neighbours) if i not in hubs}
-    if sum(len(own) ** 2 for own in near.values()) > 10_000_000:  # a second of time
+    if sum(len(own) ** 2 for own in near.values()) > 10_000_000:  # it would take more than a second
         return _with_hubs(neighbours, frozenset(range(len(neighbours))), seed)
     others = list(near)
     random.Random(seed).shuffle(others)
@@ -162,20 +162,20 @@ def _with_hubs(neighbours: Sequence[Set[int]], hubs: frozenset[int], seed: int) 
 
 @dataclass(frozen=True)
 class MarkovGraph:
-    """The neighbours of each coordinate, in both directions, and the factorization by them."""
+    """The neighbours of each coordinate, symmetric, and the factorization along them."""
 
     neighbours: tuple[frozenset[int], ...]
     elimination: Elimination
 
     @classmethod
     def from_neighbours(cls, neighbours: Sequence[Iterable[int]]) -> "MarkovGraph":
-        """The graph of these neighbours, eliminated."""
+        """The graph with these neighbours, and its elimination."""
         own = tuple(map(frozenset, neighbours))
         return cls(own, eliminate(own))
 
     @cached_property
     def coloring(self) -> Coloring:
-        """Groups of coordinates whose second derivatives can be told apart when they move at once."""
+        """Groups of coordinates whose second derivatives can be separated when they move together."""
         return color_columns(self.neighbours)
 
     @cached_property
@@ -189,8 +189,8 @@ class PaddedGroup:
     """Coordinates with at most k parents each.
 
     :param coordinates: the m coordinates, sorted by level.
-    :param slices: the rows of each level that is in the group, by level.
-    :param parents: shape ``(m, k)``, padded with the number of all coordinates.
+    :param slices: the rows of each level in the group, by level.
+    :param parents: shape ``(m, k)``, padded with the number D of coordinates.
     :param is_parent: shape ``(m, k)``, false for padding.
     """
 
@@ -201,7 +201,7 @@ class PaddedGroup:
 
 
 def padded_groups(parents: Sequence[Sequence[int]], level: Sequence[int]) -> list[PaddedGroup]:
-    """All coordinates that have parents, in few groups of similar numbers of parents."""
+    """Divides the coordinates with parents into few groups with similar numbers of parents."""
     by_level: dict[int, list[int]] = {}
     for i, own in enumerate(parents):
         if own:
@@ -210,7 +210,7 @@ def padded_groups(parents: Sequence[Sequence[int]], level: Sequence[int]) -> lis
     for k, coordinates in by_level.items():
         counts = [len(parents[i]) for i in coordinates]
         widest = max(counts)
-        # one rectangle if half of it is not padding, or it costs less than another rectangle
+        # merge if at most half is padding, or if that costs less than another group
         as_one = len(counts) * widest <= max(2 * sum(counts), 256)
         for i, count in zip(coordinates, counts):
             members.setdefault(_rounded(widest if as_one else count), []).append((k, i))
@@ -225,6 +225,6 @@ def padded_groups(parents: Sequence[Sequence[int]], level: Sequence[int]) -> lis
 
 
 def _rounded(count: int) -> int:
-    """The next number of the sequence 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
+    """Rounds up to the sequence 1, 2, 3, 4, 6, 8, 12, 16, 24, ..."""
     power = 1 << (count - 1).bit_length()
     return 3 * power // 4 if power >= 4 and count <= 3 * power // 4 else power

@@ -9,7 +9,7 @@ The Cholesky factorization along an elimination gives the conditionals
 
     z_i \mid z_{\mathrm{pa}(i)} \sim N\Bigl(m_i + \sum_j A_{ij} (z_j - m_j), c_i^2\Bigr)
 
-level by level, and a dense Gaussian of the root block. All coordinates of a level are eliminated at once.
+level by level, and a dense Gaussian for the root block. All coordinates of a level are eliminated together.
 
 **References**
 
@@ -17,7 +17,7 @@ level by level, and a dense Gaussian of the root block. All coordinates of a lev
 2. Formation of a Sparse Bus Impedance Matrix and Its Application to Short Circuit Study (Takahashi, Fagan,
    Chen, 1973)
 3. Newton-Type Methods for Unconstrained and Linearly Constrained Optimization (Gill, Murray, 1974), whose
-   bound on the factors of an indefinite matrix applies to pivots here, https://doi.org/10.1007/BF01585529
+   bound on the factors of an indefinite matrix is used for pivots, https://doi.org/10.1007/BF01585529
 """
 
 from collections.abc import Sequence
@@ -31,18 +31,18 @@ from torch import Tensor
 from .factorization import eigh, lower_factor
 from .markov_graph import Elimination, padded_groups
 
-# Of a precision with a diagonal of ones: pivots below the first are round-off, or the matrix is not positive
-# definite; the second takes their place, a sd three times the conditional one. By hand.
+# For a precision with unit diagonal: pivots below the first are round-off, or the matrix is not positive
+# definite; they are replaced by the second, an sd three times the conditional one. Tuned by hand.
 _FLAT, _RAISED = {torch.float64: 1e-9, torch.float32: 1e-5}, 0.1
 
 _Part = tuple[int, slice, Tensor, Tensor]
 
 
 class PrecisionPattern:
-    """The entries of a symmetric matrix with the pattern of an eliminated graph.
+    """Positions of the entries of a symmetric matrix with the sparsity of an eliminated graph.
 
-    They are a vector ``(num_entries,)``: one for each unordered pair of neighbours in the graph with its
-    fill-in, the diagonal included.
+    Entries form a vector ``(num_entries,)``: one for each unordered pair of neighbours in the graph with
+    fill-in, including the diagonal.
     """
 
     def __init__(self, elimination: Elimination, device: torch.device | None = None) -> None:
@@ -61,22 +61,22 @@ class PrecisionPattern:
         #: coordinates without parents that are not in the root block
         self.alone = torch.tensor(alone, **as_index)
         self.groups = padded_groups(elimination.parents, elimination.level)
-        #: for each level below the root block: a group, its rows of the level, these coordinates, and
-        #: their parents, shapes ``(m,)`` and ``(m, k)``
+        #: for each level after the root block: groups, with their rows in the level, these coordinates,
+        #: ``(m,)``, and their parents, ``(m, k)``
         self.levels: list[list[_Part]] = [[] for _ in elimination.levels[1:]]
         for g, group in enumerate(self.groups):
             coordinates = torch.tensor(group.coordinates, **as_index)
             parents = group.parents.to(self.device)
             for level, part in group.slices.items():
                 self.levels[level - 1].append((g, part, coordinates[part], parents[part]))
-        #: where the diagonal is, shape ``(D,)``
+        #: the positions of the diagonal, shape ``(D,)``
         self.diagonal = self.index(every, every)
-        # those that are needed again and again: millions of searches each
+        # cached, since each takes millions of searches
         self._blocks: dict[int, tuple[Tensor, Tensor]] = {}
 
     def among(self, parents: Tensor) -> Tensor:
-        """:meth:`index` of all pairs of each row of parents ``(m, k)``, shape ``(m, k, k)``, remembered."""
-        if id(parents) not in self._blocks:  # with the tensor, so that its identity stays its own
+        """The :meth:`index` of all pairs in each row of parents ``(m, k)``, shape ``(m, k, k)``; cached."""
+        if id(parents) not in self._blocks:  # the tensor is kept, so that its id is not reused
             index = self.index(parents[:, :, None], parents[:, None])
             self._blocks[id(parents)] = parents, index
         return self._blocks[id(parents)][1]
@@ -85,7 +85,7 @@ class PrecisionPattern:
         return pairs.amin(0) * self._base + pairs.amax(0)
 
     def index(self, rows: Tensor, columns: Tensor) -> Tensor:
-        """Where the entries of pairs are; ``num_entries`` for padding."""
+        """The positions of the entries of pairs; ``num_entries`` for padding."""
         key = self._key(torch.stack(torch.broadcast_tensors(rows, columns)))
         found = torch.searchsorted(self._keys, key).clamp_max(self.num_entries - 1)
         is_padding = (rows >= self._base - 1) | (columns >= self._base - 1)
@@ -97,21 +97,21 @@ class PrecisionPattern:
         return torch.where(is_padding, self.num_entries, found)
 
     def from_pairs(self, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-        """A matrix by its entries at unordered pairs, each given once, all others zero."""
+        """The entries of a matrix from values at unordered pairs, each given once; others are zero."""
         entries = values.new_zeros(self.num_entries)
         return entries.index_put((self.index(rows, columns),), values)
 
     def pairs(self) -> Tensor:
-        """The pairs of all entries, shape ``(2, num_entries)``."""
+        """The row and column of each entry, shape ``(2, num_entries)``."""
         return torch.stack([self._keys // self._base, self._keys % self._base])
 
 
 @dataclass(frozen=True)
 class SparseGaussian:
-    """A Gaussian by its conditionals along an elimination.
+    """A Gaussian as a product of conditionals along an elimination.
 
-    :param coefficients: for each group of the pattern the coefficients A, shape ``(m, k)``.
-    :param scale: the conditional sds c, shape ``(D,)``; of no meaning in the root block.
+    :param coefficients: for each group of the pattern, the coefficients A, shape ``(m, k)``.
+    :param scale: the conditional sds c, shape ``(D,)``; not used in the root block.
     :param root_tril: the lower-triangular scale of the root block, shape ``(R, R)``.
     """
 
@@ -125,9 +125,9 @@ class SparseGaussian:
     def from_precision(
         cls, pattern: PrecisionPattern, loc: Tensor, precision: Tensor
     ) -> "SparseGaussian":
-        """The Gaussian of the entries of a precision, whose pivots are raised where not positive."""
+        """The Gaussian with these precision entries; pivots that are not positive are raised."""
         diagonal = precision[pattern.diagonal]
-        # a coordinate without curvature keeps the unit of the space
+        # a coordinate without curvature has unit scale
         floor = diagonal.abs().amax() * torch.finfo(diagonal.dtype).eps
         unit = torch.where(diagonal.abs() > floor, diagonal.abs(), 1.0).rsqrt()
         rows, columns = pattern.pairs()
@@ -137,7 +137,7 @@ class SparseGaussian:
         for parts in reversed(pattern.levels):
             for g, part, own, above in parts:
                 row = entries[pattern.index(own[:, None], above)]
-                # a smaller one is none of a positive precision, and what follows grows by each level
+                # bounds the coefficients, which otherwise could grow from level to level
                 pivot = _raised(entries[pattern.diagonal[own]]).maximum(row.square().amax(1))
                 coefficients[g][part] = -row / pivot[:, None] * unit[own, None] / units[above]
                 scale[own] = unit[own] * pivot.rsqrt()
@@ -149,7 +149,7 @@ class SparseGaussian:
                 entries[-1] = 0.0
         alone = pattern.alone
         scale[alone] = unit[alone] * _raised(entries[pattern.diagonal[alone]]).rsqrt()
-        # the root block, whose precision is made positive
+        # the root block, whose precision is made positive definite
         root = pattern.root
         values, vectors = eigh(entries[pattern.index(root[:, None], root)])
         root_tril = unit[root, None] * lower_factor(vectors * _raised(values).rsqrt())
@@ -173,7 +173,7 @@ class SparseGaussian:
         return self._downwards(noise[None])[0]
 
     def _downwards(self, noise: Tensor) -> Tensor:
-        """Deviations from the mean, level by level, shape ``(n, D)``."""
+        """Computes deviations from the mean, level by level, shape ``(n, D)``."""
         root = self.pattern.root
         # padding reads the last row
         z = noise.new_zeros(noise.shape[1] + 1, len(noise))
@@ -191,9 +191,9 @@ class SparseGaussian:
 
     @cached_property
     def covariance(self) -> Tensor:
-        """The entries of the covariance in the pattern, and a zero that padding reads.
+        """The covariance entries in the pattern, and a zero that padding reads.
 
-        They follow level by level, by the recursion of Takahashi, Fagan and Chen (1973).
+        They are computed level by level, by the recursion of Takahashi, Fagan and Chen (1973).
         """
         pattern = self.pattern
         covariance = self.loc.new_zeros(pattern.num_entries + 1)
@@ -211,7 +211,7 @@ class SparseGaussian:
         return covariance
 
     def given(self, parents: Sequence[Sequence[int]]) -> tuple[list[Tensor], Tensor]:
-        """The regressions of coordinates on some of their parents: coefficients and conditional sds."""
+        """Regressions of coordinates on some of their parents: coefficients and conditional sds."""
         found = [self.loc.new_zeros(0)] * len(parents)
         scale, pattern = self.scale.clone(), self.pattern
         for g, group in enumerate(pattern.groups):
@@ -229,7 +229,7 @@ class SparseGaussian:
         among = covariance[pattern.index(others[:, None], others)]
         across = covariance[pattern.index(own, others)]
         coefficients, failed = torch.linalg.solve_ex(among, across)
-        coefficients = torch.where(failed == 0, coefficients, 0.0)  # none on parents that are one
+        coefficients = torch.where(failed == 0, coefficients, 0.0)  # zero for parents that are collinear
         variance = covariance[pattern.index(own, own)][0] - coefficients @ across
         return coefficients, variance.clamp_min(0).sqrt()
 
