@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Builders of flows, in lower case as Pyro's. Every flow is the identity at first.
+"""Builders of flows, in lower case like Pyro's. Every flow starts as the identity.
 
-Forwards, what a builder returns costs one evaluation of each network, backwards a few; ``.inv`` exchanges
-the two.
+Flows take one evaluation of each network forwards, and a few backwards, except those named ``maf``, where it
+is the reverse; ``.inv`` exchanges the two directions.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,12 +41,12 @@ def affine_autoregressive(
     r"""One affine layer, :math:`y_i = x_i e^{s_i(x_{<i})} + m_i(x_{<i})`.
 
     :param input_dim: the number D of coordinates.
-    :param hidden_dims: the width or widths of the hidden layers, by default two of ``max(64, 2 D)``.
+    :param hidden_dims: the width or widths of the hidden layers; by default two of ``max(64, 2 D)``.
     :param nonlinearity: the elementwise activation, by default ``torch.nn.ELU()``.
-    :param order: ``order[k]`` is the coordinate that comes k-th, by default 0 .. D-1.
-    :param adjacency: in place of ``order``, any acyclic graph: ``[i, j]`` says that i depends on j.
+    :param order: ``order[k]`` is the k-th coordinate in the order; by default 0 .. D-1.
+    :param adjacency: an acyclic graph, instead of ``order``: ``[i, j]`` says that i depends on j.
     :raises TypeError: if the nonlinearity is not a function.
-    :raises ValueError: for a wrong size, order or graph.
+    :raises ValueError: if a size, the order or the graph is invalid.
 
     Example::
 
@@ -75,7 +75,7 @@ def spline_autoregressive(
     Other parameters and errors are those of :func:`affine_autoregressive`.
 
     :param count_bins: the number of bins of each spline.
-    :param bound: half the width of the interval that is bent.
+    :param bound: half the width of the interval.
     """
     family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
     options = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
@@ -85,7 +85,7 @@ def spline_autoregressive(
 def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
     """A univariate transform with smooth hinges for each of D coordinates, independent of the others.
 
-    In front of a stack of affine layers it gives the base distribution skewness and tails.
+    Placed before affine layers, it adds skewness and heavier or lighter tails to the base distribution.
     """
     return _marginals(input_dim, Hinged())
 
@@ -93,7 +93,7 @@ def hinged_marginals(input_dim: int) -> AutoregressiveTransform:
 def spline_marginals(
     input_dim: int, *, count_bins: int = 8, bound: float = 5.0
 ) -> AutoregressiveTransform:
-    """A spline, as of :func:`spline_autoregressive`, for each coordinate, independent of the others."""
+    """A spline for each coordinate, as in :func:`spline_autoregressive`, independent of the others."""
     return _marginals(input_dim, RationalQuadraticSpline(count_bins=count_bins, bound=bound))
 
 
@@ -111,7 +111,7 @@ def conditional_affine_autoregressive(
     order: Order = None,
     adjacency: Tensor | None = None,
 ) -> ConditionalAutoregressiveTransform:
-    """:func:`affine_autoregressive` that depends on a context of size ``context_dim`` too."""
+    """An :func:`affine_autoregressive` that also depends on a context of size ``context_dim``."""
     options: Any = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
     options["context_dim"] = check_integer("context_dim", context_dim)
     return ConditionalAutoregressiveTransform(_meta(Affine(), input_dim, hidden_dims, **options))
@@ -128,7 +128,7 @@ def conditional_spline_autoregressive(
     order: Order = None,
     adjacency: Tensor | None = None,
 ) -> ConditionalAutoregressiveTransform:
-    """:func:`spline_autoregressive` that depends on a context of size ``context_dim`` too."""
+    """A :func:`spline_autoregressive` that also depends on a context of size ``context_dim``."""
     options: Any = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
     options["context_dim"] = check_integer("context_dim", context_dim)
     family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
@@ -144,15 +144,15 @@ def iaf(
     nonlinearity: Nonlinearity = None,
     skip_connections: bool = False,
 ) -> ComposedTransform:
-    """An inverse autoregressive flow: layers whose order alternates.
+    """An inverse autoregressive flow: layers in alternating order.
 
     Other parameters and errors are those of :func:`affine_autoregressive`.
 
     :param num_transforms: the number of layers.
-    :param univariate: makes the univariate family of each layer, such as
-        :class:`~pyro_artransform.univariate.Affine`, or a function that makes another.
-    :param nonlinearity: shared by all layers, with its parameters if it has some.
-    :param skip_connections: whether each network has a linear layer from its inputs to its outputs too.
+    :param univariate: a class or function that makes the univariate family of each layer, by default
+        :class:`~pyro_artransform.univariate.Affine`.
+    :param nonlinearity: the activation, shared by all layers, including any parameters.
+    :param skip_connections: whether each network also has a linear layer from its inputs to its outputs.
     :raises TypeError: if ``univariate`` does not make families.
 
     Example::
@@ -180,7 +180,7 @@ def maf(
     nonlinearity: Nonlinearity = None,
     skip_connections: bool = False,
 ) -> FlowModule:
-    """A masked autoregressive flow: the inverse of :func:`iaf`, see its parameters and its example.
+    """A masked autoregressive flow: the inverse of :func:`iaf`, with the same parameters.
 
     **References**
 
@@ -201,7 +201,7 @@ def conditional_iaf(
     nonlinearity: Nonlinearity = None,
     skip_connections: bool = False,
 ) -> ConditionalComposedTransform:
-    """:func:`iaf` that depends on a context too, see its parameters.
+    """An :func:`iaf` that also depends on a context, with the same parameters.
 
     :param context_dim: the size C of the context; a context of shape ``(1, C)`` broadcasts.
     """
@@ -221,7 +221,7 @@ def conditional_maf(
     nonlinearity: Nonlinearity = None,
     skip_connections: bool = False,
 ) -> ConditionalTransformModule:
-    """The inverse of :func:`conditional_iaf`, see its parameters."""
+    """The inverse of :func:`conditional_iaf`, with the same parameters."""
     sizes = input_dim, context_dim, num_transforms, hidden_dims
     network: Any = {"nonlinearity": nonlinearity, "skip_connections": skip_connections}
     return conditional_iaf(*sizes, univariate=univariate, **network).inv
@@ -234,7 +234,7 @@ def _metas(
     hidden_dims: HiddenDims,
     **options: Any,
 ) -> list[ConditionedUnivariate]:
-    """One meta for each layer; every other one takes the coordinates from the last to the first."""
+    """One meta per layer; the order of coordinates is reversed in every other one."""
     input_dim = check_integer("input_dim", input_dim)
     if isinstance(univariate, Univariate) or not callable(univariate):
         raise TypeError(
@@ -254,6 +254,6 @@ def _metas(
 def _meta(
     family: Univariate, input_dim: int, hidden_dims: HiddenDims, **options: Any
 ) -> ConditionedUnivariate:
-    """A masked network that gives the parameters of a family."""
+    """A masked network that returns the parameters of a family."""
     conditioner = MaskedMLP(input_dim, family.num_params, hidden_dims, **options)
     return ConditionedUnivariate(conditioner, family)

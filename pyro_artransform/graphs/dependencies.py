@@ -189,7 +189,7 @@ class _Search:
     ) -> Tensor:
         """Notes which gradients change; returns the coordinates that move to a non-finite density.
 
-        :param moving: the coordinate moved in each of m moves, by element, or -1; the last column is the rest.
+        :param moving: in each of m moves, the coordinate moved by element, or -1; a last column for the rest.
         :param base: the gradients at the point, shape ``(1, 1, D)``.
         """
         every = torch.arange(len(point), device=point.device)

@@ -229,7 +229,7 @@ class SparseGaussian:
         among = covariance[pattern.index(others[:, None], others)]
         across = covariance[pattern.index(own, others)]
         coefficients, failed = torch.linalg.solve_ex(among, across)
-        coefficients = torch.where(failed == 0, coefficients, 0.0)  # zero for parents that are collinear
+        coefficients = torch.where(failed == 0, coefficients, 0.0)  # zero for collinear parents
         variance = covariance[pattern.index(own, own)][0] - coefficients @ across
         return coefficients, variance.clamp_min(0).sqrt()
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Transforms: the autoregressive core, composition and inversion, and Zuko's names for some of them."""
+"""Transforms: autoregressive transforms, composition, inversion, and Zuko's names for some of them."""
 
 from ..univariate import MonotonicAffineTransform, MonotonicRQSTransform
 from .autoregressive import (

@@ -23,19 +23,19 @@ class AutoregressiveTransform(FlowModule):
 
     .. math:: y_i = f(x_i \mid x_{<i})
 
-    This direction costs one evaluation of the network; the inverse costs a few, since each coordinate needs
-    those before it. As the transform of a base distribution it is an inverse autoregressive flow (cheap to
-    sample, expensive to evaluate at given points), and its inverse, ``t.inv``, a masked autoregressive flow.
+    This direction takes one evaluation of the network; the inverse takes a few, since each coordinate needs
+    those before it. Applied to a base distribution, the transform is an inverse autoregressive flow (cheap
+    to sample, expensive to evaluate at given points), and ``t.inv`` a masked autoregressive flow.
 
-    :param meta: a function that returns, given x of shape ``(*, D)``, a bijective torch transform
-        for that x, elementwise (event_dim 0) or of vectors (event_dim 1). A module is registered.
-    :param passes: the most fixed-point passes of the inverse, which is exact after as many as the
-        dependency graph is deep (D for a full graph, 2 for a coupling); ``None`` means exact.
+    :param meta: a function that returns, for x of shape ``(*, D)``, a bijective torch transform, elementwise
+        (event_dim 0) or of vectors (event_dim 1). A module is registered.
+    :param passes: the maximum number of fixed-point passes of the inverse, which is exact if this is at least
+        the depth of the dependency graph (D for a full graph, 2 for a coupling); ``None`` means exact.
     :param cache_size: as for :class:`~pyro_artransform.transforms.FlowModule`.
 
-    With Pyro's validation on, the first call checks by differentiation that a ``meta`` from elsewhere
-    is autoregressive, and by values that it is not random and acts on each row of a batch alone, and
-    warns if not. An inverse that did not converge warns with its residual.
+    With Pyro's validation on, the first call checks a ``meta`` that is not from this package, and warns if it
+    is not autoregressive, is random, or mixes the rows of a batch. An inverse that did not converge warns
+    with its residual.
 
     Example::
 
@@ -53,7 +53,7 @@ class AutoregressiveTransform(FlowModule):
         super().__init__(cache_size=cache_size)
         self.meta = check_callable("meta", meta, "a callable of x")
         self.passes = None if passes is None else check_integer("passes", passes)
-        #: None for a meta that is right by construction, which is evaluated without a check
+        #: None if the meta is autoregressive by construction, and needs no check
         self.structure = None if is_right_by_construction(meta) else StructureCheck()
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,7 +77,7 @@ class AutoregressiveTransform(FlowModule):
         return super().call_and_score(x, score) if found is None else found
 
     def _checked(self, x: Tensor) -> Meta:
-        """The meta; one from elsewhere has its argument checked, and warns, once, of its faults."""
+        """The meta; if it needs a check, x is validated, and a warning about its faults given once."""
         check, meta = self.structure, self.meta
         if check is not None:
             if x.dim() == 0 or not x.is_floating_point():
@@ -93,7 +93,7 @@ class AutoregressiveTransform(FlowModule):
 
 
 class _AtContext(AutoregressiveTransform):
-    """An autoregressive transform at a context, whose batch shape broadcasts with that of x."""
+    """An autoregressive transform given a context, whose batch shape broadcasts with that of x."""
 
     meta: ContextMeta
 
@@ -104,7 +104,7 @@ class _AtContext(AutoregressiveTransform):
 
 
 class ConditionalAutoregressiveTransform(ConditionalFlowModule):
-    r"""An autoregressive transform whose univariate transforms depend on a context too.
+    r"""An autoregressive transform whose univariate transforms also depend on a context.
 
     .. math:: y_i = f(x_i \mid x_{<i}, \mathrm{context})
 
@@ -121,7 +121,7 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         self.structure = None if is_right_by_construction(meta) else StructureCheck()
 
     def condition(self, context: Tensor) -> AutoregressiveTransform:
-        """The transform for a context ``(*, C)``, whose batch shape broadcasts with that of x."""
+        """The transform given a context ``(*, C)``, whose batch shape broadcasts with that of x."""
         if not isinstance(context, Tensor):
             raise ValueError(f"context: expected a tensor of shape (*, C), got {context!r}")
         conditioned = _AtContext(ContextMeta(self.meta, context), self.passes)
@@ -130,7 +130,7 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
 
 
 def check_structure(module: torch.nn.Module, x: Tensor) -> None:
-    """Checks every autoregressive transform in a module, as its first call at x ``(*, D)`` does.
+    """Checks all autoregressive transforms in a module, as a first call at x ``(*, D)`` does.
 
     :raises ValueError: if one is not autoregressive (the message names the coordinates), is random, or
         mixes the rows of a batch.

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Compositions of transforms, which register every parameter, as their inverses do."""
+"""Compositions of transforms that, like their inverses, register all parameters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +19,7 @@ AnyTransform = Transform | ConditionalTransform
 
 
 class ForeignTransform(FlowModule):
-    """Any torch transform, evaluated as those of this package are."""
+    """Wraps any torch transform in the interface of this package."""
 
     def __init__(self, transform: Transform) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class ForeignTransform(FlowModule):
 
 
 def _as_modules(parts: Sequence[Any], *kinds: type) -> Any:
-    """Transforms of these kinds as modules that own whatever parameters there are."""
+    """Converts transforms to modules of these kinds that register all parameters."""
     if not parts:
         raise ValueError("expected at least one transform, got none")
     modules = nn.ModuleList()
@@ -53,7 +53,7 @@ def _as_modules(parts: Sequence[Any], *kinds: type) -> Any:
 
 
 def _as_module(transform: Any) -> nn.Module:
-    """A module made of another transform: torch's inverses and compositions lose their parameters."""
+    """Converts a transform to a module; torch's inverses and compositions lose their parameters."""
     kind = type(transform).__name__
     if isinstance(transform, _InverseTransform):
         return ComposedTransform(transform.inv).inv
@@ -71,7 +71,7 @@ def _as_module(transform: Any) -> nn.Module:
 
 
 class ComposedTransform(FlowModule):
-    r"""Applies transforms one after the other, the first one first.
+    r"""Applies transforms in sequence, the first one first.
 
     .. math:: T = T_n \circ \cdots \circ T_1
 
@@ -85,15 +85,15 @@ class ComposedTransform(FlowModule):
         self.transforms = _as_modules(transforms, Transform)
         composed = ComposeTransform(list(transforms))
         domain, codomain = composed.domain, composed.codomain
-        # elementwise parts alone make a transform of vectors
+        # elementwise parts together form a transform of vectors
         self.domain = domain if domain.event_dim else constraints.independent(domain, 1)
         self.codomain = codomain if codomain.event_dim else constraints.independent(codomain, 1)
         self.bijective = composed.bijective
-        #: the transforms that were given
+        #: the original transforms
         self.parts = [
             t.transform if isinstance(t, ForeignTransform) else t for t in self.transforms
         ]
-        # the parts as flows, with the dimensions of their log-determinants that are events here
+        # the parts as flows, with the dimensions over which to sum their log-determinants
         self._steps: list[tuple[FlowModule, tuple[int, ...]]] = []
         event_dim = self.domain.event_dim
         for part in self.transforms:
@@ -108,7 +108,7 @@ class ComposedTransform(FlowModule):
         return self._run("inverse_and_ladj", self._steps[::-1], y)
 
     def inverse_at(self, x: Tensor, y: Tensor) -> Any:
-        known, ladjs = [x.detach()], []  # the argument of each part
+        known, ladjs = [x.detach()], []  # the arguments of all parts
         with torch.no_grad():
             for flow, _ in self._steps[:-1]:
                 known.append(flow.call_and_ladj(known[-1])[0])
@@ -121,20 +121,20 @@ class ComposedTransform(FlowModule):
         return self._run("call_and_score", self._steps, x, score)
 
     def _run(self, method: str, steps: Sequence[Any], x: Tensor, *score: Tensor) -> Any:
-        """The steps one after the other; log-determinants, the second output of each, are added."""
+        """Runs the steps in sequence; adds log-determinants, the second output of each."""
         ladjs = []
         for flow, dims in steps:
             x, ladj, *score = getattr(flow, method)(x, *score)
             ladjs.append(ladj.sum(dims) if dims else ladj)
         return x, sum(ladjs[1:], ladjs[0]), *score
 
-    # of the parts, one after the other
+    # shapes, through the parts in sequence
     forward_shape = ComposeTransform.forward_shape
     inverse_shape = ComposeTransform.inverse_shape
 
 
 class ConditionalComposedTransform(ConditionalFlowModule):
-    """A :class:`ComposedTransform` some of whose parts depend on a context.
+    """A :class:`ComposedTransform` with parts that depend on a context.
 
     :param transforms: conditional transforms that are modules, and torch transforms.
     """
@@ -144,14 +144,14 @@ class ConditionalComposedTransform(ConditionalFlowModule):
         self.transforms = _as_modules(transforms, Transform, ConditionalTransform)
 
     def condition(self, context: Tensor) -> ComposedTransform:
-        """The composition for a context ``(*, C)``, whose batch shape broadcasts with that of x."""
+        """The composition given a context ``(*, C)``, whose batch shape broadcasts with that of x."""
         parts: list[Any] = [*self.transforms]
         given = [t.condition(context) if isinstance(t, ConditionalTransform) else t for t in parts]
         return ComposedTransform(*given)
 
 
 def chain(transforms: Sequence[AnyTransform]) -> ComposedTransform | ConditionalComposedTransform:
-    """Composes transforms as :class:`ComposedTransform`; if one is conditional, so is the result.
+    """Composes transforms to a :class:`ComposedTransform`, or a conditional one if any part is conditional.
 
     Example::
 
@@ -173,7 +173,7 @@ class PermutationTransform(FlowModule):
 
     .. math:: y_k = x_{\mathrm{order}_k}
 
-    :param order: a permutation of 0 .. D-1, shape ``(D,)``; it becomes a buffer, saved with parameters.
+    :param order: a permutation of 0 .. D-1, shape ``(D,)``, which is saved as a buffer.
     """
 
     order: Tensor
@@ -201,15 +201,15 @@ class PermutationTransform(FlowModule):
 
 
 class PartitionTransform(FlowModule):
-    r"""Transforms disjoint sets of coordinates, each by a transform of its own.
+    r"""Transforms disjoint sets of coordinates by separate transforms.
 
     .. math:: y_{S_k} = T_k(x_{S_k})
 
-    :param parts: for each set its coordinates, and a transform of this package of vectors of their number.
+    :param parts: pairs of the coordinates of a set, and a transform of this package for vectors of that size.
     :raises ValueError: if the sets are not a partition of 0 .. D-1.
     """
 
-    order: Tensor  # the coordinates of all parts, one after the other
+    order: Tensor  # the coordinates of all parts, concatenated
     inverse_order: Tensor
 
     def __init__(self, parts: Sequence[tuple[Sequence[int], FlowModule]]) -> None:
@@ -237,7 +237,7 @@ class PartitionTransform(FlowModule):
         return self._each("call_and_score", x, score)
 
     def _each(self, method: str, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """Runs each transform on its coordinates; log-determinants, the second output, are added."""
+        """Runs each transform on its coordinates; adds log-determinants, the second output."""
         split = [x.index_select(-1, self.order).split(self._sizes, -1) for x in inputs]
         outputs = [getattr(t, method)(*parts) for t, *parts in zip(self.transforms, *split)]
         values, ladjs, *scores = zip(*outputs)

@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The interface of metas, and the meta made of a conditioner and a univariate family.
+"""The interface of metas, and the meta composed of a conditioner and a univariate family.
 
-Any callable that returns, given x of shape ``(*, D)``, a torch transform for that x is a meta. A
-:class:`StructuredMeta` describes its graph, and is inverted for about the price of one evaluation.
+A meta is any callable that returns a torch transform for x of shape ``(*, D)``. A :class:`StructuredMeta`
+describes its graph, and its inverse costs about as much as one evaluation.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ Meta = Callable[[Tensor], Transform]
 
 
 class StructuredMeta(torch.nn.Module):
-    """A meta that describes its dependency graph; the defaults promise nothing."""
+    """A meta that describes its dependency graph; the defaults declare nothing."""
 
-    #: What the batch shape of x broadcasts with, such as that of a context.
+    #: The shape with which the batch shape of x broadcasts, such as that of a context.
     batch_shape: torch.Size = torch.Size()
 
     def expand(self, x: Tensor) -> Tensor:
-        """x, whose batch shape is broadcast with :attr:`batch_shape`."""
+        """Broadcasts the batch shape of x with :attr:`batch_shape`."""
         if not self.batch_shape:
             return x
         check_broadcast("batches of the context and of x", self.batch_shape, x.shape[:-1])
@@ -39,17 +39,17 @@ class StructuredMeta(torch.nn.Module):
 
     @property
     def autoregressive(self) -> bool:
-        """Whether it is autoregressive by construction, whatever the values of its parameters."""
+        """Whether it is autoregressive by construction, for any values of its parameters."""
         return False
 
     @property
     def depth(self) -> int | None:
-        """The number of coordinates on the longest path of the graph, None if it is unknown."""
+        """The number of coordinates on the longest path of the graph; None if unknown."""
         return None
 
     @property
     def family(self) -> Univariate:
-        """The univariate family, which makes transforms of the parameters of :meth:`blocks`."""
+        """The univariate family, which makes transforms from the parameters of :meth:`blocks`."""
         raise NotImplementedError
 
     def blocks(self, y: Tensor, *, in_place: bool = False) -> Blocks | None:
@@ -57,12 +57,12 @@ class StructuredMeta(torch.nn.Module):
         return None
 
     def linearize(self, x: Tensor) -> Linearization | None:
-        """The conditioner at x ``(*, D)``, by rows, or None."""
+        """The conditioner linearized at the rows of x ``(*, D)``, or None."""
         return None
 
 
 def check_returned(value: object) -> Transform:
-    """The value that a meta returned, which has to be a bijection of real numbers or vectors."""
+    """Checks that a meta returned a bijection of real numbers or vectors."""
     if isinstance(value, ElementwiseTransform):
         return value
     if not isinstance(value, Transform):
@@ -71,7 +71,7 @@ def check_returned(value: object) -> Transform:
             f"{type(value).__name__}. For a network that returns parameters, "
             "ConditionedUnivariate(conditioner, family) is the meta"
         )
-    real = type(constraints.real)  # a copy of a meta has copies of constraints
+    real = type(constraints.real)  # copies of metas have copied constraints
     for side in (value.domain, value.codomain):
         if type(getattr(side, "base_constraint", side)) is not real or side.event_dim > 1:
             raise ValueError(
@@ -82,29 +82,29 @@ def check_returned(value: object) -> Transform:
 
 
 def call_returned(value: object, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The value at x ``(*, D)`` of a transform from a meta, and its log-determinant ``(*,)``."""
+    """The value of a meta's transform at x ``(*, D)``, and its log-determinant ``(*,)``."""
     if isinstance(value, ElementwiseTransform):
         y, ladj = value.call_and_ladj(x)
         return y, ladj.sum(-1)
     return call_and_ladj_over_vectors(check_returned(value), x)
 
 
-#: What may promise to be autoregressive; a conditioner that returns transforms is a meta too.
+#: Classes that may declare to be autoregressive; a conditioner that returns transforms is a meta too.
 SELF_DESCRIBING = (StructuredMeta, Conditioner)
 
 
 def is_right_by_construction(meta: object) -> bool:
-    """Whether a meta promises to be autoregressive, whatever the values of its parameters."""
+    """Whether a meta declares to be autoregressive for any values of its parameters."""
     return isinstance(meta, SELF_DESCRIBING) and meta.autoregressive
 
 
 class ConditionedUnivariate(StructuredMeta):
-    r"""Conditioner, then univariate family: the ``meta`` of an autoregressive transform.
+    r"""A conditioner followed by a univariate family, as the ``meta`` of an autoregressive transform.
 
     .. math:: x \mapsto f(\cdot; \theta(x)), \qquad \theta_i = c_i(x_{<i}, \mathrm{context})
 
     :param conditioner: a module that returns parameters of shape ``(*, D, P)``.
-    :param univariate: the family that turns them into a transform.
+    :param univariate: the family that makes a transform from them.
     :raises ValueError: if the two disagree on the number P of parameters.
     """
 
@@ -147,15 +147,15 @@ class ConditionedUnivariate(StructuredMeta):
         return None
 
     def _is_of_its_parts(self) -> bool:
-        """Whether the conditioner and the family are all that it does."""
+        """Whether its values come only from the conditioner and the family."""
         family = self.univariate
         return runs_only(self, ConditionedUnivariate) and runs_only(family, type(family))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> Transform:
         """The elementwise transform for x of shape ``(*, D)`` and a context of shape ``(*, C)``."""
-        # looked up once: each costs a call
+        # looked up once, since each lookup is a call
         conditioner, univariate = self.conditioner, self.univariate
-        # what is the same for all rows of a batch is computed once
+        # parameters that are the same for all rows of a batch are computed once
         params = conditioner.constant() if univariate.broadcasts else None
         if params is None or x.shape[-1:] != params.shape[:1]:
             params = conditioner(x) if context is None else conditioner(x, context)
@@ -163,14 +163,14 @@ class ConditionedUnivariate(StructuredMeta):
 
 
 def _as_rows(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """x of shape ``(B, D)``, and a context that has a row for each of its rows, or is a vector."""
+    """Reshapes x to ``(B, D)``, and a context to the same rows unless it is a vector."""
     if context is not None and context.dim() > 1:
         context = context.expand(x.shape[:-1] + context.shape[-1:]).flatten(0, -2)
     return x.reshape(-1, *x.shape[-1:]), context
 
 
 class ContextMeta(StructuredMeta):
-    """A meta of x and a context, at one context of shape ``(*, C)``."""
+    """A meta of x and a context, at a fixed context of shape ``(*, C)``."""
 
     def __init__(self, meta: Any, context: Tensor) -> None:
         super().__init__()
@@ -204,9 +204,9 @@ class ContextMeta(StructuredMeta):
         return self.meta(self.expand(x), self._context_for(x.dim()))
 
     def _context_for(self, dim: int) -> Tensor:
-        """The context without leading dimensions of size 1 that an x of ``dim`` dimensions lacks."""
+        """Drops leading dimensions of size 1 from the context that x, with ``dim`` dimensions, lacks."""
         context = self.context
-        # while torch.jit traces, sizes are tensors and cannot be compared
+        # sizes are tensors during tracing, and cannot be compared
         while context.dim() > dim and not torch.jit.is_tracing() and context.shape[0] == 1:
             context = context[0]
         return context

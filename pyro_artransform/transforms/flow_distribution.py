@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A transformed distribution that knows the density of its own draw."""
+"""A transformed distribution that stores the density of its own draw."""
 
 from typing import Any
 
@@ -14,22 +14,22 @@ from .flow_module import FlowModule
 
 
 def standard_normal(zeros: Tensor) -> Any:
-    """Standard Normals, whose values are never checked: that would read them, in each step."""
+    """A standard Normal without validation, which would read values in each step."""
     return dist.Normal(zeros, torch.ones_like(zeros), validate_args=False).to_event(1)
 
 
 class FlowDistribution(dist.TransformedDistribution):
-    """A transformed distribution that keeps its last draw together with the log-density there.
+    """A transformed distribution that stores its last draw with the log density there.
 
     A plain ``TransformedDistribution`` inverts a transform of this package to score its own draw; here
-    value and log-density come from one evaluation. An edit of the draw in place, and gradients that are
-    wanted now and were not then, are noticed; an edit through ``draw.data`` leaves no sign. The
-    log-density is that of the parameters when the value was drawn, and carries its graph: make one
-    object for each step, as models and guides do.
+    value and log density come from one evaluation. The stored density is not used if the draw was edited
+    in place (except through ``draw.data``, which cannot be detected), or if it lacks gradients that are now
+    needed. It is that of the parameters when the value was drawn, with its graph, so create a new object in
+    each step, as models and guides do.
 
     :param base_distribution: the distribution of the argument.
-    :param transforms: one :class:`~pyro_artransform.transforms.FlowModule`;
-        :class:`~pyro_artransform.transforms.ComposedTransform` makes one of several.
+    :param transforms: a single :class:`~pyro_artransform.transforms.FlowModule`; combine several with
+        :class:`~pyro_artransform.transforms.ComposedTransform`.
 
     Example::
 
@@ -43,8 +43,8 @@ class FlowDistribution(dist.TransformedDistribution):
         torch.Size([5])
     """
 
-    # no __init__ of its own, which expand, as plates call it, would refuse
-    #: the last draw and the log-density there, whether that has a graph, and the draw's version
+    # no __init__ here, since expand, which plates call, does not support it
+    #: the last draw, the log density there, whether it has a graph, and the version of the draw
     _draw: tuple[Tensor, Tensor, bool, int] | None = None
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
@@ -55,7 +55,7 @@ class FlowDistribution(dist.TransformedDistribution):
         return self._remembered(value, self.base_dist.log_prob(x) - sum_rightmost(ladj, extra_dims))
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log-density, of shape ``sample_shape + batch_shape``."""
+        """The log density, of shape ``sample_shape + batch_shape``."""
         if self._draw is not None:
             draw, log_prob, has_graph, version = self._draw
             is_new = draw is not value or version != value._version
@@ -68,7 +68,7 @@ class FlowDistribution(dist.TransformedDistribution):
         return self.base_dist.log_prob(x) + sum_rightmost(ladj, extra_dims)
 
     def _flow(self) -> tuple[FlowModule, int]:
-        """The flow, and how many event dimensions there are besides its own."""
+        """The flow, and the number of event dimensions in addition to its own."""
         if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
             raise TypeError(
                 f"transforms: expected one transform of this package, got {self.transforms}; "
@@ -78,7 +78,7 @@ class FlowDistribution(dist.TransformedDistribution):
         return flow, len(self.event_shape) - flow.codomain.event_dim
 
     def _remembered(self, value: Tensor, log_prob: Tensor) -> Tensor:
-        # edits of a tensor of inference mode leave no sign
+        # edits of inference tensors cannot be detected
         is_sure = not value.is_inference()
         self._draw = (value, log_prob, torch.is_grad_enabled(), value._version) if is_sure else None
         return value

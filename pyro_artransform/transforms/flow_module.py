@@ -19,44 +19,44 @@ from ..univariate.base import Bijection
 
 
 class FlowModule(Bijection, TransformModule):
-    r"""A bijection of real vectors that owns its parameters.
+    r"""A bijection of real vectors that registers its parameters.
 
     A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`.
 
-    Nothing is remembered between calls, so nothing can be out of date, and threads may share a
-    transform. To score a draw without inverting, keep what :meth:`call_and_ladj` returns.
+    Nothing is cached between calls, so nothing can be stale, and threads may share a transform. To score a
+    draw without inverting, keep what :meth:`call_and_ladj` returns.
 
-    :param cache_size: 0 or 1, for torch's interface; it changes nothing.
+    :param cache_size: 0 or 1, for torch's interface; it has no effect.
     """
 
     domain: constraints.Constraint = constraints.real_vector
     codomain: constraints.Constraint = constraints.real_vector
-    #: A weak reference to the inverse, where torch keeps the inverse itself: there is no cycle.
+    #: A weak reference to the inverse, so that there is no reference cycle.
     _inv: Any
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value ``(*, D)`` and ``log |det dy/dx|``, shape ``(*,)``, by one evaluation of networks."""
+        """The value ``(*, D)`` and ``log |det dy/dx|``, shape ``(*,)``, from one evaluation of networks."""
         raise NotImplementedError
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse and its log-determinant ``log |det dx/dy|``, as :meth:`call_and_ladj`."""
+        """The inverse and its log-determinant ``log |det dx/dy|``, in the shapes of :meth:`call_and_ladj`."""
         raise NotImplementedError
 
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """:meth:`inverse_and_ladj` where x is known, whose graph is not followed: nothing is inverted."""
+        """:meth:`inverse_and_ladj` if x, whose graph is ignored, is known, so that nothing is inverted."""
         return self.inverse_and_ladj(y)
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        r"""The value, the log-determinant, and the score (gradient of the log-density) of the value.
+        r"""The value, the log-determinant, and the score (gradient of the log density) at the value.
 
         If x has density p, ``y = T(x)`` has the density q with
 
         .. math:: \nabla_y \log q(y) = J^{-\top} (\nabla_x \log p(x) - \nabla_x \log |\det J|)
 
-        whose parameters are held fixed: with it the gradient of an ELBO flows through draws alone.
+        with parameters held fixed. With this score, the gradient of an ELBO flows through draws only.
 
         :param score: the score of the density of x, shape ``(*, D)``.
-        :return: as of :meth:`call_and_ladj`, with their graph; and shape ``(*, D)``, without one.
+        :return: the values of :meth:`call_and_ladj`, with their graph, and the score, ``(*, D)``, without.
 
         **References**
 
@@ -68,13 +68,13 @@ class FlowModule(Bijection, TransformModule):
         return y, ladj, _score_at(y, partial(self.inverse_at, x.detach()), score)
 
     def inverse_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """:meth:`call_and_score` of the inverse: x, its log-determinant, and the score of x."""
+        """:meth:`call_and_score` of the inverse: x, its log-determinant, and the score at x."""
         x, ladj = self.inverse_and_ladj(y)
         return x, ladj, _score_at(x, self.call_and_ladj, score)
 
     @property
     def inv(self) -> "FlowModule":
-        """The inverse: a module that has this one as its submodule. ``t.inv.inv is t``."""
+        """The inverse, a module with this one as its submodule; ``t.inv.inv is t``."""
         inverse = None if self._inv is None else self._inv()
         if inverse is None:
             inverse = InverseTransformModule(self)
@@ -88,17 +88,17 @@ class FlowModule(Bijection, TransformModule):
         return twin
 
     def __getstate__(self) -> dict[str, Any]:
-        # as Pyro's modules do: its store leaves weak references on parameters, which cannot be pickled
+        # as in Pyro's modules: the param store adds weak references to parameters, which cannot be pickled
         for parameter in self.parameters():
             vars(parameter).pop("unconstrained", None)
         return {**vars(self), "_inv": None}
 
-    # the tree of submodules says more than a bare name
+    # shows the tree of submodules
     __repr__ = torch.nn.Module.__repr__
 
 
 def _score_at(y: Tensor, inverse: Any, score: Tensor) -> Tensor:
-    """The score at y, whose inverse has this score."""
+    """The score at y, given the score at its inverse."""
     with torch.enable_grad():
         point = y.detach().requires_grad_()
         x, ladj = inverse(point)
@@ -107,7 +107,7 @@ def _score_at(y: Tensor, inverse: Any, score: Tensor) -> Tensor:
 
 
 class InverseTransformModule(FlowModule):
-    """The inverse of a transform, which becomes its submodule ``transform``."""
+    """The inverse of a transform, which it has as submodule ``transform``."""
 
     transform: FlowModule
 
@@ -134,7 +134,7 @@ class InverseTransformModule(FlowModule):
         return self.transform.inverse_and_score(y, score)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        # both ends are known, so nothing is inverted
+        # x and y are known, so nothing is inverted
         return -self.transform.log_abs_det_jacobian(y, x)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
@@ -145,7 +145,7 @@ class InverseTransformModule(FlowModule):
 
 
 class ConditionalFlowModule(ConditionalTransformModule):
-    """What conditional transforms have in common; a subclass implements ``condition``."""
+    """The base class of conditional transforms; a subclass implements ``condition``."""
 
     domain = FlowModule.domain
     codomain = FlowModule.codomain
@@ -157,7 +157,7 @@ class ConditionalFlowModule(ConditionalTransformModule):
 
 
 def inverse(transform: FlowModule) -> FlowModule:
-    """The inverse of a transform of this package, a module that owns the parameters: ``transform.inv``."""
+    """The inverse of a transform of this package, ``transform.inv``, a module with the same parameters."""
     if not isinstance(transform, FlowModule):
         raise TypeError(
             f"expected a transform of this package, got {type(transform).__name__}: "
@@ -168,19 +168,19 @@ def inverse(transform: FlowModule) -> FlowModule:
 
 
 def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
-    """``y`` and ``log |dy/dx|`` of any torch transform, over its event dimensions."""
+    """``y`` and ``log |dy/dx|``, summed over event dimensions, of any torch transform."""
     if isinstance(transform, Bijection):
         y, ladj = transform.call_and_ladj(x)
     else:
-        # torch's cache compares identities only: after an optimizer step it would answer with old values
+        # torch's cache compares only identities, so it would return stale values after an optimizer step
         cached: Any = transform.inv if isinstance(transform, _InverseTransform) else transform
-        cached.clear_cache()  # which Pyro adds
+        cached.clear_cache()  # added by Pyro
         y = transform(x)
         ladj = transform.log_abs_det_jacobian(x, y)
     return y, ladj.expand(y.shape[: y.dim() - transform.codomain.event_dim])
 
 
 def call_and_ladj_over_vectors(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`call_and_ladj`, with the sum of the log-determinants of an elementwise transform."""
+    """:func:`call_and_ladj`; log-determinants of an elementwise transform are summed."""
     y, ladj = call_and_ladj(transform, x)
     return y, ladj if transform.codomain.event_dim else ladj.sum(-1)

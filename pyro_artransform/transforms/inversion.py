@@ -7,12 +7,12 @@ The inverse of ``y = meta(x)(x)`` is the fixed point of
 
 .. math:: u(x) = \mathrm{meta}(x)^{-1}(y).
 
-Each pass makes the next level of the graph exact. With :math:`M = \partial u / \partial x`, strictly
-triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`: it is the limit of
-:math:`v \leftarrow g + M^\top v`. Both are exact after as many passes as the graph is deep.
+Each pass makes the next level of the graph exact. With :math:`M = \partial u / \partial x`, which is strictly
+triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`, and is the limit of
+:math:`v \leftarrow g + M^\top v`. Both are exact after as many passes as the depth of the graph.
 
-By blocks of levels of the graph an exact inverse costs about one evaluation. Large blocks are best where
-calls dominate (small batches, accelerators), small ones where arithmetic does.
+By blocks of levels of the graph, an exact inverse costs about one evaluation. Large blocks are best if the
+overhead of calls dominates (small batches, accelerators), small ones if arithmetic does.
 
 **References**
 
@@ -35,14 +35,14 @@ from ..univariate import Univariate
 from .conditioned import Meta, StructuredMeta, check_returned
 from .flow_module import call_and_ladj, call_and_ladj_over_vectors
 
-_UNSTRUCTURED = StructuredMeta()  # which promises nothing
-_MAX_PASSES = 16  # within a block; more say that smaller blocks are cheaper
+_UNSTRUCTURED = StructuredMeta()  # declares nothing
+_MAX_PASSES = 16  # within a block; if more are needed, smaller blocks are cheaper
 
 
 def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
     """The inverse and its log-determinant, differentiable in y and all parameters.
 
-    With ``passes``, by at most this many fixed-point passes; without, exactly and by the cheapest way.
+    With ``passes``, at most this many fixed-point passes are taken; otherwise the inverse is exact.
     """
     structured = meta if isinstance(meta, StructuredMeta) else _UNSTRUCTURED
     y = structured.expand(y)
@@ -51,7 +51,7 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
         blocks = structured.blocks(y, in_place=readable) if passes is None else None
         if not readable and blocks is not None:
             return by_blocks(structured.family, blocks, y, size=1)
-        if not readable:  # all passes, differentiated by autograd
+        if not readable:  # a fixed number of passes, differentiated by autograd
             x = torch.zeros_like(y)
             for _ in range(min(passes or structured.depth or y.shape[-1], y.shape[-1]) - 1):
                 x = meta(x).inv(y)
@@ -70,7 +70,7 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
 
 
 def invert_with_score(meta: Meta, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The exact inverse, its log-determinant and the score of x; None without a linearization."""
+    """The exact inverse, its log-determinant and the score at x; None without a linearization."""
     if not (isinstance(meta, StructuredMeta) and values_can_be_read(y)) or meta.batch_shape:
         return None
     with torch.no_grad():
@@ -97,15 +97,15 @@ def invert_with_score(meta: Meta, y: Tensor, score: Tensor) -> tuple[Tensor, Ten
 def _by_passes(
     meta: Meta, y: Tensor, depth: int | None, passes: int | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Passes until nothing moves: x, the log-determinant, and the argument of the last pass."""
-    # where the depth is not known, one pass more than D shows that nothing moves any more
+    """Iterates to a fixed point: x, the log-determinant, and the argument of the last pass."""
+    # if the depth is unknown, one pass more than D confirms convergence
     most = passes or depth or y.shape[-1] + 1
     x = torch.zeros_like(y)
     for _ in range(most):
         point = _finite(x)
         transform = check_returned(meta(point))
         new = transform.inv(y)
-        # by more than round-off, which the map may amplify from pass to pass
+        # changes by more than round-off, which the map may amplify from pass to pass
         unit = 2 * torch.finfo(new.dtype).eps
         moved = ~torch.isclose(x, new, rtol=unit, atol=unit, equal_nan=True)
         x = torch.where(moved, new, x)
@@ -125,30 +125,30 @@ def _by_passes(
                 )
     ladj = transform.log_abs_det_jacobian(x, y)
     ladj = ladj.expand(x.shape[:-1]) if transform.event_dim else ladj.expand(x.shape).sum(-1)
-    if depth != 1:  # what depends on NaN was found with a number in its place
+    if depth != 1:  # entries that depend on NaN were computed with a number in its place
         undefined = y.isnan().any(-1)
         x, ladj = x.masked_fill(undefined[..., None], nan), ladj.masked_fill(undefined, nan)
     return x, -ladj, point
 
 
 def _finite(x: Tensor) -> Tensor:
-    """Early passes may overflow, and infinity times a masked zero would spoil what is exact already."""
+    """Replaces overflows of early passes: infinity times a masked zero would spoil exact coordinates."""
     large = largest(x)
     return x.nan_to_num(0.0, large, -large).clamp(-large, large)
 
 
 @lru_cache(maxsize=1024)
 def block_size(depth: int, batch: int, input_dim: int, num_params: int, work: int) -> int:
-    """The number of levels in a block that is expected to be the fastest on a CPU.
+    """The number of levels per block that is expected to be fastest on a CPU.
 
-    :param work: the number of multiplications in an evaluation of one row.
+    :param work: the number of multiplications to evaluate one row.
     """
 
     def cost(size: int) -> float:
         # in nanoseconds on one core
         blocks = -(-depth // size)
         passes = min(size, 5)  # 5 to 7 for networks at PyTorch's default scale, for D of 8 to 512
-        # opening and closing a block, and reading its rows again; calls; products and elements
+        # overhead of opening and closing a block, of reading its rows, and of calls
         calls = 70e3 + batch * 120.0 + passes * 15e3 * num_params
         products = work * ((1 - 1 / blocks) / 2 + passes / blocks)
         elements = input_dim * num_params * passes
@@ -162,7 +162,7 @@ def by_blocks(
 ) -> tuple[Tensor, Tensor]:
     """The inverse by blocks of levels, by default of the best size.
 
-    With a size of 1 no value is read, and autograd can differentiate.
+    With size 1 no value is read, so that autograd can differentiate it.
     """
     large = largest(y)
     clean = y.nan_to_num(0.0, large, -large)
@@ -171,7 +171,7 @@ def by_blocks(
     depth = len(levels) - 1
     if blocks.work is None:
         size = 1
-    elif size is None:  # on an accelerator a call costs far more than arithmetic
+    elif size is None:  # on an accelerator calls cost far more than arithmetic
         sizes = depth, len(rows), y.shape[-1], family.num_params, blocks.work
         size = block_size(*sizes) if y.device.type == "cpu" else depth
     start, done = 0, []
@@ -181,7 +181,7 @@ def by_blocks(
         block = rows[:, levels[start] : levels[stop]]
         x, ladj, exact = _settle(family, blocks, block, stop - start)
         if exact < stop - start:
-            # the passes converge slowly here: exact levels are kept, and smaller blocks follow
+            # passes converge slowly here: keep the exact levels, and continue with smaller blocks
             stop, size = start + exact, max(size // 4, 1)
             count = levels[stop] - levels[start]
             x, ladj = x[:, :count], ladj[:, :count]
@@ -192,7 +192,7 @@ def by_blocks(
     x, ladj = done[0] if len(done) == 1 else (torch.cat(parts, -1) for parts in zip(*done))
     undefined = y.reshape(x.shape)
     undefined = (undefined if blocks.order is None else undefined[:, blocks.order]).isnan()
-    # what may depend on NaN was found with a number in its place
+    # entries that may depend on NaN were computed with a number in its place
     after = undefined.cumsum(-1) > undefined
     x, ladj = x.masked_fill(after, nan), ladj.masked_fill(after, nan)
     x = x if blocks.order is None else x[:, blocks.order.argsort()]
@@ -202,16 +202,16 @@ def by_blocks(
 def _settle(
     family: Univariate, blocks: Blocks, y: Tensor, depth: int
 ) -> tuple[Tensor, Tensor, int]:
-    """x and log-determinants by coordinate in the open block, and the number of its levels that are exact."""
+    """x and log-determinants by coordinate in the open block, and the number of exact levels."""
     if depth == 1:
         return *call_and_ladj(family.forward(blocks.params(None)).inv, y), 1
     large, unit = largest(y), 2 * torch.finfo(y.dtype).eps
-    x = y  # a better guess than zeros: a trained layer is not far from the identity
+    x = y  # a better guess than zeros, since trained layers are near the identity
     for k in range(1, min(depth, _MAX_PASSES) + 1):
         new, ladj = call_and_ladj(family.forward(blocks.params(x)).inv, y)
-        # early passes may overflow, and infinity times a masked zero would spoil what is exact
+        # early passes may overflow, and infinity times a masked zero would spoil exact coordinates
         new = new.clamp(-large, large)
-        # it takes more than three passes to see that nothing moves by more than round-off
+        # more than three passes are needed to detect convergence up to round-off
         if 3 < k < depth and torch.allclose(x, new, rtol=unit, atol=unit):
             return new, ladj, depth
         x = new
@@ -219,12 +219,12 @@ def _settle(
 
 
 def largest(y: Tensor) -> float:
-    """A bound beyond all sensible numbers, with which sums of products stay finite."""
+    """A bound above all plausible values, for which sums of products stay finite."""
     return torch.finfo(y.dtype).max ** 0.75
 
 
 def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """:func:`invert` where the inverse x is known, from one evaluation."""
+    """:func:`invert` for a known inverse x, from one evaluation."""
     if not values_can_be_read(y):
         raise RuntimeError(
             "the gradient at a known pair is computed by iteration, which torch.jit, torch.compile and "
@@ -236,7 +236,7 @@ def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
 def _with_gradient(
     meta: Meta, x: Tensor, y: Tensor, values: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
-    """Evaluates at x with a graph; the values are those given, the same as without a graph."""
+    """Evaluates at x with a graph; returns the given ``values``, if any, with that graph."""
     point = _finite(x.detach()).requires_grad_()
     out, ladj = call_and_ladj_over_vectors(meta(point).inv, y)
     values = (out.detach(), ladj.detach()) if values is None else values
@@ -244,7 +244,7 @@ def _with_gradient(
         return values
 
     def solve(g_out: Tensor, g_ladj: Tensor | None) -> Tensor:
-        """The adjoint of the fixed point, by vector-Jacobian products until nothing moves."""
+        """The adjoint of the fixed point, by vector-Jacobian products until convergence."""
         v = g_out
         for _ in range(out.shape[-1]):
             weighted = [(t, g) for t, g in ((out, v), (ladj, g_ladj)) if t.requires_grad]
@@ -257,7 +257,7 @@ def _with_gradient(
             if pulled is None:
                 break
             previous, v = v, g_out + pulled
-            # relative to the row: the scale of a gradient is that of the loss, which may be any
+            # relative to the row, since gradients scale with the loss
             change, size = (t.abs().amax(-1) for t in (v - previous, v))
             if bool((change <= 2 * torch.finfo(v.dtype).eps * size).all()):
                 break
@@ -269,7 +269,7 @@ def _with_gradient(
 def _with_known_gradient(
     family: Univariate, linearization: Linearization, y: Tensor, values: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """The values of an inverse with a graph, by the conditioner's linearization."""
+    """The values of an inverse with a graph, from the conditioner's linearization."""
     params = linearization.params.reshape(*y.shape, -1)
     if not params.requires_grad:
         if not y.requires_grad:
@@ -294,14 +294,14 @@ def _with_known_gradient(
 
 
 class _Implicit(torch.autograd.Function):
-    """The identity, whose backward pass turns a gradient at the solution into one at the last pass."""
+    """The identity; its backward pass maps gradients at the solution to gradients at the last pass."""
 
     @staticmethod
     def forward(
         ctx: Any, out: Tensor, ladj: Tensor, x: Tensor, ladj_at_x: Tensor, solve: Any
     ) -> tuple[Tensor, Tensor]:
         ctx.solve, ctx.like = solve, x
-        ctx.set_materialize_grads(False)  # a log-determinant that is not used has none
+        ctx.set_materialize_grads(False)  # an unused log-determinant has no gradient
         return x.view_as(x), ladj_at_x.view_as(ladj_at_x)
 
     @staticmethod

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The ends of a flow: learnable locations and scales, and compressed tails."""
+"""Last layers of a flow: learnable locations and scales, and compressed tails."""
 
 import math
 
@@ -19,9 +19,9 @@ class LocationScale(FlowModule):
 
     A is strictly lower triangular and starts at zero.
 
-    :param loc: the location, shape ``(D,)``; gives the dtype and the device.
-    :param scale: the standard deviation to start with.
-    :param full_rank: whether there is an A.
+    :param loc: the initial location, shape ``(D,)``, which determines dtype and device.
+    :param scale: the initial standard deviation.
+    :param full_rank: whether to include A.
     """
 
     lower: Tensor | None
@@ -30,7 +30,7 @@ class LocationScale(FlowModule):
         super().__init__()
         self.loc = nn.Parameter(loc.detach().clone())
         self.log_scale = nn.Parameter(torch.full_like(loc, math.log(scale)))
-        # at D = 1 nothing is off the diagonal, and a parameter without effect is left out
+        # for D = 1 there are no off-diagonal entries, so A would have no effect
         lower = nn.Parameter(loc.new_zeros(2 * loc.shape)) if full_rank and len(loc) > 1 else None
         self.register_parameter("lower", lower)
 
@@ -55,8 +55,8 @@ class LocationScale(FlowModule):
     def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Sets the location, shape ``(D,)``, and the scale in place.
 
-        :param scale_tril: lower triangular with a positive diagonal, shape ``(D, D)``, or its diagonal
-            alone, shape ``(D,)``; diagonal where this layer is.
+        :param scale_tril: lower triangular with a positive diagonal, shape ``(D, D)``, or only its diagonal,
+            shape ``(D,)``; it must be diagonal if this layer is.
         """
         check_location_and_scale(loc, scale_tril, len(self.loc))
         is_matrix = scale_tril.dim() == 2
@@ -76,13 +76,13 @@ class LocationScale(FlowModule):
 
 
 def _solve_unitriangular(matrix: Tensor, x: Tensor, *, upper: bool) -> Tensor:
-    # the routine takes the diagonal as ones, whatever is there
+    # unitriangular: the diagonal is taken as ones
     options = {"upper": upper, "left": False, "unitriangular": True}
     return solve_triangular(matrix, x.reshape(-1, x.shape[-1]), **options).reshape(x.shape)
 
 
 def check_location_and_scale(loc: Tensor, scale_tril: Tensor, dim: int) -> None:
-    """Refuses what is not a location ``(D,)`` and a triangular scale ``(D, D)`` or its diagonal ``(D,)``."""
+    """Requires a location ``(D,)`` and a triangular scale ``(D, D)`` or its diagonal ``(D,)``."""
     is_vector = scale_tril.dim() == 1
     wanted = (dim,) if is_vector else (dim, dim)
     for name, value, shape in (("loc", loc, (dim,)), ("scale_tril", scale_tril, wanted)):
@@ -99,26 +99,26 @@ def check_location_and_scale(loc: Tensor, scale_tril: Tensor, dim: int) -> None:
 
 
 class CompressedTails(FlowModule):
-    r"""The identity up to a knot, and beyond it a distance that grows like a logarithm.
+    r"""The identity up to a knot, with logarithmic growth beyond it.
 
     .. math:: y = \pm \left(c + w \operatorname{arsinh} \frac{|x| - c}{w}\right) \qquad |x| > c
 
-    It acts on each coordinate, has two continuous derivatives, and no parameters. The knot c is 40, and
-    over the distance w = 2 the slope falls from 1 to :math:`1/\sqrt2`: 100 goes to 48 and 1,000 to 54.
+    It is elementwise, has two continuous derivatives and no parameters. The knot c is 40, and over the width
+    w = 2 the slope falls from 1 to :math:`1/\sqrt2`: 100 is mapped to 48, and 1,000 to 54.
     """
 
     knot, width = 40.0, 2.0
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         inner, excess = self._split(x)
-        large = torch.finfo(x.dtype).max ** 0.4  # whose square does not overflow
+        large = torch.finfo(x.dtype).max ** 0.4  # its square does not overflow
         bounded = excess.clamp(-large, large)
         ladj = -(0.5 * torch.log1p(bounded * bounded)).sum(-1)
         return torch.add(inner, excess.asinh(), alpha=self.width), ladj
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         inner, excess = self._split(y)
-        # so that the square of what comes out does not overflow
+        # so that the square of the result does not overflow
         large = 0.4 * math.log(torch.finfo(y.dtype).max)
         excess = excess.clamp(-large, large).sinh()
         ladj = (0.5 * torch.log1p(excess * excess)).sum(-1)

@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""The score u of the value of an autoregressive transform, with its parameters held fixed.
+r"""The score u at the value of an autoregressive transform, with parameters held fixed.
 
-It solves :math:`J^\top u = r` by substitution, with the triangular Jacobian J that the meta knows; r is the
-score of x minus the gradient of the log-determinant.
+It solves :math:`J^\top u = r` by substitution, where J is the triangular Jacobian, and r is the score at x
+minus the gradient of the log-determinant.
 """
 
 import torch
@@ -19,7 +19,7 @@ from .flow_module import call_and_ladj
 def closed_form(
     meta: StructuredMeta, x: Tensor, score: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The value, its log-determinant and its score; None without a linearization."""
+    """The value, the log-determinant and the score; None without a linearization."""
     if meta.depth == 1:
         return _by_coordinate(meta, x, score)
     linearization = meta.linearize(x)
@@ -39,16 +39,16 @@ def closed_form(
 
 
 def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
-    """The derivatives of any family, by differentiation."""
+    """The derivatives of any family, by automatic differentiation."""
     with torch.enable_grad():
-        # a view of x for the family alone: derivatives by it do not go through the network
+        # the family gets a view of x, so that derivatives in it exclude the network
         point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         params = params if params.requires_grad else params.detach().requires_grad_()
         y, ladj = call_and_ladj(family(params), point)
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     slope, by_params = torch.autograd.grad(y, [point, params], torch.ones_like(y), **options)
     inverse = -by_params / slope[..., None]
-    if not ladj.requires_grad:  # that of a shift is a constant
+    if not ladj.requires_grad:  # constant, as for a shift
         return Derivatives(y, ladj, inverse, None, None)
     volume = torch.autograd.grad(ladj, [point, params], torch.ones_like(ladj), **options)
     return Derivatives(y, ladj, inverse, *volume)
@@ -57,7 +57,7 @@ def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
 def _by_coordinate(
     meta: StructuredMeta, x: Tensor, score: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The same where no coordinate depends on others, so that J is diagonal; None of vectors."""
+    """:func:`closed_form` for a diagonal J, without dependencies; None if the transform is of vectors."""
     with torch.enable_grad():
         point = x if x.requires_grad else x.detach().requires_grad_()
         y, ladj = call_and_ladj(meta(point), point)

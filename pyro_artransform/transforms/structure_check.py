@@ -1,10 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The check that a meta is autoregressive, by differentiation, and a function of each row alone.
+"""Checks that a meta is autoregressive, by differentiation, and treats each row independently.
 
-A network without masks, or with dropout, gives a wrong log-determinant and a wrong inverse, and no other
-sign of it.
+A network without masks, or with dropout, gives a wrong log-determinant and a wrong inverse, without any
+other symptom.
 """
 
 import copy
@@ -31,16 +31,16 @@ _MIXES_ROWS = (
 
 
 class StructureCheck:
-    """The check of a transform and its conditioned copies, at the first call.
+    """Checks a transform and its conditioned copies at the first call.
 
-    If nothing depends on x yet (zeros that cannot be re-drawn), it is repeated at the 2nd, 4th, 8th, ...
+    If nothing depends on x yet (zeros that cannot be redrawn), it repeats at the 2nd, 4th, 8th, ... call.
     """
 
     done = False
     _calls = 0
 
     def fault_if_due(self, meta: Meta, x: Tensor) -> str:
-        """:meth:`fault`, where it is due and values can be read; else empty."""
+        """:meth:`fault` if a check is due and values can be read; else empty."""
         self._calls += 1
         due = self._calls & (self._calls - 1) == 0
         if not due or not values_can_be_read(x) or torch.is_inference_mode_enabled():
@@ -48,13 +48,13 @@ class StructureCheck:
         return self.fault(meta, x)
 
     def fault(self, meta: Meta, x: Tensor) -> str:
-        """What is wrong and what to do, in words; empty if the meta is right."""
+        """Describes a fault and its remedy; empty if there is none."""
         depends = dependencies(meta, x)
         self.done = isinstance(meta, nn.Module) or bool(depends.any())
         reach = depends.float()
         for _ in range(len(depends).bit_length()):
             reach = ((reach + reach @ reach) > 0).float()
-        nodes = reach.diagonal().nonzero().flatten().tolist()  # those on a cycle
+        nodes = reach.diagonal().nonzero().flatten().tolist()  # coordinates on a cycle
         if not nodes:
             return fault_of_rows(meta, x)
         return (
@@ -69,18 +69,18 @@ def dependencies(meta: Meta, x: Tensor) -> Tensor:
     r"""The coordinates that the univariate transform of each coordinate depends on.
 
     The inverse iterates :math:`u \mapsto \mathrm{meta}(u)^{-1}(y)` at fixed y; the transform is
-    autoregressive, up to an order of the coordinates, if the Jacobian of this map has no cycle. It is
-    differentiated at random points, with the parameters as they are and with re-drawn ones, since a last
-    layer of zeros hides every dependence.
+    autoregressive, for some order of the coordinates, if the graph of this map's Jacobian has no cycle. It is
+    differentiated at random points, with the current and with redrawn parameters, since a last layer of
+    zeros hides all dependencies.
 
     :param x: shape ``(*, D)``; its values are not used.
-    :return: boolean, shape ``(D, D)``: ``[i, j]`` says that the transform of coordinate i depends on x_j.
+    :return: boolean, shape ``(D, D)``: ``[i, j]`` is whether the transform of coordinate i depends on x_j.
     """
     generator = torch.Generator().manual_seed(0)
     shape = torch.Size((1,) * (x.dim() - 1) + x.shape[-1:])
     depends = torch.zeros(x.shape[-1:] * 2, dtype=torch.bool, device=x.device)
     with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
-        # a copy, since layers such as batch normalization change when they are used in training
+        # a copy, since layers such as batch normalization change in training
         still = copy.deepcopy(meta).eval() if isinstance(meta, nn.Module) else meta
         for candidate in _candidates(still, generator):
             point = _normal(shape, x, generator)
@@ -96,7 +96,7 @@ def dependencies(meta: Meta, x: Tensor) -> Tensor:
 
 
 def fault_of_rows(meta: Meta, x: Tensor) -> str:
-    """In words, whether the transform of a row is random or depends on other rows; empty if neither."""
+    """Describes whether the transform of a row is random or depends on other rows; empty if neither."""
     generator = torch.Generator().manual_seed(0)
     batch = meta.batch_shape if isinstance(meta, StructuredMeta) else ()
     rows = [2 if size == 1 else size for size in batch] or [2] * max(x.dim() - 1, 1)
@@ -117,7 +117,7 @@ def fault_of_rows(meta: Meta, x: Tensor) -> str:
 
 
 def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:
-    """The meta as it is, and with re-drawn parameters where they can be seen."""
+    """Yields the meta with its current parameters, and, for a module, with redrawn ones."""
     yield meta
     if isinstance(meta, nn.Module):
         for _ in range(2):
@@ -130,6 +130,6 @@ def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:
 
 
 def _normal(shape: torch.Size, like: Tensor, generator: torch.Generator) -> Tensor:
-    # drawn on the CPU, where a generator works for every device
+    # drawn on the CPU, since a CPU generator works for all devices
     draw = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
     return draw.to(dtype=like.dtype, device=like.device)

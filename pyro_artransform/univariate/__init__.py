@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Univariate families: from parameters to increasing bijections of the real line."""
+"""Univariate families, which map parameters to increasing bijections of the real line."""
 
 from .affine import (
     Affine,

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Families made of affine functions, whose log-scales are bounded."""
+"""Affine and piecewise affine families with bounded log-scales."""
 
 import math
 from collections.abc import Sequence
@@ -22,10 +22,10 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
 
     .. math:: b(x) = \frac{2B}{\pi} \arctan\left(\frac{\pi x}{2B}\right)
 
-    It is 0 at 0 exactly. The gradient decays like ``x**-2``: it is still positive where that of a
-    hyperbolic tangent has long been rounded to zero, and automatic differentiation keeps its digits.
+    It is exactly 0 at 0. The gradient decays like ``x**-2``, so it stays positive where that of a hyperbolic
+    tangent is rounded to zero, and automatic differentiation computes it accurately.
 
-    :param x: of any shape.
+    :param x: a tensor of any shape.
     :param bound: B, positive.
     """
     scale = 2 * bound / math.pi
@@ -33,11 +33,11 @@ def soft_bound(x: Tensor, bound: float) -> Tensor:
 
 
 def unbind_params(params: Tensor, count: int) -> Sequence[Tensor]:
-    """The ``count`` parameters of a family, one by one: views of shape ``(*, D)``.
+    """Splits the ``count`` parameters of a family into views of shape ``(*, D)``.
 
-    :raises ValueError: if there are not ``count`` of them.
+    :raises ValueError: if there are not ``count`` parameters.
     """
-    if torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
+    if torch.jit.is_tracing():  # sizes are tensors during tracing, and cannot be compared
         return [params[..., k] for k in range(count)]
     if params.shape[-1:] != (count,):
         raise ValueError(f"params: expected shape (*, D, {count}), got {tuple(params.shape)}")
@@ -66,11 +66,10 @@ class MonotonicAffineTransform(GivenLocationScale):
 
     .. math:: y = x \exp(b(\text{scale})) + \text{shift}
 
-    where :math:`b` is :func:`~pyro_artransform.univariate.soft_bound`. ``x`` and the parameters broadcast
-    to each other.
+    where :math:`b` is :func:`~pyro_artransform.univariate.soft_bound`. ``x`` and the parameters broadcast.
 
     :param shift: the shift, shape ``(*, D)``.
-    :param scale: the unconstrained scale, shape ``(*, D)``; 0 is a scale of 1.
+    :param scale: the unconstrained scale, shape ``(*, D)``; 0 gives a scale of 1.
     :param bound: the bound of the log-scale.
     :raises ValueError: if the shapes do not broadcast, or the bound is not positive and finite.
     """
@@ -85,9 +84,9 @@ class Affine(Univariate):
     r"""The affine family: a shift and a log-scale, in this order.
 
     :param bound: the bound of the log-scale.
-    :param multiplier: a factor of the parameters. Adam moves each weight at one pace, so that an output
-        of a wide network moves at the pace of their sum: with less than 1 it moves slower.
-    :raises ValueError: if one of them is not positive and finite.
+    :param multiplier: a factor on the parameters. Adam moves all weights at the same rate, so that the output
+        of a wide network moves at the rate of their sum; a factor below 1 slows it down.
+    :raises ValueError: if an argument is not positive and finite.
 
     Example::
 
@@ -115,7 +114,7 @@ class Affine(Univariate):
         return GivenLocationScale(*self._location_and_log_scale(params)[:2])
 
     def _location_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The location, the bounded log-scale, and the log-scale without its bound, shape ``(*, D)`` each."""
+        """The location, the bounded log-scale and the unbounded log-scale, each of shape ``(*, D)``."""
         if self.multiplier != 1.0:
             params = self.multiplier * params
         shift, scale = unbind_params(params, 2)
@@ -136,11 +135,11 @@ class Affine(Univariate):
 
 
 class Standardizing(Affine):
-    r"""The inverse affine family: it subtracts a location and divides by a scale.
+    r"""The inverse affine family, which subtracts a location and divides by a scale.
 
     .. math:: y = (x - \text{location}) \exp(-b(\text{scale}))
 
-    Its inverse has the location and the scale of a conditional distribution.
+    The inverse has the location and the scale of a conditional distribution.
     """
 
     def forward(self, params: Tensor) -> ElementwiseTransform:
@@ -148,18 +147,18 @@ class Standardizing(Affine):
 
 
 class HingedTransform(ElementwiseTransform):
-    r"""Smooth hinges, one after the other, each of which changes the slope beyond its knot.
+    r"""A sequence of smooth hinges, each of which changes the slope beyond its knot.
 
     .. math:: x \mapsto x \pm (e^a - 1) h(\pm x - c), \qquad h(u) = \tfrac12 (u + \sqrt{u^2 + w^2})
 
     A hinge has slope 1 on one side of its knot and :math:`e^a` on the other. There are two for each knot
-    c, to the right at c and to the left at -c. The inverse of each is in closed form.
+    c, to the right at c and to the left at -c. Inverses have a closed form.
 
-    :param right: the log-slopes to the right, one tensor of shape ``(*, D)`` for each knot.
-    :param left: those to the left, likewise.
+    :param right: the log-slopes to the right, one tensor of shape ``(*, D)`` per knot.
+    :param left: the log-slopes to the left, in the same form.
     :param knots: the knots c, in the order in which they are applied.
     :param width: the width w of a hinge.
-    :raises ValueError: without a knot.
+    :raises ValueError: if there are no knots.
     """
 
     def __init__(
@@ -197,29 +196,29 @@ class HingedTransform(ElementwiseTransform):
 
 
 class _Bend(torch.autograd.Function):
-    """All hinges: the value and the log-slope. Its derivative takes a third of the graph's operations."""
+    """The value and log-slope of all hinges; its backward takes a third of autograd's operations."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, factors: Tensor, hinges: Sequence[tuple[float, float]], width: float
     ) -> tuple[Tensor, Tensor]:
-        # factors are half of exp(a) - 1 of each hinge, (n, *, D); ctx is None where autograd differentiates
+        # factors are (exp(a) - 1) / 2 of each hinge, (n, *, D); ctx is None if autograd differentiates
         y, _ = torch.broadcast_tensors(x, factors[0])
         large, width_of_all = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width)
         arguments, roots = [], []
         for factor, (knot, side) in zip(factors.unbind(), hinges):
-            # clamped, so that infinity stays itself
+            # clamped, so that infinity is kept
             arguments.append((y - knot if side > 0 else -knot - y).clamp(-large, large))
-            # several times as fast as the root of a sum of squares
+            # several times faster than the root of a sum of squares
             roots.append(torch.hypot(arguments[-1], width_of_all))
             y = torch.addcmul(y, factor, arguments[-1] + roots[-1], value=side)
         root = torch.stack(roots)
-        derivative = 1 + torch.stack(arguments) / root  # that of 2h
+        derivative = 1 + torch.stack(arguments) / root  # of 2h
         slope = 1 + factors * derivative
         if ctx is not None:
             ctx.save_for_backward(x, factors, slope, root, derivative)
             ctx.hinges, ctx.width = hinges, width
-        # one logarithm: it costs more than all else of a hinge
+        # a single logarithm, which costs more than the rest of a hinge
         return y, reduce(torch.mul, slope.unbind()).log()
 
     @staticmethod
@@ -231,7 +230,7 @@ class _Bend(torch.autograd.Function):
         sides = slope.new_tensor([1.0, -1.0] * (len(slope) // 2))
         sides = sides.reshape(-1, *(1,) * (slope.dim() - 1))
         by_slope = g_ladj / slope
-        # the derivative of the log-slope: that of 2h' is w^2 / root^3
+        # the derivative of the log-slope; 2h' has the derivative w^2 / root^3
         bends = sides * ctx.width**2 * by_slope * factors / root.pow(3)
         after = []
         for bend, factor in zip(bends.unbind()[::-1], slope.unbind()[::-1]):
@@ -243,13 +242,13 @@ class _Bend(torch.autograd.Function):
 
 
 class Hinged(Univariate):
-    """The family of smooth hinges to the left and to the right: skewed, with light or heavy tails.
+    """The family of smooth hinges on both sides, for skewness and light or heavy tails.
 
-    There are two log-slopes for each knot; their bounds sum to 3.
+    There are two log-slopes per knot, with bounds that sum to 3 over all knots.
 
     :param knots: where the slopes change, positive or zero, mirrored to the left.
-    :param width: how smoothly.
-    :raises ValueError: without a knot, for a negative one, or if ``width`` is not positive.
+    :param width: the width over which they change.
+    :raises ValueError: if there are no knots, a knot is negative, or ``width`` is not positive.
 
     **References**
 
@@ -271,7 +270,7 @@ class Hinged(Univariate):
         return f"knots={self.knots}, width={self.width}"
 
     def forward(self, params: Tensor) -> HingedTransform:
-        # Adam moves every parameter at one pace, and a log-slope of a hinge moves a whole tail: at the
-        # pace of a network's weights the log-density would be noisy. Chosen by hand.
+        # Adam moves all parameters at the same rate, but the log-slope of a hinge moves a whole tail: at the
+        # rate of a network's weights the log density would be noisy. Tuned by hand.
         log_slopes = unbind_params(soft_bound(0.1 * params, self.bound), self.num_params)
         return HingedTransform(log_slopes[0::2], log_slopes[1::2], self.knots, self.width)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The contract of a univariate family, and the transform that every family returns."""
+"""The interfaces of univariate families and of the transforms that they return."""
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
@@ -15,17 +15,17 @@ T = TypeVar("T")
 
 
 class Derivatives(NamedTuple):
-    """The value and log-slope at B points, and what a score needs of them, without a graph."""
+    """The value and log-slope at B points, and, without a graph, their derivatives for a score."""
 
     y: Tensor  # (B, D)
     ladj: Tensor  # (B, D)
-    inverse_by_params: Tensor  # of x by the parameters at fixed y, (B, D, P)
-    ladj_by_x: Tensor | None  # (B, D), None for zeros
-    ladj_by_params: Tensor | None  # (B, D, P), None for zeros
+    inverse_by_params: Tensor  # derivatives of x in the parameters at fixed y, (B, D, P)
+    ladj_by_x: Tensor | None  # (B, D), None if zero
+    ladj_by_params: Tensor | None  # (B, D, P), None if zero
 
 
 def split_params(params: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """Splits the parameters of a family of shape ``(*, D, P)`` into views of shapes ``(*, D, size)``.
+    """Splits the parameters of a family, shape ``(*, D, P)``, into views of shapes ``(*, D, size)``.
 
     :raises ValueError: if the last dimension is not the sum of the sizes.
     """
@@ -36,13 +36,13 @@ def split_params(params: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
         raise ValueError(f"params: expected shape (*, D, {sum(sizes)}), got {tuple(params.shape)}")
     if params.dim() < 2:
         return params.split(list(sizes), -1)
-    # The gradient of a split is one concatenation; that of n slices is n tensors of zeros as large
-    # as params. Along the next-to-last dimension it gets the layout that conditioners produce.
+    # The gradient of a split is one concatenation, that of n slices n tensors of zeros as large as
+    # params. Splitting the next-to-last dimension matches the memory layout of conditioners.
     return [part.mT for part in params.mT.split(list(sizes), -2)]
 
 
 class Bijection(Transform):
-    """A bijection whose values come with log-determinants; nothing is remembered that could be stale."""
+    """A bijection whose values come with log-determinants, without a cache that could be stale."""
 
     bijective = True
     sign = +1
@@ -50,11 +50,11 @@ class Bijection(Transform):
     inverse_and_ladj: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     def with_cache(self: T, cache_size: int = 1) -> T:
-        """Returns itself, since nothing is remembered."""
+        """Returns itself, since nothing is cached."""
         return self
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        """``log |det dy/dx|`` at x, whose value y is not read."""
+        """``log |det dy/dx|`` at x; y is not used."""
         return self.call_and_ladj(x)[1]
 
     def _call(self, x: Tensor) -> Tensor:
@@ -63,7 +63,7 @@ class Bijection(Transform):
     def _inverse(self, y: Tensor) -> Tensor:
         return self.inverse_and_ladj(y)[0]
 
-    # torch's own go through its cache, which compares the identities of tensors alone
+    # torch's methods use its cache, which compares only the identities of tensors
     __call__ = _call
     _inv_call = _inverse
 
@@ -71,24 +71,24 @@ class Bijection(Transform):
 class ElementwiseTransform(Bijection):
     """An increasing bijection of the real line, applied to each element.
 
-    A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`; the rest follows. Nothing is
-    cached between calls, so nothing can be out of date.
+    A subclass implements :meth:`call_and_ladj` and :meth:`inverse_and_ladj`. Nothing is cached between
+    calls, so nothing can be stale.
     """
 
     domain = constraints.real
     codomain = constraints.real
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value ``y`` and ``log(dy / dx)``, all of shape ``(*, D)``."""
+        """The value ``y`` and ``log(dy / dx)``, both of shape ``(*, D)``."""
         raise NotImplementedError
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse ``x`` and ``log(dx / dy)``, all of shape ``(*, D)``."""
+        """The inverse ``x`` and ``log(dx / dy)``, both of shape ``(*, D)``."""
         raise NotImplementedError
 
     @property
     def inv(self) -> "ElementwiseTransform":
-        """The inverse, which has ``call_and_ladj`` too."""
+        """The inverse, which also has ``call_and_ladj``."""
         return InverseElementwiseTransform(self)
 
 
@@ -110,25 +110,25 @@ class InverseElementwiseTransform(ElementwiseTransform):
         return self.base.call_and_ladj(y)
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        # both ends are known, so the root need not be found again
+        # x and y are known, so no root is needed
         return -self.base.log_abs_det_jacobian(y, x)
 
 
 class Univariate(nn.Module):
     """A family of increasing bijections of the real line.
 
-    A subclass sets :attr:`num_params` and implements :meth:`forward`. Contracts: zero parameters are
-    the identity; any others map the real line onto itself, strictly increasing, with a log-slope bounded
-    to about 3.
+    A subclass sets :attr:`num_params` and implements :meth:`forward`. Contract: zero parameters give the
+    identity; for any parameters, the map of the real line onto itself is strictly increasing, with a
+    log-slope bounded by about 3.
     """
 
-    #: The number of parameters of each coordinate, P.
+    #: The number P of parameters per coordinate.
     num_params: int
-    #: Whether parameters of shape ``(D, P)`` make a transform of x of any shape ``(*, D)``.
+    #: Whether parameters of shape ``(D, P)`` give a transform of x of any shape ``(*, D)``.
     broadcasts: bool = False
 
     def forward(self, params: Tensor) -> Transform:
-        """The member of the family that has these parameters: it transforms tensors of shape ``(*, D)``.
+        """The transform with these parameters, of tensors of shape ``(*, D)``.
 
         :param params: unconstrained, shape ``(*, D, P)``.
         :raises ValueError: if the last dimension is not P.
@@ -136,5 +136,5 @@ class Univariate(nn.Module):
         raise NotImplementedError
 
     def derivatives(self, params: Tensor, x: Tensor) -> Derivatives | None:
-        """The member with these parameters at x, ``(B, D)``, and derivatives in closed form, if any."""
+        """Closed-form derivatives of the transform with these parameters at x, ``(B, D)``, if any."""
         return None

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Monotone transforms without an inverse in closed form: the search for it, and a monotone network."""
+"""Monotone transforms whose inverse is found numerically, and a monotone network."""
 
 import torch
 from torch import Tensor
@@ -15,30 +15,30 @@ class MonotoneTransform(ElementwiseTransform):
     """An increasing elementwise transform without a closed-form inverse.
 
     A subclass implements :meth:`~ElementwiseTransform.call_and_ladj` and :meth:`bracket`. The inverse is
-    found by Newton steps that a bracket guards, and is exact to round-off for every ``y``. Its gradients
-    come from the implicit function theorem, so they cost the same however many steps the search took.
+    found by Newton steps safeguarded by a bracket, and is exact to round-off for every ``y``. Its gradients
+    come from the implicit function theorem, so their cost does not depend on the number of steps.
     """
 
-    #: The largest number of steps of the search.
+    #: The maximum number of steps.
     max_steps = 200
-    #: The number of steps where convergence cannot be tested: ``torch.jit, torch.compile, torch.func``.
+    #: The number of steps if convergence cannot be tested: ``torch.jit, torch.compile, torch.func``.
     fixed_steps = 32
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Finite bounds ``low`` and ``high`` of the inverse of a finite ``y``, of the result's shape."""
+        """Finite bounds ``low`` and ``high`` on the inverse of a finite ``y``, in the result's shape."""
         raise NotImplementedError
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         finite = y.isfinite()
         target = torch.where(finite, y, 0.0)
-        # a trace does not record no_grad, and forward-mode differentiation ignores it: so detach as well
+        # detach as well, since traces do not record no_grad and forward-mode differentiation ignores it
         with torch.no_grad():
             low, high = self.bracket(target.detach())
             x = self._solve(target.detach().expand_as(low), low, high).detach()
-        # The derivative of a Newton step by its starting point is zero at the root. So one step from a
-        # detached root has the exact first derivatives (those of the implicit function theorem), and a
-        # step from there, right to first order, the exact second derivatives. The two also take the root
-        # from the square root of the precision to the precision.
+        # The derivative of a Newton step in its starting point is zero at the root. So one step from a
+        # detached root has exact first derivatives (those of the implicit function theorem), and a second
+        # step has exact second derivatives. The two steps also improve the accuracy of the root from the
+        # square root of the precision to the precision.
         for _ in range(2):
             value, ladj = self.call_and_ladj(x)
             x = x + (target - value) * torch.exp(-ladj)
@@ -48,11 +48,11 @@ class MonotoneTransform(ElementwiseTransform):
     def _solve(self, y: Tensor, low: Tensor, high: Tensor) -> Tensor:
         """Solves for the root between two bounds, to about the square root of the precision.
 
-        Where a Newton step would leave the bracket, or is longer than half of the last step, it bisects.
+        It bisects if a Newton step would leave the bracket, or is longer than half of the last step.
         """
         can_stop = values_can_be_read(y)
         tolerance = torch.finfo(y.dtype).eps ** 0.5
-        # a root at the very end of the bracket would seem to be outside by round-off
+        # by round-off, a root at the end of the bracket could appear to be outside
         low = low - tolerance * (1 + low.abs())
         high = high + tolerance * (1 + high.abs())
         x, last = 0.5 * (low + high), high - low
@@ -68,42 +68,42 @@ class MonotoneTransform(ElementwiseTransform):
             found = length <= tolerance * (1 + x.abs())
             good = found | (inside & (2 * length <= last))
             proposal = torch.where(good, newton, 0.5 * (low + high))
-            # a root that was found stays, so that it does not depend on how long others are sought
+            # converged roots stay fixed, so that they do not depend on the steps that others need
             proposal = torch.where(settled, x, proposal)
             settled = settled | found
             last = (proposal - x).abs()
             x = proposal
-            # asked in this way, an element that is NaN does not keep the others waiting
+            # in this form, NaN elements count as converged
             if can_stop and not (last > tolerance * (1 + x.abs())).any():
                 break
         return x
 
 
 class MonotoneNeuralTransform(MonotoneTransform):
-    r"""A smooth curve whose slope goes from :math:`v_0` through :math:`v_1, \ldots` to :math:`v_K`.
+    r"""A smooth curve whose slope changes from :math:`v_0` through :math:`v_1, \ldots` to :math:`v_K`.
 
     .. math::
         y = \text{shift} + \frac{v_0 + v_K}{2} x
         + \frac{\tau}{2} \sum_{j=1}^K (v_j - v_{j-1}) \sqrt{1 + (x - k_j)^2 / \tau^2}
 
-    A monotone network with one hidden layer of K units: its slope is a convex combination of the positive
-    numbers :math:`v_j`. So it maps onto the whole real line, the two tails have slopes of their own, and no
-    gradient dies exponentially.
+    It is a monotone network with one hidden layer of K units, whose slope is a convex combination of the
+    positive numbers :math:`v_j`. So it maps onto the whole real line, the tails have separate slopes, and
+    gradients do not vanish exponentially.
 
     :math:`\log v_j` is the bounded ``slopes``; :math:`k_j` is the j-th of K evenly spaced points in
-    (-3, 3) plus ``knots``, bounded such that their order remains; :math:`\tau` is their distance times the
-    exponential of the bounded ``softness``. Zero parameters are the identity, exactly.
+    (-3, 3) plus ``knots``, bounded to preserve their order; :math:`\tau` is their spacing times the
+    exponential of the bounded ``softness``. Zero parameters give exactly the identity.
 
     :param shift: shape ``(*, D)``.
     :param slopes: unconstrained, shape ``(*, D, K + 1)``.
     :param knots: unconstrained, shape ``(*, D, K)``.
     :param softness: unconstrained, shape ``(*, D)``.
-    :raises ValueError: if the shapes do not go together.
+    :raises ValueError: if the shapes do not match.
     """
 
     def __init__(self, shift: Tensor, slopes: Tensor, knots: Tensor, softness: Tensor) -> None:
         super().__init__()
-        if not torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
+        if not torch.jit.is_tracing():  # sizes are tensors during tracing, and cannot be compared
             units = knots.shape[-1] if knots.dim() else 0
             if units < 1 or slopes.shape[-1:] != (units + 1,):
                 wanted = "slopes of shape (*, D, K + 1) and knots of shape (*, D, K) with K >= 1"
@@ -122,13 +122,13 @@ class MonotoneNeuralTransform(MonotoneTransform):
         self.softness = softness.square().unsqueeze(-1)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        # further out the square could overflow, and the curve is a line to round-off: 100 in float16
+        # further out the square could overflow, and the curve is linear up to round-off: 100 in float16
         far = max(torch.finfo(x.dtype).max ** 0.5 * 1e-6, 100.0)
         near = x.clamp(-far, far)
-        # All terms grow with x and cancel but for the tail's own line, which float32 cannot afford. So
-        # that line is taken out, with a = sqrt(1 + x^2) as the smooth |x|: the differences of roots that
-        # remain are quotients of their squares' differences. The sign is never 0, so that at 0 too each
-        # derivative is that of one smooth piece.
+        # All terms grow with x, and cancel except for the line of the tail, at a loss of digits in float32.
+        # So that line is subtracted first, with a = sqrt(1 + x^2) as a smooth |x|; the remaining differences
+        # of roots are quotients of differences of squares. The sign is never 0, so that derivatives at 0,
+        # too, are those of a smooth piece.
         a = torch.sqrt(1 + near * near)
         sign = torch.where(near >= 0, 1.0, -1.0).to(x.dtype)
         line = torch.where(near >= 0, self.right, self.left) * near
@@ -142,7 +142,7 @@ class MonotoneNeuralTransform(MonotoneTransform):
         return y, torch.log(slope).expand_as(y)
 
     def bracket(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """Lines through the value at zero, with the smallest and the largest slope."""
+        """Bounds from lines through the value at zero with the smallest and the largest slope."""
         rise = y - self.call_and_ladj(torch.zeros_like(y))[0]
         steep, flat = rise / self.speeds.amax(-1), rise / self.speeds.amin(-1)
         return torch.minimum(steep, flat), torch.maximum(steep, flat)
@@ -151,10 +151,10 @@ class MonotoneNeuralTransform(MonotoneTransform):
 class MonotoneNeural(Univariate):
     """The family of :class:`MonotoneNeuralTransform`: a shift, K + 1 slopes, K knots and a softness.
 
-    Its inverse is found by Newton's method, with exact gradients.
+    The inverse is found by Newton's method, with exact gradients.
 
-    :param count_units: the number of hidden units, K, at least 1.
-    :raises ValueError: if ``count_units`` is out of its range.
+    :param count_units: the number K of hidden units, at least 1.
+    :raises ValueError: if ``count_units`` is out of range.
 
     **References**
 

@@ -12,13 +12,13 @@ from torch import Tensor
 from ..arguments import check_broadcast, check_integer, check_positive
 from .base import ElementwiseTransform, Univariate, split_params
 
-# The arc tangent times this bounds the logarithms of a bin's slope against the others', and of a knot's
-# derivative against the slopes beside it, to 1: together, that of the spline's derivative to about 3.
+# The arc tangent times this is below 1. It bounds the log-slope of a bin relative to the others, and the log
+# derivative at a knot relative to adjacent slopes, so that the spline's log derivative is below about 3.
 _TO_ONE = 2 / math.pi
 
 
 class Bin(NamedTuple):
-    """The bins that hold some points, in units in which the spline's square is the unit square."""
+    """The bins that contain some points, with the spline's square scaled to the unit square."""
 
     x0: Tensor
     y0: Tensor
@@ -28,8 +28,8 @@ class Bin(NamedTuple):
     beta: Tensor  # the derivative at the right knot, minus the slope
 
     def log_derivative(self, z: Tensor, z1: Tensor, denominator: Tensor) -> Tensor:
-        """The logarithm of dy / dx at a fraction ``z = 1 - z1`` of the bin."""
-        # In this form it is exactly zero where both derivatives and the slope are one.
+        """The log of dy / dx at a fraction ``z = 1 - z1`` of the bin."""
+        # In this form it is exactly zero if both derivatives and the slope are one.
         numerator = self.slope + self.beta * z * z + self.alpha * z1 * z1
         return torch.log(numerator * (self.slope / denominator).square())
 
@@ -45,14 +45,14 @@ class MonotonicRQSTransform(ElementwiseTransform):
 
     The derivative is continuous everywhere. The widths are the softmax of the bounded ``widths``; the slopes
     are proportional to the exponential of the bounded ``heights`` (a height is a slope times a width); and
-    the derivative at a knot is the geometric mean of the slopes beside it, times the exponential of the
-    bounded ``derivatives``. Zero parameters are the identity, exactly.
+    the derivative at a knot is the geometric mean of the adjacent slopes, times the exponential of the
+    bounded ``derivatives``. Zero parameters give exactly the identity.
 
     :param widths: unconstrained bin widths, shape ``(*, K)``.
     :param heights: unconstrained bin heights, shape ``(*, K)``.
     :param derivatives: unconstrained knot derivatives, shape ``(*, K - 1)``.
-    :param bound: the end of the spline's domain and codomain.
-    :raises ValueError: if the shapes do not go together.
+    :param bound: the upper end of the spline's domain and codomain.
+    :raises ValueError: if the shapes do not match.
 
     **References**
 
@@ -65,7 +65,7 @@ class MonotonicRQSTransform(ElementwiseTransform):
     ) -> None:
         super().__init__()
         tables = widths, heights, derivatives
-        if not torch.jit.is_tracing():  # sizes are tensors then and cannot be compared
+        if not torch.jit.is_tracing():  # sizes are tensors during tracing, and cannot be compared
             bins = widths.shape[-1] if widths.dim() else 0
             if bins < 2 or [t.shape[-1:] for t in tables[1:]] != [(bins,), (bins - 1,)]:
                 wanted = "widths, heights and derivatives of shapes (*, K), (*, K) and (*, K - 1)"
@@ -74,11 +74,10 @@ class MonotonicRQSTransform(ElementwiseTransform):
         batches = [t.shape[:-1] for t in tables]
         check_broadcast("batch shapes of widths, heights and derivatives", *batches)
         self.bound = check_positive("bound", bound)
-        # The bins go before the last dimension, where softmax and cumsum work on whole vectors; a table
-        # without coordinates gets one.
+        # Bins are moved before the last dimension, where softmax and cumsum are vectorized; a table without
+        # a dimension of coordinates gets one.
         widths, heights, self.derivatives = (torch.atleast_2d(table).mT for table in tables)
-        # The arc tangent bounds as softly as soft_bound, at a quarter of the cost for tables that
-        # are K times as large as the data. In place, since the table is the cost.
+        # In place, a quarter of the cost of soft_bound, since tables are K times as large as the data.
         logits = torch.atan(widths)
         self.widths = torch.softmax(logits, -2)
         slopes = torch.atan(heights).mul_(_TO_ONE)
@@ -94,7 +93,7 @@ class MonotonicRQSTransform(ElementwiseTransform):
         zz = z * z1
         denominator = b.slope + (b.alpha + b.beta) * zz
         bend = b.height * zz * (b.alpha * z1 - b.beta * z) / denominator
-        # As a difference from x, which is exactly zero for zero parameters.
+        # The difference from x is exactly zero for zero parameters.
         change = (b.y0 - b.x0) + (b.slope - 1) * step + bend
         ladj = b.log_derivative(z, z1, denominator)
         y = torch.where(inside, x + change * (2 * self.bound), x)
@@ -106,8 +105,8 @@ class MonotonicRQSTransform(ElementwiseTransform):
         b = self._find(t, self.heights)
         step = t - b.y0
         u = step / b.height
-        # The quadratic a z^2 + q z - s u = 0. Of the two formulas for its root this is the one
-        # that never subtracts nearly equal numbers, and it holds for a = 0 too.
+        # The quadratic a z^2 + q z - s u = 0. This formula for its root never subtracts nearly equal
+        # numbers, and also holds for a = 0.
         gamma = (b.alpha + b.beta) * u
         a = gamma - b.alpha
         q = b.alpha + b.slope - gamma
@@ -121,11 +120,11 @@ class MonotonicRQSTransform(ElementwiseTransform):
         return x, torch.where(inside, ladj, 0.0)
 
     def _to_unit(self, x: Tensor) -> Tensor:
-        # Clamped, so that tails have finite gradients (zero) in what is computed for them in vain.
+        # Clamped, so that gradients of the unused spline values in the tails are finite (zero).
         return (x.clamp(-self.bound, self.bound) + self.bound) * (0.5 / self.bound)
 
     def _find(self, t: Tensor, lengths: Tensor) -> Bin:
-        """The bins that hold ``t``, where ``lengths`` are the bins' widths or heights."""
+        """The bins that contain ``t``; ``lengths`` are the widths or heights of all bins."""
         scalar = t.dim() == 0 and self.widths.dim() == 2 and self.widths.shape[-1] == 1
         tables = self.widths, self.heights, lengths, self.derivatives
         t = torch.broadcast_tensors(t, *(table[..., 0, :] for table in tables))[0]
@@ -137,7 +136,7 @@ class MonotonicRQSTransform(ElementwiseTransform):
         passed = t.unsqueeze(-2) >= knots
         x0 = (widths[..., :-1, :] * passed).sum(-2)
         y0 = (heights[..., :-1, :] * passed).sum(-2)
-        # The bin and its two neighbours: their slopes give the derivatives at both knots.
+        # The slopes of the bin and its two neighbours determine the derivatives at both knots.
         three = passed.sum(-2, keepdim=True) + torch.arange(-1, 2, device=t.device).unsqueeze(-1)
         clamped = three.clamp(0, last)
         height = heights.gather(-2, clamped)
@@ -146,7 +145,7 @@ class MonotonicRQSTransform(ElementwiseTransform):
         inner = two.clamp(0, last - 1)
         tilt = torch.atan(derivatives.gather(-2, inner)) * _TO_ONE
         mean = torch.sqrt(slope[..., :2, :] * slope[..., 1:, :])
-        # At the ends the derivative is that of the tails.
+        # At the ends the derivative is 1, as in the tails.
         derivative = torch.where(inner == two, mean * tilt.exp(), 1.0)
         slope = slope[..., 1, :]
         excess = derivative - slope.unsqueeze(-2)
@@ -157,9 +156,9 @@ class MonotonicRQSTransform(ElementwiseTransform):
 class RationalQuadraticSpline(Univariate):
     """The family of :class:`MonotonicRQSTransform`: K widths, K heights and K - 1 derivatives.
 
-    :param count_bins: the number of bins, K, at least 2.
+    :param count_bins: the number K of bins, at least 2.
     :param bound: the spline's domain is ``[-bound, bound]``.
-    :raises ValueError: if an argument is out of its range.
+    :raises ValueError: if an argument is out of range.
     """
 
     def __init__(self, *, count_bins: int = 8, bound: float = 5.0) -> None:
