@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 """
-A flow guide for the eight schools, in the form of the model that is hard to fit.
+A flow guide for the eight schools, in the parametrization that is hard to fit.
 
 Eight schools coached their pupils for a test. Each reports the effect and its standard error, and
 the model shares strength between them::
@@ -10,9 +10,9 @@ the model shares strength between them::
     y_j ~ Normal(theta_j, sigma_j)
 
 Written like this, *centred*, the posterior is a funnel: the smaller tau, the closer all theta_j are
-to mu. A Gaussian guide cannot narrow with tau. ``AutoIAF`` takes theta in units of its own prior, as
-the model says it, and reaches the neck. This script fits Pyro's two Gaussian guides and ``AutoIAF``,
-prints what ``fit`` thinks of each, compares ``AutoIAF`` with the draws of NUTS and draws a picture.
+to mu. A Gaussian guide has the same width for all tau. ``AutoIAF`` works in units of the prior of theta,
+which is known from the model, and reaches the neck. This script fits Pyro's two Gaussian guides and
+``AutoIAF``, prints the verdict on each, compares ``AutoIAF`` with NUTS draws, and plots the draws.
 
 References:
 
@@ -43,7 +43,7 @@ smoke_test = "CI" in os.environ
 
 EFFECTS = [28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0]
 STANDARD_ERRORS = [15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0]
-# By quadrature over log tau (400,000 points): mu and theta can be integrated out in closed form.
+# By quadrature over log tau (400,000 points); mu and theta are integrated out in closed form.
 LOG_EVIDENCE = -31.3113
 
 GUIDES: dict[str, Callable[..., AutoGuide]] = {
@@ -60,7 +60,7 @@ Draws = dict[str, Tensor]
 
 
 def model(effects: Tensor, standard_errors: Tensor) -> None:
-    """The centred form, which the guides have to fit."""
+    """The centred parametrization, which the guides fit."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", len(EFFECTS)):
@@ -69,7 +69,7 @@ def model(effects: Tensor, standard_errors: Tensor) -> None:
 
 
 def noncentred_model(effects: Tensor, standard_errors: Tensor) -> None:
-    """The same posterior without the funnel, where NUTS is quick and exact."""
+    """The non-centred parametrization, without a funnel, for which NUTS is fast and reliable."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
     tau = pyro.sample("tau", dist.HalfCauchy(5.0))
     with pyro.plate("schools", len(EFFECTS)):
@@ -194,7 +194,7 @@ def main(args: argparse.Namespace) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Fit the eight schools, and compare with NUTS.")
     parser.add_argument("--seed", type=int, default=0)
-    # By default each fit finds out itself.
+    # By default each fit determines the number itself.
     parser.add_argument("--steps", type=int, default=20 if smoke_test else None)
     # A shortened run does not overwrite the picture of a full one.
     picture = Path(__file__).with_suffix(".png")

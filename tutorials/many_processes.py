@@ -1,20 +1,20 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 """
-One fit by many processes, started by PyTorch's own torchrun::
+One fit on many processes, started by PyTorch's torchrun::
 
     torchrun --nproc-per-node 2 tutorials/many_processes.py --checkpoint fit.pt
 
-The model is a hierarchy of many groups, on mini-batches::
+The model is a hierarchy of many groups, fitted with mini-batches::
 
     mean ~ Normal(0, 3),  z_i ~ Normal(mean, 1),  y_i ~ Normal(z_i, 0.5)
 
-Nothing in the script is about processes but what is printed: ``fit`` finds the others by the
-variables that torchrun sets. Each process takes its own batches; the gradients are averaged, so that all
-of them end with the same guide and the same result. Run by ``python`` it is a fit of one process.
+Only the printing depends on processes: ``fit`` finds the others from the environment variables that
+torchrun sets. Each process has its own batches, and the gradients are averaged, so that all processes end
+with the same guide and result. Started with ``python``, the script is a fit in one process.
 
-The posterior is known in closed form, so that the fit can be checked. Run again, the script goes on
-from the checkpoint.
+The posterior is known in closed form, so that the fit can be checked. If the script is run again, it
+continues from the checkpoint.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def model(y: Tensor) -> None:
 
 
 def data() -> Tensor:
-    """The same in all processes."""
+    """Simulated data, the same in all processes."""
     generator = torch.Generator().manual_seed(0)
     return 1.0 + 1.25**0.5 * torch.randn(NUM_GROUPS, generator=generator)
 
@@ -60,7 +60,7 @@ def exact(y: Tensor) -> tuple[float, float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint", type=Path, help="the file to save to and to go on from")
+    parser.add_argument("--checkpoint", type=Path, help="the file to save to and to resume from")
     path = parser.parse_args().checkpoint
     torch.set_default_dtype(torch.float64)
     y = data()
