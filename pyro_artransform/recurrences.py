@@ -11,8 +11,8 @@ In a loop over time a state is often an affine function of the one before it,
 
 as in a random walk, an autoregression, the variance of a GARCH model and exponential smoothing, and in their
 gradients, which run backwards. If no :math:`a_t` or :math:`b_t` depends on a state, all are evaluated first,
-as a batch. Since the composition of affine maps is associative, the states then follow by a prefix scan, in as
-many rounds as the logarithm of the number of steps.
+as a batch. Since the composition of affine maps is associative, the states are then a prefix scan, in as many
+rounds as the logarithm of the number of steps.
 
 **References**
 
