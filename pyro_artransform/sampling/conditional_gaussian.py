@@ -17,9 +17,10 @@ of the graph, a latent is normal given its parents,
 
     x_i = c_i + \sum_j A_{ij} (x_j - c_j) + s_i (d_i + e_i)
 
-with constants c. Chains are exact in any coordinates, so the A, log s and d may be approximate: they are
-interpolated in g between some draws, and cost little compared with the density. Where a scale vanishes, s
-vanishes with it, and A and d converge, so that e keeps its meaning.
+with c constant or linear in g. Chains are exact in any coordinates, so the A, log s and d may be approximate:
+they are interpolated in g between some draws, and cost little compared with the density. Where a scale
+vanishes, s vanishes with it, and A and d converge, so that e keeps its meaning. Where an intercept moves all
+of a long field, c moves with it: otherwise the errors of all d would add up.
 
 **References**
 
@@ -52,8 +53,9 @@ _NUM_KNOTS, _WIDER, _REACH = 40, 2.0, 0.5
 _BETWEEN_TENTHS = 2.563
 # tail probability of an outer quantile of the draws; reach of the density grid beyond it, in sds and cells
 _OUTER, _BEYOND, _PARTS = 0.01, 6.0, 8
-# Newton steps to the mean given the globals; step of finite differences, in sds
-_NUM_NEWTON, _DIFFERENCE = 3, 1e-3
+# most Newton steps to a mode given the globals, of which so many use one curvature; rms length of the last
+# one, and step of finite differences, both in sds
+_MOST_NEWTON, _SAME_CURVATURE, _CLOSE, _DIFFERENCE = 12, 3, 0.01, 1e-3
 
 
 class Field(NamedTuple):
@@ -147,14 +149,25 @@ class Field(NamedTuple):
 
     def conditionals(
         self, log_joint: LogJoint, points: Tensor, unit: Tensor
-    ) -> list[SparseGaussian]:
-        """Zero-mean Gaussians at the conditional modes given the globals; moves points there, in place."""
-        gaussians, of_pattern = self.gaussians(log_joint, points, unit), self.of_pattern
-        for _ in range(_NUM_NEWTON):
+    ) -> tuple[list[SparseGaussian], Tensor]:
+        """Zero-mean Gaussians at the conditional modes given the globals; moves points there, in place.
+
+        :return: the Gaussians, and which of the modes were found.
+        """
+        of_pattern, is_found = self.of_pattern, torch.zeros_like(points[:, 0], dtype=torch.bool)
+        for step in range(_MOST_NEWTON):
+            if step % _SAME_CURVATURE == 0:
+                gaussians = self.gaussians(log_joint, points, unit)
             _, gradients = value_and_gradient(log_joint, points)
             moves = [g.solve(row) for g, row in zip(gaussians, gradients[:, of_pattern])]
-            points[:, of_pattern] += torch.stack(moves).nan_to_num(0.0, 0.0, 0.0)
-        return self.gaussians(log_joint, points, unit)
+            move = torch.stack(moves)
+            # the Newton decrement, the length of the move in conditional sds
+            squares = (move * gradients[:, of_pattern]).mean(1)
+            is_found = squares.abs() < _CLOSE**2
+            points[:, of_pattern] += move.nan_to_num(0.0, 0.0, 0.0)
+            if bool(is_found.all()):
+                break
+        return self.gaussians(log_joint, points, unit), is_found
 
 
 class ConditionalGaussian:
@@ -164,7 +177,7 @@ class ConditionalGaussian:
 
     :param latents: draws ``(n, D)``; knots have the globals of some of these.
     :param unit: approximate sds of the latents, shape ``(D,)``.
-    :raises ValueError: if the field has no usable curvature at any of these draws.
+    :raises ValueError: if the field has no mode with a usable curvature given the globals of any draw.
     """
 
     def __init__(self, field: Field, log_joint: LogJoint, latents: Tensor, unit: Tensor) -> None:
@@ -173,27 +186,49 @@ class ConditionalGaussian:
         knots = self._spread_out(latents[:, field.of_globals])
         points = latents.median(0).values.repeat(len(knots), 1)
         points[:, field.of_globals] = knots
-        gaussians = field.conditionals(log_joint, points, unit)
+        gaussians, is_found = field.conditionals(log_joint, points, unit)
         root = gaussians[0].root_tril
         self._below = torch.tril_indices(len(root), len(root), -1, device=root.device)
         numbers, modes = torch.stack([*map(self._numbers, gaussians)]), points[:, field.of_field]
         # below, curvatures by differences have no digits left
         least = unit[field.of_field].log() + math.log(torch.finfo(unit.dtype).eps) / 3
-        is_usable = (numbers[:, : len(least)] > least).all(1)
+        is_usable = is_found & (numbers[:, : len(least)] > least).all(1)
         is_usable &= numbers.isfinite().all(1) & modes.isfinite().all(1)
         if not bool(is_usable.any()):
             raise ValueError(
-                "expected curvatures of the field at some draws, got none that is finite"
+                "expected a mode of the field given the globals of some draw, got none with a curvature"
             )
         numbers, modes, self._knots = numbers[is_usable], modes[is_usable], knots[is_usable]
         low, high = self._knots.amin(0), self._knots.amax(0)
         self._low, self._high = low - _REACH * (high - low), high + _REACH * (high - low)
-        # where a scale vanishes, shifts are bounded only around modes that are as smooth
-        parts = self._parts(numbers.T)
+        shifts = self._choose_center(modes, self._parts(numbers.T))
+        self._weights = self._interpolation(torch.cat([shifts, numbers], 1))
+
+    def _choose_center(self, modes: Tensor, parts: tuple[Tensor, Tensor, list[Tensor]]) -> Tensor:
+        """Chooses the centre, the mode at a knot that may move with globals; returns shifts ``(K, N)``.
+
+        Where a scale vanishes, shifts are bounded only around modes that are as smooth.
+        """
+        ones = torch.ones_like(self._knots[:, :1])
         by_center = [self._noise((modes - mode).T, *parts).T for mode in modes]
         best = min(range(len(modes)), key=lambda i: float(by_center[i].abs().max()))
-        self._center = modes[best]
-        self._weights = self._interpolation(torch.cat([by_center[best], numbers], 1))
+        self._center, self._at, shifts = modes[best], self._knots[best], by_center[best]
+        slopes = (torch.linalg.pinv(torch.cat([ones, self._knots], 1)) @ modes)[1:].T
+        self._slopes = torch.zeros_like(slopes)
+        for k in range(slopes.shape[1]):
+            before = self._slopes
+            self._slopes = before.clone()
+            self._slopes[:, k] = slopes[:, k]
+            moved = self._noise(modes.T - self._centers(self._knots), *parts).T
+            if moved.abs().max() < shifts.abs().max():
+                shifts = moved
+            else:
+                self._slopes = before
+        return shifts
+
+    def _centers(self, globals_: Tensor) -> Tensor:
+        """The centre given globals ``(C, G)``, shape ``(N, C)``."""
+        return self._center[:, None] + self._slopes @ (globals_ - self._at).T
 
     def _spread_out(self, globals_: Tensor) -> Tensor:
         """Globals of some draws ``(n, G)``, farther from the median than those: shape ``(K, G)``."""
@@ -246,7 +281,7 @@ class ConditionalGaussian:
         points = globals_.new_zeros(len(globals_), len(self._unit))
         points[:, self.of_globals] = globals_
         points, _ = self(points)
-        gaussians = field.conditionals(self._log_joint, points, self._unit)
+        gaussians, _ = field.conditionals(self._log_joint, points, self._unit)
         log_density, _ = value_and_gradient(self._log_joint, points)
         inner = field.order[len(field.pattern.root) :]
         widths = [
@@ -295,13 +330,15 @@ class ConditionalGaussian:
         levels = (log_scale[num_root:].exp() * noise[num_root:]).split(field.sizes)
         for own, parents in zip(levels, field.parents):
             z = torch.cat([z, own + _sums(z, parents, coefficients, len(own))])
-        latents = base.index_copy(1, field.of_field, (self._center[:, None] + z).T)
+        centers = self._centers(base[:, field.of_globals])
+        latents = base.index_copy(1, field.of_field, (centers + z).T)
         return latents, log_scale.sum(0)
 
     def inverse(self, latents: Tensor) -> Tensor:
         """Maps latents to (g, e), both ``(C, D)``."""
-        shift, log_scale, factors, rest = self._conditionals(latents[:, self.of_globals])
-        z = latents[:, self.of_field].T - self._center[:, None]
+        globals_ = latents[:, self.of_globals]
+        shift, log_scale, factors, rest = self._conditionals(globals_)
+        z = latents[:, self.of_field].T - self._centers(globals_)
         noise = self._noise(z, log_scale, factors, rest)
         return latents.index_copy(1, self.of_field, (noise - shift).T)
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
+from pyro_artransform.graphs.dependencies import value_and_gradient
 from pyro_artransform.inference import mcmc
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.joint.coordinates import non_centered
@@ -127,10 +128,44 @@ def test_a_walk_is_standard_normal_where_its_scale_vanishes():
         assert (score + base)[:, field.of_field].square().mean().sqrt() < 0.2
 
 
+def volatility(y):
+    """The level of the log volatilities is a global, too."""
+    sigma = pyro.sample("sigma", dist.LogNormal(-2.0, 1.0))
+    nu = pyro.sample("nu", dist.Exponential(0.1))
+    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
+    h = pyro.sample("h", RandomWalk(sigma, len(y)))
+    scale = (0.5 * (mu[..., None] + h)).exp()
+    pyro.sample("y", dist.StudentT(nu[..., None], 0.0, scale).to_event(1), obs=y)
+
+
+def test_modes_are_found_and_the_center_moves_with_a_level():
+    """From draws far from the modes; the level moves all of the field, and all errors add up."""
+    torch.manual_seed(0)
+    y = torch.randn(1_000) * (torch.arange(1_000) / 100).sin().exp()
+    log_joint = LogJoint(volatility, (y,))
+    draws = torch.randn(400, 1_003) * torch.tensor([0.3, 0.5, 0.7, *1_000 * [0.5]])
+    draws[:, :2] += torch.tensor([-2.0, 1.5])
+    field = Field.of(log_joint)
+    points = draws.median(0).values.repeat(40, 1)
+    points[:, field.of_globals] = draws[:40, field.of_globals]
+    _, is_found = field.conditionals(log_joint, points, draws.std(0))
+    _, gradients = value_and_gradient(log_joint, points[is_found])
+    transform = ConditionalGaussian(field, log_joint, draws, draws.std(0))
+    base = torch.randn(50, 1_003)
+    base[:, :3] = draws[:50, :3]
+    base.requires_grad_()
+    latents, ladj = transform(base)
+    (gradient,) = torch.autograd.grad((log_joint(latents) + ladj).sum(), base)
+    of_level = gradient[:, field.of_globals][:, 2] + latents[:, 2] / 9
+    assert is_found.sum() > 20  # none after three steps
+    assert gradients[:, field.of_field].abs().max() < 1e-3
+    assert of_level.std() < 2.0  # 1.15; 7.3 if the centre is constant
+
+
 def test_draws_without_curvature_are_refused():
     log_joint, transform, draws = fitted(walk, data())
     draws = torch.full_like(draws, torch.nan)
-    with pytest.raises(ValueError, match="expected curvatures of the field at some draws"):
+    with pytest.raises(ValueError, match="expected a mode of the field given the globals"):
         ConditionalGaussian(transform._field, log_joint, draws, draws.std(0))
 
 
