@@ -26,7 +26,10 @@ from pyro import poutine
 from torch import Tensor
 
 from ..graphs.dependencies import value_and_gradient
+from .factors import find_factors
 from .prior_map import Coordinates
+from .prior_scale import is_identity
+from .pseudo_data import PseudoData
 from .sites import Latents, LatentSpace
 
 # above this lambda an element is as the model is written, at no cost (benchmarks/coordinates.md)
@@ -106,35 +109,45 @@ def _centered(lam: Tensor, curvature: Tensor) -> Tensor:
 def non_centered(log_joint: Any, with_shapes: bool = False) -> Any:
     """A log joint density with lambda 0 for all latents that may be mapped, unless it has coordinates.
 
-    :param with_shapes: see :func:`find_mapped`.
+    :param with_shapes: whether to map priors with a shape although no prior depends on other latents, and
+        latents that the model multiplies by others.
     """
     if log_joint.coordinates is not None or not log_joint.maps_priors:
         return log_joint
-    if not (sites := log_joint.mapped_sites(with_shapes)):
+    factors = _factors_in(log_joint) if with_shapes else {}
+    sites = [*log_joint.mapped_sites(with_shapes), *factors]
+    if not sites:
         return log_joint
     ones = torch.ones_like(log_joint.start)
-    found = Coordinates(ones, ones, dict.fromkeys(sites, True)).non_centered(log_joint.latents)
-    return log_joint.with_coordinates(found)
+    found = Coordinates(ones, ones, dict.fromkeys(sites, True), factors)
+    return log_joint.with_coordinates(found.non_centered(log_joint.latents))
 
 
-def with_strong_data_centered(log_joint: Any, gradients: Tensor, has_parents: Tensor) -> Any:
-    """A density with lambda 1 for elements with strong data, and 0 for all others.
+def _factors_in(log_joint: Any) -> dict[str, int]:
+    """The factors of latents by site; none if the model is looped over, or has discrete latents."""
+    if log_joint.strategy == "loop" or log_joint.is_enumerated:
+        return {}
+    latents, start = log_joint.latents, log_joint.with_coordinates(None).start
+    names = {name for name, site in latents.sites.items() if is_identity(site.bijection)}
+    return find_factors(log_joint.run, latents.constrain(start), names - log_joint.improper)
 
-    Lambda stays 0 unless the variance of the gradient is large in nine chains of ten: some chains may be in
-    the neck of a funnel.
 
-    :param gradients: gradients by chain in the coordinates of the density, shape ``(C, n, latent_dim)``.
-    :param has_parents: whether priors depend on other latents, ``(latent_dim,)``; if not, lambda stays 0.
+@torch.no_grad()
+def with_pseudo_data(log_joint: Any, x: Tensor, gradients: Tensor) -> Any:
+    """A density in coordinates given pseudo-data that fit its likelihood; itself if there are none.
+
+    :param x: draws in the coordinates of the density, shape ``(n, latent_dim)``.
+    :param gradients: of its log density, same shape.
     """
-    given = log_joint.coordinates
-    if given is None:
+    if (given := log_joint.coordinates) is None:
         return log_joint
-    wanted = _centered(given.centered.detach(), gradients.var(1).quantile(0.1, 0))
-    is_strong = (wanted == 1) & (given.centered < 1) & has_parents
-    if not bool(is_strong.any()):
+    zeros = torch.zeros_like(given.unit)
+    before = given.pseudo_data or PseudoData(zeros, zeros)
+    prior = log_joint.with_coordinates(given.with_pseudo_data(before)).priors_at(x)
+    found = before.refitted(x, gradients, prior, log_joint.latents.sizes)
+    if not bool(found.precision.any()):
         return log_joint
-    centered = given.centered.masked_fill(is_strong, 1.0)
-    return log_joint.with_coordinates(Coordinates(centered, given.unit, given.with_location))
+    return log_joint.with_coordinates(given.with_pseudo_data(found))
 
 
 @torch.no_grad()

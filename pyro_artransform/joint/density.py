@@ -27,6 +27,7 @@ from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
 from .priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
+from .pseudo_data import LocScale
 from .sites import Latents, LatentSpace, started_trace
 from .traces import (
     ModelStructure,
@@ -280,7 +281,9 @@ class LogJoint:
             with hidden_sites(), SiteLogProbs(placed) as scored:
                 plate.run(run)
             total = plate.total(scored.log_probs, total)
-        return {"total": plate.total(prior.bijection_ladjs, plate.total(prior.ladjs, total))}
+        for terms in (prior.ladjs, prior.bijection_ladjs, prior.log_probs):
+            total = plate.total(terms, total)
+        return {"total": total}
 
     def with_coordinates(self, coordinates: Coordinates | None) -> "LogJoint":
         """The log density in other coordinates, with their log-determinant."""
@@ -308,17 +311,28 @@ class LogJoint:
         return z, -ladj
 
     def _map(self, z: Tensor, is_inverse: bool) -> tuple[Tensor, Tensor]:
-        if not (sites := self.mapped_coordinates):
+        if not self.mapped_coordinates:
             return z, z.new_zeros(len(z))
+        found = self._mapped(z, is_inverse)
+        return found["z"], found["total"]
+
+    def _mapped(self, z: Tensor, is_inverse: bool) -> Terms:
+        sites = self.mapped_coordinates
         run, strategy, size = self.enumerated(self.run), STRATEGIES[0], None
         if len(z) > 1:
             strategy, size = self.strategy, self.chunk_size
+        elif any(site.num_factors for site in sites.values()):
+            pass  # which the model has to multiply
         elif is_inverse and (nodes := self._nodes_at(z[0])):
             run = partial(_sample, [nodes[name] for name in sites])
         evaluate = partial(map_draws, run, self.latents, sites, self.num_plates, is_inverse)
         with pyro.validation_enabled(False):
-            found = evaluate_many(evaluate, {"z": z}, strategy, _nan, size)
-        return found["z"], found["total"]
+            return evaluate_many(evaluate, {"z": z}, strategy, _nan, size)
+
+    def priors_at(self, z: Tensor) -> LocScale:
+        """Locations and scales ``(n, latent_dim)`` of the priors of latents with pseudo-data, at draws."""
+        found = self._mapped(z, is_inverse=False)
+        return LocScale(found["loc"], found["scale"])
 
     def prior_scales(self, u: Tensor) -> Tensor:
         """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
@@ -379,4 +393,4 @@ def _identities(args: Args, kwargs: Kwargs) -> list[Any]:
 def _nan(draws: Draws) -> Terms:
     """NaN terms, with a gradient, for a draw at which the model fails."""
     z = draws["z"] * torch.nan
-    return {"z": z, "total": z.sum()}
+    return {"z": z, "total": z.sum(), "loc": z, "scale": z}

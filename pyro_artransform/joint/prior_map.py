@@ -29,6 +29,7 @@ applied while the model runs, at each sample statement, so a density in x costs 
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro.distributions as dist
@@ -39,7 +40,9 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Transform
 
+from .factors import OtherUseError, Products
 from .prior_scale import PriorScale
+from .pseudo_data import LocScale, PseudoData
 from .sites import Latents
 from .vectorization import DrawPlate
 
@@ -52,12 +55,16 @@ class SiteCoordinates(NamedTuple):
     :param with_location: whether the map includes the location of the prior; if not, x is only scaled, and
         latents depend on each other through locations as in the model.
     :param bijection: the bijection from the unconstrained space onto the support.
+    :param pseudo_data: a normal approximation of the likelihood, for lambda of zero.
+    :param num_factors: with pseudo-data, the number of factors of the latent.
     """
 
     centered: Tensor | None
     unit: Tensor
     with_location: bool
     bijection: Transform
+    pseudo_data: PseudoData | None = None
+    num_factors: int = 0
 
 
 class Coordinates(nn.Module):
@@ -68,12 +75,23 @@ class Coordinates(nn.Module):
     :param centered: lambda, shape ``(latent_dim,)``, between 0 and 1; 1 for all other latents.
     :param unit: the approximate scale of each prior, positive, same shape.
     :param with_location: flags by site, see :class:`SiteCoordinates`.
+    :param factors: the number of factors of each latent that the model multiplies by others, see
+        :mod:`~pyro_artransform.joint.factors`.
+    :param pseudo_data: normal approximations of the likelihood for lambda of zero, of chains only.
     """
 
-    def __init__(self, centered: Tensor, unit: Tensor, with_location: Mapping[str, bool]) -> None:
+    def __init__(
+        self,
+        centered: Tensor,
+        unit: Tensor,
+        with_location: Mapping[str, bool],
+        factors: Mapping[str, int] | None = None,
+        pseudo_data: PseudoData | None = None,
+    ) -> None:
         super().__init__()
         self.centered, self.unit = nn.Parameter(centered.detach()), nn.Parameter(unit.detach())
         self.with_location = dict(with_location)
+        self.factors, self.pseudo_data = dict(factors or {}), pseudo_data
         # the tensor and its version when lambda was read, and whether it was 1 everywhere
         self._read: tuple[Tensor | None, int, bool] = None, 0, False
         self._non_centered = list[bool]()  # whether lambda of each site is 0; empty if not read yet
@@ -103,7 +121,18 @@ class Coordinates(nn.Module):
                 found[name] = SiteCoordinates(
                     lambda_, unit, self.with_location[name], site.bijection
                 )
+        if self.pseudo_data is not None:
+            by_site = zip(*(latents.split(part).values() for part in self.pseudo_data))
+            for name, parts in zip(latents.sites, by_site):
+                if name in found and found[name].centered is None:
+                    found[name] = found[name]._replace(
+                        pseudo_data=PseudoData(*parts), num_factors=self.factors.get(name, 0)
+                    )
         return found
+
+    def with_pseudo_data(self, pseudo_data: PseudoData | None) -> "Coordinates":
+        """The same coordinates with these pseudo-data, or none."""
+        return Coordinates(self.centered, self.unit, self.with_location, self.factors, pseudo_data)
 
     def non_centered(self, latents: Latents) -> "Coordinates":
         """Coordinates with lambda 0 and unit 1 for all mapped latents."""
@@ -111,7 +140,7 @@ class Coordinates(nn.Module):
         for name, part in latents.views(found).items():
             if name in self.with_location:
                 part.zero_()
-        return Coordinates(found, torch.ones_like(found), self.with_location)
+        return Coordinates(found, torch.ones_like(found), self.with_location, self.factors)
 
     @torch.no_grad()
     def set_(self, centered: Tensor, unit: Tensor) -> None:
@@ -146,12 +175,28 @@ class PriorMap(Messenger):
     ) -> None:
         super().__init__()
         self.sites, self._given, self._is_inverse = sites, given, is_inverse
-        self._is_alone = False
+        self._is_alone, self._products = False, Products()
+        self._at_last = dict[str, Callable[[Any], Tensor]]()
+        self._has_factors = any(site.num_factors for site in sites.values())
         self.found: dict[str, Tensor] = {}  #: the result, u or x, by site
         self.values: dict[str, Tensor] = {}
         #: log-determinants by site, of its batch shape: of the map from x to u, and from u to the value
         self.ladjs: dict[str, Tensor] = {}
         self.bijection_ladjs: dict[str, Tensor] = {}
+        self.log_probs: dict[str, Tensor] = {}  #: log densities of latents with factors, the same
+        self.priors: dict[str, LocScale] = {}  #: of latents with pseudo-data, factors included
+
+    def __enter__(self) -> Any:
+        if self._has_factors:
+            self._products.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        if self._has_factors:
+            self._products.__exit__(*error)
+            if error[0] is None and (left := self.sites.keys() - self.found.keys()):
+                raise OtherUseError(f"sites {sorted(left)}: {OtherUseError.words}")
+        return super().__exit__(*error)
 
     def run_alone(self, model: Callable[[], object]) -> "PriorMap":
         """Runs a model up to its last mapped latent, hiding all but parameters from outer handlers."""
@@ -169,34 +214,71 @@ class PriorMap(Messenger):
                 message["value"], message["is_observed"] = self._given[name], True
         if name not in self.sites or message["is_observed"]:
             return
-        centered, unit, with_location, bijection = self.sites[name]
-        given, prior = self._given[name], PriorScale.of(message["fn"])
+        site, prior = self.sites[name], PriorScale.of(message["fn"])
         if prior is None:
             raise TypeError(
                 f"site '{name}': expected a prior with a location and a scale, as when the guide was "
                 f"set up, got {type(message['fn']).__name__}: make the guide with coordinates='model'"
             )
-        if not with_location:
+        if not site.with_location:
             prior = prior._replace(loc=torch.zeros_like(prior.loc), shape=None)
-        log_prob = None
-        if self._is_inverse:
-            u, lambda_ = given, torch.zeros_like(unit) if centered is None else centered
-            self.found[name], ladj = prior.coordinates(u, lambda_, unit)
-        else:
-            u, ladj, log_prob = prior.unconstrained(given, centered, unit)
-            self.found[name] = u
-        message["value"] = self.values[name] = value = bijection(u)
         event_dim = message["fn"].event_dim
-        batch_dim = value.dim() - event_dim
-        of_value = bijection.log_abs_det_jacobian(u, value)
-        self.ladjs[name] = sum_rightmost(ladj, ladj.dim() - batch_dim)
-        self.bijection_ladjs[name] = of_value = sum_rightmost(of_value, of_value.dim() - batch_dim)
+        if site.num_factors:
+            value = self._given[name].view_as(self._given[name])  # a tensor of its own
+            self._at_last[name] = partial(self._multiplied, name, prior, event_dim)
+            log_prob = torch.zeros_like(sum_rightmost(value, event_dim))
+        else:
+            _, of_u = self._map(name, prior, event_dim)
+            message["value"] = value = self.values[name]
+            if of_u is None or not site.with_location:
+                return
+            log_prob = of_u - self.bijection_ladjs[name]
+        message["value"], message["fn"] = value, dist.Delta(value, log_prob, event_dim)
+
+    def _pyro_post_sample(self, message: Any) -> None:
+        # what follows are uses of the model
+        if (at_last := self._at_last.pop(message["name"], None)) is not None:
+            num_factors = self.sites[message["name"]].num_factors
+            self._products.follow(message["value"], num_factors, at_last)
+
+    def _multiplied(self, name: str, prior: PriorScale, event_dim: int, factor: Any) -> Tensor:
+        """Maps a latent once all its factors are known; returns its product with them."""
+        u, log_prob = self._map(name, prior, event_dim, factor)
+        if log_prob is not None:
+            self.log_probs[name] = log_prob
+        return u * factor
+
+    def _map(
+        self, name: str, prior: PriorScale, event_dim: int, factor: Any = 1.0
+    ) -> tuple[Tensor, Tensor | None]:
+        """Maps a latent and keeps the results; returns u and, where computed, its log density."""
+        site, given, log_prob = self.sites[name], self._given[name], None
+        pseudo_data = site.pseudo_data if type(prior) is PriorScale else None
+        if pseudo_data is not None:
+            self.priors[name] = LocScale(prior.loc * factor, prior.scale * factor)
+        if self._is_inverse:
+            lambda_ = torch.zeros_like(site.unit) if site.centered is None else site.centered
+            found, ladj = prior.coordinates(given, lambda_, site.unit)
+            u = given
+            if pseudo_data is not None:
+                found, of_residual = pseudo_data.inverse(found, self.priors[name])
+                ladj = ladj + of_residual
+        else:
+            of_residual = torch.zeros_like(given)
+            if pseudo_data is not None:
+                given, of_residual = pseudo_data.residual(given, self.priors[name])
+            u, ladj, log_prob = prior.unconstrained(given, site.centered, site.unit)
+            found, ladj = u, ladj if pseudo_data is None else ladj + of_residual
+        self.found[name], self.values[name] = found, (value := site.bijection(u))
+        num_summed = event_dim - value.dim() + u.dim()
+        of_value = site.bijection.log_abs_det_jacobian(u, value)
+        self.ladjs[name] = sum_rightmost(ladj, num_summed)
+        self.bijection_ladjs[name] = sum_rightmost(
+            of_value, of_value.dim() - value.dim() + event_dim
+        )
         if self._is_alone and len(self.found) == len(self.sites):
             raise AllMapped
-        if log_prob is not None and with_location:
-            log_prob = log_prob.expand_as(u)
-            log_prob = sum_rightmost(log_prob, log_prob.dim() - batch_dim) - of_value
-            message["fn"] = dist.Delta(value, log_prob, event_dim)
+        return u, None if log_prob is None else sum_rightmost(log_prob.expand_as(u), num_summed)
 
 
 def map_draws(
@@ -210,7 +292,8 @@ def map_draws(
 ) -> dict[str, Tensor]:
     """Maps draws "z" from coordinates to the unconstrained space, or back, in the form of ``evaluate_many``.
 
-    :return: "z", and as "total" the log-determinant of the map from coordinates to the unconstrained space.
+    :return: "z"; as "total" the log-determinant of the map from coordinates to the unconstrained space; "loc"
+        and "scale" of priors, zero for latents without pseudo-data.
     """
     z, plate = draws["z"], DrawPlate(size, num_plates)
     values, _ = latents.constrain_with_ladj(z, sites)
@@ -218,5 +301,16 @@ def map_draws(
     parts = latents.split(z)
     for name, part in prior.found.items():
         parts[name] = part.reshape(parts[name].shape)
-    found = torch.cat([part.reshape((*z.shape[:-1], -1)) for part in parts.values()], -1)
-    return {"z": found, "total": plate.total(prior.ladjs, z.new_zeros(z.shape[:-1]))}
+    priors = {}
+    for key in LocScale._fields:
+        views = latents.split(torch.zeros_like(z))
+        for name, both in prior.priors.items():
+            part = getattr(both, key).expand_as(prior.found[name])
+            views[name] = part.reshape(views[name].shape)
+        priors[key] = _joined(views, z)
+    total = plate.total(prior.ladjs, z.new_zeros(z.shape[:-1]))
+    return {"z": _joined(parts, z), "total": total, **priors}
+
+
+def _joined(parts: Mapping[str, Tensor], z: Tensor) -> Tensor:
+    return torch.cat([part.reshape((*z.shape[:-1], -1)) for part in parts.values()], -1)

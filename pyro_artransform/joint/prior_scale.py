@@ -154,12 +154,20 @@ def _unwrapped(fn: Any) -> tuple[Any, type | None]:
 
 def is_identity_or_exp(bijection: Any) -> bool:
     """Whether a bijection is torch's own onto the real or the positive numbers."""
+    return _parts_of(bijection) in ([], [ExpTransform])
+
+
+def is_identity(bijection: Any) -> bool:
+    """Whether a bijection is torch's own onto the real numbers."""
+    return not _parts_of(bijection)
+
+
+def _parts_of(bijection: Any) -> list[Any]:
     while type(bijection) is IndependentTransform:
         bijection = bijection.base_transform
     parts = bijection.parts if type(bijection) is ComposeTransform else [bijection]
     # torch adds the bound, 0, after the exponential
-    kinds = [type(part) for part in parts if type(part) is not AffineTransform or part.loc != 0]
-    return kinds in ([], [ExpTransform])
+    return [type(part) for part in parts if type(part) is not AffineTransform or part.loc != 0]
 
 
 #: a latent u, the log-determinant of the map to it, and its log density where that is computed, elementwise

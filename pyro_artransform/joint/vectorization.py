@@ -146,8 +146,9 @@ def draws_at_a_time(num_values: float) -> int:
 
 
 def stack(rows: list[Terms]) -> Terms:
-    """Stacks the terms of single draws."""
-    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+    """Stacks the terms that all single draws have."""
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: torch.stack([row[name] for row in rows]) for name in names}
 
 
 class Choice(NamedTuple):

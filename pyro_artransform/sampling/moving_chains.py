@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..joint import LogJoint
-from ..joint.coordinates import with_strong_data_centered
+from ..joint.coordinates import with_pseudo_data
 from ..joint.prior_map import Coordinates
+from ..joint.vectorization import tolerance
 from ..time_limit import limited
 from .adaptation import StepSize, TrajectoryLength
 from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, Field
@@ -20,9 +21,10 @@ from .starts import climb, far_apart, latin_hypercube, overdispersed
 from .target import PulledBack, State, ToLatent, identity
 from .trajectories import Info, integrator_of, trajectory
 
-# trajectories in each warm-up round; the rounds after which coordinates for a field are tried; the round
-# after which these are refitted, or elements with strong data are centred
-_WARM_UP, _FIELD_AFTER, _CENTERED_AFTER = (8, 12, 20, 30, 10, 8), (1, 2), 3
+# trajectories in each warm-up round; the rounds after which coordinates for a field are tried, and the one
+# after which these are refitted; the rounds after which pseudo-data are
+_WARM_UP, _FIELD_AFTER, _REFIT_AFTER = (8, 12, 20, 30, 10, 8), (1, 2), 3
+_PSEUDO_DATA_AFTER = (1, 2, 3)
 # Fisher divergence above which a field is looked for (in benchmarks/chains.md 0.4 for a linear state space
 # model, which is faster without, and 1.3 for stochastic volatility)
 _FAR = 0.5
@@ -123,18 +125,24 @@ class MovingChains:
                 return
             if index < len(_WARM_UP) - 1:
                 self._learn(self._rejoined(states))
-            if index in _FIELD_AFTER and self.to_latent is None:
+            if self.to_latent is not None:
+                continue
+            if index in _FIELD_AFTER:
                 self._try_field(states)
-            if index == _CENTERED_AFTER and self.to_latent is None:
-                if self._target.to_latent is not identity:
+            if self._target.to_latent is not identity:
+                if index == _REFIT_AFTER:
                     self._transform_field(states)  # refit at draws closer to the posterior
-                elif self._center(states):
-                    self._adapt(number, 4 * _FEW_STEPS, by_chain=True)
+            elif index in _PSEUDO_DATA_AFTER and not (self._field and self._is_loop):
+                self._approximate_likelihood(states)
+
+    @property
+    def _is_loop(self) -> bool:
+        """Whether the model has so many sites that it must be a loop over them, whose runs are slow."""
+        return len(self.log_joint.latents.sites) > MOST_GLOBALS
 
     def _try_field(self, states: list[State]) -> None:
         """Looks for a field where chains are far from a Gaussian, or the model loops, and goes on in it."""
-        num_sites = len(self.log_joint.latents.sites)
-        is_wanted = num_sites > MOST_GLOBALS or _divergence(_last(states)) > _FAR
+        is_wanted = self._is_loop or _divergence(_last(states)) > _FAR
         if is_wanted and not self._has_searched:
             self._field, self._has_searched = self._find_field(), True
         if self._target.to_latent is identity:
@@ -208,13 +216,18 @@ class MovingChains:
         states = states.at(states.gradient.isfinite().all(-1))
         self._preconditioner = Preconditioner.of(states.base, states.gradient)
 
-    def _center(self, states: list[State]) -> bool:
-        """Changes to coordinates centred where data are strong; returns whether it did."""
-        gradients = torch.stack([state.gradient for state in states], 1)
-        other = with_strong_data_centered(self.log_joint, gradients, self._has_parents)
-        return other is not self.log_joint and self._go_on_in(
-            PulledBack(other, before=self._target), states
-        )
+    def _approximate_likelihood(self, states: list[State]) -> bool:
+        """Tries coordinates given pseudo-data, see ``joint.pseudo_data``; returns whether it moved."""
+        known = State.cat(states[len(states) // 2 :])
+        known = known.at(known.is_finite)
+        other = with_pseudo_data(self.log_joint, known.base, known.gradient)
+        if other is self.log_joint:
+            return False
+        if self._target.pseudo_data is None:
+            target = PulledBack(other, before=self._target)
+        else:
+            target = self._target.with_pseudo_data(other)
+        return self._go_on_in(target, states)
 
     def _find_field(self) -> tuple[LogJoint, Field] | None:
         """Finds a field, and a density in coordinates from its prior, or as the model is written.
@@ -223,6 +236,7 @@ class MovingChains:
         """
         densities, given = [self.log_joint], self.log_joint.coordinates
         if given is not None and bool(self._has_parents.any()):
+            densities = [self.log_joint.with_coordinates(given.with_pseudo_data(None))]
             centered = given.centered.masked_fill(self._has_parents, 1.0)
             other = Coordinates(centered, given.unit, given.with_location)
             densities.append(self.log_joint.with_coordinates(other))
@@ -235,33 +249,32 @@ class MovingChains:
             return False
         density, field = self._field
         settled = states[-max(len(states) // 3, 1) :]
-        latent, _ = density.from_unconstrained(self._unconstrained(settled))
+        u, _ = self.log_joint.to_unconstrained(torch.cat([state.latent for state in settled]))
+        latent, _ = density.from_unconstrained(u)
         sds = latent.std(0).clamp_min(torch.finfo(latent.dtype).tiny ** 0.5)
         try:
             fitted = ConditionalGaussian(field, density, latent, sds)
         except ValueError:  # no curvature near the draws
             return False
-        target = PulledBack(density, fitted, self._target)
-        return self._go_on_in(target, states, only_if_better=True)
+        return self._go_on_in(PulledBack(density, fitted, self._target), states)
 
-    def _unconstrained(self, states: list[State]) -> Tensor:
-        return self.log_joint.to_unconstrained(torch.cat([state.latent for state in states]))[0]
-
-    def _go_on_in(
-        self, target: PulledBack, states: list[State], only_if_better: bool = False
-    ) -> bool:
-        """Moves chains to other coordinates; returns whether it did.
-
-        :param only_if_better: whether to stay unless the new coordinates lower the Fisher divergence.
-        """
+    def _go_on_in(self, target: PulledBack, states: list[State]) -> bool:
+        """Moves chains to other coordinates if these lower the Fisher divergence; returns whether it did."""
         # lost chains have been restarted since the last of these
         states = [*_last(states), self._state]
-        latent, _ = target.log_joint.from_unconstrained(self._unconstrained(states))
-        to_latent = target.to_latent
-        if isinstance(to_latent, ConditionalGaussian):
-            latent = to_latent.inverse(latent)
-        known = target(latent)
-        if only_if_better and not _divergence([known]) < _divergence(states):
+        before = State.cat(states)
+        u, ladj = self.log_joint.to_unconstrained(before.latent)
+        latent, of_inverse = target.log_joint.from_unconstrained(u)
+        is_same = True
+        if isinstance(to_latent := target.to_latent, ConditionalGaussian):
+            known = target(to_latent.inverse(latent))
+        else:
+            known = target(latent)
+            # of u, in case that the model uses a latent otherwise than its factors say
+            change = known.log_density + of_inverse - before.log_density + ladj
+            scale = 1 + before.log_density.abs().median()
+            is_same = bool(change.abs().median() <= scale * tolerance(change))
+        if not is_same or not _divergence([known]) < _divergence(states):
             self._target.num_gradients = target.num_gradients
             return False
         self._target = target

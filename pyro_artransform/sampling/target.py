@@ -3,14 +3,16 @@
 
 """The target density of chains in a base space, and the state of chains."""
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..capture import Captured, Function
 from ..joint import LogJoint
+from ..joint.pseudo_data import PseudoData
 
 # calls before a gradient is captured for replay: chains evaluate hundreds
 _PATIENCE = 2
@@ -72,6 +74,18 @@ class PulledBack:
         if before is not None and before.log_joint is log_joint:
             self._density = before._density
 
+    def with_pseudo_data(self, log_joint: LogJoint) -> "PulledBack":
+        """The pullback of a density that has other pseudo-data, with the same captured functions."""
+        other = copy.copy(self)
+        other.log_joint = log_joint
+        return other
+
+    @property
+    def pseudo_data(self) -> PseudoData | None:
+        """The pseudo-data of the coordinates of the density, if any."""
+        given = self.log_joint.coordinates
+        return None if given is None else given.pseudo_data
+
     def _captured(self, function: Function) -> Function:
         is_loop = self.log_joint.strategy == "loop"
         return function if is_loop else Captured(function, _PATIENCE)
@@ -93,15 +107,20 @@ class PulledBack:
 
     def _evaluate(self, base: Tensor) -> tuple[Tensor, ...]:
         if self.to_latent is identity:
-            return base, *self._density(base)
+            return base, *self._density(base, *(self.pseudo_data or ()))
         latent, ladj = self._transform(base)
-        log_density, gradient = self._density(latent)
+        log_density, gradient = self._density(latent, *(self.pseudo_data or ()))
         return latent, log_density + ladj, *self._pull(base, gradient)
 
-    def _density_and_gradient(self, latent: Tensor) -> tuple[Tensor, ...]:
+    def _density_and_gradient(self, latent: Tensor, *pseudo_data: Tensor) -> tuple[Tensor, ...]:
+        log_joint = self.log_joint
+        if pseudo_data:  # an input, since others have the same captured operations
+            given: Any = log_joint.coordinates
+            given = given.with_pseudo_data(PseudoData(*pseudo_data))
+            log_joint = log_joint.with_coordinates(given)
         with torch.enable_grad():
             latent = latent.detach().requires_grad_()
-            log_density = self.log_joint(latent)
+            log_density = log_joint(latent)
             (gradient,) = torch.autograd.grad(log_density.sum(), latent)
         return log_density.detach(), gradient
 

@@ -75,8 +75,8 @@ def test_the_lower_tail_of_a_scale_with_weak_data():
     assert below == pytest.approx(0.03, abs=4 * (0.03 * 0.97 / 1000) ** 0.5)
 
 
-def test_what_strong_data_know_is_centered():
-    """Four groups of one site, and not the four others; the result is the same in a fit of each alone."""
+def test_strong_and_weak_data_of_one_site():
+    """The coordinates have the precision of each datum, and few gradients are needed."""
     errors = torch.tensor([0.02] * 4 + [3.0] * 4)
 
     def model():
@@ -91,11 +91,33 @@ def test_what_strong_data_know_is_centered():
     found = ensemble_of(model)
     found.run(400)
     assert found.end is End.ENOUGH
-    centered = found.log_joint.latents.split(found.log_joint.coordinates.centered)
-    assert centered["theta"].tolist() == [1.0] * 4 + [0.0] * 4
+    precision = found.log_joint.coordinates.pseudo_data.precision[2:]
+    assert torch.allclose(precision, errors**-2, rtol=1e-3)
+    assert found.num_gradients < 40_000  # 18,000; a million with lambda of 0
     theta = found.draws[..., 2:6].flatten(0, 1)
     assert torch.allclose(theta.mean(0), torch.tensor([-1.0, 0.0, 2.0, 1.0]), atol=0.01)
     assert torch.allclose(theta.std(0), torch.tensor(0.02), rtol=0.2)
+
+
+def test_uses_that_no_function_of_torch_shows():
+    """A scripted function hides that a latent is not only multiplied: its density says so."""
+
+    @torch.jit.script
+    def penalty(z: torch.Tensor) -> torch.Tensor:
+        return -2.0 * z.square()
+
+    def model():
+        tau = pyro.sample("tau", dist.HalfNormal(2.0))
+        with pyro.plate("groups", 4):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.factor("hidden", penalty(z))
+            pyro.sample("y", dist.Normal(tau * z, 0.1), obs=torch.tensor([-1.0, 0.0, 2.0, 1.0]))
+
+    found = ensemble_of(model)
+    assert found.log_joint.coordinates.factors == {"z": 1}
+    found.run(400)
+    assert found.end is End.ENOUGH
+    assert found.log_joint.coordinates.pseudo_data is None
 
 
 @pytest.mark.parametrize(
