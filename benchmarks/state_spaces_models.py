@@ -113,6 +113,17 @@ def stochastic_volatility(y: Tensor) -> None:
     pyro.sample("y", dist.Normal(0.0, (h / 2).exp()).to_event(1), obs=y)
 
 
+def volatility_of_returns(y: Tensor) -> None:
+    """The log volatility is a random walk about a level, and returns have heavy tails."""
+    step = pyro.sample("step", dist.Exponential(50.0))[..., None]
+    df = pyro.sample("df", dist.Exponential(0.1))[..., None]
+    level = pyro.sample("level", dist.Normal(-4.0, 2.0))[..., None]
+    h = free("h", len(y))
+    pyro.factor("first", dist.Normal(0.0, 1.0).log_prob(h[..., 0]))
+    pyro.factor("steps", dist.Normal(h[..., :-1], step).log_prob(h[..., 1:]).sum(-1))
+    pyro.sample("y", dist.StudentT(df, 0.0, (level + h).exp()).to_event(1), obs=y)
+
+
 def gaussian_process(x: Tensor, y: Tensor | None = None, num: int = 20) -> None:
     """Squared exponential: sines on (-WIDTH, WIDTH), whose weights have its spectral density."""
     amplitude = pyro.sample("amplitude", dist.LogNormal(0.0, 1.0))[..., None]
@@ -204,6 +215,11 @@ def volatility_data(rng: np.random.Generator, num: int) -> tuple[np.ndarray, ...
     return (np.exp(np.array(h) / 2) * rng.normal(size=num),)
 
 
+def return_data(rng: np.random.Generator, num: int) -> tuple[np.ndarray, ...]:
+    h = 0.04 * rng.normal(size=num).cumsum()
+    return (np.exp(h - 4.5) * rng.standard_t(6, size=num),)
+
+
 def curve_data(rng: np.random.Generator, num: int, low: float) -> tuple[np.ndarray, ...]:
     x = np.sort(rng.uniform(low, 1.0, num))
     return x, np.sin(6 * x) + 0.5 * x + 0.3 * rng.normal(size=num)
@@ -238,6 +254,7 @@ SUBJECTS: dict[str, tuple[Model, Callable[..., tuple[np.ndarray, ...]], tuple[An
     "seasonal": (seasonal, seasonal_data, (80,)),
     "AR(2) with noise": (ar2, ar2_data, (100,)),
     "stochastic volatility": (stochastic_volatility, volatility_data, (200,)),
+    "volatility of ten years": (volatility_of_returns, return_data, (2_429,)),
     "Gaussian process": (gaussian_process, curve_data, (100, -1.0)),
     "counts on a lattice": (lattice, lattice_data, (10,)),
     "regularized horseshoe": (horseshoe, sparse_data, (100,)),

@@ -121,6 +121,14 @@ def stochastic_volatility(y: Any) -> None:
     observe(0.0, jnp.exp(h / 2), y)
 
 
+def volatility_of_returns(y: Any) -> None:
+    step = numpyro.sample("step", dist.Exponential(50.0))
+    df = numpyro.sample("df", dist.Exponential(0.1))
+    level = numpyro.sample("level", dist.Normal(-4.0, 2.0))
+    h = numpyro.deterministic("h", walk("h", len(y), step, 1.0))
+    numpyro.sample("y", dist.StudentT(df, 0.0, jnp.exp(level + h)).to_event(1), obs=y)
+
+
 def gaussian_process(x: Any, y: Any, num: int = 20) -> None:
     amplitude, length = log_normal("amplitude", 0.0), log_normal("length", -1.0, 0.5)
     noise = log_normal("noise", -1.0)
@@ -174,6 +182,7 @@ def garch(y: Any) -> None:
 
 MODELS = (
     *(local_level, local_level_at_once, local_linear_trend, local_linear_trend_at_once),
-    *(seasonal, ar2, stochastic_volatility, gaussian_process, lattice, horseshoe, spline, garch),
+    *(seasonal, ar2, stochastic_volatility, volatility_of_returns, gaussian_process, lattice),
+    *(horseshoe, spline, garch),
 )
 PEERS: dict[str, Model] = {model.__name__: model for model in MODELS}
