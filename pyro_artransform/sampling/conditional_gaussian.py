@@ -17,10 +17,10 @@ of the graph, a latent is normal given its parents,
 
     x_i = c_i + \sum_j A_{ij} (x_j - c_j) + s_i (d_i + e_i)
 
-with c constant or linear in g. Chains are exact in any coordinates, so the A, log s and d may be approximate:
-they are interpolated in g between some draws, and cost little compared with the density. Where a scale
-vanishes, s vanishes with it, and A and d converge, so that e keeps its meaning. Where an intercept moves all
-of a long field, c moves with it: otherwise the errors of all d would add up.
+with c constant or linear in an intercept. Chains are exact in any coordinates, so the A, log s and d may be
+approximate: they are interpolated in g between some draws, and cost little compared with the density. Where a
+scale vanishes, s vanishes with it, and A and d converge, so that e keeps its meaning. Where an intercept moves
+all of a long field, c moves with it: otherwise the errors of all d would add up.
 
 **References**
 
@@ -43,6 +43,7 @@ from ..graphs.dependencies import find_dependencies, value_and_gradient
 from ..graphs.markov_graph import MarkovGraph, color_columns
 from ..graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ..joint import LogJoint
+from ..joint.prior_scale import is_identity
 
 # fewest dimensions for a field; most globals, levels, and parents on average
 _LEAST_DIM, MOST_GLOBALS, _MOST_LEVELS, _MOST_PARENTS = 50, 16, 16, 8
@@ -67,6 +68,7 @@ class Field(NamedTuple):
         last.
     :param color: colour of each coordinate of the pattern; columns of one colour share no row.
     :param is_edge: which entries of the pattern are not fill-in, shape ``(num_entries,)``.
+    :param real: indices of globals on the whole real line, such as an intercept.
     """
 
     of_globals: Tensor
@@ -77,6 +79,7 @@ class Field(NamedTuple):
     pattern: PrecisionPattern
     color: Tensor
     is_edge: Tensor
+    real: list[int]
 
     @classmethod
     def of(cls, log_joint: LogJoint) -> "Field | None":
@@ -113,8 +116,11 @@ class Field(NamedTuple):
         place = torch.cat([ordered.argsort(), ordered.new_zeros(1)])
         pairs = pattern.pairs().T.tolist()
         is_edge = [i == j or j in graph.neighbours[i] for i, j in pairs]
+        of_globals = is_hub.nonzero()[:, 0]
+        of_sites = ((is_identity(site.bijection), site.size) for site in latents.sites.values())
+        is_real = [is_one for is_one, size in of_sites for _ in range(size)]
         return cls(
-            of_globals=is_hub.nonzero()[:, 0],
+            of_globals=of_globals,
             of_field=of_field[ordered],
             order=ordered,
             sizes=level.bincount()[1:].tolist(),
@@ -122,6 +128,7 @@ class Field(NamedTuple):
             pattern=pattern,
             color=graph.coloring.on(start.device),
             is_edge=torch.tensor(is_edge, dtype=torch.bool, device=start.device),
+            real=[k for k, i in enumerate(of_globals.tolist()) if is_real[i]],
         )
 
     @property
@@ -205,7 +212,7 @@ class ConditionalGaussian:
         self._weights = self._interpolation(torch.cat([shifts, numbers], 1))
 
     def _choose_center(self, modes: Tensor, parts: tuple[Tensor, Tensor, list[Tensor]]) -> Tensor:
-        """Chooses the centre, the mode at a knot that may move with globals; returns shifts ``(K, N)``.
+        """Chooses the centre, the mode at a knot that may move with intercepts; returns shifts ``(K, N)``.
 
         Where a scale vanishes, shifts are bounded only around modes that are as smooth.
         """
@@ -215,7 +222,7 @@ class ConditionalGaussian:
         self._center, self._at, shifts = modes[best], self._knots[best], by_center[best]
         slopes = (torch.linalg.pinv(torch.cat([ones, self._knots], 1)) @ modes)[1:].T
         self._slopes = torch.zeros_like(slopes)
-        for k in range(slopes.shape[1]):
+        for k in self._field.real:
             before = self._slopes
             self._slopes = before.clone()
             self._slopes[:, k] = slopes[:, k]
