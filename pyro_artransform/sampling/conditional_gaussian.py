@@ -18,9 +18,9 @@ of the graph, a latent is normal given its parents,
     x_i = c_i + \sum_j A_{ij} (x_j - c_j) + s_i (d_i + e_i)
 
 with c constant or linear in an intercept. Chains are exact in any coordinates, so the A, log s and d may be
-approximate: they are interpolated in g between some draws, and cost little compared with the density. Where a
-scale vanishes, s vanishes with it, and A and d converge, so that e keeps its meaning. Where an intercept moves
-all of a long field, c moves with it: otherwise the errors of all d would add up.
+approximate: they are interpolated in g between some draws, and cost little compared with the density. Where
+a scale vanishes, s vanishes with it, and A and d converge, so that e keeps its meaning. Where an intercept
+moves all of a long field, c moves with it: otherwise the errors of all d would add up.
 
 **References**
 
