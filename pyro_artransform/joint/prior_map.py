@@ -75,8 +75,7 @@ class Coordinates(nn.Module):
     :param centered: lambda, shape ``(latent_dim,)``, between 0 and 1; 1 for all other latents.
     :param unit: the approximate scale of each prior, positive, same shape.
     :param with_location: flags by site, see :class:`SiteCoordinates`.
-    :param factors: the number of factors of each latent that the model multiplies by others, see
-        :mod:`~pyro_artransform.joint.factors`.
+    :param factors: by how many factors the model multiplies a latent before any other use, by site.
     :param pseudo_data: normal approximations of the likelihood for lambda of zero, of chains only.
     """
 
