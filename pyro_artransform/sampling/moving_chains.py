@@ -132,12 +132,15 @@ class MovingChains:
             if self._target.to_latent is not identity:
                 if index == _REFIT_AFTER:
                     self._transform_field(states)  # refit at draws closer to the posterior
-            elif index in _PSEUDO_DATA_AFTER and not (self._field and self._is_loop):
+            elif index in _PSEUDO_DATA_AFTER and not self._is_loop:
                 self._approximate_likelihood(states)
 
     @property
     def _is_loop(self) -> bool:
-        """Whether the model has so many sites that it must be a loop over them, whose runs are slow."""
+        """Whether the model has so many sites that it must be a loop over them.
+
+        Its states are sums or scans in coordinates of the prior; with pseudo-data gradients take longer.
+        """
         return len(self.log_joint.latents.sites) > MOST_GLOBALS
 
     def _try_field(self, states: list[State]) -> None:
