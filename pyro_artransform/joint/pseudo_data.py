@@ -79,7 +79,7 @@ class PseudoData(NamedTuple):
         # the gradient of the log-likelihood by z
         slope = gradients * (1 + self.precision * scale.square()).sqrt() + z
         u, tiny = loc + scale * z, torch.finfo(e.dtype).tiny
-        precision, shift = self
+        precision = self.precision
         for _ in range(_NUM_ITERATIONS):
             weight = 1 / (1 + precision * scale.square())
             total = (weight * scale.square()).sum(0).clamp_min(tiny)
@@ -94,5 +94,5 @@ class PseudoData(NamedTuple):
             ridge = (weight * error.square()).mean(0) / common.clamp_min(tiny).square()
             precision = (change + ridge * common) / (spread + ridge)
             precision = precision.clamp_min(0.0).nan_to_num(0.0, 0.0, 0.0)
-            shift = (level + precision * mean).nan_to_num(0.0, 0.0, 0.0)
+        shift = (level + precision * mean).nan_to_num(0.0, 0.0, 0.0)
         return PseudoData(precision, torch.where(precision > 0, shift, 0.0))

@@ -239,7 +239,8 @@ class MovingChains:
         """
         densities, given = [self.log_joint], self.log_joint.coordinates
         if given is not None and bool(self._has_parents.any()):
-            densities = [self.log_joint.with_coordinates(given.with_pseudo_data(None))]
+            if given.pseudo_data is not None:  # otherwise the captured density is shared
+                densities = [self.log_joint.with_coordinates(given.with_pseudo_data(None))]
             centered = given.centered.masked_fill(self._has_parents, 1.0)
             other = Coordinates(centered, given.unit, given.with_location)
             densities.append(self.log_joint.with_coordinates(other))
