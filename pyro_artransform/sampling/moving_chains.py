@@ -219,18 +219,18 @@ class MovingChains:
         states = states.at(states.gradient.isfinite().all(-1))
         self._preconditioner = Preconditioner.of(states.base, states.gradient)
 
-    def _approximate_likelihood(self, states: list[State]) -> bool:
-        """Tries coordinates given pseudo-data, see ``joint.pseudo_data``; returns whether it moved."""
+    def _approximate_likelihood(self, states: list[State]) -> None:
+        """Tries coordinates given pseudo-data, see ``joint.pseudo_data``."""
         known = State.cat(states[len(states) // 2 :])
         known = known.at(known.is_finite)
         other = with_pseudo_data(self.log_joint, known.base, known.gradient)
         if other is self.log_joint:
-            return False
+            return
         if self._target.pseudo_data is None:
             target = PulledBack(other, before=self._target)
         else:
             target = self._target.with_pseudo_data(other)
-        return self._go_on_in(target, states)
+        self._go_on_in(target, states)
 
     def _find_field(self) -> tuple[LogJoint, Field] | None:
         """Finds a field, and a density in coordinates from its prior, or as the model is written.
@@ -247,10 +247,10 @@ class MovingChains:
         found = ((density, Field.of(density)) for density in densities)
         return next(((density, field) for density, field in found if field is not None), None)
 
-    def _transform_field(self, states: list[State]) -> bool:
-        """Tries coordinates in which a field is nearly normal given its globals; returns whether it moved."""
+    def _transform_field(self, states: list[State]) -> None:
+        """Tries coordinates in which a field is nearly normal given its globals."""
         if self._field is None:
-            return False
+            return
         density, field = self._field
         settled = states[-max(len(states) // 3, 1) :]
         u, _ = self.log_joint.to_unconstrained(torch.cat([state.latent for state in settled]))
@@ -259,11 +259,11 @@ class MovingChains:
         try:
             fitted = ConditionalGaussian(field, density, latent, sds)
         except ValueError:  # no curvature near the draws
-            return False
-        return self._go_on_in(PulledBack(density, fitted, self._target), states)
+            return
+        self._go_on_in(PulledBack(density, fitted, self._target), states)
 
-    def _go_on_in(self, target: PulledBack, states: list[State]) -> bool:
-        """Moves chains to other coordinates if these lower the Fisher divergence; returns whether it did."""
+    def _go_on_in(self, target: PulledBack, states: list[State]) -> None:
+        """Moves chains to other coordinates if these lower the Fisher divergence."""
         # lost chains have been restarted since the last of these
         states = [*_last(states), self._state]
         before = State.cat(states)
@@ -280,12 +280,11 @@ class MovingChains:
             is_same = bool(change.abs().median() <= scale * tolerance(change))
         if not is_same or not _divergence([known]) < _divergence(states):
             self._target.num_gradients = target.num_gradients
-            return False
+            return
         self._target = target
         count = len(latent)
         self._state = known.at(torch.arange(count - self.num_chains, count, device=latent.device))
         self._learn(known)
-        return True
 
 
 def _last(states: list[State]) -> list[State]:
