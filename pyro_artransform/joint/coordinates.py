@@ -165,7 +165,7 @@ def coordinates_at(
     is_sound, second = _second_derivatives(unit, x, together)
     if len(u) == 1 and not is_sound:
         (point,) = u
-        if (other := log_joint.or_origin(point)) is not point:
+        if (other := log_joint.or_usable(point)) is not point:
             return coordinates_at(log_joint, mapped, other[None], together)
     centered = _centered(unit.coordinates.centered.detach(), -second)
     return Coordinates(centered, log_joint.prior_scales(u.mean(0)), mapped.with_location)
@@ -270,7 +270,7 @@ class ModelPrior:
         log_joint, given = self.log_joint, cast(Coordinates, self.coordinates)
         with torch.random.fork_rng(devices=[]), poutine.block():
             if isinstance(self.asked, Mapping):
-                given.set_(given.centered, log_joint.prior_scales(log_joint.or_origin(start)))
+                given.set_(given.centered, log_joint.prior_scales(log_joint.or_usable(start)))
                 self.center_as_asked(log_joint.latents)
             else:
                 found = coordinates_at(log_joint, given, start[None], together)

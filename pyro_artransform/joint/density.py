@@ -62,6 +62,8 @@ CACHED = 16
 # strategies are compared near the start and far away on either side, on one side scaled by the prior; at more
 # points near the start if the density is not finite there
 _FAR = 2.5
+# half-widths of the uniform distributions on the unconstrained space from which other starts are drawn
+_HALF_WIDTHS = (0.0, *(0.5,) * 5, *(2.0,) * 15)
 #: maximum number of cached structures, as batches bring arguments of ever new shapes
 MOST_SIGNATURES = 64
 
@@ -81,8 +83,8 @@ class LogJoint:
     first run is validated if the user has validation on.
 
     :param model: a Pyro model, with its arguments ``args`` and ``kwargs``.
-    :param init_loc_fn: Pyro's initialization for the first run; medians of vague priors give way to the
-        origin.
+    :param init_loc_fn: Pyro's initialization for the first run; where the density is of no use there,
+        other points are tried, see :meth:`or_usable`.
     :param traces: two earlier runs: one at the start, in which data may be hidden, and one elsewhere that
         drew no random numbers. Strategies are then compared only at the first call with many draws.
     :raises ValueError: if a latent is discrete and not enumerated, there is no latent, or Pyro's validation
@@ -128,7 +130,7 @@ class LogJoint:
         self._nodes = [{n["name"]: n for n in latent_nodes(t)} for t in traces or (first,)]
         # computed once and shared by all copies
         self._choice: Callable[[], Choice] = lru_cache(maxsize=1)(self._choose)
-        start = partial(self.or_origin, self._first)
+        start = partial(self.or_usable, self._first)
         self._find_start: Callable[[], Tensor] = lru_cache(maxsize=1)(start)
         self._find_mapped: Callable[[], Any] = lru_cache(maxsize=1)(self._compare_priors)
         if traces is None:
@@ -173,16 +175,32 @@ class LogJoint:
         """Why draws are evaluated one at a time; empty if they are not."""
         return self.obstacle if self.strategy == "loop" else ""
 
-    def or_origin(self, u: Tensor) -> Tensor:
-        """The start, or the origin if the density at a median start has lost precision or has no gradient."""
-        if self._init_loc_fn is init_to_median:
-            with _quietly(), suppress(Exception):
-                here, slope = value_and_gradient(self, u[None])
-                has_digits = here.abs() * torch.finfo(u.dtype).eps <= 1
-                if not bool((has_digits & slope.isfinite()).all()):
-                    there = self(torch.zeros_like(u)[None])
-                    return torch.zeros_like(u) if bool((here < there) & there.isfinite()) else u
+    def or_usable(self, u: Tensor) -> Tensor:
+        """A start, or another point where it is of no use.
+
+        Tried are the origin and points uniform in (-0.5, 0.5) and (-2, 2), as in Stan, where the density or
+        its gradient is not finite at the start, or has lost precision at a median.
+        """
+        with _quietly():
+            here, has_gradient = self._at_start(u)
+            has_digits = abs(here) * torch.finfo(u.dtype).eps <= 1
+            if has_gradient and (has_digits or self._init_loc_fn is not init_to_median):
+                return u
+            torch.manual_seed(0)
+            for half_width in _HALF_WIDTHS:
+                point = half_width * (2 * torch.rand_like(u) - 1)
+                there, has_gradient = self._at_start(point)
+                if has_gradient and not here > there:
+                    return point
         return u
+
+    def _at_start(self, u: Tensor) -> tuple[float, bool]:
+        """The density at one point, and whether density and gradient are finite there."""
+        try:
+            value, slope = value_and_gradient(self, u[None])
+        except RuntimeError:  # no gradient, which is reported elsewhere
+            return float(self(u[None])), True
+        return float(value), bool(value.isfinite() & slope.isfinite().all())
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.

@@ -167,7 +167,11 @@ def _parts_of(bijection: Any) -> list[Any]:
         bijection = bijection.base_transform
     parts = bijection.parts if type(bijection) is ComposeTransform else [bijection]
     # torch adds the bound, 0, after the exponential
-    return [type(part) for part in parts if type(part) is not AffineTransform or part.loc != 0]
+    return [type(part) for part in parts if type(part) is not AffineTransform or not _is_zero(part.loc)]
+
+
+def _is_zero(bound: Tensor | float) -> bool:
+    return bool((torch.as_tensor(bound) == 0).all())
 
 
 #: a latent u, the log-determinant of the map to it, and its log density where that is computed, elementwise

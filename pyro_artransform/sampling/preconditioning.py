@@ -26,6 +26,10 @@ _NUM_DIRECTIONS = 64
 _RIDGE = 1e-3
 #: variances within this factor of one are left at one
 _NEAR = 1.2
+# points with gradients this many times the lower quartile are left out, and so are coordinates for which the
+# sd of draws times that of gradients, one for a Gaussian, is out of bounds by this factor
+_TOO_STEEP, _TOO_UNEQUAL = 1e6, 1e4
+_QUANTILES = (0.5, 0.95)  # of the Fisher divergence
 
 
 class Preconditioner(NamedTuple):
@@ -58,11 +62,22 @@ class Preconditioner(NamedTuple):
 
     @classmethod
     def of(cls, draws: Tensor, gradients: Tensor) -> "Preconditioner":
-        """Estimates A from draws ``(n, D)`` and the gradients of the log density there, both finite."""
+        """Estimates A from draws ``(n, D)`` and the gradients of the log density there, both finite.
+
+        A is diagonal in coordinates where draws and gradients do not match, as where gradients are zero.
+        """
+        size = gradients.abs().amax(1)
+        is_steep = size > _TOO_STEEP * size.quantile(0.25)
+        draws, gradients = draws[~is_steep], gradients[~is_steep]
+        if len(draws) < 2:
+            return cls.identity(draws)
         draws, gradients = draws - draws.mean(0), gradients - gradients.mean(0)
-        tiny = torch.finfo(draws.dtype).tiny ** 0.5
-        scale = (draws.std(0).clamp_min(tiny) / gradients.std(0).clamp_min(tiny)).sqrt()
-        draws, gradients = draws / scale, gradients * scale
+        tiny = torch.finfo(draws.dtype).tiny ** 0.25
+        sd, of_gradients = (each.std(0).clamp(tiny, 1 / tiny) for each in (draws, gradients))
+        ratio = (sd * of_gradients).sqrt()
+        scale = torch.where(ratio < 1 / _TOO_UNEQUAL, sd, (sd / of_gradients).sqrt())
+        is_usable = (ratio > 1 / _TOO_UNEQUAL) & (ratio < _TOO_UNEQUAL)
+        draws, gradients = draws / scale * is_usable, gradients * scale * is_usable
         dim = draws.shape[-1]
         if dim <= min(_MOST_DIRECTIONS, len(draws)):
             basis = None
@@ -79,11 +94,11 @@ class Preconditioner(NamedTuple):
         return cls(scale, directions, variances[is_far].sqrt())
 
 
-def fisher_divergence(draws: Tensor, gradients: Tensor) -> float:
+def fisher_divergence(draws: Tensor, gradients: Tensor) -> Tensor:
     """The Fisher divergence of a density from a Gaussian, by draws and gradients ``(n, D)``.
 
     The Gaussian is the preconditioned one; the divergence, zero for a Gaussian, is per dimension, at the
-    median draw. See Estimation of Non-Normalized Statistical Models by Score Matching (Hyvärinen, 2005),
+    median draw and at the 95 % quantile, shape ``(2,)``. See Estimation of Non-Normalized Statistical Models by Score Matching (Hyvärinen, 2005),
     https://www.jmlr.org/papers/v6/hyvarinen05a.html
     """
     found = Preconditioner.of(draws, gradients)
@@ -92,7 +107,7 @@ def fisher_divergence(draws: Tensor, gradients: Tensor) -> float:
         found.transposed(gradients - gradients.mean(0)),
     )
     z = z + (z @ found.directions * (1 / found.factors - 1)) @ found.directions.T
-    return float((z + score).square().mean(1).median())
+    return (z + score).square().mean(1).quantile(z.new_tensor(_QUANTILES))
 
 
 def _covariance(values: Tensor) -> Tensor:

@@ -9,12 +9,14 @@ Some superchains thus start in the neck of a funnel, and some at its mouth.
 """
 
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..joint import LogJoint
+from ..time_limit import limited
 from .modes import NEGLIGIBLE, NEGLIGIBLE_BY_DIM
 from .preconditioning import Preconditioner
 from .target import PulledBack, State
@@ -24,8 +26,12 @@ _SPREAD = 1.3
 # Adam steps, first and last learning rate in units of the spread, and number of last steps whose points give
 # the first preconditioner
 _CLIMB, _FIRST, _SMALLEST, _LAST = 60, 0.3, 0.003, 10
-# spreads of new points, tried in turn where the density is not finite
-_SPREADS_OF_OTHERS = (1.0, 2.0, 0.5, 4.0, 0.25, 1.0, 2.0, 0.5, 0.1, 0.01)
+# a step after which the density is lower by so many nats, or not finite, is taken back, and later ones are a
+# quarter as long; largest gradient, whose square is finite
+_FALL, _STEEPEST = 1000.0, 1e15
+# Stan's initial values are uniform in (-2, 2) on the unconstrained space. Points without a finite density are
+# drawn anew: in units of the prior, from narrower uniform distributions, and near the model's start.
+_UNIFORM, _OF_PRIOR, _NARROWER, _NEAR = 2.0, (1.0, 0.5), (2.0, 0.5, 0.0), (0.1, 0.01, 0.0)
 
 
 class Starts(NamedTuple):
@@ -44,7 +50,7 @@ class Starts(NamedTuple):
 
 
 def latin_hypercube(num_points: int, like: Tensor) -> Tensor:
-    """A Latin hypercube ``(num_points, D)`` at quantiles of a wide normal distribution.
+    """A Latin hypercube ``(num_points, D)`` in (0, 1).
 
     Points of even and of odd index are each such a hypercube, too. See Sliced Latin Hypercube Designs (Qian,
     2012), https://doi.org/10.1080/01621459.2011.644132
@@ -55,62 +61,94 @@ def latin_hypercube(num_points: int, like: Tensor) -> Tensor:
     pair, is_upper = noise[0].argsort(1), (noise[1, :1] < 0.5).expand_as(noise[1]).clone()
     is_upper[1] = ~is_upper[1]
     stratum = 2 * pair + is_upper.gather(1, pair)
-    points = torch.special.ndtri((stratum + noise[2]) / (2 * size))
-    return _SPREAD * points.transpose(0, 1).flatten(0, 1)[:num_points]
+    return ((stratum + noise[2]) / (2 * size)).transpose(0, 1).flatten(0, 1)[:num_points]
+
+
+def wide_normal(num_points: int, like: Tensor) -> Tensor:
+    """A Latin hypercube ``(num_points, D)`` at quantiles of a wide normal distribution."""
+    return _SPREAD * torch.special.ndtri(latin_hypercube(num_points, like))
+
+
+def uniform(log_joint: LogJoint, num_points: int, half_width: float = _UNIFORM) -> Tensor:
+    """A Latin hypercube ``(num_points, D)`` in a cube on the unconstrained space, in the coordinates."""
+    unit = latin_hypercube(num_points, log_joint.start)
+    return log_joint.from_unconstrained(half_width * (2 * unit - 1))[0]
 
 
 @torch.no_grad()
 def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> Starts:
-    """The model's start and points spread around it, ``size`` per superchain.
+    """Points spread over the prior and the unconstrained space, and the model's start.
 
     Every other superchain is spread like the prior. The rest, of which the first begins with the model's
-    start, are spread by at most one on the unconstrained space, since a vague prior does not locate the
+    start, are uniform in (-2, 2) on the unconstrained space, since a vague prior does not locate the
     posterior. Points of a superchain share the values of held coordinates.
     """
     start, latents = log_joint.start, log_joint.latents
     num_points = num_superchains * size
-    z = latin_hypercube(num_points, start).unflatten(0, (size, num_superchains)).transpose(0, 1)
-    held = latin_hypercube(num_superchains, start)[:, None]
+    z = wide_normal(num_points, start).unflatten(0, (size, num_superchains)).transpose(0, 1)
+    held = wide_normal(num_superchains, start).repeat_interleave(size, 0)
     written = log_joint.with_coordinates(None)
     wide = written.prior_scales(written.start)
     narrow = wide.clamp_max(1.0)
     has_parents, is_scale = torch.zeros((2, *start.shape), dtype=torch.bool, device=start.device)
     if log_joint.coordinates is not None:
         is_mapped = log_joint.coordinates.centered < 1
-        wide, narrow = wide.masked_fill(is_mapped, 1.0), narrow.masked_fill(is_mapped, 1.0)
+        # a coordinate of one is a distance of one prior scale
+        narrow = torch.where(is_mapped, narrow / wide, narrow)
+        wide = wide.masked_fill(is_mapped, 1.0)
         start = torch.where(is_mapped, 0.0, start)
         parts = latents.views(has_parents), latents.views(is_scale)
         for name, depends in log_joint.mapped_sites(with_shapes=True).items():
             parts[0][name].fill_(depends)
             parts[1][name].fill_(not (depends or latents.sites[name].is_unconstrained))
     is_held = is_scale & has_parents.any()
-    is_wide = torch.arange(num_superchains, device=start.device)[:, None] % 2 == 0
-    unit = torch.where(is_wide, wide, narrow).repeat_interleave(size, 0)
-    points = start + unit * torch.where(is_held, held, z).flatten(0, 1)
+    is_wide = torch.arange(num_superchains, device=start.device).repeat_interleave(size) % 2 == 0
+    is_wide = is_wide[:, None]
+    unit = torch.where(is_wide, wide, narrow)
+    points = torch.where(is_wide, start + wide * z.flatten(0, 1), uniform(log_joint, num_points))
+    points = torch.where(is_held, start + unit * held, points)
     points[size] = log_joint.start
-    for spread in _SPREADS_OF_OTHERS:
+    for others in _others(log_joint, start, wide, num_points):
         is_bad = ~log_joint(points).isfinite()
         if not is_bad.any():
             break
-        others = start + spread * wide * latin_hypercube(num_points, start)
         points = torch.where(is_bad[:, None], others, points)
     return Starts(points, unit, is_held, has_parents)
+
+
+def _others(
+    log_joint: LogJoint, start: Tensor, wide: Tensor, num_points: int
+) -> Iterator[Tensor]:
+    """Points to replace those without a finite density, ``(num_points, D)``."""
+    for spread in _OF_PRIOR:
+        yield start + spread * wide * wide_normal(num_points, start)
+    for half_width in _NARROWER:
+        yield uniform(log_joint, num_points, half_width)
+    for spread in _NEAR:
+        yield log_joint.start + spread * wide_normal(num_points, start)
 
 
 def climb(target: PulledBack, starts: Starts) -> tuple[State, Preconditioner]:
     """Ascends from starts, short of a mode; returns the states and a first preconditioner."""
     base, unit, is_held, _ = starts
     first, second = torch.zeros_like(base), torch.zeros_like(base)
-    states = list[State]()
-    for step in range(1, _CLIMB + 1):
-        states = [*states[1 - _LAST :], target(base)]
-        gradient = (unit * states[-1].gradient).nan_to_num(0.0, 0.0, 0.0).masked_fill(is_held, 0.0)
+    states, share = list[State](), torch.ones_like(base[:, 0])
+    for step in limited(range(1, _CLIMB + 1), at_least=1):
+        state = target(base)
+        if states:
+            has_fallen = ~(state.log_density > states[-1].log_density - _FALL)
+            state = states[-1].where(has_fallen, state)
+            share = torch.where(has_fallen, share / 4, share)
+            first = first.masked_fill(has_fallen[:, None], 0.0)
+        states = [*states[1 - _LAST :], state]
+        gradient = (unit * state.gradient).nan_to_num(0.0, 0.0, 0.0).masked_fill(is_held, 0.0)
+        gradient = gradient.clamp(-_STEEPEST, _STEEPEST)
         first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient.square()
         size = (second / (1 - 0.95**step)).sqrt().clamp_min(1e-8)
-        rate = _FIRST * (_SMALLEST / _FIRST) ** (step / _CLIMB)
-        base = base + rate * unit * first / (1 - 0.9**step) / size
+        rate = _FIRST * (_SMALLEST / _FIRST) ** (step / _CLIMB) * share[:, None]
+        base = state.base + rate * unit * first / (1 - 0.9**step) / size
     known = State.cat(states)
-    known = known.at(known.is_finite)
+    known = known.at(known.is_usable)
     if len(known.base) < 2:
         return target(base), Preconditioner.identity(base)
     return target(base), Preconditioner.of(known.base, known.gradient)
@@ -124,7 +162,7 @@ def far_apart(state: State, scale: Tensor, num_superchains: int) -> Tensor:
     :param scale: the units of distances, shape ``(D,)``.
     """
     points, dim = state.base / scale, len(scale)
-    density = torch.where(state.is_finite, state.log_density, -torch.inf).unflatten(
+    density = torch.where(state.is_usable, state.log_density, -torch.inf).unflatten(
         0, (num_superchains, -1)
     )
     size, best = density.shape[1], density.amax(1, keepdim=True)

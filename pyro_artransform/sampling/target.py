@@ -16,6 +16,8 @@ from ..joint.pseudo_data import PseudoData
 
 # calls before a gradient is captured for replay: chains evaluate hundreds
 _PATIENCE = 2
+# nats below the upper quartile of the densities at which a point is of no use, and nats per dimension
+_FAR_BELOW, _FAR_BELOW_BY_DIM = 1000.0, 10.0
 
 ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
 
@@ -45,6 +47,17 @@ class State(NamedTuple):
     def is_finite(self) -> Tensor:
         """Whether chains have a finite density and gradient, shape ``(C,)``."""
         return self.log_density.isfinite() & self.gradient.isfinite().all(-1)
+
+    @property
+    def is_usable(self) -> Tensor:
+        """Whether chains are finite and not far below the upper quartile of the densities, ``(C,)``."""
+        is_finite = self.is_finite
+        if not bool(is_finite.any()):
+            return is_finite
+        most_below = _FAR_BELOW + _FAR_BELOW_BY_DIM * self.base.shape[-1]
+        return is_finite & (
+            self.log_density >= self.log_density[is_finite].quantile(0.75) - most_below
+        )
 
 
 def identity(base: Tensor) -> tuple[Tensor, Tensor]:
