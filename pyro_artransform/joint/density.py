@@ -182,15 +182,16 @@ class LogJoint:
         its gradient is not finite at the start, or has lost precision at a median.
         """
         with _quietly():
-            here, has_gradient = self._at_start(u)
+            here, is_usable = self._at_start(u)
             has_digits = abs(here) * torch.finfo(u.dtype).eps <= 1
-            if has_gradient and (has_digits or self._init_loc_fn is not init_to_median):
+            if is_usable and (has_digits or self._init_loc_fn is not init_to_median):
                 return u
+            least = here if is_usable else -math.inf
             torch.manual_seed(0)
             for half_width in _HALF_WIDTHS:
                 point = half_width * (2 * torch.rand_like(u) - 1)
-                there, has_gradient = self._at_start(point)
-                if has_gradient and not here > there:
+                there, is_usable = self._at_start(point)
+                if is_usable and there > least:
                     return point
         return u
 

@@ -50,6 +50,8 @@ _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 24, 0.01, 0.05
 _MOST_HALVED = 3
 # trajectories before chains may stop because far more would be needed, and because of divergences
 _PATIENCE, _ENOUGH_DIVERGENT = 96, 48
+# trajectories, as a multiple of those so far, above which the kernel is adapted a second time
+_FAR_MORE = 2
 
 
 class End(Enum):
@@ -71,8 +73,8 @@ class Ensemble(MovingChains):
     :param num_chains: the number of chains; by default chosen from the cost of the density.
     :param to_latent: a transform from a nearly standard normal base space, in which chains then move, to
         these coordinates; without one chains ascend from quantiles of the prior.
-    :raises ValueError: if there are fewer than 4 chains, the model subsamples its data, or too few starts
-        have a finite density.
+    :raises ValueError: if there are fewer than 4 chains, the model subsamples its data, or no start has a
+        finite density.
     """
 
     def __init__(
@@ -97,7 +99,7 @@ class Ensemble(MovingChains):
         self._slowest = torch.zeros(0, dtype=torch.long, device=log_joint.start.device)
         self.modes: Modes | None = None  #: the modes, where chains are in several
         self.left_out = 0.0  #: approximate mass of the modes that were discarded
-        self.end, self._num_halved = End.TOO_MANY, 0
+        self.end, self._num_halved, self._has_adapted_again = End.TOO_MANY, 0, False
 
     @property
     def num_trajectories(self) -> int:
@@ -200,6 +202,13 @@ class Ensemble(MovingChains):
             if worst > MODES_RHAT and self.draws.shape[1] >= _NUM_FOR_MODES and self._are_apart():
                 return End.APART
             if not self._blocks:
+                number = _BLOCK
+                continue
+            if size >= _PATIENCE and more > _FAR_MORE * size and not self._has_adapted_again:
+                # the warm-up ended before chains were in the posterior
+                self._has_adapted_again = True
+                self._forget()
+                self._warm_up()
                 number = _BLOCK
                 continue
             if size >= most or (size >= _PATIENCE and size + more > 4 * most):

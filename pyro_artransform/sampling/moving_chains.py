@@ -8,6 +8,7 @@ import math
 import torch
 from torch import Tensor
 
+from ..arguments import first_of
 from ..joint import LogJoint
 from ..joint.coordinates import with_pseudo_data
 from ..joint.prior_map import Coordinates
@@ -28,6 +29,9 @@ _PSEUDO_DATA_AFTER = (1, 2, 3)
 # factors by which other coordinates have to lower the Fisher divergence, at the median draw and at the 95 %
 # quantile; without coordinates from the prior, chains may miss the neck of a funnel (benchmarks/tails.md)
 _AT_MEDIAN, _CLEARLY = (1.0, math.inf), (0.5, 0.5)
+# a round is repeated while the density rises by more nats than this times the root of the dimension, the sd
+# of a normal log density being 0.7 times that; the maximum number of repeats
+_SETTLED, _MOST_REPEATS = 0.5, 6
 # Fisher divergence above which a field is looked for (in benchmarks/chains.md 0.4 for a linear state space
 # model, which is faster without, and 1.3 for stochastic volatility)
 _FAR = 0.5
@@ -107,14 +111,26 @@ class MovingChains:
             self._preconditioner = Preconditioner.identity(base)
         is_usable = state.is_usable
         usable = is_usable.nonzero()[:, 0]
-        if len(usable) <= size:
-            raise ValueError(
-                "expected at least 2 starting points with finite density and gradient, got "
-                f"{len(usable) // size} of {self.num_superchains}: check supports, priors and data"
-            )
+        if not len(usable):
+            raise ValueError(self._why_no_start(state.latent))
         chosen = torch.arange(self.num_chains, device=usable.device)
         others = usable[chosen // size * size % len(usable)]
         return state.at(torch.where(is_usable, chosen, others))
+
+    def _why_no_start(self, latent: Tensor) -> str:
+        """The message for a density that is not finite at any start."""
+        latents, point = self.log_joint.latents, self.log_joint.to_unconstrained(latent[:1])[0]
+        values = {k: v[0].flatten()[:4].tolist() for k, v in latents.constrain(point).items()}
+        sites = self.log_joint.nonfinite_sites(latent) or ["the gradient"]
+        hint = "Give an init_loc_fn with values at which density and gradient are finite"
+        if not latents.sites.keys() & {*sites}:
+            hint = f"The prior may exclude the data: check supports, priors and data. {hint}"
+        return (
+            "expected a starting point with finite log density and gradient, got none of "
+            f"{len(latent)}: {first_of(sites)} is not finite. Tried were the model's initial values, quantiles of "
+            "the prior, the origin of the unconstrained space and points uniform in (-2, 2) there, such as "
+            f"{first_of([f'{k} = {v}' for k, v in values.items()])}. {hint}"
+        )
 
     def _warm_up(self) -> None:
         """Adapts the kernel and the coordinates, from the starts or the current states."""
@@ -122,9 +138,15 @@ class MovingChains:
             self._state, self._has_begun = self._start(), True
         dim = self._state.base.shape[-1]
         self._step_size, self._length, self._count = StepSize(dim), TrajectoryLength(), 0
+        repeats = _MOST_REPEATS
         for index, number in enumerate(_WARM_UP):
             is_last = index >= len(_WARM_UP) - 2
-            states = self._adapt(number, _FEW_STEPS * (1 if index == 0 else 4), not is_last)
+            few = _FEW_STEPS * (1 if index == 0 else 4)
+            states = self._adapt(number, few, not is_last)
+            while index and repeats and _rise(states) > _SETTLED * dim**0.5:
+                repeats -= 1
+                self._learn(self._rejoined(states))
+                states = self._adapt(number, few, not is_last)
             if len(states) < number:
                 return
             if index < len(_WARM_UP) - 1:
@@ -300,6 +322,15 @@ class MovingChains:
 
 def _last(states: list[State]) -> list[State]:
     return states[-max(len(states) // 4, 1) :]
+
+
+def _rise(states: list[State]) -> float:
+    """The rise of the median log density from the first to the last quarter of states."""
+    first, last = (
+        torch.cat([state.log_density for state in part])
+        for part in (states[: max(len(states) // 4, 1)], _last(states))
+    )
+    return float(last.median() - first.median())
 
 
 def _divergence(states: list[State]) -> Tensor:

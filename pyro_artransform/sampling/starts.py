@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..graphs.dependencies import value_and_gradient
 from ..joint import LogJoint
 from ..time_limit import limited
 from .modes import NEGLIGIBLE, NEGLIGIBLE_BY_DIM
@@ -109,7 +110,7 @@ def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> S
     points = torch.where(is_held, start + unit * held, points)
     points[size] = log_joint.start
     for others in _others(log_joint, start, wide, num_points):
-        is_bad = ~log_joint(points).isfinite()
+        is_bad = ~value_and_gradient(log_joint, points)[1].isfinite().all(-1)
         if not is_bad.any():
             break
         points = torch.where(is_bad[:, None], others, points)
