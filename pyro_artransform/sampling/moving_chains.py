@@ -25,7 +25,7 @@ from .trajectories import Info, integrator_of, trajectory
 # trajectories in each warm-up round; the rounds after which coordinates for a field are tried, and the one
 # after which these are refitted; the rounds after which pseudo-data are
 _WARM_UP, _FIELD_AFTER, _REFIT_AFTER = (8, 12, 20, 30, 10, 8), (1, 2), 3
-_PSEUDO_DATA_AFTER = (1, 2, 3)
+_PSEUDO_DATA_AFTER, _AS_WRITTEN_AFTER = (1, 2, 3), 3
 # factors by which other coordinates have to lower the Fisher divergence, at the median draw and at the 95 %
 # quantile; without coordinates from the prior, chains may miss the neck of a funnel (benchmarks/tails.md)
 _AT_MEDIAN, _CLEARLY = (1.0, math.inf), (0.5, 0.5)
@@ -158,12 +158,10 @@ class MovingChains:
             if self._target.to_latent is not identity:
                 if index == _REFIT_AFTER:
                     self._transform_field(states)  # refit at draws closer to the posterior
+            elif index == _AS_WRITTEN_AFTER and self._go_on_as_written(states):
+                continue
             elif index in _PSEUDO_DATA_AFTER and not self._is_loop:
                 self._approximate_likelihood(states)
-            if index == _PSEUDO_DATA_AFTER[-1] and self.log_joint.coordinates is not None:
-                # a latent may be known better from the data than its prior is from other latents
-                as_written = PulledBack(self.log_joint.with_coordinates(None), before=self._target)
-                self._go_on_in(as_written, states, _CLEARLY)
 
     @property
     def _is_loop(self) -> bool:
@@ -261,6 +259,14 @@ class MovingChains:
         else:
             target = self._target.with_pseudo_data(other)
         self._go_on_in(target, states)
+
+    def _go_on_as_written(self, states: list[State]) -> bool:
+        """Tries the coordinates of the model as it is written; returns whether they are taken."""
+        if self.log_joint.coordinates is None:
+            return False
+        target = PulledBack(self.log_joint.with_coordinates(None), before=self._target)
+        self._go_on_in(target, states, _CLEARLY)
+        return self._target is target
 
     def _find_field(self) -> tuple[LogJoint, Field] | None:
         """Finds a field, and a density in coordinates from its prior, or as the model is written.
