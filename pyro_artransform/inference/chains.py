@@ -227,7 +227,7 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
         remedy = more = f"Set draws={num_samples}: without it, the chains of a fit end early"
     elif ensemble.end is not End.OUT_OF_TIME:
         more = f"Use tighter priors, or another parametrization{fewer}"
-        remedy = "Use tighter priors, another parametrization, or mcmc with a trained guide"
+        remedy = "Use tighter priors, or another parametrization"
     if not is_apart and not max_rhat <= GOOD_RHAT:
         name = latents.name_of(int(convergence.rhat.argmax()))
         yield Check.MIXING.failed(rhat=max_rhat, name=name, bound=GOOD_RHAT, remedy=remedy)

@@ -3,9 +3,8 @@
 
 """The ensemble of chains at the beginning of a fit."""
 
-from ..diagnostics.base_space import ensemble_of
 from ..diagnostics.importance_weights import ModelAndGuide
-from ..sampling import End, Ensemble
+from ..sampling import End, Ensemble, StartError
 from ..time_limit import TimeLimit
 from .chains import Chains, chains_of
 from .config import InitializationConfig
@@ -17,9 +16,9 @@ DRAWS_ARE_THERE = "the chains gave the requested draws"
 
 
 class DrawsFirst:
-    """An ensemble started from the prior and, if it does not mix, one in the trained guide's base space.
+    """An ensemble of chains before the guide is trained, and another one if parameters of the model are.
 
-    :param asked: the requested number of effective draws of each latent; 0 if they only initialize the
+    :param requested: the requested number of effective draws of each latent; 0 if they only initialize the
         guide, ``None`` for the number in the settings.
     :param trains_model: whether parameters of the model are trained. Chains before the steps then only
         initialize the guide, since they sample the posterior at the initial parameters.
@@ -28,34 +27,36 @@ class DrawsFirst:
     def __init__(
         self,
         subject: ModelAndGuide,
-        asked: int | None,
+        requested: int | None,
         limit: TimeLimit,
         config: InitializationConfig,
         trains_model: bool = False,
     ) -> None:
         self._subject, self._limit, self._trains_model = subject, limit, trains_model
-        self.is_asked, self.gives_draws = bool(asked), asked != 0
+        self.is_requested, self.gives_draws = bool(requested), requested != 0
         is_loop = subject.log_joint.strategy == "loop"
-        usual = config.num_for_start if is_loop or asked == 0 else config.num_draws
-        self._num_draws = asked or usual
-        self._most = {} if asked else {"most": config.max_trajectories}
+        usual = config.num_for_start if is_loop or requested == 0 else config.num_draws
+        self._num_draws = requested or usual
+        self._most = {"most": config.max_trajectories} if is_loop and not requested else {}
         self.ensemble: Ensemble | None = None
+        self.failure = ""  #: why no chain could start; empty if chains ran
         self._reason, self._seconds = "", 0.0
 
     def sample(self) -> str:
-        """Runs chains from the prior; returns why none are needed in the guide's base space, else empty."""
+        """Runs the chains; returns why no steps are needed, empty if they are."""
         self._limit.say("chains")
         began = self._limit.seconds
+        ensemble = from_nothing(self._subject.log_joint, self._num_draws)
         try:
-            ensemble = from_nothing(self._subject.log_joint, self._num_draws)
             ensemble.run(self._num_draws, **self._most)
-        except (RuntimeError, ValueError):  # no gradient, or too few starts with a finite density
-            if self.is_asked:
+        except StartError as error:
+            if self.is_requested:
                 raise
+            self.failure = str(error)
             return ""
         self.ensemble, self._reason = ensemble, self._limit.reason
-        self._seconds = self._limit.seconds - began
-        if self._trains_model or not self.is_asked:
+        self._seconds += self._limit.seconds - began
+        if self._trains_model or not self.is_requested:
             return ""
         return {End.ENOUGH: DRAWS_ARE_THERE, End.APART: End.APART.value}.get(ensemble.end, "")
 
@@ -65,29 +66,12 @@ class DrawsFirst:
         return self.ensemble is not None and self.ensemble.convergence().has_mixed
 
     def finish(self, status: FitStatus) -> Chains | None:
-        """Returns the draws; if chains from the prior have not mixed, runs some in the guide's base space."""
+        """Returns the draws; chains at the initial parameters of a model give way to new ones."""
         if self._trains_model:
             self.ensemble = None
-        best, reason = self.ensemble, self._reason
-        if self.is_asked and (best is None or best.end not in (End.ENOUGH, End.APART)):
-            self._limit.enter_phase(CHAINS_UNTIL)
-            self._limit.say("chains")
-            began = self._limit.seconds
-            try:
-                second = ensemble_of(self._subject, self._num_draws)
-                second.run(self._num_draws)
-            except (RuntimeError, ValueError):  # the guide has no base space, or no density there
-                if best is None:
-                    raise
-            else:
-                if best is None or _worst_rhat(second) < _worst_rhat(best):
-                    best, reason = second, self._limit.reason
-            self._seconds += self._limit.seconds - began
-        if best is None or not self.gives_draws:
+            if self.is_requested:
+                self._limit.enter_phase(CHAINS_UNTIL)
+                self.sample()
+        if self.ensemble is None or not self.gives_draws:
             return None
-        self.ensemble = best
-        return chains_of(best, self._num_draws, self._seconds, reason, status)
-
-
-def _worst_rhat(ensemble: Ensemble) -> float:
-    return float(ensemble.convergence().rhat.max())
+        return chains_of(self.ensemble, self._num_draws, self._seconds, self._reason, status)

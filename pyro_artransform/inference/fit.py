@@ -3,44 +3,27 @@
 
 """Fits a guide to a model and judges the posterior."""
 
-import inspect
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.distributions import Distribution
-from torch.utils.data import DataLoader
 
 from ..arguments import check_callable, check_integer
 from ..guides.choice import choose_guide
 from ..time_limit import TimeLimit
+from .check_call import check_call
 from .config import FitConfig
 from .loader import Batch, BatchStream
 from .parallel import open_parallel
 from .progress import alone, progress_bar, seeded
 from .result import FitResult
 from .run import judge, start, train
-from .set_up import Chooser, Function, SetUp
-
-_STEP_SIZE = ". fit chooses the step size itself; to set it, pass an optimizer as optim="
-_CHAINS = ". For the number of effective draws, use draws=; fit chooses the number and length of its chains"
-_CALLABLE = (
-    ". A callable as the second argument is taken for the guide: pass a callable argument of the model by "
-    "keyword, or the guide as guide="
-)
-# hints for the option names of other packages
-_OF_OTHERS = {
-    **dict.fromkeys(("lr", "learning_rate", "step_size"), _STEP_SIZE),
-    **dict.fromkeys(("num_samples", "num_warmup", "num_chains"), _CHAINS),
-    "num_epochs": ". Did you mean epochs=, an option of fit with a loader?",
-    "verbose": ". To hide the progress bar, use progress=False",
-}
+from .set_up import Chooser, SetUp
 
 
 def fit(
@@ -81,7 +64,7 @@ def fit(
     uses draws that were not used in training.
 
     With ``draws=n`` there are no steps unless ``num_steps`` requests them or the model has parameters. If
-    the chains do not mix, or parameters were trained, new ones run in the base space of the trained guide.
+    these were trained, new chains run at their final values.
 
     With a ``loader`` each step sees the next mini-batch. The model then needs its rows in
     ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, which scales a batch up to all data,
@@ -199,7 +182,7 @@ def fit(
     for name, count in {**positive, "draws": draws, "seed": seed}.items():
         if count is not None:
             check_integer(name, count, least=int(name in positive))
-    check_model(model, args if loader is None else None, kwargs)
+    check_call(fit, model, args if loader is None else None, kwargs)
     if callback is not None:
         check_callable("callback", callback, "a function")
     with (
@@ -228,7 +211,7 @@ def fit(
             stream=stream,
             parallel=parallel,
             limit=limit,
-            check_call=partial(check_model, model),
+            check_call=partial(check_call, fit, model),
             config=config or FitConfig(),
             num_steps=num_steps,
             num_particles=num_particles,
@@ -241,39 +224,3 @@ def fit(
         is_saved = train(set_up, training, path, callback, bar)
         bar.say("verdict")
         return judge(set_up, training, is_saved)
-
-
-def check_model(
-    model: Function, args: tuple[object, ...] | None, kwargs: Mapping[str, object]
-) -> None:
-    """Checks that a model accepts its arguments (``None`` with a loader), and none has an option's name."""
-    called = model.forward if isinstance(model, nn.Module) else model
-    try:
-        # the wrapper of a decorated model decides which arguments it accepts
-        signature = inspect.signature(called, follow_wrapped=False)
-        names = inspect.signature(called).parameters.keys()
-    except (TypeError, ValueError):
-        return
-    bound = model.keywords.keys() if isinstance(model, partial) else set()
-    parameters = inspect.signature(fit).parameters.values()
-    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    for name in sorted((names - bound) & {*options}):
-        raise ValueError(
-            f"the model has a parameter '{name}', which is also an option of fit: expected another name, or "
-            f"bind it first, as in functools.partial(model, {name}=...)"
-        )
-    if args is None:
-        return
-    if any(isinstance(value, DataLoader) for value in args):
-        raise TypeError("fit: expected the model's arguments, got a DataLoader: pass it as loader=")
-    try:
-        signature.bind(*args, **kwargs)
-    except TypeError as error:
-        hint = _CALLABLE if args and "missing" in str(error) else ""
-        for name in sorted(kwargs.keys() - names):
-            near = "".join(get_close_matches(name, options, 1))
-            hint = _OF_OTHERS.get(name, near and f". Did you mean {near}=, an option of fit?")
-        raise TypeError(
-            f"fit: expected the arguments that the model takes, {signature}, got {len(args)} by position and "
-            f"{sorted(kwargs)} by keyword ({error}){hint}"
-        ) from None

@@ -201,10 +201,13 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         training.num_skipped / max(num_steps, 1),
         training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, _ASKED),
         cut_short=cut_short,
-        has_chains=draws_first is not None and draws_first.is_asked,
+        has_chains=draws_first is not None and draws_first.is_requested,
         point_estimates=set_up.point_estimates,
         start_failed=training.start == FAILED,
         prior_only=set_up.prior_only,
+        no_chains=draws_first.failure
+        if draws_first is not None and draws_first.gives_draws
+        else "",
         no_sum=set_up.no_sum,
         missing=set_up.missing,
     )
@@ -219,7 +222,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         fields = evaluate_minibatches(subject, passed, status, elements)
     else:
         ensemble = None if draws_first is None else draws_first.ensemble
-        if draws_first is not None and draws_first.is_asked:
+        if draws_first is not None and draws_first.is_requested:
             few = min(config.evaluation.num_samples, _NUM_BESIDE_DRAWS)
             config = replace(config, evaluation=replace(config.evaluation, num_samples=few))
         fields = evaluate(subject, status, config, num_gradients, ensemble)

@@ -167,7 +167,9 @@ def _parts_of(bijection: Any) -> list[Any]:
         bijection = bijection.base_transform
     parts = bijection.parts if type(bijection) is ComposeTransform else [bijection]
     # torch adds the bound, 0, after the exponential
-    return [type(part) for part in parts if type(part) is not AffineTransform or not _is_zero(part.loc)]
+    return [
+        type(part) for part in parts if type(part) is not AffineTransform or not _is_zero(part.loc)
+    ]
 
 
 def _is_zero(bound: Tensor | float) -> bool:

@@ -5,6 +5,7 @@
 
 from .convergence import GOOD_RHAT, Convergence, nested_rhat
 from .ensemble import End, Ensemble
+from .starts import StartError
 from .target import PulledBack, State
 from .trajectories import Info, energy_bfmi
 
@@ -15,6 +16,7 @@ __all__ = [  # noqa: RUF022
     "GOOD_RHAT",
     "Info",
     "PulledBack",
+    "StartError",
     "State",
     "energy_bfmi",
     "nested_rhat",

@@ -28,7 +28,6 @@ from .conditional_gaussian import ConditionalGaussian
 from .convergence import GOOD_RHAT, Convergence, effective_draws, nested_rhat, nested_rhat_of_values
 from .modes import IndependentProposals, Modes, groups_of
 from .moving_chains import MovingChains
-from .target import ToLatent
 from .trajectories import MANY_DIVERGENT, Info, share_of_divergent
 
 #: superchains; most and fewest chains of a vectorized model; chains of a model that is looped over
@@ -71,10 +70,8 @@ class Ensemble(MovingChains):
     :param log_joint: the density, in the coordinates in which chains move.
     :param num_samples: the number of effective draws that ``run`` will be asked for, if known.
     :param num_chains: the number of chains; by default chosen from the cost of the density.
-    :param to_latent: a transform from a nearly standard normal base space, in which chains then move, to
-        these coordinates; without one chains ascend from quantiles of the prior.
-    :raises ValueError: if there are fewer than 4 chains, the model subsamples its data, or no start has a
-        finite density.
+    :raises ValueError: if there are fewer than 4 chains, or the model subsamples its data.
+    :raises StartError: by ``run``, if no start has a finite density and gradient.
     """
 
     def __init__(
@@ -82,7 +79,6 @@ class Ensemble(MovingChains):
         log_joint: LogJoint,
         num_samples: float = math.inf,
         num_chains: int | None = None,
-        to_latent: ToLatent | None = None,
     ) -> None:
         if num_chains is not None:
             check_integer("num_chains", num_chains, 4)
@@ -93,7 +89,7 @@ class Ensemble(MovingChains):
             )
         count = num_chains or _num_chains(log_joint, num_samples)
         num_superchains = next((k for k in (SUPERCHAINS, 4) if count % k == 0), count)
-        super().__init__(log_joint, count, num_superchains, to_latent)
+        super().__init__(log_joint, count, num_superchains)
         self._blocks, self._infos = list[Tensor](), list[Info]()
         self._convergence: Convergence | None = None
         self._slowest = torch.zeros(0, dtype=torch.long, device=log_joint.start.device)

@@ -154,13 +154,6 @@ class IndependentProposals:
         of_mode = dist.MultivariateStudentT(torch.full_like(share, _DEGREES), loc, scale_tril)
         return cls(dist.MixtureSameFamily(dist.Categorical(share), of_mode))
 
-    @classmethod
-    def around_origin(cls, like: Tensor) -> "IndependentProposals":
-        """Proposes in the base space of a guide, from a mixture of Student's t and Cauchy distributions."""
-        degrees, scale_tril = like.new_tensor([_DEGREES, 1.0]), torch.ones_like(like).diag()
-        around = dist.MultivariateStudentT(degrees, torch.zeros_like(like), scale_tril)
-        return cls(dist.MixtureSameFamily(dist.Categorical(torch.ones_like(degrees)), around))
-
     def step(self, target: Callable[[Tensor], State], state: State) -> State:
         """The next state of each chain, after a Metropolis-Hastings accept step."""
         # Chi2 has PyTorch's default dtype

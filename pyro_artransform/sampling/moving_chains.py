@@ -18,8 +18,8 @@ from .adaptation import StepSize, TrajectoryLength
 from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, Field
 from .modes import IndependentProposals, lost_chains
 from .preconditioning import Preconditioner, fisher_divergence
-from .starts import climb, far_apart, overdispersed, wide_normal
-from .target import PulledBack, State, ToLatent, identity
+from .starts import StartError, check_has_gradient, climb, far_apart, overdispersed
+from .target import PulledBack, State, identity
 from .trajectories import Info, integrator_of, trajectory
 
 # trajectories in each warm-up round; the rounds after which coordinates for a field are tried, and the one
@@ -43,28 +43,17 @@ _MOST_OF_LENGTH = 2.0
 _SMALLEST = 0.35
 # in warm-up a chain's step size grows by this factor when accepted, shrinks when rejected; its lower bound
 _GROWTH, _LEAST_FACTOR = 1.5, 0.01
-# maximum dimension for independent proposals in the base space of a guide
-_MOST_WITH_PROPOSALS = 200
 
 
 class MovingChains:
     """Chains of a log joint density, in superchains with a common start each.
 
     :param log_joint: the density, in the coordinates in which chains move at first.
-    :param to_latent: a transform from a nearly standard normal base space, in which chains then move, to
-        these coordinates; without one chains ascend from quantiles of the prior.
     """
 
-    def __init__(
-        self,
-        log_joint: LogJoint,
-        num_chains: int,
-        num_superchains: int,
-        to_latent: ToLatent | None = None,
-    ) -> None:
+    def __init__(self, log_joint: LogJoint, num_chains: int, num_superchains: int) -> None:
         self.num_chains, self.num_superchains = num_chains, num_superchains
-        self.to_latent = to_latent
-        self._target = PulledBack(log_joint, to_latent or identity)
+        self._target = PulledBack(log_joint)
         dim = log_joint.latents.latent_dim
         self._integrator, self._step_size = integrator_of(dim), StepSize(dim)
         self._state: State
@@ -73,8 +62,6 @@ class MovingChains:
         self._has_searched = False  # for a field
         self.num_begun_anew = 0  #: number of lost chains restarted at others
         self._proposals: IndependentProposals | None = None
-        if to_latent is not None and dim <= _MOST_WITH_PROPOSALS:
-            self._proposals = IndependentProposals.around_origin(log_joint.start)
 
     @property
     def log_joint(self) -> LogJoint:
@@ -98,21 +85,17 @@ class MovingChains:
     def _start(self) -> State:
         """Places chains at the starts of their superchains, and makes the first preconditioner."""
         size = self.num_chains // self.num_superchains
-        if self.to_latent is None:
-            # as many points as chains, so that one captured gradient serves both
-            starts = overdispersed(self.log_joint, self.num_superchains, size)
-            self._has_parents = starts.has_parents
-            state, self._preconditioner = climb(self._target, starts)
-            chosen = far_apart(state, self._preconditioner.scale, self.num_superchains)
-            state = state.at(chosen.repeat_interleave(size))
-        else:
-            base = wide_normal(self.num_superchains, self.log_joint.start)
-            state = self._target(base.repeat_interleave(size, 0))
-            self._preconditioner = Preconditioner.identity(base)
+        check_has_gradient(self.log_joint)
+        # as many points as chains, so that one captured gradient serves both
+        starts = overdispersed(self.log_joint, self.num_superchains, size)
+        self._has_parents = starts.has_parents
+        state, self._preconditioner = climb(self._target, starts)
+        chosen = far_apart(state, self._preconditioner.scale, self.num_superchains)
+        state = state.at(chosen.repeat_interleave(size))
         is_usable = state.is_usable
         usable = is_usable.nonzero()[:, 0]
         if not len(usable):
-            raise ValueError(self._why_no_start(state.latent))
+            raise StartError(self._why_no_start(state.latent))
         chosen = torch.arange(self.num_chains, device=usable.device)
         others = usable[chosen // size * size % len(usable)]
         return state.at(torch.where(is_usable, chosen, others))
@@ -151,8 +134,6 @@ class MovingChains:
                 return
             if index < len(_WARM_UP) - 1:
                 self._learn(self._rejoined(states))
-            if self.to_latent is not None:
-                continue
             if index in _FIELD_AFTER:
                 self._try_field(states)
             if self._target.to_latent is not identity:

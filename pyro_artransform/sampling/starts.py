@@ -50,6 +50,22 @@ class Starts(NamedTuple):
     has_parents: Tensor
 
 
+class StartError(ValueError):
+    """No chain can start: no start has a finite density and gradient."""
+
+
+def check_has_gradient(density: LogJoint) -> None:
+    """Raises a ``StartError`` if no gradient of a density reaches its latents."""
+    z = density.start[None].detach().requires_grad_()
+    with torch.enable_grad():
+        value = density(z).sum()
+    if not value.requires_grad or torch.autograd.grad(value, z, allow_unused=True)[0] is None:
+        raise StartError(
+            "expected a log density with a gradient with respect to the latents, got one without: does the "
+            "model use torch.no_grad, or detach them?"
+        )
+
+
 def latin_hypercube(num_points: int, like: Tensor) -> Tensor:
     """A Latin hypercube ``(num_points, D)`` in (0, 1).
 
@@ -117,9 +133,7 @@ def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> S
     return Starts(points, unit, is_held, has_parents)
 
 
-def _others(
-    log_joint: LogJoint, start: Tensor, wide: Tensor, num_points: int
-) -> Iterator[Tensor]:
+def _others(log_joint: LogJoint, start: Tensor, wide: Tensor, num_points: int) -> Iterator[Tensor]:
     """Points to replace those without a finite density, ``(num_points, D)``."""
     for spread in _OF_PRIOR:
         yield start + spread * wide * wide_normal(num_points, start)

@@ -52,6 +52,7 @@ class Check(Enum):
         CORNER,
     )
     # of guides
+    NO_CHAINS = ("the guide was not checked by chains, since none could start: {reason}", "")
     CUT_SHORT = ("{reason}", "{remedy}")
     SKIPPED = (
         "{percent:.0f} % of the steps were skipped, since the loss or its gradient was not finite: "

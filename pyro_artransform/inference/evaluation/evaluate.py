@@ -111,16 +111,14 @@ def evaluate(
 def lost_modes(ensemble: Ensemble, draws: Tensor) -> LostModes:
     """Finds modes of an ensemble in which a guide has almost no unconstrained ``draws``, ``(n, D)``."""
     modes, is_mixed = ensemble.modes, ensemble.convergence().has_mixed
-    # chains in the base space of a guide start near it
-    was_searched = ensemble.to_latent is None
     if modes is None:
-        had_time = was_searched and ensemble.end is not End.OUT_OF_TIME
+        had_time = ensemble.end is not End.OUT_OF_TIME
         rhat = float(ensemble.convergence().rhat.max()) if had_time else 1.0
-        return LostModes(was_searched=is_mixed and was_searched, rhat=rhat)
+        return LostModes(was_searched=is_mixed, rhat=rhat)
     # before mixing, the chains' shares of modes are wrong, and those of Gaussians are only approximate
     share = modes.shares_of(ensemble.draws.flatten(0, 1)) if is_mixed else modes.share
     is_lost = (share > _MIN_SHARE) & (modes.shares_of(draws) < _MIN_PART * share)
-    return LostModes(float(share[is_lost].sum()), int(is_lost.sum()), was_searched)
+    return LostModes(float(share[is_lost].sum()), int(is_lost.sum()), was_searched=True)
 
 
 def evaluate_minibatches(

@@ -54,6 +54,7 @@ class FitStatus(NamedTuple):
     start_failed: bool = False  #: whether initialization failed and left the guide unchanged
     #: the check that the density of mini-batches is a sum over rows, if it failed; ``None`` if not known
     no_sum: tuple[FailedCheck, ...] | None = ()
+    no_chains: str = ""  #: why no chain could start, although chains were wanted; else empty
     prior_only: str = ""  #: a sentence on why the posterior is the prior; empty if it is not
 
 
@@ -84,6 +85,8 @@ def judge(
     :param praise: the sentence if no check failed; by default it is about the weights.
     """
     failed = [*about_draws(status), *(status.no_sum or ())]
+    if status.no_chains:
+        failed.insert(0, Check.NO_CHAINS.failed(reason=status.no_chains))
     if status.skipped_share > _MOST_SKIPPED:
         failed.insert(0, Check.SKIPPED.failed(percent=100 * status.skipped_share))
     if status.is_point or status.is_random:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ...arguments import first_of
 from ...graphs.dependencies import ROUND_OFF, value_and_gradient
 from ...joint import LogJoint
+from ...sampling.starts import check_has_gradient
 
 # the number of points, their unconstrained distance from a center, and half the lengths of segments
 _NUM_POINTS, _SPREAD = 6, 0.3
@@ -29,14 +30,7 @@ def check_gradient(density: LogJoint, center: Tensor) -> None:
 
     :param center: shape ``(latent_dim,)``, on the unconstrained space.
     """
-    z = density.from_unconstrained(center[None])[0].detach().requires_grad_()
-    with torch.enable_grad():
-        value = density(z).sum()
-    if not value.requires_grad or torch.autograd.grad(value, z, allow_unused=True)[0] is None:
-        raise ValueError(
-            "expected a log density with a gradient with respect to the latents, got one without: does the "
-            "model use torch.no_grad, or detach them?"
-        )
+    check_has_gradient(density)
     if density.is_random:
         return
     written, latents = density.with_coordinates(None), density.latents

@@ -1,0 +1,71 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Checks that the arguments of a call of ``fit`` or ``mcmc`` fit the model."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from difflib import get_close_matches
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+Function = Callable[..., Any]
+
+_STEP_SIZE = ". fit chooses the step size itself; to set it, pass an optimizer as optim="
+_CHAINS = ". For the number of effective draws, use draws=; fit chooses the number and length of its chains"
+_CALLABLE = (
+    ". A callable as the second argument is taken for the guide: pass a callable argument of the model by "
+    "keyword, or the guide as guide="
+)
+# hints for the option names of other packages
+_OF_OTHERS = {
+    **dict.fromkeys(("lr", "learning_rate", "step_size"), _STEP_SIZE),
+    **dict.fromkeys(("num_samples", "num_warmup", "num_chains"), _CHAINS),
+    "num_epochs": ". Did you mean epochs=, an option of fit with a loader?",
+    "verbose": ". To hide the progress bar, use progress=False",
+}
+
+
+def check_call(
+    verb: Function, model: Function, args: tuple[object, ...] | None, kwargs: Mapping[str, object]
+) -> None:
+    """Checks that a model accepts its arguments (``None`` with a loader), and none has an option's name.
+
+    :param verb: ``fit`` or ``mcmc``, whose keyword-only arguments are options.
+    """
+    called = model.forward if isinstance(model, nn.Module) else model
+    try:
+        # the wrapper of a decorated model decides which arguments it accepts
+        signature = inspect.signature(called, follow_wrapped=False)
+        names = inspect.signature(called).parameters.keys()
+    except (TypeError, ValueError):
+        return
+    bound = model.keywords.keys() if isinstance(model, partial) else set()
+    parameters = inspect.signature(verb).parameters.values()
+    options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
+    for name in sorted((names - bound) & {*options}):
+        raise ValueError(
+            f"the model has a parameter '{name}', which is also an option of {verb.__name__}: expected another "
+            f"name, or bind it first, as in functools.partial(model, {name}=...)"
+        )
+    if args is None:
+        return
+    if any(isinstance(value, DataLoader) for value in args):
+        raise TypeError(
+            f"{verb.__name__}: expected the model's arguments, got a DataLoader: pass it to fit, as loader="
+        )
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        hint = _CALLABLE if args and "guide" in options and "missing" in str(error) else ""
+        for name in sorted(kwargs.keys() - names):
+            near = "".join(get_close_matches(name, options, 1))
+            near = near and f". Did you mean {near}=, an option of {verb.__name__}?"
+            hint = _OF_OTHERS.get(name, near)
+        raise TypeError(
+            f"{verb.__name__}: expected the arguments that the model takes, {signature}, got {len(args)} by "
+            f"position and {sorted(kwargs)} by keyword ({error}){hint}"
+        ) from None
