@@ -203,6 +203,10 @@ class Ensemble(MovingChains):
             if size >= _PATIENCE and more > _FAR_MORE * size and not self._has_adapted_again:
                 # the warm-up ended before chains were in the posterior
                 self._has_adapted_again = True
+                if self.modes is not None:
+                    last = self.draws[:, -self._recent.shape[1] :]
+                    group = self.modes.nearest(last.flatten(0, 1)).reshape(last.shape[:2])
+                    self._propose(group, self.modes.shares_of(last.flatten(0, 1)))
                 self._forget()
                 self._warm_up()
                 number = _BLOCK
@@ -253,15 +257,22 @@ class Ensemble(MovingChains):
             self._forget()
             self._warm_up()
         elif self.modes is None:
-            parts = [self._recent[modes.group == k].flatten(0, 1) for k in modes.group.unique()]
-            share = modes.share.clamp_min(_LEAST_SHARE)
-            self._proposals, self.modes = IndependentProposals.at_modes(parts, share), modes
+            self._propose(modes.group[:, None].expand(self._recent.shape[:2]), modes.share)
+            self.modes = modes
             self._forget()
         else:
             self.modes = modes
             # otherwise these are chains that are slow in a tail
             return float(modes.share[1:].sum()) > _LEAST_SHARE_OF_OTHERS
         return False
+
+
+    def _propose(self, group: Tensor, share: Tensor) -> None:
+        """Lets chains jump between groups of the last draws ``(C, n)``, proposed by their shares."""
+        recent = self._recent[:, -group.shape[1] :]
+        groups = group.unique()
+        parts = [recent[group == k] for k in groups]
+        self._proposals = IndependentProposals.at_modes(parts, share[groups].clamp_min(_LEAST_SHARE))
 
 
 def _count(latents: Tensor) -> int:

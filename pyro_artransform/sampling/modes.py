@@ -82,12 +82,15 @@ class Modes(NamedTuple):
         return cls(order.argsort()[group], share, gap, differs, loc, scale)
 
     def shares_of(self, points: Tensor) -> Tensor:
-        """The share of points ``(n, D)`` nearest to each group, in its sds: shape ``(num_groups,)``."""
+        """The share of points ``(n, D)`` nearest to each group: shape ``(num_groups,)``."""
+        return self.nearest(points).bincount(minlength=len(self.loc)) / len(points)
+
+    def nearest(self, points: Tensor) -> Tensor:
+        """The group nearest to each point ``(n, D)``, in its sds, shape ``(n,)``."""
         distances = [
             ((points - loc) / scale).square().sum(-1) for loc, scale in zip(self.loc, self.scale)
         ]
-        nearest = torch.stack(distances).argmin(0)
-        return nearest.bincount(minlength=len(self.loc)) / len(points)
+        return torch.stack(distances).argmin(0)
 
 
 def groups_of(draws: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
