@@ -8,6 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -43,6 +44,7 @@ class TimeLimit:
             self._most = check_positive("max_seconds", max_seconds)
         self._phase_end, self._grace, self._interrupted = self._most, 0.0, math.inf
         self.tick, self.say = tick, say
+        self.can_abandon = False  #: whether :func:`check_time` raises when the phase is over
 
     @property
     def seconds(self) -> float:
@@ -116,6 +118,29 @@ def is_out_of_time() -> bool:
     limit = _present.get()
     limit.tick()
     return limit.is_over()
+
+
+class OutOfTimeError(Exception):
+    """Ends a computation that is of no use unless it is finished."""
+
+
+@contextmanager
+def abandonable() -> Iterator[None]:
+    """A block that ends at the next :func:`check_time` after the end of the phase."""
+    limit = _present.get()
+    before, limit.can_abandon = limit.can_abandon, True
+    try:
+        yield
+    except OutOfTimeError:
+        return
+    finally:
+        limit.can_abandon = before
+
+
+def check_time() -> None:
+    """Raises an ``OutOfTimeError`` inside an :func:`abandonable` block whose phase is over."""
+    if _present.get().can_abandon and is_out_of_time():
+        raise OutOfTimeError
 
 
 def say(what: str) -> None:

@@ -26,7 +26,7 @@ Run = Callable[[], object]
 Values = dict[str, Tensor]
 
 NUM_DRAWS = 10_000  #: draws by which a guide is judged
-_SMALL_CHUNK = 100  # draws at once if they are slow, or time is limited
+_SMALL_CHUNK, _FEW = 100, 4  # draws at once if they are slow or time is limited, and if both
 
 
 class Weighted(NamedTuple):
@@ -83,7 +83,8 @@ def weighted_draws(
         is_point = False
     else:
         draw, is_point = _drawer(run_model, run_guide, log_joint)
-    chunk = _SMALL_CHUNK
+    is_slow = log_joint is not None and log_joint.strategy == "loop"
+    chunk = _FEW if is_slow and has_limit() else _SMALL_CHUNK
     if log_joint is not None and log_joint.strategy != "loop" and not has_limit():
         chunk = draws_at_a_time(log_joint.latents.latent_dim)
     for start in range(0, n, chunk):

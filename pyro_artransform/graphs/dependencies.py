@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..time_limit import check_time
 from .markov_graph import color_columns
 
 # maximum number of entries in a batch of points: 16 MB in double precision, some ten times that in a model
@@ -70,6 +71,7 @@ def value_and_gradient(
     """
     values, gradients, state = list[Tensor](), list[Tensor](), torch.get_rng_state()
     for part in points.split(max(_MOST_ENTRIES // points.shape[-1], 1)):
+        check_time()
         torch.set_rng_state(state)
         with torch.enable_grad():
             point = part.detach().requires_grad_()
@@ -195,6 +197,7 @@ class _Search:
         every = torch.arange(len(point), device=point.device)
         failed = list[Tensor]()
         for rows in moving.split(max(_MOST_ENTRIES // len(point), 1)):
+            check_time()
             columns = rows[:, elements]
             moved = columns == every
             (changed,), (change,) = self._changes(point[None], (moved * step)[None], base)

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..time_limit import check_time
 from .factorization import eigh, lower_factor
 from .markov_graph import Elimination, padded_groups
 
@@ -136,6 +137,7 @@ class SparseGaussian:
         coefficients = [loc.new_zeros(group.parents.shape) for group in pattern.groups]
         for parts in reversed(pattern.levels):
             for g, part, own, above in parts:
+                check_time()
                 row = entries[pattern.index(own[:, None], above)]
                 # bounds the coefficients, which otherwise could grow from level to level
                 pivot = _raised(entries[pattern.diagonal[own]]).maximum(row.square().amax(1))

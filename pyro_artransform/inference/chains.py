@@ -16,10 +16,13 @@ from ..posterior.arviz import chains_to_inference_data
 from ..sampling import GOOD_RHAT, End, Ensemble, energy_bfmi
 from ..sampling.modes import APART
 from ..sampling.trajectories import MANY_DIVERGENT, share_of_divergent
+from ..time_limit import abandonable
 from .evaluation.checks import CORNER, Check, FailedCheck, Verdict, as_lines
 from .evaluation.verdict import FitStatus, about_draws
 from .saved import SavedResult
 
+_FEWEST = 8  # the fewest trajectories that say anything about mixing
+_LOW_ACCEPTANCE = 0.5  # the step size is adapted to 0.8 where the log density is smooth
 _LOW_BFMI = 0.3  # Stan's threshold for E-BFMI
 # draws are not trusted if all modes but the first have more than this share, since other modes may have been
 # missed by all starts
@@ -228,6 +231,12 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
     elif ensemble.end is not End.OUT_OF_TIME:
         more = f"Use tighter priors, or another parametrization{fewer}"
         remedy = "Use tighter priors, or another parametrization"
+    if ensemble.num_trajectories < _FEWEST:
+        yield Check.WARM_UP.failed(count=ensemble.draws.shape[1])
+        return
+    if not (is_apart or convergence.has_mixed):
+        with abandonable():
+            yield from _causes(ensemble)
     if not is_apart and not max_rhat <= GOOD_RHAT:
         name = latents.name_of(int(convergence.rhat.argmax()))
         yield Check.MIXING.failed(rhat=max_rhat, name=name, bound=GOOD_RHAT, remedy=remedy)
@@ -243,6 +252,16 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
     if float(beyond.max()) > _MOST_BEYOND:
         name, percent = latents.name_of(int(beyond.argmax())), 100 * float(beyond.max())
         yield Check.TAIL.failed(name=name, percent=percent)
+
+
+def _causes(ensemble: Ensemble) -> Iterator[FailedCheck]:
+    """What can be seen of the reason why chains have not mixed."""
+    acceptance = torch.stack([info.acceptance for info in ensemble.infos]).mean()
+    if acceptance < _LOW_ACCEPTANCE and ensemble.has_jumps():
+        yield Check.JUMPS.failed()
+    elif found := ensemble.undetermined():
+        names = first_of([ensemble.log_joint.latents.name_of(i) for i in found])
+        yield Check.UNDETERMINED.failed(names=names)
 
 
 def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:

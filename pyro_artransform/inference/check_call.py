@@ -48,8 +48,8 @@ def check_call(
     options = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
     for name in sorted((names - bound) & {*options}):
         raise ValueError(
-            f"the model has a parameter '{name}', which is also an option of {verb.__name__}: expected another "
-            f"name, or bind it first, as in functools.partial(model, {name}=...)"
+            f"the model has a parameter '{name}', which is also an option of {verb.__name__}: expected "
+            f"another name, or bind it first, as in functools.partial(model, {name}=...)"
         )
     if args is None:
         return

@@ -105,6 +105,7 @@ def mcmc(
         status = FitStatus(prior_only=warn_of_prior(log_joint))
         ensemble.run(draws)
         reason = limit.reason
+        limit.enter_phase(1.0, has_grace=True)
         chains = chains_of(ensemble, draws, limit.seconds, reason, status)
         return chains.with_model(model)
 

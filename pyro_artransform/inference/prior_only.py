@@ -26,7 +26,7 @@ GIVE_DATA = (
 _NO_DATA = (
     "The model has no observed site (no obs= and no pyro.factor), so the posterior is the prior."
 )
-# distances from the start, on the unconstrained space, at which densities of the data are compared, and
+# distances from the start and the origin, on the unconstrained space, at which densities of the data are compared, and
 # the number of draws at each distance and from the prior
 _DISTANCES, _NUM_DRAWS = (0.1, 3.0), 3
 
@@ -71,10 +71,12 @@ def why_prior(log_joint: LogJoint) -> str:
 
 
 def _draws(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
-    """Values of all continuous latents near the start, far from it, and from the prior."""
+    """Values of all continuous latents around the start and the origin, and from the prior."""
     start = log_joint.with_coordinates(None).start
     for distance in _DISTANCES * _NUM_DRAWS:
         yield log_joint.latents.constrain(start + distance * torch.randn_like(start))
+        # a vague prior is far from where data depend on latents
+        yield log_joint.latents.constrain(distance * torch.randn_like(start))
     for _ in range(_NUM_DRAWS):
         with (
             suppress(Exception),

@@ -16,7 +16,7 @@ from ..files import FilePath
 from ..joint import LogJoint
 from ..joint.protocols import FlowGuide, MinibatchGuide, PriorGuide
 from ..sampling import Ensemble
-from ..time_limit import INTERRUPTED, OUT_OF_TIME
+from ..time_limit import INTERRUPTED, OUT_OF_TIME, abandonable
 from .checkpoint import resume as resumed
 from .checkpoint import save
 from .draws_first import DrawsFirst
@@ -34,6 +34,7 @@ from .initialization.start import (
     find_start,
 )
 from .loader import Batch
+from .mcmc import CHAINS_UNTIL
 from .optimization.objective import PyroObjective
 from .optimization.schedule import LIMIT
 from .optimization.training import Training
@@ -42,8 +43,8 @@ from .result import FitResult
 from .set_up import SetUp
 
 _ASKED = "the callback asked to stop"
-# the shares of max_seconds at which the first chains and the steps end
-_START_UNTIL, _STEPS_UNTIL = 0.5, 0.75
+# the shares of max_seconds at which chains and steps end, and the share to find the guide's start
+_START_UNTIL, _STEPS_UNTIL, _FOR_GUIDE = 0.5, 0.75, 0.1
 # draws of the guide for its verdict, if the user requested draws of the posterior
 _NUM_BESIDE_DRAWS = 2000
 
@@ -62,7 +63,8 @@ def start(set_up: SetUp, resume: FilePath | None = None) -> Training:
     parallel.copy_first(set_up.tensors)
     parallel.seed_apart()
     training = set_up.new_training(set_up.schedule)
-    training.check_start(initial.name)
+    with parallel.abandonable():
+        training.check_start(initial.name)
     if why_no_steps and set_up.schedule.num_steps is None:
         training.schedule = training.schedule.ending_at(0, why_no_steps)
     return training
@@ -81,7 +83,8 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
     guide: object = set_up.subject.guide
     of_batch = set_up.objective if minibatches is None else minibatches.objective
     batch, config, limit = Batch(args, kwargs), set_up.config.initialization, set_up.limit
-    limit.enter_phase(_START_UNTIL)
+    until = CHAINS_UNTIL if chains is not None and chains.is_requested else _START_UNTIL
+    limit.enter_phase(until)
     with naming_arguments(model, *batch):
         is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
         density = whole = log_joint
@@ -91,7 +94,8 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
         elif is_flow and log_joint.is_random:
             density = whole = SharedPrior(log_joint)
         if is_flow:
-            check_gradient(density, density.with_coordinates(None).start)
+            with abandonable():
+                check_gradient(density, density.with_coordinates(None).start)
         why_no_steps = "" if chains is None else chains.sample()
 
         def chains_of(density: LogJoint) -> Ensemble | None:
@@ -101,7 +105,9 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
 
         if is_flow and not density.is_random:
             ensemble = chains_of(density) if chains is None else chains.ensemble
-            return find_start(whole, cast(FlowGuide, guide), ensemble, config), why_no_steps
+            limit.enter_phase(until + _FOR_GUIDE)
+            of_start = whole, cast(FlowGuide, guide), ensemble, config
+            return find_start(*of_start, "" if chains is None else chains.failure), why_no_steps
         if isinstance(guide, MinibatchGuide):
             elbo_draws = set_up.objective.elbo_draws
             initial = find_initial_minibatch_guide(
@@ -126,7 +132,12 @@ def train(
     is_asked, is_late = parallel.any(False, limit.is_over())
     is_saved = False
     while not (training.is_over() or is_asked or is_late):
-        loss, step = training.step(), training.num_steps
+        loss: float | None = None
+        with parallel.abandonable():
+            loss = training.step()
+        if loss is None:
+            break
+        step = training.num_steps
         place = () if stream is None else stream.place(training.schedule.end)
         bar.update(training.losses, training.schedule.expected_end(step), *place)
         if checkpoint and step % set_up.config.optimization.checkpoint_every == 0:

@@ -36,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..graphs.dependencies import ROUND_OFF
+from ..time_limit import check_time
 from .enumeration import ScaleError
 from .handlers import SiteLogProbs, hidden_sites
 from .paths import Draws, Evaluate, ManyPathsError, Terms, evaluate_by_path
@@ -89,6 +90,7 @@ def evaluate_many(
     # each run starts from the same random state, so that a model uses one mini-batch for all draws
     state, rows = torch.get_rng_state(), list[Terms]()
     for values in zip(*draws.values()):
+        check_time()
         row = dict(zip(draws, values))
         torch.set_rng_state(state)
         try:

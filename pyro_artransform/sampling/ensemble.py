@@ -23,7 +23,8 @@ from ..arguments import check_integer
 from ..capture import ReplayError
 from ..joint import LogJoint
 from ..joint.density import CACHED
-from ..time_limit import is_out_of_time, limited
+from ..time_limit import abandonable, is_out_of_time, limited
+from .causes import jumps, undetermined
 from .conditional_gaussian import ConditionalGaussian
 from .convergence import GOOD_RHAT, Convergence, effective_draws, nested_rhat, nested_rhat_of_values
 from .modes import IndependentProposals, Modes, groups_of
@@ -36,6 +37,8 @@ SUPERCHAINS, MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 8, 64, 16, 8
 _DRAWS_BY_CHAIN, _CACHED_COORDINATES, _SHARE_OF_CACHE = 12, 2**15, 4
 # trajectories in the first block after the warm-up, and maximum in total
 _BLOCK, _MOST_TRAJECTORIES = 16, 3000
+# maximum number of gradients per chain
+_MOST_GRADIENTS = 40_000
 # share of draws discarded as a transient
 _TRANSIENT = 1 / 3
 # slowest latents, which are checked before all the others
@@ -91,6 +94,7 @@ class Ensemble(MovingChains):
         num_superchains = next((k for k in (SUPERCHAINS, 4) if count % k == 0), count)
         super().__init__(log_joint, count, num_superchains)
         self._blocks, self._infos = list[Tensor](), list[Info]()
+        self._before = self._blocks, self._infos  # the second warm-up, if time runs out in it
         self._convergence: Convergence | None = None
         self._slowest = torch.zeros(0, dtype=torch.long, device=log_joint.start.device)
         self.modes: Modes | None = None  #: the modes, where chains are in several
@@ -133,6 +137,15 @@ class Ensemble(MovingChains):
             found[fitted.of_globals] = fitted.share_beyond(latents)
         return found
 
+    def has_jumps(self) -> bool:
+        """Whether trajectories are rejected because the log density jumps."""
+        size = self.step_size
+        return jumps(self._target, self._state, size, (self._preconditioner, self._integrator))
+
+    def undetermined(self) -> list[int]:
+        """The latents that neither prior nor data determine, see :mod:`.causes`."""
+        return undetermined(self.log_joint, self.draws.flatten(0, 1))
+
     def _is_centered(self, of_field: Tensor) -> bool:
         """Whether latents of a field are not in units of the scales of their prior."""
         given = self.log_joint.coordinates
@@ -146,7 +159,13 @@ class Ensemble(MovingChains):
         """
         while True:
             try:
-                self.end = self._run(num_samples, most)
+                self.end = End.OUT_OF_TIME
+                with abandonable():
+                    self.end = self._run(num_samples, most)
+                if not self._blocks:
+                    self._blocks, self._infos = self._before
+                if not self._blocks:
+                    self._stay()
                 return self.convergence()
             except ReplayError:  # replayed densities were wrong, and so are all draws so far
                 self._forget()
@@ -207,10 +226,13 @@ class Ensemble(MovingChains):
                     last = self.draws[:, -self._recent.shape[1] :]
                     group = self.modes.nearest(last.flatten(0, 1)).reshape(last.shape[:2])
                     self._propose(group, self.modes.shares_of(last.flatten(0, 1)))
+                self._before = self._blocks, self._infos
                 self._forget()
                 self._warm_up()
                 number = _BLOCK
                 continue
+            if self.num_gradients >= _MOST_GRADIENTS * self.num_chains:
+                return End.TOO_MANY
             if size >= most or (size >= _PATIENCE and size + more > 4 * most):
                 return End.LIMIT if most < _MOST_TRAJECTORIES else End.TOO_MANY
             number = max(min(number, most - size), _BLOCK)
@@ -230,17 +252,39 @@ class Ensemble(MovingChains):
         self._convergence = None
 
     def _extend(self, number: int) -> None:
-        """Adds the draws of ``number`` trajectories; fewer, but at least one, if time runs out."""
-        latents, bases = list[Tensor](), list[Tensor]()
-        for _ in limited(range(number), at_least=1):
-            self._infos.append(self._step().without_points())
-            latents.append(self._state.latent)
-            bases.append(self._state.base)
-        self._recent = torch.stack(bases, 1)
+        """Adds the draws of ``number`` trajectories; fewer if time runs out."""
+        is_loop, infos, latents, bases = self.log_joint.strategy == "loop", [], [], []
+        for _ in limited(range(number)):
+            with abandonable():
+                info, latent = self._step().without_points(), self._state.latent
+                # the map to the unconstrained space may be slow, too
+                latents.append(self.log_joint.to_unconstrained(latent)[0] if is_loop else latent)
+                bases.append(self._state.base)
+                infos.append(info)
+        if not infos:
+            return
+        self._recent = torch.stack(bases[: len(infos)], 1)
         block = torch.stack(latents, 1)
-        u, _ = self.log_joint.to_unconstrained(block.flatten(0, 1))
-        self._blocks.append(u.reshape(block.shape))
+        if not is_loop:
+            block = self.log_joint.to_unconstrained(block.flatten(0, 1))[0].reshape(block.shape)
+        self._infos += infos
+        self._blocks.append(block)
         self._convergence = None
+
+    def _stay(self) -> None:
+        """Makes the present points of chains the only draws, at the model's start if they have none."""
+        if not self._has_begun:
+            start = self.log_joint.start.expand(self.num_chains, -1)
+            self._state = self._target(start[:1]).at(
+                torch.zeros_like(start[:, 0], dtype=torch.long)
+            )
+        energy, none = -self._state.log_density, torch.zeros_like(self._state.log_density)
+        info = Info(none, none > 0, none > 0, energy, self._state, self._state.base, none)
+        self._infos.append(info.without_points())
+        start = self.log_joint.to_unconstrained(self._state.latent[:1])[0]
+        if self._has_begun and self.log_joint.strategy != "loop":
+            start = self.log_joint.to_unconstrained(self._state.latent)[0]
+        self._blocks.append(start.expand(self.num_chains, -1)[:, None])
 
     def _are_apart(self) -> bool:
         """Whether chains stay in modes although they jump; restarts chains in negligible modes."""
@@ -266,13 +310,14 @@ class Ensemble(MovingChains):
             return float(modes.share[1:].sum()) > _LEAST_SHARE_OF_OTHERS
         return False
 
-
     def _propose(self, group: Tensor, share: Tensor) -> None:
         """Lets chains jump between groups of the last draws ``(C, n)``, proposed by their shares."""
         recent = self._recent[:, -group.shape[1] :]
         groups = group.unique()
         parts = [recent[group == k] for k in groups]
-        self._proposals = IndependentProposals.at_modes(parts, share[groups].clamp_min(_LEAST_SHARE))
+        self._proposals = IndependentProposals.at_modes(
+            parts, share[groups].clamp_min(_LEAST_SHARE)
+        )
 
 
 def _count(latents: Tensor) -> int:

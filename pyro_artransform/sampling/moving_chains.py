@@ -110,8 +110,8 @@ class MovingChains:
             hint = f"The prior may exclude the data: check supports, priors and data. {hint}"
         return (
             "expected a starting point with finite log density and gradient, got none of "
-            f"{len(latent)}: {first_of(sites)} is not finite. Tried were the model's initial values, quantiles of "
-            "the prior, the origin of the unconstrained space and points uniform in (-2, 2) there, such as "
+            f"{len(latent)}: {first_of(sites)} is not finite. Tried were the model's initial values, quantiles "
+            "of the prior, the origin of the unconstrained space and points uniform in (-2, 2) there, such as "
             f"{first_of([f'{k} = {v}' for k, v in values.items()])}. {hint}"
         )
 
@@ -126,7 +126,7 @@ class MovingChains:
             is_last = index >= len(_WARM_UP) - 2
             few = _FEW_STEPS * (1 if index == 0 else 4)
             states = self._adapt(number, few, not is_last)
-            while index and repeats and _rise(states) > _SETTLED * dim**0.5:
+            while index and repeats and states and _rise(states) > _SETTLED * dim**0.5:
                 repeats -= 1
                 self._learn(self._rejoined(states))
                 states = self._adapt(number, few, not is_last)

@@ -98,8 +98,8 @@ def fisher_divergence(draws: Tensor, gradients: Tensor) -> Tensor:
     """The Fisher divergence of a density from a Gaussian, by draws and gradients ``(n, D)``.
 
     The Gaussian is the preconditioned one; the divergence, zero for a Gaussian, is per dimension, at the
-    median draw and at the 95 % quantile, shape ``(2,)``. See Estimation of Non-Normalized Statistical Models by Score Matching (Hyvärinen, 2005),
-    https://www.jmlr.org/papers/v6/hyvarinen05a.html
+    median draw and at the 95 % quantile, shape ``(2,)``. See Estimation of Non-Normalized Statistical Models
+    by Score Matching (Hyvärinen, 2005), https://www.jmlr.org/papers/v6/hyvarinen05a.html
     """
     found = Preconditioner.of(draws, gradients)
     z, score = (

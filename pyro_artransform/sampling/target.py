@@ -13,6 +13,7 @@ from torch import Tensor
 from ..capture import Captured, Function
 from ..joint import LogJoint
 from ..joint.pseudo_data import PseudoData
+from ..time_limit import check_time
 
 # calls before a gradient is captured for replay: chains evaluate hundreds
 _PATIENCE = 2
@@ -105,6 +106,7 @@ class PulledBack:
 
     def __call__(self, base: Tensor) -> State:
         """Evaluates latents, log densities and gradients at points ``(C, D)``, one chunk at a time."""
+        check_time()
         self.num_gradients += len(base)
         parts = base.detach().split(self.log_joint.chunk_size)
         return State(base.detach(), *map(torch.cat, zip(*map(self._evaluate, parts))))

@@ -36,6 +36,19 @@ class Check(Enum):
         "Gaussian approximation: {between}",
         _BREAK_SYMMETRY,
     )
+    WARM_UP = (
+        "time was over before chains had adapted: {count} draws each",
+        "Allow more time",
+    )
+    JUMPS = (
+        "the log density jumps, since the error of the energy does not shrink with the step size: the model "
+        "compares a latent, as in torch.where(t < tau, a, b), or rounds one",
+        "Write a smooth change, such as torch.sigmoid((t - tau) / width), or enumerate a discrete latent",
+    )
+    UNDETERMINED = (
+        "neither prior nor data determine {names}: the draws drift without end",
+        "Use proper priors, or fix one of several latents of which only a sum or a product matters",
+    )
     MIXING = ("chains have not mixed: R-hat is {rhat:.3f} for {name}, above {bound}", "{remedy}")
     ESS = (
         "{name} has {ess:.0f} effective draws{where}, not {wanted}",

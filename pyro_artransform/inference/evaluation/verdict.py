@@ -14,6 +14,7 @@ from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LO
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ...sampling import Ensemble
 from ...sampling.ensemble import MODES_RHAT
+from ...time_limit import abandonable
 from .checks import Check, FailedCheck, Verdict
 from .elements import ElementWeights
 
@@ -31,6 +32,12 @@ _MIXES_DRAWS = (
     "The model has a different density for many draws at once than for one at a time: the guide was trained "
     "with the former, and the numbers here use the latter. Write it without branches on values of latents "
     "(torch.where), and fit again."
+)
+
+
+_GRAPH_NOT_CHECKED = Check.CUT_SHORT.failed(
+    reason="time was over before the guide's graph was compared with the posterior",
+    remedy="increase max_seconds",
 )
 
 
@@ -102,8 +109,14 @@ def judge(
             failed.append(Check.RESTARTS.failed(rhat=lost.rhat))
     failed += about_others
     # chains are correct whatever the graph, so skip this slow check if another one has failed
-    if not (status.has_chains and failed) and (missing := status.missing()):
-        failed.append(Check.GRAPH.failed(names=first_of(missing)))
+    if not (status.has_chains and failed):
+        missing: Sequence[str] | None = None
+        with abandonable():
+            missing = status.missing()
+        if missing:
+            failed.append(Check.GRAPH.failed(names=first_of(missing)))
+        elif missing is None:
+            failed.append(_GRAPH_NOT_CHECKED)
     # no other check judges the parameters of a model
     is_unfinished = failed or status.is_interrupted or status.point_estimates
     if status.cut_short and is_unfinished:

@@ -29,6 +29,7 @@ from ...graphs.markov_graph import MarkovGraph, padded_groups
 from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...joint.vectorization import draws_at_a_time
 from ...sampling.preconditioning import Preconditioner
+from ...time_limit import check_time
 
 #: draws per dimension above which a full covariance is estimated
 DRAWS_BY_DIM = 2
@@ -107,6 +108,7 @@ def _negative_slopes(
         at_once = draws_at_a_time(count * width)
         pairs = zip(every.split(at_once), group.parents.to(z.device).split(at_once))
         for own, columns in pairs:
+            check_time()
             x = padded[:, columns].movedim(0, 1)
             ridge = _RIDGE * count * torch.ones_like(x[0, 0]).diag()
             right = x.mT @ gradients[:, own].T[..., None]

@@ -23,6 +23,7 @@ from ...joint import LogJoint
 from ...joint.coordinates import centered_by_draws
 from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
 from ...sampling import Ensemble
+from ...time_limit import abandonable, check_time
 from ..config import InitializationConfig
 from ..loader import Batch
 from ..optimization.training import copies, copy_to
@@ -46,14 +47,37 @@ class InitialGuide(NamedTuple):
 
 @torch.no_grad()
 def find_start(
-    density: LogJoint, guide: FlowGuide, ensemble: Ensemble | None, config: InitializationConfig
+    density: LogJoint,
+    guide: FlowGuide,
+    ensemble: Ensemble | None,
+    config: InitializationConfig,
+    why_no_chains: str = "",
 ) -> InitialGuide:
     """Sets a guide to the Gaussian that matches draws and gradients, unless the guide's own ELBO is better.
 
+    Out of time, the guide stays as it is.
+
     :param density: the log joint density in the coordinates of the guide, which change in place.
     :param ensemble: chains of this density or of a similar one; ``None`` if none could be run.
+    :param why_no_chains: the reason for ``None``.
     :raises ValueError: if neither has a finite ELBO.
     """
+    before, found = copies(guide.parameters()), None
+    with abandonable():
+        found = _better_start(density, guide, ensemble, config, why_no_chains)
+    if found is not None:
+        return found
+    copy_to(guide.parameters(), before)
+    return InitialGuide(UNCHANGED, math.nan)
+
+
+def _better_start(
+    density: LogJoint,
+    guide: FlowGuide,
+    ensemble: Ensemble | None,
+    config: InitializationConfig,
+    why_no_chains: str,
+) -> InitialGuide:
     elbo, needed = _judge(density, guide, config.num_compared)
     gaussian_elbo = -math.inf
     if ensemble is not None:
@@ -66,6 +90,8 @@ def find_start(
         copy_to(guide.parameters(), before)
     if elbo > -math.inf:
         return InitialGuide(UNCHANGED if gaussian_elbo > -math.inf else FAILED, elbo)
+    if why_no_chains:
+        raise ValueError(why_no_chains)
     sites = ", ".join(density.nonfinite_sites(density.start[None])) or "the sum of its sites"
     raise ValueError(
         f"expected a finite log density near the initial values, got none: {sites} is not finite there. Give "
@@ -133,6 +159,7 @@ def _put(
 
 def _judge(density: LogJoint, guide: FlowGuide, count: int) -> tuple[float, float]:
     """The ELBO of a guide with common random numbers, and the ELBO that another candidate must exceed."""
+    check_time()
     with _common_noise():
         z, log_q = guide.rsample_and_log_prob(count)
     ratios = density(z) - log_q
