@@ -8,7 +8,6 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
@@ -124,17 +123,18 @@ class OutOfTimeError(Exception):
     """Ends a computation that is of no use unless it is finished."""
 
 
-@contextmanager
-def abandonable() -> Iterator[None]:
-    """A block that ends at the next :func:`check_time` after the end of the phase."""
-    limit = _present.get()
-    before, limit.can_abandon = limit.can_abandon, True
-    try:
-        yield
-    except OutOfTimeError:
-        return
-    finally:
-        limit.can_abandon = before
+class abandonable:  # noqa: N801 used as a function
+    """A block that ends at the next :func:`check_time` after the end of the phase, if that is allowed."""
+
+    def __init__(self, is_allowed: bool = True) -> None:
+        self._limit, self._is_allowed = _present.get(), is_allowed
+
+    def __enter__(self) -> None:
+        self._before, self._limit.can_abandon = self._limit.can_abandon, self._is_allowed
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> bool:
+        self._limit.can_abandon = self._before
+        return kind is OutOfTimeError and self._is_allowed
 
 
 def check_time() -> None:

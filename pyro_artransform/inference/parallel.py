@@ -13,7 +13,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from datetime import timedelta
 from functools import cache, reduce
 from itertools import count
@@ -23,7 +23,6 @@ import pyro
 import torch
 from torch import Tensor, distributed, nn
 
-from ..time_limit import abandonable
 from .optimization.optimizers import Scales
 
 T = TypeVar("T")
@@ -146,10 +145,6 @@ class Parallel:
         """The draws ``(n, ...)`` of all processes, by rank."""
         parts = self.gather_objects("the draws of all processes", draws.detach().to("cpu"))
         return torch.cat(parts).to(draws)
-
-    def abandonable(self) -> AbstractContextManager[None]:
-        """A block that ends when time is over, unless other processes would wait for its end."""
-        return abandonable() if self.size == 1 else nullcontext()
 
     def any(self, *flags: bool) -> tuple[bool, ...]:
         """Whether each flag is set in any process."""

@@ -26,8 +26,8 @@ GIVE_DATA = (
 _NO_DATA = (
     "The model has no observed site (no obs= and no pyro.factor), so the posterior is the prior."
 )
-# distances from the start and the origin, on the unconstrained space, at which densities of the data are compared, and
-# the number of draws at each distance and from the prior
+# distances from the start and the origin, on the unconstrained space, at which densities of the data are
+# compared, and the number of draws at each distance and from the prior
 _DISTANCES, _NUM_DRAWS = (0.1, 3.0), 3
 
 

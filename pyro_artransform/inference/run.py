@@ -63,7 +63,7 @@ def start(set_up: SetUp, resume: FilePath | None = None) -> Training:
     parallel.copy_first(set_up.tensors)
     parallel.seed_apart()
     training = set_up.new_training(set_up.schedule)
-    with parallel.abandonable():
+    with abandonable(parallel.size == 1):  # others would wait for the end
         training.check_start(initial.name)
     if why_no_steps and set_up.schedule.num_steps is None:
         training.schedule = training.schedule.ending_at(0, why_no_steps)
@@ -133,7 +133,7 @@ def train(
     is_saved = False
     while not (training.is_over() or is_asked or is_late):
         loss: float | None = None
-        with parallel.abandonable():
+        with abandonable(parallel.size == 1):  # others would wait for the end
             loss = training.step()
         if loss is None:
             break

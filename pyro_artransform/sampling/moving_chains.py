@@ -110,9 +110,9 @@ class MovingChains:
             hint = f"The prior may exclude the data: check supports, priors and data. {hint}"
         return (
             "expected a starting point with finite log density and gradient, got none of "
-            f"{len(latent)}: {first_of(sites)} is not finite. Tried were the model's initial values, quantiles "
-            "of the prior, the origin of the unconstrained space and points uniform in (-2, 2) there, such as "
-            f"{first_of([f'{k} = {v}' for k, v in values.items()])}. {hint}"
+            f"{len(latent)}: {first_of(sites)} is not finite. Tried were the model's initial values, "
+            "quantiles of the prior, the origin of the unconstrained space and points uniform in (-2, 2) "
+            f"there, such as {first_of([f'{k} = {v}' for k, v in values.items()])}. {hint}"
         )
 
     def _warm_up(self) -> None:
