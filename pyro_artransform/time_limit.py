@@ -123,7 +123,7 @@ class OutOfTimeError(Exception):
     """Ends a computation that is of no use unless it is finished."""
 
 
-class abandonable:  # noqa: N801 used as a function
+class abandonable:
     """A block that ends at the next :func:`check_time` after the end of the phase, if that is allowed."""
 
     def __init__(self, is_allowed: bool = True) -> None:

@@ -37,8 +37,8 @@ ARROWS: dict[str, set[str]] = {
     "conditioners": {"arguments", "differentiation", "graphs", "levels"},
     "transforms": {"arguments", "differentiation", "univariate", "conditioners"},
     "flows": {"arguments", "univariate", "conditioners", "transforms"},
-    "graphs": {"arguments", "levels"},
-    "joint": {"arguments", "differentiation", "graphs"},
+    "graphs": {"arguments", "levels", "time_limit"},
+    "joint": {"arguments", "differentiation", "graphs", "time_limit"},
     "guides": {
         *("arguments", "univariate", "conditioners", "transforms", "flows", "graphs"),
         *("joint", "posterior", "files"),

@@ -21,10 +21,10 @@ from torch.utils.checkpoint import checkpoint
 
 from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
-from ..graphs.dependencies import value_and_gradient
 from .checks import checked
 from .enumeration import marginal_log_prob
 from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
+from .initial_point import usable_point
 from .prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
 from .priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
 from .pseudo_data import LocScale
@@ -62,8 +62,6 @@ CACHED = 16
 # strategies are compared near the start and far away on either side, on one side scaled by the prior; at more
 # points near the start if the density is not finite there
 _FAR = 2.5
-# half-widths of the uniform distributions on the unconstrained space from which other starts are drawn
-_HALF_WIDTHS = (0.0, *(0.5,) * 5, *(2.0,) * 15)
 #: maximum number of cached structures, as batches bring arguments of ever new shapes
 MOST_SIGNATURES = 64
 
@@ -176,32 +174,9 @@ class LogJoint:
         return self.obstacle if self.strategy == "loop" else ""
 
     def or_usable(self, u: Tensor) -> Tensor:
-        """A start, or another point where it is of no use.
-
-        Tried are the origin and points uniform in (-0.5, 0.5) and (-2, 2), as in Stan, where the density or
-        its gradient is not finite at the start, or has lost precision at a median.
-        """
+        """A start, or another point where it is of no use, see :func:`.initial_point.usable_point`."""
         with _quietly():
-            here, is_usable = self._at_start(u)
-            has_digits = abs(here) * torch.finfo(u.dtype).eps <= 1
-            if is_usable and (has_digits or self._init_loc_fn is not init_to_median):
-                return u
-            least = here if is_usable else -math.inf
-            torch.manual_seed(0)
-            for half_width in _HALF_WIDTHS:
-                point = half_width * (2 * torch.rand_like(u) - 1)
-                there, is_usable = self._at_start(point)
-                if is_usable and there > least:
-                    return point
-        return u
-
-    def _at_start(self, u: Tensor) -> tuple[float, bool]:
-        """The density at one point, and whether density and gradient are finite there."""
-        try:
-            value, slope = value_and_gradient(self, u[None])
-        except RuntimeError:  # no gradient, which is reported elsewhere
-            return float(self(u[None])), True
-        return float(value), bool(value.isfinite() & slope.isfinite().all())
+            return usable_point(self, u, self._init_loc_fn is init_to_median)
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.

@@ -7,9 +7,6 @@
 
 1. The error of the energy of a smooth density falls as the square of the step size: MCMC Using Hamiltonian
    Dynamics (Neal, 2011), https://arxiv.org/abs/1206.1901
-2. Stein's identity, E[(z - E z) d log p / dz] = -1 for each latent of a proper density: A Bound for the Error
-   in the Normal Approximation to the Distribution of a Sum of Dependent Random Variables (Stein, 1972),
-   https://projecteuclid.org/euclid.bsmsp/1200514239
 """
 
 import torch
@@ -26,9 +23,10 @@ from .trajectories import Integrator, integrate
 _NUM_STEPS, _SHARES, _ERROR = 10, (1.0, 0.1), 0.5
 # the share of chains that must show it
 _MOST = 0.1
-# draws at which gradients are evaluated, and the value of Stein's identity, -1 for a proper density, above
-# which prior and data do not determine a latent
-_NUM_DRAWS, _UNDETERMINED = 100, -0.1
+# draws at which gradients are evaluated, and their least number per dimension; product of the variances of
+# draws and gradients, one for a normal density, below which a direction is not determined; sds by which its
+# latents move
+_NUM_DRAWS, _DRAWS_BY_DIM, _UNDETERMINED, _MOST_MOVED = 200, 4, 0.01, 0.5
 
 
 def jumps(
@@ -51,9 +49,23 @@ def jumps(
 def undetermined(log_joint: LogJoint, draws: Tensor) -> list[int]:
     """The latents that neither prior nor data determine, so that their draws drift without end.
 
+    The covariances of draws and of gradients are inverse to each other for a normal density; in a direction
+    without prior and data the gradients vanish, while draws vary.
+
     :param draws: on the unconstrained space, shape ``(n, D)``.
     """
     z = draws[:: max(len(draws) // _NUM_DRAWS, 1)]
     _, gradient = value_and_gradient(log_joint.with_coordinates(None), z)
-    found = ((z - z.mean(0)) * gradient).mean(0)
-    return (found > _UNDETERMINED).nonzero()[:, 0].tolist()
+    is_finite = gradient.isfinite().all(-1)
+    z, gradient = z[is_finite].double(), gradient[is_finite].double()
+    if len(z) < _DRAWS_BY_DIM * z.shape[1]:
+        return []
+    scale = z.std(0).clamp_min(torch.finfo(z.dtype).tiny)
+    z, gradient = (z - z.mean(0)) / scale, gradient * scale
+    variances, axes = torch.linalg.eigh(torch.cov(z.T).reshape(z.shape[1], -1))
+    root = axes * variances.clamp_min(0.0).sqrt()
+    curvature, directions = torch.linalg.eigh(root.T @ (gradient.T @ gradient / len(z)) @ root)
+    if not bool(curvature[0] < _UNDETERMINED):
+        return []
+    moved = (root @ directions[:, 0]).abs()
+    return (moved > _MOST_MOVED).nonzero()[:, 0].tolist()

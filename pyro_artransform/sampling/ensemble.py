@@ -94,12 +94,13 @@ class Ensemble(MovingChains):
         num_superchains = next((k for k in (SUPERCHAINS, 4) if count % k == 0), count)
         super().__init__(log_joint, count, num_superchains)
         self._blocks, self._infos = list[Tensor](), list[Info]()
+        self._has_stayed = False
         self._before = self._blocks, self._infos  # the second warm-up, if time runs out in it
         self._convergence: Convergence | None = None
         self._slowest = torch.zeros(0, dtype=torch.long, device=log_joint.start.device)
         self.modes: Modes | None = None  #: the modes, where chains are in several
         self.left_out = 0.0  #: approximate mass of the modes that were discarded
-        self.end, self._num_halved, self._has_adapted_again = End.TOO_MANY, 0, False
+        self.end, self._num_halved = End.TOO_MANY, 0
 
     @property
     def num_trajectories(self) -> int:
@@ -173,6 +174,9 @@ class Ensemble(MovingChains):
                     self._state = self._target(self._state.base)
 
     def _run(self, num_samples: int, most: int) -> End:
+        if self._has_stayed:  # time was over before the first trajectory
+            self._forget()
+            self._has_stayed = False
         if not self._blocks:
             self._warm_up()
         number = _BLOCK
@@ -281,6 +285,7 @@ class Ensemble(MovingChains):
         energy, none = -self._state.log_density, torch.zeros_like(self._state.log_density)
         info = Info(none, none > 0, none > 0, energy, self._state, self._state.base, none)
         self._infos.append(info.without_points())
+        self._has_stayed = True
         start = self.log_joint.to_unconstrained(self._state.latent[:1])[0]
         if self._has_begun and self.log_joint.strategy != "loop":
             start = self.log_joint.to_unconstrained(self._state.latent)[0]

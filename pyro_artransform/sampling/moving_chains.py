@@ -59,7 +59,7 @@ class MovingChains:
         self._state: State
         self._has_begun = False
         self._field: tuple[LogJoint, Field] | None = None
-        self._has_searched = False  # for a field
+        self._has_searched = self._has_adapted_again = False  # for a field; after a warm-up
         self.num_begun_anew = 0  #: number of lost chains restarted at others
         self._proposals: IndependentProposals | None = None
 
@@ -153,8 +153,10 @@ class MovingChains:
         return len(self.log_joint.latents.sites) > MOST_GLOBALS
 
     def _try_field(self, states: list[State]) -> None:
-        """Looks for a field where chains are far from a Gaussian, or the model loops, and goes on in it."""
-        is_wanted = self._is_loop or bool(_divergence(_last(states))[0] > _FAR)
+        """Looks for a field where chains are far from a Gaussian, or mix slowly, or the model loops."""
+        is_wanted = (
+            self._is_loop or self._has_adapted_again or bool(_divergence(_last(states))[0] > _FAR)
+        )
         if is_wanted and not self._has_searched:
             self._field, self._has_searched = self._find_field(), True
         if self._target.to_latent is identity:

@@ -37,7 +37,7 @@ class Check(Enum):
         _BREAK_SYMMETRY,
     )
     WARM_UP = (
-        "time was over before chains had adapted: {count} draws each",
+        "time was over before chains had adapted (draws of each chain: {count})",
         "Allow more time",
     )
     JUMPS = (
