@@ -164,7 +164,7 @@ def by_ensemble(problem: Problem, seed: int, limit: float) -> Row:
 
     began = time.process_time()
     options: Any = {"seed": seed, "progress": False, "max_seconds": limit}
-    chains = mcmc(problem.model, None, ESS, *problem.args, **options)
+    chains = mcmc(problem.model, *problem.args, draws=ESS, **options)
     return {"seconds": time.process_time() - began} | of_chains(chains, problem)
 
 

@@ -19,7 +19,7 @@ CASES = [
 @pytest.mark.parametrize("name", CASES)
 def test_draws_of_chains(name):
     model, words, _ = DOUBTFUL[name]
-    chains = mcmc(model, None, 400, seed=0, progress=False, max_seconds=20)
+    chains = mcmc(model, draws=400, seed=0, progress=False, max_seconds=20)
     assert not chains.trusted, chains
     assert any(each in chains.verdict for each in words)
 

@@ -116,7 +116,7 @@ def test_guides(kind):
 
 def test_a_model_that_is_run_by_loop():
     """Of a density with a jump, by quadrature."""
-    chains = mcmc(models.branching, None, 50)
+    chains = mcmc(models.branching, draws=50)
     assert chains.num_chains == 8
     assert chains.trusted, chains
     z = torch.linspace(-6, 6, 4001)
@@ -135,7 +135,7 @@ def shaped():
 
 
 def test_shapes_and_supports():
-    chains = mcmc(shaped, None, 300, num_chains=6)
+    chains = mcmc(shaped, draws=300, num_chains=6)
     shapes = {"share": (3,), "z": (3, 2), "rate": ()}
     assert {name: value.shape[1:] for name, value in chains.draws.items()} == shapes
     assert {len(value) for value in chains.draws.values()} == {300}
@@ -162,7 +162,7 @@ def test_shapes_and_supports():
 def test_a_seed_makes_draws_repeatable_and_leaves_the_generators():
     model = models.regression
     state = torch.get_rng_state()
-    one, same, other = (mcmc(model, None, 100, seed=seed) for seed in (3, 3, 4))
+    one, same, other = (mcmc(model, draws=100, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one.draws["loc"], same.draws["loc"])
     assert not torch.equal(one.draws["loc"], other.draws["loc"])
@@ -170,7 +170,7 @@ def test_a_seed_makes_draws_repeatable_and_leaves_the_generators():
 
 def test_what_it_says(capsys):
     model = models.regression
-    chains = mcmc(model, None, 100)
+    chains = mcmc(model, draws=100)
     assert chains.verdict.startswith("Draws trusted: ")
     assert "effective draws of the worst latent, R-hat at most 1.0" in chains.verdict
     text = repr(chains)
@@ -189,7 +189,7 @@ def test_what_it_says(capsys):
 
 
 def test_summary_has_constrained_names_with_their_convergence():
-    chains = mcmc(shaped, None, 100)
+    chains = mcmc(shaped, draws=100)
     found = chains.summary()
     assert set(found) == {"share", "z", "rate"}
     assert torch.allclose(found["rate"]["mean"], chains.by_chain["rate"].mean())
@@ -205,7 +205,7 @@ def test_summary_has_constrained_names_with_their_convergence():
 @pytest.mark.parametrize(("share", "is_trusted"), [(0.3, False), (0.02, True)])
 def test_modes_are_named(share, is_trusted):
     """Chains jump between them, and there may be others where the second has a fair share."""
-    chains = mcmc(two_modes(2, 20.0, share), None, 200)
+    chains = mcmc(two_modes(2, 20.0, share), draws=200)
     assert chains.max_rhat <= 1.02
     assert chains.trusted == is_trusted
     words = r"chains found 2 modes, which differ in z\[0\], z\[1\] .* about 7\d %, [23]\d %"
@@ -228,7 +228,7 @@ def test_draws_of_divergent_trajectories_are_not_trusted():
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.factor("cliff", torch.where(z[..., 0] < 0, -2000.0, 0.0))
 
-    chains = mcmc(model, None, 100)
+    chains = mcmc(model, draws=100)
     assert chains.num_divergent > 0.01 * chains.by_chain["z"][..., 0].numel()
     assert not chains.trusted
     assert "% of the trajectories diverged" in chains.verdict
@@ -237,7 +237,7 @@ def test_draws_of_divergent_trajectories_are_not_trusted():
 
 def test_max_seconds_ends_with_what_there_is(monkeypatch):
     monkeypatch.setattr(target, "_PATIENCE", 10**9)  # else they end before the time does
-    chains = mcmc(models.regression, None, 10**5, max_seconds=3.0)
+    chains = mcmc(models.regression, draws=10**5, max_seconds=3.0)
     assert not chains.trusted
     assert chains.stopped_because == "the time limit was reached"
     assert "effective draws, not 100000" in chains.verdict
@@ -249,7 +249,7 @@ def test_max_seconds_ends_with_what_there_is(monkeypatch):
 
 
 def test_no_time_at_all():
-    chains = mcmc(models.regression, None, 10, max_seconds=1e-9)
+    chains = mcmc(models.regression, draws=10, max_seconds=1e-9)
     assert not chains.trusted
     assert chains.by_chain["loc"].shape == (16, 1)
     assert re.search(r"chains have not mixed: .*above 1.02\. Allow more time", chains.verdict)
@@ -266,7 +266,7 @@ def test_interrupt_keeps_what_there_is(monkeypatch):
         if count == 500:
             signal.raise_signal(signal.SIGINT)
 
-    chains = mcmc(model, None, 50_000)
+    chains = mcmc(model, draws=50_000)
     assert chains.stopped_because == "it was interrupted"
     assert not chains.trusted
     assert chains.by_chain["loc"].shape[1] > 10
@@ -288,7 +288,7 @@ def test_arguments_of_model_and_guide():
     values = models.data()
     chains = mcmc(models.regression, AutoNormal(models.regression), 50, values + 5)
     assert abs(chains.by_chain["loc"].mean() - 5.6) < 0.7
-    by_name = mcmc(models.regression, None, 50, values=values + 5)
+    by_name = mcmc(models.regression, draws=50, values=values + 5)
     assert abs(by_name.by_chain["loc"].mean() - 5.6) < 0.7
 
 
@@ -296,7 +296,7 @@ def test_arguments_of_model_and_guide():
 def test_an_arviz_data_set(num_chains):
     """Its chains are superchains, long enough for ArviZ's R-hat."""
     arviz, model = pytest.importorskip("arviz"), models.regression
-    chains = mcmc(model, None, 400, num_chains=num_chains)
+    chains = mcmc(model, draws=400, num_chains=num_chains)
     found = chains.to_inference_data(model)
     size = chains.by_chain["loc"].numel() // chains.num_superchains
     assert found.posterior["loc"].shape == (chains.num_superchains, size)
@@ -317,7 +317,7 @@ def test_predictions_of_chains_for_new_rows():
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(slope * x, 0.01), obs=values)
 
-    chains = mcmc(model, None, 50, torch.ones(6), torch.ones(6), num_chains=4)
+    chains = mcmc(model, torch.ones(6), torch.ones(6), draws=50, num_chains=4)
     pytest.importorskip("arviz")
     found = chains.to_inference_data(model, torch.tensor([2.0, 3.0])).predictions["y"].values
     expected = chains.by_chain["slope"][..., None] * torch.tensor([2.0, 3.0])
@@ -370,7 +370,7 @@ def test_nothing_is_trained_or_left_in_the_guide():
 
 def test_single_precision():
     torch.set_default_dtype(torch.float32)
-    chains = mcmc(models.regression, None, 200)
+    chains = mcmc(models.regression, draws=200)
     assert chains.trusted
     assert chains.draws["loc"].dtype == torch.float32
     mean, sd = regression_moments()

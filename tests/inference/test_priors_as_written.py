@@ -91,5 +91,5 @@ def test_a_scale_without_a_positive_prior_is_said():
             z = pyro.sample("z", dist.Normal(0.0, tau))
             pyro.sample("y", dist.Normal(z, 1.0), obs=torch.linspace(-1.0, 1.0, 6))
 
-    found = mcmc(model, None, 100, seed=0, progress=False)
+    found = mcmc(model, draws=100, seed=0, progress=False)
     assert "a scale, for example, needs a prior on positive numbers" in found.verdict

@@ -215,7 +215,7 @@ def test_tails_of_a_scale_are_those_of_quadrature(scale, most_untrusted):
     log_prob = log_likelihood_by_kalman(y, q, r) - (q.square() + r.square()) / 2 + q.log()
     mass = (log_prob - log_prob.max()).exp().sum(1).cumsum(0)
     for seed in (1, 2, 3):
-        chains = mcmc(walk, None, 400, y, seed=seed, progress=False, max_seconds=60)
+        chains = mcmc(walk, y, draws=400, seed=seed, progress=False, max_seconds=60)
         if not chains.trusted:
             num_untrusted += 1
             continue
