@@ -136,7 +136,7 @@ def test_settings_are_public():
     assert result.num_gradients == 4 * (12 + 8 * 4)  # more draws while the step size falls
 
 
-@pytest.mark.parametrize("run", [partial(fit), partial(mcmc, num_samples=4)])
+@pytest.mark.parametrize("run", [partial(fit), partial(mcmc, draws=4)])
 def test_handlers_around_a_fit_are_an_error(run):
     """They would not reach the model where many draws are evaluated at once."""
     expected = (
@@ -146,7 +146,7 @@ def test_handlers_around_a_fit_are_an_error(run):
         poutine.condition(data={"z": torch.tensor(0.0)}),
         pytest.raises(RuntimeError, match=expected),
     ):
-        run(models.location, AutoIAF(models.location))
+        run(models.location)
 
 
 def test_fits_in_threads_wait_for_each_other():
@@ -328,7 +328,7 @@ def test_a_model_without_data_is_said_to_be_its_prior():
     assert not result.trusted
     assert "prior" not in quick_fit(line, Y, Y, **options).verdict
     with pytest.warns(UserWarning, match=words):
-        found = mcmc(line, result.guide, 20, Y, progress=False)
+        found = mcmc(line, Y, draws=20, progress=False)
     assert found.verdict.startswith(words)
     assert not found.trusted
 

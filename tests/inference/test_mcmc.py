@@ -6,20 +6,12 @@
 import math
 import re
 import signal
-from functools import partial
 
 import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer.autoguide import (
-    AutoDelta,
-    AutoDiagonalNormal,
-    AutoMultivariateNormal,
-    AutoNormal,
-)
 
-from pyro_artransform import AutoIAF
 from pyro_artransform.inference import mcmc as run
 from pyro_artransform.inference.chains import chains_of
 from pyro_artransform.inference.evaluation.verdict import FitStatus
@@ -27,12 +19,11 @@ from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.sampling import End, modes, target
 from tests.inference import models
-from tests.inference.models import small
 from tests.sampling.densities import schools, schools_moments, two_modes
 
 
-def mcmc(model, guide, num_samples=400, *args, **options):
-    return run(model, guide, num_samples, *args, **{"seed": 0, "progress": False, **options})
+def mcmc(model, *args, **options):
+    return run(model, *args, **{"seed": 0, "progress": False, **options})
 
 
 def flat(chains):
@@ -45,23 +36,8 @@ def flat_ess(chains):
     return torch.cat([chains.ess[name].reshape(-1) for name in ("mu", "tau", "theta")])
 
 
-def started(guide):
-    guide()
-    return guide
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda _: None,
-        partial(AutoIAF, num_transforms=2, hidden_dims=8),
-        pytest.param(AutoNormal, marks=pytest.mark.slow),
-        pytest.param(AutoMultivariateNormal, marks=pytest.mark.slow),
-    ],
-)
-def test_eight_schools(make):
-    """From nothing, and from guides that nobody has trained."""
-    chains = mcmc(schools, make(schools), 1000)
+def test_eight_schools():
+    chains = mcmc(schools, draws=1000)
     assert chains.trusted, chains
     mean, sd = schools_moments()
     draws, ess = flat(chains), flat_ess(chains)
@@ -70,12 +46,6 @@ def test_eight_schools(make):
     assert ((draws.std(0) / sd - 1).abs() < 5 * 1.2 / ess.sqrt()).all()
     assert chains.min_ess >= 1000
     assert chains.max_rhat <= 1.02
-
-
-def regression_guide():
-    """Of :func:`models.regression`, without a transform, and far from good."""
-    pyro.sample("scale", dist.LogNormal(0.5, 1.0))
-    pyro.sample("loc", dist.Normal(0.0, 2.0))
 
 
 def regression_moments():
@@ -91,20 +61,8 @@ def regression_moments():
     return mean, ((points - mean[:, None]).square() @ weights).sqrt()
 
 
-GUIDES = {
-    "none": lambda model: None,
-    "AutoNormal": AutoNormal,
-    "AutoDiagonalNormal": AutoDiagonalNormal,
-    "AutoMultivariateNormal": AutoMultivariateNormal,
-    "AutoIAF": small,
-    "hand-written": lambda model: regression_guide,
-}
-
-
-@pytest.mark.parametrize("kind", GUIDES)
-def test_guides(kind):
-    model = models.regression
-    chains = mcmc(model, GUIDES[kind](model), 400)
+def test_a_location_and_a_scale():
+    chains = mcmc(models.regression, draws=400)
     assert chains.trusted, chains
     mean, sd = regression_moments()
     loc, scale = (chains.by_chain[name].flatten() for name in ("loc", "scale"))
@@ -280,13 +238,13 @@ def test_a_gradient_that_fails_where_the_density_does_not():
         z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
         pyro.factor("root", torch.where(z > 2, 0 * z, -(2 - z).sqrt()).sum(-1))
 
-    chains = mcmc(model, AutoNormal(model), 50, seed=0, progress=False, max_seconds=3)
+    chains = mcmc(model, draws=50, max_seconds=3)
     assert bool(chains.draws["z"].isfinite().all())
 
 
-def test_arguments_of_model_and_guide():
+def test_arguments_of_the_model():
     values = models.data()
-    chains = mcmc(models.regression, AutoNormal(models.regression), 50, values + 5)
+    chains = mcmc(models.regression, values + 5, draws=50)
     assert abs(chains.by_chain["loc"].mean() - 5.6) < 0.7
     by_name = mcmc(models.regression, draws=50, values=values + 5)
     assert abs(by_name.by_chain["loc"].mean() - 5.6) < 0.7
@@ -324,48 +282,42 @@ def test_predictions_of_chains_for_new_rows():
     assert torch.allclose(torch.tensor(found), expected, atol=0.1)
 
 
-def discrete():
-    pyro.sample("kind", dist.Bernoulli(0.5))
-    pyro.sample("loc", dist.Normal(0.0, 1.0))
-
-
-def lacking():
+def of_draws(draws):
     pyro.sample("loc", dist.Normal(0.0, 1.0))
 
 
 @pytest.mark.parametrize(
-    ("model", "guide", "options", "words"),
+    ("model", "options", "words"),
     [
-        (models.subsampled, AutoNormal, {}, "one that sees all its data, got one that subsamples"),
-        (models.location, AutoDelta, {}, "draws that differ, got the same value of loc"),
-        (models.regression, lambda _: lacking, {}, "scale"),
-        (models.location, AutoNormal, {"num_samples": 0}, "num_samples: expected a positive"),
-        (
-            models.location,
-            AutoNormal,
-            {"num_chains": 2},
-            "num_chains: expected an integer of at least 4",
-        ),
-        (models.location, AutoNormal, {"seed": -1}, "seed: expected"),
-        (models.location, AutoNormal, {"max_seconds": 0.0}, "max_seconds: expected a positive"),
+        (models.subsampled, {}, "one that sees all its data, got one that subsamples"),
+        (of_draws, {}, "a parameter 'draws', which is also an option of mcmc"),
+        (models.location, {"draws": 0}, "draws: expected a positive"),
+        (models.location, {"num_chains": 2}, "num_chains: expected an integer of at least 4"),
+        (models.location, {"seed": -1}, "seed: expected"),
+        (models.location, {"max_seconds": 0.0}, "max_seconds: expected a positive"),
     ],
 )
-def test_what_is_refused(model, guide, options, words):
+def test_what_is_refused(model, options, words):
     with pytest.raises(ValueError, match=words):
-        mcmc(model, guide(model), **options)
+        mcmc(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "words"),
+    [
+        ((None, 400), {}, "expected the arguments that the model takes, .*, got 2 by position"),
+        ((), {"draw": 4}, "Did you mean draws=, an option of mcmc"),
+        ((), {"init_loc_fn": 0.0}, "init_loc_fn: expected a function"),
+    ],
+)
+def test_arguments_that_the_model_does_not_take_are_refused(args, options, words):
+    with pytest.raises(TypeError, match=words):
+        mcmc(models.location, *args, **options)
 
 
 def test_inference_mode_is_refused():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="to be called outside"):
-        mcmc(models.location, AutoNormal(models.location))
-
-
-def test_nothing_is_trained_or_left_in_the_guide():
-    guide = started(small(models.regression))
-    before = {name: value.clone() for name, value in guide.state_dict().items()}
-    mcmc(models.regression, guide, 50)
-    assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
-    assert all(parameter.grad is None for parameter in guide.parameters())
+        mcmc(models.location)
 
 
 def test_single_precision():
@@ -377,10 +329,9 @@ def test_single_precision():
     assert abs(chains.by_chain["loc"].mean() - mean[0]) < 5 * sd[0] / chains.min_ess**0.5
 
 
-@pytest.mark.parametrize("make", [lambda _: None, small])
-def test_a_funnel_in_coordinates_of_the_prior(make):
+def test_a_funnel_in_coordinates_of_the_prior():
     """Which is none there: the neck is reached, as far as the prior has it."""
-    chains = mcmc(models.funnel, make(models.funnel), 1000)
+    chains = mcmc(models.funnel, draws=1000)
     assert chains.trusted, chains
     v = chains.by_chain["v"].flatten()
     assert abs(v.std() / 3 - 1) < 5 / (2 * float(chains.ess["v"])) ** 0.5
@@ -392,7 +343,7 @@ def test_a_funnel_in_coordinates_of_the_prior(make):
 def test_chains_that_stay_in_modes_are_not_trusted_however_small_one_is(monkeypatch):
     """A mode of 3 %, which proposals that are never accepted do not lead to and from."""
     monkeypatch.setattr(modes.IndependentProposals, "step", lambda self, target, state: state)
-    chains = run(two_modes(2, 20.0, 0.03), None, 20, seed=0, progress=False)
+    chains = mcmc(two_modes(2, 20.0, 0.03), draws=20)
     assert chains.stopped_because == End.APART.value
     assert not chains.trusted
     assert "chains found 2 modes" in chains.verdict
