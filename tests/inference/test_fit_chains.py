@@ -96,8 +96,8 @@ def test_a_posterior_that_a_guide_has():
     assert "About the guide alone: Trusted" in result.verdict
 
 
-def test_chains_that_have_not_mixed_go_on_from_the_trained_guide(monkeypatch):
-    """Those from nothing end after a block."""
+def test_chains_that_have_not_mixed_are_not_trusted_whatever_the_guide_is(monkeypatch):
+    """They end after a block: the guide is trained, and no other chains replace them."""
     begun, from_nothing = [], draws_first.from_nothing
 
     def ends_early(*args):
@@ -109,11 +109,13 @@ def test_chains_that_have_not_mixed_go_on_from_the_trained_guide(monkeypatch):
 
     monkeypatch.setattr(draws_first, "from_nothing", ends_early)
     result = fitted(models.regression, small(models.regression), draws=2000)
-    assert begun[0].num_trajectories < 40
+    (ensemble,) = begun
+    assert ensemble.num_trajectories < 40
     assert result.num_steps > 0
-    assert result.chains.trusted, result
-    assert result.chains.num_gradients > begun[0].num_gradients
-    are_right(result.chains)
+    assert not result.chains.trusted
+    assert result.verdict.startswith("Draws not trusted: ")
+    assert result.chains.num_gradients == ensemble.num_gradients
+    assert len(result.draws["loc"]) == result.chains.by_chain["loc"].numel()
 
 
 def test_modes_that_the_draws_are_in():

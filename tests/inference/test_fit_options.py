@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoIAF, fit, inference
 from pyro_artransform.inference import FitConfig, mcmc
+from pyro_artransform.inference.check_call import check_call
 from pyro_artransform.inference.evaluation.checks import Check
-from pyro_artransform.inference.fit import check_model
 from pyro_artransform.inference.progress import ProgressBar
 from tests.inference import models
 from tests.inference.conftest import QUICK, quick_fit
@@ -230,7 +230,7 @@ WRONG = [
     ((Y,), {"num_epochs": 3}, r"Did you mean epochs=.* with a loader\?"),
     ((Y,), {"verbose": True}, "progress=False"),
     ((Y,), {"dtype": torch.float64}, r"\(got an unexpected keyword argument 'dtype'\)$"),
-    ((DataLoader(Y),), {}, "got a DataLoader: pass it as loader="),
+    ((DataLoader(Y),), {}, "got a DataLoader: pass it to fit, as loader="),
 ]
 
 
@@ -260,9 +260,9 @@ def test_decorated_models_take_what_their_decorator_takes():
     def decorated():
         return location(Y)
 
-    check_model(decorated, (), {})
+    check_call(fit, decorated, (), {})
     with pytest.raises(TypeError, match="too many positional arguments"):
-        check_model(decorated, (Y,), {})
+        check_call(fit, decorated, (Y,), {})
 
 
 def test_the_choice_is_in_the_result_and_as_good_as_the_same_guide_given():

@@ -335,7 +335,9 @@ def test_why_no_chain_can_start_is_explained(model, words, is_of_data):
     assert "Tried were the model's initial values, quantiles of the prior, the origin" in found
     assert re.search(r"points uniform in \(-2, 2\) there, such as (z|bound) = \[-?\d\.\d", found)
     assert (EXCLUDES in found) == is_of_data
-    assert found.endswith("Give an init_loc_fn with values at which density and gradient are finite")
+    assert found.endswith(
+        "Give an init_loc_fn with values at which density and gradient are finite"
+    )
 
 
 def test_a_density_in_double_precision_of_latents_in_single():

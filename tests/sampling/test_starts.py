@@ -123,7 +123,7 @@ def test_held_scales_of_all_superchains_are_quantiles():
 
 
 def test_starts_where_prior_medians_have_no_density():
-    """Coefficients of a Poisson regression with a vague prior: exp of hundreds overflows at most quantiles."""
+    """Coefficients of a Poisson regression with a vague prior: exp of hundreds overflows at quantiles."""
     x = torch.randn(50, 3)
     y = torch.poisson((1 + x @ torch.tensor([0.5, -0.3, 0.2])).exp())
 
