@@ -159,7 +159,7 @@ def of_chains(chains: Any, problem: Problem) -> Row:
 
 
 def by_ensemble(problem: Problem, seed: int, limit: float) -> Row:
-    """`mcmc` without a guide and with nothing else set; its limit is of wall time."""
+    """`mcmc` with nothing else set; its limit is of wall time."""
     from pyro_artransform.inference import mcmc
 
     began = time.process_time()
