@@ -159,12 +159,12 @@ def of_chains(chains: Any, problem: Problem) -> Row:
 
 
 def by_ensemble(problem: Problem, seed: int, limit: float) -> Row:
-    """`mcmc` without a guide and with nothing else set; its limit is of wall time."""
+    """`mcmc` with nothing else set; its limit is of wall time."""
     from pyro_artransform.inference import mcmc
 
     began = time.process_time()
     options: Any = {"seed": seed, "progress": False, "max_seconds": limit}
-    chains = mcmc(problem.model, None, ESS, *problem.args, **options)
+    chains = mcmc(problem.model, *problem.args, draws=ESS, **options)
     return {"seconds": time.process_time() - began} | of_chains(chains, problem)
 
 

@@ -31,7 +31,7 @@ def chains_by_fit(model: Callable[[], object], seed: int, seconds: float) -> Cha
 
 
 def chains_by_mcmc(model: Callable[[], object], seed: int, seconds: float) -> Chains:
-    return mcmc(model, None, NUM_DRAWS, seed=seed, progress=False, max_seconds=seconds)
+    return mcmc(model, draws=NUM_DRAWS, seed=seed, progress=False, max_seconds=seconds)
 
 
 BY = {"mcmc": chains_by_mcmc, "fit": chains_by_fit}

@@ -7,7 +7,7 @@
 
 Each run is a process of its own, and a line of a file, so that it goes on where the last one ended (delete
 the file, or name another one with --results, after a change). --subject fit runs `fit(draws=400)` instead
-of `mcmc(model, None, 400)`. --write puts the table into tails.md. --check tries the exact quantiles by
+of `mcmc(model, draws=400)`. --write puts the table into tails.md. --check tries the exact quantiles by
 other routes, and --reference makes those of the dose response anew, by the extra [bench].
 """
 
@@ -42,7 +42,7 @@ def draw(subject: str, name: str, seed: int) -> Any:
     if subject == "fit":
         found: Any = fit(target.model, *target.args, draws=NUM_DRAWS, seed=seed, progress=False)
         return found.chains
-    return mcmc(target.model, None, NUM_DRAWS, *target.args, seed=seed, progress=False)
+    return mcmc(target.model, *target.args, draws=NUM_DRAWS, seed=seed, progress=False)
 
 
 def one(subject: str, target: str, seed: int) -> Row:

@@ -5,7 +5,7 @@
     python benchmarks/unseen.py [POSTERIOR ...] [--set more] [--seeds 1] [--draws 400]
 
 Prints CPU seconds, steps, the ELBO, its distance from the evidence by the guide's weights (nats), k-hat, and
-what the draws of the fit say of themselves. With --draws, of `mcmc(model, None, draws)` alone: how far means
+what the draws of the fit say of themselves. With --draws, of `mcmc(model, draws=draws)` alone: how far means
 and sds of unconstrained latents are from those of 4,000 effective draws with another seed, in sds and in
 percent, in brackets where these are not trusted.
 """
@@ -64,9 +64,9 @@ def by_fit(model: Model, data: Data, seed: int, _: int | None) -> list[Any]:
 
 
 def by_mcmc(model: Model, data: Data, seed: int, num_draws: int) -> list[Any]:
-    found = mcmc(model, None, num_draws, *data, seed=seed, progress=False)
+    found = mcmc(model, *data, draws=num_draws, seed=seed, progress=False)
     ended = time.process_time()
-    other = mcmc(model, None, NUM_REFERENCE, *data, seed=100, progress=False)
+    other = mcmc(model, *data, draws=NUM_REFERENCE, seed=100, progress=False)
     latents = LogJoint(model, data).latents
     one, reference = (
         latents.unconstrain({name: value.flatten(0, 1) for name, value in chains.by_chain.items()})

@@ -21,7 +21,7 @@ def shortened(code: str) -> str:
 
     code = re.sub(r"= fit\((.*?)\)", short_fit, code)
     code = re.sub(r"num_simulations=\d+", "num_simulations=10", code)
-    short_mcmc = r"= mcmc(\1, 16\2, max_seconds=1, progress=False)"
-    code = re.sub(r"= mcmc\((.*?), \d+([^()]*)\)", short_mcmc, code)
+    short_mcmc = r"= mcmc(\1, draws=16\2, max_seconds=1, progress=False)"
+    code = re.sub(r"= mcmc\((.*?), draws=\d+([^()]*)\)", short_mcmc, code)
     code = re.sub(r"range\(\d{3,}\)", "range(5)", code)
     return re.sub(r"(importance\(.*), \d+, ", r"\1, 30, ", code)

@@ -343,11 +343,10 @@ def test_a_fit_is_the_same_with_and_without(model, guide, monkeypatch):
 
 
 def test_chains_are_the_same_with_and_without(monkeypatch):
-    guide, found = AutoIAF(hierarchy), []
-    guide()  # its set-up draws numbers
+    found = []
     for patience in (10**9, capture._PATIENCE):
         monkeypatch.setattr(capture, "_PATIENCE", patience)
-        found.append(mcmc(hierarchy, guide, 100, seed=0, progress=False, num_chains=8))
+        found.append(mcmc(hierarchy, draws=100, seed=0, progress=False, num_chains=8))
     assert found[1].trusted
     # chains amplify round-off
     torch.testing.assert_close(*(each.by_chain["z"] for each in found), rtol=1e-4, atol=1e-4)
@@ -390,6 +389,6 @@ def test_draws_of_another_density_are_dropped(monkeypatch):
     anew, begin_anew = [], Ensemble._forget
     monkeypatch.setattr(recording.Replay, "__call__", replay)
     monkeypatch.setattr(Ensemble, "_forget", lambda self: begin_anew(anew.append(1) or self))
-    found = mcmc(model, AutoIAF(model, init_scale=2.0), 400, seed=0, progress=False, num_chains=16)
+    found = mcmc(model, draws=400, seed=0, progress=False, num_chains=16)
     assert anew
     assert (found.by_chain["z"].mean((0, 1)) - 2.0).abs().max() < 0.25

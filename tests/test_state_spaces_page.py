@@ -63,7 +63,7 @@ def test_every_model_is_evaluated_at_many_draws_at_once(models):
 )
 def test_a_small_one_has_trusted_draws(models, name, num):
     model, args = models.subject(name, num)
-    chains = mcmc(model, None, 100, *args, seed=0, progress=False)
+    chains = mcmc(model, *args, draws=100, seed=0, progress=False)
     assert chains.trusted, chains.verdict
     if name == "Gaussian process":
         new = torch.linspace(-1.0, 1.0, 5)

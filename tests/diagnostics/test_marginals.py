@@ -9,17 +9,18 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.diagnostics.base_space import ensemble_of
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from pyro_artransform.diagnostics.marginals import marginals_of
+from pyro_artransform.inference.mcmc import from_nothing
+from pyro_artransform.joint import LogJoint
 from tests.diagnostics.conjugate import PathGuide, alternating, path
 
 SLOW = pytest.mark.slow
 
 
-def chains_of(model, guide, num_samples=1000):
-    """Chains in the base space of a guide, until there are so many effective draws."""
-    ensemble = ensemble_of(ModelAndGuide.of(model, guide, (), {}))
+def chains_of(model, num_samples=1000):
+    """Chains until there are so many effective draws."""
+    ensemble = from_nothing(LogJoint(model), num_samples)
     ensemble.run(num_samples)
     return ensemble
 
@@ -31,7 +32,7 @@ def judged(ensemble, model, guide):
 
 
 def marginals(model, guide, num_samples=1000):
-    return judged(chains_of(model, guide, num_samples), model, guide)
+    return judged(chains_of(model, num_samples), model, guide)
 
 
 def _heavy_tails(x):
@@ -47,7 +48,7 @@ def _one_in_twenty(dim, value):
 def test_guides_of_a_correlated_path(dim):
     """The bound of 2 D errors is nine standard errors."""
     model = partial(path, dim)
-    ensemble = chains_of(model, PathGuide(dim), max(1000, 2 * dim))
+    ensemble = chains_of(model, max(1000, 2 * dim))
     exact = judged(ensemble, model, PathGuide(dim))
     assert max(exact.mean_bound, exact.sd_bound) < 0.25
     assert exact.words.startswith("all means accurate to 0.")
@@ -67,7 +68,6 @@ def test_errors_are_the_true_ones():
     """Means off by 0.1 sd at most and sds by 10 %: within four standard errors, and 0.01."""
     dim = 100
     factor, shift = 1 + 0.1 * torch.linspace(-1, 1, dim), 0.1 * torch.linspace(1, -1, dim)
-    # errors that are smooth along the path, so that they are small in its base space as well
     found = marginals(partial(path, dim), PathGuide(dim, factor, shift))
     errors = found.mean_shift["z"] - shift
     assert (errors.abs() < 4 * found.mean_shift_se["z"] + 0.01).all()
@@ -79,7 +79,7 @@ def test_errors_are_the_true_ones():
 
 def test_few_draws_know_too_little():
     model, guide = partial(path, 20), PathGuide(20)
-    found = marginals_of(chains_of(model, guide), guide.rsample_and_log_prob(60)[0])
+    found = marginals_of(chains_of(model), guide.rsample_and_log_prob(60)[0])
     assert not found.trusted
     assert "but the bounds are wide (means accurate to" in found.words
 

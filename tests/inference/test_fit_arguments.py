@@ -67,7 +67,7 @@ def test_errors_of_runs_name_the_arguments(guide):
         with pytest.raises(kind, match=first + words):
             few(model, *([] if guide is None else [guide(model)]), *args)
     with pytest.raises(AttributeError, match=first + words):
-        mcmc(model, None if guide is None else guide(model), 10, *args, progress=False)
+        mcmc(model, *args, draws=10, progress=False)
 
 
 def test_what_the_param_store_had_is_said():

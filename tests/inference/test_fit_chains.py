@@ -19,10 +19,11 @@ from pyro_artransform.inference import draws_first
 from pyro_artransform.inference.draws_first import DRAWS_ARE_THERE
 from pyro_artransform.inference.evaluation.checks import Check
 from pyro_artransform.inference.initialization.start import AT_DRAWS, UNCHANGED
+from pyro_artransform.sampling import StartError
 from tests.inference import loaders, models
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
-from tests.inference.test_mcmc import flat, flat_ess, regression_moments
+from tests.inference.test_mcmc import AT_FIVE, flat, flat_ess, narrow, regression_moments
 from tests.sampling.densities import schools, schools_moments, two_modes
 
 
@@ -96,8 +97,8 @@ def test_a_posterior_that_a_guide_has():
     assert "About the guide alone: Trusted" in result.verdict
 
 
-def test_chains_that_have_not_mixed_go_on_from_the_trained_guide(monkeypatch):
-    """Those from nothing end after a block."""
+def test_chains_that_have_not_mixed_are_not_trusted_whatever_the_guide_is(monkeypatch):
+    """They end after a block: the guide is trained, and no other chains replace them."""
     begun, from_nothing = [], draws_first.from_nothing
 
     def ends_early(*args):
@@ -109,11 +110,40 @@ def test_chains_that_have_not_mixed_go_on_from_the_trained_guide(monkeypatch):
 
     monkeypatch.setattr(draws_first, "from_nothing", ends_early)
     result = fitted(models.regression, small(models.regression), draws=2000)
-    assert begun[0].num_trajectories < 40
+    (ensemble,) = begun
+    assert ensemble.num_trajectories < 40
     assert result.num_steps > 0
-    assert result.chains.trusted, result
-    assert result.chains.num_gradients > begun[0].num_gradients
-    are_right(result.chains)
+    assert not result.chains.trusted
+    assert result.verdict.startswith("Draws not trusted: ")
+    assert result.chains.num_gradients == ensemble.num_gradients
+    assert len(result.draws["loc"]) == result.chains.by_chain["loc"].numel()
+
+
+def near_five():
+    """A guide of :func:`narrow`."""
+    loc = pyro.param("loc", torch.full((2,), 5.0))
+    scale = pyro.param("scale", torch.full((2,), 0.02), constraint=dist.constraints.positive)
+    pyro.sample("z", dist.Normal(loc, scale).to_event(1))
+
+
+@pytest.mark.parametrize("is_written", [True, False], ids=["hand-written", "AutoNormal"])
+def test_a_guide_that_no_chain_could_check_is_not_trusted(is_written):
+    """Which is said first."""
+    guide = near_five if is_written else AutoNormal(narrow, init_loc_fn=AT_FIVE, init_scale=0.02)
+    result = fitted(narrow, guide, draws=None, config=None)
+    assert result.num_steps > 0
+    assert not result.trusted
+    assert not result.ok
+    assert (result.draws, result.chains) == (None, None)
+    words = "Not trusted: the guide was not checked by chains, since none could start: expected a"
+    assert result.verdict.startswith(words)
+    assert "region is not finite" in result.verdict
+    assert result.failed[0].check is Check.NO_CHAINS
+    with pytest.raises(StartError, match="region is not finite"):
+        fitted(narrow, guide, draws=100)
+    # without chains that check it: the guide alone
+    result = fitted(narrow, guide, draws=0, config=None)
+    assert Check.NO_CHAINS not in {each.check for each in result.failed}
 
 
 def test_modes_that_the_draws_are_in():

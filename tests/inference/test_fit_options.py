@@ -21,8 +21,8 @@ from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoIAF, fit, inference
 from pyro_artransform.inference import FitConfig, mcmc
+from pyro_artransform.inference.check_call import check_call
 from pyro_artransform.inference.evaluation.checks import Check
-from pyro_artransform.inference.fit import check_model
 from pyro_artransform.inference.progress import ProgressBar
 from tests.inference import models
 from tests.inference.conftest import QUICK, quick_fit
@@ -136,7 +136,7 @@ def test_settings_are_public():
     assert result.num_gradients == 4 * (12 + 8 * 4)  # more draws while the step size falls
 
 
-@pytest.mark.parametrize("run", [partial(fit), partial(mcmc, num_samples=4)])
+@pytest.mark.parametrize("run", [partial(fit), partial(mcmc, draws=4)])
 def test_handlers_around_a_fit_are_an_error(run):
     """They would not reach the model where many draws are evaluated at once."""
     expected = (
@@ -146,7 +146,7 @@ def test_handlers_around_a_fit_are_an_error(run):
         poutine.condition(data={"z": torch.tensor(0.0)}),
         pytest.raises(RuntimeError, match=expected),
     ):
-        run(models.location, AutoIAF(models.location))
+        run(models.location)
 
 
 def test_fits_in_threads_wait_for_each_other():
@@ -230,7 +230,7 @@ WRONG = [
     ((Y,), {"num_epochs": 3}, r"Did you mean epochs=.* with a loader\?"),
     ((Y,), {"verbose": True}, "progress=False"),
     ((Y,), {"dtype": torch.float64}, r"\(got an unexpected keyword argument 'dtype'\)$"),
-    ((DataLoader(Y),), {}, "got a DataLoader: pass it as loader="),
+    ((DataLoader(Y),), {}, "got a DataLoader: pass it to fit, as loader="),
 ]
 
 
@@ -260,9 +260,9 @@ def test_decorated_models_take_what_their_decorator_takes():
     def decorated():
         return location(Y)
 
-    check_model(decorated, (), {})
+    check_call(fit, decorated, (), {})
     with pytest.raises(TypeError, match="too many positional arguments"):
-        check_model(decorated, (Y,), {})
+        check_call(fit, decorated, (Y,), {})
 
 
 def test_the_choice_is_in_the_result_and_as_good_as_the_same_guide_given():
@@ -328,7 +328,7 @@ def test_a_model_without_data_is_said_to_be_its_prior():
     assert not result.trusted
     assert "prior" not in quick_fit(line, Y, Y, **options).verdict
     with pytest.warns(UserWarning, match=words):
-        found = mcmc(line, result.guide, 20, Y, progress=False)
+        found = mcmc(line, Y, draws=20, progress=False)
     assert found.verdict.startswith(words)
     assert not found.trusted
 

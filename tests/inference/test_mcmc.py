@@ -6,33 +6,25 @@
 import math
 import re
 import signal
-from functools import partial
 
 import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer.autoguide import (
-    AutoDelta,
-    AutoDiagonalNormal,
-    AutoMultivariateNormal,
-    AutoNormal,
-)
+from pyro.infer.autoguide import init_to_value
 
-from pyro_artransform import AutoIAF
 from pyro_artransform.inference import mcmc as run
 from pyro_artransform.inference.chains import chains_of
 from pyro_artransform.inference.evaluation.verdict import FitStatus
 from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.sampling import End, modes, target
+from pyro_artransform.sampling import End, StartError, modes, target
 from tests.inference import models
-from tests.inference.models import small
 from tests.sampling.densities import schools, schools_moments, two_modes
 
 
-def mcmc(model, guide, num_samples=400, *args, **options):
-    return run(model, guide, num_samples, *args, **{"seed": 0, "progress": False, **options})
+def mcmc(model, *args, **options):
+    return run(model, *args, **{"seed": 0, "progress": False, **options})
 
 
 def flat(chains):
@@ -45,23 +37,8 @@ def flat_ess(chains):
     return torch.cat([chains.ess[name].reshape(-1) for name in ("mu", "tau", "theta")])
 
 
-def started(guide):
-    guide()
-    return guide
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda _: None,
-        partial(AutoIAF, num_transforms=2, hidden_dims=8),
-        pytest.param(AutoNormal, marks=pytest.mark.slow),
-        pytest.param(AutoMultivariateNormal, marks=pytest.mark.slow),
-    ],
-)
-def test_eight_schools(make):
-    """From nothing, and from guides that nobody has trained."""
-    chains = mcmc(schools, make(schools), 1000)
+def test_eight_schools():
+    chains = mcmc(schools, draws=1000)
     assert chains.trusted, chains
     mean, sd = schools_moments()
     draws, ess = flat(chains), flat_ess(chains)
@@ -70,12 +47,6 @@ def test_eight_schools(make):
     assert ((draws.std(0) / sd - 1).abs() < 5 * 1.2 / ess.sqrt()).all()
     assert chains.min_ess >= 1000
     assert chains.max_rhat <= 1.02
-
-
-def regression_guide():
-    """Of :func:`models.regression`, without a transform, and far from good."""
-    pyro.sample("scale", dist.LogNormal(0.5, 1.0))
-    pyro.sample("loc", dist.Normal(0.0, 2.0))
 
 
 def regression_moments():
@@ -91,20 +62,8 @@ def regression_moments():
     return mean, ((points - mean[:, None]).square() @ weights).sqrt()
 
 
-GUIDES = {
-    "none": lambda model: None,
-    "AutoNormal": AutoNormal,
-    "AutoDiagonalNormal": AutoDiagonalNormal,
-    "AutoMultivariateNormal": AutoMultivariateNormal,
-    "AutoIAF": small,
-    "hand-written": lambda model: regression_guide,
-}
-
-
-@pytest.mark.parametrize("kind", GUIDES)
-def test_guides(kind):
-    model = models.regression
-    chains = mcmc(model, GUIDES[kind](model), 400)
+def test_a_location_and_a_scale():
+    chains = mcmc(models.regression, draws=400)
     assert chains.trusted, chains
     mean, sd = regression_moments()
     loc, scale = (chains.by_chain[name].flatten() for name in ("loc", "scale"))
@@ -116,7 +75,7 @@ def test_guides(kind):
 
 def test_a_model_that_is_run_by_loop():
     """Of a density with a jump, by quadrature."""
-    chains = mcmc(models.branching, None, 50)
+    chains = mcmc(models.branching, draws=50)
     assert chains.num_chains == 8
     assert chains.trusted, chains
     z = torch.linspace(-6, 6, 4001)
@@ -135,7 +94,7 @@ def shaped():
 
 
 def test_shapes_and_supports():
-    chains = mcmc(shaped, None, 300, num_chains=6)
+    chains = mcmc(shaped, draws=300, num_chains=6)
     shapes = {"share": (3,), "z": (3, 2), "rate": ()}
     assert {name: value.shape[1:] for name, value in chains.draws.items()} == shapes
     assert {len(value) for value in chains.draws.values()} == {300}
@@ -162,7 +121,7 @@ def test_shapes_and_supports():
 def test_a_seed_makes_draws_repeatable_and_leaves_the_generators():
     model = models.regression
     state = torch.get_rng_state()
-    one, same, other = (mcmc(model, None, 100, seed=seed) for seed in (3, 3, 4))
+    one, same, other = (mcmc(model, draws=100, seed=seed) for seed in (3, 3, 4))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one.draws["loc"], same.draws["loc"])
     assert not torch.equal(one.draws["loc"], other.draws["loc"])
@@ -170,7 +129,7 @@ def test_a_seed_makes_draws_repeatable_and_leaves_the_generators():
 
 def test_what_it_says(capsys):
     model = models.regression
-    chains = mcmc(model, None, 100)
+    chains = mcmc(model, draws=100)
     assert chains.verdict.startswith("Draws trusted: ")
     assert "effective draws of the worst latent, R-hat at most 1.0" in chains.verdict
     text = repr(chains)
@@ -189,7 +148,7 @@ def test_what_it_says(capsys):
 
 
 def test_summary_has_constrained_names_with_their_convergence():
-    chains = mcmc(shaped, None, 100)
+    chains = mcmc(shaped, draws=100)
     found = chains.summary()
     assert set(found) == {"share", "z", "rate"}
     assert torch.allclose(found["rate"]["mean"], chains.by_chain["rate"].mean())
@@ -205,7 +164,7 @@ def test_summary_has_constrained_names_with_their_convergence():
 @pytest.mark.parametrize(("share", "is_trusted"), [(0.3, False), (0.02, True)])
 def test_modes_are_named(share, is_trusted):
     """Chains jump between them, and there may be others where the second has a fair share."""
-    chains = mcmc(two_modes(2, 20.0, share), None, 200)
+    chains = mcmc(two_modes(2, 20.0, share), draws=200)
     assert chains.max_rhat <= 1.02
     assert chains.trusted == is_trusted
     words = r"chains found 2 modes, which differ in z\[0\], z\[1\] .* about 7\d %, [23]\d %"
@@ -228,7 +187,7 @@ def test_draws_of_divergent_trajectories_are_not_trusted():
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.factor("cliff", torch.where(z[..., 0] < 0, -2000.0, 0.0))
 
-    chains = mcmc(model, None, 100)
+    chains = mcmc(model, draws=100)
     assert chains.num_divergent > 0.01 * chains.by_chain["z"][..., 0].numel()
     assert not chains.trusted
     assert "% of the trajectories diverged" in chains.verdict
@@ -237,7 +196,7 @@ def test_draws_of_divergent_trajectories_are_not_trusted():
 
 def test_max_seconds_ends_with_what_there_is(monkeypatch):
     monkeypatch.setattr(target, "_PATIENCE", 10**9)  # else they end before the time does
-    chains = mcmc(models.regression, None, 10**5, max_seconds=3.0)
+    chains = mcmc(models.regression, draws=10**5, max_seconds=3.0)
     assert not chains.trusted
     assert chains.stopped_because == "the time limit was reached"
     assert "effective draws, not 100000" in chains.verdict
@@ -249,7 +208,7 @@ def test_max_seconds_ends_with_what_there_is(monkeypatch):
 
 
 def test_no_time_at_all():
-    chains = mcmc(models.regression, None, 10, max_seconds=1e-9)
+    chains = mcmc(models.regression, draws=10, max_seconds=1e-9)
     assert not chains.trusted
     assert chains.by_chain["loc"].shape == (16, 1)
     assert re.search(r"chains have not mixed: .*above 1.02\. Allow more time", chains.verdict)
@@ -266,7 +225,7 @@ def test_interrupt_keeps_what_there_is(monkeypatch):
         if count == 500:
             signal.raise_signal(signal.SIGINT)
 
-    chains = mcmc(model, None, 50_000)
+    chains = mcmc(model, draws=50_000)
     assert chains.stopped_because == "it was interrupted"
     assert not chains.trusted
     assert chains.by_chain["loc"].shape[1] > 10
@@ -280,15 +239,15 @@ def test_a_gradient_that_fails_where_the_density_does_not():
         z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
         pyro.factor("root", torch.where(z > 2, 0 * z, -(2 - z).sqrt()).sum(-1))
 
-    chains = mcmc(model, AutoNormal(model), 50, seed=0, progress=False, max_seconds=3)
+    chains = mcmc(model, draws=50, max_seconds=3)
     assert bool(chains.draws["z"].isfinite().all())
 
 
-def test_arguments_of_model_and_guide():
+def test_arguments_of_the_model():
     values = models.data()
-    chains = mcmc(models.regression, AutoNormal(models.regression), 50, values + 5)
+    chains = mcmc(models.regression, values + 5, draws=50)
     assert abs(chains.by_chain["loc"].mean() - 5.6) < 0.7
-    by_name = mcmc(models.regression, None, 50, values=values + 5)
+    by_name = mcmc(models.regression, draws=50, values=values + 5)
     assert abs(by_name.by_chain["loc"].mean() - 5.6) < 0.7
 
 
@@ -296,7 +255,7 @@ def test_arguments_of_model_and_guide():
 def test_an_arviz_data_set(num_chains):
     """Its chains are superchains, long enough for ArviZ's R-hat."""
     arviz, model = pytest.importorskip("arviz"), models.regression
-    chains = mcmc(model, None, 400, num_chains=num_chains)
+    chains = mcmc(model, draws=400, num_chains=num_chains)
     found = chains.to_inference_data(model)
     size = chains.by_chain["loc"].numel() // chains.num_superchains
     assert found.posterior["loc"].shape == (chains.num_superchains, size)
@@ -317,70 +276,121 @@ def test_predictions_of_chains_for_new_rows():
         with pyro.plate("data", len(x)):
             pyro.sample("y", dist.Normal(slope * x, 0.01), obs=values)
 
-    chains = mcmc(model, None, 50, torch.ones(6), torch.ones(6), num_chains=4)
+    chains = mcmc(model, torch.ones(6), torch.ones(6), draws=50, num_chains=4)
     pytest.importorskip("arviz")
     found = chains.to_inference_data(model, torch.tensor([2.0, 3.0])).predictions["y"].values
     expected = chains.by_chain["slope"][..., None] * torch.tensor([2.0, 3.0])
     assert torch.allclose(torch.tensor(found), expected, atol=0.1)
 
 
-def discrete():
-    pyro.sample("kind", dist.Bernoulli(0.5))
-    pyro.sample("loc", dist.Normal(0.0, 1.0))
-
-
-def lacking():
+def of_draws(draws):
     pyro.sample("loc", dist.Normal(0.0, 1.0))
 
 
 @pytest.mark.parametrize(
-    ("model", "guide", "options", "words"),
+    ("model", "options", "words"),
     [
-        (models.subsampled, AutoNormal, {}, "one that sees all its data, got one that subsamples"),
-        (models.location, AutoDelta, {}, "draws that differ, got the same value of loc"),
-        (models.regression, lambda _: lacking, {}, "scale"),
-        (models.location, AutoNormal, {"num_samples": 0}, "num_samples: expected a positive"),
-        (
-            models.location,
-            AutoNormal,
-            {"num_chains": 2},
-            "num_chains: expected an integer of at least 4",
-        ),
-        (models.location, AutoNormal, {"seed": -1}, "seed: expected"),
-        (models.location, AutoNormal, {"max_seconds": 0.0}, "max_seconds: expected a positive"),
+        (models.subsampled, {}, "one that sees all its data, got one that subsamples"),
+        (of_draws, {}, "a parameter 'draws', which is also an option of mcmc"),
+        (models.location, {"draws": 0}, "draws: expected a positive"),
+        (models.location, {"num_chains": 2}, "num_chains: expected an integer of at least 4"),
+        (models.location, {"seed": -1}, "seed: expected"),
+        (models.location, {"max_seconds": 0.0}, "max_seconds: expected a positive"),
     ],
 )
-def test_what_is_refused(model, guide, options, words):
+def test_what_is_refused(model, options, words):
     with pytest.raises(ValueError, match=words):
-        mcmc(model, guide(model), **options)
+        mcmc(model, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "words"),
+    [
+        ((None, 400), {}, "expected the arguments that the model takes, .*, got 2 by position"),
+        ((), {"draw": 4}, "Did you mean draws=, an option of mcmc"),
+        ((), {"init_loc_fn": 0.0}, "init_loc_fn: expected a function"),
+    ],
+)
+def test_arguments_that_the_model_does_not_take_are_refused(args, options, words):
+    with pytest.raises(TypeError, match=words):
+        mcmc(models.location, *args, **options)
+
+
+def narrow():
+    """A density that is finite between 4.8 and 5.2 alone, far from the prior."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    left = 1 - ((z - 5) / 0.2).square()
+    pyro.factor("region", torch.where(left > 0, 4 * left.abs().log(), -torch.inf).sum(-1))
+    pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.tensor([6.0, 9.0]))
+
+
+AT_FIVE = init_to_value(values={"z": torch.tensor([5.0, 5.1])})
+
+
+def narrow_moments():
+    """The means and sds, by quadrature."""
+    z = torch.linspace(4.8, 5.2, 2001)[1:-1, None]
+    data = dist.Normal(z, 1.0).log_prob(torch.tensor([6.0, 9.0]))
+    region = 4 * (1 - ((z - 5) / 0.2).square()).log()
+    weights = (data + dist.Normal(0.0, 1.0).log_prob(z) + region).softmax(0)
+    mean = (weights * z).sum(0)
+    return mean, (weights * (z - mean).square()).sum(0).sqrt()
+
+
+def test_a_start_that_the_user_gives():
+    with pytest.raises(StartError, match=r"region is not finite.* Give an init_loc_fn"):
+        mcmc(narrow, draws=100)
+    chains = mcmc(narrow, draws=400, init_loc_fn=AT_FIVE)
+    assert chains.trusted, chains
+    (mean, sd), draws = narrow_moments(), chains.by_chain["z"].flatten(0, 1)
+    assert ((draws.mean(0) - mean).abs() < 5 * sd / chains.ess["z"].sqrt()).all()
+    assert ((draws.std(0) / sd - 1).abs() < 5 / chains.ess["z"].sqrt()).all()
+
+
+def test_a_vague_prior_whose_quantiles_have_no_density():
+    """Of a Poisson regression: the posterior is nearly the Gaussian of the maximum likelihood."""
+    x = torch.randn(200, 2)
+    y = torch.poisson((2 + x @ torch.tensor([0.5, -0.3])).exp())
+
+    def model():
+        intercept = pyro.sample("intercept", dist.Normal(0.0, 1000.0))
+        with pyro.plate("columns", 2):
+            slopes = pyro.sample("slopes", dist.Normal(0.0, 1000.0))
+        with pyro.plate("rows", 200):
+            pyro.sample("y", dist.Poisson((intercept + x @ slopes).exp()), obs=y)
+
+    chains = mcmc(model, draws=400)
+    assert chains.trusted, chains
+    columns, beta = torch.cat([torch.ones(200, 1), x], 1), torch.zeros(3)
+    for _ in range(50):
+        rate = (columns @ beta).exp()
+        covariance = torch.linalg.inv(columns.T @ (rate[:, None] * columns))
+        beta = beta + covariance @ columns.T @ (y - rate)
+    draws = chains.draws
+    found = torch.cat([draws["intercept"][:, None], draws["slopes"]], 1)
+    # of 1,500 counts: a few percent of an sd beside the Monte Carlo error
+    sd = covariance.diagonal().sqrt()
+    assert ((found.mean(0) - beta).abs() < (5 / 20 + 0.05) * sd).all()
+    assert ((found.std(0) / sd - 1).abs() < 5 / 800**0.5 + 0.03).all()
 
 
 def test_inference_mode_is_refused():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="to be called outside"):
-        mcmc(models.location, AutoNormal(models.location))
-
-
-def test_nothing_is_trained_or_left_in_the_guide():
-    guide = started(small(models.regression))
-    before = {name: value.clone() for name, value in guide.state_dict().items()}
-    mcmc(models.regression, guide, 50)
-    assert all(torch.equal(value, before[name]) for name, value in guide.state_dict().items())
-    assert all(parameter.grad is None for parameter in guide.parameters())
+        mcmc(models.location)
 
 
 def test_single_precision():
     torch.set_default_dtype(torch.float32)
-    chains = mcmc(models.regression, None, 200)
+    chains = mcmc(models.regression, draws=200)
     assert chains.trusted
     assert chains.draws["loc"].dtype == torch.float32
     mean, sd = regression_moments()
     assert abs(chains.by_chain["loc"].mean() - mean[0]) < 5 * sd[0] / chains.min_ess**0.5
 
 
-@pytest.mark.parametrize("make", [lambda _: None, small])
-def test_a_funnel_in_coordinates_of_the_prior(make):
+def test_a_funnel_in_coordinates_of_the_prior():
     """Which is none there: the neck is reached, as far as the prior has it."""
-    chains = mcmc(models.funnel, make(models.funnel), 1000)
+    chains = mcmc(models.funnel, draws=1000)
     assert chains.trusted, chains
     v = chains.by_chain["v"].flatten()
     assert abs(v.std() / 3 - 1) < 5 / (2 * float(chains.ess["v"])) ** 0.5
@@ -392,7 +402,7 @@ def test_a_funnel_in_coordinates_of_the_prior(make):
 def test_chains_that_stay_in_modes_are_not_trusted_however_small_one_is(monkeypatch):
     """A mode of 3 %, which proposals that are never accepted do not lead to and from."""
     monkeypatch.setattr(modes.IndependentProposals, "step", lambda self, target, state: state)
-    chains = run(two_modes(2, 20.0, 0.03), None, 20, seed=0, progress=False)
+    chains = mcmc(two_modes(2, 20.0, 0.03), draws=20)
     assert chains.stopped_because == End.APART.value
     assert not chains.trusted
     assert "chains found 2 modes" in chains.verdict

@@ -73,7 +73,7 @@ def test_what_a_fit_does_is_shown(monkeypatch):
     quick_fit(models.funnel, AutoNormal(models.funnel), num_steps=1, seed=0)
     assert said == ["start", "chains", "fit", "verdict"]
     said.clear()
-    mcmc(models.location, None, 5)
+    mcmc(models.location, draws=5)
     assert said == ["chains"]
 
 

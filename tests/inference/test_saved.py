@@ -48,7 +48,7 @@ def test_a_fit(result, tmp_path):
 
 
 def test_chains(tmp_path):
-    chains = mcmc(models.regression, None, 50, progress=False)
+    chains = mcmc(models.regression, draws=50, progress=False)
     chains.save(tmp_path / "chains.pt")
     assert same(chains, Chains.load(tmp_path / "chains.pt"))
 

@@ -13,10 +13,11 @@ from pyro import poutine
 from pyro.distributions import transforms as T
 from torch.distributions import biject_to, constraints
 
+from pyro_artransform.inference import mcmc
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.joint.coordinates import non_centered
 from pyro_artransform.joint.prior_map import Coordinates
-from pyro_artransform.joint.prior_scale import PriorScale
+from pyro_artransform.joint.prior_scale import PriorScale, is_identity_or_exp
 
 MASK = torch.tensor([True, False, True])
 # units in the last place, of sums and of quantiles
@@ -337,3 +338,53 @@ def test_another_bijection_of_positive_numbers_is_not_taken_for_the_exponential(
     softplus = {type(constraints.positive): lambda _: T.SoftplusTransform()}
     monkeypatch.setattr(biject_to, "_registry", {**biject_to._registry, **softplus})
     assert LogJoint(model_of("LogNormal", "plain")).mapped_sites() == {}
+
+
+@pytest.mark.parametrize("bound", [0.0, torch.tensor(0.0), torch.zeros(3)])
+def test_the_exponential_onto_positive_numbers(bound):
+    """Also with a bound for each element, as distributions of vectors have it."""
+    assert is_identity_or_exp(biject_to(constraints.greater_than(bound)))
+    assert is_identity_or_exp(
+        biject_to(constraints.independent(constraints.greater_than(bound), 1))
+    )
+
+
+@pytest.mark.parametrize("bound", [1.0, torch.tensor(1.0), torch.tensor([0.0, 0.0, 1.0])])
+def test_a_bound_above_zero_is_no_exponential(bound):
+    assert not is_identity_or_exp(biject_to(constraints.greater_than(bound)))
+
+
+LOW, HIGH = torch.tensor([0.0, 1.0, -2.0]), torch.tensor([1.0, 5.0, 0.5])
+OF_VECTORS = {
+    "Pareto": (lambda: dist.Pareto(torch.tensor([0.5, 1.0, 20.0]), 3.0), False),
+    "Pareto with an event dimension": (lambda: dist.Pareto(HIGH, 3.0).to_event(1), True),
+    "Uniform": (lambda: dist.Uniform(LOW, HIGH), False),
+    "Uniform from zero": (lambda: dist.Uniform(torch.zeros(3), HIGH), False),
+    "Uniform with an event dimension": (lambda: dist.Uniform(LOW, HIGH).to_event(1), True),
+}
+
+
+@pytest.mark.parametrize("name", OF_VECTORS)
+def test_bounds_of_vectors(name):
+    """Beside a hierarchy, whose coordinates leave the density as written."""
+    make, is_event = OF_VECTORS[name]
+
+    def model():
+        s = pyro.sample("s", dist.LogNormal(0.0, 0.5))
+        with pyro.plate("groups", 3):
+            x = pyro.sample("x", dist.Normal(0.0, s))
+            z = x if is_event else pyro.sample("z", make())
+            pyro.sample("y", dist.Normal(x + z, 1.0), obs=torch.ones(3))
+        if is_event:
+            pyro.sample("z", make())
+
+    pyro.enable_validation(True)
+    written = LogJoint(model)
+    density = non_centered(written, with_shapes=True)
+    assert density.coordinates is not None
+    x = torch.randn(5, 7)
+    u, ladj = density.to_unconstrained(x)
+    assert torch.allclose(density(x), written(u) + ladj)
+    chains = mcmc(model, draws=100, seed=0, progress=False)
+    assert chains.trusted, chains
+    assert make().support.check(chains.draws["z"]).all()

@@ -173,7 +173,7 @@ def f40_value_read(subject: Subject) -> None:
                 z = pyro.sample("z", dist.Normal(0.0, 1.0))
                 pyro.factor("piecewise", -3.0 * (z.new_tensor(read(z.detach())) > 0))
 
-            draws, is_trusted = subject.chains(model, subject.guide(model), 1_000)
+            draws, is_trusted = subject.chains(model, 1_000)
         share = float((draws["z"] > 0).double().mean())
         assert abs(share - exact) < 0.035 or not is_trusted, f"P(z > 0) is {share:.3f}"
 

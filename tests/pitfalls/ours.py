@@ -135,8 +135,8 @@ class Ours(Subject):
     def trusts(self, model, guide, steps):
         return self.fit(model, guide, steps, config=None, draws=100).trusted
 
-    def chains(self, model, guide, n):
-        found = art.inference.mcmc(model, guide, n, seed=0, progress=False)
+    def chains(self, model, n):
+        found = art.inference.mcmc(model, draws=n, seed=0, progress=False)
         return found.draws, found.trusted
 
     def draws(self, model, n, seed):

@@ -170,7 +170,7 @@ class Subject:
         """Trains a guide; whether the package calls it good."""
         raise NotApplicable("no verdict")
 
-    def chains(self, model: Callable, guide, n: int) -> tuple[dict[str, Tensor], bool]:
+    def chains(self, model: Callable, n: int) -> tuple[dict[str, Tensor], bool]:
         """Draws of the posterior by chains, and whether the package trusts them."""
         raise NotApplicable("no chains")
 

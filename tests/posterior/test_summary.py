@@ -83,6 +83,6 @@ def test_a_latent_that_is_a_constant():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
 
-    table = mcmc(model, None, 20, num_chains=4, seed=0, progress=False).summary()
+    table = mcmc(model, draws=20, num_chains=4, seed=0, progress=False).summary()
     assert table["p"]["mean"] == 1
     assert table["p"]["r_hat"].isnan()

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+import re
 
 import pyro
 import pytest
@@ -11,7 +12,7 @@ from pyro import distributions as dist
 from pyro_artransform.capture import ReplayError
 from pyro_artransform.joint import LogJoint
 from pyro_artransform.joint.coordinates import non_centered
-from pyro_artransform.sampling import GOOD_RHAT, End, Ensemble, ensemble, target
+from pyro_artransform.sampling import GOOD_RHAT, End, Ensemble, StartError, ensemble, target
 from pyro_artransform.sampling.trajectories import MANY_DIVERGENT, share_of_divergent
 from pyro_artransform.time_limit import TimeLimit
 from tests.sampling.densities import (
@@ -280,12 +281,63 @@ def test_starts_without_a_density_are_those_of_other_chains():
     [
         (conjugate, 3, "num_chains: expected an integer of at least 4"),
         (subsampled, None, "expected one that sees all its data, got one that subsamples them"),
-        (nowhere, None, "at least 2 starting points with finite density and gradient, got 1 of 8"),
     ],
 )
 def test_what_is_refused(model, num_chains, words):
-    with pyro.validation_enabled(False), pytest.raises(ValueError, match=words):
+    with pytest.raises(ValueError, match=words):
         ensemble_of(model, num_chains=num_chains).run(1)
+
+
+def without_gradient():
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.factor("root", (0 * z).sqrt().sum(-1))
+
+
+def detached():
+    z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (2,)))
+    pyro.factor("data", -z.detach().square().sum(-1))
+
+
+def excluded():
+    """A prior that ends at one, and a datum beyond."""
+    bound = pyro.sample("bound", dist.Uniform(0.0, 1.0))
+    with pyro.plate("rows", 3):
+        pyro.sample("y", dist.Uniform(0.0, bound), obs=torch.tensor([0.5, 2.0, 0.3]))
+
+
+def within_a_point():
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    pyro.sample("w", dist.Normal(torch.where(z == 9.0, z, torch.nan), 1.0))
+
+
+EXCLUDES = "The prior may exclude the data: check supports, priors and data"
+
+
+@pytest.mark.parametrize(
+    ("model", "words", "is_of_data"),
+    [
+        (nowhere, "got none of 32: wall is not finite", True),
+        (excluded, "got none of 32: y is not finite", True),
+        (without_gradient, "got none of 32: the gradient is not finite", True),
+        (within_a_point, "got none of 32: w is not finite", False),
+        (detached, "a log density with a gradient with respect to the latents, got one", None),
+    ],
+)
+def test_why_no_chain_can_start_is_explained(model, words, is_of_data):
+    """By the site that is not finite, and by what was tried."""
+    with pyro.validation_enabled(False), pytest.raises(StartError) as caught:
+        ensemble_of(model).run(1)
+    found = str(caught.value)
+    assert words in found
+    if is_of_data is None:
+        assert "torch.no_grad, or detach" in found
+        return
+    assert "Tried were the model's initial values, quantiles of the prior, the origin" in found
+    assert re.search(r"points uniform in \(-2, 2\) there, such as (z|bound) = \[-?\d\.\d", found)
+    assert (EXCLUDES in found) == is_of_data
+    assert found.endswith(
+        "Give an init_loc_fn with values at which density and gradient are finite"
+    )
 
 
 def test_a_density_in_double_precision_of_latents_in_single():

@@ -91,6 +91,54 @@ def test_coordinates_without_a_gradient_or_a_variance():
     assert found(torch.eye(4)).isfinite().all()
 
 
+def is_usable(found, dim):
+    """Whether a preconditioner is finite and has positive scales and factors."""
+    return (
+        all(part.isfinite().all() for part in found)
+        and (found.scale > 0).all()
+        and (found.factors > 0).all()
+        and found(torch.eye(dim)).isfinite().all()
+    )
+
+
+def test_points_with_huge_gradients_are_left_out():
+    draws, gradients = draws_of(torch.diag(torch.tensor([0.1, 1.0, 10.0])), 60)
+    expected = Preconditioner.of(draws, gradients)
+    wild, huge = torch.randn(10, 3), torch.full((10, 3), 1e200)
+    huge[5:] *= -1
+    found = Preconditioner.of(torch.cat([draws, wild]), torch.cat([gradients, huge]))
+    assert is_usable(found, 3)
+    assert torch.allclose(found.scale, expected.scale)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 700])
+@pytest.mark.parametrize("size", [0.0, 1e-300, 1e-200, 1e15, 1e150, 1e200, 1e300])
+def test_gradients_of_any_size(dim, size):
+    """Squares of some overflow, and those of others underflow."""
+    assert is_usable(Preconditioner.of(torch.randn(50, dim), size * torch.randn(50, dim)), dim)
+
+
+@pytest.mark.parametrize("dim", [1, 3, 700])
+@pytest.mark.parametrize("count", [1, 2, 3, 50])
+@pytest.mark.parametrize("size", [0.0, 1.0, 1e200])
+def test_points_that_are_repeated(dim, count, size):
+    """Chains that have not moved: one point, with one gradient or with others."""
+    draws = torch.randn(1, dim).expand(count, dim)
+    for gradients in (torch.ones(count, dim), torch.randn(count, dim)):
+        assert is_usable(Preconditioner.of(draws, size * gradients), dim)
+
+
+def test_draws_of_any_size():
+    for size in (1e-200, 1e-100, 1e100):
+        assert is_usable(Preconditioner.of(size * torch.randn(50, 3), torch.randn(50, 3)), 3)
+
+
+def test_gradients_of_any_size_in_single_precision():
+    torch.set_default_dtype(torch.float32)
+    for size in (0.0, 1e-38, 1e-30, 1e15, 1e30, 1e38):
+        assert is_usable(Preconditioner.of(torch.randn(50, 3), size * torch.randn(50, 3)), 3)
+
+
 def test_single_precision():
     torch.set_default_dtype(torch.float32)
     lower = torch.logspace(-1, 1, 20) * torch.linalg.qr(torch.randn(20, 20)).Q

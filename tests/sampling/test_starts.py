@@ -15,6 +15,7 @@ from pyro_artransform.sampling.starts import (
     far_apart,
     latin_hypercube,
     overdispersed,
+    wide_normal,
 )
 
 
@@ -36,20 +37,30 @@ def in_units_of_the_prior(model):
 def test_each_stratum_has_a_point(dtype):
     points = latin_hypercube(16, torch.zeros(200, dtype=dtype))
     assert points.dtype == dtype
-    strata = (16 * torch.special.ndtr(points / 1.3)).floor().sort(0).values
+    assert points.min() > 0
+    assert points.max() < 1
+    strata = (16 * points).floor().sort(0).values
     assert torch.equal(strata, torch.arange(16.0, dtype=dtype)[:, None].expand(16, 200))
     # and so has each stratum of eight one of every other point
     for part in (points[::2], points[1::2]):
-        strata = (8 * torch.special.ndtr(part / 1.3)).floor().sort(0).values
+        strata = (8 * part).floor().sort(0).values
         assert torch.equal(strata, torch.arange(8.0, dtype=dtype)[:, None].expand(8, 200))
     assert latin_hypercube(5, points[0]).shape == (5, 200)
-    # wider than the prior, by 1.3 in all dimensions, and in no order
-    assert float(points.std()) == pytest.approx(1.3, rel=0.05)
+    # in no order
     assert torch.corrcoef(points.T).fill_diagonal_(0.0).mean().abs() < 0.02
 
 
-def test_starts_are_quantiles_of_the_prior():
-    """Scales of the root, small and large ones, stay; what has a location climbs from where it is likely."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_normal_quantiles_are_wider_than_the_prior(dtype):
+    points = wide_normal(16, torch.zeros(200, dtype=dtype))
+    assert points.dtype == dtype
+    strata = (16 * torch.special.ndtr(points / 1.3)).floor().sort(0).values
+    assert torch.equal(strata, torch.arange(16.0, dtype=dtype)[:, None].expand(16, 200))
+    assert float(points.std()) == pytest.approx(1.3, rel=0.05)
+
+
+def test_held_scales_start_at_quantiles_of_the_prior():
+    """Scales of the root, small and large ones, stay, in each superchain, whatever the others start at."""
     log_joint = in_units_of_the_prior(hierarchy)
     points, _, is_held, _ = overdispersed(log_joint, 18)
     held = {name: bool(part.any()) for name, part in log_joint.latents.views(is_held).items()}
@@ -64,14 +75,72 @@ def test_starts_are_quantiles_of_the_prior():
 
 
 def test_without_a_hierarchy_nothing_is_held():
-    """One start is the model's; of a vague prior every other one is at most one sd away, or so."""
+    """One start is the model's; every other one is at a quantile of a vague prior."""
     log_joint = in_units_of_the_prior(lambda: pyro.sample("z", dist.Normal(3.0, 1000.0)))
     starts = overdispersed(log_joint, 32)
     assert not starts.is_held.any()
     away = (starts.base - log_joint.start)[:, 0]
     assert away[1] == 0
-    assert 500 < away[::2].std() < 2000
-    assert away[1::2].std() < 2
+    strata = (16 * torch.special.ndtr(away[::2] / 1300)).floor().sort().values
+    assert torch.equal(strata, torch.arange(16.0))
+
+
+@pytest.mark.parametrize("is_mapped", [True, False])
+def test_half_of_the_superchains_start_as_in_stan(is_mapped):
+    """Uniform in (-2, 2) on the unconstrained space, wherever the prior is and whatever the coordinates."""
+
+    def model():
+        pyro.sample("far", dist.Normal(3.0, 1000.0))
+        pyro.sample("rate", dist.Gamma(50.0, 1e-3))
+        pyro.sample("share", dist.Dirichlet(torch.tensor([1.0, 20.0, 300.0])))
+
+    log_joint = in_units_of_the_prior(model) if is_mapped else LogJoint(model)
+    points = overdispersed(log_joint, 32, 4).base
+    u, _ = log_joint.to_unconstrained(points)
+    assert torch.equal(points[4], log_joint.start)
+    is_odd = torch.arange(128) // 4 % 2 == 1
+    is_odd[4] = False
+    assert (u[is_odd].abs() < 2).all()
+    # of 63 points: the sd of a uniform distribution, to five standard errors
+    assert (u[is_odd].mean(0).abs() < 5 * 2 / 3**0.5 / 63**0.5).all()
+    assert ((u[is_odd].std(0) / (2 / 3**0.5) - 1).abs() < 5 * 0.45 / 63**0.5).all()
+    assert (u[~is_odd][:, 0].abs() > 2).double().mean() > 0.9
+
+
+def test_held_scales_of_all_superchains_are_quantiles():
+    """In superchains of odd index, too, where a location is uniform in (-2, 2)."""
+    log_joint = in_units_of_the_prior(hierarchy)
+    starts = overdispersed(log_joint, 8, 4)
+    u, _ = log_joint.to_unconstrained(starts.base)
+    latents, is_odd = log_joint.latents, torch.arange(32) // 4 % 2 == 1
+    is_odd[4] = False  # the model's start
+    assert (latents.views(u)["mu"][is_odd].abs() < 2).all()
+    # the same in a superchain, one in each of eight strata but for the model's start
+    tau = latents.constrain(u)["tau"].reshape(8, 4)
+    assert torch.allclose(tau[2:], tau[2:, :1].expand(6, 4))
+    quantiles = torch.special.ndtr(torch.special.ndtri(torch.erf(tau / 2**0.5)) / 1.3)
+    assert len((8 * quantiles[:, 1]).floor().unique()) == 8
+
+
+def test_starts_where_prior_medians_have_no_density():
+    """Coefficients of a Poisson regression with a vague prior: exp of hundreds overflows at quantiles."""
+    x = torch.randn(50, 3)
+    y = torch.poisson((1 + x @ torch.tensor([0.5, -0.3, 0.2])).exp())
+
+    def model():
+        with pyro.plate("columns", 3):
+            slopes = pyro.sample("slopes", dist.Normal(0.0, 1000.0))
+        with pyro.plate("rows", 50):
+            pyro.sample("y", dist.Poisson((1 + x @ slopes).exp()), obs=y)
+
+    log_joint = in_units_of_the_prior(model)
+    quantiles = log_joint.start + 1000 * wide_normal(32, torch.zeros(3))
+    target = PulledBack(log_joint)
+    assert not target(quantiles).is_finite.any()
+    points = overdispersed(log_joint, 8, 4).base
+    assert target(points).is_finite.all()
+    # and apart: those that are drawn anew are no copies of the model's start
+    assert len(points.unique(dim=0)) == 32
 
 
 def test_starts_are_where_the_density_is_finite():
@@ -96,16 +165,16 @@ def test_climbs_leave_root_scales_where_they_are():
 
 
 def test_climbs_learn_how_a_density_is_stretched():
-    """Sds over four orders of magnitude, by a few gradients, also where a density fails."""
+    """Sds over four orders of magnitude, by a few gradients, also with a wall that steps cross at first."""
     scale = torch.logspace(-2, 2, 5)
 
     def model():
         z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (5,)))
         pyro.factor("stretched", dist.Normal(0.0, scale).log_prob(z).sum(-1))
-        pyro.factor("wall", torch.where(z[..., 0] > 2.5, torch.nan, 0.0))
+        pyro.factor("wall", torch.where(z[..., 0] > 0.1, torch.nan, 0.0))
 
-    points = latin_hypercube(8, torch.zeros(5))
-    points[0, 0] = 2.6
+    points = wide_normal(8, torch.zeros(5))
+    points[:, 0] = -points[:, 0].abs()
     with pyro.validation_enabled(False):
         nothing = torch.zeros(5) > 0
         starts = Starts(points, torch.ones(8, 5), nothing, nothing)
@@ -113,6 +182,29 @@ def test_climbs_learn_how_a_density_is_stretched():
     assert state.is_finite.all()
     found = preconditioner(torch.eye(5)).norm(dim=0) / scale
     assert found.max() / found.min() < 30
+
+
+def test_a_climb_takes_back_steps_off_a_cliff():
+    """Of 2,000 nats, just behind the mode: no step ends there, and smaller ones come near the mode."""
+
+    def model():
+        z = pyro.sample("z", dist.ImproperUniform(dist.constraints.real_vector, (), (1,)))
+        pyro.factor("slope", 5 * z.sum(-1) - torch.where(z[..., 0] > 0, 2000.0, 0.0))
+
+    evaluated = []
+
+    class Recorded(PulledBack):
+        def __call__(self, base):
+            evaluated.append(super().__call__(base))
+            return evaluated[-1]
+
+    nothing, points = torch.zeros(1) > 0, -torch.linspace(0.1, 2.0, 8)[:, None]
+    starts = Starts(points, torch.ones(8, 1), nothing, nothing)
+    state, _ = climb(Recorded(LogJoint(model)), starts)
+    assert max(float(each.base.max()) for each in evaluated) > 0.05  # steps were tried there
+    assert (state.base < 0).all()
+    assert (state.base > points).all()
+    assert (state.base > -0.1).all()
 
 
 def test_superchains_begin_at_points_that_are_far_apart():

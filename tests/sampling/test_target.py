@@ -11,8 +11,8 @@ from pyro_artransform.joint import LogJoint
 from pyro_artransform.sampling import PulledBack, State
 
 
-def test_density_in_the_base_space():
-    """By the change of variables: a guide that is the posterior gives a standard normal."""
+def test_density_in_the_base_space_of_a_transform():
+    """By the change of variables: a transform to the posterior gives a standard normal."""
     log_joint = LogJoint(lambda: pyro.sample("z", dist.LogNormal(1.0, 0.5)))
     target = PulledBack(log_joint, lambda x: (1 + 0.5 * x, math.log(0.5) * torch.ones(len(x))))
     x = torch.linspace(-2, 2, 5)[:, None]

@@ -27,8 +27,6 @@ from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.inference.optimization.minibatches import PassEstimate
 from pyro_artransform.inference.result import FitResult
 from pyro_artransform.joint import LogJoint
-from pyro_artransform.sampling import Ensemble
-from pyro_artransform.sampling.target import identity
 from tests.diagnostics.conjugate import PathGuide, alternating, path
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK
@@ -251,11 +249,3 @@ def test_restarts_that_found_no_other_modes():
     found = judged(models.gaussian, good_guide(), chains_of(models.gaussian))
     assert found["trusted"]
     assert "and restarts found no other modes." in found["verdict"]
-
-
-def test_chains_in_the_base_space_of_a_guide_are_no_search_for_modes():
-    ensemble = Ensemble(LogJoint(models.gaussian), 50, to_latent=identity)
-    ensemble.run(50)
-    found = judged(models.gaussian, good_guide(), ensemble)
-    assert found["marginals"] is not None
-    assert "other modes were not searched for" in found["verdict"]
