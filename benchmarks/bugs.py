@@ -1,0 +1,206 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Volume 1 of the BUGS examples in their own vague priors, by `mcmc` with nothing set; see bugs.md.
+
+    python benchmarks/bugs.py [MODEL ...] [--seeds N ...] [--dtypes NAME ...] [--write]
+
+Each run is a process of its own and a line of a file, so that a run goes on where the last one ended
+(delete the file after a change). Moments to compare with are made by bugs_reference.py.
+"""
+
+import argparse
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from bugs_models import MODELS
+from marked_table import write
+from results import Row, collect, in_a_process
+
+from pyro_artransform.inference import Chains, mcmc
+from pyro_artransform.joint import LogJoint
+
+HERE = Path(__file__).parent
+DTYPES = {"float64": torch.float64, "float32": torch.float32}
+NUM_DRAWS = 400
+#: what the table shows of runs
+COLUMNS = {
+    "CPU s": ("seconds", "{:.1f}"),
+    "gradients": ("gradients", "{:,}"),
+    "mean off, s.e.": ("mean_se", "{:.1f}"),
+    "mean off, sds": ("mean_sds", "{:.2f}"),
+    "sd off": ("sd", "{:.0%}"),
+    "R-hat": ("rhat", "{:.3f}"),
+    "least ESS": ("ess", "{:.0f}"),
+    "trusted": ("trusted", "{}"),
+}
+HEADS = ["model", "latents", "dtype", *COLUMNS, "NUTS, CPU s", "error or failed checks"]
+OF_REFERENCE = ("ess", "{:,.0f}"), ("rhat", "{:.4f}")
+PEER_HEADS = ["model", "reference", "its least ESS", "its R-hat", "NUTS, CPU s", "NUTS, least ESS"]
+PEER_HEADS += ["NUTS, mean off, sds", "NUTS, sd off"]
+#: errors of a mean, in sds, and of an sd, relative, beyond which draws are called far off
+FAR_MEAN, FAR_SD = 0.2, 0.25
+
+
+def draw(model: Callable[..., Any], data: tuple[Any, ...], seed: int) -> Chains:
+    return mcmc(model, None, NUM_DRAWS, *data, seed=seed, progress=False)
+
+
+def one(run: Row) -> Row:
+    """A run in this process: how far its moments are off, and what it says of itself."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    torch.set_default_dtype(DTYPES[run["dtype"]])
+    model, data = MODELS[run["model"]]()
+    began = time.process_time()
+    try:
+        chains = draw(model, data, run["seed"])
+    except (ValueError, RuntimeError, ArithmeticError) as error:
+        seconds = time.process_time() - began
+        text = " ".join(str(error).split())
+        return {"seconds": seconds, "error": f"{type(error).__name__}: {text}"}
+    seconds = time.process_time() - began
+    row: Row = {"seconds": seconds, "gradients": chains.num_gradients, "trusted": chains.trusted}
+    row |= {"rhat": chains.max_rhat, "ess": chains.min_ess, "verdict": chains.verdict}
+    row["failed"] = sorted({failed.check.name.lower() for failed in chains.failed})
+    return row | errors(run["model"], chains)
+
+
+def errors(name: str, chains: Chains) -> Row:
+    """The largest ones of any latent, in unconstrained coordinates, and whose they are."""
+    torch.set_default_dtype(torch.float64)
+    latents = LogJoint(*MODELS[name]()).latents
+    stored, found = reference()[name]["sites"], []
+    for site, of_site in latents.sites.items():
+        values = chains.by_chain[site].double().flatten(0, 1)
+        z = of_site.bijection.inv(values).reshape(len(values), -1)
+        truth = {key: torch.tensor(stored[site][key]) for key in ("mean", "sd", "mean_se")}
+        off = (z.mean(0) - truth["mean"]).abs()
+        ess = chains.ess[site].double().flatten()
+        standard_error = (truth["sd"] ** 2 / ess + truth["mean_se"] ** 2).sqrt()
+        of_sd = (z.std(0) / truth["sd"] - 1).abs()
+        found.append(torch.stack([off / standard_error, off / truth["sd"], of_sd]))
+    columns = torch.cat(found, 1).nan_to_num(torch.inf, torch.inf)
+    worst = {"mean_se": 0, "mean_sds": 1, "sd": 2}
+    row: Row = {key: float(columns[at].max()) for key, at in worst.items()}
+    row["worst"] = {key: latents.name_of(int(columns[at].argmax())) for key, at in worst.items()}
+    return row
+
+
+def reference() -> Row:
+    return json.loads((HERE / "bugs_reference.json").read_text())
+
+
+def number_of_latents(name: str) -> int:
+    return sum(len(site["mean"]) for site in reference()[name]["sites"].values())
+
+
+def table(rows: list[Row]) -> str:
+    """A row for each model and dtype, with a value of each seed."""
+    lines = heading(HEADS)
+    for name in MODELS:
+        for dtype in DTYPES:
+            key = {"model": name, "dtype": dtype}
+            found = [row for row in rows if key.items() <= row.items()]
+            found.sort(key=lambda row: row["seed"])
+            if found:
+                lines.append(line([name, number_of_latents(name), dtype, *cells(name, found)]))
+    return "\n".join(lines)
+
+
+def heading(heads: list[str]) -> list[str]:
+    return [line(heads), f"|{'---|' * len(heads)}"]
+
+
+def line(values: Iterable[Any]) -> str:
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def cells(name: str, rows: list[Row]) -> list[str]:
+    """Columns of runs of a model in a dtype."""
+    values = [
+        ", ".join(formatted(row, *of_column) for row in rows) for of_column in COLUMNS.values()
+    ]
+    whys = dict.fromkeys(why_not(row) for row in rows)
+    return [*values, nuts_seconds(name), "; ".join(filter(None, whys))]
+
+
+def why_not(row: Row) -> str:
+    return shortened(row["error"]) if "error" in row else ", ".join(row["failed"])
+
+
+def formatted(row: Row, key: str, form: str) -> str:
+    return form.format(row[key]) if key in row else "-"
+
+
+def shortened(text: str, most: int = 200) -> str:
+    text = text.replace("|", "/")
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
+def nuts_seconds(name: str) -> str:
+    """In brackets where its draws are wrong, or fewer than were asked for."""
+    nuts = reference()[name]["nuts"]
+    is_right = nuts["ess"] >= NUM_DRAWS and nuts["mean"] <= FAR_MEAN and nuts["sd"] <= FAR_SD
+    return f"{nuts['seconds']:.1f}" if is_right else f"({nuts['seconds']:.1f})"
+
+
+def peer_table() -> str:
+    """How good the reference is, and what NUTS as it is makes of the models as they are written."""
+    lines = heading(PEER_HEADS)
+    for name, row in reference().items():
+        nuts = row["nuts"]
+        ess, rhat = (form.format(row[key]) if key in row else "-" for key, form in OF_REFERENCE)
+        values = [name, row["by"], ess, rhat, f"{nuts['seconds']:.1f}", f"{nuts['ess']:.0f}"]
+        lines.append(line([*values, f"{nuts['mean']:.2f}", f"{nuts['sd']:.0%}"]))
+    return "\n".join(lines)
+
+
+def summary(rows: list[Row]) -> str:
+    """How many runs are trusted, and which of them are far off."""
+    trusted = [row for row in rows if row.get("trusted")]
+    far = [row for row in trusted if row["mean_sds"] > FAR_MEAN or row["sd"] > FAR_SD]
+    names = ", ".join(f"{row['model']} ({row['dtype']}, seed {row['seed']})" for row in far)
+    failed = sum("error" in row for row in rows)
+    return (
+        f"Of {len(rows)} runs {len(trusted)} are trusted and {failed} end with an error. Of trusted ones "
+        f"{len(far)} have a mean off by more than {FAR_MEAN} sds or an sd by more than {FAR_SD:.0%}"
+        + (f": {names}." if far else ".")
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", choices=[[], *MODELS], default=[])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--results", type=Path, default=HERE / "bugs.jsonl")
+    parser.add_argument("--write", action="store_true", help="put the tables into bugs.md")
+    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(one(options.one)))
+        return
+
+    def runs(rows: list[Row]) -> Iterator[Row]:
+        for name in options.models or MODELS:
+            for dtype in options.dtypes:
+                for seed in options.seeds:
+                    run = {"model": name, "dtype": dtype, "seed": seed}
+                    if not any(run.items() <= row.items() for row in rows):
+                        yield run | in_a_process(__file__, "--one", json.dumps(run))
+
+    rows = collect(options.results, runs)
+    text = "\n\n".join([table(rows), summary(rows), peer_table()])
+    if options.write:
+        write(text, HERE / "bugs.md")
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,303 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""What bugs.py compares with: moments by long runs of NumPyro's NUTS or by quadrature, into a file.
+
+    python benchmarks/bugs_reference.py [MODEL ...] [--what compare reference nuts]
+
+`compare` shows how far the log densities of bugs_models.py and bugs_peers.py are apart, up to a constant,
+at random points and at draws. `reference` are moments of all latents in unconstrained coordinates: logs of
+positive ones, logits of those in an interval. Long runs have effects of groups non-centred. `nuts` times
+NUTS with its own settings on the models as they are written: CPU seconds of one chain, compiling included,
+until the worst latent has 400 effective draws.
+"""
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+
+import bugs_models
+import bugs_peers
+import jax
+import numpy as np
+import numpyro
+import torch
+from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
+from numpyro.handlers import reparam
+from numpyro.infer import MCMC, NUTS
+from numpyro.infer.reparam import LocScaleReparam
+from numpyro.infer.util import potential_energy
+from torch import Tensor
+
+from pyro_artransform.joint import LogJoint
+
+Row = dict[str, Any]
+REFERENCE = Path(__file__).parent / "bugs_reference.json"
+#: of the long runs
+NUM_CHAINS, NUM_WARM_UP, NUM_DRAWS = 4, 3000, 10_000
+THINNED = {"lsat": 4}
+WHAT = ["compare", "reference", "nuts"]
+STEP = 0.1  # of grids of log precisions
+#: effects of groups that a long run moves as white noise
+NON_CENTERED = {
+    "seeds": ("b",),
+    "surgical": ("b",),
+    "magnesium": ("theta",),
+    "salm": ("lambda",),
+    "equiv": ("delta",),
+    "stacks": ("beta",),
+    "epil": ("b1", "b"),
+    "blocker": ("delta", "delta_new"),
+    "oxford": ("b",),
+    "kidney": ("b",),
+    "leukfr": ("b",),
+}
+#: coefficients of correlated columns, with a covariance of their own in a long run
+DENSE = {
+    "salm": [("alpha", "beta", "gamma")],
+    "kidney": [("alpha", "beta_age", "beta_sex", "beta_disease", "r")],
+    "mice": [("beta", "r")],
+}
+#: draws of NUTS as it is: of the warm-up, between looks; and the most CPU seconds
+WARM_UP, EVERY, ESS, LIMIT = 1000, 500, 400, 300.0
+
+
+def subject(name: str) -> tuple[LogJoint, tuple[np.ndarray, ...]]:
+    """The density by Pyro, and arguments for NumPyro."""
+    model, data = bugs_models.MODELS[name]()
+    return LogJoint(model, data), tuple(np.asarray(value) for value in data)
+
+
+def apart(name: str, z: Tensor) -> float:
+    """How far two log densities are apart at rows, up to a constant, in nats."""
+    log_joint, data = subject(name)
+    sites, found = log_joint.latents.sites, []
+    for row, ours in zip(z, log_joint(z).tolist()):
+        parts = log_joint.latents.split(row).items()
+        at = {
+            site: np.asarray(part).reshape(sites[site].unconstrained_shape) for site, part in parts
+        }
+        found.append(ours + float(potential_energy(bugs_peers.PEERS[name], data, {}, at)))
+    return max(found) - min(found)
+
+
+def long_run(name: str) -> dict[str, np.ndarray]:
+    """Draws of all latents, `(chains, draws) + shape of the site`."""
+    log_joint, data = subject(name)
+    sites = NON_CENTERED.get(name, ())
+    model = reparam(bugs_peers.PEERS[name], config=dict.fromkeys(sites, LocScaleReparam(0)))
+    kernel = NUTS(model, target_accept_prob=0.95, dense_mass=DENSE.get(name, False))
+    sizes = {"num_warmup": NUM_WARM_UP, "num_samples": NUM_DRAWS, "num_chains": NUM_CHAINS}
+    sizes["thinning"] = THINNED.get(name, 1)
+    chains = MCMC(kernel, **sizes, chain_method="sequential", progress_bar=False)
+    chains.run(jax.random.PRNGKey(1), *data)
+    found = chains.get_samples(group_by_chain=True)
+    return {site: np.asarray(found[site]) for site in log_joint.latents.sites}
+
+
+def unconstrained(log_joint: LogJoint, draws: dict[str, np.ndarray]) -> np.ndarray:
+    """Draws `(chains, draws, latents)`."""
+    values = {site: torch.tensor(of_site).flatten(0, 1) for site, of_site in draws.items()}
+    count = len(next(iter(draws.values())))
+    return log_joint.latents.unconstrain(values).unflatten(0, (count, -1)).numpy()
+
+
+def by_columns(fn: Any, z: np.ndarray, size: int = 50) -> np.ndarray:
+    """Of a few latents at once, for memory."""
+    parts = range(0, z.shape[2], size)
+    return np.concatenate([np.asarray(fn(z[..., at : at + size])) for at in parts])
+
+
+def by_nuts(name: str) -> Row:
+    """Moments with their standard errors by a long run."""
+    log_joint, _ = subject(name)
+    z = unconstrained(log_joint, long_run(name))
+    ess, rhat = (by_columns(fn, z) for fn in (effective_sample_size, split_gelman_rubin))
+    mean, sd = z.mean((0, 1)), z.std((0, 1))
+    squares = (z - mean) ** 2
+    se = squares.std((0, 1)) / np.sqrt(by_columns(effective_sample_size, squares)) / (2 * sd)
+    moments = {"mean": mean, "sd": sd, "mean_se": sd / np.sqrt(ess), "sd_se": se}
+    print(name, "apart at draws", apart(name, torch.tensor(z[:, ::1000].reshape(-1, len(mean)))))
+    found = {"by": "NUTS", "rhat": float(rhat.max()), "ess": float(ess.min())}
+    return found | {"sites": by_site(log_joint, moments)}
+
+
+def by_site(log_joint: LogJoint, moments: dict[str, np.ndarray]) -> Row:
+    """Numbers of latents, by site and by name of the moment."""
+    sites: Row = {site: {} for site in log_joint.latents.sites}
+    for key, values in moments.items():
+        for site, part in log_joint.latents.split(torch.tensor(values)).items():
+            sites[site][key] = [float(f"{value:.5g}") for value in part.flatten().tolist()]
+    return sites
+
+
+class Linear(NamedTuple):
+    """Data that are Gaussian, with linear means, given the two precisions, in the order of a model's sites.
+
+    Columns are those of coefficients with known sds and of effects with the precision of groups; rows of
+    `to_sites` make the model's other latents of them.
+    """
+
+    y: Tensor
+    columns: Tensor
+    sds: list[float]
+    to_sites: Tensor
+    order: list[str]
+    of_groups: tuple[float, float]  #: the range of the log precision of groups
+    noise: tuple[float, float]
+
+
+def dyes() -> Linear:
+    (y,) = bugs_models.dyes()[1]
+    count, size = y.shape
+    columns = torch.eye(count).repeat_interleave(size, 0)
+    columns = torch.cat([torch.ones(len(columns), 1), columns], 1)
+    to_sites = torch.eye(count + 1)
+    to_sites[1:, 0] = 1.0
+    order = ["theta", "mu", "tau_btw", "tau_with"]
+    return Linear(y.flatten(), columns, [1e5], to_sites, order, (-22.0, 12.0), (-12.0, -4.0))
+
+
+def equiv() -> Linear:
+    treatment, period, y = bugs_models.equiv()[1]
+    fixed = torch.stack([torch.ones_like(y), treatment / 2, (period / 2).expand_as(y)], -1)
+    columns = [fixed.flatten(0, 1), torch.eye(len(y)).repeat_interleave(y.shape[1], 0)]
+    order = ["mu", "phi", "pi", "delta", "tau2", "tau1"]
+    to_sites, ranges = torch.eye(len(y) + 3), ((-12.0, 12.0), (-4.0, 10.0))
+    return Linear(y.flatten(), torch.cat(columns, 1), [1e3] * 3, to_sites, order, *ranges)
+
+
+def by_quadrature(name: str) -> Row:
+    """Moments on a grid of the logs of both precisions."""
+    log_joint, _ = subject(name)
+    model = {"dyes": dyes, "equiv": equiv}[name]()
+    of_groups = torch.arange(*model.of_groups, STEP)
+    total, sums, highest = torch.tensor(0.0), torch.tensor(0.0), None
+    for noise in torch.arange(*model.noise, STEP):
+        log_density, mean, variance = given_precisions(model, of_groups, noise)
+        highest = log_density.max() if highest is None else highest
+        weights = (log_density - highest).exp()
+        z = torch.cat([mean, of_groups[:, None], noise.expand(len(of_groups), 1)], 1)
+        variance = torch.cat([variance, torch.zeros(len(z), 2)], 1)
+        total = total + weights.sum()
+        sums = sums + torch.stack([weights @ z, weights @ (z**2 + variance)])
+    first, second = sums / total
+    parts = zip(("mean", "sd"), (first, (second - first**2).sqrt()))
+    sizes = [log_joint.latents.sites[site].size for site in model.order]
+    found: Row = {"by": "quadrature", "sites": {site: {} for site in model.order}}
+    for key, values in parts:
+        for site, part in zip(model.order, values.split(sizes)):
+            found["sites"][site] |= {
+                key: [float(f"{value:.6g}") for value in part.tolist()],
+                f"{key}_se": [0.0] * len(part),
+            }
+    return found
+
+
+def given_precisions(
+    model: Linear, of_groups: Tensor, noise: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The log density of logs of precisions, and means and variances of the other latents."""
+    num_effects = model.columns.shape[1] - len(model.sds)
+    known = torch.tensor([sd**-2 for sd in model.sds]).expand(len(of_groups), -1)
+    prior = torch.cat([known, of_groups.exp()[:, None].expand(-1, num_effects)], 1)
+    tau = noise.exp()
+    precision = prior.diag_embed() + tau * model.columns.T @ model.columns
+    factor = torch.linalg.cholesky(precision)
+    rhs = (tau * model.columns.T @ model.y).expand(len(prior), -1)[..., None]
+    mean = torch.cholesky_solve(rhs, factor)[..., 0]
+    log_density = 0.5 * prior.log().sum(1) - factor.diagonal(dim1=1, dim2=2).log().sum(1)
+    residual = model.y - mean @ model.columns.T
+    exponent = tau * residual.square().sum(1) + (prior * mean**2).sum(1)
+    log_density = log_density + 0.5 * len(model.y) * noise - 0.5 * exponent
+    for log_precision in (of_groups, noise):
+        log_density = log_density + 1e-3 * log_precision - 1e-3 * log_precision.exp()
+    covariance = model.to_sites @ torch.cholesky_inverse(factor) @ model.to_sites.T
+    return log_density, mean @ model.to_sites.T, covariance.diagonal(dim1=1, dim2=2)
+
+
+def timed(name: str, reference: Row) -> Row:
+    """NUTS of one chain with its own settings, until the worst latent has enough effective draws."""
+    log_joint, data = subject(name)
+    began = time.process_time()
+    kernel = NUTS(bugs_peers.PEERS[name])
+    state = kernel.init(jax.random.PRNGKey(0), WARM_UP, None, data, {})
+    constrain = jax.jit(jax.vmap(kernel.postprocess_fn(data, {})))
+
+    @jax.jit
+    def some(state: Any) -> Any:
+        def draw(state: Any, _: None) -> tuple[Any, Any]:
+            state = kernel.sample(state, data, {})
+            return state, state.z
+
+        return jax.lax.scan(draw, state, None, EVERY)
+
+    for _ in range(WARM_UP // EVERY):
+        state, _ = jax.block_until_ready(some(state))
+    draws: list[dict[str, Any]] = []
+    ess, seconds = 0.0, 0.0
+    while not ess >= ESS and seconds < LIMIT:
+        state, z = some(state)
+        draws.append(jax.block_until_ready(constrain(z)))
+        seconds = time.process_time() - began
+        chain = {site: np.concatenate([part[site] for part in draws]) for site in draws[0]}
+        flat = unconstrained(
+            log_joint, {site: chain[site][None] for site in log_joint.latents.sites}
+        )
+        ess = float(by_columns(effective_sample_size, flat).min())
+        began += time.process_time() - began - seconds  # looking is not counted
+    return {"seconds": round(seconds, 1), "ess": round(ess, 1)} | errors(
+        flat[0], log_joint, reference
+    )
+
+
+def errors(z: np.ndarray, log_joint: LogJoint, reference: Row) -> Row:
+    """The largest ones against the reference: of a mean in sds, and of an sd, relative."""
+    columns = {
+        key: np.concatenate([reference["sites"][site][key] for site in log_joint.latents.sites])
+        for key in ("mean", "sd")
+    }
+    mean = np.abs(z.mean(0) - columns["mean"]) / columns["sd"]
+    sd = np.abs(z.std(0) / columns["sd"] - 1)
+    return {"mean": round(float(mean.max()), 3), "sd": round(float(sd.max()), 3)}
+
+
+def stored() -> Row:
+    return json.loads(REFERENCE.read_text()) if REFERENCE.exists() else {}
+
+
+def store(name: str, row: Row) -> None:
+    """A line for each model and site."""
+    rows = stored()
+    rows[name] = rows.get(name, {}) | row
+    REFERENCE.write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("models", nargs="*", choices=[[], *bugs_models.MODELS], default=[])
+    parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT)
+    options = parser.parse_args()
+    numpyro.enable_x64()
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    for name in options.models or bugs_models.MODELS:
+        if "compare" in options.what:
+            z = torch.rand(10, subject(name)[0].latents.latent_dim) - 0.5
+            print(name, "apart at random points", apart(name, z), flush=True)
+        if "reference" in options.what:
+            began = time.process_time()
+            store(name, (by_quadrature if name in ("dyes", "equiv") else by_nuts)(name))
+            row = {key: value for key, value in stored()[name].items() if key != "sites"}
+            print(name, row, round(time.process_time() - began), "s", flush=True)
+        if "nuts" in options.what:
+            store(name, {"nuts": timed(name, stored()[name])})
+            print(name, stored()[name]["nuts"], flush=True)
+
+
+if __name__ == "__main__":
+    main()
