@@ -129,6 +129,18 @@ def test_predictions_of_new_rows():
         assert (predicted.std(0) - 0.1).abs().max() < 0.05
 
 
+def test_an_arviz_data_set(result):
+    """Of the draws of the chains, or of the guide."""
+    pytest.importorskip("arviz")
+    size = result.chains.by_chain["loc"].numel()
+    assert result.to_inference_data().log_likelihood["y"].size == size * 6
+    alone = replace(result, chains=None, draws=None)
+    assert alone.to_inference_data().posterior["loc"].shape == (1, 1000)
+    for missing, words in (({"model": None}, "a model, got none"), ({"guide": None}, "a guide or")):
+        with pytest.raises(ValueError, match=words):
+            replace(alone, **missing).to_inference_data()
+
+
 def test_what_went_wrong_is_shown(result):
     odd = replace(result, num_skipped=2, culprits={"y": 2}, one_at_a_time="a branch")
     assert "2 steps, because of y (2)" in repr(odd)
