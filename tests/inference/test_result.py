@@ -67,6 +67,8 @@ def test_the_answer_comes_first_and_remedies_after_what_failed(result):
 
 
 def test_of_a_guide_alone(result):
+    with pytest.raises(ValueError, match="expected a model, got none"):
+        result.with_model(None).to_inference_data()
     alone = replace(result, chains=None, draws=None)
     good = replace(alone, trusted=True, judged=Verdict(praise="All is well."))
     assert good.failed == ()
