@@ -59,7 +59,7 @@ def mcmc(
         if evaluating many draws at once is slow, and 8 if the model runs for one draw at a time. Superchains
         have 8 chains, or 4, if that divides the number; otherwise each chain is its own superchain.
     :param seed: makes the draws reproducible and restores the generators afterwards.
-    :param progress: whether to show a progress bar, if ``tqdm`` is installed.
+    :param progress: whether to show a progress bar.
     :param max_seconds: the wall time after which chains end with the draws so far.
     :raises ValueError: if a number is out of range, the model subsamples its data, too few starts have a
         finite density, or the guide lacks a latent, was made for another model, is a point, has discrete
