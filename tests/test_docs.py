@@ -124,6 +124,8 @@ def test_what_a_page_includes_is_there(page: str) -> None:
         assert included(path, options).strip(), f"nothing of {path} is shown"
 
 
+# ArviZ finds so few draws too few
+@pytest.mark.filterwarnings("ignore:(More chains|Estimated shape parameter of Pareto):UserWarning")
 @pytest.mark.parametrize("page", [name for name, text in PAGES.items() if python_blocks(text)])
 def test_the_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each page alone, with short fits and few draws."""

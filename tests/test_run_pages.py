@@ -2,10 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pages that docs/run_pages.py has run show what their code prints and draws."""
 
+import copy
 import re
 from pathlib import Path
+from typing import Any
 
+import pyro
 import pytest
+import torch
 
 from tests.shortened_code import python_blocks
 from tests.test_docs import DOCS, PAGES, script_of_the_site
@@ -26,6 +30,32 @@ def test_the_pictures_of_a_page_are_those_that_its_code_draws(name: str) -> None
     shown = re.findall(r"\]\(_static/(\w+\.png)\)", page)
     assert shown == re.findall(r'savefig\("(\w+\.png)"', python_blocks(page))
     assert all((DOCS / "_static" / picture).exists() for picture in shown)
+
+
+def test_a_guide_by_hand_vectorizes_and_loads(tmp_path: Path) -> None:
+    """A latent in a plate has the loss of single particles; a loaded flow is the trained one."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["guide_by_hand.md"], re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(blocks[0] + next(block for block in blocks if "def groups_guide" in block), names)
+    store, y = pyro.get_param_store(), torch.randn(8)
+
+    def loss(**options: Any) -> float:
+        elbo = pyro.infer.Trace_ELBO(1000, max_plate_nesting=1, **options)
+        return float(elbo.loss(names["groups"], names["groups_guide"], y))
+
+    by_particle = loss()
+    assert loss(vectorize_particles=True) == pytest.approx(by_particle, abs=0.5)
+    with torch.no_grad():
+        names["of_groups"].transforms[1].loc += 1
+    trained = loss(vectorize_particles=True)
+    store.save(tmp_path / "store.pt")
+    with torch.no_grad():
+        names["of_groups"].transforms[1].loc -= 1
+    names["of_groups"] = copy.deepcopy(names["of_groups"])
+    store.clear()
+    store.load(tmp_path / "store.pt")
+    assert abs(trained - by_particle) > 2
+    assert loss(vectorize_particles=True) == pytest.approx(trained, abs=0.5)
 
 
 @pytest.mark.slow

@@ -67,7 +67,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
 
     :param model: a Pyro model.
     :param flow: a function of the latent dimension that returns a flow, a transform that is a module, such as
-        ``pyro_artransform.spline_autoregressive``.
+        ``pyro_artransform.spline_autoregressive``, one of Pyro's, also without an inverse, or a flow of Zuko.
+        A flow from elsewhere is checked: it warns if its two directions do not undo each other.
     :param full_rank: whether L is triangular, or diagonal; by default triangular up to 200 latents.
     :param init_loc_fn: one of Pyro's initialization functions, by default the prior's median.
     :param init_scale: the initial standard deviation, on the unconstrained space.
@@ -80,7 +81,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     :raises ValueError: if ``init_scale`` is not positive, or a number of ``coordinates`` is not between 0 and
         1; at the first call, for sites in ``coordinates`` without coordinates from the prior, discrete
         latents that are not enumerated, latents in a subsampled plate, a support that depends on another
-        latent, or a flow that is not autoregressive.
+        latent, or a flow that is not autoregressive or has another dimension.
 
     Example::
 

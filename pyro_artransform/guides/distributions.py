@@ -4,6 +4,7 @@
 """Parts of a guide's distribution, and draws with path gradients."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pyro.distributions as dist
@@ -12,8 +13,10 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Transform, register_kl
 
+from ..arguments import warn_user
 from ..transforms import check_structure
 from ..transforms.flow_distribution import FlowDistribution
+from ..transforms.foreign import ForeignTransform, as_flow
 
 
 def check_flow_argument(name: str, make: Any, wanted: str) -> None:
@@ -31,32 +34,72 @@ def make_flow(name: str, make: Callable[..., Any], like: Tensor, *context_dim: i
     """Makes a flow with the dtype and the device of ``like``, shape ``(latent_dim,)``, and checks it."""
     # on the device of ``like``, not the default one
     with like.device:
-        flow = make(len(like), *context_dim)
-    if context_dim:
-        wanted = "a conditional transform that is a module"
-        advice = "pyro_artransform.conditional_iaf makes one"
-    else:
-        wanted = "a TransformModule"
-        advice = (
-            "pyro_artransform.transforms.chain([...]) makes one from transforms and keeps their parameters, "
-            "also in its .inv"
-        )
-    kind: type = ConditionalTransform if context_dim else Transform
-    got, is_flow = type(flow).__name__, isinstance(flow, nn.Module) and isinstance(flow, kind)
-    if not is_flow:
-        raise TypeError(f"{name}: expected it to return {wanted}, got {got}; {advice}")
+        made = make(len(like), *context_dim)
+    flow = _conditional_flow(name, made) if context_dim else _flow(name, made)
     flow.to(dtype=like.dtype, device=like.device)
     for parameter in flow.parameters():
         # the param store would train a copy of a parameter that is not contiguous
         parameter.data = parameter.data.contiguous()
     if not any(parameter.requires_grad for parameter in flow.parameters()):
+        got = type(made).__name__
         raise TypeError(
             f"{name}: expected a module with parameters to train, got one without: {got}"
         )
+    if not context_dim and isinstance(foreign := as_flow(flow), ForeignTransform):
+        _check_foreign(name, foreign, like)
     if dist.is_validation_enabled():
         given = flow.condition(like.new_zeros((1, *context_dim))) if context_dim else flow
         check_structure(given, like.reshape(1, -1))
     return flow
+
+
+def _conditional_flow(name: str, made: Any) -> Any:
+    if isinstance(made, nn.Module) and isinstance(made, ConditionalTransform):
+        return made
+    raise TypeError(
+        f"{name}: expected it to return a conditional transform that is a module, got "
+        f"{type(made).__name__}; pyro_artransform.conditional_iaf makes one"
+    )
+
+
+def _flow(name: str, made: Any) -> Any:
+    """A module that is a transform."""
+    cause = None
+    if isinstance(made, nn.Module):
+        try:
+            return made if isinstance(made, Transform) else ForeignTransform(made)
+        except TypeError as error:
+            cause = error
+    raise TypeError(
+        f"{name}: expected it to return a transform that is a module, or a flow of Zuko, got "
+        f"{type(made).__name__}; pyro_artransform.transforms.chain([...]) makes one from transforms and "
+        "keeps their parameters, also in its .inv"
+    ) from cause
+
+
+@torch.no_grad()
+def _check_foreign(name: str, flow: ForeignTransform, like: Tensor) -> None:
+    """Requires that a flow from elsewhere maps vectors as ``like``; warns if its inverse does not undo it."""
+    dim, generator = len(like), torch.Generator().manual_seed(0)
+    x = torch.randn(256, dim, generator=generator, device="cpu").to(like)
+    try:
+        y, _ = flow.call_and_ladj(x)
+    except (IndexError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"{name}: expected a flow of {dim} coordinates, as many as the model has latents on the "
+            f"unconstrained space, and without a context, got one that fails there: {error}"
+        ) from error
+    if y.shape != x.shape:
+        raise ValueError(f"{name}: expected a flow of {dim} coordinates, got {y.shape[-1]}")
+    with suppress(RuntimeError):  # without an inverse, only densities of its draws are used
+        back, _ = flow.inverse_and_ladj(y)
+        worst = ((back - x).abs() / (1 + x.abs())).max()
+        if not worst < 1e-2:
+            warn_user(
+                f"{name}: the two directions of {type(flow.source).__name__} do not undo each other: they "
+                f"are off by {worst:.2g} at standard normal draws, where its densities are wrong",
+                UserWarning,
+            )
 
 
 class SiteDelta(dist.Delta):

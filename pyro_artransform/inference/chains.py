@@ -3,14 +3,14 @@
 
 """Posterior draws from chains, and whether they can be trusted."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..arguments import first_of
+from ..arguments import first_of, warn_user
 from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
 from ..sampling import GOOD_RHAT, End, Ensemble, energy_bfmi
@@ -133,29 +133,39 @@ class Chains(SavedResult):
         """A copy with the model of the draws."""
         return replace(self, model=model)
 
-    def to_inference_data(
-        self, model: Callable[..., object], *args: object, **kwargs: object
-    ) -> Any:
-        """Converts the draws to an ArviZ data set, with predictions and likelihoods.
+    def to_inference_data(self, *args: object, **kwargs: object) -> Any:
+        """Converts the draws to an ArviZ data set, as :func:`~pyro_artransform.posterior.to_inference_data`.
 
         Each ArviZ chain is a superchain, the concatenation of its chains: single chains are too short for
         ArviZ's R-hat.
 
-        :param model: the model of the chains; ``args`` and ``kwargs`` are its arguments.
+        .. deprecated:: 0.4.0
+            The model as the first argument.
+
+        :param args: the arguments of the model.
         :return: the type that :func:`~pyro_artransform.posterior.to_inference_data` returns.
         :raises ImportError: if ArviZ is missing.
+        :raises ValueError: if the model is missing, as after loading without it.
         """
+        model = self.model
+        if args and callable(args[0]) and model in (None, args[0]):
+            warn_user(
+                "to_inference_data: the chains know their model, so give its arguments only; version 0.5.0 "
+                "will no longer accept the model",
+                FutureWarning,
+            )
+            model, args = args[0], args[1:]
         by_superchain = {
             name: value.unflatten(0, (self.num_superchains, -1)).flatten(1, 2)
             for name, value in self.by_chain.items()
         }
-        return chains_to_inference_data(model, by_superchain, args, kwargs)
+        return chains_to_inference_data(known(model), by_superchain, args, kwargs)
 
 
 def known(model: Any) -> Any:
     """Returns the model; raises a ``ValueError`` if it is ``None``."""
     if model is None:
-        raise ValueError("predict: expected a model, got none, as in a file: use load(path, model)")
+        raise ValueError("expected a model, got none, as in a file: use load(path, model)")
     return model
 
 

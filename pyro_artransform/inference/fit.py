@@ -94,7 +94,7 @@ def fit(
         or more.
     :param seed: makes the fit reproducible and restores the generators afterwards. This includes the order
         of a ``DataLoader(shuffle=True)``, unless the loader has a generator of its own.
-    :param progress: whether to show a progress bar, if ``tqdm`` is installed.
+    :param progress: whether to show a progress bar.
     :param callback: called after each step with its number, starting at 1, and its ELBO in nats, which is
         not finite if the step was skipped. The fit ends when it returns ``True``.
     :param checkpoint: a file to save the fit to while it runs; a full disk only causes a warning.

@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,18 +104,17 @@ class ProgressBar:
 
 @contextmanager
 def progress_bar(shown: bool) -> Iterator[ProgressBar]:
-    """A progress bar, closed at the end; it shows nothing if ``tqdm`` is not installed."""
-    bar, is_live = None, True
-    if shown:
-        with suppress(ImportError):
-            from tqdm.auto import tqdm
+    """A progress bar, closed at the end."""
+    if not shown:
+        yield ProgressBar(None)
+        return
+    from tqdm.auto import tqdm
 
-            # a notebook can redraw widgets and stderr, although it is not a terminal
-            is_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
-            is_notebook |= type(sys.stderr).__module__ == "ipykernel.iostream"
-            is_live = is_notebook or sys.stderr.isatty()
-            # without a delay the bar is shown when it is made, and with a longer one not at its end
-            wait = {"mininterval": _SECONDS_OF_LINE, "delay": 1e-9, "file": _Lines()}
-            bar = tqdm(unit=" step", dynamic_ncols=is_live, **({} if is_live else wait))
-    with nullcontext() if bar is None else bar:
+    # a notebook can redraw widgets and stderr, although it is not a terminal
+    is_notebook = any(kind.__module__ == "tqdm.notebook" for kind in tqdm.__mro__)
+    is_notebook |= type(sys.stderr).__module__ == "ipykernel.iostream"
+    is_live = is_notebook or sys.stderr.isatty()
+    # without a delay the bar is shown when it is made, and with a longer one not at its end
+    wait = {"mininterval": _SECONDS_OF_LINE, "delay": 1e-9, "file": _Lines()}
+    with tqdm(unit=" step", dynamic_ncols=is_live, **({} if is_live else wait)) as bar:
         yield ProgressBar(bar, is_live)

@@ -14,7 +14,7 @@ from ..diagnostics import Importance, Marginals
 from ..diagnostics.importance import GOOD_KHAT
 from ..files import FilePath
 from ..joint.density import Args, Kwargs
-from ..posterior import Summary, predict, summary
+from ..posterior import Summary, predict, summary, to_inference_data
 from ..posterior.predictive import draws_of_guide
 from .chains import Chains, known
 from .evaluation.checks import Check, FailedCheck, Verdict, as_lines
@@ -117,13 +117,31 @@ class FitResult(SavedResult):
         draws = self._drawn() if self.draws is None else self.draws
         return predict(known(self.model), draws, *args, **kwargs)
 
+    def to_inference_data(self, *args: object, **kwargs: object) -> Any:
+        """Converts ``draws``, or 1,000 draws of the guide without chains, to an ArviZ data set.
+
+        See :func:`~pyro_artransform.posterior.to_inference_data` and
+        :meth:`~pyro_artransform.inference.Chains.to_inference_data`, which uses all draws of the chains.
+
+        :param args: the arguments of the model.
+        :raises ImportError: if ArviZ is missing.
+        :raises ValueError: as for :meth:`predict`.
+        """
+        if self.chains is not None:
+            return self.chains.to_inference_data(*args, **kwargs)
+        model, guide = known(self.model), self._known_guide()
+        return to_inference_data(model, guide, _NUM_DRAWS, *args, **kwargs)
+
     def _drawn(self, args: Args = (), kwargs: Kwargs | None = None) -> dict[str, Tensor]:
+        return draws_of_guide(self._known_guide(), _NUM_DRAWS, args, kwargs or {})
+
+    def _known_guide(self) -> Any:
         if self.guide is None:
             raise ValueError(
                 f"{self.guide_class or 'guide'}: expected a guide or draws, got only a verdict: load the "
                 "guide, and pass its draws to inference.summary or inference.predict"
             )
-        return draws_of_guide(self.guide, _NUM_DRAWS, args, kwargs or {})
+        return self.guide
 
     def save(self, path: FilePath) -> None:
         """As :meth:`~pyro_artransform.inference.Chains.save`; warns of parameters that the model has."""

@@ -18,7 +18,7 @@ from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import Message
-from pyro.poutine.util import site_is_subsample
+from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import Distribution, constraints
@@ -125,7 +125,8 @@ def _moved(nodes: Mapping[str, Any], distance: float) -> dict[str, Tensor]:
 class SiteLogProbs(Messenger):
     """Sets sites to given values and collects the log density of each sample site.
 
-    The log densities equal those of a conditioned trace; with ``data_only``, of data only, unscaled.
+    The log densities equal those of a conditioned trace; with ``data_only``, of data and
+    factors only, unscaled.
     """
 
     def __init__(self, given: Mapping[str, Tensor], *, data_only: bool = False) -> None:
@@ -142,7 +143,8 @@ class SiteLogProbs(Messenger):
     def _pyro_post_sample(self, message: Any) -> None:
         name, value = message["name"], message["value"]
         self.values[name] = value
-        if site_is_subsample(message) or (self._data_only and not has_data(message)):
+        is_likelihood = has_data(message) or site_is_factor(message)
+        if site_is_subsample(message) or (self._data_only and not is_likelihood):
             return
         scale = 1.0 if self._data_only else message["scale"]
         self.log_probs[name] = scale_and_mask(_log_prob(message), scale, message["mask"])

@@ -32,8 +32,8 @@ def to_inference_data(
 
     The groups are ``posterior`` (including deterministic sites, computed from the draws and the data,
     and sites computed by reparametrizers), ``posterior_predictive`` (the model runs once per draw),
-    ``log_likelihood`` (with discrete latents summed out; a warning names sites left out because their
-    data share some) and ``observed_data``.
+    ``log_likelihood`` (see :func:`~pyro_artransform.posterior.log_likelihood`; discrete latents are summed
+    out, and a warning says what is left out, because data share them, or a factor) and ``observed_data``.
 
     If the guide has no draws of a site without data, as when the model is called with new predictors
     and ``y=None``, the site is drawn given each draw of the others, in the group ``predictions``. This
@@ -99,7 +99,10 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
 
 
 def _log_likelihood(likelihood: Likelihood, draws: Draws) -> Terms:
-    """The log likelihood, with undrawn discrete latents summed out; a warning names sites left out."""
+    """The log likelihood, with undrawn discrete latents summed out; a warning says what is left out."""
+    if likelihood.incomplete:
+        warn_user(f"log_likelihood is left out because of {likelihood.incomplete}", UserWarning)
+        return {}
     undrawn = likelihood.latents.keys() - draws.keys()
     if not undrawn:
         return likelihood(draws)

@@ -3,14 +3,16 @@
 
 """The pointwise log likelihood of a model at many draws of its latents."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from pyro import poutine
+from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
+from ..arguments import first_of
 from ..joint.handlers import SiteLogProbs
 from ..joint.traces import (
     check_data,
@@ -44,12 +46,17 @@ def log_likelihood(
     Masked data have the value zero, and still count as data in the spread of the terms, as in standard
     errors of ``arviz.loo``. A site with event dimensions has one datum per element of its batch shape.
 
+    A factor in the plates of exactly one site with data is part of the likelihood of each of these data, such
+    as the probability of a longer time where data are censored. Any other factor, even a part of the prior,
+    is an error, since terms without it may lack data. If it is no part of the likelihood, pass
+    ``poutine.block(model, hide=[name])``.
+
     :param draws: for each latent site of the model a tensor of shape ``(n,) + site shape``; other
         sites are ignored.
-    :return: for each site with data (a factor has none) a tensor of shape ``(n,) + batch shape``.
+    :return: for each site with data a tensor of shape ``(n,) + batch shape``.
     :raises ValueError: if a latent of the model has no draws (draw discrete latents that were summed
         out with :func:`pyro.infer.infer_discrete`), the model subsamples its data, a site has data at
-        some draws only, or draws have wrong shapes.
+        some draws only, a factor belongs to no single data, or draws have wrong shapes.
 
     Example::
 
@@ -86,6 +93,13 @@ class Likelihood:
         self.observed: Terms = {s["name"]: s["value"] for s in observed if has_data(s)}
         #: the names of the discrete latents that are summed out
         self.enumerated = {site["name"] for site in latents if is_enumerated(site)}
+        #: by factor, the site with data whose terms it is added to; empty if there is no such site
+        self._site_of: dict[str, str] = {
+            factor["name"]: _site_with_data(factor, [s for s in observed if has_data(s)])
+            for factor in filter(site_is_factor, observed)
+        }
+        #: why data have no terms of their own; empty if they have
+        self.incomplete = _about_factors([name for name, site in self._site_of.items() if not site])
         self._needed = {*self.latents}  # the sites that need draws
         self.has_deterministic = any(map(is_deterministic, observed))
 
@@ -93,6 +107,10 @@ class Likelihood:
         """The log likelihoods of each site with data, of shape ``(n,) + batch shape``."""
         if undrawn := sorted(self._needed - draws.keys()):
             raise ValueError(f"draws: expected those of all latents, got none of {undrawn}")
+        if self.incomplete:
+            raise ValueError(
+                f"model: expected a log likelihood of each datum, got {self.incomplete}"
+            )
         chosen, rows = self._compared(draws)
         some = _part(chosen, rows)
         expected = evaluate_many(self._evaluate, some, "loop")
@@ -152,19 +170,38 @@ class Likelihood:
         scored = SiteLogProbs(plate.place(draws, self._event_dims), data_only=True)
         with poutine.block(), scored:
             plate.run(self.run)
-        _check_same(self.observed, scored.log_probs)
+        terms = scored.log_probs
+        _check_same({*self.observed, *self._site_of}, {*terms})
+        for factor, name in self._site_of.items():
+            terms[name] = terms[name] + terms.pop(factor)
         if size is None:
-            return scored.log_probs
+            return terms
         log_probs = {}
-        for name, term in scored.log_probs.items():
+        for name, term in terms.items():
             batch_dim = self.observed[name].dim() - self._event_dims[name]
             log_probs[name] = term.reshape(term.shape[:1] + term.shape[term.dim() - batch_dim :])
         return log_probs
 
 
-def _check_same(expected: Terms, found: Terms) -> None:
+def _site_with_data(factor: Any, sites: list[Any]) -> str:
+    """The only one of the sites in the plates of a factor; empty without one, or without plates."""
+    plates = {frame.name for frame in factor["cond_indep_stack"]}
+    same = [s["name"] for s in sites if plates == {frame.name for frame in s["cond_indep_stack"]}]
+    return same[0] if plates and len(same) == 1 else ""
+
+
+def _about_factors(names: list[str]) -> str:
+    """Why these factors have no term for each datum, and what to do; empty without factors."""
+    return first_of(names) and (
+        f"the factor {first_of([*map(repr, names)])}, which is not in the plates of exactly one site with "
+        "data. If it is part of the likelihood, put it into the plate of its data, with a term for each; if "
+        f"it is part of the prior, leave it out by poutine.block(model, hide={names})"
+    )
+
+
+def _check_same(expected: Collection[str], found: Collection[str]) -> None:
     """Raises a ``ValueError`` if two runs of a model have different sites."""
-    for name in sorted(expected.keys() ^ found.keys()):
+    for name in sorted({*expected} ^ {*found}):
         raise ValueError(
             f"model: expected the same sites at each draw, got '{name}' only at some; put it into each "
             f"branch, or hide it by poutine.block(model, hide=['{name}'])"

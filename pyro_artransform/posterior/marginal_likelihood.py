@@ -46,7 +46,11 @@ class MarginalLikelihood(Likelihood):
             if site["type"] == "sample" and "packed" in site and "log_prob" in site["packed"]
         }
         dims = {name: set(term._pyro_dims) - plates for name, term in terms.items()}
-        marginals = {name: _marginal(trace, name, dims) for name in self.observed}
+        own = {
+            name: {name, *(f for f, site in self._site_of.items() if site == name)}
+            for name in self.observed
+        }
+        marginals = {name: _marginal(trace, name, own[name], dims) for name in own}
         self._marginals = {name: marginal for name, marginal in marginals.items() if marginal}
         self.left_out = sorted(marginals.keys() - self._marginals.keys())
         self._needed -= self.enumerated
@@ -66,23 +70,28 @@ class MarginalLikelihood(Likelihood):
         return log_probs
 
 
-def _marginal(trace: Any, name: str, dims: dict[str, set[str]]) -> _Marginal | None:
-    """The sites that the data of a site are summed over; ``None`` if that is undefined for each datum."""
-    sites, before = {name}, set[str]()
+def _marginal(trace: Any, name: str, own: set[str], dims: dict[str, set[str]]) -> _Marginal | None:
+    """The sites that the data of a site are summed over; ``None`` if that is undefined for each datum.
+
+    :param own: the site and its factors.
+    """
+    sites, before = own, set[str]()
     while sites != before:
         before, summed = sites, set[str]().union(*(dims[other] for other in sites))
         sites = sites | {other for other, own in dims.items() if own & summed}
     frames = [f for f in trace.nodes[name]["cond_indep_stack"] if f.vectorized]
     plates = {frame.name for frame in frames}
-    for other in sites - {name}:
+    for other in sites - own:
         node = trace.nodes[other]
         around = {frame.name for frame in node["cond_indep_stack"] if frame.vectorized}
         if not (is_enumerated(node) and plates <= around) or node["is_observed"]:
             return None
     node = trace.nodes[name]
-    scale, value, event_dim = torch.as_tensor(node["scale"]), node["value"], node["fn"].event_dim
+    scales = [torch.as_tensor(trace.nodes[each]["scale"]) for each in own]
+    value, event_dim = node["value"], node["fn"].event_dim
     shape = value.shape[: value.dim() - event_dim]
-    if scale.dim() or shape.numel() != torch.Size(frame.size for frame in frames).numel():
+    is_complete = shape.numel() == torch.Size(frame.size for frame in frames).numel()
+    if any(s.dim() for s in scales) or len({*map(float, scales)}) > 1 or not is_complete:
         return None
     ordered = [frame.name for frame in sorted(frames, key=lambda frame: frame.dim)]
-    return _Marginal(frozenset(sites), ordered, float(scale), shape)
+    return _Marginal(frozenset(sites), ordered, float(scales[0]), shape)

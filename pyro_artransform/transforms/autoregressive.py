@@ -39,6 +39,7 @@ class AutoregressiveTransform(FlowModule):
 
     Example::
 
+        >>> import torch
         >>> from pyro_artransform.conditioners import MaskedMLP
         >>> from pyro_artransform.transforms import ConditionedUnivariate
         >>> from pyro_artransform.univariate import Affine

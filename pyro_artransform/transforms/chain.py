@@ -13,31 +13,10 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj
+from .flow_module import ConditionalFlowModule, FlowModule
+from .foreign import ForeignTransform, as_flow
 
 AnyTransform = Transform | ConditionalTransform
-
-
-class ForeignTransform(FlowModule):
-    """Wraps any torch transform in the interface of this package."""
-
-    def __init__(self, transform: Transform) -> None:
-        super().__init__()
-        self.transform = transform
-        self.domain, self.codomain = transform.domain, transform.codomain
-        self.bijective = transform.bijective
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return call_and_ladj(self.transform, x)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return call_and_ladj(self.transform.inv, y)
-
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
-        return self.transform.forward_shape(shape)
-
-    def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        return self.transform.inverse_shape(shape)
 
 
 def _as_modules(parts: Sequence[Any], *kinds: type) -> Any:
@@ -46,28 +25,28 @@ def _as_modules(parts: Sequence[Any], *kinds: type) -> Any:
         raise ValueError("expected at least one transform, got none")
     modules = nn.ModuleList()
     for part in parts:
-        if not isinstance(part, kinds):
-            raise TypeError(f"expected transforms, got {type(part).__name__}")
-        modules.append(part if isinstance(part, nn.Module) else _as_module(part))
+        is_ready = isinstance(part, nn.Module) and isinstance(part, kinds)
+        modules.append(part if is_ready else _as_module(part))
     return modules
 
 
 def _as_module(transform: Any) -> nn.Module:
-    """Converts a transform to a module; torch's inverses and compositions lose their parameters."""
+    """Converts to a module; torch's inverses and compositions lose their parameters."""
     kind = type(transform).__name__
     if isinstance(transform, _InverseTransform):
         return ComposedTransform(transform.inv).inv
     if isinstance(transform, ComposeTransform) and transform.parts:
         return ComposedTransform(*transform.parts)
-    if isinstance(transform, ConditionalTransform):
+    if isinstance(transform, ConditionalTransform) and not isinstance(transform, nn.Module):
         raise TypeError(f"expected a conditional transform that is a module, got {kind}")
+    flow = ForeignTransform(transform)
     for value in vars(transform).values():
         if isinstance(value, nn.Module):
             raise TypeError(
                 f"{kind} holds the module {type(value).__name__}, whose parameters would be lost: "
                 "expected a transform that is a module itself, or holds none"
             )
-    return ForeignTransform(transform)
+    return flow
 
 
 class ComposedTransform(FlowModule):
@@ -75,7 +54,8 @@ class ComposedTransform(FlowModule):
 
     .. math:: T = T_n \circ \cdots \circ T_1
 
-    :param transforms: torch transforms; those that are modules are registered.
+    :param transforms: torch transforms, or modules that make them, such as flows of Zuko; modules are
+        registered.
     :raises TypeError: if a part is not a transform, or would lose parameters.
     :raises ValueError: if there are no parts.
     """
@@ -83,22 +63,21 @@ class ComposedTransform(FlowModule):
     def __init__(self, *transforms: Transform) -> None:
         super().__init__()
         self.transforms = _as_modules(transforms, Transform)
-        composed = ComposeTransform(list(transforms))
+        composed = ComposeTransform(list(self.transforms))
         domain, codomain = composed.domain, composed.codomain
         # elementwise parts together form a transform of vectors
         self.domain = domain if domain.event_dim else constraints.independent(domain, 1)
         self.codomain = codomain if codomain.event_dim else constraints.independent(codomain, 1)
         self.bijective = composed.bijective
         #: the original transforms
-        self.parts = [
-            t.transform if isinstance(t, ForeignTransform) else t for t in self.transforms
-        ]
+        self.parts: list[Any] = []
         # the parts as flows, with the dimensions over which to sum their log-determinants
         self._steps: list[tuple[FlowModule, tuple[int, ...]]] = []
         event_dim = self.domain.event_dim
         for part in self.transforms:
-            flow = part if isinstance(part, FlowModule) else ForeignTransform(part)
-            self._steps.append((flow, tuple(range(part.domain.event_dim - event_dim, 0))))
+            is_wrapped = isinstance(part, ForeignTransform) and isinstance(part.source, Transform)
+            self.parts.append(part.source if is_wrapped else part)
+            self._steps.append((as_flow(part), tuple(range(part.domain.event_dim - event_dim, 0))))
             event_dim += part.codomain.event_dim - part.domain.event_dim
 
     def call_and_ladj(self, x: Tensor) -> Any:

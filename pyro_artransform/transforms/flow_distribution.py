@@ -11,6 +11,7 @@ from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
 from .flow_module import FlowModule
+from .foreign import as_flow
 
 
 def standard_normal(zeros: Tensor) -> Any:
@@ -28,8 +29,10 @@ class FlowDistribution(dist.TransformedDistribution):
     each step, as models and guides do.
 
     :param base_distribution: the distribution of the argument.
-    :param transforms: a single :class:`~pyro_artransform.transforms.FlowModule`; combine several with
+    :param transforms: a single transform, of this package or any other, or a module that makes one, such as
+        a flow of Zuko, whose own base is not used; combine several with
         :class:`~pyro_artransform.transforms.ComposedTransform`.
+    :raises TypeError: for anything else.
 
     Example::
 
@@ -43,9 +46,24 @@ class FlowDistribution(dist.TransformedDistribution):
         torch.Size([5])
     """
 
-    # no __init__ here, since expand, which plates call, does not support it
     #: the last draw, the log density there, whether it has a graph, and the version of the draw
     _draw: tuple[Tensor, Tensor, bool, int] | None = None
+
+    def __init__(
+        self, base_distribution: Any, transforms: Any, validate_args: bool | None = None
+    ) -> None:
+        parts = transforms if isinstance(transforms, list) else [transforms]
+        if len(parts) != 1:
+            raise TypeError(
+                f"transforms: expected one transform, got {len(parts)}: ComposedTransform(...) makes one of "
+                "several"
+            )
+        super().__init__(base_distribution, [as_flow(parts[0])], validate_args)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        # torch requires an instance from classes with a constructor of their own
+        instance = self._get_checked_instance(FlowDistribution, _instance)
+        return super().expand(batch_shape, instance)
 
     def rsample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
         """A reparameterized draw, of shape ``sample_shape + batch_shape + event_shape``."""
@@ -69,12 +87,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def _flow(self) -> tuple[FlowModule, int]:
         """The flow, and the number of event dimensions in addition to its own."""
-        if len(self.transforms) != 1 or not isinstance(self.transforms[0], FlowModule):
-            raise TypeError(
-                f"transforms: expected one transform of this package, got {self.transforms}; "
-                "ComposedTransform(...) makes one of several"
-            )
-        flow = self.transforms[0]
+        (flow,) = self.transforms
         return flow, len(self.event_shape) - flow.codomain.event_dim
 
     def _remembered(self, value: Tensor, log_prob: Tensor) -> Tensor:

@@ -6,13 +6,13 @@
 import copy
 import weakref
 from functools import partial
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from pyro.distributions import ConditionalTransformModule, constraints
 from pyro.distributions.torch_transform import TransformModule
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from ..univariate.base import Bijection
@@ -167,17 +167,33 @@ def inverse(transform: FlowModule) -> FlowModule:
     return transform.inv
 
 
+@runtime_checkable
+class WithLadj(Protocol):
+    """A transform that evaluates value and log-determinant together, as Zuko's do."""
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
+
+
 def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
     """``y`` and ``log |dy/dx|``, summed over event dimensions, of any torch transform."""
     if isinstance(transform, Bijection):
         y, ladj = transform.call_and_ladj(x)
     else:
-        # torch's cache compares only identities, so it would return stale values after an optimizer step
-        cached: Any = transform.inv if isinstance(transform, _InverseTransform) else transform
-        cached.clear_cache()  # added by Pyro
-        y = transform(x)
-        ladj = transform.log_abs_det_jacobian(x, y)
+        _clear_caches(transform)
+        if isinstance(transform, WithLadj):
+            y, ladj = transform.call_and_ladj(x)
+        else:
+            y = transform(x)
+            ladj = transform.log_abs_det_jacobian(x, y)
     return y, ladj.expand(y.shape[: y.dim() - transform.codomain.event_dim])
+
+
+def _clear_caches(transform: Any) -> None:
+    """Torch's cache compares only identities, so it would return stale values after an optimizer step."""
+    cached: Any = transform.inv if isinstance(transform, _InverseTransform) else transform
+    cached.clear_cache()  # added by Pyro
+    for part in cached.parts if isinstance(cached, ComposeTransform) else ():
+        _clear_caches(part)
 
 
 def call_and_ladj_over_vectors(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:

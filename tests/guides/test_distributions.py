@@ -208,10 +208,7 @@ def test_a_base_with_more_event_dimensions():
 
 
 def test_what_it_takes():
-    for transforms in ([iaf(4), iaf(4)], [ExpTransform()]):
-        q = FlowDistribution(base(), transforms)
-        for use in (q.rsample, lambda q=q: q.log_prob(torch.ones(4))):
-            with pytest.raises(TypeError, match="expected one transform of this package"):
-                use()
+    with pytest.raises(TypeError, match="expected one transform, got 2: ComposedTransform"):
+        FlowDistribution(base(), [iaf(4), iaf(4)])
     with pytest.raises(ValueError, match="to be within the support"):
         FlowDistribution(base(), chain([iaf(4), ExpTransform()])).log_prob(-torch.ones(4))

@@ -256,7 +256,7 @@ def test_an_arviz_data_set(num_chains):
     """Its chains are superchains, long enough for ArviZ's R-hat."""
     arviz, model = pytest.importorskip("arviz"), models.regression
     chains = mcmc(model, draws=400, num_chains=num_chains)
-    found = chains.to_inference_data(model)
+    found = chains.to_inference_data()
     size = chains.by_chain["loc"].numel() // chains.num_superchains
     assert found.posterior["loc"].shape == (chains.num_superchains, size)
     assert found.log_likelihood["y"].shape == (chains.num_superchains, size, 6)
@@ -278,9 +278,10 @@ def test_predictions_of_chains_for_new_rows():
 
     chains = mcmc(model, torch.ones(6), torch.ones(6), draws=50, num_chains=4)
     pytest.importorskip("arviz")
-    found = chains.to_inference_data(model, torch.tensor([2.0, 3.0])).predictions["y"].values
-    expected = chains.by_chain["slope"][..., None] * torch.tensor([2.0, 3.0])
-    assert torch.allclose(torch.tensor(found), expected, atol=0.1)
+    found = chains.to_inference_data(x := torch.tensor([2.0, 3.0])).predictions["y"].values
+    assert torch.allclose(torch.tensor(found), chains.by_chain["slope"][..., None] * x, atol=0.1)
+    with pytest.warns(FutureWarning, match="the chains know their model"):
+        chains.to_inference_data(model, x)
 
 
 def of_draws(draws):

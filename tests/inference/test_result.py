@@ -67,6 +67,8 @@ def test_the_answer_comes_first_and_remedies_after_what_failed(result):
 
 
 def test_of_a_guide_alone(result):
+    with pytest.raises(ValueError, match="expected a model, got none"):
+        result.with_model(None).to_inference_data()
     alone = replace(result, chains=None, draws=None)
     good = replace(alone, trusted=True, judged=Verdict(praise="All is well."))
     assert good.failed == ()
@@ -127,6 +129,18 @@ def test_predictions_of_new_rows():
         assert predicted.shape[1:] == (3,)
         assert (predicted.mean(0) - new @ torch.tensor([1.0, -2.0])).abs().max() < 0.1
         assert (predicted.std(0) - 0.1).abs().max() < 0.05
+
+
+def test_an_arviz_data_set(result):
+    """Of the draws of the chains, or of the guide."""
+    pytest.importorskip("arviz")
+    size = result.chains.by_chain["loc"].numel()
+    assert result.to_inference_data().log_likelihood["y"].size == size * 6
+    alone = replace(result, chains=None, draws=None)
+    assert alone.to_inference_data().posterior["loc"].shape == (1, 1000)
+    for missing, words in (({"model": None}, "a model, got none"), ({"guide": None}, "a guide or")):
+        with pytest.raises(ValueError, match=words):
+            replace(alone, **missing).to_inference_data()
 
 
 def test_what_went_wrong_is_shown(result):

@@ -18,6 +18,7 @@ from pyro.infer.reparam import LocScaleReparam
 from pyro_artransform import AutoIAF
 from pyro_artransform.posterior import to_inference_data
 from tests.joint.models import data
+from tests.posterior.test_log_likelihood import FACTORS
 
 
 def model(values=None):
@@ -215,6 +216,36 @@ def test_a_likelihood_that_is_not_that_of_each_datum_is_left_out(arviz, model, n
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert "log_likelihood" not in found
+
+
+def test_a_factor_in_the_plate_of_a_datum_with_a_discrete_latent(arviz):
+    """It counts inside of the sum if it depends on the discrete latent."""
+
+    def model(values):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            kind = pyro.sample("kind", dist.Bernoulli(0.3))
+            pyro.sample("y", dist.Normal(z + kind, 1.0), obs=values)
+            pyro.factor("more", z * kind)
+
+    model = config_enumerate(model)
+    found = sites_of(to_inference_data(model, AutoIAF(model), 20, data()))
+    z = found["posterior"]["z"][0][:, None]
+    parts = [
+        dist.Normal(z + k, 1.0).log_prob(data()) + z * k + p.log() for k, p in enumerate(SHARES)
+    ]
+    expected = torch.stack(parts).logsumexp(0)
+    assert torch.allclose(found["log_likelihood"]["y"][0], expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", FACTORS)
+def test_without_terms_of_all_data_there_is_no_likelihood(arviz, model):
+    with pytest.warns(UserWarning, match="log_likelihood is left out because of the factor 'soft'"):
+        found = sites_of(to_inference_data(model, AutoIAF(model), 20, data()))
+    assert "log_likelihood" not in found
+    assert "posterior_predictive" in found
+    hidden = poutine.block(model, hide=["soft"])
+    assert "log_likelihood" in sites_of(to_inference_data(hidden, AutoIAF(model), 20, data()))
 
 
 def regression(x, values=None):

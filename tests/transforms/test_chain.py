@@ -151,7 +151,7 @@ class HalfContext(ConditionalTransform):
 def test_bad_parts():
     hides = torch.distributions.IndependentTransform(affine_autoregressive(3), 0)
     for part, message in (
-        (torch.nn.Linear(3, 3), "expected transforms, got Linear"),
+        (torch.nn.Linear(3, 3), "called without arguments, .* got the module Linear"),
         (HalfContext(), "expected a conditional transform that is a module, got HalfContext"),
         (hides, "IndependentTransform holds the module Autoregressive"),
     ):
