@@ -106,7 +106,11 @@ def test_lambda_is_as_asked_for():
     guide()
     assert guide.prior_coordinates is None
     assert "centered" not in "".join(dict(guide.named_parameters()))
-    for wrong, got in (("centred", "'centred'"), ({"theta": 1.5}, "{'theta': tensor"), (0.5, "0.5")):
+    for wrong, got in (
+        ("centred", "'centred'"),
+        ({"theta": 1.5}, "{'theta': tensor"),
+        (0.5, "0.5"),
+    ):
         with pytest.raises(ValueError, match=f"'prior', 'model', or a mapping .*, got {got}"):
             AutoIAF(schools, coordinates=wrong)
     with pytest.raises(ValueError, match=r"broadcast to shape \(4,\), got shape \(3,\)"):
