@@ -46,14 +46,15 @@ def hidden_sites() -> BlockMessenger:
 
 
 def traced_parameters(run: Callable[[], object]) -> dict[str, Tensor]:
-    """The unconstrained Pyro parameters that a run of a model or guide uses, by name."""
+    """The unconstrained Pyro parameters that a run of a model or guide uses and trains, by name."""
     with poutine.trace(param_only=True) as capture:
         run()
     found: dict[int, tuple[str, Tensor]] = {}
     for name in capture.trace.param_nodes:
         value: Any = capture.trace.nodes[name]["value"]
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-        found.setdefault(id(leaf), (name, leaf))  # a module's parameter may have several names
+        if leaf.requires_grad:
+            found.setdefault(id(leaf), (name, leaf))  # a module's parameter may have several names
     return dict(found.values())
 
 
