@@ -47,7 +47,7 @@ FAR_MEAN, FAR_SD = 0.2, 0.25
 
 
 def draw(model: Callable[..., Any], data: tuple[Any, ...], seed: int) -> Chains:
-    return mcmc(model, None, NUM_DRAWS, *data, seed=seed, progress=False)
+    return mcmc(model, *data, draws=NUM_DRAWS, seed=seed, progress=False)
 
 
 def one(run: Row) -> Row:

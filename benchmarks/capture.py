@@ -44,7 +44,7 @@ def row(name: str) -> str:
     subject = ModelAndGuide.of(model, guide, data, {})
     log_joint = non_centered(subject.log_joint)
     points = log_joint.start + 0.1 * torch.randn(NUM_DRAWS, log_joint.latents.latent_dim)
-    parameters = list(guide.parameters())
+    parameters = [p for p in guide.parameters() if p.requires_grad]
 
     def step() -> tuple[Tensor, ...]:
         with torch.enable_grad():

@@ -48,8 +48,8 @@ def check_share(name: str, value: Any) -> float:
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Requires True or False, NumPy's included, and returns a bool."""
-    if value not in (True, False):
+    """Requires True or False, NumPy's included, and returns a bool; rejects 1 and 1.0."""
+    if not isinstance(value, bool) and str(getattr(value, "dtype", "")) != "bool":
         raise ValueError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
 

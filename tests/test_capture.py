@@ -8,6 +8,7 @@ import itertools
 import random
 import resource
 import time
+from pathlib import Path
 
 import numpy as np
 import pyro
@@ -392,3 +393,11 @@ def test_draws_of_another_density_are_dropped(monkeypatch):
     found = mcmc(model, draws=400, seed=0, progress=False, num_chains=16)
     assert anew
     assert (found.by_chain["z"].mean((0, 1)) - 2.0).abs().max() < 0.25
+
+
+def test_the_page_has_the_numbers_of_the_code():
+    page = " ".join((Path(__file__).parents[1] / "benchmarks" / "capture.md").read_text().split())
+    assert f"in the {capture._PATIENCE}th call of a fit" in page
+    assert f"given up after {capture._MOST_SECONDS:.0f} seconds of CPU" in page
+    assert f"to {capture._SLACK:.0f} units in the last place" in page
+    assert f"then after every {capture._CHECK_EVERY}," in page

@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor, nn
 
-from ..arguments import check_integer, check_positive, names_the_class, to_tensor
+from ..arguments import check_flag, check_integer, check_positive, names_the_class, to_tensor
 from ..joint.coordinates import CoordinatesArgument, ModelPrior
 from ..joint.density import LogJoint
 from ..joint.sites import Latents
@@ -107,8 +107,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         coordinates: CoordinatesArgument = "prior",
     ) -> None:
         check_flow_argument("flow", flow, "the latent dimension")
-        if full_rank not in (None, True, False):
-            raise ValueError(f"full_rank: expected None, True or False, got {full_rank!r}")
+        if full_rank is not None:
+            full_rank = check_flag("full_rank", full_rank)
         init_scale = check_positive("init_scale", init_scale)
         arguments = {"full_rank": full_rank, "init_scale": init_scale}
         super().__init__(model, init_loc_fn, arguments, ModelPrior(coordinates))

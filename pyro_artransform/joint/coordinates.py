@@ -189,7 +189,7 @@ class ModelPrior:
         if not is_right:
             raise ValueError(
                 "coordinates: expected 'prior', 'model', or a mapping from sites to degrees of centring, "
-                "from 0 (non-centred) to 1 (as in the model), got {asked!r}"
+                f"from 0 (non-centred) to 1 (as in the model), got {asked!r}"
             )
         self.asked = asked
         self.is_chosen = False  #: whether a fit may change lambda, in place

@@ -23,7 +23,7 @@ from ..arguments import values_can_be_read
 from ..differentiation import evaluate_with_gradient
 from .checks import checked
 from .enumeration import marginal_log_prob
-from .handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
+from .handlers import FoundScale, SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .initial_point import usable_point
 from .prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
 from .priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
@@ -109,9 +109,9 @@ class LogJoint:
         traces: tuple[Any, Any] | None = None,
     ) -> None:
         self.model, self._init_loc_fn, kwargs = model, init_loc_fn, kwargs or {}
-        first, trace = traces or (self._trace(args, kwargs),) * 2
-        check_data(trace)
         run = partial(model, *args, **kwargs)
+        first, trace = traces or (self._trace(run),) * 2
+        check_data(trace)
         self.improper = improper_sites(run, trace)  #: the sites that keep their masks
         #: the model bound to its arguments, with the masks of proper latents removed
         self.run = UnmaskedLatents(self.improper)(run)
@@ -210,16 +210,21 @@ class LogJoint:
         return other
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
-        """The structure of a run with other arguments, cached by their signature."""
-        arguments = args, kwargs or {}
+        """The structure of a run with other arguments, cached by their signature.
+
+        Only plates and shapes follow from that: a model with ``poutine.scale`` is run each time.
+        """
+        arguments = args, kwargs = args, kwargs or {}
         key = argument_signature(arguments, with_values=True)
         if key not in self._structures:
             # a cache miss must not change the random numbers that follow
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                trace = self._trace(*arguments)
+                trace = self._trace((scale := FoundScale())(partial(self.model, *args, **kwargs)))
             if (shapes := argument_signature(arguments)) not in self._checked:
                 check_data(trace)
                 self._checked.add(shapes)
+            if scale.is_found:
+                return ModelStructure.from_trace(trace)
             if len(self._structures) >= MOST_SIGNATURES:
                 self._structures.clear()
             self._structures[key] = ModelStructure.from_trace(trace)
@@ -360,9 +365,9 @@ class LogJoint:
         """Enumerates the discrete latents of a model, if any, to the left of the draws."""
         return EnumMessenger(-2 - self.num_plates)(run) if self.is_enumerated else run
 
-    def _trace(self, args: Args, kwargs: Kwargs) -> Any:
+    def _trace(self, run: Callable[[], object]) -> Any:
         with torch.no_grad():
-            return started_trace(partial(self.model, *args, **kwargs), self._init_loc_fn)
+            return started_trace(run, self._init_loc_fn)
 
 
 @contextmanager

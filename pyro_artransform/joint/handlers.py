@@ -17,7 +17,8 @@ from pyro.distributions.util import scale_and_mask
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from pyro.poutine.messenger import Messenger
-from pyro.poutine.runtime import Message
+from pyro.poutine.runtime import _PYRO_STACK, Message
+from pyro.poutine.scale_messenger import ScaleMessenger
 from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -45,14 +46,15 @@ def hidden_sites() -> BlockMessenger:
 
 
 def traced_parameters(run: Callable[[], object]) -> dict[str, Tensor]:
-    """The unconstrained Pyro parameters that a run of a model or guide uses, by name."""
+    """The unconstrained Pyro parameters that a run of a model or guide uses and trains, by name."""
     with poutine.trace(param_only=True) as capture:
         run()
     found: dict[int, tuple[str, Tensor]] = {}
     for name in capture.trace.param_nodes:
         value: Any = capture.trace.nodes[name]["value"]
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-        found.setdefault(id(leaf), (name, leaf))  # a module's parameter may have several names
+        if leaf.requires_grad:
+            found.setdefault(id(leaf), (name, leaf))  # a module's parameter may have several names
     return dict(found.values())
 
 
@@ -210,6 +212,15 @@ def _unchecked(fn: Any) -> Any:
     twin = copy.copy(fn)
     vars(twin).update(changed, _validate_args=False)
     return twin
+
+
+class FoundScale(Messenger):
+    """Whether the model uses ``poutine.scale``: such a scale may depend on any value of its arguments."""
+
+    is_found = False
+
+    def _pyro_sample(self, _: Message) -> None:
+        self.is_found |= any(isinstance(handler, ScaleMessenger) for handler in _PYRO_STACK)
 
 
 class FirstIndices(Messenger):

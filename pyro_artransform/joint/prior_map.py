@@ -70,7 +70,7 @@ class SiteCoordinates(NamedTuple):
 class Coordinates(nn.Module):
     """The latents with coordinates from the prior, and their degree of centring.
 
-    Tensors get no gradient; they are parameters so that files and the param store hold them.
+    Tensors are parameters, so that files, copies and the param store hold them, but require no gradient.
 
     :param centered: lambda, shape ``(latent_dim,)``, between 0 and 1; 1 for all other latents.
     :param unit: the approximate scale of each prior, positive, same shape.
@@ -88,7 +88,8 @@ class Coordinates(nn.Module):
         pseudo_data: PseudoData | None = None,
     ) -> None:
         super().__init__()
-        self.centered, self.unit = nn.Parameter(centered.detach()), nn.Parameter(unit.detach())
+        self.centered = nn.Parameter(centered.detach(), requires_grad=False)
+        self.unit = nn.Parameter(unit.detach(), requires_grad=False)
         self.with_location = dict(with_location)
         self.factors, self.pseudo_data = dict(factors or {}), pseudo_data
         # the tensor and its version when lambda was read, and whether it was 1 everywhere

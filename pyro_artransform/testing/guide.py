@@ -55,11 +55,9 @@ def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args
 
 
 def _parameters(guide: AutoAutoregressive) -> dict[str, Tensor]:
-    """Copies of the trained parameters: no gradient flows to the coordinates."""
-    coordinates = guide.prior_coordinates
-    fixed = set() if coordinates is None else {*coordinates.parameters()}
-    trained = ((name, p) for name, p in guide.named_parameters() if p not in fixed)
-    return {name: value.detach().clone() for name, value in trained}
+    """Copies of the trained parameters."""
+    named = guide.named_parameters()
+    return {name: value.detach().clone() for name, value in named if value.requires_grad}
 
 
 def _moved(guide: AutoAutoregressive, before: dict[str, Tensor]) -> list[str]:

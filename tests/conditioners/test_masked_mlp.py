@@ -88,6 +88,7 @@ def test_skip_connections_add_a_linear_function_that_starts_at_zero():
         ({"hidden_dims": [8, 2.0]}, r"hidden_dims: expected a positive integer, got 2\.0"),
         ({"hidden_dims": "64"}, "hidden_dims: expected a positive integer, got '6'"),
         ({"skip_connections": "no"}, "skip_connections: expected True or False, got 'no'"),
+        ({"skip_connections": 1.0}, r"skip_connections: expected True or False, got 1\.0"),
         ({"order": [0, 1, 1]}, "permutation"),
         ({"order": [0, 1, 2], "adjacency": torch.zeros(3, 3)}, "or an adjacency, got both"),
         ({"adjacency": torch.eye(3)}, "cycle: 0 -> 0"),

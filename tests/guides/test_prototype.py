@@ -255,8 +255,9 @@ def test_bad_kinds():
         AutoAutoregressive(models.regression, flow=3)
     with pytest.raises(TypeError, match="got the module AutoregressiveTransform; write flow="):
         AutoAutoregressive(models.regression, flow=affine_autoregressive(2))
-    with pytest.raises(ValueError, match="full_rank: expected None, True or False, got 'full'"):
-        AutoIAF(models.regression, full_rank="full")
+    for flag in ("full", 1.0):
+        with pytest.raises(ValueError, match=f"full_rank: expected True or False, got {flag!r}"):
+            AutoIAF(models.regression, full_rank=flag)
     for scale in (0, float("nan"), True):
         with pytest.raises(ValueError, match="init_scale: expected a positive finite number, got"):
             AutoIAF(models.regression, init_scale=scale)

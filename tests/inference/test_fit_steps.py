@@ -19,6 +19,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
+from torch import nn
 
 from pyro_artransform import AutoAmortized, AutoIAF, time_limit
 from pyro_artransform.inference import FitError
@@ -343,6 +344,47 @@ def test_a_parameter_that_the_first_run_did_not_have_is_refused(kind):
         FitError, match=r"appeared at step \d+ and would not be trained: \['shift'\]"
     ):
         fit(model, kind(model), num_steps=200, callback=callback)
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+@pytest.mark.parametrize("is_known", [True, False])
+def test_a_parameter_that_is_unfrozen_later_is_refused(kind, is_known):
+    """Whether or not Pyro's store has it from before: it was left as it is, without a word."""
+    net = nn.Linear(1, 1).eval()  # Pyro warns of frozen parameters in training mode
+    if is_known:
+        pyro.module("net", net)
+    net.bias.requires_grad_(False)
+
+    def callback(step, elbo):
+        net.bias.requires_grad_(step >= 60)
+
+    with pytest.raises(FitError, match=r"appeared at step 61 .*bias.* gradients from the first"):
+        model = partial(with_net, net)
+        fit(model, kind(model), num_steps=200, callback=callback, progress=False)
+
+
+@pytest.mark.parametrize("kind", [small, AutoNormal])
+def test_a_parameter_may_be_frozen_for_a_while(kind):
+    net, values = nn.Linear(1, 1).eval(), [torch.zeros(1)]
+
+    def callback(step, elbo):
+        net.bias.requires_grad_(not 30 <= step < 60)
+        values.append(net.bias.detach().clone())
+
+    model = partial(with_net, net)
+    adam = partial(torch.optim.Adam, lr=0.02)
+    fit(model, kind(model), num_steps=300, optim=adam, callback=callback, progress=False)
+    assert len(set(map(float, values[30:61]))) == 1
+    assert values[30] != values[29]
+    assert abs(values[-1] - 1.0) < 0.05 < abs(values[60] - 1.0)
+
+
+def with_net(net):
+    pyro.module("net", net)
+    z, x = pyro.sample("z", dist.Normal(0.0, 0.01)), torch.linspace(-1.0, 1.0, 20)
+    with pyro.plate("rows", 20):
+        loc = net(x[:, None])[:, 0] + z
+        pyro.sample("y", dist.Normal(loc, 0.1), obs=1 + 2 * x)
 
 
 def test_a_guide_is_gone_when_it_is_let_go():

@@ -7,6 +7,7 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro import poutine
 
 from pyro_artransform.joint import LogJoint, MeanLogJoint
 from pyro_artransform.joint.mean_density import Anchor, AnchoredLogJoint
@@ -52,6 +53,22 @@ def test_the_model_is_run_for_new_shapes_only():
         log_joint.with_arguments((Y[:size],))
     assert runs == [3, 2, 1]
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("kind", [float, torch.as_tensor])
+def test_scales_by_values_of_the_data(kind):
+    """Batches of one shape, whose scale is that of all weights relative to their own; 1 of the first."""
+
+    def weighted(y, weights):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with poutine.scale(scale=kind(100 / weights.sum())), pyro.plate("data", len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    log_joint = LogJoint(weighted, (Y[:4], torch.full((4,), 2.5)))
+    for total in (100.0, 10.0, 50.0, 20.0):
+        batch = Y[:4], torch.full((4,), total / 4)
+        assert log_joint.structure(batch).scale == 100 / total
+        assert LogJoint(weighted, batch).structure(batch).scale == 100 / total
 
 
 def test_other_latents():

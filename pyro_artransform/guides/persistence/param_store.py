@@ -18,6 +18,7 @@ import pyro
 from pyro.infer.autoguide import AutoGuide
 from pyro.params.param_store import param_with_module_name
 from torch import Tensor, nn
+from torch.distributions import constraints
 from torch.utils.weak import WeakTensorKeyDictionary
 
 #: weak reference to the guide that stored each parameter
@@ -43,19 +44,20 @@ class RegisteredGuide(AutoGuide):
         :raises ValueError: if entries of its name that were loaded into the store do not fit.
         """
         if pyro.settings.get("module_local_params"):
-            for parameter in self._trainable().values():
+            for parameter in self._own().values():
                 # SVI reads this attribute, which otherwise the store sets
                 parameter.unconstrained = weakref.ref(parameter)  # type: ignore[attr-defined]  # Pyro's
             self._ownership, self._entries = "carried", {}
             return
-        name, is_adopted = self._find_name(self._trainable())
+        name, is_adopted = self._find_name(self._own())
         if (in_call := bool(self._pyro_context.active)) or is_adopted:
-            self._entries = {f"{name}.{short}": p for short, p in self._trainable().items()}
+            self._entries = {f"{name}.{short}": p for short, p in self._own().items()}
             store = pyro.get_param_store()
             for key, parameter in self._entries.items():
-                # like Pyro's modules: store[key] would apply transforms
+                # store[key] would apply transforms, and make a frozen parameter require gradients
                 if store._params.get(key) is not parameter:
-                    store[key] = parameter
+                    entry = {"params": {key: parameter}, "constraints": {key: constraints.real}}
+                    store.set_state(entry)
                 _OWNERS[parameter] = weakref.ref(self)
             self._pyro_name = name
         if in_call or self._ownership != "carried":
@@ -96,14 +98,13 @@ class RegisteredGuide(AutoGuide):
                 if pattern.match(key) and tensor in _OWNERS and _OWNERS[tensor]() is None:
                     del pyro.get_param_store()[key]
 
-    def _trainable(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by their names in the store, without the guide's prefix."""
+    def _own(self) -> dict[str, nn.Parameter]:
+        """The parameters, frozen ones too, by their names in the store without the guide's prefix."""
         # without attribute access, which is a param statement
         return {
             param_with_module_name(part, name): p
             for part, module in self._modules.items()
             for name, p in cast(nn.Module, module).named_parameters()
-            if p.requires_grad
         }
 
     def _pyro_set_supermodule(self, name: str, context: Any) -> None:
@@ -136,5 +137,5 @@ def _adopt(guide: nn.Module, entries: dict[str, Tensor], own: dict[str, nn.Param
     for part in guide.modules():
         for key, parameter in part._parameters.items():
             if parameter in new:
-                new[parameter].requires_grad_()
+                new[parameter].requires_grad_(parameter.requires_grad)
                 part._parameters[key] = new[parameter]

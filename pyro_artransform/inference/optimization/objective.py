@@ -68,7 +68,7 @@ class Objective(Protocol):
         return self.loss(num_particles), num_particles
 
     def parameters(self) -> dict[str, Tensor]:
-        """The unconstrained parameters by name."""
+        """The unconstrained parameters that require gradients, by name."""
 
     def is_guide_alone(self) -> bool:
         """Whether all parameters are known to be the guide's."""
@@ -167,13 +167,14 @@ class PathObjective(Objective):
         return self._replayed(self._terms.for_tails, count), count
 
     def parameters(self) -> dict[str, Tensor]:
-        parameters: dict[str, Tensor] = {}
+        own: dict[str, Tensor] = {}
         if isinstance(self.guide, nn.Module):
-            parameters.update(self.guide.named_parameters(prefix="guide"))
-        known = set(parameters.values())
+            named = self.guide.named_parameters(prefix="guide")
+            own = {name: parameter for name, parameter in named if parameter.requires_grad}
+        known = set(own.values())
         with torch.no_grad():
             traced = traced_parameters(partial(self._terms.mean, 1))
-        return parameters | {name: p for name, p in traced.items() if p not in known}
+        return own | {name: p for name, p in traced.items() if p not in known}
 
     def is_guide_alone(self) -> bool:
         return all(name.startswith("guide.") for name in self.parameters())

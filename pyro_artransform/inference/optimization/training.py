@@ -45,6 +45,11 @@ def copy_to(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
         tensor.copy_(value)
 
 
+def _num_stored() -> int:
+    """The number of parameters in Pyro's store that require gradients."""
+    return sum(tensor.requires_grad for _, tensor in pyro.get_param_store().named_parameters())
+
+
 class Training:
     """The state of a fit between two steps, which can be saved and restored.
 
@@ -91,7 +96,7 @@ class Training:
         self._confirmed: dict[str, Any] | None = None
         # weights do not judge the parameters of a model
         self._has_checks = objective.has_weights and is_guide_alone
-        self._num_stored = len(pyro.get_param_store())
+        self._num_stored = _num_stored()
 
     @property
     def num_steps(self) -> int:
@@ -157,7 +162,7 @@ class Training:
         value = loss.item()
         gradients: Gradients | None = None
         if math.isfinite(value):
-            gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
+            gradients = self._gradients(loss)
         value, gradients = self._parallel.mean(value, gradients, self.trained)
         present = [gradient for gradient in gradients or () if gradient is not None]
         norm = math.inf
@@ -183,6 +188,12 @@ class Training:
             parameter.grad = None
         return value
 
+    def _gradients(self, loss: Tensor) -> Gradients:
+        """The gradient by each parameter; ``None`` for those that a callback has frozen."""
+        moving = [parameter for parameter in self.trained if parameter.requires_grad]
+        found = iter(torch.autograd.grad(loss, moving, allow_unused=True))
+        return [next(found) if parameter.requires_grad else None for parameter in self.trained]
+
     def _skip(self) -> None:
         sites = self.objective.nonfinite_sites()
         names = self._parallel.gather_objects("the sites of all processes", sites)
@@ -197,15 +208,16 @@ class Training:
             )
 
     def _refuse_new_parameters(self) -> None:
-        """Raises an error if the model has parameters that its first run lacked: they are not trained."""
-        if len(pyro.get_param_store()) <= self._num_stored:
+        """Raises an error if there are parameters that the first run lacked: they are not trained."""
+        if _num_stored() <= self._num_stored:
             return
         if new := sorted(self.objective.parameters().keys() - self.parameters.keys()):
             raise FitError(
                 f"parameters appeared at step {self.num_steps + 1} and would not be trained: {new}. "
-                "Expected pyro.param statements to be reached in each run of the model"
+                "Expected pyro.param statements to be reached in each run of the model, and parameters that "
+                "require gradients from the first step on"
             )
-        self._num_stored = len(pyro.get_param_store())
+        self._num_stored = _num_stored()
 
     def _loss(self) -> tuple[Tensor, int]:
         num_draws = self._parallel.share(self.num_particles)

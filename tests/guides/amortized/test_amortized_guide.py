@@ -213,7 +213,8 @@ def gradient(guide, y, path, particles=1):
     elbo = Trace_ELBO(num_particles=particles, vectorize_particles=particles > 1)
     elbo.max_plate_nesting = 1 + (particles > 1)
     loss = elbo.differentiable_loss(hierarchies.groups, guide, y)
-    found = torch.autograd.grad(loss, list(guide.parameters()), allow_unused=True)
+    parameters = [p for p in guide.parameters() if p.requires_grad]
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return torch.cat([g.flatten() for g in found if g is not None])
 
 
