@@ -71,8 +71,9 @@ class Preconditioner(NamedTuple):
         draws, gradients = draws[~is_steep], gradients[~is_steep]
         if len(draws) < 2:
             return cls.identity(draws)
-        draws, gradients = draws - draws.mean(0), gradients - gradients.mean(0)
         tiny = torch.finfo(draws.dtype).tiny ** 0.25
+        gradients = gradients.clamp(-1 / tiny, 1 / tiny)  # squares are finite
+        draws, gradients = draws - draws.mean(0), gradients - gradients.mean(0)
         sd, of_gradients = (each.std(0).clamp(tiny, 1 / tiny) for each in (draws, gradients))
         ratio = (sd * of_gradients).sqrt()
         scale = torch.where(ratio < 1 / _TOO_UNEQUAL, sd, (sd / of_gradients).sqrt())

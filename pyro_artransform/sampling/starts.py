@@ -151,8 +151,7 @@ def climb(target: PulledBack, starts: Starts) -> tuple[State, Preconditioner]:
     for step in limited(range(1, _CLIMB + 1), at_least=1):
         state = target(base)
         if states:
-            has_fallen = ~(state.log_density > states[-1].log_density - _FALL)
-            state = states[-1].where(has_fallen, state)
+            state, has_fallen = _taken_back(state, states[-1])
             share = torch.where(has_fallen, share / 4, share)
             first = first.masked_fill(has_fallen[:, None], 0.0)
         states = [*states[1 - _LAST :], state]
@@ -164,9 +163,17 @@ def climb(target: PulledBack, starts: Starts) -> tuple[State, Preconditioner]:
         base = state.base + rate * unit * first / (1 - 0.9**step) / size
     known = State.cat(states)
     known = known.at(known.is_usable)
+    state, _ = _taken_back(target(base), states[-1])
     if len(known.base) < 2:
-        return target(base), Preconditioner.identity(base)
-    return target(base), Preconditioner.of(known.base, known.gradient)
+        return state, Preconditioner.identity(base)
+    return state, Preconditioner.of(known.base, known.gradient)
+
+
+def _taken_back(state: State, before: State) -> tuple[State, Tensor]:
+    """The states without steps after which the density has fallen, and which steps these are, ``(C,)``."""
+    is_lower = ~(state.log_density > before.log_density - _FALL)
+    has_fallen = is_lower & before.log_density.isfinite()
+    return before.where(has_fallen, state), has_fallen
 
 
 def far_apart(state: State, scale: Tensor, num_superchains: int) -> Tensor:
