@@ -121,28 +121,25 @@ class MovingChains:
             self._state, self._has_begun = self._start(), True
         dim = self._state.base.shape[-1]
         self._step_size, self._length, self._count = StepSize(dim), TrajectoryLength(), 0
-        repeats = _MOST_REPEATS
-        for index, number in enumerate(_WARM_UP):
-            is_last = index >= len(_WARM_UP) - 2
-            few = _FEW_STEPS * (1 if index == 0 else 4)
-            states = self._adapt(number, few, not is_last)
-            while index and repeats and states and _rise(states) > _SETTLED * dim**0.5:
-                repeats -= 1
-                self._learn(self._rejoined(states))
-                states = self._adapt(number, few, not is_last)
+        index, repeats = 0, _MOST_REPEATS
+        while index < len(_WARM_UP):
+            number, is_last = _WARM_UP[index], index >= len(_WARM_UP) - 2
+            states = self._adapt(number, _FEW_STEPS * (4 if index else 1), not is_last)
             if len(states) < number:
                 return
             if index < len(_WARM_UP) - 1:
                 self._learn(self._rejoined(states))
             if index in _FIELD_AFTER:
                 self._try_field(states)
+            if index and repeats and _rise(states) > _SETTLED * dim**0.5:
+                repeats -= 1
+                continue
             if self._target.to_latent is not identity:
                 if index == _REFIT_AFTER:
                     self._transform_field(states)  # refit at draws closer to the posterior
-            elif index == _AS_WRITTEN_AFTER and self._go_on_as_written(states):
-                continue
-            elif index in _PSEUDO_DATA_AFTER and not self._is_loop:
-                self._approximate_likelihood(states)
+            elif index != _AS_WRITTEN_AFTER or not self._go_on_as_written(states):
+                self._approximate_likelihood(states, index)
+            index += 1
 
     @property
     def _is_loop(self) -> bool:
@@ -230,8 +227,10 @@ class MovingChains:
         states = states.at(states.is_usable)
         self._preconditioner = Preconditioner.of(states.base, states.gradient)
 
-    def _approximate_likelihood(self, states: list[State]) -> None:
-        """Tries coordinates given pseudo-data, see ``joint.pseudo_data``."""
+    def _approximate_likelihood(self, states: list[State], index: int) -> None:
+        """Tries coordinates given pseudo-data, see ``joint.pseudo_data``, after some rounds."""
+        if index not in _PSEUDO_DATA_AFTER or self._is_loop:
+            return
         known = State.cat(states[len(states) // 2 :])
         known = known.at(known.is_usable)
         other = with_pseudo_data(self.log_joint, known.base, known.gradient)
