@@ -49,7 +49,6 @@ NON_CENTERED = {
     "magnesium": ("theta",),
     "salm": ("lambda",),
     "equiv": ("delta",),
-    "stacks": ("beta",),
     "epil": ("b1", "b"),
     "blocker": ("delta", "delta_new"),
     "oxford": ("b",),
