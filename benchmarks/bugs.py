@@ -137,7 +137,7 @@ def formatted(row: Row, key: str, form: str) -> str:
     return form.format(row[key]) if key in row else "-"
 
 
-def shortened(text: str, most: int = 200) -> str:
+def shortened(text: str, most: int = 110) -> str:
     text = text.replace("|", "/")
     return text if len(text) <= most else f"{text[: most - 3]}..."
 

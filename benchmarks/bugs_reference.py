@@ -49,7 +49,6 @@ NON_CENTERED = {
     "magnesium": ("theta",),
     "salm": ("lambda",),
     "equiv": ("delta",),
-    "stacks": ("beta",),
     "epil": ("b1", "b"),
     "blocker": ("delta", "delta_new"),
     "oxford": ("b",),
@@ -122,7 +121,7 @@ def by_nuts(name: str) -> Row:
     se = squares.std((0, 1)) / np.sqrt(by_columns(effective_sample_size, squares)) / (2 * sd)
     moments = {"mean": mean, "sd": sd, "mean_se": sd / np.sqrt(ess), "sd_se": se}
     print(name, "apart at draws", apart(name, torch.tensor(z[:, ::1000].reshape(-1, len(mean)))))
-    found = {"by": "NUTS", "rhat": float(rhat.max()), "ess": float(ess.min())}
+    found = {"by": "NUTS", "rhat": round(float(rhat.max()), 5), "ess": round(float(ess.min()))}
     return found | {"sites": by_site(log_joint, moments)}
 
 
@@ -271,10 +270,17 @@ def stored() -> Row:
 
 
 def store(name: str, row: Row) -> None:
-    """A line for each model and site."""
     rows = stored()
     rows[name] = rows.get(name, {}) | row
-    REFERENCE.write_text(json.dumps(rows, indent=1) + "\n")
+    known = [other for other in bugs_models.MODELS if other in rows]
+    REFERENCE.write_text(f"{{{','.join(as_text(other, rows[other]) for other in known)}\n}}\n")
+
+
+def as_text(name: str, row: Row) -> str:
+    """A line for what is said of a model, and for each site."""
+    said = json.dumps({key: value for key, value in row.items() if key != "sites"})
+    sites = (f'\n  "{site}": {json.dumps(values)}' for site, values in row["sites"].items())
+    return f'\n "{name}": {said[:-1]}, "sites": {{{",".join(sites)}}}}}'
 
 
 def main() -> None:
