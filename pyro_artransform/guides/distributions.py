@@ -80,8 +80,8 @@ def _flow(name: str, made: Any) -> Any:
 @torch.no_grad()
 def _check_foreign(name: str, flow: ForeignTransform, like: Tensor) -> None:
     """Requires that a flow from elsewhere maps vectors as ``like``; warns if its inverse does not undo it."""
-    dim, generator = len(like), torch.Generator().manual_seed(0)
-    x = torch.randn(256, dim, generator=generator, device="cpu").to(like)
+    dim, by = len(like), torch.Generator().manual_seed(0)
+    x = torch.randn(256, dim, generator=by, dtype=torch.float64, device="cpu").to(like)
     try:
         y, _ = flow.call_and_ladj(x)
     except (IndexError, RuntimeError, ValueError) as error:

@@ -61,6 +61,7 @@ class FlowDistribution(dist.TransformedDistribution):
         super().__init__(base_distribution, [as_flow(parts[0])], validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> Any:
+        """A copy with another batch shape, without the stored draw."""
         # torch requires an instance from classes with a constructor of their own
         instance = self._get_checked_instance(FlowDistribution, _instance)
         return super().expand(batch_shape, instance)
