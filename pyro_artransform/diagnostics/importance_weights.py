@@ -8,9 +8,11 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
+from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
 from ..joint import LogJoint
@@ -108,6 +110,7 @@ class ModelAndGuide(NamedTuple):
         The run sets up the guide for the latents of its model, and registers its parameters in Pyro's store.
         """
         with torch.no_grad(), hidden_sites():
+            _refuse_stale_parameters(guide, args, kwargs)
             guide(*args, **kwargs)
         offered, log_joint = cast(object, guide), None
         prior = offered.prior if isinstance(offered, PriorGuide) else None
@@ -126,6 +129,24 @@ class ModelAndGuide(NamedTuple):
     def draws(self, count: int) -> Tensor:
         """Draws ``(count, latent_dim)`` of the guide, in the coordinates of the density."""
         return log_weights(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)[0]
+
+
+def _refuse_stale_parameters(guide: Any, args: Args, kwargs: Kwargs) -> None:
+    """Rejects entries of other shapes in the param store, which a new guide of Pyro takes for its own."""
+    if not isinstance(guide, AutoGuide) or isinstance(guide, SetUpGuide):
+        return
+    prefix, stored = f"{guide._pyro_name}.", dict(pyro.get_param_store().named_parameters())
+    if guide.prototype_trace is not None or not any(key.startswith(prefix) for key in stored):
+        return
+    guide._setup_prototype(*args, **kwargs)
+    for name, parameter in guide.named_parameters():
+        key = prefix + name.removesuffix("_unconstrained")
+        expected, got = (tuple(each.shape) for each in (parameter, stored.get(key, parameter)))
+        if expected != got:
+            raise ValueError(
+                f"guide: expected '{key}' of shape {expected}, got {got} from an earlier guide of this name "
+                "in Pyro's param store: call pyro.clear_param_store() before making a new guide"
+            )
 
 
 def has_point(values: Values) -> bool:

@@ -119,14 +119,17 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         rng_state = torch.get_rng_state()
         try:
             super()._setup_prototype(*args, **kwargs)
-            first, start = self.prototype_trace, self._init_loc()
+            first = self.prototype_trace
             run, plain = (partial(m, *args, **kwargs) for m in (self.model, self._model[1]))
             found = prototype.refuse_moving_structure(first, run, rng_state, plain)
             observed, dependent, self._traces = found
             sites = [s.to(Tensor.clone) for s in prototype.sites_by_name(first).values()]
+            latents = Latents(sites)
+            values = {name: first.nodes[name]["value"].detach() for name in latents.sites}
+            start = latents.unconstrain(values)
             arguments = self._resolved_arguments(len(start))
             arguments |= self._found_in_model(args, kwargs, bool(dependent))
-            spec = GuideSpec(Latents(sites), arguments, observed, start.device)
+            spec = GuideSpec(latents, arguments, observed, start.device)
             self._set_up_from(spec, start)
             if self.prior.coordinates is not None:
                 self._parts[1].loc.data.copy_(self.prior.start_at(start, self._colors()))

@@ -20,7 +20,7 @@ from torch.distributions import biject_to
 from ..joint.prior_scale import PriorScale
 from ..joint.priors import depend_on_latents
 from ..joint.sites import Latents, Site, check_continuous, initial_value, same_support
-from ..joint.traces import is_enumerated
+from ..joint.traces import is_enumerated, support_of_latent
 
 Traces = tuple[poutine.Trace, poutine.Trace]
 
@@ -224,7 +224,7 @@ class ShiftedLatents(Messenger):
         self._latents: dict[str, Tensor] = {}
         nodes: Iterable[tuple[str, Any]] = trace.iter_stochastic_nodes()
         for name, node in nodes:
-            bijection = biject_to(node["fn"].support)
+            bijection = biject_to(support_of_latent(node["fn"]))
             latent = bijection.inv(node["value"])
             if not latent.isfinite().all():
                 wanted = "starting values" if node["cond_indep_stack"] else "a starting value"
@@ -238,7 +238,9 @@ class ShiftedLatents(Messenger):
     def _pyro_sample(self, message: Any) -> None:
         latent = self._latents.get(message["name"])
         if latent is not None and not message["is_observed"]:
-            shifted = biject_to(message["fn"].support)(latent + 0.01 * (1 + latent.abs()))
+            shifted = biject_to(support_of_latent(message["fn"]))(
+                latent + 0.01 * (1 + latent.abs())
+            )
             # a site of another shape is left alone, and rejected later
             given = message["value"]
             if (message["fn"].shape() if given is None else given.shape) == shifted.shape:

@@ -78,11 +78,20 @@ class MeanLogJoint(LogJoint):
                 torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
                 self.is_random = not agree({"total": self(self.start[None])}, one, slack=None)
 
+    def _of_largest(self) -> LogJoint:
+        """The density of the largest mini-batch alone."""
+        part = copy.copy(self)
+        part.__class__ = LogJoint  # type: ignore[assignment]  # what it has is the state of one
+        vars(part).pop("is_random")
+        return part
+
+    def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> LogJoint:
+        return self._of_largest().with_arguments(args, kwargs)
+
     def bound_to(self, args: Args, kwargs: Kwargs) -> LogJoint:
-        part = LogJoint.__new__(LogJoint)
-        vars(part).update(vars(super().bound_to(args, kwargs)))
+        part = self._of_largest().bound_to(args, kwargs)
         if not self.is_random:
-            part.run = FirstIndices()(part.run)
+            part.run, part.is_random = FirstIndices()(part.run), False
         return part
 
     @property

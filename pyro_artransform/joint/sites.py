@@ -21,7 +21,7 @@ from torch.distributions import ComposeTransform, Transform, biject_to
 
 from ..arguments import to_tensor, values_can_be_read
 from .handlers import hidden_sites
-from .traces import is_enumerated, latent_nodes, unwrapped
+from .traces import is_enumerated, latent_nodes, support_of_latent, unwrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,7 +44,7 @@ class Site:
     def from_node(cls, node: Any) -> "Site":
         """Makes a site from a trace node, with the bounds of its support detached."""
         fn, value = node["fn"], node["value"]
-        support, plates = map_bounds(fn.support, Tensor.detach), node["cond_indep_stack"]
+        support, plates = map_bounds(support_of_latent(fn), Tensor.detach), node["cond_indep_stack"]
         return cls(node["name"], value.shape, fn.event_dim, support, value.dtype, plates)
 
     @cached_property
@@ -325,7 +325,7 @@ def check_continuous(site: Any) -> None:
             f"site '{site['name']}' is a Delta, which is a value, not a latent: expected it to be written as "
             f"pyro.deterministic('{site['name']}', ...)"
         )
-    bijection_onto(site["fn"].support, site["name"])
+    bijection_onto(support_of_latent(site["fn"]), site["name"])
 
 
 def bijection_onto(support: Any, name: str) -> Transform:
@@ -348,7 +348,7 @@ def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
     try:
         return init_loc_fn(site)
     except NotImplementedError:  # an improper prior has no median either
-        bijection = bijection_onto(site["fn"].support, site["name"])
+        bijection = bijection_onto(support_of_latent(site["fn"]), site["name"])
         shape = bijection.inverse_shape(site["fn"].shape())
         # None: PyTorch 2.9 and older cannot name the default device after a reset
         origin = torch.zeros(shape, dtype=torch.get_default_dtype(), device=None)

@@ -13,7 +13,15 @@ from typing import Any, NamedTuple
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, ExpandedDistribution, Independent, MaskedDistribution
+from pyro.distributions import (
+    Delta,
+    ExpandedDistribution,
+    Independent,
+    MaskedDistribution,
+    SineBivariateVonMises,
+    SineSkewed,
+    VonMises,
+)
 from pyro.distributions.util import broadcast_shape, scale_and_mask
 from pyro.infer.util import is_validation_enabled
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -53,6 +61,17 @@ def support_of(fn: Any) -> Any:
         return constraints.independent(constraints.real, fn.event_dim)
 
 
+def support_of_latent(fn: Any) -> Any:
+    """The support of the distribution of a latent: for angles the turn in which their samples are.
+
+    Pyro's is the real line, on which their density repeats each turn, so that posteriors are improper.
+    """
+    if not isinstance(unwrapped(fn), (VonMises, SineBivariateVonMises, SineSkewed)):
+        return fn.support
+    turn = constraints.interval(-math.pi, math.pi)
+    return constraints.independent(turn, fn.event_dim) if fn.event_dim else turn
+
+
 def is_enumerated(site: Any) -> bool:
     """Whether a site is discrete and marked for enumeration."""
     return site["infer"].get("enumerate") is not None
@@ -87,7 +106,7 @@ def moved_latent(site: Any, move: Callable[[Tensor], Tensor]) -> Tensor:
     """The value of a latent, moved on the unconstrained space; unchanged if it is discrete."""
     if site["fn"].support.is_discrete:
         return site["value"]
-    bijection = biject_to(site["fn"].support)
+    bijection = biject_to(support_of_latent(site["fn"]))
     moved: Tensor = bijection(move(bijection.inv(site["value"])))
     return moved
 

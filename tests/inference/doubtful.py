@@ -60,6 +60,13 @@ def angle():
     pyro.factor("around", dist.VonMises(0.0, 0.5).log_prob(z))
 
 
+def direction(y):
+    """An angle with a prior for angles, and directions around it."""
+    phi = pyro.sample("phi", dist.VonMises(0.0, 1.0))
+    with pyro.plate("directions", len(y)):
+        pyro.sample("y", dist.VonMises(phi, 4.0), obs=y)
+
+
 def wall():
     """Two islands of equal mass, between which there is no density."""
     z = pyro.sample("z", dist.Normal(torch.zeros(2), 3.0).to_event(1))

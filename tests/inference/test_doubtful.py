@@ -3,7 +3,12 @@
 
 """Draws that must not be believed are not: superchains that disagree, or modes, say so."""
 
+import math
+
 import pytest
+import torch
+from pyro import distributions as dist
+from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform import fit
 from pyro_artransform.inference import mcmc
@@ -38,3 +43,36 @@ def test_a_fit_to_a_density_with_a_wall_says_so():
     found = fit(doubtful.wall, draws=400, seed=0, progress=False, max_seconds=60)
     assert not found.chains.trusted
     assert not found.trusted
+
+
+def exact_moments(y):
+    """The mean cosine and sine of ``doubtful.direction``, and its log evidence."""
+    phi = torch.linspace(-math.pi, math.pi, 4001)[1:]
+    log_joint = dist.VonMises(0.0, 1.0).log_prob(phi)
+    log_joint = log_joint + dist.VonMises(phi[:, None], 4.0).log_prob(y).sum(-1)
+    weights = log_joint.softmax(0)
+    evidence = log_joint.logsumexp(0) + math.log(2 * math.pi / len(phi))
+    return weights @ phi.cos(), weights @ phi.sin(), evidence
+
+
+@pytest.mark.parametrize("count", [1, 30])
+def test_a_direction(count):
+    """Vague or concentrated: its posterior on the real line repeats after each turn."""
+    y = dist.VonMises(1.0, 4.0).sample((count,))
+    cos, sin, evidence = exact_moments(y)
+    found = fit(doubtful.direction, AutoNormal(doubtful.direction), y, progress=False, seed=0)
+    assert abs(found.log_evidence - evidence) < 0.02
+    for chains in (found.chains, mcmc(doubtful.direction, y, seed=0, progress=False)):
+        phi = chains.draws["phi"]
+        assert chains.trusted
+        # the standard errors of 400 effective draws
+        assert abs(phi.cos().mean() - cos) < 5 * phi.cos().std() / 20
+        assert abs(phi.sin().mean() - sin) < 5 * phi.sin().std() / 20
+
+
+def test_a_direction_opposite_to_zero_is_not_trusted():
+    """It is cut in two, at both ends of the turn."""
+    y = math.pi + 0.2 * torch.randn(30)
+    chains = mcmc(doubtful.direction, y, seed=0, progress=False, max_seconds=20)
+    assert not chains.trusted
+    assert "2 modes, which differ in phi" in chains.verdict

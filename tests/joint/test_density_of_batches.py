@@ -99,6 +99,21 @@ def test_mean_of_a_partition_is_that_of_all_data():
     assert mean.nonfinite_sites(torch.zeros(1, 2)) == ["y"]
 
 
+def test_the_mean_at_the_arguments_of_a_batch_is_that_batch():
+    """Its largest batch, whose state it has, too."""
+    batches = [((Y[:3],), {}), ((Y[3:5],), {}), ((Y[5:],), {})]
+    log_joint, z = LogJoint(of_batch, (Y[:3],)), torch.randn(5, 2)
+    mean = MeanLogJoint(log_joint, batches)
+    for args, kwargs in batches:
+        expected = log_joint.with_arguments(args, kwargs)
+        for part in (mean.with_arguments(args, kwargs), mean.bound_to(args, kwargs)):
+            assert torch.allclose(part(z), expected(z))
+        part = mean.with_arguments(args, kwargs)
+        assert (part.is_random, part.chunk_size) == (expected.is_random, expected.chunk_size)
+    mean.strategy = "loop"
+    assert mean.bound_to(*batches[0]).strategy == "loop"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_sum_is_in_double_precision_with_the_gradient_of_draws(dtype):
     z = torch.randn(5, 2, dtype=dtype, requires_grad=True)

@@ -1,15 +1,18 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import pyro
 import pytest
 import torch
+from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal
 
 from pyro_artransform.joint import Latents
-from pyro_artransform.joint.sites import same_support
+from pyro_artransform.joint.sites import Site, same_support
 from tests.joint import models
 
 SHAPES = {"probs": (3,), "corr": (3, 3), "unit": (), "rates": (2, 3), "simplex": (2, 4)}
@@ -39,6 +42,31 @@ def test_there_and_back(latents, batch):
     assert torch.allclose(back, z)
     assert torch.allclose(again, ladj)
     assert ladj.shape == batch
+
+
+ANGLES = {
+    "plain": lambda: dist.VonMises(10.0, 0.1),
+    "vector": lambda: dist.VonMises(torch.zeros(3), 1.0).to_event(1),
+    "expanded": lambda: dist.VonMises(0.0, 1.0).expand([3]).mask(torch.tensor([True, False, True])),
+    "two": lambda: dist.SineBivariateVonMises(0.0, 1.0, 2.0, 3.0, correlation=0.5),
+    "skewed": lambda: dist.SineSkewed(
+        dist.VonMises(torch.zeros(2), 1.0).to_event(1), torch.zeros(2)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ANGLES)
+def test_an_angle_is_in_the_turn_of_its_samples(name):
+    fn = ANGLES[name]()
+    node = {"name": "angle", "fn": fn, "value": fn.sample(), "cond_indep_stack": ()}
+    latents = Latents([Site.from_node(node)])
+    found = latents.constrain(100 * torch.randn(50, latents.latent_dim))["angle"]
+    assert found.shape == (50, *fn.shape())
+    assert (found.abs() <= math.pi).all()
+    assert (found > 3).any()
+    assert (found < -3).any()
+    draws = fn.sample((50,))
+    assert torch.allclose(latents.constrain(latents.unconstrain({"angle": draws}))["angle"], draws)
 
 
 @pytest.mark.parametrize("model", [models.supports, models.nested_plates, models.mixed_dtypes])

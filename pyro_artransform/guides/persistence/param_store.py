@@ -56,8 +56,9 @@ class RegisteredGuide(AutoGuide):
             for key, parameter in self._entries.items():
                 # store[key] would apply transforms, and make a frozen parameter require gradients
                 if store._params.get(key) is not parameter:
-                    entry = {"params": {key: parameter}, "constraints": {key: constraints.real}}
-                    store.set_state(entry)
+                    store.set_state(
+                        {"params": {key: parameter}, "constraints": {key: constraints.real}}
+                    )
                 _OWNERS[parameter] = weakref.ref(self)
             self._pyro_name = name
         if in_call or self._ownership != "carried":
@@ -136,6 +137,6 @@ def _adopt(guide: nn.Module, entries: dict[str, Tensor], own: dict[str, nn.Param
     }
     for part in guide.modules():
         for key, parameter in part._parameters.items():
-            if parameter in new:
+            if parameter is not None and parameter in new:
                 new[parameter].requires_grad_(parameter.requires_grad)
                 part._parameters[key] = new[parameter]

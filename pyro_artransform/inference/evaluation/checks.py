@@ -115,7 +115,7 @@ class Check(Enum):
     LOST_MODES = (
         "about {percent:.0f} % of the posterior is in {count} other mode(s), found by restarts, where the "
         "guide has almost no draws",
-        f"{_BREAK_SYMMETRY}, or marginalize the discrete variable behind the modes",
+        _BREAK_SYMMETRY,
     )
     RESTARTS = (
         "chains from starting points spread over the prior have not mixed (R-hat is {rhat:.3f}), so the "
