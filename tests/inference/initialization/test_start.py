@@ -204,8 +204,8 @@ def test_nothing_finite_names_arguments_that_are_not():
     x = torch.tensor([0.0, 1.0, torch.inf])
     tables = {"more": (torch.zeros(3), torch.full((3,), torch.nan))}
     words = (
-        r"y is not finite there\. Give the guide an init_loc_fn with values at which "
-        r"the log density is finite\n"
+        r"got none of 16: y is not finite\. Tried were .* Give an init_loc_fn with values at which "
+        r"density and gradient are finite\n"
         r"The arguments of the model are .*'tables'\['more'\]\[1\] of shape \(3,\), 3 of 3 elements not "
         r"finite; 'x' of shape \(3,\), 1 of 3 elements not finite"
     )
