@@ -53,7 +53,12 @@ NOT_TRUSTED = {
     "nothing": (lambda: torch.full((100,), torch.nan), NOTHING, {}, ["100 of 100"]),
     "round-off": (rounded, NOTHING, {}, ["round-off of torch.float32"]),
     "no digits": (without_digits, NOTHING, {}, ["of torch.float64", "Use tighter priors"]),
-    "lost modes": (weights, LOST, {}, ["30 %", "2 other", "no draws. Break the symmetry", "priors)."]),
+    "lost modes": (
+        weights,
+        LOST,
+        {},
+        ["30 %", "2 other", "no draws. Break the symmetry", "priors)."],
+    ),
     "heavy tail and lost modes": (lambda: heavy(1e-2), LOST, {}, ["k-hat is", "30 %", "Break"]),
     "interrupted": (
         weights,
