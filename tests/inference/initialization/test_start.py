@@ -204,13 +204,8 @@ def test_nothing_finite_names_arguments_that_are_not():
     x = torch.tensor([0.0, 1.0, torch.inf])
     tables = {"more": (torch.zeros(3), torch.full((3,), torch.nan))}
     words = (
-<<<<<<< HEAD
         r"y is not finite\. Tried were .* The prior may exclude the data: check supports, priors and data\. "
         r"Give an init_loc_fn with values at which density and gradient are finite\n"
-=======
-        r"got none of 16: y is not finite\. Tried were .* Give an init_loc_fn with values at which "
-        r"density and gradient are finite\n"
->>>>>>> verbs
         r"The arguments of the model are .*'tables'\['more'\]\[1\] of shape \(3,\), 3 of 3 elements not "
         r"finite; 'x' of shape \(3,\), 1 of 3 elements not finite"
     )
