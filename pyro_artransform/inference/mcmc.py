@@ -45,8 +45,9 @@ def mcmc(
     The chains jointly adapt a preconditioner, the step size and the trajectory length. They run until the
     worst latent has the requested number of effective draws, in its bulk and in its tails, and superchains
     agree on each latent and on its outer quantiles (a nested R-hat of at most 1.02). They end earlier if they
-    do not move between modes, if too many trajectories diverge or far more than 3,000 would be needed, at
-    the time limit, or with Ctrl-C; the result says which. If superchains stay in several modes, proposals
+    do not move between modes, if too many trajectories diverge, if far more than 3,000 trajectories or
+    40,000 gradients per chain would be needed, at the time limit, or with Ctrl-C; the result says which, and
+    why, where that can be seen. If superchains stay in several modes, proposals
     located there let chains jump between them. The first third of the draws is discarded.
 
     :param model: a Pyro model that sees all its data; ``args`` and ``kwargs`` are its arguments.
