@@ -33,7 +33,7 @@ from numpyro.infer.reparam import LocScaleReparam
 from numpyro.infer.util import potential_energy
 from torch import Tensor
 
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 
 Row = dict[str, Any]
 REFERENCE = Path(__file__).parent / "bugs_reference.json"

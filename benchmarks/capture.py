@@ -20,10 +20,10 @@ from torch import Tensor
 from unseen_models import MODELS
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.capture import Captured
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
-from pyro_artransform.graphs.dependencies import value_and_gradient
-from pyro_artransform.joint.coordinates import non_centered
+from pyro_artransform.model.coordinates.coordinates import non_centered
+from pyro_artransform.model.graphs.dependencies import value_and_gradient
+from pyro_artransform.model.replay.capture import Captured
 
 NUM_DRAWS, NUM_CALLS = 64, 50
 

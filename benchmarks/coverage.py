@@ -40,7 +40,7 @@ from torch import Tensor
 
 from pyro_artransform import fit
 from pyro_artransform.inference import FitError, FitResult
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 
 HERE = Path(__file__).parent
 #: points of a scrambled Sobol sequence, and how many of these are scrambled independently

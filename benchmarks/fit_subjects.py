@@ -107,7 +107,7 @@ def this_package(name: str, posterior: Posterior, seed: int, **run: Any) -> dict
     import torch
 
     import pyro_artransform
-    from pyro_artransform.joint import LogJoint
+    from pyro_artransform.model import LogJoint
 
     model = in_torch(posterior, seed)
     density = LogJoint(model)

@@ -29,7 +29,7 @@ from pyro_artransform import (
     spline_autoregressive,
     spline_marginals,
 )
-from pyro_artransform.transforms import chain
+from pyro_artransform.flows.transforms import chain
 
 EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
 ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])

@@ -31,7 +31,7 @@ from volatility import simulate, stochastic_volatility
 
 from pyro_artransform import fit
 from pyro_artransform.diagnostics import importance
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 

@@ -21,8 +21,8 @@ from torch import nn
 from verdict_targets import funnel
 
 from pyro_artransform import AutoIAF, fit
-from pyro_artransform.conditioners import MaskedMLP, TiltedSiLU
 from pyro_artransform.diagnostics import importance
+from pyro_artransform.flows.conditioners import MaskedMLP, TiltedSiLU
 
 Model = Callable[[], None]
 

@@ -22,7 +22,7 @@ import unseen_more
 
 from pyro_artransform import AutoIAF, fit
 from pyro_artransform.inference import Chains, mcmc
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 
 Model, Data = Callable[..., Any], tuple[Any, ...]
 NUM_REFERENCE = 4000

@@ -18,7 +18,7 @@ from marked_table import write
 from results import Row, collect
 from vectorization_models import EXAMPLES, subject
 
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 
 HERE = Path(__file__).parent
 NUM_DRAWS, FEW = 64, 4

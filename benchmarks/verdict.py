@@ -37,7 +37,7 @@ from pyro_artransform.diagnostics.importance_weights import ModelAndGuide, weigh
 from pyro_artransform.inference import FitConfig, FitError
 from pyro_artransform.inference.evaluation.evaluate import evaluate
 from pyro_artransform.inference.evaluation.verdict import FitStatus
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 
 HERE = Path(__file__).parent
 ALL: dict[str, Callable[[], Target]] = {**TARGETS, **POSTERIORS}

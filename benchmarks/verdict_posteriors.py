@@ -13,7 +13,7 @@ from flows import EFFECTS, ERRORS
 from torch import Tensor
 from verdict_targets import Model, Target
 
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 
 
 def quadrature(model: Model, *ranges: tuple[float, float], count: int = 400) -> float:

@@ -6,8 +6,9 @@
 import importlib
 from typing import Any
 
-from . import conditioners, diagnostics, inference, posterior, testing, transforms, univariate
-from .flows import (
+from . import diagnostics, inference, posterior, testing
+from .flows import conditioners, transforms, univariate
+from .flows.builders import (
     affine_autoregressive,
     conditional_affine_autoregressive,
     conditional_iaf,
@@ -19,6 +20,7 @@ from .flows import (
     spline_autoregressive,
     spline_marginals,
 )
+from .flows.transforms import AutoregressiveTransform, ConditionalAutoregressiveTransform
 from .guides import (
     AutoAmortized,
     AutoAutoregressive,
@@ -27,7 +29,7 @@ from .guides import (
     AutoStructuredFlow,
     FlowDistribution,
 )
-from .inference import FitResult, fit
+from .inference import FitResult, fit, mcmc
 
 __version__ = "0.3.0"
 
@@ -37,6 +39,8 @@ __all__ = [
     "AutoIAF",
     "AutoMAF",
     "AutoStructuredFlow",
+    "AutoregressiveTransform",
+    "ConditionalAutoregressiveTransform",
     "FitResult",
     "FlowDistribution",
     "affine_autoregressive",
@@ -51,6 +55,7 @@ __all__ = [
     "iaf",
     "inference",
     "maf",
+    "mcmc",
     "posterior",
     "spline_autoregressive",
     "spline_marginals",

@@ -16,8 +16,8 @@ from typing import Any
 import pytest
 
 import pyro_artransform
-from pyro_artransform.inference.evaluation.checks import Check, FailedCheck, Verdict
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.diagnostics.checks import Check, FailedCheck, Verdict
+from pyro_artransform.model import LogJoint
 from tests.pitfalls.cases import CASES
 from tests.shortened_code import python_blocks, shortened
 
@@ -29,23 +29,21 @@ REFERENCE = {path.name: path.read_text() for path in sorted((DOCS / "api").glob(
 # The modules whose names are public; `guides` and `inference` have more names than the front door.
 MODULES = [
     "",
-    *(
-        "conditioners",
-        "conditioners.masks",
-        "diagnostics",
-        "graphs",
-        "guides",
-        "inference",
-        "joint",
-    ),
-    *("joint.protocols", "plots", "posterior", "sampling", "testing", "transforms", "univariate"),
+    *("diagnostics", "flows", "flows.conditioners", "flows.conditioners.masks", "flows.transforms"),
+    *("flows.univariate", "guides", "inference", "model", "model.graphs", "model.protocols"),
+    *("plots", "posterior", "sampling", "testing"),
 ]
 KINDS = {"class": type, "func": FunctionType, "mod": ModuleType}
 INCLUDE = re.compile(r"```{include} (\S+)\n((?::.*\n)*)```")
 
 
 def module(name: str) -> ModuleType:
-    return importlib.import_module(".".join(filter(None, [PACKAGE, name])))
+    found = importlib.import_module(PACKAGE)
+    for part in filter(None, name.split(".")):
+        if not hasattr(found, part):
+            importlib.import_module(f"{found.__name__}.{part}")
+        found = getattr(found, part)
+    return found
 
 
 def included(path: str, options: str) -> str:
@@ -212,7 +210,7 @@ def test_the_names_of_zuko_are_there() -> None:
     )
     names = re.findall(r"`(\w+)`", sentence)
     assert len(names) == 5
-    assert set(names) <= set(pyro_artransform.transforms.__all__)
+    assert set(names) <= set(pyro_artransform.flows.transforms.__all__)
 
 
 @pytest.mark.parametrize("page", list(PAGES))
@@ -249,7 +247,7 @@ CHECKS = {check: with_dots(Verdict((FailedCheck(check, *check.value),)).words) f
 def test_a_verdict_says_what_its_page_quotes() -> None:
     package = ROOT / PACKAGE
     paths = [*(package / "inference").rglob("*.py"), package / "diagnostics" / "marginals.py"]
-    paths.append(package / "time_limit.py")
+    paths.append(package / "_base" / "time_limit.py")
     said = "\n".join([*CHECKS.values(), *(text for path in paths for text in sentences(path))])
     said = re.sub(r"\s+", " ", said)
     quotes = re.findall("“(.*?)”", PAGES["verdict.md"])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 
 ROOT = Path(__file__).resolve().parents[1]
 

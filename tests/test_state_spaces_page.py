@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 
 from pyro_artransform.inference import mcmc
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from tests.shortened_code import python_blocks
 
 ROOT = Path(__file__).resolve().parents[1]

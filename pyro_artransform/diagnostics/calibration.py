@@ -18,10 +18,10 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from torch import Tensor
 from torch.distributions import Binomial
 
-from ..arguments import check_integer
-from ..joint.density import Args, Kwargs
-from ..joint.protocols import PosteriorGuide
-from ..joint.traces import in_shape_of_site, is_deterministic
+from .._base.arguments import check_integer
+from ..model.density import Args, Kwargs
+from ..model.protocols import PosteriorGuide
+from ..model.traces import in_shape_of_site, is_deterministic
 from .importance_weights import Values
 
 _MAX_POINTS = 100  # points at which distribution functions of ranks are compared

@@ -11,7 +11,7 @@ from math import inf, log, sqrt
 import torch
 from torch import Tensor
 
-from ..arguments import check_integer
+from .._base.arguments import check_integer
 from .importance_weights import NUM_DRAWS, Values, weighted_draws
 from .psis import fit_tail, share_above, smooth_tail
 

@@ -15,13 +15,13 @@ from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from ..joint import LogJoint
-from ..joint.density import Args, Kwargs
-from ..joint.handlers import hidden_sites
-from ..joint.protocols import FlowGuide, PriorGuide, ReparametrizedGuide, SetUpGuide
-from ..joint.traces import check_data, latent_nodes, runs_model, subsampled_plates
-from ..joint.vectorization import NUM_COMPARED, GuideSampler, draws_at_a_time, stack
-from ..time_limit import has_limit
+from .._base.time_limit import has_limit
+from ..model import LogJoint
+from ..model.density import Args, Kwargs
+from ..model.handlers import hidden_sites
+from ..model.protocols import FlowGuide, PriorGuide, ReparametrizedGuide, SetUpGuide
+from ..model.traces import check_data, latent_nodes, runs_model, subsampled_plates
+from ..model.vectorization import NUM_COMPARED, GuideSampler, draws_at_a_time, stack
 
 Model = Callable[..., object]
 Run = Callable[[], object]

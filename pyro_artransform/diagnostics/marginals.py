@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..joint import Latents
+from ..model import Latents
 from ..sampling import Ensemble
 from ..sampling.convergence import mean_ess
 from .importance import CONFIDENCE, GOOD_ERROR, KHAT_OF_VARIANCE

@@ -3,7 +3,7 @@
 
 """Flow guides of Pyro models."""
 
-from ..transforms.flow_distribution import FlowDistribution
+from ..flows.transforms.flow_distribution import FlowDistribution
 from .amortized.amortized_guide import AutoAmortized
 from .autoregressive import AutoAutoregressive
 from .presets import AutoIAF, AutoMAF

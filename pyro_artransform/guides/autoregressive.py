@@ -16,13 +16,13 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor, nn
 
-from ..arguments import check_flag, check_integer, check_positive, names_the_class, to_tensor
-from ..joint.coordinates import CoordinatesArgument, ModelPrior
-from ..joint.density import LogJoint
-from ..joint.sites import Latents
-from ..joint.traces import argument_signature
-from ..transforms import ComposedTransform, FlowModule, LocationScale
-from ..transforms.flow_distribution import FlowDistribution, standard_normal
+from .._base.arguments import check_flag, check_integer, check_positive, names_the_class, to_tensor
+from ..flows.transforms import ComposedTransform, FlowModule, LocationScale
+from ..flows.transforms.flow_distribution import FlowDistribution, standard_normal
+from ..model.coordinates.coordinates import CoordinatesArgument, ModelPrior
+from ..model.density import LogJoint
+from ..model.sites import Latents
+from ..model.traces import argument_signature
 from . import prototype
 from .distributions import SiteDelta, check_flow_argument, make_flow
 from .persistence.persistent_guide import PersistentGuide

@@ -8,8 +8,8 @@ from functools import partial
 
 from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 
-from ..joint.sites import Latents, initial_value
-from ..joint.traces import subsampled_plates
+from ..model.sites import Latents, initial_value
+from ..model.traces import subsampled_plates
 from .amortized.amortized_guide import AutoAmortized
 from .persistence.persistent_guide import PersistentGuide
 from .presets import AutoIAF

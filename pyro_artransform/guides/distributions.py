@@ -13,10 +13,10 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Transform, register_kl
 
-from ..arguments import warn_user
-from ..transforms import check_structure
-from ..transforms.flow_distribution import FlowDistribution
-from ..transforms.foreign import ForeignTransform, as_flow
+from .._base.arguments import warn_user
+from ..flows.transforms import check_structure
+from ..flows.transforms.flow_distribution import FlowDistribution
+from ..flows.transforms.foreign import ForeignTransform, as_flow
 
 
 def check_flow_argument(name: str, make: Any, wanted: str) -> None:

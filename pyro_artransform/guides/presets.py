@@ -11,18 +11,18 @@ from typing import Any, ClassVar
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..arguments import (
+from .._base.arguments import (
     check_callable,
     check_flag,
     check_hidden_dims,
     check_integer,
     names_the_class,
 )
-from ..conditioners import default_activation
-from ..flows import hinged_marginals, iaf, maf, spline_marginals
-from ..joint.coordinates import CoordinatesArgument
-from ..transforms import CompressedTails, FlowModule, chain
-from ..univariate import Affine
+from ..flows.builders import hinged_marginals, iaf, maf, spline_marginals
+from ..flows.conditioners import default_activation
+from ..flows.transforms import CompressedTails, FlowModule, chain
+from ..flows.univariate import Affine
+from ..model.coordinates.coordinates import CoordinatesArgument
 from .autoregressive import AutoAutoregressive
 from .persistence.spec import Arguments, GuideSpec
 
@@ -104,8 +104,8 @@ class AutoIAF(PresetGuide):
     1. :func:`~pyro_artransform.hinged_marginals`: hinges of each coordinate, for skewness and tails.
     2. ``num_transforms`` affine autoregressive layers, as in :func:`~pyro_artransform.iaf`, in the order of
        the latents and in reverse order by turns.
-    3. :class:`~pyro_artransform.transforms.CompressedTails`: beyond 40 units of the scale below, draws grow
-       only logarithmically, so that models do not overflow.
+    3. :class:`~pyro_artransform.flows.transforms.CompressedTails`: beyond 40 units of the scale below, draws
+       grow only logarithmically, so that models do not overflow.
     4. The location and the scale of :class:`AutoAutoregressive`.
 
     In one dimension, where affine layers compose to a Gaussian, ``num_transforms`` splines replace them, and
@@ -119,8 +119,9 @@ class AutoIAF(PresetGuide):
         layer of ``max(128, min(8 * latent_dim, 256), 3 * latent_dim)``.
     :param nonlinearity: the activation, by default ``torch.nn.SiLU()`` up to 64 latents, which has a
         second-order term near zero, like the skewness of a posterior, and
-        :class:`~pyro_artransform.conditioners.TiltedSiLU` beyond. :meth:`~AutoAutoregressive.save` supports
-        these, activations of ``torch.nn`` without parameters and functions of ``torch``.
+        :class:`~pyro_artransform.flows.conditioners.TiltedSiLU` beyond.
+        :meth:`~AutoAutoregressive.save` supports these, activations of ``torch.nn`` without parameters and
+        functions of ``torch``.
     :param skip_connections: whether each network has a linear layer from inputs to outputs, too; by default
         not. A regression on many columns is fitted better with ``nonlinearity=TiltedSiLU(0.0),
         skip_connections=True``, a funnel worse.

@@ -17,10 +17,10 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..joint.prior_scale import PriorScale
-from ..joint.priors import depend_on_latents
-from ..joint.sites import Latents, Site, check_continuous, initial_value, same_support
-from ..joint.traces import is_enumerated, support_of_latent
+from ..model.coordinates.prior_scale import PriorScale
+from ..model.coordinates.priors import depend_on_latents
+from ..model.sites import Latents, Site, check_continuous, initial_value, same_support
+from ..model.traces import is_enumerated, support_of_latent
 
 Traces = tuple[poutine.Trace, poutine.Trace]
 

@@ -3,10 +3,10 @@
 
 """Fits of guides, MCMC, and summaries of posterior draws."""
 
+from ..diagnostics.checks import Check, FailedCheck, Verdict
 from ..posterior import Summary, log_likelihood, predict, summary, to_inference_data
 from .chains import Chains
 from .config import FitConfig
-from .evaluation.checks import Check, FailedCheck, Verdict
 from .evaluation.elements import Elements
 from .fit import fit
 from .mcmc import mcmc

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import first_of, warn_user
+from .._base.arguments import first_of, warn_user
+from .._base.time_limit import abandonable
+from ..diagnostics.checks import CORNER, Check, FailedCheck, Verdict, as_lines
 from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
 from ..sampling import GOOD_RHAT, End, Ensemble, energy_bfmi
 from ..sampling.modes import APART
 from ..sampling.trajectories import MANY_DIVERGENT, share_of_divergent
-from ..time_limit import abandonable
-from .evaluation.checks import CORNER, Check, FailedCheck, Verdict, as_lines
 from .evaluation.verdict import FitStatus, about_draws
 from .saved import SavedResult
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import files
+from .._base import files
 from .optimization.training import Training
 from .set_up import SetUp
 

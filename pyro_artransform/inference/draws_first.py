@@ -3,9 +3,9 @@
 
 """The ensemble of chains at the beginning of a fit."""
 
+from .._base.time_limit import TimeLimit
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..sampling import End, Ensemble, StartError
-from ..time_limit import TimeLimit
 from .chains import Chains, chains_of
 from .config import InitializationConfig
 from .evaluation.verdict import FitStatus

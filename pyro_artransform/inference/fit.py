@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch.distributions import Distribution
 
-from ..arguments import check_callable, check_integer
+from .._base.arguments import check_callable, check_integer
+from .._base.time_limit import TimeLimit
 from ..guides.choice import choose_guide
-from ..time_limit import TimeLimit
 from .check_call import check_call
 from .config import FitConfig
 from .loader import Batch, BatchStream
@@ -85,7 +85,7 @@ def fit(
 
     :param model: a Pyro model.
     :param args: the guide, if there is one, and, without a loader, the arguments of model and guide.
-    :param guide: any Pyro guide for the model. :mod:`pyro_artransform.joint.protocols` describes what a
+    :param guide: any Pyro guide for the model. :mod:`pyro_artransform.model.protocols` describes what a
         guide may offer beyond Pyro's interface.
     :param choose_guide: replaces the default choice of a guide: a function of the model, its ``args``, its
         ``kwargs`` and ``is_minibatch=`` that returns a new guide and the reason in words.

@@ -26,8 +26,8 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
-from ..joint import LogJoint
-from ..joint.protocols import MinibatchGuide, ReparametrizedGuide
+from ..model import LogJoint
+from ..model.protocols import MinibatchGuide, ReparametrizedGuide
 
 _END = object()
 # the most bytes of batches kept in memory between passes over all of them

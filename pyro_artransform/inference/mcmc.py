@@ -10,15 +10,15 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
-from ..arguments import check_callable, check_integer, naming_arguments
-from ..joint import LogJoint
-from ..joint.coordinates import non_centered
+from .._base.arguments import check_callable, check_integer, naming_arguments
+from .._base.time_limit import TimeLimit
+from ..model import LogJoint
+from ..model.coordinates.coordinates import non_centered
+from ..model.prior_only import warn_of_prior
 from ..sampling import Ensemble
-from ..time_limit import TimeLimit
 from .chains import Chains, chains_of
 from .check_call import check_call
 from .evaluation.verdict import FitStatus
-from .prior_only import warn_of_prior
 from .progress import alone, progress_bar, seeded
 
 #: the share of the time limit at which chains end; the rest is for diagnostics

@@ -9,15 +9,15 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import first_of, warn_user
+from .._base.arguments import first_of, warn_user
+from .._base.files import FilePath
 from ..diagnostics import Importance, Marginals
+from ..diagnostics.checks import Check, FailedCheck, Verdict, as_lines
 from ..diagnostics.importance import GOOD_KHAT
-from ..files import FilePath
-from ..joint.density import Args, Kwargs
+from ..model.density import Args, Kwargs
 from ..posterior import Summary, predict, summary, to_inference_data
 from ..posterior.predictive import draws_of_guide
 from .chains import Chains, known
-from .evaluation.checks import Check, FailedCheck, Verdict, as_lines
 from .evaluation.elements import Elements
 from .saved import SavedResult
 

@@ -18,11 +18,11 @@ from pyro.infer.autoguide.initialization import init_to_median
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..arguments import warn_user
-from ..graphs.dependencies import ROUND_OFF
-from ..joint.sites import started_trace
-from ..joint.traces import latent_nodes, moved_latent
-from .evaluation.checks import Check, FailedCheck
+from .._base.arguments import warn_user
+from ..diagnostics.checks import Check, FailedCheck
+from ..model.graphs.dependencies import ROUND_OFF
+from ..model.sites import started_trace
+from ..model.traces import latent_nodes, moved_latent
 from .loader import Batch
 
 Model = Callable[..., object]

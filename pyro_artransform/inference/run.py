@@ -11,16 +11,16 @@ from typing import Any, cast
 
 import torch
 
-from ..arguments import first_of, naming_arguments
-from ..files import FilePath
-from ..joint import LogJoint
-from ..joint.protocols import FlowGuide, MinibatchGuide, PriorGuide
+from .._base.arguments import first_of, naming_arguments
+from .._base.files import FilePath
+from .._base.time_limit import INTERRUPTED, OUT_OF_TIME, abandonable
+from ..diagnostics.checks import Check, FailedCheck
+from ..model import LogJoint
+from ..model.protocols import FlowGuide, MinibatchGuide, PriorGuide
 from ..sampling import Ensemble
-from ..time_limit import INTERRUPTED, OUT_OF_TIME, abandonable
 from .checkpoint import resume as resumed
 from .checkpoint import save
 from .draws_first import DrawsFirst
-from .evaluation.checks import Check, FailedCheck
 from .evaluation.elements import weigh_elements
 from .evaluation.evaluate import evaluate, evaluate_minibatches
 from .evaluation.verdict import FitStatus

@@ -7,10 +7,10 @@ from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 
-from .. import files
+from .._base import files
+from .._base.files import FilePath
 from ..diagnostics import Importance, Marginals
-from ..files import FilePath
-from .evaluation.checks import Check, FailedCheck, Verdict
+from ..diagnostics.checks import Check, FailedCheck, Verdict
 from .evaluation.elements import Elements
 
 _KIND = "the draws and the verdict of class {}, format 1"

@@ -14,12 +14,13 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from ..arguments import first_of, naming_arguments, warn_user
+from .._base.arguments import first_of, naming_arguments, warn_user
+from .._base.time_limit import TimeLimit
 from ..diagnostics.importance_weights import ModelAndGuide
-from ..joint import LogJoint
-from ..joint.handlers import traced_parameters
-from ..joint.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
-from ..time_limit import TimeLimit
+from ..model import LogJoint
+from ..model.handlers import traced_parameters
+from ..model.prior_only import warn_of_prior
+from ..model.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
 from .config import FitConfig, OptimizationConfig
 from .draws_first import DrawsFirst
 from .loader import Batch, BatchStream, check_use
@@ -29,7 +30,6 @@ from .optimization.optimizers import Scales
 from .optimization.schedule import Schedule
 from .optimization.training import Training
 from .parallel import Parallel
-from .prior_only import warn_of_prior
 from .row_sums import warn_of_no_sum
 
 # from this many latents on, structured guides use fewer particles per step: half the time, same ELBO

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from pyro import poutine
 
-from ..arguments import check_integer, warn_user
-from ..joint.density import Args, Kwargs
-from ..joint.traces import is_deterministic
-from ..joint.vectorization import Draws, Terms
+from .._base.arguments import check_integer, warn_user
+from ..model.density import Args, Kwargs
+from ..model.traces import is_deterministic
+from ..model.vectorization import Draws, Terms
 from .log_likelihood import Likelihood
 from .marginal_likelihood import MarginalLikelihood
 from .predictive import draws_of_guide

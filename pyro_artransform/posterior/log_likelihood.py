@@ -12,9 +12,9 @@ from pyro import poutine
 from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
-from ..arguments import first_of
-from ..joint.handlers import SiteLogProbs
-from ..joint.traces import (
+from .._base.arguments import first_of
+from ..model.handlers import SiteLogProbs
+from ..model.traces import (
     check_data,
     has_data,
     is_deterministic,
@@ -24,7 +24,7 @@ from ..joint.traces import (
     plate_nesting,
     subsampled_plates,
 )
-from ..joint.vectorization import (
+from ..model.vectorization import (
     STRATEGIES,
     DrawPlate,
     Draws,

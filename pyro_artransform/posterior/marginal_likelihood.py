@@ -11,9 +11,9 @@ import torch
 from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 
-from ..joint.enumeration import marginal_log_prob
-from ..joint.traces import is_enumerated
-from ..joint.vectorization import DRAWS, DrawPlate, Draws, Terms
+from ..model.enumeration import marginal_log_prob
+from ..model.traces import is_enumerated
+from ..model.vectorization import DRAWS, DrawPlate, Draws, Terms
 from .log_likelihood import Likelihood
 
 

@@ -11,11 +11,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ..arguments import first_of
-from ..joint.density import Args, Kwargs
-from ..joint.protocols import PosteriorGuide
-from ..joint.traces import is_deterministic, latent_nodes
-from ..joint.vectorization import stack
+from .._base.arguments import first_of
+from ..model.density import Args, Kwargs
+from ..model.protocols import PosteriorGuide
+from ..model.traces import is_deterministic, latent_nodes
+from ..model.vectorization import stack
 from .log_likelihood import Likelihood
 
 

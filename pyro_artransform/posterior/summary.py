@@ -9,7 +9,7 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
-from ..joint.vectorization import draws_at_a_time
+from ..model.vectorization import draws_at_a_time
 
 
 class Summary(dict[str, dict[str, Tensor]]):

@@ -12,8 +12,8 @@
 import torch
 from torch import Tensor
 
-from ..graphs.dependencies import value_and_gradient
-from ..joint import LogJoint
+from ..model import LogJoint
+from ..model.graphs.dependencies import value_and_gradient
 from .preconditioning import Preconditioner
 from .target import PulledBack, State
 from .trajectories import Integrator, integrate

@@ -39,11 +39,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..graphs.dependencies import find_dependencies, value_and_gradient
-from ..graphs.markov_graph import MarkovGraph, color_columns
-from ..graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
-from ..joint import LogJoint
-from ..joint.prior_scale import is_identity
+from ..model import LogJoint
+from ..model.coordinates.prior_scale import is_identity
+from ..model.graphs.dependencies import find_dependencies, value_and_gradient
+from ..model.graphs.markov_graph import MarkovGraph, color_columns
+from ..model.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 
 # fewest dimensions for a field; most globals, levels, and parents on average
 _LEAST_DIM, MOST_GLOBALS, _MOST_LEVELS, _MOST_PARENTS = 50, 16, 16, 8

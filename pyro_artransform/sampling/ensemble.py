@@ -19,11 +19,11 @@ from enum import Enum
 import torch
 from torch import Tensor
 
-from ..arguments import check_integer
-from ..capture import ReplayError
-from ..joint import LogJoint
-from ..joint.density import CACHED
-from ..time_limit import abandonable, is_out_of_time, limited
+from .._base.arguments import check_integer
+from .._base.time_limit import abandonable, is_out_of_time, limited
+from ..model import LogJoint
+from ..model.density import CACHED
+from ..model.replay.capture import ReplayError
 from .causes import jumps, undetermined
 from .conditional_gaussian import ConditionalGaussian
 from .convergence import GOOD_RHAT, Convergence, effective_draws, nested_rhat, nested_rhat_of_values

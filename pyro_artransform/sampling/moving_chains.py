@@ -8,12 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-from ..arguments import first_of
-from ..joint import LogJoint
-from ..joint.coordinates import with_pseudo_data
-from ..joint.prior_map import Coordinates
-from ..joint.vectorization import tolerance
-from ..time_limit import limited
+from .._base.arguments import first_of
+from .._base.time_limit import limited
+from ..model import LogJoint
+from ..model.coordinates.coordinates import with_pseudo_data
+from ..model.coordinates.prior_map import Coordinates
+from ..model.vectorization import tolerance
 from .adaptation import StepSize, TrajectoryLength
 from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, Field
 from .modes import IndependentProposals, lost_chains
@@ -228,7 +228,7 @@ class MovingChains:
         self._preconditioner = Preconditioner.of(states.base, states.gradient)
 
     def _approximate_likelihood(self, states: list[State], index: int) -> None:
-        """Tries coordinates given pseudo-data, see ``joint.pseudo_data``, after some rounds."""
+        """Tries coordinates given pseudo-data, see ``model.pseudo_data``, after some rounds."""
         if index not in _PSEUDO_DATA_AFTER or self._is_loop:
             return
         known = State.cat(states[len(states) // 2 :])

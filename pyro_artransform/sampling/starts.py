@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..graphs.dependencies import value_and_gradient
-from ..joint import LogJoint
-from ..time_limit import limited
+from .._base.time_limit import limited
+from ..model import LogJoint
+from ..model.graphs.dependencies import value_and_gradient
 from .modes import NEGLIGIBLE, NEGLIGIBLE_BY_DIM
 from .preconditioning import Preconditioner
 from .target import PulledBack, State

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..capture import Captured, Function
-from ..joint import LogJoint
-from ..joint.pseudo_data import PseudoData
-from ..time_limit import check_time
+from .._base.time_limit import check_time
+from ..model import LogJoint
+from ..model.coordinates.pseudo_data import PseudoData
+from ..model.replay.capture import Captured, Function
 
 # calls before a gradient is captured for replay: chains evaluate hundreds
 _PATIENCE = 2

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..conditioners import Conditioner
-from ..conditioners.masks import levels
+from ..flows.conditioners import Conditioner
+from ..flows.conditioners.masks import levels
 from .comparison import BATCH_SHAPES, DTYPES, equal, normal, redraw
 
 

@@ -10,9 +10,8 @@ from torch import nn
 from torch.distributions import AffineTransform
 
 from pyro_artransform import hinged_marginals, iaf, maf
-from pyro_artransform.conditioners import MaskedInput, MaskedMLP, TiltedSiLU, Unconditional
-from pyro_artransform.testing import redraw
-from pyro_artransform.transforms import (
+from pyro_artransform.flows.conditioners import MaskedInput, MaskedMLP, TiltedSiLU, Unconditional
+from pyro_artransform.flows.transforms import (
     AutoregressiveTransform,
     ConditionalAutoregressiveTransform,
     ConditionedUnivariate,
@@ -20,13 +19,14 @@ from pyro_artransform.transforms import (
     PermutationTransform,
     chain,
 )
-from pyro_artransform.univariate import (
+from pyro_artransform.flows.univariate import (
     Affine,
     Hinged,
     MonotoneNeural,
     RationalQuadraticSpline,
 )
-from tests.transforms.metas import CumulativeConditioner, Dense, DenseTransform
+from pyro_artransform.testing import redraw
+from tests.flows.transforms.metas import CumulativeConditioner, Dense, DenseTransform
 
 GAINS = (0.3, 1.0, 2.0, 4.0)
 BATCHES = ((), (1,), (3,), (2, 3), (2, 1, 2), (0,))

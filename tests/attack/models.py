@@ -15,7 +15,7 @@ from pyro.poutine.messenger import Messenger
 from torch.distributions import biject_to
 
 from tests.attack.distributions import LATENTS, LIKELIHOODS, WITHOUT_BATCHES, datum
-from tests.joint.models import by_trace
+from tests.model.models import by_trace
 
 PLACES = ("alone", "event", "plate", "whole subsample", "nested", "left", "steps")
 SHAPES = {

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.ops.indexing import Vindex
 
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from pyro_artransform.posterior import log_likelihood
 from tests.attack.effort import attack, note
 from tests.attack.models import plain_trace, random_models, runs_in_pyro

@@ -8,7 +8,7 @@ import torch
 from hypothesis import assume
 from hypothesis import strategies as st
 
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from tests.attack.effort import attack, note
 from tests.attack.models import density_by_pyro, random_models, runs_in_pyro
 

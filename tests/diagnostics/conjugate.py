@@ -10,7 +10,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import config_enumerate
 
-from pyro_artransform.transforms import FlowModule
+from pyro_artransform.flows.transforms import FlowModule
 
 COUNTS = (3.0, 1.0, 4.0, 2.0, 2.0)
 REALS = (0.4, 1.9, 1.1)

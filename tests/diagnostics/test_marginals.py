@@ -12,7 +12,7 @@ from pyro import distributions as dist
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from pyro_artransform.diagnostics.marginals import marginals_of
 from pyro_artransform.inference.mcmc import from_nothing
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from tests.diagnostics.conjugate import PathGuide, alternating, path
 
 SLOW = pytest.mark.slow

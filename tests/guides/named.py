@@ -6,8 +6,8 @@ import pytest
 from pyro.distributions import transforms
 
 from pyro_artransform import affine_autoregressive, iaf, maf, spline_autoregressive
+from pyro_artransform.flows.transforms import chain
 from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF, AutoStructuredFlow
-from pyro_artransform.transforms import chain
 from tests.guides import models
 
 GUIDES = {

@@ -21,7 +21,7 @@ from pyro.infer import (
 )
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
-from pyro_artransform.conditioners import Conditioner
+from pyro_artransform.flows.conditioners import Conditioner
 from pyro_artransform.guides import AutoIAF
 from tests.guides import models
 from tests.guides.named import FOREIGN, GUIDES, own_guides, own_pairs, pairs

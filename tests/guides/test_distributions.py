@@ -12,11 +12,11 @@ from pyro.infer.autoguide import AutoContinuous
 from torch.distributions import ExpTransform
 
 from pyro_artransform import FlowDistribution, conditional_iaf, iaf, maf
+from pyro_artransform.flows.transforms import chain
+from pyro_artransform.flows.transforms.chain import ComposedTransform
 from pyro_artransform.guides import AutoAutoregressive, AutoIAF
 from pyro_artransform.guides import distributions as drawn
 from pyro_artransform.testing import redraw
-from pyro_artransform.transforms import chain
-from pyro_artransform.transforms.chain import ComposedTransform
 from tests.guides import models
 from tests.guides.named import GUIDES, pairs
 from tests.guides.training import redraw_after_call, train

@@ -13,9 +13,9 @@ from torch import nn
 
 from pyro_artransform import AutoAutoregressive, affine_autoregressive, fit, iaf
 from pyro_artransform.testing import check_guide
+from tests.flows.transforms.test_foreign import WITHOUT_INVERSE, zuko_flow
 from tests.guides import models
 from tests.guides.training import train, trains
-from tests.transforms.test_foreign import WITHOUT_INVERSE, zuko_flow
 
 ZUKO = {
     **{name: partial(zuko_flow, name) for name in ("MAF", "NSF", "RealNVP")},

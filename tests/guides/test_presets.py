@@ -11,9 +11,9 @@ from pyro import distributions as dist
 from pyro.infer import SVI, RenyiELBO, Trace_ELBO
 from torch import nn
 
-from pyro_artransform.conditioners import MaskedMLP, TiltedSiLU
+from pyro_artransform.flows.conditioners import MaskedMLP, TiltedSiLU
+from pyro_artransform.flows.univariate import RationalQuadraticSpline
 from pyro_artransform.guides import AutoIAF, AutoMAF
-from pyro_artransform.univariate import RationalQuadraticSpline
 from tests.guides import models
 
 both = pytest.mark.parametrize("kind", [AutoIAF, AutoMAF])

@@ -14,7 +14,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_artransform import AutoIAF, AutoMAF, AutoStructuredFlow, fit
 from pyro_artransform.diagnostics import importance
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from tests.guides.training import particles_agree
 
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0])

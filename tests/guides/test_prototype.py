@@ -19,17 +19,17 @@ from torch import nn
 from torch.distributions import ComposeTransform
 
 from pyro_artransform import affine_autoregressive, conditional_affine_autoregressive, iaf
+from pyro_artransform.flows.transforms import AutoregressiveTransform, MonotonicAffineTransform
 from pyro_artransform.guides import (
     AutoAmortized,
     AutoAutoregressive,
     AutoIAF,
     AutoStructuredFlow,
 )
-from pyro_artransform.joint import LogJoint
-from pyro_artransform.transforms import AutoregressiveTransform, MonotonicAffineTransform
+from pyro_artransform.model import LogJoint
+from tests.flows.transforms.metas import Shift
 from tests.guides import models
 from tests.guides.training import train
-from tests.transforms.metas import Shift
 
 
 def refuses(model, message, *args, error=ValueError, kind=AutoIAF, **options):

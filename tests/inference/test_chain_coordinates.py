@@ -11,7 +11,7 @@ from pyro import distributions as dist
 from pyro_artransform import AutoAmortized, AutoIAF, AutoStructuredFlow
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from pyro_artransform.inference.mcmc import from_nothing
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from pyro_artransform.sampling import End
 
 

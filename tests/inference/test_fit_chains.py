@@ -15,9 +15,9 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import importance
+from pyro_artransform.diagnostics.checks import Check
 from pyro_artransform.inference import draws_first
 from pyro_artransform.inference.draws_first import DRAWS_ARE_THERE
-from pyro_artransform.inference.evaluation.checks import Check
 from pyro_artransform.inference.initialization.start import AT_DRAWS, UNCHANGED
 from pyro_artransform.sampling import StartError
 from tests.inference import loaders, models

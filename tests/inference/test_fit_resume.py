@@ -14,7 +14,8 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
-from pyro_artransform import AutoAmortized, AutoAutoregressive, affine_autoregressive, files
+from pyro_artransform import AutoAmortized, AutoAutoregressive, affine_autoregressive
+from pyro_artransform._base import files
 from tests.guides.amortized import hierarchies
 from tests.inference import models
 from tests.inference.conftest import QUICK

@@ -21,7 +21,8 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
 
-from pyro_artransform import AutoAmortized, AutoIAF, time_limit
+from pyro_artransform import AutoAmortized, AutoIAF
+from pyro_artransform._base import time_limit
 from pyro_artransform.inference import FitError
 from pyro_artransform.inference.optimization.schedule import _DECAY
 from tests.inference import models

@@ -12,7 +12,7 @@ from pyro.infer.autoguide import AutoGuideList, AutoNormal, AutoNormalMessenger
 
 from pyro_artransform import AutoAmortized, AutoStructuredFlow, fit
 from pyro_artransform.inference.loader import BatchStream, check_use
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from tests.inference import loaders
 from tests.inference.loaders import listed, rows, shuffled, small
 from tests.inference.test_fit_loader import check, fitted

@@ -16,7 +16,7 @@ from pyro_artransform.inference import mcmc as run
 from pyro_artransform.inference.chains import chains_of
 from pyro_artransform.inference.evaluation.verdict import FitStatus
 from pyro_artransform.inference.mcmc import from_nothing
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from pyro_artransform.sampling import End, modes, target
 from tests.inference import models
 from tests.sampling.densities import schools, schools_moments, two_modes

@@ -10,7 +10,7 @@ import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoMultivariateNormal
 
-from pyro_artransform.inference.evaluation.checks import Check, Verdict
+from pyro_artransform.diagnostics.checks import Check, Verdict
 from pyro_artransform.inference.evaluation.elements import Elements
 from tests.inference import models
 from tests.inference.conftest import quick_fit

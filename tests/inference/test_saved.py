@@ -8,9 +8,10 @@ from dataclasses import fields, is_dataclass, replace
 import pytest
 import torch
 
-from pyro_artransform import FitResult, files
+from pyro_artransform import FitResult
+from pyro_artransform._base import files
+from pyro_artransform.diagnostics.checks import Check, Verdict
 from pyro_artransform.inference import Chains, mcmc
-from pyro_artransform.inference.evaluation.checks import Check, Verdict
 from pyro_artransform.inference.evaluation.elements import Elements
 from tests.inference import models
 from tests.inference.conftest import quick_fit

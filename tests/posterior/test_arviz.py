@@ -17,7 +17,7 @@ from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.posterior import to_inference_data
-from tests.joint.models import data
+from tests.model.models import data
 from tests.posterior.test_log_likelihood import FACTORS
 
 

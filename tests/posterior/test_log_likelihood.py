@@ -10,9 +10,9 @@ from pyro.infer import config_enumerate
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform.inference import log_likelihood
-from pyro_artransform.joint.vectorization import choose_strategy
+from pyro_artransform.model.vectorization import choose_strategy
 from pyro_artransform.posterior.log_likelihood import Likelihood
-from tests.joint.models import data
+from tests.model.models import data
 
 MASK = torch.tensor([True, True, False, True, False])
 #: the strategy of a model, its means given a draw, and those given many

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_artransform.inference import mcmc
-from pyro_artransform.joint.vectorization import draws_at_a_time
+from pyro_artransform.model.vectorization import draws_at_a_time
 from pyro_artransform.posterior import summary
 from pyro_artransform.posterior.summary import check_levels, quantiles_of
 
@@ -52,7 +52,7 @@ def test_quantiles_by_columns(monkeypatch):
     expected = torch.quantile(draws, levels, dim=0)
     assert len(draws) * draws_at_a_time(len(draws)) < 2**24  # which torch.quantile takes
     for numbers in (2**23, 2500, 10):
-        monkeypatch.setattr("pyro_artransform.joint.vectorization._MAX_VALUES", numbers)
+        monkeypatch.setattr("pyro_artransform.model.vectorization._MAX_VALUES", numbers)
         assert torch.equal(quantiles_of(draws, levels), expected)
     assert quantiles_of(draws[:, 0, 0], levels).shape == (3,)
 

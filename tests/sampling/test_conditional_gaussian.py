@@ -11,10 +11,10 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
-from pyro_artransform.graphs.dependencies import value_and_gradient
 from pyro_artransform.inference import mcmc
-from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.coordinates import non_centered
+from pyro_artransform.model import LogJoint
+from pyro_artransform.model.coordinates.coordinates import non_centered
+from pyro_artransform.model.graphs.dependencies import value_and_gradient
 from pyro_artransform.sampling import Ensemble
 from pyro_artransform.sampling.conditional_gaussian import ConditionalGaussian, Field
 from pyro_artransform.sampling.preconditioning import fisher_divergence

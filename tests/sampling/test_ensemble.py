@@ -9,12 +9,12 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.capture import ReplayError
-from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.coordinates import non_centered
+from pyro_artransform._base.time_limit import TimeLimit
+from pyro_artransform.model import LogJoint
+from pyro_artransform.model.coordinates.coordinates import non_centered
+from pyro_artransform.model.replay.capture import ReplayError
 from pyro_artransform.sampling import GOOD_RHAT, End, Ensemble, StartError, ensemble, target
 from pyro_artransform.sampling.trajectories import MANY_DIVERGENT, share_of_divergent
-from pyro_artransform.time_limit import TimeLimit
 from tests.sampling.densities import (
     moments_are,
     nowhere,

@@ -6,8 +6,8 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.joint import LogJoint
-from pyro_artransform.joint.coordinates import non_centered
+from pyro_artransform.model import LogJoint
+from pyro_artransform.model.coordinates.coordinates import non_centered
 from pyro_artransform.sampling import PulledBack, State
 from pyro_artransform.sampling.starts import (
     Starts,

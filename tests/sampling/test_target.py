@@ -7,7 +7,7 @@ import pyro
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from pyro_artransform.sampling import PulledBack, State
 
 

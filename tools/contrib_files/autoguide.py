@@ -7,15 +7,15 @@ import torch
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch.distributions import biject_to
 
-from pyro_artransform.arguments import check_integer
-from pyro_artransform.conditioners.activations import default_activation
-from pyro_artransform.conditioners.masked_mlp import MaskedMLP
-from pyro_artransform.transforms.autoregressive import AutoregressiveTransform
-from pyro_artransform.transforms.chain import ComposedTransform
-from pyro_artransform.transforms.conditioned import ConditionedUnivariate
-from pyro_artransform.transforms.flow_distribution import FlowDistribution, standard_normal
-from pyro_artransform.transforms.scales_and_tails import CompressedTails, LocationScale
-from pyro_artransform.univariate.affine import Affine
+from pyro_artransform._base.arguments import check_integer
+from pyro_artransform.flows.conditioners.activations import default_activation
+from pyro_artransform.flows.conditioners.masked_mlp import MaskedMLP
+from pyro_artransform.flows.transforms.autoregressive import AutoregressiveTransform
+from pyro_artransform.flows.transforms.chain import ComposedTransform
+from pyro_artransform.flows.transforms.conditioned import ConditionedUnivariate
+from pyro_artransform.flows.transforms.flow_distribution import FlowDistribution, standard_normal
+from pyro_artransform.flows.transforms.scales_and_tails import CompressedTails, LocationScale
+from pyro_artransform.flows.univariate.affine import Affine
 
 
 class AutoIAF(AutoContinuous):
@@ -24,7 +24,7 @@ class AutoIAF(AutoContinuous):
     latents: a draw and its density are cheap.
 
     A new guide is ``Normal(init_loc, init_scale)``. Beyond 40 scales a draw goes only
-    logarithmically far (:class:`~pyro_artransform.transforms.scales_and_tails.CompressedTails`),
+    logarithmically far (:class:`~pyro_artransform.flows.transforms.scales_and_tails.CompressedTails`),
     so that models do not overflow.
 
     :param callable model: A Pyro model.

@@ -14,10 +14,10 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ...arguments import check_callable, check_integer, check_positive, names_the_class
-from ...joint.coordinates import CoordinatesArgument
-from ...joint.density import MOST_SIGNATURES, Args, Kwargs, LogJoint
-from ...joint.traces import argument_signature
+from ..._base.arguments import check_callable, check_integer, check_positive, names_the_class
+from ...model.coordinates.coordinates import CoordinatesArgument
+from ...model.density import MOST_SIGNATURES, Args, Kwargs, LogJoint
+from ...model.traces import argument_signature
 from ..distributions import SiteDelta, check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
 from ..persistence.spec import GuideSpec

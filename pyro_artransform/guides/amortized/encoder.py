@@ -12,8 +12,8 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from ...arguments import check_callable
-from ...joint.density import Args, Kwargs
+from ..._base.arguments import check_callable
+from ...model.density import Args, Kwargs
 from .plates import Group, Plates
 
 Features = dict[str, Tensor]

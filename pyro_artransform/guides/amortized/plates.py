@@ -18,8 +18,8 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ...joint.density import Args, Kwargs
-from ...joint.sites import Latents, Site, map_bounds
+from ...model.density import Args, Kwargs
+from ...model.sites import Latents, Site, map_bounds
 from ..prototype import sites_by_name
 
 Plates = dict[str, pyro.plate]

@@ -11,11 +11,11 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from ...joint import LogJoint
-from ...joint.coordinates import ModelPrior, centered_by_curvature
-from ...joint.prior_map import Coordinates, PriorMap, SiteCoordinates
-from ...joint.sites import Latents
-from ...joint.vectorization import DrawPlate, Draws, Terms, agree, evaluate_many
+from ...model import LogJoint
+from ...model.coordinates.coordinates import ModelPrior, centered_by_curvature
+from ...model.coordinates.prior_map import Coordinates, PriorMap, SiteCoordinates
+from ...model.sites import Latents
+from ...model.vectorization import DrawPlate, Draws, Terms, agree, evaluate_many
 from ..prototype import compare_names, one_more_run, sites_by_name
 from .plates import GivenIndices, LatentLayout, PlateSizes, Vectors, mean_element, plate_sizes
 

@@ -11,13 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ...flows import conditional_iaf, conditional_spline_autoregressive, iaf, spline_marginals
-from ...joint.density import Args, Kwargs
-from ...joint.sites import Latents
-from ...transforms import ComposedTransform, LocationScale, chain
-from ...transforms.flow_distribution import FlowDistribution, standard_normal
-from ...univariate import soft_bound
-from ...univariate.affine import GivenLocationScale
+from ...flows.builders import (
+    conditional_iaf,
+    conditional_spline_autoregressive,
+    iaf,
+    spline_marginals,
+)
+from ...flows.transforms import ComposedTransform, LocationScale, chain
+from ...flows.transforms.flow_distribution import FlowDistribution, standard_normal
+from ...flows.univariate import soft_bound
+from ...flows.univariate.affine import GivenLocationScale
+from ...model.density import Args, Kwargs
+from ...model.sites import Latents
 from ..distributions import PathDistribution, make_flow
 from ..persistence.spec import Arguments, GuideSpec
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows

@@ -20,12 +20,12 @@ from pyro.nn import PyroModule
 from torch import Tensor
 from torch.distributions import Transform
 
-from ... import files
-from ...arguments import asks_for_data, check_callable, check_integer
-from ...files import FilePath
-from ...joint.coordinates import ModelPrior
-from ...joint.density import Args, Kwargs, LogJoint
-from ...joint.prior_map import Coordinates
+from ..._base import files
+from ..._base.arguments import asks_for_data, check_callable, check_integer
+from ..._base.files import FilePath
+from ...model.coordinates.coordinates import ModelPrior
+from ...model.coordinates.prior_map import Coordinates
+from ...model.density import Args, Kwargs, LogJoint
 from ...posterior.summary import check_levels, quantiles_of
 from ..prototype import StartMessenger, Traces, is_hidden, prototype_trace
 from .param_store import RegisteredGuide

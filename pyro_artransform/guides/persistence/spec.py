@@ -15,8 +15,8 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor, nn
 from torch.nn.modules import activation
 
-from ...conditioners import TiltedSiLU
-from ...joint.sites import Latents, Site, map_bounds
+from ...flows.conditioners import TiltedSiLU
+from ...model.sites import Latents, Site, map_bounds
 
 Arguments = dict[str, Any]
 State = Mapping[str, Tensor]

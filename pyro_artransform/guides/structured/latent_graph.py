@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...arguments import first_of
-from ...graphs.dependencies import DependencyGraph
-from ...graphs.markov_graph import Elimination, MarkovGraph
-from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
-from ...joint.sites import Site
+from ..._base.arguments import first_of
+from ...model.graphs.dependencies import DependencyGraph
+from ...model.graphs.markov_graph import Elimination, MarkovGraph
+from ...model.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
+from ...model.sites import Site
 
 #: a site, followed by the index of a coordinate in its unconstrained value
 Name = tuple[Any, ...]

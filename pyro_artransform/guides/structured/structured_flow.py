@@ -8,10 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ...conditioners import ParentsMLP, default_activation
-from ...flows import hinged_marginals, iaf, spline_marginals
-from ...graphs.markov_graph import Elimination
-from ...transforms import (
+from ...flows.builders import hinged_marginals, iaf, spline_marginals
+from ...flows.conditioners import default_activation
+from ...flows.transforms import (
     AutoregressiveTransform,
     ComposedTransform,
     ConditionedUnivariate,
@@ -19,7 +18,9 @@ from ...transforms import (
     LocationScale,
     PartitionTransform,
 )
-from ...univariate import Standardizing
+from ...flows.univariate import Standardizing
+from ...model.graphs.markov_graph import Elimination
+from .parents_mlp import ParentsMLP
 
 # networks of the root block, as in AutoIAF for many latents, with a maximum width
 _ROOT_LAYERS, _MOST_WIDTH = 3, 800

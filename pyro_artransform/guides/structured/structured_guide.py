@@ -11,17 +11,17 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ...arguments import check_integer, first_of, names_the_class, to_tensor
-from ...graphs.dependencies import find_dependencies, missing_dependencies
-from ...graphs.factorization import lower_factor
-from ...graphs.markov_graph import MarkovGraph
-from ...graphs.sparse_gaussian import SparseGaussian
-from ...joint import LogJoint
-from ...joint.coordinates import CoordinatesArgument
-from ...joint.density import Args, Kwargs
-from ...joint.prior_map import Coordinates
-from ...joint.sites import Latents
-from ...transforms.scales_and_tails import check_location_and_scale
+from ..._base.arguments import check_integer, first_of, names_the_class, to_tensor
+from ...flows.transforms.scales_and_tails import check_location_and_scale
+from ...model import LogJoint
+from ...model.coordinates.coordinates import CoordinatesArgument
+from ...model.coordinates.prior_map import Coordinates
+from ...model.density import Args, Kwargs
+from ...model.graphs.dependencies import find_dependencies, missing_dependencies
+from ...model.graphs.factorization import lower_factor
+from ...model.graphs.markov_graph import MarkovGraph
+from ...model.graphs.sparse_gaussian import SparseGaussian
+from ...model.sites import Latents
 from ..autoregressive import AutoAutoregressive
 from ..persistence.spec import Arguments, GuideSpec
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents

@@ -21,14 +21,14 @@ from pyro.distributions import Delta, validation_enabled
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from ...arguments import first_of
+from ..._base.arguments import first_of
+from ..._base.time_limit import is_out_of_time
 from ...diagnostics import Importance
 from ...diagnostics.importance import GOOD_GAP, GOOD_KHAT, GOOD_TAIL
 from ...diagnostics.psis import fit_tails, share_above
-from ...joint.paths import Draws, Evaluate, Terms
-from ...joint.traces import latent_nodes, plate_of_elements, unwrapped
-from ...joint.vectorization import describe, evaluate_many, stack
-from ...time_limit import is_out_of_time
+from ...model.paths import Draws, Evaluate, Terms
+from ...model.traces import latent_nodes, plate_of_elements, unwrapped
+from ...model.vectorization import describe, evaluate_many, stack
 from ..loader import Batch
 from ..optimization.minibatches import MinibatchObjective, PassEstimate
 from ..optimization.objective import PyroObjective, are_close

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..._base.time_limit import limited
 from ...diagnostics import Importance
+from ...diagnostics.checks import Check, Verdict
 from ...diagnostics.importance import CLEAR_IN_SE, GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
-from ...joint.vectorization import draws_at_a_time
+from ...model.vectorization import draws_at_a_time
 from ...sampling import End, Ensemble
-from ...time_limit import limited
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
-from .checks import Check, Verdict
 from .elements import ElementWeights
 from .verdict import (
     NOT_SEARCHED,

@@ -8,14 +8,14 @@ from typing import NamedTuple, cast
 
 import torch
 
-from ...arguments import first_of
+from ..._base.arguments import first_of
+from ..._base.time_limit import abandonable
 from ...diagnostics import Importance, Marginals
+from ...diagnostics.checks import Check, FailedCheck, Verdict
 from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS, GOOD_TAIL
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ...sampling import Ensemble
 from ...sampling.ensemble import MODES_RHAT
-from ...time_limit import abandonable
-from .checks import Check, FailedCheck, Verdict
 from .elements import ElementWeights
 
 _MOST_SKIPPED = 0.1  # the largest share of skipped steps

@@ -24,12 +24,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...graphs.factorization import lower_factor
-from ...graphs.markov_graph import MarkovGraph, padded_groups
-from ...graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
-from ...joint.vectorization import draws_at_a_time
+from ..._base.time_limit import check_time
+from ...model.graphs.factorization import lower_factor
+from ...model.graphs.markov_graph import MarkovGraph, padded_groups
+from ...model.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
+from ...model.vectorization import draws_at_a_time
 from ...sampling.preconditioning import Preconditioner
-from ...time_limit import check_time
 
 #: draws per dimension above which a full covariance is estimated
 DRAWS_BY_DIM = 2

@@ -11,9 +11,9 @@ to the length of the segment at nearly every point. Kinks, jumps, round-off and 
 import torch
 from torch import Tensor
 
-from ...arguments import first_of
-from ...graphs.dependencies import ROUND_OFF, value_and_gradient
-from ...joint import LogJoint
+from ..._base.arguments import first_of
+from ...model import LogJoint
+from ...model.graphs.dependencies import ROUND_OFF, value_and_gradient
 from ...sampling.starts import check_has_gradient
 
 # the number of points, their unconstrained distance from a center, and half the lengths of segments

@@ -16,14 +16,14 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from ..._base.time_limit import abandonable, check_time
 from ...diagnostics.importance import CLEAR_IN_SE
-from ...graphs.dependencies import MAX_HALVINGS, value_and_gradient
-from ...graphs.sparse_gaussian import SparseGaussian
-from ...joint import LogJoint
-from ...joint.coordinates import centered_by_draws
-from ...joint.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
+from ...model import LogJoint
+from ...model.coordinates.coordinates import centered_by_draws
+from ...model.graphs.dependencies import MAX_HALVINGS, value_and_gradient
+from ...model.graphs.sparse_gaussian import SparseGaussian
+from ...model.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
 from ...sampling import Ensemble
-from ...time_limit import abandonable, check_time
 from ..config import InitializationConfig
 from ..loader import Batch
 from ..optimization.training import copies, copy_to

@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...joint import LogJoint, MeanLogJoint
-from ...joint.mean_density import Anchor, AnchoredLogJoint
-from ...time_limit import limited
+from ..._base.time_limit import limited
+from ...model import LogJoint, MeanLogJoint
+from ...model.mean_density import Anchor, AnchoredLogJoint
 from ..config import MinibatchConfig
 from ..loader import AllBatches, Batch, BatchStream
 from .objective import BatchObjective, Objective, PathObjective

@@ -17,13 +17,14 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
-from ...capture import CapturedLoss
-from ...joint import LogJoint
-from ...joint.handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, traced_parameters
-from ...joint.paths import Terms
-from ...joint.protocols import MinibatchGuide, ReparametrizedGuide
-from ...joint.traces import plate_nesting
-from ...joint.vectorization import (
+from ..._base.time_limit import limited
+from ...model import LogJoint
+from ...model.handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, traced_parameters
+from ...model.paths import Terms
+from ...model.protocols import MinibatchGuide, ReparametrizedGuide
+from ...model.replay.capture import CapturedLoss
+from ...model.traces import plate_nesting
+from ...model.vectorization import (
     CholeskyOrNan,
     DrawPlate,
     Draws,
@@ -31,7 +32,6 @@ from ...joint.vectorization import (
     ModelFailures,
     draws_at_a_time,
 )
-from ...time_limit import limited
 from ..loader import Batch
 
 # independent estimates of an ELBO if single draws have no log weights

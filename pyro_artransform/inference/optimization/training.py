@@ -16,7 +16,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from ...capture import ReplayError
+from ...model.replay.capture import ReplayError
 from ..parallel import Gradients, Parallel
 from .objective import Objective
 from .optimizers import Adam, Optimizer, Scales, users_optimizer

@@ -16,7 +16,7 @@ from pyro.infer import Trace_ELBO, config_enumerate
 from pyro_artransform import AutoAmortized
 from pyro_artransform.diagnostics import importance
 from pyro_artransform.inference.initialization.start import SharedPrior
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import Encoder, data, redraw, traces, train
 from tests.guides.training import particles_agree

@@ -13,7 +13,7 @@ from pyro.nn import PyroModule
 from torch import nn
 
 from pyro_artransform import AutoAmortized, conditional_iaf
-from pyro_artransform.transforms import ConditionalAutoregressiveTransform
+from pyro_artransform.flows.transforms import ConditionalAutoregressiveTransform
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import Encoder, data
 

@@ -19,10 +19,10 @@ from pyro.nn.module import to_pyro_module_
 from torch import nn
 
 from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from tests.guides.idioms.models import GUIDES, examples
 from tests.inference.conftest import QUICK, quick_fit
-from tests.joint.models import by_trace
+from tests.model.models import by_trace
 
 LEAN = replace(
     QUICK,

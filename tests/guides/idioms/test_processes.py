@@ -18,9 +18,9 @@ from pyro.infer.reparam import LinearHMMReparam, StudentTReparam
 from pyro.nn import PyroSample
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from tests.inference.conftest import quick_fit
-from tests.joint.models import by_trace
+from tests.model.models import by_trace
 
 DURATION = 8
 

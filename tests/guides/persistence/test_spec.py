@@ -17,7 +17,7 @@ from torch import nn
 from torch.distributions import biject_to
 
 from pyro_artransform import spline_autoregressive
-from pyro_artransform.conditioners import TiltedSiLU
+from pyro_artransform.flows.conditioners import TiltedSiLU
 from pyro_artransform.guides import (
     AutoAmortized,
     AutoAutoregressive,
@@ -27,7 +27,7 @@ from pyro_artransform.guides import (
 )
 from pyro_artransform.guides.persistence.spec import GuideSpec
 from pyro_artransform.guides.prototype import prototype_trace
-from pyro_artransform.joint.sites import same_support
+from pyro_artransform.model.sites import same_support
 from tests.guides import models
 
 FNS = {

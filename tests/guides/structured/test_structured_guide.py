@@ -11,12 +11,12 @@ from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
 from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
-from pyro_artransform.conditioners import ParentsMLP
-from pyro_artransform.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
+from pyro_artransform.guides.structured.parents_mlp import ParentsMLP
+from pyro_artransform.model.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from pyro_artransform.testing import redraw
-from tests.graphs.test_dependencies import mixture, switched
 from tests.guides import models
 from tests.inference.conftest import quick_fit
+from tests.model.graphs.test_dependencies import mixture, switched
 
 
 def hierarchy(y):

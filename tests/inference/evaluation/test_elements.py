@@ -24,7 +24,7 @@ from pyro_artransform.inference.evaluation.verdict import (
 from pyro_artransform.inference.loader import BatchStream
 from pyro_artransform.inference.optimization.minibatches import MinibatchObjective
 from pyro_artransform.inference.optimization.objective import PyroObjective
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from tests.inference import loaders
 from tests.inference.loaders import SIZE, groups, shuffled
 

@@ -6,9 +6,9 @@
 import pytest
 import torch
 
-from pyro_artransform.graphs.markov_graph import MarkovGraph
 from pyro_artransform.inference.initialization.from_draws import dense_gaussian, sparse_gaussian
-from tests.graphs.markov_graphs import GRAPHS, chain, crossed, dominant_precision, grid, tree
+from pyro_artransform.model.graphs.markov_graph import MarkovGraph
+from tests.model.graphs.markov_graphs import GRAPHS, chain, crossed, dominant_precision, grid, tree
 
 DIM = 20
 LINEAR = {

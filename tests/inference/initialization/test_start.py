@@ -27,7 +27,7 @@ from pyro_artransform.inference.initialization.start import (
 from pyro_artransform.inference.loader import Batch
 from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.inference.optimization.objective import PyroObjective
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from tests.inference import models
 from tests.inference.conftest import QUICK, quick_fit
 from tests.inference.models import small

@@ -16,7 +16,7 @@ from pyro_artransform.inference.config import MinibatchConfig
 from pyro_artransform.inference.loader import Batch, BatchStream
 from pyro_artransform.inference.optimization.minibatches import MinibatchObjective, _mean_and_error
 from pyro_artransform.inference.optimization.objective import PathObjective, PyroObjective
-from pyro_artransform.joint import LogJoint
+from pyro_artransform.model import LogJoint
 from tests.inference import loaders, models
 from tests.inference.models import small
 

@@ -1,0 +1,34 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Autoregressive transforms: families of bijections, conditioners, the transform of both, and builders."""
+
+from . import conditioners, transforms, univariate
+from .builders import (
+    affine_autoregressive,
+    conditional_affine_autoregressive,
+    conditional_iaf,
+    conditional_maf,
+    conditional_spline_autoregressive,
+    hinged_marginals,
+    iaf,
+    maf,
+    spline_autoregressive,
+    spline_marginals,
+)
+
+__all__ = [
+    "affine_autoregressive",
+    "conditional_affine_autoregressive",
+    "conditional_iaf",
+    "conditional_maf",
+    "conditional_spline_autoregressive",
+    "conditioners",
+    "hinged_marginals",
+    "iaf",
+    "maf",
+    "spline_autoregressive",
+    "spline_marginals",
+    "transforms",
+    "univariate",
+]

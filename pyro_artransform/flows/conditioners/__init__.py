@@ -1,0 +1,23 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Conditioners: networks that map x to the parameters of each coordinate's univariate transform."""
+
+from . import masks
+from .activations import TiltedSiLU, default_activation
+from .base import Blocks, Conditioner, Linearization
+from .masked_input import MaskedInput
+from .masked_mlp import MaskedLinear, MaskedMLP, Unconditional
+
+__all__ = [
+    "Blocks",
+    "Conditioner",
+    "Linearization",
+    "MaskedInput",
+    "MaskedLinear",
+    "MaskedMLP",
+    "TiltedSiLU",
+    "Unconditional",
+    "default_activation",
+    "masks",
+]

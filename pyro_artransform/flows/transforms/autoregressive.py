@@ -1,0 +1,143 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The autoregressive transform."""
+
+from collections.abc import Callable
+
+import torch
+from pyro.distributions import is_validation_enabled
+from torch import Tensor
+from torch.distributions import Transform
+
+from ..._base.arguments import check_callable, check_integer, warn_user
+from .conditioned import ContextMeta, Meta, StructuredMeta, call_returned, is_right_by_construction
+from .flow_module import ConditionalFlowModule, FlowModule
+from .inversion import at_solution, invert, invert_with_score
+from .score import closed_form
+from .structure_check import StructureCheck
+
+
+class AutoregressiveTransform(FlowModule):
+    r"""Transforms each coordinate by a univariate transform that depends on the coordinates before it.
+
+    .. math:: y_i = f(x_i \mid x_{<i})
+
+    This direction takes one evaluation of the network; the inverse takes a few, since each coordinate needs
+    those before it. Applied to a base distribution, the transform is an inverse autoregressive flow (cheap
+    to sample, expensive to evaluate at given points), and ``t.inv`` a masked autoregressive flow.
+
+    :param meta: a function that returns, for x of shape ``(*, D)``, a bijective torch transform, elementwise
+        (event_dim 0) or of vectors (event_dim 1). A module is registered.
+    :param passes: the maximum number of fixed-point passes of the inverse, which is exact if this is at least
+        the depth of the dependency graph (D for a full graph, 2 for a coupling); ``None`` means exact.
+    :param cache_size: as for :class:`~pyro_artransform.flows.transforms.FlowModule`.
+
+    With Pyro's validation on, the first call checks a ``meta`` that is not from this package, and warns if it
+    is not autoregressive, is random, or mixes the rows of a batch. An inverse that did not converge warns
+    with its residual.
+
+    Example::
+
+        >>> import torch
+        >>> from pyro_artransform.flows.conditioners import MaskedMLP
+        >>> from pyro_artransform.flows.transforms import ConditionedUnivariate
+        >>> from pyro_artransform.flows.univariate import Affine
+        >>> meta = ConditionedUnivariate(MaskedMLP(5, 2), Affine())
+        >>> t = AutoregressiveTransform(meta)
+        >>> y, ladj = t.call_and_ladj(torch.zeros(32, 5))
+        >>> y.shape, ladj.shape
+        (torch.Size([32, 5]), torch.Size([32]))
+    """
+
+    def __init__(self, meta: Meta, passes: int | None = None, *, cache_size: int = 1) -> None:
+        super().__init__(cache_size=cache_size)
+        self.meta = check_callable("meta", meta, "a callable of x")
+        self.passes = None if passes is None else check_integer("passes", passes)
+        #: None if the meta is autoregressive by construction, and needs no check
+        self.structure = None if is_right_by_construction(meta) else StructureCheck()
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        meta = self.meta if self.structure is None else self._checked(x)
+        return call_returned(meta(x), x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return invert(self._checked(y), y, self.passes)
+
+    def inverse_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        found = invert_with_score(self._checked(y), y, score) if self.passes is None else None
+        return super().inverse_and_score(y, score) if found is None else found
+
+    def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        return at_solution(self._checked(x), x, y)
+
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        meta, found = self._checked(x), None
+        if isinstance(meta, StructuredMeta) and not meta.batch_shape:
+            found = closed_form(meta, x, score.detach())
+        return super().call_and_score(x, score) if found is None else found
+
+    def _checked(self, x: Tensor) -> Meta:
+        """The meta; if it needs a check, x is validated, and a warning about its faults given once."""
+        check, meta = self.structure, self.meta
+        if check is not None:
+            if x.dim() == 0 or not x.is_floating_point():
+                raise ValueError(
+                    f"expected floating-point numbers of shape (*, D), got {x.dtype} of {tuple(x.shape)}"
+                )
+            if is_validation_enabled() and not check.done and (f := check.fault_if_due(meta, x)):
+                warn_user(f"AutoregressiveTransform: {f}", UserWarning)
+        return meta
+
+    def extra_repr(self) -> str:
+        return "" if self.passes is None else f"passes={self.passes}"
+
+
+class _AtContext(AutoregressiveTransform):
+    """An autoregressive transform given a context, whose batch shape broadcasts with that of x."""
+
+    meta: ContextMeta
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return torch.broadcast_shapes(shape, (*self.meta.batch_shape, shape[-1]))
+
+    inverse_shape = forward_shape
+
+
+class ConditionalAutoregressiveTransform(ConditionalFlowModule):
+    r"""An autoregressive transform whose univariate transforms also depend on a context.
+
+    .. math:: y_i = f(x_i \mid x_{<i}, \mathrm{context})
+
+    :param meta: a function ``meta(x, context)`` that returns a transform. A module is registered.
+    :param passes: as for :class:`AutoregressiveTransform`.
+    """
+
+    def __init__(
+        self, meta: Callable[[Tensor, Tensor], Transform], passes: int | None = None
+    ) -> None:
+        super().__init__()
+        self.meta = check_callable("meta", meta, "a callable of x and a context")
+        self.passes = None if passes is None else check_integer("passes", passes)
+        self.structure = None if is_right_by_construction(meta) else StructureCheck()
+
+    def condition(self, context: Tensor) -> AutoregressiveTransform:
+        """The transform given a context ``(*, C)``, whose batch shape broadcasts with that of x."""
+        if not isinstance(context, Tensor):
+            raise ValueError(f"context: expected a tensor of shape (*, C), got {context!r}")
+        conditioned = _AtContext(ContextMeta(self.meta, context), self.passes)
+        conditioned.structure = self.structure
+        return conditioned
+
+
+def check_structure(module: torch.nn.Module, x: Tensor) -> None:
+    """Checks all autoregressive transforms in a module, as a first call at x ``(*, D)`` does.
+
+    :raises ValueError: if one is not autoregressive (the message names the coordinates), is random, or
+        mixes the rows of a batch.
+    """
+    for part in module.modules():
+        if not isinstance(part, AutoregressiveTransform) or part.structure is None:
+            continue
+        if fault := part.structure.fault(part.meta, x):
+            raise ValueError(fault)

@@ -1,0 +1,316 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+r"""Inverses of autoregressive transforms, and their gradients.
+
+The inverse of ``y = meta(x)(x)`` is the fixed point of
+
+.. math:: u(x) = \mathrm{meta}(x)^{-1}(y).
+
+Each pass makes the next level of the graph exact. With :math:`M = \partial u / \partial x`, which is strictly
+triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`, and is the limit of
+:math:`v \leftarrow g + M^\top v`. Both are exact after as many passes as the depth of the graph.
+
+By blocks of levels of the graph, an exact inverse costs about one evaluation. Large blocks are best if the
+overhead of calls dominates (small batches, accelerators), small ones if arithmetic does.
+
+**References**
+
+1. Accelerating Feedforward Computation via Parallel Nonlinear Equation Solving (Song, Meng, Liao,
+   Ermon, 2021), https://arxiv.org/abs/2002.03629
+2. Deep Equilibrium Models (Bai, Kolter, Koltun, 2019), https://arxiv.org/abs/1909.01377
+"""
+
+from functools import lru_cache
+from math import nan
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..._base.arguments import values_can_be_read, warn_user
+from ..._base.differentiation import has_other_leaves
+from ..conditioners import Blocks, Linearization
+from ..univariate import Univariate
+from .conditioned import Meta, StructuredMeta, check_returned
+from .flow_module import call_and_ladj, call_and_ladj_over_vectors
+
+_UNSTRUCTURED = StructuredMeta()  # declares nothing
+_MAX_PASSES = 16  # within a block; if more are needed, smaller blocks are cheaper
+
+
+def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
+    """The inverse and its log-determinant, differentiable in y and all parameters.
+
+    With ``passes``, at most this many fixed-point passes are taken; otherwise the inverse is exact.
+    """
+    structured = meta if isinstance(meta, StructuredMeta) else _UNSTRUCTURED
+    y = structured.expand(y)
+    readable = values_can_be_read(y)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and not readable):
+        blocks = structured.blocks(y, in_place=readable) if passes is None else None
+        if not readable and blocks is not None:
+            return by_blocks(structured.family, blocks, y, size=1)
+        if not readable:  # a fixed number of passes, differentiated by autograd
+            x = torch.zeros_like(y)
+            for _ in range(min(passes or structured.depth or y.shape[-1], y.shape[-1]) - 1):
+                x = meta(x).inv(y)
+            return call_and_ladj_over_vectors(meta(x).inv, y)
+        if blocks is None:
+            x, ladj, point = _by_passes(meta, y.detach(), structured.depth, passes)
+        else:
+            x, ladj = by_blocks(structured.family, blocks, y.detach())
+            point = x
+    if not torch.is_grad_enabled():
+        return x, ladj
+    linearization = None if blocks is None else blocks.linearization()
+    if linearization is not None:
+        return _with_known_gradient(structured.family, linearization, y, (x, ladj))
+    return _with_gradient(meta, point, y, (x, ladj))
+
+
+def invert_with_score(meta: Meta, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The exact inverse, its log-determinant and the score at x; None without a linearization."""
+    if not (isinstance(meta, StructuredMeta) and values_can_be_read(y)) or meta.batch_shape:
+        return None
+    with torch.no_grad():
+        blocks = meta.blocks(y, in_place=True)
+        if blocks is None:
+            return None
+        values = by_blocks(meta.family, blocks, y.detach())
+        linearization = blocks.linearization()
+    if linearization is None:
+        return None
+    with torch.enable_grad():
+        point = values[0].detach().requires_grad_()
+        params = linearization.params.detach().reshape(*y.shape, -1).requires_grad_()
+        back, back_ladj = call_and_ladj(meta.family(params), point)
+        log_prob = (back * score.detach()).sum() + back_ladj.sum()
+        own, weights = torch.autograd.grad(log_prob, [point, params])
+    rows = weights.reshape(-1, *weights.shape[-2:])
+    new_score = own + linearization.pull_back(rows).reshape(own.shape)
+    if torch.is_grad_enabled():
+        values = _with_known_gradient(meta.family, linearization, y, values)
+    return *values, new_score
+
+
+def _by_passes(
+    meta: Meta, y: Tensor, depth: int | None, passes: int | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Iterates to a fixed point: x, the log-determinant, and the argument of the last pass."""
+    # if the depth is unknown, one pass more than D confirms convergence
+    most = passes or depth or y.shape[-1] + 1
+    x = torch.zeros_like(y)
+    for _ in range(most):
+        point = _finite(x)
+        transform = check_returned(meta(point))
+        new = transform.inv(y)
+        # changes by more than round-off, which the map may amplify from pass to pass
+        unit = 2 * torch.finfo(new.dtype).eps
+        moved = ~torch.isclose(x, new, rtol=unit, atol=unit, equal_nan=True)
+        x = torch.where(moved, new, x)
+        if not bool(moved.any()):
+            break
+    else:
+        if depth is None or most < depth:
+            residual = (meta(x)(x) - y).abs()
+            round_off = 1e3 * torch.finfo(x.dtype).eps * (1 + x.abs() + y.abs())
+            bad = residual[(residual > round_off) & residual.isfinite()]
+            if len(bad):
+                warn_user(
+                    f"the inverse of an AutoregressiveTransform has not converged after {most} passes: "
+                    f"the largest residual |T(x) - y| is {bad.max():.3g}. Leave passes=None for an exact "
+                    "inverse of an autoregressive meta",
+                    RuntimeWarning,
+                )
+    ladj = transform.log_abs_det_jacobian(x, y)
+    ladj = ladj.expand(x.shape[:-1]) if transform.event_dim else ladj.expand(x.shape).sum(-1)
+    if depth != 1:  # entries that depend on NaN were computed with a number in its place
+        undefined = y.isnan().any(-1)
+        x, ladj = x.masked_fill(undefined[..., None], nan), ladj.masked_fill(undefined, nan)
+    return x, -ladj, point
+
+
+def _finite(x: Tensor) -> Tensor:
+    """Replaces overflows of early passes: infinity times a masked zero would spoil exact coordinates."""
+    large = largest(x)
+    return x.nan_to_num(0.0, large, -large).clamp(-large, large)
+
+
+@lru_cache(maxsize=1024)
+def block_size(depth: int, batch: int, input_dim: int, num_params: int, work: int) -> int:
+    """The number of levels per block that is expected to be fastest on a CPU.
+
+    :param work: the number of multiplications to evaluate one row.
+    """
+
+    def cost(size: int) -> float:
+        # in nanoseconds on one core
+        blocks = -(-depth // size)
+        passes = min(size, 5)  # 5 to 7 for networks at PyTorch's default scale, for D of 8 to 512
+        # overhead of opening and closing a block, of reading its rows, and of calls
+        calls = 70e3 + batch * 120.0 + passes * 15e3 * num_params
+        products = work * ((1 - 1 / blocks) / 2 + passes / blocks)
+        elements = input_dim * num_params * passes
+        return blocks * calls + batch * (0.032 * products + 4.0 * elements)
+
+    return min({-(-depth // min(2**k, depth)) for k in range(depth.bit_length() + 1)}, key=cost)
+
+
+def by_blocks(
+    family: Univariate, blocks: Blocks, y: Tensor, size: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The inverse by blocks of levels, by default of the best size.
+
+    With size 1 no value is read, so that autograd can differentiate it.
+    """
+    large = largest(y)
+    clean = y.nan_to_num(0.0, large, -large)
+    rows, levels = clean.reshape(-1, y.shape[-1]), blocks.levels
+    rows = rows if blocks.order is None else rows[:, blocks.order]
+    depth = len(levels) - 1
+    if blocks.work is None:
+        size = 1
+    elif size is None:  # on an accelerator calls cost far more than arithmetic
+        sizes = depth, len(rows), y.shape[-1], family.num_params, blocks.work
+        size = block_size(*sizes) if y.device.type == "cpu" else depth
+    start, done = 0, []
+    while start < depth:
+        stop = min(start + size, depth)
+        blocks.open(start, stop)
+        block = rows[:, levels[start] : levels[stop]]
+        x, ladj, exact = _settle(family, blocks, block, stop - start)
+        if exact < stop - start:
+            # passes converge slowly here: keep the exact levels, and continue with smaller blocks
+            stop, size = start + exact, max(size // 4, 1)
+            count = levels[stop] - levels[start]
+            x, ladj = x[:, :count], ladj[:, :count]
+        done.append((x, ladj))
+        if stop < depth:
+            blocks.close(x, stop)
+        start = stop
+    x, ladj = done[0] if len(done) == 1 else (torch.cat(parts, -1) for parts in zip(*done))
+    undefined = y.reshape(x.shape)
+    undefined = (undefined if blocks.order is None else undefined[:, blocks.order]).isnan()
+    # entries that may depend on NaN were computed with a number in its place
+    after = undefined.cumsum(-1) > undefined
+    x, ladj = x.masked_fill(after, nan), ladj.masked_fill(after, nan)
+    x = x if blocks.order is None else x[:, blocks.order.argsort()]
+    return x.reshape(y.shape) + (y - clean), ladj.sum(-1).reshape(y.shape[:-1])
+
+
+def _settle(
+    family: Univariate, blocks: Blocks, y: Tensor, depth: int
+) -> tuple[Tensor, Tensor, int]:
+    """x and log-determinants by coordinate in the open block, and the number of exact levels."""
+    if depth == 1:
+        return *call_and_ladj(family.forward(blocks.params(None)).inv, y), 1
+    large, unit = largest(y), 2 * torch.finfo(y.dtype).eps
+    x = y  # a better guess than zeros, since trained layers are near the identity
+    for k in range(1, min(depth, _MAX_PASSES) + 1):
+        new, ladj = call_and_ladj(family.forward(blocks.params(x)).inv, y)
+        # early passes may overflow, and infinity times a masked zero would spoil exact coordinates
+        new = new.clamp(-large, large)
+        # more than three passes are needed to detect convergence up to round-off
+        if 3 < k < depth and torch.allclose(x, new, rtol=unit, atol=unit):
+            return new, ladj, depth
+        x = new
+    return x, ladj, k
+
+
+def largest(y: Tensor) -> float:
+    """A bound above all plausible values, for which sums of products stay finite."""
+    return torch.finfo(y.dtype).max ** 0.75
+
+
+def at_solution(meta: Meta, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """:func:`invert` for a known inverse x, from one evaluation."""
+    if not values_can_be_read(y):
+        raise RuntimeError(
+            "the gradient at a known pair is computed by iteration, which torch.jit, torch.compile and "
+            "torch.func do not support; use inverse_and_ladj there"
+        )
+    return _with_gradient(meta, x.expand(y.shape), y, None)
+
+
+def _with_gradient(
+    meta: Meta, x: Tensor, y: Tensor, values: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """Evaluates at x with a graph; returns the given ``values``, if any, with that graph."""
+    point = _finite(x.detach()).requires_grad_()
+    out, ladj = call_and_ladj_over_vectors(meta(point).inv, y)
+    values = (out.detach(), ladj.detach()) if values is None else values
+    if not (y.requires_grad or has_other_leaves([out, ladj], point)):
+        return values
+
+    def solve(g_out: Tensor, g_ladj: Tensor | None) -> Tensor:
+        """The adjoint of the fixed point, by vector-Jacobian products until convergence."""
+        v = g_out
+        for _ in range(out.shape[-1]):
+            weighted = [(t, g) for t, g in ((out, v), (ladj, g_ladj)) if t.requires_grad]
+            weighted = [(t, g) for t, g in weighted if g is not None]
+            if not weighted:
+                break
+            ends, weights = zip(*weighted)
+            options = {"retain_graph": True, "allow_unused": True}
+            pulled: Any = torch.autograd.grad(ends, point, weights, **options)[0]
+            if pulled is None:
+                break
+            previous, v = v, g_out + pulled
+            # relative to the row, since gradients scale with the loss
+            change, size = (t.abs().amax(-1) for t in (v - previous, v))
+            if bool((change <= 2 * torch.finfo(v.dtype).eps * size).all()):
+                break
+        return v
+
+    return _Implicit.apply(out, ladj, *values, solve)
+
+
+def _with_known_gradient(
+    family: Univariate, linearization: Linearization, y: Tensor, values: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The values of an inverse with a graph, from the conditioner's linearization."""
+    params = linearization.params.reshape(*y.shape, -1)
+    if not params.requires_grad:
+        if not y.requires_grad:
+            return values
+        params = params.detach().requires_grad_()
+    out, ladj = call_and_ladj(family(params).inv, y)
+    ladj = ladj.sum(-1)
+
+    def solve(g_out: Tensor, g_ladj: Tensor | None) -> Tensor:
+        """The adjoint of the fixed point, by substitution along the graph."""
+        shape = (-1, *params.shape[-2:])
+        right = g_out.reshape(-1, g_out.shape[-1])
+        if ladj.requires_grad and g_ladj is not None:
+            options = {"retain_graph": True, "allow_unused": True}
+            weights: Any = torch.autograd.grad(ladj, params, g_ladj, **options)[0]
+            if weights is not None:
+                right = right + linearization.pull_back(weights.reshape(shape))
+        (slopes,) = torch.autograd.grad(out, params, torch.ones_like(out), retain_graph=True)
+        return linearization.solve_adjoint(slopes.reshape(shape), right).reshape(g_out.shape)
+
+    return _Implicit.apply(out, ladj, *values, solve)
+
+
+class _Implicit(torch.autograd.Function):
+    """The identity; its backward pass maps gradients at the solution to gradients at the last pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, out: Tensor, ladj: Tensor, x: Tensor, ladj_at_x: Tensor, solve: Any
+    ) -> tuple[Tensor, Tensor]:
+        ctx.solve, ctx.like = solve, x
+        ctx.set_materialize_grads(False)  # an unused log-determinant has no gradient
+        return x.view_as(x), ladj_at_x.view_as(ladj_at_x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "the gradient of an inverse cannot be differentiated again (create_graph=True). "
+                "Inside a torch.func transform, such as torch.func.hessian, it can"
+            )
+        g_out, g_ladj = gradients
+        g_out = torch.zeros_like(ctx.like) if g_out is None else g_out
+        return ctx.solve(g_out, g_ladj), g_ladj, None, None, None

@@ -1,0 +1,4 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Coordinates of latents from the model's prior."""

@@ -1,0 +1,96 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The priors of latents in traced runs: their scales, and which depend on other latents."""
+
+from collections.abc import Callable, Container, Iterable, Mapping
+from typing import Any
+
+import torch
+from pyro import poutine
+from pyro.distributions import validation_enabled
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from ..handlers import hidden_sites
+from ..sites import Latents
+from .prior_scale import PriorScale, is_identity_or_exp
+
+
+@torch.no_grad()
+def find_mapped(
+    run: Callable[[], object], latents: Latents, points: Tensor, improper: Container[str] = ()
+) -> dict[str, bool]:
+    """The latents that may have coordinates from the prior, and whether it depends on other latents.
+
+    :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
+    :param improper: the sites whose masks make their priors improper.
+    """
+    state, (start, other) = torch.get_rng_state(), map(latents.constrain, points)
+    first = traced_at(run, start)
+    torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
+    second = traced_at(run, other)
+    nodes: Iterable[tuple[str, Any]] = second.nodes.items()
+    indices = {k: n["value"] for k, n in nodes if n["type"] == "sample" and site_is_subsample(n)}
+    again = traced_at(run, {**other, **indices})
+    torch.set_rng_state(state)
+    one, two, three = (priors_of(t.nodes, latents, improper) for t in (first, second, again))
+    # a prior that depends on a hidden discrete latent is not a function of the latents
+    random = depend_on_latents(two, three)
+    return compare_priors({k: prior for k, prior in one.items() if k not in random}, two)
+
+
+def compare_priors(
+    one: Mapping[str, PriorScale], other: Mapping[str, PriorScale]
+) -> dict[str, bool]:
+    """The latents whose priors have parents (True) or only a shape (False), by priors at two points."""
+    dependent = depend_on_latents(one, other)
+    shaped = (name for name, prior in one.items() if prior.shape is not None)
+    kept = {*dependent, *shaped}
+    return {name: name in dependent for name in one if name in kept}
+
+
+def scales_of(priors: Mapping[str, PriorScale], latents: Latents, like: Tensor) -> Tensor:
+    """The scales of priors as a vector ``(latent_dim,)``; 1 where a latent has none."""
+    found = torch.ones_like(like)
+    for name, part in latents.views(found).items():
+        if name in priors:
+            part.copy_(priors[name].diagonal)
+    return torch.where(found.isfinite() & (found > 0), found, 1.0)
+
+
+def traced_at(run: Callable[[], object], values: Mapping[str, Any]) -> poutine.Trace:
+    """The trace of a run conditioned on values of sites."""
+    with validation_enabled(False), hidden_sites():
+        trace: poutine.Trace = poutine.trace(poutine.condition(run, dict(values))).get_trace()
+    return trace
+
+
+def priors_of(
+    nodes: Mapping[str, Any], latents: Latents, improper: Container[str] = ()
+) -> dict[str, PriorScale]:
+    """The proper location-scale priors among the nodes of a traced run."""
+    priors = dict[str, PriorScale]()
+    for name, site in latents.sites.items():
+        node: Any = nodes.get(name, {"mask": False})
+        is_improper = node["mask"] is False or (node["mask"] is not None and name in improper)
+        prior = None if is_improper else PriorScale.of(node["fn"])
+        # enumerated discrete latents add dimensions
+        if prior is None or prior.loc.dim() > node["value"].dim():
+            continue
+        # only with these bijections does a log density of u give that of the value
+        if prior.log_prob is None or is_identity_or_exp(site.bijection):
+            priors[name] = prior
+    return priors
+
+
+def depend_on_latents(
+    one: Mapping[str, PriorScale | None], other: Mapping[str, PriorScale | None]
+) -> list[str]:
+    """The latents whose prior location or scale differs between two runs."""
+    found = []
+    for name, prior in one.items():
+        second = other.get(name)
+        if prior and second and not all(map(torch.equal, prior[:2], second[:2])):
+            found.append(name)
+    return found

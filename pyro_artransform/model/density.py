@@ -1,0 +1,395 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The log joint density of a Pyro model, vectorized over draws."""
+
+import copy
+import math
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property, lru_cache, partial
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.infer.autoguide.initialization import init_to_median
+from pyro.poutine.enum_messenger import EnumMessenger
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from .._base.arguments import values_can_be_read
+from .._base.differentiation import evaluate_with_gradient
+from .checks import checked
+from .coordinates.prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
+from .coordinates.priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
+from .coordinates.pseudo_data import LocScale
+from .enumeration import marginal_log_prob
+from .handlers import FoundScale, SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
+from .initial_point import usable_point
+from .sites import Latents, LatentSpace, started_trace
+from .traces import (
+    ModelStructure,
+    argument_signature,
+    check_data,
+    count_values,
+    is_enumerated,
+    latent_nodes,
+    plate_nesting,
+    subsampled_plates,
+)
+from .vectorization import (
+    DRAWS,
+    NUM_COMPARED,
+    STRATEGIES,
+    Choice,
+    DrawPlate,
+    Draws,
+    Terms,
+    choose_strategy,
+    draws_at_a_time,
+    evaluate_many,
+    nonfinite_sites,
+)
+
+Args = tuple[object, ...]
+Kwargs = Mapping[str, object]
+
+#: the divisor of ``chunk_size`` that keeps a chunk in a processor's cache: a regression of 100,000 rows takes
+#: half the time per draw of four times larger chunks, and two thirds of that of smaller ones
+CACHED = 16
+# strategies are compared near the start and far away on either side, on one side scaled by the prior; at more
+# points near the start if the density is not finite there
+_FAR = 2.5
+#: maximum number of cached structures, as batches bring arguments of ever new shapes
+MOST_SIGNATURES = 64
+
+
+class LogJoint:
+    r"""The log joint density of a Pyro model on the unconstrained space, with the Jacobian term.
+
+    .. math::
+
+        \log p(x, c(z)) + \log |\det c'(z)|
+
+    where c is Pyro's bijection onto the supports of the latents. Evaluation is vectorized over draws if that
+    agrees with single runs (see ``model.vectorization``) at points as far from the start as the prior is
+    wide, and farther; :meth:`checked` compares at given draws. Discrete latents marked for enumeration are
+    summed out. Masked elements of latents keep their prior density where nothing else depends on them. Pyro's
+    validation is off while the model runs, so that an impossible draw gives NaN in place of an error; the
+    first run is validated if the user has validation on.
+
+    :param model: a Pyro model, with its arguments ``args`` and ``kwargs``.
+    :param init_loc_fn: Pyro's initialization for the first run; where the density is of no use there,
+        other points are tried, see :meth:`or_usable`.
+    :param traces: two earlier runs: one at the start, in which data may be hidden, and one elsewhere that
+        drew no random numbers. Strategies are then compared only at the first call with many draws.
+    :raises ValueError: if a latent is discrete and not enumerated, there is no latent, or Pyro's validation
+        is on and rejects the data or shapes.
+
+    Example::
+
+        >>> import pyro.distributions as dist
+        >>> def model():
+        ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        ...     pyro.sample("y", dist.Normal(0.0, scale), obs=torch.tensor(0.3))
+        >>> log_joint = LogJoint(model)
+        >>> log_joint(torch.zeros(5, 1)).shape, log_joint.strategy
+        (torch.Size([5]), 'plate')
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., object],
+        args: Args = (),
+        kwargs: Kwargs | None = None,
+        *,
+        init_loc_fn: Callable[[Any], Tensor] = init_to_median,
+        traces: tuple[Any, Any] | None = None,
+    ) -> None:
+        self.model, self._init_loc_fn, kwargs = model, init_loc_fn, kwargs or {}
+        run = partial(model, *args, **kwargs)
+        first, trace = traces or (self._trace(run),) * 2
+        check_data(trace)
+        self.improper = improper_sites(run, trace)  #: the sites that keep their masks
+        #: the model bound to its arguments, with the masks of proper latents removed
+        self.run = UnmaskedLatents(self.improper)(run)
+        self.num_plates, self._is_part = plate_nesting(trace), bool(subsampled_plates(trace))
+        self.is_enumerated = any(map(is_enumerated, latent_nodes(first)))
+        self.latents, self._num_values = Latents.from_trace(first), count_values(trace)
+        self._arguments, self._structures = (args, kwargs), dict[Any, ModelStructure]()
+        self._checked = {argument_signature((args, kwargs))}
+        self.coordinates: Coordinates | None = None
+        self.maps_priors = True  #: False if the user asks for the model's coordinates
+        values = {name: first.nodes[name]["value"].detach() for name in self.latents.sites}
+        self._first = self.latents.unconstrain(values)
+        #: latent nodes of known runs, the first at the start
+        self._nodes = [{n["name"]: n for n in latent_nodes(t)} for t in traces or (first,)]
+        # computed once and shared by all copies
+        self._choice: Callable[[], Choice] = lru_cache(maxsize=1)(self._choose)
+        start = partial(self.or_usable, self._first)
+        self._find_start: Callable[[], Tensor] = lru_cache(maxsize=1)(start)
+        self._find_mapped: Callable[[], Any] = lru_cache(maxsize=1)(self._compare_priors)
+        if traces is None:
+            self._choice()
+
+    def _choose(self) -> Choice:
+        start, generator = self._find_start(), torch.Generator().manual_seed(0)
+        with _quietly():
+            on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}
+            noise = torch.randn(NUM_COMPARED, len(start), generator=generator, **on_cpu).to(start)
+            wide = scales_of(priors_of(self._nodes[0], self.latents), self.latents, start)
+            near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
+            points = start + torch.cat([near[:1], wide.clamp_min(1.0) * far, -far, near[1:]])
+            return choose_strategy(self._evaluate, {"z": points}, NUM_COMPARED)
+
+    @cached_property
+    def strategy(self) -> str:
+        """How draws are vectorized, "plate", "vmap", "copies" or "loop": see ``model.vectorization``."""
+        return self._choice().strategy
+
+    @cached_property
+    def obstacle(self) -> str:
+        """Why the next faster strategy does not suit the model."""
+        return self._choice().obstacle
+
+    @cached_property
+    def is_random(self) -> bool:
+        """Whether the density is random, by subsampling or by other random numbers of the model."""
+        return self._is_part or self._choice().is_random
+
+    @cached_property
+    def chunk_size(self) -> int:
+        """The number of draws evaluated at once without gradients, which bounds memory."""
+        return self._chunk_size(self._num_values)
+
+    def _chunk_size(self, num_values: int) -> int:
+        # the largest intermediate tensor may exceed all sites together
+        return draws_at_a_time(num_values * max(self._choice().num_values / self._num_values, 1.0))
+
+    @property
+    def reason(self) -> str:
+        """Why draws are evaluated one at a time; empty if they are not."""
+        return self.obstacle if self.strategy == "loop" else ""
+
+    def or_usable(self, u: Tensor) -> Tensor:
+        """A start, or another point where it is of no use, see :func:`.initial_point.usable_point`."""
+        with _quietly():
+            return usable_point(self, u, self._init_loc_fn is init_to_median)
+
+    def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
+        """The log joint density of the same model for other arguments, such as another mini-batch.
+
+        :raises ValueError: if the model has other latents with these arguments, or latents of other shapes.
+        """
+        kwargs = kwargs or {}
+        if _identities(args, kwargs) == _identities(*self._arguments):
+            return copy.copy(self)
+        structure = self.structure(args, kwargs)
+        expected = {name: tuple(site.shape) for name, site in self.latents.sites.items()}
+        if structure.shapes != expected:
+            raise ValueError(
+                "the model has other latents with these arguments: expected the sites and shapes "
+                f"{expected}, got {structure.shapes}. Latents of the elements of a mini-batch need a guide "
+                "such as AutoAmortized"
+            )
+        other = self.bound_to(args, kwargs)
+        other.chunk_size = self._chunk_size(structure.num_values)
+        return other
+
+    def bound_to(self, args: Args, kwargs: Kwargs) -> "LogJoint":
+        """Binds other arguments without comparing latents: some may have been data."""
+        other = copy.copy(self)
+        if _identities(args, kwargs) == _identities(*self._arguments):
+            return other
+        other._arguments = args, kwargs
+        other.run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
+        other._nodes = []
+        other._find_mapped = lru_cache(maxsize=1)(other._compare_priors)
+        return other
+
+    def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
+        """The structure of a run with other arguments, cached by their signature.
+
+        Only plates and shapes follow from that: a model with ``poutine.scale`` is run each time.
+        """
+        arguments = args, kwargs = args, kwargs or {}
+        key = argument_signature(arguments, with_values=True)
+        if key not in self._structures:
+            # a cache miss must not change the random numbers that follow
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+                trace = self._trace((scale := FoundScale())(partial(self.model, *args, **kwargs)))
+            if (shapes := argument_signature(arguments)) not in self._checked:
+                check_data(trace)
+                self._checked.add(shapes)
+            if scale.is_found:
+                return ModelStructure.from_trace(trace)
+            if len(self._structures) >= MOST_SIGNATURES:
+                self._structures.clear()
+            self._structures[key] = ModelStructure.from_trace(trace)
+        return self._structures[key]
+
+    def __call__(self, z: Tensor) -> Tensor:
+        """The log density of draws ``(n, latent_dim)``, shape ``(n,)``; NaN where the model fails."""
+        if len(z) == 1:
+            return self._at(z)
+        is_cached = z.device.type == "cpu" and not self.is_random
+        size = max(self.chunk_size // CACHED, 1) if is_cached else self.chunk_size
+        if not torch.is_grad_enabled():
+            return self._at(z, size)
+        # if the model subsamples, all draws see one mini-batch and stay together
+        if len(z) <= size or self.is_random or not values_can_be_read(z):
+            return self._at(z)
+        found, state = [], torch.get_rng_state()
+        for part in z.split(math.ceil(len(z) / math.ceil(len(z) / size))):
+            torch.set_rng_state(state)  # a model draws the same random numbers for all draws
+            values, is_found = evaluate_with_gradient(self._at, part)
+            if not is_found and len(z) > self.chunk_size:
+                # the graph for the model's parameters may not fit into memory: recompute it
+                torch.set_rng_state(state)
+                values = checkpoint(self._at, part, use_reentrant=False)
+            found.append(values)
+        return torch.cat(found)
+
+    def _at(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
+        # a single draw takes a single run with any strategy
+        strategy = self.strategy if len(z) > 1 else STRATEGIES[0]
+        with pyro.validation_enabled(False):
+            return evaluate_many(self._evaluate, {"z": z}, strategy, _nan, chunk_size)["total"]
+
+    checked = checked
+
+    @torch.no_grad()
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
+        """The sites whose log density is not finite at some draw of ``(n, latent_dim)``."""
+        return nonfinite_sites(self.run, self.latents.constrain(self.to_unconstrained(z)[0]))
+
+    def _evaluate(self, draws: Draws, size: int | None) -> Terms:
+        z = draws["z"]
+        plate, mapped = DrawPlate(size, self.num_plates), self.mapped_coordinates
+        values, total = self.latents.constrain_with_ladj(z, mapped)
+        placed = plate.place(values, self.latents.event_dims)
+        prior = PriorMap(mapped, {name: placed.pop(name) for name in mapped})
+        run = prior(self.run) if mapped else self.run
+        if self.is_enumerated:
+            run = partial(plate.run, poutine.condition(run, placed))
+            first_dim = -1 - self.num_plates - (size is not None)
+            total = total + marginal_log_prob(run, first_dim, () if size is None else (DRAWS,))
+        else:
+            with hidden_sites(), SiteLogProbs(placed) as scored:
+                plate.run(run)
+            total = plate.total(scored.log_probs, total)
+        for terms in (prior.ladjs, prior.bijection_ladjs, prior.log_probs):
+            total = plate.total(terms, total)
+        return {"total": total}
+
+    def with_coordinates(self, coordinates: Coordinates | None) -> "LogJoint":
+        """The log density in other coordinates, with their log-determinant."""
+        other = copy.copy(self)
+        other.coordinates = coordinates
+        return other
+
+    @property
+    def mapped_coordinates(self) -> dict[str, SiteCoordinates]:
+        """The coordinates of latents that take them from the prior, by site."""
+        return LatentSpace(self.latents, self.coordinates).mapped
+
+    @property
+    def start(self) -> Tensor:
+        """An initial point, shape ``(latent_dim,)``, in the coordinates of draws."""
+        return self.from_unconstrained(self._find_start()[None])[0][0]
+
+    def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps draws ``(n, latent_dim)`` to the unconstrained space; returns log-determinants, too."""
+        return self._map(z, is_inverse=False)
+
+    def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Maps unconstrained points ``(n, latent_dim)`` to coordinates; returns log-determinants, too."""
+        z, ladj = self._map(u, is_inverse=True)
+        return z, -ladj
+
+    def _map(self, z: Tensor, is_inverse: bool) -> tuple[Tensor, Tensor]:
+        if not self.mapped_coordinates:
+            return z, z.new_zeros(len(z))
+        found = self._mapped(z, is_inverse)
+        return found["z"], found["total"]
+
+    def _mapped(self, z: Tensor, is_inverse: bool) -> Terms:
+        sites = self.mapped_coordinates
+        run, strategy, size = self.enumerated(self.run), STRATEGIES[0], None
+        if len(z) > 1:
+            strategy, size = self.strategy, self.chunk_size
+        elif any(site.num_factors for site in sites.values()):
+            pass  # which the model has to multiply
+        elif is_inverse and (nodes := self._nodes_at(z[0])):
+            run = partial(_sample, [nodes[name] for name in sites])
+        evaluate = partial(map_draws, run, self.latents, sites, self.num_plates, is_inverse)
+        with pyro.validation_enabled(False):
+            return evaluate_many(evaluate, {"z": z}, strategy, _nan, size)
+
+    def priors_at(self, z: Tensor) -> LocScale:
+        """Locations and scales ``(n, latent_dim)`` of the priors of latents with pseudo-data, at draws."""
+        found = self._mapped(z, is_inverse=False)
+        return LocScale(found["loc"], found["scale"])
+
+    def prior_scales(self, u: Tensor) -> Tensor:
+        """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
+        if not (nodes := self._nodes_at(u)):
+            nodes = traced_at(self.enumerated(self.run), self.latents.constrain(u)).nodes
+        return scales_of(priors_of(nodes, self.latents, self.improper), self.latents, u)
+
+    def mapped_sites(self, with_shapes: bool = False) -> dict[str, bool]:
+        """The latents that may have coordinates from the prior, and whether it depends on other latents.
+
+        Empty if no prior depends on other latents; otherwise root scales with a shape are included.
+
+        :param with_shapes: whether to include priors with a shape in any case.
+        """
+        found = self._find_mapped()
+        return found if with_shapes or any(found.values()) else {}
+
+    def _compare_priors(self) -> dict[str, bool]:
+        if len(self._nodes) > 1 and not self.is_enumerated:
+            return compare_priors(*(priors_of(n, self.latents, self.improper) for n in self._nodes))
+        start = self._find_start()
+        points = torch.stack([start, start + 0.1 * (1 + start.abs())])
+        return find_mapped(self.enumerated(self.run), self.latents, points, self.improper)
+
+    def _nodes_at(self, u: Tensor) -> Mapping[str, Any]:
+        """The latents of the known run if it was at this point, and not enumerated."""
+        is_known = bool(self._nodes) and not self.is_enumerated and torch.equal(u, self._first)
+        return self._nodes[0] if is_known else {}
+
+    def enumerated(self, run: Callable[[], object]) -> Any:
+        """Enumerates the discrete latents of a model, if any, to the left of the draws."""
+        return EnumMessenger(-2 - self.num_plates)(run) if self.is_enumerated else run
+
+    def _trace(self, run: Callable[[], object]) -> Any:
+        with torch.no_grad():
+            return started_trace(run, self._init_loc_fn)
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Preserves the caller's random state, and silences warnings, gradients and validation."""
+    devices = range(torch.cuda.device_count())
+    quiet, unchecked = warnings.catch_warnings(), pyro.validation_enabled(False)
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet, unchecked:
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _sample(nodes: Iterable[Any]) -> None:
+    for node in nodes:
+        pyro.sample(node["name"], node["fn"])
+
+
+def _identities(args: Args, kwargs: Kwargs) -> list[Any]:
+    return [*map(id, args), *((name, id(value)) for name, value in kwargs.items())]
+
+
+def _nan(draws: Draws) -> Terms:
+    """NaN terms, with a gradient, for a draw at which the model fails."""
+    z = draws["z"] * torch.nan
+    return {"z": z, "total": z.sum(), "loc": z, "scale": z}

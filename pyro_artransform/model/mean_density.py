@@ -1,0 +1,152 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Log joint densities from mini-batches: their mean, and one with a control variate from all data."""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._base.differentiation import sum_with_gradient
+from .checks import Checked
+from .density import Args, Kwargs, LogJoint
+from .graphs.dependencies import value_and_gradient
+from .handlers import FirstIndices
+from .vectorization import agree
+
+
+class Anchor(NamedTuple):
+    """A log density ``()`` and its gradient ``(latent_dim,)`` at a point ``(latent_dim,)``."""
+
+    point: Tensor
+    value: Tensor
+    gradient: Tensor
+
+    @classmethod
+    def of(cls, log_density: Callable[[Tensor], Tensor], point: Tensor) -> "Anchor":
+        value, gradient = value_and_gradient(log_density, point[None])
+        return cls(point.detach(), value[0], gradient[0])
+
+    def expand(self, z: Tensor) -> Tensor:
+        """The first-order expansion at points ``(n, latent_dim)``."""
+        return self.value + (z - self.point) @ self.gradient
+
+
+class MeanLogJoint(LogJoint):
+    """The log joint density of a model, as the mean over mini-batches weighted by their rows.
+
+    The density of one mini-batch is scaled up to all data, and its mode is many posterior sds away from that
+    of all data. The mean approaches the density of all data as mini-batches are added, and equals it over all
+    of them. It is summed in double precision: the round-off of a million rows matters.
+
+    :param log_joint: the log joint density for any arguments.
+    :param batches: positional and keyword arguments of each mini-batch; each iteration must yield the same
+        ones.
+    :raises ValueError: if coordinates from the prior depend on the arguments.
+    """
+
+    def __init__(self, log_joint: LogJoint, batches: Iterable[tuple[Args, Kwargs]]) -> None:
+        shares, ends, largest, is_even = list[float](), list[Tensor](), log_joint, True
+        for args, kwargs in batches:
+            part = log_joint.with_arguments(args, kwargs)
+            if not shares or part.chunk_size < largest.chunk_size:
+                largest = part
+            structure = log_joint.structure(args, kwargs)
+            is_even = is_even and structure.is_evenly_scaled
+            shares.append(1 / structure.scale)
+            ends.append(part.from_unconstrained(log_joint.start[None])[0])
+        if not all(torch.allclose(end, ends[0]) for end in ends):
+            raise ValueError(
+                "expected priors that are the same for each mini-batch, got some whose location or scale "
+                "depends on its data: make the guide with coordinates='model'"
+            )
+        vars(self).update(vars(largest))
+        #: the share of all data in the mini-batches, by their scales
+        self.share = math.fsum(shares)
+        self._is_even = is_even
+        self._weights = [share / self.share for share in shares]
+        self._batches = batches
+        # a plate whose indices are not used draws them nevertheless, and looks random
+        if self.is_random:
+            with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
+                one = {"total": self(self.start[None])}
+                torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
+                self.is_random = not agree({"total": self(self.start[None])}, one, slack=None)
+
+    def _of_largest(self) -> LogJoint:
+        """The density of the largest mini-batch alone."""
+        part = copy.copy(self)
+        part.__class__ = LogJoint  # type: ignore[assignment]  # what it has is the state of one
+        vars(part).pop("is_random")
+        return part
+
+    def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> LogJoint:
+        return self._of_largest().with_arguments(args, kwargs)
+
+    def bound_to(self, args: Args, kwargs: Kwargs) -> LogJoint:
+        part = self._of_largest().bound_to(args, kwargs)
+        if not self.is_random:
+            part.run, part.is_random = FirstIndices()(part.run), False
+        return part
+
+    @property
+    def is_of_all_data(self) -> bool:
+        """Whether the mini-batches cover as many rows as the model declares."""
+        return self._is_even and math.isclose(self.share, 1.0)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return sum_with_gradient(self._parts, z)
+
+    def _parts(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        for weight, batch in zip(self._weights, self._batches):
+            yield partial(_weighted, weight, self.bound_to(*batch))
+
+    @torch.no_grad()
+    def checked(self, z: Tensor, log_q: Tensor | None = None) -> Checked:
+        """Evaluates draws by a strategy that agrees with single runs on one mini-batch."""
+        found, other = self.bound_to(*next(iter(self._batches))).checked(z, log_q), copy.copy(self)
+        other.strategy = found.strategy
+        return found._replace(values=other(z))
+
+    def nonfinite_sites(self, z: Tensor) -> list[str]:
+        found = (self.bound_to(*batch).nonfinite_sites(z) for batch in self._batches)
+        return next(filter(None, found), [])
+
+
+def _weighted(weight: float, part: LogJoint, z: Tensor) -> Tensor:
+    return weight * part(z)
+
+
+class AnchoredLogJoint(LogJoint):
+    r"""The log joint density of a mini-batch with a control variate: all data's expansion at a point a.
+
+    .. math::
+
+        f_b(z) - f_b(a) - f_b'(a) (z - a) + f(a) + f'(a) (z - a)
+
+    Its mean over mini-batches is the density of all data, as for :math:`f_b`. A mini-batch differs from that
+    only from second order on, which is little in the bulk of the posterior.
+
+    **References**
+
+    1. Control Variates for Stochastic Gradient MCMC (Baker, Fearnhead, Fox, Nemeth, 2019),
+       https://arxiv.org/abs/1706.05439
+    2. Accelerating Stochastic Gradient Descent using Predictive Variance Reduction (Johnson, Zhang,
+       2013), https://papers.nips.cc/paper/4937
+    """
+
+    def __init__(self, of_batch: LogJoint, of_all: Anchor) -> None:
+        vars(self).update(vars(of_batch))
+        self._of_batch, self._of_all = of_batch, of_all
+        self._own = Anchor.of(of_batch, of_all.point)
+
+    def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "AnchoredLogJoint":
+        return AnchoredLogJoint(self._of_batch.with_arguments(args, kwargs), self._of_all)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self._of_batch(z) + (self._of_all.expand(z) - self._own.expand(z))

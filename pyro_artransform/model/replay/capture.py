@@ -1,0 +1,201 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Capture of the operations of a function of tensors, and their replay without Python overhead.
+
+The gradient of a small model is a thousand operations of a few microseconds each. Pyro's handlers,
+``torch.vmap`` and autograd take several times as long to dispatch them, and dispatch the same ones each time.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from ..._base.differentiation import KnownGradients, leaves
+from .recording import Replay, record
+
+#: a function of tensors that returns detached tensors
+Function = Callable[..., tuple[Tensor, ...]]
+
+# calls with the same shapes before a capture, and the seconds that it may take
+_PATIENCE, _MOST_SECONDS = 12, 20.0
+# one in this many replays is compared with a call; more often at first
+_CHECK_EVERY = 256
+# allowed difference in units in the last place
+_SLACK = 64.0
+
+
+class ReplayError(RuntimeError):
+    """Raised if a replay differs from a call: results since the last comparison are invalid.
+
+    After this error the function is only called, not replayed.
+    """
+
+
+class Captured:
+    """Wraps a function of tensors; captures its operations after some calls, then replays them.
+
+    The function may read parameters and other tensors, which each replay reads anew, and draw from PyTorch's
+    generators, which a replay advances equally. Capture is given up for good if Python reads a varying value,
+    or an operation is not known to replay correctly (:mod:`~pyro_artransform.model.replay.recording`). Where
+    a replay fails, the function is called instead.
+
+    :param patience: the number of calls with the same shapes before a capture, at least 2.
+    :raises ReplayError: if one of the occasional comparisons of a replay with a call fails, as when the
+        function depends on other Python state.
+    """
+
+    def __init__(self, function: Function | None = None, patience: int = _PATIENCE) -> None:
+        self._function, self._patience = function, patience
+        self._calls = Counter[Hashable]()
+        self._replays: dict[Hashable, Replay] = {}
+        # inputs and outputs of the last unverified replay
+        self._last: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
+        self.can_replay = True  #: False once capture is refused or a replay was wrong
+        self.num_compared = 0  #: number of successful comparisons
+
+    @torch.no_grad()
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        if not self.can_replay:
+            return self._evaluate(*inputs)
+        key = tuple((value.shape, value.dtype, value.device) for value in inputs)
+        replay = self._replays.get(key)
+        if replay is not None and not replay.is_current():
+            replay, self._calls[key] = self._replays.pop(key) and None, 0
+        self._calls[key] += 1
+        count = self._calls[key] - self._patience
+        if replay is None:
+            if count == 0:
+                recorded = record(self._evaluate, inputs, _MOST_SECONDS)
+                self.can_replay = recorded is not None
+                self._replays.update({} if recorded is None else {key: recorded})
+            return self._evaluate(*inputs)
+        if count % _CHECK_EVERY == 0 or math.log2(count).is_integer():
+            return self._compared(replay, inputs)
+        found = replay(*inputs)
+        if found is None:
+            return self._evaluate(*inputs)
+        self._last = inputs, found
+        return found
+
+    def _evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """Calls the function; overridden by subclasses, since storing a bound method would make a cycle."""
+        return cast(Function, self._function)(*inputs)
+
+    def confirm(self) -> None:
+        """Compares the last replay with a call; only for functions without random numbers."""
+        if self._last is not None:
+            inputs, found = self._last
+            self._judge(inputs, found, self._evaluate(*inputs))
+
+    def _compared(self, replay: Replay, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        devices = {value.device.index for value in inputs if value.is_cuda}
+        with torch.random.fork_rng(devices=devices):
+            found = replay(*inputs)
+        expected = self._evaluate(*inputs)
+        # a failed replay costs time, but does not invalidate earlier ones
+        self._last = self._last if found is not None else None
+        self._judge(inputs, found, expected)
+        return expected
+
+    def _judge(
+        self,
+        inputs: tuple[Tensor, ...],
+        found: tuple[Tensor, ...] | None,
+        expected: tuple[Tensor, ...],
+    ) -> None:
+        was_used, self._last = self._last is not None, None
+        is_right = self.can_replay and found is not None and agree(found, expected)
+        # results may be more sensitive to round-off than their own
+        if is_right or (found is not None and self._agree_nearby(inputs, found, expected)):
+            self.num_compared += 1
+            return
+        self.can_replay = False
+        self._replays.clear()
+        if was_used:
+            raise ReplayError("expected replays that agree with calls, got different values")
+
+    def _agree_nearby(
+        self, inputs: Sequence[Tensor], found: Sequence[Tensor], expected: Sequence[Tensor]
+    ) -> bool:
+        """Whether results agree up to the effect of a unit in the last place of the inputs."""
+        is_random = any(replay.is_random for replay in self._replays.values())
+        if is_random or not self.can_replay:
+            return False
+        nearby, again = self._evaluate(*map(_nudged, inputs)), self._evaluate(*inputs)
+        # other Python state also changes results, those at the same inputs included
+        is_same = all(map(torch.equal, *([v.nan_to_num() for v in r] for r in (again, expected))))
+        return is_same and agree(found, expected, nearby)
+
+
+class CapturedLoss(Captured):
+    """Captures a scalar loss, which may be random, together with its gradients by all parameters."""
+
+    def __init__(self, loss: Callable[[], Tensor]) -> None:
+        super().__init__()
+        self._loss = loss
+        self._parameters = list[Tensor]()  # leaves with a gradient
+        # leaves of the last call, and ids of those that the call before reached, too
+        self._reached, self._lasting = list[Tensor](), set[int]()
+
+    def __call__(self) -> Tensor:  # type: ignore[override]  # a scalar with a graph
+        if not self.can_replay:
+            return self._loss()
+        value, *gradients = super().__call__()
+        found: Tensor = KnownGradients.apply(value, gradients, None, None, *self._parameters)
+        return found
+
+    def _evaluate(self, *_: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            value = self._loss()
+            reached = [*leaves([value])]
+            found = torch.autograd.grad(value, reached, allow_unused=True) if reached else ()
+        # the call itself creates some leaves
+        lasting = {*map(id, reached)} & {*map(id, self._reached)}
+        if self._lasting and lasting != self._lasting:
+            self.can_replay = False  # a replay would have gradients of other leaves
+        self._reached, self._lasting = reached, lasting
+        pairs = [(p, g) for p, g in zip(reached, found) if g is not None]
+        self._parameters = [parameter for parameter, _ in pairs]
+        return value.detach(), *(gradient for _, gradient in pairs)
+
+
+def _nudged(value: Tensor) -> Tensor:
+    """Changes floating-point numbers by a unit in the last place, up and down in turn."""
+    if not value.is_floating_point():
+        return value
+    up = torch.arange(value.numel(), device=value.device).reshape(value.shape) % 2 * 2 - 1
+    return value * (1 + torch.finfo(value.dtype).eps * up.to(value.dtype))
+
+
+def agree(
+    found: Sequence[Tensor], expected: Sequence[Tensor], nearby: Sequence[Tensor] | None = None
+) -> bool:
+    """Whether results agree elementwise up to round-off, with equal non-finite elements.
+
+    Round-off is relative to the largest of the element, the median of its column and the maximum of its row,
+    since terms of that size may cancel: the gradient of a draw is a sum over data, in any order.
+
+    :param nearby: the results at inputs that differ by round-off, whose difference is allowed, too.
+    """
+    same_number = len(found) == len(expected)
+    return same_number and all(map(_is_close, found, expected, nearby or expected))
+
+
+def _is_close(found: Tensor, expected: Tensor, nearby: Tensor) -> bool:
+    if found.shape != expected.shape or found.dtype != expected.dtype:
+        return False
+    if not (expected.is_floating_point() and expected.numel()):
+        return torch.equal(found, expected)
+    eps = torch.finfo(expected.dtype).eps
+    slack, change = _SLACK * eps, (nearby - expected).abs() / eps
+    size = torch.maximum(expected.abs().nan_to_num(0.0, 0.0), change.nan_to_num(0.0, 0.0))
+    unit = torch.maximum(size, size.median(0).values) if size.dim() else size
+    unit = torch.maximum(unit, size.amax(-1, keepdim=True)) if size.dim() > 1 else unit
+    is_close = (found - expected).abs() <= slack * unit
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    return bool((is_close & expected.isfinite() | same).all())

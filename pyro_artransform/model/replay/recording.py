@@ -1,0 +1,366 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Records the operations of one call of a function as a graph that can be run again.
+
+A graph is valid only if it does not depend on values. A call is therefore refused if Python reads a varying
+value, or if it does anything that is not known to replay exactly. This module lists what is allowed, not what
+is forbidden.
+"""
+
+import random
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from types import FunctionType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..._base.products import has_one_matrix, product_with_one_matrix
+from ..._base.time_limit import is_out_of_time
+from .batching import batched
+from .tape import Kind
+
+_ATEN, _TENSOR = torch.ops.aten, torch._C.TensorType.get()
+# operations whose output depends on values, and one that raises an error because of them
+_READ_BY = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+_CHECK_ERRORS = _ATEN._linalg_check_errors.default
+# operations of backward passes that write into their first input, and what they write, of the same dtype
+_OUT_OF_PLACE = {
+    _ATEN.bitwise_and_.Tensor: _ATEN.bitwise_and.Tensor,
+    _ATEN.logical_and_.default: _ATEN.logical_and.default,
+    _ATEN.masked_fill_.Scalar: _ATEN.masked_fill.Scalar,
+    _ATEN.relu_.default: _ATEN.relu.default,
+    _ATEN.scatter_.value: _ATEN.scatter.value,
+}
+# maximum number of elements of all tensors of a call, which capture keeps alive; with more, arithmetic
+# dominates the overhead that a replay saves
+_MOST_NUMBERS = 2**25
+_MASKS = (torch.bool, torch.uint8)  # dtypes of indices that select entries
+# functions that only return Python numbers
+_READS = {
+    *(Tensor.item, Tensor.__bool__, Tensor.__float__, Tensor.__int__, Tensor.__index__),
+    *(Tensor.__complex__, Tensor.is_nonzero, torch.is_nonzero, Tensor.tolist),
+}
+# attributes of a tensor that do not depend on its values, besides those named is_*
+_METADATA = {
+    *("dim", "ndim", "ndimension", "size", "shape", "stride", "numel", "nelement", "__len__"),
+    *("storage_offset", "element_size", "itemsize", "nbytes", "get_device", "type"),
+    *("_version", "grad_fn", "requires_grad"),
+}
+# elementwise Python functions, and backward, which a replay does not perform
+_REFUSED = {"apply_", "map_", "map2_", "backward"}
+_VALUELESS = (Tensor, torch.Size, torch.dtype, torch.device, torch.layout, type(None))
+_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, type(None))
+# in the order of their enum values
+_MEMORY_FORMATS = [torch.contiguous_format, torch.preserve_format, torch.channels_last]
+
+
+# bypasses the dispatch under which hooks and Python backward passes would not be recorded
+_grad = FunctionType(
+    torch.autograd.grad.__code__,
+    {**vars(torch.autograd), "has_torch_function": lambda _: False},
+    argdefs=torch.autograd.grad.__defaults__,
+)
+
+
+class Replay(NamedTuple):
+    """Runs the operations of a call at other inputs."""
+
+    script: Any
+    constants: list[Tensor]  #: outside tensors that the call reads, by reference
+    shapes: list[tuple[torch.Size, bool]]  #: of constants, and whether they require gradients
+    num_results: int
+    is_random: bool  #: whether it draws random numbers
+
+    def is_current(self) -> bool:
+        """Whether the outside tensors still have the same shapes and ``requires_grad``."""
+        return all(
+            (value.shape, value.requires_grad) == was
+            for value, was in zip(self.constants, self.shapes)
+        )
+
+    def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...] | None:
+        """The results; ``None`` if an operation fails, or a value that Python had read has changed."""
+        try:
+            with torch.jit.optimized_execution(False):  # optimization would reorder sums
+                outputs: tuple[Tensor, ...] = self.script(*inputs, *self.constants)
+        except RuntimeError:
+            return None
+        results, failures = outputs[: self.num_results], outputs[self.num_results :]
+        return None if any(bool(failure.any()) for failure in failures) else results
+
+
+def record(
+    function: Callable[..., tuple[Tensor, ...]], inputs: Sequence[Tensor], seconds: float
+) -> Replay | None:
+    """Records a replay; ``None`` if the function is refused, fails or exceeds ``seconds`` of CPU time."""
+    recording = _Recording(inputs, time.process_time() + seconds)
+    state = _python_random_state()
+    try:
+        with (
+            torch.random.fork_rng(devices=range(torch.cuda.device_count())),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            with recording, _Reads(recording):
+                found = function(*inputs)
+            # the first run compiles it
+            replays = (each for each in recording.finished(found) if each(*inputs) is not None)
+            replay = next(replays, None)
+    except Exception:  # any error means that the call cannot be replayed
+        return None
+    is_random = _python_random_state() != state
+    return None if recording.is_refused or is_random else replay
+
+
+def _python_random_state() -> object:
+    numpy = sys.modules.get("numpy")
+    return random.getstate(), numpy and str(numpy.random.get_state())
+
+
+class _Recording(TorchDispatchMode):
+    """Writes tensor operations into a graph, including those of backward passes and ``torch.vmap``.
+
+    Values that depend on inputs or random numbers vary, and so do all tensors that share their memory. Python
+    may read other values, such as data and parameters; a replay fails if these have changed.
+    """
+
+    def __init__(self, inputs: Sequence[Tensor], end: float) -> None:
+        super().__init__()
+        self._graph: Any = torch._C.Graph()
+        self._end = end
+        self._num_numbers = 0
+        # tensors are identified by id and memory by address, so references must be kept
+        self._held, self._values = list[Tensor](), dict[int, Any]()
+        self._kinds, self._random, self._is_pure = dict[str, Kind](), set[str](), True
+        self._constants = list[Tensor]()
+        self._failures = list[Any]()  # error codes of linear algebra and changed reads
+        self.is_refused = self.has_lifted = False
+        for value in inputs:
+            self._hold(value, self._graph.addInput())
+        given = {*map(_memory, inputs)} - {0}
+        # memory that existed before the call, memory that varies, and memory made by recorded operations
+        self._given, self._varying, self._made = given, {-1, *given}, {*given}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # importing dynamo takes a second, and nothing here is compiled
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        try:
+            with torch._C.DisableTorchFunction():
+                if func is _ATEN.bmm.default and has_one_matrix(*args):
+                    with self:
+                        return product_with_one_matrix(*args)
+                return self._record(func, args, kwargs or {})
+        except BaseException:  # a model that catches the error continues on another path
+            self.is_refused = True
+            raise
+
+    def refuse(self, why: str) -> None:
+        self.is_refused = True
+        raise RuntimeError(why)
+
+    def _record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        if self.is_refused or time.process_time() > self._end or is_out_of_time():
+            self.refuse("the capture was refused, or takes too long")
+        schema = func._schema
+        rest = schema.arguments[len(args) :]
+        arguments = [*args, *(kwargs.get(each.name, each.default_value) for each in rest)]
+        if not _READ_BY.isdisjoint(func.tags):
+            read = _tensors(arguments)
+            if func is _ATEN.index.Tensor:  # only masks determine the shape of the result
+                read = (index for index in _tensors(args[1]) if index.dtype in _MASKS)
+            self.read(func, read)
+        pairs = [*zip(arguments, schema.arguments)]
+        given = [self._lowered(value, each.type) for value, each in pairs]
+        if func is _ATEN._to_copy.default and not isinstance(arguments[0], Tensor):  # of vmap
+            dtype = torch.float64 if isinstance(arguments[0], float) else None  # as in Python
+            number = torch.tensor(arguments[0], dtype=dtype, device="cpu")
+            given[0] = self._graph.insertConstant(number)
+        written = [value for value, each in pairs if each.alias_info and each.alias_info.is_write]
+        if not self._given.isdisjoint(map(_memory, _tensors(written))):
+            self.refuse(f"{func} modifies a tensor that existed before the call")
+        found = func(*args, **kwargs)
+        is_random = torch.Tag.nondeterministic_seeded in func.tags
+        if written and func in _OUT_OF_PLACE and self._is_alone(written[0]):
+            schema = _OUT_OF_PLACE[func]._schema
+        else:
+            self._is_pure &= not written
+        if func is _CHECK_ERRORS:
+            self._failures += given[:1]
+        elif torch.Tag.data_dependent_output not in func.tags:
+            outputs = self._node(schema.name, given, [each.type for each in schema.returns])
+            if isinstance(found, list):
+                outputs = self._node("prim::ListUnpack", outputs, [_TENSOR] * len(found))
+            self._name(found, outputs)
+            self._random |= {value.debugName() for value in outputs if is_random}
+        new = {*map(_memory, _tensors((found, written)))} - {0}
+        self._made |= new - self._given
+        if is_random or not self._varying.isdisjoint(map(_memory, _tensors(arguments))):
+            self._varying |= new
+        self.has_lifted |= func is _ATEN.lift_fresh.default
+        return found
+
+    def _is_alone(self, written: Tensor) -> bool:
+        """Whether no other tensor so far shares the memory of this one."""
+        memory = _memory(written)
+        return memory > 0 and all(t is written for t in self._held if _memory(t) == memory)
+
+    def read(self, func: Any, values: Iterable[Tensor]) -> None:
+        """Refuses a read of varying values; makes replays fail if other values have changed."""
+        for value in values:
+            if _memory(value) in self._varying:
+                self.refuse(f"{func} returns a value to Python")
+            given = [self._value_of(value), self._graph.insertConstant(value.detach().clone())]
+            self._failures += self._node("aten::ne", given, [_TENSOR])
+
+    def _lowered(self, value: Any, type_: Any) -> Any:
+        """The graph value of an operation's argument."""
+        if isinstance(value, Tensor):
+            return self._value_of(value)
+        if isinstance(type_, torch._C.OptionalType) and value is not None:
+            return self._lowered(value, type_.getElementType())
+        if not isinstance(value, (list, tuple)):
+            is_whole = isinstance(type_, torch._C.FloatType) and type(value) is int
+            return self._constant(float(value) if is_whole else value)
+        if value and not any(isinstance(each, Tensor) for each in value):
+            return self._constant([*value])
+        element = type_.getElementType()
+        elements = [self._lowered(each, element) for each in value]
+        return self._node("prim::ListConstruct", elements, [type_])[0]
+
+    def _constant(self, value: Any) -> Any:
+        for each in value if isinstance(value, list) else [value]:
+            if not isinstance(each, (*_CONSTANTS, torch.memory_format)):
+                self.refuse(f"an operation has an argument of {type(each)}")
+        is_format = isinstance(value, torch.memory_format)
+        return self._graph.insertConstant(_MEMORY_FORMATS.index(value) if is_format else value)
+
+    def _value_of(self, value: Tensor) -> Any:
+        """The graph value of a tensor, made by an operation or existing before the call."""
+        if id(value) not in self._values:
+            memory = _memory(value)
+            if memory in self._made:
+                self.refuse("a tensor shares memory with another one that it was not computed from")
+            self._given |= {memory} - {0}
+            self._constants.append(value)
+            self._hold(value, self._graph.addInput())
+        return self._values[id(value)]
+
+    def _hold(self, tensor: Tensor, value: Any) -> None:
+        self._values[id(tensor)] = value
+        self._kinds[value.debugName()] = Kind(tuple(tensor.shape), tensor.dtype, tensor.device)
+        self._held.append(tensor)
+        self._num_numbers += tensor.numel()
+        if self._num_numbers > _MOST_NUMBERS:
+            self.refuse(f"the tensors of a call have more than {_MOST_NUMBERS} elements in total")
+
+    def _node(self, name: str, inputs: Sequence[Any], types: Sequence[Any]) -> list[Any]:
+        """Appends a node to the graph; returns its outputs."""
+        node = self._graph.create(name, inputs, len(types))
+        self._graph.appendNode(node)
+        outputs = [*node.outputs()]
+        for output, type_ in zip(outputs, types):
+            output.setType(type_)
+        return outputs
+
+    def _name(self, found: Any, values: Sequence[Any]) -> None:
+        several = found if isinstance(found, (tuple, list)) else [found]
+        for tensor, value in zip(several, values, strict=found is not None):
+            if isinstance(tensor, Tensor):
+                self._hold(tensor, value)
+            elif tensor is not None:
+                self.refuse(f"an operation returns {type(tensor)}")
+
+    def finished(self, results: Sequence[Tensor]) -> Iterator[Replay]:
+        """Candidate replays that return these results, the fastest first."""
+        outputs = [*map(self._value_of, results), *self._failures]
+        types = [torch._C.TupleType([_TENSOR] * len(outputs))]
+        (output,) = self._node("prim::TupleConstruct", outputs, types)
+        self._graph.registerOutput(output)
+        shapes = [(value.shape, value.requires_grad) for value in self._constants]
+        graphs = [lambda: self._graph]
+        if self._is_pure:
+            graphs.insert(0, lambda: batched(self._graph, self._kinds, self._random))
+        for graph in graphs:
+            script = torch._C._create_function_from_graph("replay", graph())
+            yield Replay(script, self._constants, shapes, len(results), bool(self._random))
+
+
+class _Reads(TorchFunctionMode):
+    """Refuses functions that may give Python values other than by operations, such as through memory."""
+
+    def __init__(self, recording: _Recording) -> None:
+        super().__init__()
+        self._recording = recording
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs, recording = kwargs or {}, self._recording
+        if isinstance(func, OpOverload):
+            return func(*args, **kwargs)
+        if func in _READS:
+            recording.read(func, args[:1])
+            return func(*args, **kwargs)
+        recording.has_lifted = False
+        if func is torch.autograd.grad:
+            with self:
+                return _grad(*args, **kwargs)
+        found = func(*args, **kwargs)
+        if not _is_known(func, found):
+            recording.refuse(f"{func} may return values to Python")
+        is_python = isinstance(func, FunctionType)
+        if recording.has_lifted and not is_python and [*_tensors(_sequences(func, args))]:
+            recording.refuse(f"{func} makes a tensor from values that it reads from others")
+        return found
+
+
+def _is_known(func: Any, found: Any) -> bool:
+    """Whether a function is known to return no values, and to write only through operations."""
+    name, kind = func.__name__, func.__name__
+    if kind in ("__get__", "__set__", "__delete__"):  # of an attribute
+        attribute = getattr(func.__self__, "fget", func.__self__)
+        name = getattr(attribute, "__name__", "")
+    if kind in ("__set__", "__delete__"):
+        return name == "requires_grad"
+    if name in _METADATA or name.startswith("is_"):
+        return True
+    return name not in _REFUSED and _is_valueless(found)
+
+
+def _is_valueless(found: Any) -> bool:
+    if isinstance(found, (tuple, list)) and not isinstance(found, torch.Size):
+        return all(map(_is_valueless, found))
+    return isinstance(found, _VALUELESS)
+
+
+def _sequences(func: Any, args: Sequence[Any]) -> list[Any]:
+    """The sequences among the arguments of a function, without an index tuple."""
+    if func in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], tuple):
+        args = (*args[1], *args[2:])
+    return [each for each in args if isinstance(each, (list, tuple))]
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists and tuples."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (list, tuple)):
+        for value in values:
+            yield from _tensors(value)
+
+
+def _memory(value: Tensor) -> int:
+    """The address of a tensor's memory: 0 if it is empty, -1 if unknown."""
+    return value.untyped_storage().data_ptr() if torch._C._has_storage(value) else -1

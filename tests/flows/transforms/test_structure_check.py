@@ -1,0 +1,222 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Networks and nonlinearities that the check at the first call finds, and those that it lets pass."""
+
+import warnings
+
+import pyro
+import pytest
+import torch
+from torch import nn
+from torch.distributions import AffineTransform
+
+from pyro_artransform import AutoIAF, affine_autoregressive, conditional_affine_autoregressive
+from pyro_artransform.flows.conditioners import MaskedInput, MaskedMLP
+from pyro_artransform.flows.transforms import (
+    AutoregressiveTransform,
+    ConditionalAutoregressiveTransform,
+    ConditionedUnivariate,
+    check_structure,
+)
+from pyro_artransform.flows.univariate import Affine, MonotonicAffineTransform
+from pyro_artransform.testing import redraw
+from tests.flows.transforms.metas import CumulativeConditioner, Dense, DenseTransform
+from tests.guides.models import gaussian
+
+
+def found_at_a_call(t, x):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        t(x)
+    return [str(w.message) for w in caught]
+
+
+def with_affine(conditioner):
+    return AutoregressiveTransform(ConditionedUnivariate(conditioner, Affine()))
+
+
+def test_unmasked_network_is_reported_once_at_the_users_line():
+    t = AutoregressiveTransform(DenseTransform(3, 2))
+    with pyro.validation_enabled(False):
+        assert found_at_a_call(t, torch.randn(3)) == []
+    with pytest.warns(UserWarning, match=r"not autoregressive.*\[0, 1, 2\]") as caught:
+        t(torch.randn(4, 3))
+    assert caught[0].filename == __file__
+    assert found_at_a_call(t, torch.randn(4, 3)) == []
+
+
+class Partly(nn.Module):
+    """Coordinates 1 and 2 depend on each other; 3 comes after them and is not at fault."""
+
+    def __init__(self):
+        super().__init__()
+        mask = torch.tensor([[0, 0, 0, 0], [1, 0, 1, 0], [1, 1, 0, 0], [1, 1, 1, 0]])
+        self.weight = nn.Parameter(torch.zeros(4, 4))
+        self.register_buffer("mask", mask.double())
+
+    def forward(self, x):
+        shift = x @ (self.weight * self.mask).T
+        return MonotonicAffineTransform(shift, torch.zeros_like(shift))
+
+
+@pytest.mark.parametrize(
+    ("meta", "dim", "at_fault"),
+    [
+        (Partly(), 4, "[1, 2]"),
+        (lambda x: AffineTransform(0.5 * x, 1.0), 2, "[0, 1]"),
+        (lambda x: AffineTransform(0.1 * x.flip(-1), 1.0, event_dim=1), 2, "[0, 1]"),
+        # an order from the last coordinate to the first is as good as any
+        (lambda x: AffineTransform(x.flip(-1).cumsum(-1).flip(-1) - x, 1.0), 4, None),
+    ],
+    ids=["partly", "its own value", "vector meta", "backwards"],
+)
+def test_the_coordinates_at_fault_are_named(meta, dim, at_fault):
+    found = found_at_a_call(AutoregressiveTransform(meta), torch.randn(5, dim))
+    assert len(found) == (0 if at_fault is None else 1)
+    assert at_fault is None or at_fault in found[0]
+
+
+def test_check_leaves_parameters_and_random_numbers_alone():
+    foreign = with_affine(redraw(CumulativeConditioner(3, 2)))
+    before = {name: p.detach().clone() for name, p in foreign.named_parameters()}
+    x = torch.randn(4, 3)
+    state = torch.get_rng_state()
+    foreign(x)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(p, before[name]) for name, p in foreign.named_parameters())
+
+
+def masked_layers(*others):
+    return MaskedInput(nn.Sequential(nn.Linear(3, 6), *others, nn.Unflatten(-1, (3, 2))))
+
+
+@pytest.mark.parametrize("make", [MaskedMLP, lambda d, p: masked_layers(nn.Tanh())])
+def test_own_conditioners_skip_the_check(make, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("checked")
+
+    monkeypatch.setattr("pyro_artransform.flows.transforms.structure_check.dependencies", fail)
+    with_affine(make(3, 2))(torch.zeros(3))
+    with pytest.raises(RuntimeError, match="checked"):
+        AutoregressiveTransform(DenseTransform(3, 2))(torch.zeros(3))
+
+
+def test_check_structure_raises():
+    good = with_affine(CumulativeConditioner(3, 2))
+    check_structure(nn.Sequential(good, affine_autoregressive(3)), torch.zeros(3))
+    bad = AutoregressiveTransform(DenseTransform(3, 2))
+    with pytest.raises(ValueError, match=r"not autoregressive.*\[0, 1, 2\]"):
+        check_structure(nn.ModuleList([good, bad]), torch.zeros(3))
+
+
+def test_conditional_network_is_checked_once_for_all_contexts():
+    t = ConditionalAutoregressiveTransform(DenseTransform(3, 2, context_dim=1))
+    with pytest.warns(UserWarning, match="not autoregressive"):
+        t.condition(torch.zeros(4, 1))(torch.randn(4, 3))
+    assert found_at_a_call(t.condition(torch.ones(4, 1)), torch.randn(4, 3)) == []
+
+
+class Leaks(MaskedMLP):
+    """A subclass that breaks what its base class promises."""
+
+    def forward(self, x, context=None):
+        return super().forward(x, context) + x.sum(-1)[..., None, None]
+
+
+class Doubles(MaskedMLP):
+    def forward(self, x, context=None):
+        return 2 * super().forward(x, context)
+
+
+def test_a_subclass_answers_for_itself():
+    (message,) = found_at_a_call(with_affine(Leaks(3, 2)), torch.randn(5, 3))
+    assert "[0, 1, 2]" in message
+    t, x = redraw(with_affine(Doubles(3, 2))), torch.randn(5, 3)
+    assert found_at_a_call(t, x) == []
+    assert torch.allclose(t.inv(t(x).detach()), x)
+
+
+def test_batch_normalization_is_checked_on_a_copy():
+    class Normalizes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = nn.BatchNorm1d(3)
+
+        def forward(self, x):
+            return MonotonicAffineTransform(self.norm(x), torch.zeros_like(x))
+
+    meta = Normalizes()
+    (message,) = found_at_a_call(AutoregressiveTransform(meta), torch.randn(5, 3))
+    assert "[0, 1, 2]" in message
+    assert meta.norm.num_batches_tracked == 1
+    wrapped = MaskedInput(nn.Sequential(Dense(3, 2), nn.BatchNorm2d(3)))
+    (message,) = found_at_a_call(with_affine(wrapped), torch.randn(5, 3))
+    assert "mixes the rows of a batch" in message
+    assert found_at_a_call(with_affine(wrapped.eval()), torch.randn(5, 3)) == []
+
+
+def test_hidden_network_with_a_last_layer_of_zeros_is_found_later():
+    net = nn.Linear(3, 3)
+    nn.init.zeros_(net.weight)
+    t = AutoregressiveTransform(lambda x: MonotonicAffineTransform(0 * x, net(x)))
+    x = torch.randn(5, 3)
+    assert found_at_a_call(t, x) == []
+    nn.init.normal_(net.weight)
+    assert any("[0, 1, 2]" in message for _ in range(3) for message in found_at_a_call(t, x))
+
+
+def test_an_activation_that_mixes_units_is_found():
+    t = affine_autoregressive(3, 8, nonlinearity=nn.Softmax(-1))
+    (message,) = found_at_a_call(t, torch.randn(5, 3))
+    assert "not autoregressive" in message
+    with pytest.raises(ValueError, match="not autoregressive"):
+        AutoIAF(gaussian, hidden_dims=8, nonlinearity=nn.Softmax(-1))(torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (nn.RReLU, "is random"),
+        (lambda: nn.BatchNorm1d(8), "mixes the rows of a batch"),
+        (lambda: lambda h: h - h.mean(0), "mixes the rows of a batch"),
+    ],
+    ids=["rrelu", "batch norm", "centered"],
+)
+def test_an_activation_that_is_random_or_mixes_rows_is_found(make, message):
+    x = torch.randn(5, 3)
+    t = affine_autoregressive(3, 8, nonlinearity=make())
+    conditional = conditional_affine_autoregressive(3, 2, 8, nonlinearity=make())
+    for transform in (t, conditional.condition(torch.randn(5, 2))):
+        (found,) = found_at_a_call(transform, x)
+        assert message in found
+        assert found_at_a_call(transform, x) == []
+    if isinstance(t.meta.conditioner.nonlinearity, nn.Module):  # in evaluation it is right
+        still = affine_autoregressive(3, 8, nonlinearity=make()).eval()
+        assert found_at_a_call(still, x) == []
+
+
+def test_dropout_is_found_in_a_masked_input_and_in_a_guide():
+    conditioner = masked_layers(nn.Dropout(0.5))
+    assert found_at_a_call(with_affine(conditioner.eval()), torch.randn(5, 3)) == []
+    (found,) = found_at_a_call(with_affine(conditioner.train()), torch.randn(5, 3))
+    assert "is random" in found
+    with pytest.raises(ValueError, match="is random"):
+        AutoIAF(gaussian, hidden_dims=8, nonlinearity=nn.Dropout(0.5))(torch.zeros(1))
+
+
+def test_a_layer_of_ones_own_is_checked_inside_of_a_masked_input():
+    class Centered(nn.Linear):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    assert masked_layers(nn.Tanh()).autoregressive
+    conditioner = masked_layers(nn.Tanh(), Centered(6, 6))
+    assert not conditioner.autoregressive
+    (found,) = found_at_a_call(with_affine(conditioner), torch.randn(5, 3))
+    assert "mixes the rows of a batch" in found
+
+
+def test_an_activation_of_ones_own_is_as_good():
+    t = affine_autoregressive(3, 8, nonlinearity=torch.sin)
+    assert found_at_a_call(t, torch.randn(5, 3)) == []
+    assert torch.allclose(t.inv(t(torch.ones(3))), torch.ones(3))

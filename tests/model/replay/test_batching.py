@@ -1,0 +1,214 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+"""Replays in which what a loop repeats is done at once."""
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from pyro_artransform.model.replay import recording
+from pyro_artransform.model.replay.capture import Captured
+from tests.model.replay.test_capture import gradient
+
+NUM = 40
+
+
+def normal(value, loc, scale):
+    return Normal(loc, scale, validate_args=False).log_prob(value)
+
+
+def walk(x):
+    """Each step depends on the one before, all of which are known."""
+    data, scale, total = DATA.to(x.dtype), x[:, 0].exp(), 0.0
+    for t in range(2, NUM):
+        total = total + normal(x[:, t], x[:, t - 1], scale)
+        total = total + normal(data[t], x[:, t], 0.5)
+    return total
+
+
+def recursion(x):
+    """A variance that depends on the one before, which has to be found first."""
+    data, variance, total = DATA.to(x.dtype), x[:, 0].exp(), 0.0
+    for t in range(1, NUM):
+        variance = 0.1 + 0.2 * x[:, t].square() + 0.7 * variance
+        total = total + normal(data[t], 0.0, variance.sqrt())
+    return total
+
+
+def autoregression(x):
+    """A path of white noise, an affine function of the state before it, and so is its gradient."""
+    data, state, total = DATA.to(x.dtype), x[:, 0], 0.0
+    for t in range(2, NUM):
+        state = 0.5 - (state * x[:, 1].tanh() + 0.1 * (x[:, t] - state)) / 1.5
+        total = total + normal(data[t], state, 0.5)
+    return total
+
+
+def trend(x):
+    """A level that grows by a slope, which is a path, too."""
+    states, slope = [x[:, 0]], x[:, 1]
+    for t in range(2, NUM):
+        slope = slope + 0.1 * x[:, t]
+        states.append(states[-1] + slope)
+    return normal(DATA.to(x.dtype), torch.stack([x[:, 1], *states], -1), 0.5).sum(-1)
+
+
+def with_breaks(x):
+    """A walk that returns to the mean at some steps: numbers, values, and none, as slopes."""
+    state, total = x[:, 0], 0.0
+    for t in range(1, NUM):
+        state = (x[:, 1].tanh() * state if t % 9 == 4 else state) + x[:, t]
+        state = 0.5 * state if t % 11 == 7 else state
+        total = total + normal(0.3, state, 0.5)
+    return total
+
+
+def second_order(x):
+    """Each state depends on two before it, which is no recurrence of single numbers."""
+    data, states, total = DATA.to(x.dtype), [x[:, 0], x[:, 1]], 0.0
+    for t in range(2, NUM):
+        states.append(0.6 * states[-1] - 0.3 * states[-2] + x[:, t])
+        total = total + normal(data[t], states[-1], 0.5)
+    return total
+
+
+def vectors(x):
+    """Steps of vectors, which are reshaped, broadcast and summed."""
+    total = 0.0
+    for t in range(NUM - 3):
+        pair = torch.stack([x[:, t], x[:, t + 1]], -1)
+        weight = x[:, t, None].expand(-1, 2) * torch.zeros_like(pair).add(0.5)
+        total = total + (pair.unsqueeze(1) * weight.view(-1, 1, 2)).sum((1, -1))
+    return total
+
+
+def beside_the_loop(x):
+    """The gradient has three terms beside those of the steps, which become a fourth."""
+    total = x.square().sum(-1) + x.sin().sum(-1) + x.exp().sum(-1)
+    for t in range(NUM):
+        total = total + x[:, t].cos()
+    return total
+
+
+def without_a_loop(x):
+    return -x.square().sum(-1)
+
+
+DATA = torch.linspace(-1, 1, NUM)
+
+
+def num_nodes(replay):
+    return sum(node.kind() != "prim::Constant" for node in replay.script.graph.nodes())
+
+
+def both(monkeypatch, function, *inputs):
+    """The replays with batches and without."""
+    found = recording.record(function, inputs, 100.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "batched", lambda graph, *_: graph)
+        plain = recording.record(function, inputs, 100.0)
+    assert found is not None
+    assert plain is not None
+    return found, plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("density", "share"),
+    [
+        (walk, 0.15),
+        (recursion, 0.3),
+        (autoregression, 0.3),
+        (trend, 0.3),
+        (with_breaks, 0.7),
+        (second_order, 0.8),
+        (vectors, 0.25),
+        (beside_the_loop, 0.5),
+        (without_a_loop, 1.0),
+    ],
+)
+def test_results_are_those_of_the_loop(monkeypatch, density, share, dtype):
+    torch.manual_seed(0)
+    function = gradient(density)
+    found, plain = both(monkeypatch, function, torch.randn(8, NUM, dtype=dtype))
+    assert num_nodes(found) <= share * num_nodes(plain)
+    x = torch.randn(8, NUM, dtype=dtype)
+    tolerance = 100 * torch.finfo(dtype).eps
+    for actual, expected in zip(found(x), function(x)):
+        torch.testing.assert_close(
+            actual, expected, rtol=tolerance, atol=tolerance * float(expected.abs().max())
+        )
+
+
+def test_other_data_are_seen(monkeypatch):
+    data = torch.randn(NUM)
+
+    def function(x):
+        return (torch.stack([(x[:, t] - data[t]).square().exp() for t in range(NUM)]).sum(0),)
+
+    x = torch.randn(4, NUM)
+    found, _ = both(monkeypatch, function, x)
+    data.mul_(2.0)
+    torch.testing.assert_close(found(x), function(x))
+
+
+def test_random_numbers_keep_their_order(monkeypatch):
+    def function(x):
+        total = torch.zeros_like(x)
+        for _ in range(NUM):
+            total = total + x * torch.randn_like(x).exp()
+        return (total,)
+
+    x = torch.randn(3)
+    found, plain = both(monkeypatch, function, x)
+    results = []
+    for replay in (found, plain, function):
+        torch.manual_seed(1)
+        results.append(replay(x)[0])
+    torch.testing.assert_close(results[0], results[1])
+    torch.testing.assert_close(results[0], results[2])
+
+
+def test_what_writes_into_tensors_is_left_as_it_is(monkeypatch):
+    def function(x):
+        total = torch.zeros_like(x)
+        for t in range(NUM):
+            total.add_((x + t).exp())
+        return (total,)
+
+    x = torch.randn(3)
+    found, plain = both(monkeypatch, function, x)
+    assert num_nodes(found) == num_nodes(plain)
+    torch.testing.assert_close(found(x), function(x))
+
+
+def test_inputs_of_two_dtypes_are_not_stacked(monkeypatch):
+    """A number of double precision without dimensions leaves the dtype of others as it is."""
+    weights = torch.linspace(0, 1, NUM, dtype=torch.float64)
+
+    def function(x):
+        return (torch.stack([weights[t] * x[t] for t in range(NUM)]),)
+
+    x = torch.randn(NUM, 3, dtype=torch.float32)
+    found, _ = both(monkeypatch, function, x)
+    (actual,), (expected,) = found(x), function(x)
+    assert actual.dtype == expected.dtype == torch.float32
+    torch.testing.assert_close(actual, expected)
+
+
+def test_a_sum_that_cancels_may_differ_as_much_as_its_inputs_allow():
+    """Terms of 1e8 that sum to about one: the order of a loop and of a batch round differently."""
+
+    def function(x):
+        states = [x[:, 0]]
+        for t in range(1, NUM):
+            states.append(states[-1] + 1e8 * x[:, t] + x[:, 0])
+        total = torch.stack(states, -1)
+        return (total[:, -1] - 1e8 * x[:, 1:].sum(1),)
+
+    torch.manual_seed(0)
+    captured = Captured(function)
+    for _ in range(40):
+        captured(torch.randn(4, NUM))
+    assert captured.can_replay
+    assert captured.num_compared > 3

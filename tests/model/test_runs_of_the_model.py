@@ -1,0 +1,69 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""How often a model is run before anything happens."""
+
+import pyro
+import pytest
+import torch
+from pyro import distributions as dist
+
+from pyro_artransform import AutoIAF, fit
+from pyro_artransform.inference.draws_first import DrawsFirst
+from pyro_artransform.model import LogJoint
+
+Y = torch.tensor([0.3, -1.2, 0.8, 2.1, -0.4, 0.1, 1.5, -0.7])
+
+
+class Hierarchy:
+    """A model that counts its runs."""
+
+    def __init__(self):
+        self.num_runs = 0
+
+    def __call__(self, y):
+        self.num_runs += 1
+        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        tau = pyro.sample("tau", dist.HalfNormal(2.0))
+        with pyro.plate("groups", len(y)):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+def test_of_the_density():
+    model = Hierarchy()
+    log_joint = LogJoint(model, (Y,))
+    assert model.num_runs <= 6
+    # what is decided is not decided again
+    found = log_joint.strategy, log_joint.obstacle, log_joint.is_random, log_joint.start
+    assert found[:3] == ("plate", "", False)
+    assert log_joint.with_arguments((Y,)).bound_to((Y,), {}).strategy == "plate"
+    assert model.num_runs <= 6
+
+
+def test_of_the_first_call_of_a_guide():
+    model = Hierarchy()
+    guide = AutoIAF(model)
+    guide(Y)
+    assert set(guide.prior.space.centered_by_site()) == {"tau", "theta"}
+    assert model.num_runs <= 4
+    guide(Y)
+    assert model.num_runs <= 5
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_of_a_fit_beside_its_steps_and_draws(seed, monkeypatch):
+    model, by_draws = Hierarchy(), []
+    sample = DrawsFirst.sample
+
+    def counted(chains):
+        before = model.num_runs
+        found = sample(chains)
+        by_draws.append(model.num_runs - before)
+        return found
+
+    monkeypatch.setattr(DrawsFirst, "sample", counted)
+    fit(model, AutoIAF(model), Y, num_steps=3, progress=False, seed=seed)
+    assert len(by_draws) == 1
+    assert model.num_runs - by_draws[0] - 3 <= 40
+    assert model.num_runs - 3 <= 90
