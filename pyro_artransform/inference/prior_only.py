@@ -53,8 +53,8 @@ def why_prior(log_joint: LogJoint) -> str:
     first: dict[str, Tensor] | None = None
     for values in _draws(log_joint):
         terms = _data_terms(log_joint, values)
-        if terms is None:  # the model fails at this draw
-            continue
+        if terms is None or not all(bool(term.isfinite().all()) for term in terms.values()):
+            continue  # the model fails at this draw, or the data are impossible
         if not terms:
             return _NO_DATA
         first = first or terms
