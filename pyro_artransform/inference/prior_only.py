@@ -53,15 +53,16 @@ def why_prior(log_joint: LogJoint) -> str:
     first: dict[str, Tensor] | None = None
     for values in _draws(log_joint):
         terms = _data_terms(log_joint, values)
-        if terms is None or not all(bool(term.isfinite().all()) for term in terms.values()):
-            continue  # the model fails at this draw, or the data are impossible
+        if terms is None:  # the model fails at this draw
+            continue
         if not terms:
             return _NO_DATA
         first = first or terms
         same = (torch.equal(term, first.get(k, ~term.bool())) for k, term in terms.items())
         if terms.keys() != first.keys() or not all(same):
             return ""
-    if first is None:
+    # data that are impossible at all of these draws say nothing
+    if first is None or not all(bool(term.isfinite().all()) for term in first.values()):
         return ""
     names = ", ".join(first)
     return (

@@ -79,6 +79,6 @@ def test_a_support_that_depends_on_another_latent_is_refused(make):
         pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(1.0))
 
     with pytest.raises(
-        ValueError, match="support of site 'b' depends on other latents: .*u ~ Unif"
+        ValueError, match=r"support of site 'b' depends on other latents: .*u ~ Unif"
     ):
         mcmc(model, progress=False)
