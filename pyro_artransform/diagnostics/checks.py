@@ -13,7 +13,10 @@ from typing import Any, NamedTuple
 from ..model.prior_only import GIVE_DATA
 
 _WIDTH, _LABEL = 100, 13  # the width of lines, and of row names
-_BREAK_SYMMETRY = "Break the symmetry in the model (ordered supports, tighter priors)"
+_BREAK_SYMMETRY = (
+    "If modes differ by labels or signs alone, break the symmetry in the model (ordered supports, tighter "
+    "priors)"
+)
 CORNER = "Use a prior that keeps scales away from zero, or another parametrization"
 
 
@@ -29,6 +32,11 @@ class Check(Enum):
         "the posterior of site {sites} is hardly wider than the spacing of floating-point numbers: its draws "
         "are rounded to a few values",
         "Use float64, or rescale the site to the scale of its posterior",
+    )
+    EDGE = (
+        "draws of site {sites} reach the smallest numbers of their dtype, or the largest below one, where "
+        "the rest of the posterior is cut off",
+        "Use float64, or a prior that keeps the site away from the edge of its support",
     )
     # of draws
     MODES = (

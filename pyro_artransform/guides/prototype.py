@@ -19,7 +19,14 @@ from torch.distributions import biject_to
 
 from ..model.coordinates.prior_scale import PriorScale
 from ..model.coordinates.priors import depend_on_latents
-from ..model.sites import Latents, Site, check_continuous, initial_value, same_support
+from ..model.sites import (
+    SUPPORT_DEPENDS,
+    Latents,
+    Site,
+    check_continuous,
+    initial_value,
+    same_support,
+)
 from ..model.traces import is_enumerated, support_of_latent
 
 Traces = tuple[poutine.Trace, poutine.Trace]
@@ -29,9 +36,7 @@ _DEPENDS_ON_LATENTS = {
     "in each run. Always draw it, and use its value where needed",
     "shape": "the shape of site '{name}' depends on other latents: expected one shape, got {expected} "
     "and {got}",
-    "support": "the support of site '{name}' depends on other latents: expected one support, got "
-    "{expected} and {got}. Draw it on a fixed scale and transform it: instead of x ~ Uniform(0, a), "
-    "u ~ Uniform(0, 1) and pyro.deterministic('x', a * u)",
+    "support": SUPPORT_DEPENDS,
 }
 _OF_ANOTHER_MODEL = {
     "names": "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The guide "

@@ -182,7 +182,7 @@ def chains_of(
     is_divergent = torch.stack([info.is_divergent for info in infos])
     bfmi = energy_bfmi(torch.stack([info.energy for info in infos], 1))
     median_bfmi = float(bfmi.median())
-    status = status._replace(coarse=latents.coarse_sites(flat))
+    status = status._replace(coarse=latents.coarse_sites(flat), at_edge=latents.sites_at_edge(flat))
     judged = Verdict(
         failed=(*_objections(ensemble, num_samples, median_bfmi), *about_draws(status)),
         praise=(
@@ -284,7 +284,8 @@ def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:
     if (outside := share_of_divergent(ensemble.infos, is_finite=False)) > _MANY_OUTSIDE:
         yield (
             f"{100 * outside:.2g} % of the trajectories ended where the log density is not finite, such as "
-            "outside a support: a scale, for example, needs a prior on positive numbers, such as HalfNormal."
+            "outside a support, or where numbers of the dtype overflow. If the model has a scale, use a "
+            "prior on positive numbers, such as HalfNormal."
         )
     if bfmi < _LOW_BFMI:
         yield f"The median E-BFMI is {bfmi:.2f}: the chains explore the tails slowly."

@@ -61,7 +61,8 @@ def why_prior(log_joint: LogJoint) -> str:
         same = (torch.equal(term, first.get(k, ~term.bool())) for k, term in terms.items())
         if terms.keys() != first.keys() or not all(same):
             return ""
-    if first is None:
+    # data that are impossible at all of these draws say nothing
+    if first is None or not all(bool(term.isfinite().all()) for term in first.values()):
         return ""
     names = ", ".join(first)
     return (

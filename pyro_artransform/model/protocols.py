@@ -15,7 +15,6 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
-from torch.distributions import Transform
 
 from .coordinates.coordinates import ModelPrior
 from .graphs.markov_graph import MarkovGraph
@@ -31,14 +30,6 @@ class ReparametrizedGuide(Protocol):
 
         :param path: whether the gradient of the log density flows through the draws only.
         """
-
-
-@runtime_checkable
-class TransformedGuide(Protocol):
-    """A guide that is a transformed standard normal, as Pyro's Gaussian and flow autoguides are."""
-
-    def get_transform(self, *args: object, **kwargs: object) -> Transform:
-        """The transform from a standard normal; raises ``NotImplementedError`` without one, as in Pyro."""
 
 
 @runtime_checkable

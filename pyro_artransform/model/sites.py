@@ -4,6 +4,7 @@
 """The continuous latent sites of a model, their supports, and their packing into one vector."""
 
 import copy
+import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -20,8 +21,12 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
 from .._base.arguments import to_tensor, values_can_be_read
+from .coordinates.prior_scale import is_identity_or_exp
 from .handlers import hidden_sites
 from .traces import is_enumerated, latent_nodes, support_of_latent, unwrapped
+
+# draws this near to the smallest number of a dtype are at its edge, and the share of them that matters
+_NATS_TO_EDGE, _MOST_AT_EDGE = 5.0, 0.005
 
 
 @dataclass(frozen=True, eq=False)
@@ -238,6 +243,22 @@ class Latents:
                 found.append(name)
         return found
 
+    def sites_at_edge(self, z: Tensor) -> list[str]:
+        """The sites of whose draws ``(n, latent_dim)`` some reach the edge of what their dtype holds.
+
+        There ``exp`` is zero, or a logistic function is one, so that the rest of a posterior is cut off.
+        """
+        found = []
+        for name, part in self.split(z).items():
+            if self.sites[name].is_unconstrained or not part.numel():
+                continue
+            is_at_edge = part < math.log(torch.finfo(part.dtype).tiny) + _NATS_TO_EDGE
+            if not is_identity_or_exp(self.sites[name].bijection):
+                is_at_edge = is_at_edge | (part > -math.log(torch.finfo(part.dtype).eps))
+            if bool((is_at_edge.double().mean(0) > _MOST_AT_EDGE).any()):
+                found.append(name)
+        return found
+
     def constrain_with_ladj(
         self, z: Tensor, left_out: Container[str] = ()
     ) -> tuple[dict[str, Tensor], Tensor]:
@@ -372,6 +393,14 @@ def map_bounds(support: Constraint, fn: Callable[[Tensor], Tensor]) -> Constrain
         elif isinstance(value, Constraint):
             setattr(changed, key, map_bounds(value, fn))
     return changed
+
+
+#: the error for a support that depends on other latents
+SUPPORT_DEPENDS = (
+    "the support of site '{name}' depends on other latents: expected one support, got "
+    "{expected} and {got}. Draw it on a fixed scale and transform it: instead of x ~ Uniform(0, a), "
+    "u ~ Uniform(0, 1) and pyro.deterministic('x', a * u)"
+)
 
 
 def same_support(a: Any, b: Any) -> bool:

@@ -20,7 +20,7 @@ from .trajectories import Integrator, integrate
 
 # steps of a trajectory, the shares by which its step size is reduced, and the error in nats that still occurs
 # at a smaller step size if the density jumps
-_NUM_STEPS, _SHARES, _ERROR = 10, (1.0, 0.1), 0.5
+_NUM_STEPS, _SHARES, _ERROR = 10, (1.0, 0.02), 0.5
 # the share of chains that must show it
 _MOST = 0.1
 # draws at which gradients are evaluated, and their least number per dimension; product of the variances of

@@ -223,7 +223,8 @@ class Ensemble(MovingChains):
             if not self._blocks:
                 number = _BLOCK
                 continue
-            if size >= _PATIENCE and more > _FAR_MORE * size and not self._has_adapted_again:
+            is_slow = worst > GOOD_RHAT and size >= _PATIENCE and more > _FAR_MORE * size
+            if is_slow and not self._has_adapted_again:
                 # the warm-up ended before chains were in the posterior
                 self._has_adapted_again = True
                 if self.modes is not None:

@@ -86,9 +86,8 @@ def wide_normal(num_points: int, like: Tensor) -> Tensor:
     return _SPREAD * torch.special.ndtri(latin_hypercube(num_points, like))
 
 
-def uniform(log_joint: LogJoint, num_points: int, half_width: float = _UNIFORM) -> Tensor:
-    """A Latin hypercube ``(num_points, D)`` in a cube on the unconstrained space, in the coordinates."""
-    unit = latin_hypercube(num_points, log_joint.start)
+def uniform(log_joint: LogJoint, unit: Tensor, half_width: float) -> Tensor:
+    """Points of the unit cube, moved to one on the unconstrained space, in the coordinates."""
     return log_joint.from_unconstrained(half_width * (2 * unit - 1))[0]
 
 
@@ -102,7 +101,9 @@ def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> S
     """
     start, latents = log_joint.start, log_joint.latents
     num_points = num_superchains * size
-    z = wide_normal(num_points, start).unflatten(0, (size, num_superchains)).transpose(0, 1)
+    # points of a superchain are far apart in the hypercube
+    cube = latin_hypercube(num_points, start).unflatten(0, (size, num_superchains)).transpose(0, 1)
+    cube = cube.flatten(0, 1)
     held = wide_normal(num_superchains, start).repeat_interleave(size, 0)
     written = log_joint.with_coordinates(None)
     wide = written.prior_scales(written.start)
@@ -122,7 +123,8 @@ def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> S
     is_wide = torch.arange(num_superchains, device=start.device).repeat_interleave(size) % 2 == 0
     is_wide = is_wide[:, None]
     unit = torch.where(is_wide, wide, narrow)
-    points = torch.where(is_wide, start + wide * z.flatten(0, 1), uniform(log_joint, num_points))
+    near = uniform(log_joint, cube, _UNIFORM)
+    points = torch.where(is_wide, start + wide * _SPREAD * torch.special.ndtri(cube), near)
     points = torch.where(is_held, start + unit * held, points)
     points[size] = log_joint.start
     for others in _others(log_joint, start, wide, num_points):
@@ -138,7 +140,7 @@ def _others(log_joint: LogJoint, start: Tensor, wide: Tensor, num_points: int) -
     for spread in _OF_PRIOR:
         yield start + spread * wide * wide_normal(num_points, start)
     for half_width in _NARROWER:
-        yield uniform(log_joint, num_points, half_width)
+        yield uniform(log_joint, latin_hypercube(num_points, start), half_width)
     for spread in _NEAR:
         yield log_joint.start + spread * wide_normal(num_points, start)
 

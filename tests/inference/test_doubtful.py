@@ -5,6 +5,7 @@
 
 import math
 
+import pyro
 import pytest
 import torch
 from pyro import distributions as dist
@@ -76,3 +77,20 @@ def test_a_direction_opposite_to_zero_is_not_trusted():
     chains = mcmc(doubtful.direction, y, seed=0, progress=False, max_seconds=20)
     assert not chains.trusted
     assert "2 modes, which differ in phi" in chains.verdict
+
+
+def test_a_posterior_that_reaches_below_the_smallest_number_is_not_trusted():
+    """Of a gamma with shape 0.01, 42 % are below the smallest float32."""
+
+    def model():
+        rate = pyro.sample("rate", dist.Gamma(0.01, 0.01))
+        pyro.sample("y", dist.Poisson(rate), obs=torch.tensor(0.0, dtype=torch.float32))
+
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        chains = mcmc(model, seed=0, progress=False, max_seconds=20)
+    finally:
+        torch.set_default_dtype(dtype)
+    assert not chains.trusted
+    assert "draws of site rate reach the smallest numbers" in chains.verdict

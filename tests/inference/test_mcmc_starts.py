@@ -69,3 +69,16 @@ def test_a_vague_prior_whose_quantiles_have_no_density():
     sd = covariance.diagonal().sqrt()
     assert ((found.mean(0) - beta).abs() < (5 / 20 + 0.05) * sd).all()
     assert ((found.std(0) / sd - 1).abs() < 5 / 800**0.5 + 0.03).all()
+
+
+@pytest.mark.parametrize("make", [lambda a: dist.Pareto(a, 3.0), lambda a: dist.Uniform(0.0, a)])
+def test_a_support_that_depends_on_another_latent_is_refused(make):
+    def model():
+        a = pyro.sample("a", dist.Gamma(2.0, 1.0))
+        b = pyro.sample("b", make(a))
+        pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(1.0))
+
+    with pytest.raises(
+        ValueError, match=r"support of site 'b' depends on other latents: .*u ~ Unif"
+    ):
+        mcmc(model, progress=False)

@@ -89,4 +89,4 @@ def test_a_scale_without_a_positive_prior_is_said():
             pyro.sample("y", dist.Normal(z, 1.0), obs=torch.linspace(-1.0, 1.0, 6))
 
     found = mcmc(model, draws=100, seed=0, progress=False)
-    assert "a scale, for example, needs a prior on positive numbers" in found.verdict
+    assert "use a prior on positive numbers" in found.verdict

@@ -10,8 +10,7 @@ from pyro import poutine
 from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_artransform import AutoAmortized
-from pyro_artransform.model import prior_only
-from pyro_artransform.model import LogJoint
+from pyro_artransform.model import LogJoint, prior_only
 from pyro_artransform.model.prior_only import warn_of_prior, why_prior
 from tests.inference.conftest import quick_fit
 

@@ -84,11 +84,13 @@ def evaluate(
     strategy = log_joint.strategy
     log_weights, latents = draw(subject, config.evaluation, num_gradients)
     weights = Importance.from_log_weights(log_weights)
-    coarse, lost, marginals = list[str](), NOT_SEARCHED, None
+    coarse, at_edge = list[str](), list[str]()
+    lost, marginals = NOT_SEARCHED, None
     is_point = latents is not None and bool((latents == latents[:1]).all(0).any())
     if latents is not None and not is_point:
         draws, _ = log_joint.to_unconstrained(latents)
         coarse = log_joint.latents.coarse_sites(draws)
+        at_edge = log_joint.latents.sites_at_edge(draws)
         draws = draws[draws.isfinite().all(-1)]
         if ensemble is not None and len(draws) > 1:
             lost = lost_modes(ensemble, draws)
@@ -98,6 +100,7 @@ def evaluate(
         is_random=log_joint.is_random,
         mixes_draws=log_joint.strategy != strategy,
         coarse=coarse,
+        at_edge=at_edge,
     )
     about = about_marginals(marginals, ensemble)
     fields = _fields(weights, judge(status, weights, lost)._replace(marginals=about))

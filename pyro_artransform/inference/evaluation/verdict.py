@@ -57,6 +57,7 @@ class FitStatus(NamedTuple):
     #: finds dependencies of the posterior that the guide's graph lacks, in words
     missing: Callable[[], Sequence[str]] = tuple
     coarse: Sequence[str] = ()  #: the sites whose draws are barely resolved by their dtype
+    at_edge: Sequence[str] = ()  #: the sites whose draws reach the edge of what their dtype holds
     point_estimates: Sequence[str] = ()  #: the trained parameters of the model
     start_failed: bool = False  #: whether initialization failed and left the guide unchanged
     #: the check that the density of mini-batches is a sum over rows, if it failed; ``None`` if not known
@@ -148,6 +149,8 @@ def about_draws(status: FitStatus) -> Iterator[FailedCheck]:
         yield Check.PRIOR.failed(prior_only=status.prior_only)
     if status.coarse:
         yield Check.ROUNDED.failed(sites=first_of(status.coarse))
+    if status.at_edge:
+        yield Check.EDGE.failed(sites=first_of(status.at_edge))
 
 
 def about_weights(found: Importance, remedy: str) -> Iterator[FailedCheck]:

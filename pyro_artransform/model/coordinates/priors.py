@@ -13,7 +13,7 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from ..handlers import hidden_sites
-from ..sites import Latents
+from ..sites import SUPPORT_DEPENDS, Latents, same_support
 from .prior_scale import PriorScale, is_identity_or_exp
 
 
@@ -25,11 +25,17 @@ def find_mapped(
 
     :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
     :param improper: the sites whose masks make their priors improper.
+    :raises ValueError: if the support of a latent depends on other latents.
     """
     state, (start, other) = torch.get_rng_state(), map(latents.constrain, points)
     first = traced_at(run, start)
     torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
     second = traced_at(run, other)
+    for name in latents.sites:
+        fns: list[Any] = [t.nodes[name]["fn"] for t in (first, second) if name in t.nodes]
+        both = [fn.support for fn in fns]
+        if len(both) == 2 and not same_support(*both):
+            raise ValueError(SUPPORT_DEPENDS.format(name=name, expected=both[0], got=both[1]))
     nodes: Iterable[tuple[str, Any]] = second.nodes.items()
     indices = {k: n["value"] for k, n in nodes if n["type"] == "sample" and site_is_subsample(n)}
     again = traced_at(run, {**other, **indices})

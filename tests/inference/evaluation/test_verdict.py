@@ -57,7 +57,7 @@ NOT_TRUSTED = {
         weights,
         LOST,
         {},
-        ["30 %", "2 other", "no draws. Break the symmetry", "priors)."],
+        ["30 %", "2 other", "no draws. If modes differ by labels", "priors)."],
     ),
     "heavy tail and lost modes": (lambda: heavy(1e-2), LOST, {}, ["k-hat is", "30 %", "Break"]),
     "interrupted": (

@@ -1,0 +1,45 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Chains by replays of a captured density, beside those by calls."""
+
+import pyro
+import pyro.distributions as dist
+import torch
+
+from pyro_artransform.inference import mcmc
+from pyro_artransform.model.replay import capture, recording
+from pyro_artransform.sampling import Ensemble
+from tests.model.replay.test_capture import hierarchy
+
+
+def test_chains_are_the_same_with_and_without(monkeypatch):
+    found = []
+    for patience in (10**9, capture._PATIENCE):
+        monkeypatch.setattr(capture, "_PATIENCE", patience)
+        found.append(mcmc(hierarchy, draws=100, seed=0, progress=False, num_chains=8))
+    assert found[1].trusted
+    # chains amplify round-off
+    torch.testing.assert_close(*(each.by_chain["z"] for each in found), rtol=1e-4, atol=1e-4)
+
+
+def test_draws_of_another_density_are_dropped(monkeypatch):
+    """The model is another one after some replays, which a comparison finds out."""
+    replays, replayed = [], recording.Replay.__call__
+
+    def model():
+        loc = 2.0 if len(replays) > 20 else 0.0
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 2**0.5).to_event(1))
+        # at twice the location: the posterior is Normal(loc, 1)
+        pyro.sample("y", dist.Normal(z, 2**0.5).to_event(1), obs=torch.full((2,), 2 * loc))
+
+    def replay(self, *inputs):
+        replays.append(1)
+        return replayed(self, *inputs)
+
+    anew, begin_anew = [], Ensemble._forget
+    monkeypatch.setattr(recording.Replay, "__call__", replay)
+    monkeypatch.setattr(Ensemble, "_forget", lambda self: begin_anew(anew.append(1) or self))
+    found = mcmc(model, draws=400, seed=0, progress=False, num_chains=16)
+    assert anew
+    assert (found.by_chain["z"].mean((0, 1)) - 2.0).abs().max() < 0.25
