@@ -174,7 +174,7 @@ class LogJoint:
         return self.obstacle if self.strategy == "loop" else ""
 
     def or_usable(self, u: Tensor) -> Tensor:
-        """A start, or another point where it is of no use, see :func:`.initial_point.usable_point`."""
+        """A start, or another point where it is of no use, see ``model.initial_point``."""
         with _quietly():
             return usable_point(self, u, self._init_loc_fn is init_to_median)
 

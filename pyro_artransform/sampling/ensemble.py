@@ -144,7 +144,7 @@ class Ensemble(MovingChains):
         return jumps(self._target, self._state, size, (self._preconditioner, self._integrator))
 
     def undetermined(self) -> list[int]:
-        """The latents that neither prior nor data determine, see :mod:`.causes`."""
+        """The latents that neither prior nor data determine, see ``sampling.causes``."""
         return undetermined(self.log_joint, self.draws.flatten(0, 1))
 
     def _is_centered(self, of_field: Tensor) -> bool:
