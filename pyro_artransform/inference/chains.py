@@ -13,6 +13,7 @@ from torch import Tensor
 from .._base.arguments import first_of, warn_user
 from .._base.time_limit import abandonable
 from ..diagnostics.checks import CORNER, Check, FailedCheck, Verdict, as_lines
+from ..model.rounding import coarse_sites, sites_at_edge
 from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
 from ..sampling import GOOD_RHAT, End, Ensemble, energy_bfmi
@@ -182,7 +183,9 @@ def chains_of(
     is_divergent = torch.stack([info.is_divergent for info in infos])
     bfmi = energy_bfmi(torch.stack([info.energy for info in infos], 1))
     median_bfmi = float(bfmi.median())
-    status = status._replace(coarse=latents.coarse_sites(flat), at_edge=latents.sites_at_edge(flat))
+    status = status._replace(
+        coarse=coarse_sites(latents, flat), at_edge=sites_at_edge(latents, flat)
+    )
     judged = Verdict(
         failed=(*_objections(ensemble, num_samples, median_bfmi), *about_draws(status)),
         praise=(

@@ -4,7 +4,6 @@
 """The continuous latent sites of a model, their supports, and their packing into one vector."""
 
 import copy
-import math
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -21,12 +20,8 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
 from .._base.arguments import to_tensor, values_can_be_read
-from .coordinates.prior_scale import is_identity_or_exp
 from .handlers import hidden_sites
 from .traces import is_enumerated, latent_nodes, support_of_latent, unwrapped
-
-# draws this near to the smallest number of a dtype are at its edge, and the share of them that matters
-_NATS_TO_EDGE, _MOST_AT_EDGE = 5.0, 0.005
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,36 +223,6 @@ class Latents:
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Maps z ``batch + (latent_dim,)`` to the value of each site, ``batch + site shape``."""
         return {name: self.sites[name].bijection(part) for name, part in self.split(z).items()}
-
-    def coarse_sites(self, z: Tensor) -> list[str]:
-        """The sites whose sds over draws ``(n, latent_dim)`` are below two spacings of their dtype.
-
-        This happens near the edge of a support. Skips sites with more or fewer values than coordinates, such
-        as simplices: a value may be constant.
-        """
-        found = []
-        for name, value in self.constrain(z).items():
-            values = value.reshape(len(z), -1)
-            spacing = torch.finfo(value.dtype).eps * values.abs().mean(0)
-            if values.shape[1] == self.sites[name].size and (values.std(0) < 2 * spacing).any():
-                found.append(name)
-        return found
-
-    def sites_at_edge(self, z: Tensor) -> list[str]:
-        """The sites of whose draws ``(n, latent_dim)`` some reach the edge of what their dtype holds.
-
-        There ``exp`` is zero, or a logistic function is one, so that the rest of a posterior is cut off.
-        """
-        found = []
-        for name, part in self.split(z).items():
-            if self.sites[name].is_unconstrained or not part.numel():
-                continue
-            is_at_edge = part < math.log(torch.finfo(part.dtype).tiny) + _NATS_TO_EDGE
-            if not is_identity_or_exp(self.sites[name].bijection):
-                is_at_edge = is_at_edge | (part > -math.log(torch.finfo(part.dtype).eps))
-            if bool((is_at_edge.double().mean(0) > _MOST_AT_EDGE).any()):
-                found.append(name)
-        return found
 
     def constrain_with_ladj(
         self, z: Tensor, left_out: Container[str] = ()

@@ -15,6 +15,7 @@ from ...diagnostics.checks import Check, Verdict
 from ...diagnostics.importance import CLEAR_IN_SE, GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
+from ...model.rounding import coarse_sites, sites_at_edge
 from ...model.vectorization import draws_at_a_time
 from ...sampling import End, Ensemble
 from ..config import EvaluationConfig, FitConfig
@@ -89,8 +90,8 @@ def evaluate(
     is_point = latents is not None and bool((latents == latents[:1]).all(0).any())
     if latents is not None and not is_point:
         draws, _ = log_joint.to_unconstrained(latents)
-        coarse = log_joint.latents.coarse_sites(draws)
-        at_edge = log_joint.latents.sites_at_edge(draws)
+        coarse = coarse_sites(log_joint.latents, draws)
+        at_edge = sites_at_edge(log_joint.latents, draws)
         draws = draws[draws.isfinite().all(-1)]
         if ensemble is not None and len(draws) > 1:
             lost = lost_modes(ensemble, draws)

@@ -59,7 +59,12 @@ NOT_TRUSTED = {
         {},
         ["30 %", "2 other", "no draws. If modes differ by labels", "priors)."],
     ),
-    "heavy tail and lost modes": (lambda: heavy(1e-2), LOST, {}, ["k-hat is", "30 %", "break the symmetry"]),
+    "heavy tail and lost modes": (
+        lambda: heavy(1e-2),
+        LOST,
+        {},
+        ["k-hat is", "30 %", "break the symmetry"],
+    ),
     "interrupted": (
         weights,
         NOTHING,
