@@ -31,10 +31,8 @@ from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
 from tests.inference.test_fit import fitted
 
-#: A fit that decides by itself after tens of steps.
-SOON = replace(
-    QUICK, optimization=replace(QUICK.optimization, window=18, max_constant=90, good_gap=-1.0)
-)
+SOON_ENDING = replace(QUICK.optimization, window=18, max_constant=90, good_gap=-1.0)
+SOON = replace(QUICK, optimization=SOON_ENDING)  #: a fit that decides by itself after tens of steps
 
 
 @pytest.mark.parametrize(("kind", "most_draws"), [(small, 32), (AutoNormal, 8)])
