@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 Function = Callable[..., Any]
 
 _STEP_SIZE = ". fit chooses the step size itself; to set it, pass an optimizer as optim="
-_CHAINS = ". For the number of effective draws, use draws=; the length of chains follows from it"
+_CHAINS = ". For the number of effective draws, use draws=; fit chooses the number and length of its chains"
 _CALLABLE = (
     ". A callable as the second argument is taken for the guide: pass a callable argument of the model by "
     "keyword, or the guide as guide="
@@ -23,7 +23,7 @@ _CALLABLE = (
 # hints for the option names of other packages
 _OF_OTHERS = {
     **dict.fromkeys(("lr", "learning_rate", "step_size"), _STEP_SIZE),
-    **dict.fromkeys(("num_samples", "num_warmup"), _CHAINS),
+    **dict.fromkeys(("num_samples", "num_warmup", "num_chains"), _CHAINS),
     "num_epochs": ". Did you mean epochs=, an option of fit with a loader?",
     "verbose": ". To hide the progress bar, use progress=False",
 }

@@ -37,13 +37,12 @@ from .loader import Batch
 from .mcmc import CHAINS_UNTIL
 from .optimization.objective import PyroObjective
 from .optimization.schedule import LIMIT
-from .optimization.training import NotFiniteError, Training
+from .optimization.training import Training
 from .progress import ProgressBar
 from .result import FitResult
 from .set_up import SetUp
 
 _ASKED = "the callback asked to stop"
-_NOT_FINITE = "the loss or its gradient was not finite for many steps in a row"
 # the shares of max_seconds at which chains and steps end, and the share to find the guide's start
 _START_UNTIL, _STEPS_UNTIL, _FOR_GUIDE = 0.5, 0.75, 0.1
 # draws of the guide for its verdict, if the user requested draws of the posterior
@@ -131,16 +130,11 @@ def train(
     if parallel.rank > 0:
         checkpoint = None
     is_asked, is_late = parallel.any(False, limit.is_over())
-    is_saved = is_not_finite = False
+    is_saved = False
     while not (training.is_over() or is_asked or is_late):
         loss: float | None = None
-        try:
-            with abandonable(parallel.size == 1):  # others would wait for the end
-                loss = training.step()
-        except NotFiniteError:
-            if set_up.draws_first is None or not set_up.draws_first.has_mixed:
-                raise
-            is_not_finite = True  # the draws are there
+        with abandonable(parallel.size == 1):  # others would wait for the end
+            loss = training.step()
         if loss is None:
             break
         step = training.num_steps
@@ -157,7 +151,6 @@ def train(
     if is_asked or not training.is_over():
         # another process may reach the time limit before this one
         reason = _ASKED if is_asked else limit.reason or OUT_OF_TIME
-        reason = _NOT_FINITE if is_not_finite else reason
         training.schedule = training.schedule.ending_at(training.num_steps, reason)
     return is_saved
 
@@ -179,7 +172,6 @@ def _cut_short(training: Training, is_saved: bool) -> FailedCheck | None:
     schedule, reason = training.schedule, training.schedule.reason
     again = "resume from the checkpoint" if is_saved else "fit again"
     hints = {INTERRUPTED: again, OUT_OF_TIME: "increase max_seconds", _ASKED: "let it continue"}
-    hints[_NOT_FINITE] = "use float64, or priors that keep latents away from the edges of supports"
     if reason in hints:
         reason, remedy = f"{reason} after step {training.num_steps:,}", hints[reason]
     elif schedule.is_still(training.losses[: schedule.decay_start]):
@@ -218,7 +210,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
     cut_short = _cut_short(training, is_saved)
     status = FitStatus(
         training.num_skipped / max(num_steps, 1),
-        training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, _ASKED, _NOT_FINITE),
+        training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, _ASKED),
         cut_short=cut_short,
         has_chains=draws_first is not None and draws_first.is_requested,
         point_estimates=set_up.point_estimates,

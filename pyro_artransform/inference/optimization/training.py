@@ -33,10 +33,6 @@ class FitError(RuntimeError):
     """Raised when a fit cannot continue."""
 
 
-class NotFiniteError(FitError):
-    """Raised when the loss or its gradient is not finite for many steps in a row."""
-
-
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
     """Detached copies of tensors."""
     return [*map(torch.clone, map(Tensor.detach, tensors))]
@@ -204,7 +200,7 @@ class Training:
         self.culprits.update([*dict.fromkeys(chain(*names))] or ["the gradient"])
         self.losses.append(math.nan)
         if sum(map(math.isnan, self.losses[-_MAX_SKIPS:])) == _MAX_SKIPS:
-            raise NotFiniteError(
+            raise FitError(
                 f"the fit stopped: the loss or its gradient was not finite for {_MAX_SKIPS} steps in a row, "
                 f"because of {', '.join(self.culprits)}. The parameters are those after the last good step. "
                 "Check the data, and that the log density and its gradient are finite for all values of the "

@@ -363,7 +363,7 @@ def test_steps_that_were_wrong_are_taken_again():
 
 
 def test_the_page_has_the_numbers_of_the_code():
-    page = " ".join((Path(__file__).parents[1] / "benchmarks" / "capture.md").read_text().split())
+    page = " ".join((Path(__file__).parents[3] / "benchmarks" / "capture.md").read_text().split())
     assert f"in the {capture._PATIENCE}th call of a fit" in page
     assert f"given up after {capture._MOST_SECONDS:.0f} seconds of CPU" in page
     assert f"to {capture._SLACK:.0f} units in the last place" in page
