@@ -101,7 +101,7 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
     is_module = {public for public, value in values.items() if isinstance(value, ModuleType)}
     missing = [p for p in values if p not in is_module and id(values[p]) not in DESCRIBED]
     assert not missing
-    named = {f"{name}.{public}".strip(".") for public in is_module}
+    named = {values[public].__name__.removeprefix(f"{PACKAGE}.") for public in is_module}
     assert named <= {*MODULES}, "a public module whose names nobody looks for"
 
 
@@ -247,7 +247,7 @@ CHECKS = {check: with_dots(Verdict((FailedCheck(check, *check.value),)).words) f
 def test_a_verdict_says_what_its_page_quotes() -> None:
     package = ROOT / PACKAGE
     paths = [*(package / "inference").rglob("*.py"), package / "diagnostics" / "marginals.py"]
-    paths.append(package / "_base" / "time_limit.py")
+    paths += [package / "_base" / "time_limit.py", package / "model" / "prior_only.py"]
     said = "\n".join([*CHECKS.values(), *(text for path in paths for text in sentences(path))])
     said = re.sub(r"\s+", " ", said)
     quotes = re.findall("“(.*?)”", PAGES["verdict.md"])
