@@ -33,7 +33,11 @@ def test_the_changelog_begins_with_what_is_not_released() -> None:
 
 @pytest.mark.parametrize(("names", "place"), REPLACED)
 def test_what_the_notes_on_upgrading_replace_is_gone(names: str, place: str) -> None:
-    there = resolve(f"pyro_artransform.{place}")
+    try:
+        there = resolve(f"pyro_artransform.{place}")
+    except ModuleNotFoundError:  # which is gone as well
+        assert f"`{place.split('.')[0]}`" in (ROOT / "docs" / "versions.md").read_text()
+        return
     for name in re.findall(r"\w+", names):
         found = getattr(there, name, None)
         assert found is None or isinstance(found, ModuleType)
