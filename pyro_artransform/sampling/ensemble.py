@@ -231,8 +231,9 @@ class Ensemble(MovingChains):
                     last = self.draws[:, -self._recent.shape[1] :]
                     group = self.modes.nearest(last.flatten(0, 1)).reshape(last.shape[:2])
                     self._propose(group, self.modes.shares_of(last.flatten(0, 1)))
-                self._before = self._blocks, self._infos
+                before = self._blocks, self._infos
                 self._forget()
+                self._before = before
                 self._warm_up()
                 number = _BLOCK
                 continue
@@ -254,6 +255,7 @@ class Ensemble(MovingChains):
 
     def _forget(self) -> None:
         self._blocks, self._infos = [], []
+        self._before = self._blocks, self._infos
         self._convergence = None
 
     def _extend(self, number: int) -> None:
@@ -268,7 +270,7 @@ class Ensemble(MovingChains):
                 infos.append(info)
         if not infos:
             return
-        self._recent = torch.stack(bases[: len(infos)], 1)
+        self._recent = torch.stack(bases, 1)
         block = torch.stack(latents, 1)
         if not is_loop:
             block = self.log_joint.to_unconstrained(block.flatten(0, 1))[0].reshape(block.shape)
