@@ -21,8 +21,8 @@ from bugs_models import MODELS
 from marked_table import write
 from results import Row, collect, in_a_process
 
-from pyro_artransform.inference import Chains, mcmc
 from pyro_artransform.model import LogJoint
+from pyro_artransform.sampling import Chains, mcmc
 
 HERE = Path(__file__).parent
 DTYPES = {"float64": torch.float64, "float32": torch.float32}

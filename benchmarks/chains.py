@@ -160,7 +160,7 @@ def of_chains(chains: Any, problem: Problem) -> Row:
 
 def by_ensemble(problem: Problem, seed: int, limit: float) -> Row:
     """`mcmc` with nothing else set; its limit is of wall time."""
-    from pyro_artransform.inference import mcmc
+    from pyro_artransform.sampling import mcmc
 
     began = time.process_time()
     options: Any = {"seed": seed, "progress": False, "max_seconds": limit}

@@ -21,7 +21,7 @@ from doubtful_targets import TARGETS
 from marked_table import write
 
 from pyro_artransform import fit
-from pyro_artransform.inference import Chains, mcmc
+from pyro_artransform.sampling import Chains, mcmc
 
 NUM_DRAWS = 400
 

@@ -27,9 +27,9 @@ from published_models import PYRO, TARGETS, Library, Truth
 from results import Row, collect, in_a_process
 
 from pyro_artransform._base.time_limit import TimeLimit
-from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.model import LogJoint
 from pyro_artransform.sampling import Ensemble
+from pyro_artransform.sampling.run_mcmc import from_nothing
 
 HERE = Path(__file__).parent
 ENSEMBLE, NUTS = "ensemble", "NumPyro NUTS"

@@ -27,7 +27,7 @@ from results import Row
 from tails_models import LEVELS, TARGETS
 
 from pyro_artransform import fit
-from pyro_artransform.inference import mcmc
+from pyro_artransform.sampling import mcmc
 
 HERE = Path(__file__).parent
 NUM_DRAWS = 400

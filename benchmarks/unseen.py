@@ -21,8 +21,8 @@ import unseen_models
 import unseen_more
 
 from pyro_artransform import AutoIAF, fit
-from pyro_artransform.inference import Chains, mcmc
 from pyro_artransform.model import LogJoint
+from pyro_artransform.sampling import Chains, mcmc
 
 Model, Data = Callable[..., Any], tuple[Any, ...]
 NUM_REFERENCE = 4000

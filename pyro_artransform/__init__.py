@@ -6,7 +6,7 @@
 import importlib
 from typing import Any
 
-from . import diagnostics, inference, posterior, testing
+from . import diagnostics, inference, posterior, sampling, testing
 from .flows import conditioners, transforms, univariate
 from .flows.builders import (
     affine_autoregressive,
@@ -29,7 +29,8 @@ from .guides import (
     AutoStructuredFlow,
     FlowDistribution,
 )
-from .inference import FitResult, fit, mcmc
+from .inference import FitResult, fit
+from .sampling import mcmc
 
 __version__ = "0.3.0"
 
@@ -57,6 +58,7 @@ __all__ = [
     "maf",
     "mcmc",
     "posterior",
+    "sampling",
     "spline_autoregressive",
     "spline_marginals",
     "testing",

@@ -246,7 +246,8 @@ CHECKS = {check: with_dots(Verdict((FailedCheck(check, *check.value),)).words) f
 
 def test_a_verdict_says_what_its_page_quotes() -> None:
     package = ROOT / PACKAGE
-    paths = [*(package / "inference").rglob("*.py"), package / "diagnostics" / "marginals.py"]
+    rooms = "inference", "diagnostics", "sampling"
+    paths = [path for room in rooms for path in (package / room).rglob("*.py")]
     paths += [package / "_base" / "time_limit.py", package / "model" / "prior_only.py"]
     said = "\n".join([*CHECKS.values(), *(text for path in paths for text in sentences(path))])
     said = re.sub(r"\s+", " ", said)

@@ -11,8 +11,8 @@ import pytest
 import torch
 from pyro import poutine
 
-from pyro_artransform.inference import mcmc
 from pyro_artransform.model import LogJoint
+from pyro_artransform.sampling import mcmc
 from tests.shortened_code import python_blocks
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -25,7 +25,7 @@ class TimeLimit:
     """Ends the current phase after a share of the seconds, or at Ctrl-C.
 
     In a ``with`` block the first Ctrl-C only ends phases, so that results so far are kept; the second one
-    interrupts. Loops in phases iterate over :func:`limited`.
+    interrupts. Loops in phases iterate over :func:`until_deadline`.
 
     :param max_seconds: the wall time of all phases; ``None`` for no limit.
     :param tick: called in each iteration of a loop.
@@ -101,7 +101,7 @@ _ENDLESS = TimeLimit()
 _present = ContextVar("time_limit", default=_ENDLESS)
 
 
-def limited(items: Iterable[T], *, at_least: int = 0) -> Iterator[T]:
+def until_deadline(items: Iterable[T], *, at_least: int = 0) -> Iterator[T]:
     """Yields items until the current phase is over.
 
     :param at_least: the number of items to yield in any case.

@@ -4,16 +4,22 @@
 """Diagnostics of a posterior: importance sampling, calibration, errors of marginals, evidence."""
 
 from .calibration import SBC, sbc, simultaneous_bands, uniformity_pvalue
-from .importance import Importance, importance, psis_resample
+from .checks import Check, FailedCheck, Verdict
+from .importance_sampling import Importance, importance, psis_resample
 from .importance_weights import log_weights
 from .marginals import Marginals
+from .plates import PlateDiagnostics
 from .psis import ParetoTail, fit_tail, smooth_tail
 
 __all__ = [  # noqa: RUF022
+    "Check",
+    "FailedCheck",
     "Importance",
     "Marginals",
     "ParetoTail",
+    "PlateDiagnostics",
     "SBC",
+    "Verdict",
     "fit_tail",
     "importance",
     "log_weights",

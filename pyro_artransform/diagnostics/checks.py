@@ -4,12 +4,13 @@
 """The checks of draws and guides, the sentences for failed checks, and their layout."""
 
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from enum import Enum
 from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from .._base.arguments import first_of
 from ..model.prior_only import GIVE_DATA
 
 _WIDTH, _LABEL = 100, 13  # the width of lines, and of row names
@@ -238,3 +239,15 @@ def as_lines(rows: Iterable[tuple[str, str]]) -> list[str]:
         )
         for name, text in rows
     ]
+
+
+def about_draws(
+    prior_only: str, coarse: Sequence[str], at_edge: Sequence[str]
+) -> Iterator[FailedCheck]:
+    """The failed checks for draws from the prior, rounded to few values, or cut off by their dtype."""
+    if prior_only:
+        yield Check.PRIOR.failed(prior_only=prior_only)
+    if coarse:
+        yield Check.ROUNDED.failed(sites=first_of(coarse))
+    if at_edge:
+        yield Check.EDGE.failed(sites=first_of(at_edge))

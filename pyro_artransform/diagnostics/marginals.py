@@ -16,10 +16,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..model import Latents
-from ..sampling import Ensemble
-from ..sampling.convergence import mean_ess
-from .importance import CONFIDENCE, GOOD_ERROR, KHAT_OF_VARIANCE
+from ..model import Latents, LogJoint
+from .convergence import mean_ess
+from .importance_sampling import CONFIDENCE, GOOD_ERROR, KHAT_OF_VARIANCE
 from .importance_weights import Values
 from .psis import fit_tails
 
@@ -79,12 +78,11 @@ class Marginals:
 
 
 @torch.no_grad()
-def marginals_of(ensemble: Ensemble, of_guide: Tensor) -> Marginals:
-    """Compares finite unconstrained draws of a guide ``(n, D)`` with an ensemble that has mixed."""
-    log_joint, draws = ensemble.log_joint, ensemble.draws
+def marginals_of(log_joint: LogJoint, draws: Tensor, of_guide: Tensor) -> Marginals:
+    """Compares finite unconstrained draws of a guide ``(n, D)`` with chains ``(C, m, D)`` that have mixed."""
     index = indices_along_rays(log_joint.with_coordinates(None), draws.flatten(0, 1))
     errors = known(errors_by_chains(draws, of_guide[:_NUM_DRAWS]), index)
-    return _judged(errors, ensemble.num_chains, log_joint.latents)
+    return _judged(errors, len(draws), log_joint.latents)
 
 
 def bounds_in_words(mean: float, sd: float) -> str:

@@ -5,11 +5,10 @@
 
 from .._base.time_limit import TimeLimit
 from ..diagnostics.importance_weights import ModelAndGuide
-from ..sampling import End, Ensemble, StartError
-from .chains import Chains, chains_of
+from ..sampling import Ensemble, StartError, StopReason
+from ..sampling.chains import Chains, chains_of
+from ..sampling.run_mcmc import CHAINS_UNTIL, from_nothing
 from .config import InitializationConfig
-from .evaluation.verdict import FitStatus
-from .mcmc import CHAINS_UNTIL, from_nothing
 
 #: the reason for a fit without steps
 DRAWS_ARE_THERE = "the chains gave the requested draws"
@@ -58,14 +57,16 @@ class DrawsFirst:
         self._seconds += self._limit.seconds - began
         if self._trains_model or not self.is_requested:
             return ""
-        return {End.ENOUGH: DRAWS_ARE_THERE, End.APART: End.APART.value}.get(ensemble.end, "")
+        return {StopReason.ENOUGH: DRAWS_ARE_THERE, StopReason.APART: StopReason.APART.value}.get(
+            ensemble.end, ""
+        )
 
     @property
     def has_mixed(self) -> bool:
         """Whether there are chains, and they have mixed."""
         return self.ensemble is not None and self.ensemble.convergence().has_mixed
 
-    def finish(self, status: FitStatus) -> Chains | None:
+    def finish(self, prior_only: str) -> Chains | None:
         """Returns the draws; chains at the initial parameters of a model give way to new ones."""
         if self._trains_model:
             self.ensemble = None
@@ -74,4 +75,4 @@ class DrawsFirst:
                 self.sample()
         if self.ensemble is None or not self.gives_draws:
             return None
-        return chains_of(self.ensemble, self._num_draws, self._seconds, self._reason, status)
+        return chains_of(self.ensemble, self._num_draws, self._seconds, self._reason, prior_only)

@@ -14,13 +14,13 @@ import torch
 from torch.distributions import Distribution
 
 from .._base.arguments import check_callable, check_integer
+from .._base.check_call import check_call
+from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from ..guides.choice import choose_guide
-from .check_call import check_call
 from .config import FitConfig
 from .loader import Batch, BatchStream
 from .parallel import open_parallel
-from .progress import alone, progress_bar, seeded
 from .result import FitResult
 from .run import judge, start, train
 from .set_up import Chooser, SetUp
@@ -107,7 +107,7 @@ def fit(
         arguments, a tensor is their only argument.
     :param epochs: the number of passes over the loader, instead of ``num_steps``.
     :param draws: how many effective draws of each latent to return as ``result.draws``, from the chains of
-        :func:`~pyro_artransform.inference.mcmc`. The default is 400 if the model sees all its data
+        :func:`~pyro_artransform.mcmc`. The default is 400 if the model sees all its data
         through its arguments, or 100 if it runs for one draw at a time, and fewer if the limit on
         trajectories is reached. With 0, shorter chains only initialize the guide, and no draws are returned.
         With a ``loader`` the default is none, since each gradient is a pass over it.

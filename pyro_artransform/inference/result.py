@@ -13,13 +13,13 @@ from .._base.arguments import first_of, warn_user
 from .._base.files import FilePath
 from ..diagnostics import Importance, Marginals
 from ..diagnostics.checks import Check, FailedCheck, Verdict, as_lines
-from ..diagnostics.importance import GOOD_KHAT
+from ..diagnostics.importance_sampling import GOOD_KHAT
+from ..diagnostics.plates import PlateDiagnostics
+from ..diagnostics.result_io import SavedResult
 from ..model.density import Args, Kwargs
 from ..posterior import Summary, predict, summary, to_inference_data
 from ..posterior.predictive import draws_of_guide
-from .chains import Chains, known
-from .evaluation.elements import Elements
-from .saved import SavedResult
+from ..sampling.chains import Chains, known
 
 _NUM_DRAWS = 1000  # draws of the guide, if there are none from chains
 
@@ -66,7 +66,7 @@ class FitResult(SavedResult):
     marginals: Marginals | None = None  #: errors of means and sds; ``None`` without such chains
     #: how close the guide is to the posterior of each element of a plate, if mini-batches have latents of
     #: their own; ``log_evidence``, ``khat``, ``ess`` and ``importance`` then concern the shared latents
-    elements: Elements | None = None
+    elements: PlateDiagnostics | None = None
     #: by site, how centered the latents with coordinates from the prior are: 0 for non-centered, 1 for the
     #: model as written; empty if all latents are as written
     coordinates: dict[str, Tensor] = field(default_factory=dict)
@@ -121,7 +121,7 @@ class FitResult(SavedResult):
         """Converts ``draws``, or 1,000 draws of the guide without chains, to an ArviZ data set.
 
         See :func:`~pyro_artransform.posterior.to_inference_data` and
-        :meth:`~pyro_artransform.inference.Chains.to_inference_data`, which uses all draws of the chains.
+        :meth:`~pyro_artransform.sampling.Chains.to_inference_data`, which uses all draws of the chains.
 
         :param args: the arguments of the model.
         :raises ImportError: if ArviZ is missing.
@@ -139,12 +139,12 @@ class FitResult(SavedResult):
         if self.guide is None:
             raise ValueError(
                 f"{self.guide_class or 'guide'}: expected a guide or draws, got only a verdict: load the "
-                "guide, and pass its draws to inference.summary or inference.predict"
+                "guide, and pass its draws to posterior.summary or posterior.predict"
             )
         return self.guide
 
     def save(self, path: FilePath) -> None:
-        """As :meth:`~pyro_artransform.inference.Chains.save`; warns of parameters that the model has."""
+        """As :meth:`~pyro_artransform.sampling.Chains.save`; warns of parameters that the model has."""
         if self.point_estimates:
             warn_user(
                 f"the file does not contain the parameters of the model, {first_of(self.point_estimates)}, "

@@ -13,11 +13,13 @@ import torch
 
 from .._base.arguments import first_of, naming_arguments
 from .._base.files import FilePath
+from .._base.progress import ProgressBar
 from .._base.time_limit import INTERRUPTED, OUT_OF_TIME, abandonable
 from ..diagnostics.checks import Check, FailedCheck
 from ..model import LogJoint
 from ..model.protocols import FlowGuide, MinibatchGuide, PriorGuide
 from ..sampling import Ensemble
+from ..sampling.run_mcmc import CHAINS_UNTIL
 from .checkpoint import resume as resumed
 from .checkpoint import save
 from .draws_first import DrawsFirst
@@ -29,16 +31,14 @@ from .initialization.start import (
     FAILED,
     UNCHANGED,
     InitialGuide,
-    SharedPrior,
+    MinibatchDensity,
     find_initial_minibatch_guide,
     find_start,
 )
 from .loader import Batch
-from .mcmc import CHAINS_UNTIL
 from .optimization.objective import PyroObjective
 from .optimization.schedule import LIMIT
 from .optimization.training import Training
-from .progress import ProgressBar
 from .result import FitResult
 from .set_up import SetUp
 
@@ -92,7 +92,7 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
             density = minibatches.mean_log_joint()
             whole = minibatches.whole or density
         elif is_flow and log_joint.is_random:
-            density = whole = SharedPrior(log_joint)
+            density = whole = MinibatchDensity(log_joint)
         if is_flow:
             with abandonable():
                 check_gradient(density, density.with_coordinates(None).start)
@@ -222,7 +222,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         no_sum=set_up.no_sum,
         missing=set_up.missing,
     )
-    chains = None if draws_first is None else draws_first.finish(status)
+    chains = None if draws_first is None else draws_first.finish(status.prior_only)
     if not cut_short:  # depends on the final draws
         status = status._replace(remedy=_remedy(set_up, num_steps))
     set_up.limit.enter_phase(1.0, has_grace=True)

@@ -24,13 +24,13 @@ from ..model.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGui
 from .config import FitConfig, OptimizationConfig
 from .draws_first import DrawsFirst
 from .loader import Batch, BatchStream, check_use
+from .minibatch_check import warn_of_no_sum
 from .optimization.minibatches import MinibatchObjective
 from .optimization.objective import BatchObjective, PathObjective, PyroObjective
 from .optimization.optimizers import Scales
 from .optimization.schedule import Schedule
 from .optimization.training import Training
 from .parallel import Parallel
-from .row_sums import warn_of_no_sum
 
 # from this many latents on, structured guides use fewer particles per step: half the time, same ELBO
 _MANY_LATENTS, _NUM_PARTICLES_OF_MANY = 200, 16

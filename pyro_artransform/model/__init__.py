@@ -4,14 +4,14 @@
 """A Pyro model as a log density of its unconstrained latents, vectorized over draws."""
 
 from .density import LogJoint
-from .mean_density import MeanLogJoint
+from .full_data_density import FullDataDensity
 from .sites import Latents, Site
 from .traces import ModelStructure
 
 __all__ = [
+    "FullDataDensity",
     "Latents",
     "LogJoint",
-    "MeanLogJoint",
     "ModelStructure",
     "Site",
 ]

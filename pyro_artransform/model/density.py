@@ -21,10 +21,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .._base.arguments import values_can_be_read
 from .._base.differentiation import evaluate_with_gradient
-from .checks import checked
+from .coordinates.gaussian_sites import LocScale
 from .coordinates.prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
 from .coordinates.priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
-from .coordinates.pseudo_data import LocScale
 from .enumeration import marginal_log_prob
 from .handlers import FoundScale, SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .initial_point import usable_point
@@ -52,6 +51,7 @@ from .vectorization import (
     evaluate_many,
     nonfinite_sites,
 )
+from .verify_vectorized import checked
 
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]

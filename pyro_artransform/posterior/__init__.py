@@ -4,8 +4,8 @@
 """Posterior draws: summaries, predictions, log likelihoods, and ArviZ data sets."""
 
 from .arviz import to_inference_data
-from .log_likelihood import log_likelihood
+from .pointwise import log_likelihood
 from .predictive import predict
-from .summary import Summary, summary
+from .summaries import Summary, summary
 
 __all__ = ["Summary", "log_likelihood", "predict", "summary", "to_inference_data"]

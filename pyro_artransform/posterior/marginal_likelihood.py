@@ -14,7 +14,7 @@ from pyro.poutine.enum_messenger import EnumMessenger
 from ..model.enumeration import marginal_log_prob
 from ..model.traces import is_enumerated
 from ..model.vectorization import DRAWS, DrawPlate, Draws, Terms
-from .log_likelihood import Likelihood
+from .pointwise import Likelihood
 
 
 class _Marginal(NamedTuple):

@@ -16,7 +16,7 @@ from ..model.density import Args, Kwargs
 from ..model.protocols import PosteriorGuide
 from ..model.traces import is_deterministic, latent_nodes
 from ..model.vectorization import stack
-from .log_likelihood import Likelihood
+from .pointwise import Likelihood
 
 
 @torch.no_grad()

@@ -1,23 +1,23 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Sampling of a log density by an ensemble of short Hamiltonian chains."""
+"""Posterior draws from an ensemble of short Hamiltonian chains."""
 
-from .convergence import GOOD_RHAT, Convergence, nested_rhat
-from .ensemble import End, Ensemble
+from .chains import Chains
+from .ensemble import Ensemble, StopReason
+from .run_mcmc import mcmc
 from .starts import StartError
-from .target import PulledBack, State
-from .trajectories import Info, energy_bfmi
+from .target import State, TransformedDensity
+from .trajectories import TrajectoryInfo, energy_bfmi
 
-__all__ = [  # noqa: RUF022
-    "Convergence",
-    "End",
+__all__ = [
+    "Chains",
     "Ensemble",
-    "GOOD_RHAT",
-    "Info",
-    "PulledBack",
     "StartError",
     "State",
+    "StopReason",
+    "TrajectoryInfo",
+    "TransformedDensity",
     "energy_bfmi",
-    "nested_rhat",
+    "mcmc",
 ]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .preconditioning import Preconditioner
-from .trajectories import Info
+from .trajectories import TrajectoryInfo
 
 # target acceptance rate (Neal 2011, section 5.4.4, recommends 0.65 to 0.8)
 _ACCEPTANCE = 0.8
@@ -39,7 +39,7 @@ class StepSize:
         self.value = min(2 * dim**-0.25, 0.9)
         self._recent: list[float] = []
 
-    def update(self, info: Info) -> None:
+    def update(self, info: TrajectoryInfo) -> None:
         """Updates the step size after one trajectory of every chain."""
         # the edge of a support makes trajectories diverge at any step size: count the others, unless few are
         # left
@@ -75,7 +75,7 @@ class TrajectoryLength:
         """The next integration time, jittered: a constant one may be a whole period."""
         return 2 * self.value * (0.075 + 0.85 * (count * _GOLDEN_RATIO % 1))
 
-    def update(self, start: Tensor, info: Info, preconditioner: Preconditioner) -> None:
+    def update(self, start: Tensor, info: TrajectoryInfo, preconditioner: Preconditioner) -> None:
         """Updates the mean time after one trajectory of every chain, from points ``start`` ``(C, D)``."""
         rates, scale = info.acceptance, preconditioner.scale
         total = rates.sum().clamp_min(torch.finfo(rates.dtype).tiny)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..model import LogJoint
 from ..model.graphs.dependencies import value_and_gradient
 from .preconditioning import Preconditioner
-from .target import PulledBack, State
+from .target import State, TransformedDensity
 from .trajectories import Integrator, integrate
 
 # steps of a trajectory, the shares by which its step size is reduced, and the error in nats that still occurs
@@ -30,7 +30,10 @@ _NUM_DRAWS, _DRAWS_BY_DIM, _UNDETERMINED, _MOST_MOVED = 200, 4, 0.01, 0.5
 
 
 def jumps(
-    target: PulledBack, state: State, step_size: float, kernel: tuple[Preconditioner, Integrator]
+    target: TransformedDensity,
+    state: State,
+    step_size: float,
+    kernel: tuple[Preconditioner, Integrator],
 ) -> bool:
     """Whether the error of the energy does not shrink with the step size: the density has jumps.
 

@@ -59,7 +59,7 @@ _OUTER, _BEYOND, _PARTS = 0.01, 6.0, 8
 _MOST_NEWTON, _SAME_CURVATURE, _CLOSE, _DIFFERENCE = 12, 3, 0.01, 1e-3
 
 
-class Field(NamedTuple):
+class LatentGaussianField(NamedTuple):
     """The globals ``(G,)`` among the latents, the field ``(N,)``, level by level, and its graph given them.
 
     :param order: permutation from the coordinates of the pattern to the order of the field.
@@ -82,7 +82,7 @@ class Field(NamedTuple):
     real: list[int]
 
     @classmethod
-    def of(cls, log_joint: LogJoint) -> "Field | None":
+    def of(cls, log_joint: LogJoint) -> "LatentGaussianField | None":
         """The field of a density; None unless its graph is shallow, and sparse except for a few hubs."""
         start, latents = log_joint.start, log_joint.latents
         if len(start) < _LEAST_DIM or log_joint.strategy == "loop":
@@ -187,7 +187,9 @@ class ConditionalGaussian:
     :raises ValueError: if the field has no mode with a usable curvature given the globals of any draw.
     """
 
-    def __init__(self, field: Field, log_joint: LogJoint, latents: Tensor, unit: Tensor) -> None:
+    def __init__(
+        self, field: LatentGaussianField, log_joint: LogJoint, latents: Tensor, unit: Tensor
+    ) -> None:
         self._field, self._log_joint, self._unit = field, log_joint, unit
         self.of_globals, self.of_field = field.of_globals, field.of_field
         knots = self._spread_out(latents[:, field.of_globals])

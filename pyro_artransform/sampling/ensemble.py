@@ -20,16 +20,22 @@ import torch
 from torch import Tensor
 
 from .._base.arguments import check_integer
-from .._base.time_limit import abandonable, is_out_of_time, limited
+from .._base.time_limit import abandonable, is_out_of_time, until_deadline
+from ..diagnostics.convergence import (
+    GOOD_RHAT,
+    Convergence,
+    effective_draws,
+    nested_rhat,
+    nested_rhat_of_values,
+)
 from ..model import LogJoint
 from ..model.density import CACHED
 from ..model.replay.capture import ReplayError
+from .adaptive_chains import AdaptiveChains
 from .causes import jumps, undetermined
 from .conditional_gaussian import ConditionalGaussian
-from .convergence import GOOD_RHAT, Convergence, effective_draws, nested_rhat, nested_rhat_of_values
 from .modes import IndependentProposals, Modes, groups_of
-from .moving_chains import MovingChains
-from .trajectories import MANY_DIVERGENT, Info, share_of_divergent
+from .trajectories import MANY_DIVERGENT, TrajectoryInfo, share_of_divergent
 
 #: superchains; most and fewest chains of a vectorized model; chains of a model that is looped over
 SUPERCHAINS, MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 8, 64, 16, 8
@@ -56,7 +62,7 @@ _PATIENCE, _ENOUGH_DIVERGENT = 96, 48
 _FAR_MORE = 2
 
 
-class End(Enum):
+class StopReason(Enum):
     """Why an ensemble stopped."""
 
     ENOUGH = "there are enough effective draws of each latent, and chains agree"
@@ -67,7 +73,7 @@ class End(Enum):
     OUT_OF_TIME = "the time limit was reached"
 
 
-class Ensemble(MovingChains):
+class Ensemble(AdaptiveChains):
     """An ensemble of superchains that samples a log joint density.
 
     :param log_joint: the density, in the coordinates in which chains move.
@@ -93,14 +99,14 @@ class Ensemble(MovingChains):
         count = num_chains or _num_chains(log_joint, num_samples)
         num_superchains = next((k for k in (SUPERCHAINS, 4) if count % k == 0), count)
         super().__init__(log_joint, count, num_superchains)
-        self._blocks, self._infos = list[Tensor](), list[Info]()
+        self._blocks, self._infos = list[Tensor](), list[TrajectoryInfo]()
         self._has_stayed = False
         self._before = self._blocks, self._infos  # the second warm-up, if time runs out in it
         self._convergence: Convergence | None = None
         self._slowest = torch.zeros(0, dtype=torch.long, device=log_joint.start.device)
         self.modes: Modes | None = None  #: the modes, where chains are in several
         self.left_out = 0.0  #: approximate mass of the modes that were discarded
-        self.end, self._num_halved = End.TOO_MANY, 0
+        self.end, self._num_halved = StopReason.TOO_MANY, 0
 
     @property
     def num_trajectories(self) -> int:
@@ -116,7 +122,7 @@ class Ensemble(MovingChains):
         return draws[:, math.floor(_TRANSIENT * draws.shape[1]) :]
 
     @property
-    def infos(self) -> list[Info]:
+    def infos(self) -> list[TrajectoryInfo]:
         """The trajectories that produced the draws."""
         return self._infos[len(self._infos) - self.draws.shape[1] :]
 
@@ -154,13 +160,13 @@ class Ensemble(MovingChains):
 
     @torch.no_grad()
     def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:
-        """Runs until each latent has ``num_samples`` effective draws, or stops early, see ``End``.
+        """Runs until each latent has ``num_samples`` effective draws, or stops early, see ``StopReason``.
 
         :param most: the maximum number of trajectories per chain, without the warm-up.
         """
         while True:
             try:
-                self.end = End.OUT_OF_TIME
+                self.end = StopReason.OUT_OF_TIME
                 with abandonable():
                     self.end = self._run(num_samples, most)
                 if not self._blocks:
@@ -173,7 +179,7 @@ class Ensemble(MovingChains):
                 if self._has_begun:
                     self._state = self._target(self._state.base)
 
-    def _run(self, num_samples: int, most: int) -> End:
+    def _run(self, num_samples: int, most: int) -> StopReason:
         if self._has_stayed:  # time was over before the first trajectory
             self._forget()
             self._has_stayed = False
@@ -184,7 +190,7 @@ class Ensemble(MovingChains):
             self._extend(number)
             self._target.confirm()
             if is_out_of_time():
-                return End.OUT_OF_TIME
+                return StopReason.OUT_OF_TIME
             size = self.num_trajectories
             if self._diverge():
                 if self._num_halved < _MOST_HALVED:
@@ -194,7 +200,7 @@ class Ensemble(MovingChains):
                     number = _BLOCK
                     continue
                 if size >= _ENOUGH_DIVERGENT:
-                    return End.DIVERGENT
+                    return StopReason.DIVERGENT
             rhat = nested_rhat_of_values(self.draws, self.num_superchains)
             worst, ess = float(rhat.max()), 0.0
             if worst <= GOOD_RHAT:
@@ -202,7 +208,7 @@ class Ensemble(MovingChains):
                 if found.is_enough(num_samples):
                     found = self.convergence()
                     if found.is_enough(num_samples):
-                        return End.ENOUGH
+                        return StopReason.ENOUGH
                     count = _count(found.least)
                     self._slowest = torch.cat(
                         [
@@ -219,7 +225,7 @@ class Ensemble(MovingChains):
                 more = size * ((worst**2 - 1) / (GOOD_RHAT**2 - 1) - 1)
                 number = math.ceil(size / 3)
             if worst > MODES_RHAT and self.draws.shape[1] >= _NUM_FOR_MODES and self._are_apart():
-                return End.APART
+                return StopReason.APART
             if not self._blocks:
                 number = _BLOCK
                 continue
@@ -238,9 +244,9 @@ class Ensemble(MovingChains):
                 number = _BLOCK
                 continue
             if self.num_gradients >= _MOST_GRADIENTS * self.num_chains:
-                return End.TOO_MANY
+                return StopReason.TOO_MANY
             if size >= most or (size >= _PATIENCE and size + more > 4 * most):
-                return End.LIMIT if most < _MOST_TRAJECTORIES else End.TOO_MANY
+                return StopReason.LIMIT if most < _MOST_TRAJECTORIES else StopReason.TOO_MANY
             number = max(min(number, most - size), _BLOCK)
 
     def _diverge(self) -> bool:
@@ -261,7 +267,7 @@ class Ensemble(MovingChains):
     def _extend(self, number: int) -> None:
         """Adds the draws of ``number`` trajectories; fewer if time runs out."""
         is_loop, infos, latents, bases = self.log_joint.strategy == "loop", [], [], []
-        for _ in limited(range(number)):
+        for _ in until_deadline(range(number)):
             with abandonable():
                 info, latent = self._step().without_points(), self._state.latent
                 # the map to the unconstrained space may be slow, too
@@ -286,7 +292,7 @@ class Ensemble(MovingChains):
                 torch.zeros_like(start[:, 0], dtype=torch.long)
             )
         energy, none = -self._state.log_density, torch.zeros_like(self._state.log_density)
-        info = Info(none, none > 0, none > 0, energy, self._state, self._state.base, none)
+        info = TrajectoryInfo(none, none > 0, none > 0, energy, self._state, self._state.base, none)
         self._infos.append(info.without_points())
         self._has_stayed = True
         start = self.log_joint.to_unconstrained(self._state.latent[:1])[0]

@@ -15,12 +15,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._base.time_limit import limited
+from .._base.time_limit import until_deadline
 from ..model import LogJoint
 from ..model.graphs.dependencies import value_and_gradient
 from .modes import NEGLIGIBLE, NEGLIGIBLE_BY_DIM
 from .preconditioning import Preconditioner
-from .target import PulledBack, State
+from .target import State, TransformedDensity
 
 # spread of the starts in sds of the prior (benchmarks/tails.md)
 _SPREAD = 1.3
@@ -145,12 +145,12 @@ def _others(log_joint: LogJoint, start: Tensor, wide: Tensor, num_points: int) -
         yield log_joint.start + spread * wide_normal(num_points, start)
 
 
-def climb(target: PulledBack, starts: Starts) -> tuple[State, Preconditioner]:
+def initial_ascent(target: TransformedDensity, starts: Starts) -> tuple[State, Preconditioner]:
     """Ascends from starts, short of a mode; returns the states and a first preconditioner."""
     base, unit, is_held, _ = starts
     first, second = torch.zeros_like(base), torch.zeros_like(base)
     states, share = list[State](), torch.ones_like(base[:, 0])
-    for step in limited(range(1, _CLIMB + 1), at_least=1):
+    for step in until_deadline(range(1, _CLIMB + 1), at_least=1):
         state = target(base)
         if states:
             state, has_fallen = _taken_back(state, states[-1])
@@ -178,7 +178,7 @@ def _taken_back(state: State, before: State) -> tuple[State, Tensor]:
     return before.where(has_fallen, state), has_fallen
 
 
-def far_apart(state: State, scale: Tensor, num_superchains: int) -> Tensor:
+def select_dispersed(state: State, scale: Tensor, num_superchains: int) -> Tensor:
     """Indices ``(K,)`` of one point per superchain, chosen far from those of the others.
 
     :param state: points ``(K * M, D)`` after the ascent; those with a density far below the best of their

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._base.time_limit import check_time
 from ..model import LogJoint
-from ..model.coordinates.pseudo_data import PseudoData
+from ..model.coordinates.gaussian_sites import GaussianSites
 from ..model.replay.capture import Captured, Function
 
 # calls before a gradient is captured for replay: chains evaluate hundreds
@@ -66,7 +66,7 @@ def identity(base: Tensor) -> tuple[Tensor, Tensor]:
     return base, base.new_zeros(len(base))
 
 
-class PulledBack:
+class TransformedDensity:
     """The pullback ``log p(T(x)) + log |det T'(x)|`` of a posterior p to the base space of a transform T.
 
     ``num_gradients`` counts the points at which it was evaluated.
@@ -78,7 +78,7 @@ class PulledBack:
         self,
         log_joint: LogJoint,
         to_latent: ToLatent = identity,
-        before: "PulledBack | None" = None,
+        before: "TransformedDensity | None" = None,
     ) -> None:
         self.log_joint, self.to_latent = log_joint, to_latent
         self.num_gradients: int = 0 if before is None else before.num_gradients
@@ -88,17 +88,17 @@ class PulledBack:
         if before is not None and before.log_joint is log_joint:
             self._density = before._density
 
-    def with_pseudo_data(self, log_joint: LogJoint) -> "PulledBack":
+    def with_pseudo_data(self, log_joint: LogJoint) -> "TransformedDensity":
         """The pullback of a density that has other pseudo-data, with the same captured functions."""
         other = copy.copy(self)
         other.log_joint = log_joint
         return other
 
     @property
-    def pseudo_data(self) -> PseudoData | None:
+    def gaussian_sites(self) -> GaussianSites | None:
         """The pseudo-data of the coordinates of the density, if any."""
         given = self.log_joint.coordinates
-        return None if given is None else given.pseudo_data
+        return None if given is None else given.gaussian_sites
 
     def _captured(self, function: Function) -> Function:
         is_loop = self.log_joint.strategy == "loop"
@@ -122,16 +122,16 @@ class PulledBack:
 
     def _evaluate(self, base: Tensor) -> tuple[Tensor, ...]:
         if self.to_latent is identity:
-            return base, *self._density(base, *(self.pseudo_data or ()))
+            return base, *self._density(base, *(self.gaussian_sites or ()))
         latent, ladj = self._transform(base)
-        log_density, gradient = self._density(latent, *(self.pseudo_data or ()))
+        log_density, gradient = self._density(latent, *(self.gaussian_sites or ()))
         return latent, log_density + ladj, *self._pull(base, gradient)
 
-    def _density_and_gradient(self, latent: Tensor, *pseudo_data: Tensor) -> tuple[Tensor, ...]:
+    def _density_and_gradient(self, latent: Tensor, *gaussian_sites: Tensor) -> tuple[Tensor, ...]:
         log_joint = self.log_joint
-        if pseudo_data:  # an input, since others have the same captured operations
+        if gaussian_sites:  # an input, since others have the same captured operations
             given: Any = log_joint.coordinates
-            given = given.with_pseudo_data(PseudoData(*pseudo_data))
+            given = given.with_pseudo_data(GaussianSites(*gaussian_sites))
             log_joint = log_joint.with_coordinates(given)
         with torch.enable_grad():
             latent = latent.detach().requires_grad_()

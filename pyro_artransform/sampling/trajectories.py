@@ -50,7 +50,7 @@ LEAPFROG = Integrator((1.0,), (1.0,))
 THREE_STAGES = Integrator((_DRIFT, 1 - 2 * _DRIFT, _DRIFT), (0.5 - _KICK, 0.5 - _KICK, 2 * _KICK))
 
 
-class Info(NamedTuple):
+class TrajectoryInfo(NamedTuple):
     """One trajectory of each chain: shapes ``(C,)``, and ``(C, D)`` for points.
 
     :param acceptance: the acceptance probability of the proposal.
@@ -69,14 +69,14 @@ class Info(NamedTuple):
     momentum: Tensor
     duration: Tensor
 
-    def without_points(self) -> "Info":
+    def without_points(self) -> "TrajectoryInfo":
         """Drops points and momenta, which take the memory of five draws."""
         none = self.momentum.new_empty(len(self.momentum), 0)
         proposal = self.proposal._replace(base=none, latent=none, gradient=none)
         return self._replace(proposal=proposal, momentum=none)
 
 
-def share_of_divergent(infos: Sequence[Info], is_finite: bool = True) -> float:
+def share_of_divergent(infos: Sequence[TrajectoryInfo], is_finite: bool = True) -> float:
     """The share of trajectories that diverged at a finite density, or at a non-finite one.
 
     A non-finite density marks the edge of a support, or an overflow of the dtype.
@@ -98,7 +98,7 @@ def trajectory(
     num_steps: int,
     preconditioner: Preconditioner,
     integrator: Integrator,
-) -> tuple[State, Info]:
+) -> tuple[State, TrajectoryInfo]:
     """The next state of each chain, after a Metropolis accept step.
 
     :param step_size: the step size of each chain, shape ``(C, 1)``, summed over the stages of a step.
@@ -112,7 +112,7 @@ def trajectory(
     is_divergent = ~(gain > -_DIVERGENT)
     gain = torch.where(is_divergent, -torch.inf, gain)
     is_accepted = torch.rand_like(gain).log() < gain
-    info = Info(
+    info = TrajectoryInfo(
         acceptance=gain.clamp(max=0).exp(),
         is_accepted=is_accepted,
         is_divergent=is_divergent,

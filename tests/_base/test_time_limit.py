@@ -11,7 +11,7 @@ from pyro_artransform._base.time_limit import (
     OUT_OF_TIME,
     TimeLimit,
     is_out_of_time,
-    limited,
+    until_deadline,
 )
 
 
@@ -29,7 +29,7 @@ def clock(monkeypatch):
 
 def taken(clock, items, seconds=1.0, **options):
     found = []
-    for item in limited(items, **options):
+    for item in until_deadline(items, **options):
         found.append(item)
         clock(seconds)
     return found

@@ -11,8 +11,8 @@ from pyro import distributions as dist
 
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
 from pyro_artransform.diagnostics.marginals import marginals_of
-from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.model import LogJoint
+from pyro_artransform.sampling.run_mcmc import from_nothing
 from tests.diagnostics.conjugate import PathGuide, alternating, path
 
 SLOW = pytest.mark.slow
@@ -28,7 +28,7 @@ def chains_of(model, num_samples=1000):
 def judged(ensemble, model, guide):
     subject = ModelAndGuide.of(model, guide, (), {})
     draws, _ = subject.log_joint.to_unconstrained(subject.draws(10_000))
-    return marginals_of(ensemble, draws)
+    return marginals_of(ensemble.log_joint, ensemble.draws, draws)
 
 
 def marginals(model, guide, num_samples=1000):
@@ -81,7 +81,7 @@ def test_few_draws_know_too_little():
     model, guide = partial(path, 20), PathGuide(20)
     ensemble = chains_of(model)
     torch.manual_seed(0)  # some draws of 60 look heavy-tailed
-    found = marginals_of(ensemble, guide.rsample_and_log_prob(60)[0])
+    found = marginals_of(ensemble.log_joint, ensemble.draws, guide.rsample_and_log_prob(60)[0])
     assert not found.trusted
     assert "but the bounds are wide (means accurate to" in found.words
 

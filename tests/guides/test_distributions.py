@@ -13,7 +13,7 @@ from torch.distributions import ExpTransform
 
 from pyro_artransform import FlowDistribution, conditional_iaf, iaf, maf
 from pyro_artransform.flows.transforms import chain
-from pyro_artransform.flows.transforms.chain import ComposedTransform
+from pyro_artransform.flows.transforms.composition import ComposedTransform
 from pyro_artransform.guides import AutoAutoregressive, AutoIAF
 from pyro_artransform.guides import distributions as drawn
 from pyro_artransform.testing import redraw

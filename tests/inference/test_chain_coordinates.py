@@ -10,9 +10,9 @@ from pyro import distributions as dist
 
 from pyro_artransform import AutoAmortized, AutoIAF, AutoStructuredFlow
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
-from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.model import LogJoint
-from pyro_artransform.sampling import End
+from pyro_artransform.sampling import StopReason
+from pyro_artransform.sampling.run_mcmc import from_nothing
 
 
 @pytest.mark.parametrize("make", [AutoIAF, AutoStructuredFlow, AutoAmortized])
@@ -47,7 +47,7 @@ def test_a_funnel_without_data_is_in_units_of_the_prior():
 
     found = from_nothing(LogJoint(model), 400)
     assert found.run(400).is_enough(400)
-    assert found.end is End.ENOUGH
+    assert found.end is StopReason.ENOUGH
     assert found.log_joint.coordinates.centered[1:].max() < 0.1
     v, precision = found.draws[..., 0], 1 / 9 + 1 / 4
     # 400 effective draws: 0.05 sd, and 4 % of an sd; three of each
@@ -67,7 +67,7 @@ def test_groups_with_much_data_are_sampled_as_written():
 
     found = from_nothing(LogJoint(model), 400)
     assert found.run(400).is_enough(400)
-    assert found.end is End.ENOUGH
+    assert found.end is StopReason.ENOUGH
     assert found.log_joint.coordinates is None
     tau = torch.linspace(0.3, 6.0, 4001)
     width = (tau.square() + 1e-4).sqrt()[:, None]

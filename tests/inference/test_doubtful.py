@@ -12,7 +12,7 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform import fit
-from pyro_artransform.inference import mcmc
+from pyro_artransform.sampling import mcmc
 from tests.inference import doubtful
 from tests.inference.doubtful import DOUBTFUL, MODES
 

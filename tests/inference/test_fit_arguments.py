@@ -12,7 +12,7 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoStructured
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.inference import mcmc
+from pyro_artransform.sampling import mcmc
 from tests.inference import models
 from tests.inference.conftest import quick_fit
 

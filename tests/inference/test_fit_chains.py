@@ -23,9 +23,9 @@ from pyro_artransform.sampling import StartError
 from tests.inference import loaders, models
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
-from tests.inference.test_mcmc import flat, flat_ess, regression_moments
-from tests.inference.test_mcmc_starts import AT_FIVE, narrow
 from tests.sampling.densities import schools, schools_moments, two_modes
+from tests.sampling.test_mcmc import flat, flat_ess, regression_moments
+from tests.sampling.test_mcmc_starts import AT_FIVE, narrow
 
 
 def fitted(model, *args, **options):

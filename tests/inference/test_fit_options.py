@@ -20,10 +20,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoIAF, fit, inference
+from pyro_artransform._base.check_call import check_call
+from pyro_artransform._base.progress import ProgressBar
 from pyro_artransform.diagnostics.checks import Check
-from pyro_artransform.inference import FitConfig, mcmc
-from pyro_artransform.inference.check_call import check_call
-from pyro_artransform.inference.progress import ProgressBar
+from pyro_artransform.inference import FitConfig
+from pyro_artransform.sampling import mcmc
 from tests.inference import models
 from tests.inference.conftest import QUICK, quick_fit
 

@@ -78,7 +78,7 @@ def test_two_near_modes_by_a_flow_are_not_trusted_unless_it_has_both():
 
 
 def test_a_gaussian_of_pyros_ends_where_it_climbed_to():
-    """The average of its parameters has nothing of the climb, which is ten sds and more here."""
+    """The average of its parameters has nothing of the initial_ascent, which is ten sds and more here."""
     x = torch.stack([torch.ones(170), torch.arange(170.0) % 2, torch.linspace(0.0, 6.0, 170)], -1)
     y = x @ torch.tensor([9.0, -2.0, 0.5]) + 0.9 * torch.randn(170)
 
@@ -90,5 +90,7 @@ def test_a_gaussian_of_pyros_ends_where_it_climbed_to():
 
     guide = AutoMultivariateNormal(model)
     result = fit(model, guide, seed=0, draws=0, progress=False)
-    assert result.log_evidence - result.elbo < 0.1  # 2 nats when the climb was in the average
+    assert (
+        result.log_evidence - result.elbo < 0.1
+    )  # 2 nats when the initial_ascent was in the average
     assert result.trusted, result

@@ -8,7 +8,7 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform import AutoIAF, fit
-from pyro_artransform.inference import mcmc
+from pyro_artransform.sampling import mcmc
 
 MASK = torch.tensor([True, False, True])
 Y = torch.tensor([1.0, 5.0, -1.0])

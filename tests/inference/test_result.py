@@ -11,7 +11,7 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import AutoMultivariateNormal
 
 from pyro_artransform.diagnostics.checks import Check, Verdict
-from pyro_artransform.inference.evaluation.elements import Elements
+from pyro_artransform.diagnostics.plates import PlateDiagnostics
 from tests.inference import models
 from tests.inference.conftest import quick_fit
 
@@ -150,7 +150,7 @@ def test_what_went_wrong_is_shown(result):
     assert "too small" not in repr(replace(result, khat=0.6))
     zero = torch.zeros(3)
     numbers = dict.fromkeys(("khat", "khat_se", "tail_share", "gap"), zero)
-    elements = Elements(plate="rows", index=None, **numbers)
+    elements = PlateDiagnostics(plate="rows", index=None, **numbers)
     shared = replace(result, khat=0.6, elements=elements)
     assert shared.rows()["k-hat"].startswith("0.60 ± ")
     assert shared.rows()["k-hat"].endswith(", for the shared latents")

@@ -9,8 +9,8 @@ import torch
 
 from pyro_artransform import AutoStructuredFlow, fit
 from pyro_artransform.inference.initialization.start import find_start
-from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.model import LogJoint
+from pyro_artransform.sampling.run_mcmc import from_nothing
 from tests.inference.state_spaces import MODELS, simulated
 
 every_model = pytest.mark.parametrize("name", MODELS)

@@ -9,8 +9,8 @@ import torch
 from pyro import distributions as dist
 from pyro import poutine
 
-from pyro_artransform.model import LogJoint, MeanLogJoint
-from pyro_artransform.model.mean_density import Anchor, AnchoredLogJoint
+from pyro_artransform.model import FullDataDensity, LogJoint
+from pyro_artransform.model.full_data_density import Anchor, AnchoredLogJoint
 from tests.model.models import SIZE, Y, by_trace, of_batch
 
 
@@ -86,7 +86,7 @@ def test_other_latents():
 
 def test_mean_of_a_partition_is_that_of_all_data():
     log_joint = LogJoint(of_batch, (Y[:3],))
-    mean = MeanLogJoint(log_joint, [((Y[:3],), {}), ((Y[3:5],), {}), ((Y[5:],), {})])
+    mean = FullDataDensity(log_joint, [((Y[:3],), {}), ((Y[3:5],), {}), ((Y[5:],), {})])
     assert mean.is_of_all_data
     z = torch.randn(5, 2, requires_grad=True)
     found, expected = mean(z), LogJoint(of_batch, (Y,))(z)
@@ -94,7 +94,7 @@ def test_mean_of_a_partition_is_that_of_all_data():
     gradients = [torch.autograd.grad(value.sum(), z)[0] for value in (found, expected)]
     assert torch.allclose(*gradients)
     assert (mean.latents.latent_dim, mean.strategy) == (2, log_joint.strategy)
-    mean = MeanLogJoint(log_joint, [((Y[:3],), {}), ((Y[:3] / 0,), {})])
+    mean = FullDataDensity(log_joint, [((Y[:3],), {}), ((Y[:3] / 0,), {})])
     assert not mean.is_of_all_data
     assert mean.nonfinite_sites(torch.zeros(1, 2)) == ["y"]
 
@@ -103,7 +103,7 @@ def test_the_mean_at_the_arguments_of_a_batch_is_that_batch():
     """Its largest batch, whose state it has, too."""
     batches = [((Y[:3],), {}), ((Y[3:5],), {}), ((Y[5:],), {})]
     log_joint, z = LogJoint(of_batch, (Y[:3],)), torch.randn(5, 2)
-    mean = MeanLogJoint(log_joint, batches)
+    mean = FullDataDensity(log_joint, batches)
     for args, kwargs in batches:
         expected = log_joint.with_arguments(args, kwargs)
         for part in (mean.with_arguments(args, kwargs), mean.bound_to(args, kwargs)):
@@ -118,7 +118,7 @@ def test_the_mean_at_the_arguments_of_a_batch_is_that_batch():
 def test_the_sum_is_in_double_precision_with_the_gradient_of_draws(dtype):
     z = torch.randn(5, 2, dtype=dtype, requires_grad=True)
     y = Y.to(dtype)
-    mean = MeanLogJoint(LogJoint(of_batch, (y[:3],)), [((y[:3],), {}), ((y[3:],), {})])
+    mean = FullDataDensity(LogJoint(of_batch, (y[:3],)), [((y[:3],), {}), ((y[3:],), {})])
     found = mean(z)
     assert found.dtype == torch.float64
     (gradient,) = torch.autograd.grad(found.sum(), z, create_graph=True)
@@ -143,12 +143,12 @@ def test_data_of_two_plates_are_not_known_to_be_all():
             pyro.sample("x", dist.Normal(z, 1.0), obs=y)
 
     parts = [((Y[:3],), {})] * 5
-    assert not MeanLogJoint(LogJoint(two, (Y[:3],)), parts).is_of_all_data
+    assert not FullDataDensity(LogJoint(two, (Y[:3],)), parts).is_of_all_data
 
 
 def test_no_permutations_of_a_million_rows(monkeypatch):
     """Of indices that the model does not ask for."""
-    mean = MeanLogJoint(LogJoint(of_batch, (Y[:3],)), [((Y[:3],), {}), ((Y[3:],), {})])
+    mean = FullDataDensity(LogJoint(of_batch, (Y[:3],)), [((Y[:3],), {}), ((Y[3:],), {})])
     expected = mean(torch.zeros(2, 2))
 
     def refused(*args, **kwargs):
@@ -161,7 +161,7 @@ def test_no_permutations_of_a_million_rows(monkeypatch):
 def test_an_anchor_makes_batches_alike():
     batches = [((Y[:3],), {}), ((Y[3:5],), {}), ((Y[5:],), {})]
     log_joint = LogJoint(of_batch, (Y[:3],))
-    whole = MeanLogJoint(log_joint, batches)
+    whole = FullDataDensity(log_joint, batches)
     anchor = Anchor.of(whole, torch.tensor([0.3, -0.2]))
     near = anchor.point + 0.02 * torch.randn(6, 2)
     plain = [log_joint.with_arguments(*batch) for batch in batches]

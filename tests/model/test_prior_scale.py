@@ -13,11 +13,11 @@ from pyro import poutine
 from pyro.distributions import transforms as T
 from torch.distributions import biject_to, constraints
 
-from pyro_artransform.inference import mcmc
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.coordinates.coordinates import non_centered
 from pyro_artransform.model.coordinates.prior_map import Coordinates
 from pyro_artransform.model.coordinates.prior_scale import PriorScale, is_identity_or_exp
+from pyro_artransform.sampling import mcmc
 
 MASK = torch.tensor([True, False, True])
 # units in the last place, of sums and of quantiles

@@ -136,7 +136,7 @@ class Ours(Subject):
         return self.fit(model, guide, steps, config=None, draws=100).trusted
 
     def chains(self, model, n):
-        found = art.inference.mcmc(model, draws=n, seed=0, progress=False)
+        found = art.mcmc(model, draws=n, seed=0, progress=False)
         return found.draws, found.trusted
 
     def draws(self, model, n, seed):

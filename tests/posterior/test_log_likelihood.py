@@ -9,9 +9,9 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.reparam import LocScaleReparam
 
-from pyro_artransform.inference import log_likelihood
 from pyro_artransform.model.vectorization import choose_strategy
-from pyro_artransform.posterior.log_likelihood import Likelihood
+from pyro_artransform.posterior import log_likelihood
+from pyro_artransform.posterior.pointwise import Likelihood
 from tests.model.models import data
 
 MASK = torch.tensor([True, True, False, True, False])

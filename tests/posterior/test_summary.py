@@ -6,10 +6,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_artransform.inference import mcmc
 from pyro_artransform.model.vectorization import draws_at_a_time
 from pyro_artransform.posterior import summary
-from pyro_artransform.posterior.summary import check_levels, quantiles_of
+from pyro_artransform.posterior.summaries import check_levels, quantiles_of
+from pyro_artransform.sampling import mcmc
 
 
 def test_summary():

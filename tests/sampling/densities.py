@@ -6,8 +6,8 @@ import pyro
 import torch
 from pyro import distributions as dist
 
+from pyro_artransform.diagnostics.convergence import mean_ess
 from pyro_artransform.sampling import State
-from pyro_artransform.sampling.convergence import mean_ess
 
 EFFECTS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
 ERRORS = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)

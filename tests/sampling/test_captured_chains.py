@@ -7,9 +7,8 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_artransform.inference import mcmc
 from pyro_artransform.model.replay import capture, recording
-from pyro_artransform.sampling import Ensemble
+from pyro_artransform.sampling import Ensemble, mcmc
 from tests.model.replay.test_capture import hierarchy
 
 

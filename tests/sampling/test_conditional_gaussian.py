@@ -11,12 +11,11 @@ import pytest
 import torch
 from pyro.distributions import constraints
 
-from pyro_artransform.inference import mcmc
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.coordinates.coordinates import non_centered
 from pyro_artransform.model.graphs.dependencies import value_and_gradient
-from pyro_artransform.sampling import Ensemble
-from pyro_artransform.sampling.conditional_gaussian import ConditionalGaussian, Field
+from pyro_artransform.sampling import Ensemble, mcmc
+from pyro_artransform.sampling.conditional_gaussian import ConditionalGaussian, LatentGaussianField
 from pyro_artransform.sampling.preconditioning import fisher_divergence
 
 N = 120
@@ -79,14 +78,14 @@ def fitted(model, *args):
     """The transform, and draws around the start that it is fitted to."""
     log_joint = non_centered(LogJoint(model, args), with_shapes=True)
     draws = log_joint.start + 0.3 * torch.randn(400, len(log_joint.start))
-    field = Field.of(log_joint)
+    field = LatentGaussianField.of(log_joint)
     assert field is not None
     return log_joint, ConditionalGaussian(field, log_joint, draws, draws.std(0)), draws
 
 
 @pytest.mark.parametrize(("model", "num_globals"), [(walk, 2), (hierarchy, 2)])
 def test_globals_are_the_hubs_of_a_sparse_graph(model, num_globals):
-    field = Field.of(non_centered(LogJoint(model, (data(),)), with_shapes=True))
+    field = LatentGaussianField.of(non_centered(LogJoint(model, (data(),)), with_shapes=True))
     assert (len(field.of_globals), len(field.of_field)) == (num_globals, N)
     assert sorted(torch.cat([field.of_globals, field.of_field]).tolist()) == list(range(N + 2))
 
@@ -95,7 +94,7 @@ def test_globals_are_the_hubs_of_a_sparse_graph(model, num_globals):
     ("model", "num"), [(regression, 50), (walk, 20)], ids=["dense", "few latents"]
 )
 def test_other_posteriors_have_no_field(model, num):
-    assert Field.of(LogJoint(model, (data(num),))) is None
+    assert LatentGaussianField.of(LogJoint(model, (data(num),))) is None
 
 
 @pytest.mark.parametrize("model", [walk, hierarchy])
@@ -114,7 +113,7 @@ def test_a_walk_is_standard_normal_where_its_scale_vanishes():
     """To 0.2 of its sd from a scale of 0.7 down to one of 0.02; by polynomials far from it."""
     torch.manual_seed(0)
     log_joint = non_centered(LogJoint(walk, (data(N, 0.02),)), with_shapes=True)
-    field = Field.of(log_joint)
+    field = LatentGaussianField.of(log_joint)
     draws = log_joint.start + 0.3 * torch.randn(400, N + 2)
     draws[:, field.of_globals] = torch.randn(400, 2) * torch.tensor([1.0, 0.1])
     draws[:, field.of_globals] += torch.tensor([-1.2, 0.4])
@@ -145,7 +144,7 @@ def test_modes_are_found_and_the_center_moves_with_a_level():
     log_joint = LogJoint(volatility, (y,))
     draws = torch.randn(400, 1_003) * torch.tensor([0.3, 0.5, 0.7, *1_000 * [0.5]])
     draws[:, :2] += torch.tensor([-2.0, 1.5])
-    field = Field.of(log_joint)
+    field = LatentGaussianField.of(log_joint)
     points = draws.median(0).values.repeat(40, 1)
     points[:, field.of_globals] = draws[:40, field.of_globals]
     _, is_found = field.conditionals(log_joint, points, draws.std(0))

@@ -10,10 +10,11 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform._base.time_limit import TimeLimit
+from pyro_artransform.diagnostics.convergence import GOOD_RHAT
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.coordinates.coordinates import non_centered
 from pyro_artransform.model.replay.capture import ReplayError
-from pyro_artransform.sampling import GOOD_RHAT, End, Ensemble, StartError, ensemble, target
+from pyro_artransform.sampling import Ensemble, StartError, StopReason, ensemble, target
 from pyro_artransform.sampling.trajectories import MANY_DIVERGENT, share_of_divergent
 from tests.sampling.densities import (
     moments_are,
@@ -45,7 +46,7 @@ def conjugate():
 def test_means_and_sds_of_a_conjugate_model():
     found = ensemble_of(conjugate)
     convergence = found.run(400)
-    assert found.end is End.ENOUGH
+    assert found.end is StopReason.ENOUGH
     assert convergence.is_enough(400)
     assert float(convergence.rhat.max()) <= GOOD_RHAT
     factor = torch.tensor(SCALE_TRIL)
@@ -69,7 +70,7 @@ def test_the_lower_tail_of_a_scale_with_weak_data():
     """A centred hierarchy: 3 % of log tau are below this quantile, by quadrature."""
     found = ensemble_of(schools)
     found.run(1000)
-    assert found.end is End.ENOUGH
+    assert found.end is StopReason.ENOUGH
     moments_are(found, *schools_moments())
     below = float((found.draws[..., 1] < schools_log_tau(0.03)).double().mean())
     # 1,000 effective draws in its tails: within four standard errors
@@ -91,8 +92,8 @@ def test_strong_and_weak_data_of_one_site():
 
     found = ensemble_of(model)
     found.run(400)
-    assert found.end is End.ENOUGH
-    precision = found.log_joint.coordinates.pseudo_data.precision[2:]
+    assert found.end is StopReason.ENOUGH
+    precision = found.log_joint.coordinates.gaussian_sites.precision[2:]
     assert torch.allclose(precision, errors**-2, rtol=1e-3)
     assert found.num_gradients < 40_000  # 18,000; a million with lambda of 0
     theta = found.draws[..., 2:6].flatten(0, 1)
@@ -117,8 +118,8 @@ def test_uses_that_no_function_of_torch_shows():
     found = ensemble_of(model)
     assert found.log_joint.coordinates.factors == {"z": 1}
     found.run(400)
-    assert found.end is End.ENOUGH
-    assert found.log_joint.coordinates.pseudo_data is None
+    assert found.end is StopReason.ENOUGH
+    assert found.log_joint.coordinates.gaussian_sites is None
 
 
 @pytest.mark.parametrize(
@@ -159,7 +160,7 @@ def test_two_modes_that_chains_jump_between():
     """By proposals from what chains in both have seen: shares of modes that trajectories cannot leave."""
     found = ensemble_of(two_modes(2, 20.0, 0.3))
     convergence = found.run(400)
-    assert found.end is End.ENOUGH
+    assert found.end is StopReason.ENOUGH
     assert len(found.modes.share) == 2
     left = float((found.draws[..., 0] < 0).double().mean())
     # four standard errors of so many effective draws
@@ -171,7 +172,7 @@ def test_modes_that_chains_do_not_move_between_end_them(monkeypatch):
     monkeypatch.setattr(ensemble.IndependentProposals, "step", lambda self, target, state: state)
     found = ensemble_of(two_modes(2, 20.0, 0.3))
     convergence = found.run(400)
-    assert found.end is End.APART
+    assert found.end is StopReason.APART
     assert float(convergence.rhat.max()) > 1.5
     assert found.num_trajectories < 200
     assert torch.allclose(found.modes.share, torch.tensor([0.7, 0.3]), atol=0.15)
@@ -187,7 +188,7 @@ def test_steps_that_diverge_are_halved():
 
     found = ensemble_of(bent)
     convergence = found.run(400)
-    assert found.end is End.ENOUGH
+    assert found.end is StopReason.ENOUGH
     assert share_of_divergent(found.infos) <= MANY_DIVERGENT
     grid = torch.linspace(-6, 6, 4001)
     mass = (-grid.square() / 8 - grid**4 / 10).exp().cumsum(0)
@@ -205,7 +206,7 @@ def test_chains_that_begin_anew_stay_there_in_other_coordinates():
     states = [found._state] * 8
     moved = found._state.at(torch.arange(23, -1, -1))
     found._state = moved
-    found._go_on_in(target.PulledBack(found.log_joint), states)
+    found._go_on_in(target.TransformedDensity(found.log_joint), states)
     torch.testing.assert_close(found._state.latent, moved.latent)
 
 
@@ -214,7 +215,7 @@ def test_a_mode_without_mass_has_no_draws(share):
     """Half of the starts lead there: their chains begin anew, or jump to the other one."""
     found = ensemble_of(two_modes(2, 20.0, share))
     found.run(400)
-    assert found.end is End.ENOUGH
+    assert found.end is StopReason.ENOUGH
     assert (found.draws < 0).double().mean() < 0.01
     moments_are(found, torch.full((2,), 10.0), torch.ones(2))
 
@@ -222,7 +223,7 @@ def test_a_mode_without_mass_has_no_draws(share):
 def test_too_many_trajectories():
     found = ensemble_of(conjugate)
     convergence = found.run(10**6, most=20)
-    assert found.end is End.LIMIT
+    assert found.end is StopReason.LIMIT
     assert not convergence.is_enough(10**6)
     # the most are about half as many more
     assert found.num_trajectories <= 40
@@ -234,20 +235,20 @@ def test_the_time_is_over():
     with TimeLimit() as limit:
         limit.interrupt()
         convergence = found.run(100)
-    assert found.end is End.OUT_OF_TIME
+    assert found.end is StopReason.OUT_OF_TIME
     assert found.draws.shape == (32, 1, 3)
     assert not convergence.is_enough(1)
     assert (convergence.rhat == math.inf).all()
     with TimeLimit(0.3) as limit:
         limit.enter_phase(1.0)
         found.run(10**5)
-    assert found.end is End.OUT_OF_TIME
+    assert found.end is StopReason.OUT_OF_TIME
     assert found.draws.shape[1] > 1
 
 
 def test_draws_of_wrong_replays_are_dropped(monkeypatch):
     """A comparison fails once, after the second block: all draws are from after that."""
-    found, confirm, blocks = ensemble_of(conjugate), target.PulledBack.confirm, []
+    found, confirm, blocks = ensemble_of(conjugate), target.TransformedDensity.confirm, []
 
     def fails(self):
         blocks.append(found.num_trajectories)
@@ -255,9 +256,9 @@ def test_draws_of_wrong_replays_are_dropped(monkeypatch):
             raise ReplayError("another density")
         confirm(self)
 
-    monkeypatch.setattr(target.PulledBack, "confirm", fails)
+    monkeypatch.setattr(target.TransformedDensity, "confirm", fails)
     found.run(2000)
-    assert found.end is End.ENOUGH
+    assert found.end is StopReason.ENOUGH
     assert blocks[2] < blocks[1]
     assert len(found.infos) == found.draws.shape[1]
 
@@ -347,5 +348,5 @@ def test_a_density_in_double_precision_of_latents_in_single():
 
     found = ensemble_of(model)
     found.run(100)
-    assert found.end is End.ENOUGH
+    assert found.end is StopReason.ENOUGH
     assert found.draws.dtype == torch.float32

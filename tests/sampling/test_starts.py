@@ -8,13 +8,13 @@ from pyro import distributions as dist
 
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.coordinates.coordinates import non_centered
-from pyro_artransform.sampling import PulledBack, State
+from pyro_artransform.sampling import State, TransformedDensity
 from pyro_artransform.sampling.starts import (
     Starts,
-    climb,
-    far_apart,
+    initial_ascent,
     latin_hypercube,
     overdispersed,
+    select_dispersed,
     wide_normal,
 )
 
@@ -135,7 +135,7 @@ def test_starts_where_prior_medians_have_no_density():
 
     log_joint = in_units_of_the_prior(model)
     quantiles = log_joint.start + 1000 * wide_normal(32, torch.zeros(3))
-    target = PulledBack(log_joint)
+    target = TransformedDensity(log_joint)
     assert not target(quantiles).is_finite.any()
     points = overdispersed(log_joint, 8, 4).base
     assert target(points).is_finite.all()
@@ -154,9 +154,9 @@ def test_starts_are_where_the_density_is_finite():
 
 def test_climbs_leave_root_scales_where_they_are():
     log_joint = in_units_of_the_prior(hierarchy)
-    target, starts = PulledBack(log_joint), overdispersed(log_joint, 8)
+    target, starts = TransformedDensity(log_joint), overdispersed(log_joint, 8)
     points, _, is_held, _ = starts
-    state, preconditioner = climb(target, starts)
+    state, preconditioner = initial_ascent(target, starts)
     assert torch.equal(state.base[:, is_held], points[:, is_held])
     assert (state.base[:, ~is_held] != points[:, ~is_held]).all()
     assert (state.log_density > target(points).log_density).all()
@@ -178,7 +178,7 @@ def test_climbs_learn_how_a_density_is_stretched():
     with pyro.validation_enabled(False):
         nothing = torch.zeros(5) > 0
         starts = Starts(points, torch.ones(8, 5), nothing, nothing)
-        state, preconditioner = climb(PulledBack(LogJoint(model)), starts)
+        state, preconditioner = initial_ascent(TransformedDensity(LogJoint(model)), starts)
     assert state.is_finite.all()
     found = preconditioner(torch.eye(5)).norm(dim=0) / scale
     assert found.max() / found.min() < 30
@@ -193,14 +193,14 @@ def test_a_climb_takes_back_steps_off_a_cliff():
 
     evaluated = []
 
-    class Recorded(PulledBack):
+    class Recorded(TransformedDensity):
         def __call__(self, base):
             evaluated.append(super().__call__(base))
             return evaluated[-1]
 
     nothing, points = torch.zeros(1) > 0, -torch.linspace(0.1, 2.0, 8)[:, None]
     starts = Starts(points, torch.ones(8, 1), nothing, nothing)
-    state, _ = climb(Recorded(LogJoint(model)), starts)
+    state, _ = initial_ascent(Recorded(LogJoint(model)), starts)
     assert max(float(each.base.max()) for each in evaluated) > 0.05  # steps were tried there
     assert (state.base < 0).all()
     assert (state.base > points).all()
@@ -214,7 +214,7 @@ def test_superchains_begin_at_points_that_are_far_apart():
     log_density = torch.zeros(16)
     log_density[13] = -100.0
     state = State(base, base, log_density, torch.zeros_like(base))
-    chosen = far_apart(state, torch.ones(2), 4)
+    chosen = select_dispersed(state, torch.ones(2), 4)
     assert chosen[1] == 4
     assert chosen[2] == 10
     assert chosen[3] != 13

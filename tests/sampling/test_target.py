@@ -8,13 +8,15 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.model import LogJoint
-from pyro_artransform.sampling import PulledBack, State
+from pyro_artransform.sampling import State, TransformedDensity
 
 
 def test_density_in_the_base_space_of_a_transform():
     """By the change of variables: a transform to the posterior gives a standard normal."""
     log_joint = LogJoint(lambda: pyro.sample("z", dist.LogNormal(1.0, 0.5)))
-    target = PulledBack(log_joint, lambda x: (1 + 0.5 * x, math.log(0.5) * torch.ones(len(x))))
+    target = TransformedDensity(
+        log_joint, lambda x: (1 + 0.5 * x, math.log(0.5) * torch.ones(len(x)))
+    )
     x = torch.linspace(-2, 2, 5)[:, None]
     state = target(x)
     assert torch.allclose(state.log_density, dist.Normal(0.0, 1.0).log_prob(x)[:, 0])
@@ -22,7 +24,7 @@ def test_density_in_the_base_space_of_a_transform():
     assert torch.allclose(state.latent, 1 + 0.5 * x)
     assert not state.latent.requires_grad
     # its own coordinates by default
-    assert torch.equal(PulledBack(log_joint)(x[:2]).latent, x[:2])
+    assert torch.equal(TransformedDensity(log_joint)(x[:2]).latent, x[:2])
     target(x[:2])
     assert target.num_gradients == 7
 

@@ -11,7 +11,7 @@ from pyro_artransform._base.arguments import check_integer
 from pyro_artransform.flows.conditioners.activations import default_activation
 from pyro_artransform.flows.conditioners.masked_mlp import MaskedMLP
 from pyro_artransform.flows.transforms.autoregressive import AutoregressiveTransform
-from pyro_artransform.flows.transforms.chain import ComposedTransform
+from pyro_artransform.flows.transforms.composition import ComposedTransform
 from pyro_artransform.flows.transforms.conditioned import ConditionedUnivariate
 from pyro_artransform.flows.transforms.flow_distribution import FlowDistribution, standard_normal
 from pyro_artransform.flows.transforms.scales_and_tails import CompressedTails, LocationScale

@@ -9,18 +9,19 @@ from .autoregressive import (
     ConditionalAutoregressiveTransform,
     check_structure,
 )
-from .chain import (
+from .composition import (
     ComposedTransform,
     ConditionalComposedTransform,
     PartitionTransform,
     PermutationTransform,
     chain,
 )
-from .conditioned import ConditionedUnivariate, StructuredMeta
+from .conditioned import AutoregressiveMeta, ConditionedUnivariate
 from .flow_module import FlowModule, InverseTransformModule, inverse
 from .scales_and_tails import CompressedTails, LocationScale
 
 __all__ = [
+    "AutoregressiveMeta",
     "AutoregressiveTransform",
     "ComposedTransform",
     "CompressedTails",
@@ -34,7 +35,6 @@ __all__ = [
     "MonotonicRQSTransform",
     "PartitionTransform",
     "PermutationTransform",
-    "StructuredMeta",
     "chain",
     "check_structure",
     "inverse",

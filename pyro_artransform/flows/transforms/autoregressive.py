@@ -11,7 +11,13 @@ from torch import Tensor
 from torch.distributions import Transform
 
 from ..._base.arguments import check_callable, check_integer, warn_user
-from .conditioned import ContextMeta, Meta, StructuredMeta, call_returned, is_right_by_construction
+from .conditioned import (
+    AutoregressiveMeta,
+    ContextMeta,
+    Meta,
+    call_returned,
+    is_right_by_construction,
+)
 from .flow_module import ConditionalFlowModule, FlowModule
 from .inversion import at_solution, invert, invert_with_score
 from .score import closed_form
@@ -73,7 +79,7 @@ class AutoregressiveTransform(FlowModule):
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         meta, found = self._checked(x), None
-        if isinstance(meta, StructuredMeta) and not meta.batch_shape:
+        if isinstance(meta, AutoregressiveMeta) and not meta.batch_shape:
             found = closed_form(meta, x, score.detach())
         return super().call_and_score(x, score) if found is None else found
 

@@ -3,7 +3,7 @@
 
 """The interface of metas, and the meta composed of a conditioner and a univariate family.
 
-A meta is any callable that returns a torch transform for x of shape ``(*, D)``. A :class:`StructuredMeta`
+A meta is any callable that returns a torch transform for x of shape ``(*, D)``. A :class:`AutoregressiveMeta`
 describes its graph, and its inverse costs about as much as one evaluation.
 """
 
@@ -24,7 +24,7 @@ from .flow_module import call_and_ladj_over_vectors
 Meta = Callable[[Tensor], Transform]
 
 
-class StructuredMeta(torch.nn.Module):
+class AutoregressiveMeta(torch.nn.Module):
     """A meta that describes its dependency graph; the defaults declare nothing."""
 
     #: The shape with which the batch shape of x broadcasts, such as that of a context.
@@ -90,7 +90,7 @@ def call_returned(value: object, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 #: Classes that may declare to be autoregressive; a conditioner that returns transforms is a meta too.
-SELF_DESCRIBING = (StructuredMeta, Conditioner)
+SELF_DESCRIBING = (AutoregressiveMeta, Conditioner)
 
 
 def is_right_by_construction(meta: object) -> bool:
@@ -98,7 +98,7 @@ def is_right_by_construction(meta: object) -> bool:
     return isinstance(meta, SELF_DESCRIBING) and meta.autoregressive
 
 
-class ConditionedUnivariate(StructuredMeta):
+class ConditionedUnivariate(AutoregressiveMeta):
     r"""A conditioner followed by a univariate family, as the ``meta`` of an autoregressive transform.
 
     .. math:: x \mapsto f(\cdot; \theta(x)), \qquad \theta_i = c_i(x_{<i}, \mathrm{context})
@@ -169,7 +169,7 @@ def _as_rows(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return x.reshape(-1, *x.shape[-1:]), context
 
 
-class ContextMeta(StructuredMeta):
+class ContextMeta(AutoregressiveMeta):
     """A meta of x and a context, at a fixed context of shape ``(*, C)``."""
 
     def __init__(self, meta: Any, context: Tensor) -> None:

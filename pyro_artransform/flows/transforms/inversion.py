@@ -32,10 +32,10 @@ from ..._base.arguments import values_can_be_read, warn_user
 from ..._base.differentiation import has_other_leaves
 from ..conditioners import Blocks, Linearization
 from ..univariate import Univariate
-from .conditioned import Meta, StructuredMeta, check_returned
+from .conditioned import AutoregressiveMeta, Meta, check_returned
 from .flow_module import call_and_ladj, call_and_ladj_over_vectors
 
-_UNSTRUCTURED = StructuredMeta()  # declares nothing
+_UNSTRUCTURED = AutoregressiveMeta()  # declares nothing
 _MAX_PASSES = 16  # within a block; if more are needed, smaller blocks are cheaper
 
 
@@ -44,7 +44,7 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
 
     With ``passes``, at most this many fixed-point passes are taken; otherwise the inverse is exact.
     """
-    structured = meta if isinstance(meta, StructuredMeta) else _UNSTRUCTURED
+    structured = meta if isinstance(meta, AutoregressiveMeta) else _UNSTRUCTURED
     y = structured.expand(y)
     readable = values_can_be_read(y)
     with torch.set_grad_enabled(torch.is_grad_enabled() and not readable):
@@ -71,7 +71,7 @@ def invert(meta: Meta, y: Tensor, passes: int | None) -> tuple[Tensor, Tensor]:
 
 def invert_with_score(meta: Meta, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """The exact inverse, its log-determinant and the score at x; None without a linearization."""
-    if not (isinstance(meta, StructuredMeta) and values_can_be_read(y)) or meta.batch_shape:
+    if not (isinstance(meta, AutoregressiveMeta) and values_can_be_read(y)) or meta.batch_shape:
         return None
     with torch.no_grad():
         blocks = meta.blocks(y, in_place=True)

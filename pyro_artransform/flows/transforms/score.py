@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..univariate import Univariate
 from ..univariate.base import Derivatives
-from .conditioned import StructuredMeta
+from .conditioned import AutoregressiveMeta
 from .flow_module import call_and_ladj
 
 
 def closed_form(
-    meta: StructuredMeta, x: Tensor, score: Tensor
+    meta: AutoregressiveMeta, x: Tensor, score: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """The value, the log-determinant and the score; None without a linearization."""
     if meta.depth == 1:
@@ -55,7 +55,7 @@ def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
 
 
 def _by_coordinate(
-    meta: StructuredMeta, x: Tensor, score: Tensor
+    meta: AutoregressiveMeta, x: Tensor, score: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """:func:`closed_form` for a diagonal J, without dependencies; None if the transform is of vectors."""
     with torch.enable_grad():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..._base.arguments import values_can_be_read
-from .conditioned import Meta, StructuredMeta, check_returned
+from .conditioned import AutoregressiveMeta, Meta, check_returned
 
 _RANDOM = (
     "the meta is random: it gives a different transform each time for the same x, so log-determinants and "
@@ -98,7 +98,7 @@ def dependencies(meta: Meta, x: Tensor) -> Tensor:
 def fault_of_rows(meta: Meta, x: Tensor) -> str:
     """Describes whether the transform of a row is random or depends on other rows; empty if neither."""
     generator = torch.Generator().manual_seed(0)
-    batch = meta.batch_shape if isinstance(meta, StructuredMeta) else ()
+    batch = meta.batch_shape if isinstance(meta, AutoregressiveMeta) else ()
     rows = [2 if size == 1 else size for size in batch] or [2] * max(x.dim() - 1, 1)
     shape = torch.Size((*rows, x.shape[-1]))
     near = 1e2 * torch.finfo(x.dtype).eps

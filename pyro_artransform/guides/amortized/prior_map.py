@@ -154,7 +154,7 @@ class ElementPrior(ModelPrior):
     def center_at_start(self, share: float) -> None:
         """Sets lambda to the user's values, or by the curvature at the elements' initial values."""
         with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-            if isinstance(self.asked, Mapping):
+            if isinstance(self.requested, Mapping):
                 self._set_unit(self.log_joint, self.log_joint.start)
                 self.center_as_asked(self.space.latents)
             else:

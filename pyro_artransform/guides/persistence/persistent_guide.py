@@ -26,7 +26,7 @@ from ..._base.files import FilePath
 from ...model.coordinates.coordinates import ModelPrior
 from ...model.coordinates.prior_map import Coordinates
 from ...model.density import Args, Kwargs, LogJoint
-from ...posterior.summary import check_levels, quantiles_of
+from ...posterior.summaries import check_levels, quantiles_of
 from ..prototype import StartMessenger, Traces, is_hidden, prototype_trace
 from .param_store import RegisteredGuide
 from .spec import Arguments, GuideSpec, State, check_finite, check_size
@@ -137,7 +137,7 @@ class PersistentGuide(RegisteredGuide):
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
         """See ``ModelPrior.find_sites``; empty if no prior was seen to depend on other latents."""
-        asked = self.prior.asked
+        asked = self.prior.requested
         if asked == "model" or not (depends or isinstance(asked, Mapping)):
             return {}
         self.prior.log_joint = None  # left by a failed set-up

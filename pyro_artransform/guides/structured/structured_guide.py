@@ -143,7 +143,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         for with_location in (True, False) if mapped else ():
             sites = {name: with_location or not mapped[name] for name in mapped}
             found = self._graph_in(log_joint, sites)
-            if self.prior.asked != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
+            if self.prior.requested != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
                 return {**self.prior.arguments_of(sites), "graph": found.to_plain()}
         return {**self.prior.arguments_of({}), "graph": graph.to_plain()}
 

@@ -11,9 +11,8 @@ Importance Sampling Squared for Bayesian Inference in Latent Variable Models (Tr
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -21,10 +20,10 @@ from pyro.distributions import Delta, validation_enabled
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
-from ..._base.arguments import first_of
 from ..._base.time_limit import is_out_of_time
 from ...diagnostics import Importance
-from ...diagnostics.importance import GOOD_GAP, GOOD_KHAT, GOOD_TAIL
+from ...diagnostics.importance_sampling import GOOD_GAP
+from ...diagnostics.plates import PlateDiagnostics, largest_error
 from ...diagnostics.psis import fit_tails, share_above
 from ...model.paths import Draws, Evaluate, Terms
 from ...model.traces import latent_nodes, plate_of_elements, unwrapped
@@ -36,75 +35,10 @@ from ..optimization.objective import PyroObjective, are_close
 _MAX_INNER = 16  # the most draws of each element per draw of the shared latents
 
 
-@dataclass(frozen=True, eq=False, repr=False, kw_only=True)
-class Elements:
-    """How close a guide is to the posterior of each element of a plate, given the shared latents.
-
-    :param khat: the Pareto index of each element's weights, with standard error ``khat_se``.
-    :param tail_share: the share of each element's weights above the cutoff of their tail.
-    :param gap: the log evidence of each element less its ELBO, in nats: estimated from the guide's draws, or
-        from draws of the prior if these give significantly more evidence.
-    :param index: the indices of the elements in the plate, ascending, shape ``(size,)``; ``None`` if the
-        loader does not know them, and elements are in the order of a pass over it.
-    """
-
-    plate: str
-    khat: Tensor
-    khat_se: Tensor
-    tail_share: Tensor
-    gap: Tensor
-    index: Tensor | None
-
-    @property
-    def trusted(self) -> Tensor:
-        """Whether each element is trusted, shape ``(size,)``, by the thresholds for a whole posterior.
-
-        The largest of many k-hats is large by chance: its threshold is raised by the median largest error.
-        """
-        bound = GOOD_KHAT + _largest_error(len(self.khat)) * self.khat_se
-        return ((self.khat <= bound) | (self.tail_share <= GOOD_TAIL)) & (self.gap <= GOOD_GAP)
-
-    @property
-    def objection(self) -> str:
-        """A sentence on the untrusted elements, worst first; empty if there are none."""
-        worst = self.gap.argsort(descending=True)
-        named = [
-            f"{self.name_of(k)} (k-hat {self.khat[k]:.2f} ± {self.khat_se[k]:.2f})"
-            if self.gap[k] <= GOOD_GAP
-            else f"{self.name_of(k)} (ELBO {self.gap[k]:,.2f} nats below the log evidence)"
-            for k in worst[~self.trusted[worst]].tolist()
-        ]
-        words = (
-            f"the guide fails for {len(named):,} of the {len(self.gap):,} elements of plate '{self.plate}': "
-            f"{first_of(named)}: result.elements lists them all"
-        )
-        return words if named else ""
-
-    def name_of(self, place: int) -> str:
-        """The name of an element in messages."""
-        if self.index is None:
-            return f"element {place} of a pass over the loader"
-        return f"element {int(self.index[place])}"
-
-    def __repr__(self) -> str:
-        count = f"{int(self.trusted.sum()):,} of {len(self.khat):,}"
-        lines = [f"Elements: {count} of plate '{self.plate}' are trusted"]
-        for name, values in (("gaps in nats", self.gap), ("k-hats", self.khat)):
-            worst = values.argsort(descending=True)[:5].tolist()
-            named = [f"{values[k]:.3g} of {self.name_of(k)}" for k in worst]
-            lines.append(f"  largest {name:13}{first_of(named)}")
-        return "\n".join(lines)
-
-
-def _largest_error(count: int) -> float:
-    """The median of the maximum of ``count`` standard normal errors."""
-    return NormalDist().inv_cdf(0.5 ** (1 / count))
-
-
 class ElementWeights(NamedTuple):
     """The importance weights of a pass over a loader, for a guide with latents of elements."""
 
-    elements: Elements
+    elements: PlateDiagnostics
     #: the weights and the ELBO of the shared latents alone; ``None`` if there are none
     shared: Importance | None
     noise: float  #: the variance of the shared log weights that is due to the draws of elements
@@ -143,14 +77,16 @@ def _weigh(minibatches: MinibatchObjective, num_gradients: int) -> ElementWeight
     return ElementWeights(elements, shared if draws.names else None, noise, draws.inner)
 
 
-def _judged(plate: str, found: Tensor, index: Tensor | None) -> Elements:
+def _judged(plate: str, found: Tensor, index: Tensor | None) -> PlateDiagnostics:
     """The elements after a pass, from the rows of :func:`_columns` and the index of each, if known."""
     if index is not None:
         index, order = index.sort()
         found = found[:, order]
     khat, se, share, gap, more, error, _ = found
-    gap = gap + torch.where(more > GOOD_GAP + (2 + _largest_error(len(gap))) * error, more, 0.0)
-    return Elements(plate=plate, khat=khat, khat_se=se, tail_share=share, gap=gap, index=index)
+    gap = gap + torch.where(more > GOOD_GAP + (2 + largest_error(len(gap))) * error, more, 0.0)
+    return PlateDiagnostics(
+        plate=plate, khat=khat, khat_se=se, tail_share=share, gap=gap, index=index
+    )
 
 
 def _columns(log_ratios: Tensor, by_prior: Tensor) -> Tensor:

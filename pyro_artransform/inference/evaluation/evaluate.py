@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._base.time_limit import limited
+from ..._base.time_limit import until_deadline
 from ...diagnostics import Importance
 from ...diagnostics.checks import Check, Verdict
-from ...diagnostics.importance import CLEAR_IN_SE, GOOD_KHAT
+from ...diagnostics.importance_sampling import CLEAR_IN_SE, GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
 from ...model.rounding import coarse_sites, sites_at_edge
 from ...model.vectorization import draws_at_a_time
-from ...sampling import End, Ensemble
+from ...sampling import Ensemble, StopReason
 from ..config import EvaluationConfig, FitConfig
 from ..optimization.minibatches import PassEstimate
 from .elements import ElementWeights
@@ -48,7 +48,7 @@ def draw(
     count = config.num_noisy_samples if is_noisy else config.num_samples
     latents, parts = list[Tensor](), list[Tensor]()
     most = draws_at_a_time(subject.log_joint.latents.latent_dim)  # the number of latents to keep
-    for chunk in limited(subject.weighted_draws(count), at_least=1):
+    for chunk in until_deadline(subject.weighted_draws(count), at_least=1):
         parts.append(chunk.log_weights)
         if chunk.latent is not None and sum(map(len, latents)) < most:
             latents.append(chunk.latent.clone())
@@ -57,7 +57,7 @@ def draw(
         weights = Importance.from_log_weights(torch.cat(parts))
         # only k-hat is in doubt: it is not clearly below its threshold
         if weights.is_close and weights.khat + CLEAR_IN_SE * weights.khat_se >= GOOD_KHAT:
-            parts += [chunk.log_weights for chunk in limited(subject.weighted_draws(more))]
+            parts += [chunk.log_weights for chunk in until_deadline(subject.weighted_draws(more))]
     return torch.cat(parts), torch.cat(latents) if latents else None
 
 
@@ -95,7 +95,8 @@ def evaluate(
         draws = draws[draws.isfinite().all(-1)]
         if ensemble is not None and len(draws) > 1:
             lost = lost_modes(ensemble, draws)
-            marginals = marginals_of(ensemble, draws) if ensemble.convergence().has_mixed else None
+            if ensemble.convergence().has_mixed:
+                marginals = marginals_of(log_joint, ensemble.draws, draws)
     status = status._replace(
         is_point=is_point,
         is_random=log_joint.is_random,
@@ -116,7 +117,7 @@ def lost_modes(ensemble: Ensemble, draws: Tensor) -> LostModes:
     """Finds modes of an ensemble in which a guide has almost no unconstrained ``draws``, ``(n, D)``."""
     modes, is_mixed = ensemble.modes, ensemble.convergence().has_mixed
     if modes is None:
-        had_time = ensemble.end is not End.OUT_OF_TIME
+        had_time = ensemble.end is not StopReason.OUT_OF_TIME
         rhat = float(ensemble.convergence().rhat.max()) if had_time else 1.0
         return LostModes(was_searched=is_mixed, rhat=rhat)
     # before mixing, the chains' shares of modes are wrong, and those of Gaussians are only approximate

@@ -11,8 +11,14 @@ import torch
 from ..._base.arguments import first_of
 from ..._base.time_limit import abandonable
 from ...diagnostics import Importance, Marginals
-from ...diagnostics.checks import Check, FailedCheck, Verdict
-from ...diagnostics.importance import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS, GOOD_TAIL
+from ...diagnostics.checks import Check, FailedCheck, Verdict, about_draws
+from ...diagnostics.importance_sampling import (
+    GOOD_ELBO_SE,
+    GOOD_GAP,
+    GOOD_KHAT,
+    GOOD_LOST_MASS,
+    GOOD_TAIL,
+)
 from ...diagnostics.psis import WORST_KHAT, round_off_of
 from ...sampling import Ensemble
 from ...sampling.ensemble import MODES_RHAT
@@ -92,7 +98,10 @@ def judge(
     :param about_others: failed checks on mini-batches.
     :param praise: the sentence if no check failed; by default it is about the weights.
     """
-    failed = [*about_draws(status), *(status.no_sum or ())]
+    failed = [
+        *about_draws(status.prior_only, status.coarse, status.at_edge),
+        *(status.no_sum or ()),
+    ]
     if status.no_chains:
         failed.insert(0, Check.NO_CHAINS.failed(reason=status.no_chains))
     if status.skipped_share > _MOST_SKIPPED:
@@ -141,16 +150,6 @@ def _notes(status: FitStatus, has_failed: bool) -> Iterator[str]:
         yield f"The model's own parameters are point estimates ({names}): the verdict is conditional on them."
     if status.no_sum is None and not has_failed:
         yield _SUM_NOT_CHECKED
-
-
-def about_draws(status: FitStatus) -> Iterator[FailedCheck]:
-    """The failed checks for draws from the prior, or rounded to few values."""
-    if status.prior_only:
-        yield Check.PRIOR.failed(prior_only=status.prior_only)
-    if status.coarse:
-        yield Check.ROUNDED.failed(sites=first_of(status.coarse))
-    if status.at_edge:
-        yield Check.EDGE.failed(sites=first_of(status.at_edge))
 
 
 def about_weights(found: Importance, remedy: str) -> Iterator[FailedCheck]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..._base.time_limit import abandonable, check_time
-from ...diagnostics.importance import CLEAR_IN_SE
+from ...diagnostics.importance_sampling import CLEAR_IN_SE
 from ...model import LogJoint
 from ...model.coordinates.coordinates import centered_by_draws
 from ...model.graphs.dependencies import MAX_HALVINGS, value_and_gradient
@@ -179,7 +179,7 @@ def _common_noise() -> Iterator[None]:
         yield
 
 
-class SharedPrior(LogJoint):
+class MinibatchDensity(LogJoint):
     """The unscaled log joint density of a mini-batch, with its share of the density of global latents.
 
     The mini-batch is the same in each run and is a ``share`` of all data; ``elements`` names its own latents.
@@ -230,7 +230,7 @@ def find_initial_minibatch_guide(
         return InitialGuide(UNCHANGED, math.nan)
     share = 1 / structure.scale
     elements = log_joint.latents.sites.keys() - set(structure.global_latents)
-    shared = SharedPrior(log_joint, share, elements)
+    shared = MinibatchDensity(log_joint, share, elements)
 
     def candidate(name: str) -> InitialGuide:
         with _common_noise():

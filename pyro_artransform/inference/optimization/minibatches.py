@@ -11,9 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._base.time_limit import limited
-from ...model import LogJoint, MeanLogJoint
-from ...model.mean_density import Anchor, AnchoredLogJoint
+from ..._base.time_limit import until_deadline
+from ...model import FullDataDensity, LogJoint
+from ...model.full_data_density import Anchor, AnchoredLogJoint
 from ..config import MinibatchConfig
 from ..loader import AllBatches, Batch, BatchStream
 from .objective import BatchObjective, Objective, PathObjective
@@ -73,10 +73,10 @@ class MinibatchObjective(Objective):
         self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
         self._anchor: Anchor | None = None
         #: the log joint density of all data, if a pass over the stream has them and they share all latents
-        self.whole: MeanLogJoint | None = None
+        self.whole: FullDataDensity | None = None
         stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
         if stream.is_partition and structure.is_scaled and not structure.subsampled_latents:
-            whole = MeanLogJoint(self.log_joint, AllBatches(stream))
+            whole = FullDataDensity(self.log_joint, AllBatches(stream))
             self.whole = whole if whole.is_of_all_data and not whole.is_random else None
         #: the objective on all data, which corrects that of each batch
         self.on_all: PathObjective | None = None
@@ -136,10 +136,10 @@ class MinibatchObjective(Objective):
     def nonfinite_sites(self) -> list[str]:
         return self._last.nonfinite_sites()
 
-    def mean_log_joint(self) -> MeanLogJoint:
+    def mean_log_joint(self) -> FullDataDensity:
         """The mean log joint density of several batches, which determines the initial guide."""
         few = self.validation[:: math.ceil(len(self.validation) / self.config.num_for_start)]
-        return MeanLogJoint(self.log_joint, few)
+        return FullDataDensity(self.log_joint, few)
 
     @torch.no_grad()
     def over_a_pass(self) -> PassEstimate:
@@ -149,7 +149,7 @@ class MinibatchObjective(Objective):
         count = max(config.num_draws // min(whole.num_batches, config.max_batches), _MIN_DRAWS)
         estimate = self._estimator(config.num_common_draws if are_common else count)
         draws, shares = list[Tensor](), list[float]()
-        for batch in limited(whole.one_pass(config.max_batches), at_least=2):
+        for batch in until_deadline(whole.one_pass(config.max_batches), at_least=2):
             draws.append(estimate(batch))
             shares.append(1 / self.log_joint.structure(*batch).scale)
         num_batches, seen = len(draws), sum(shares)  # the share of all data according to the scales

@@ -17,7 +17,7 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
-from ..._base.time_limit import limited
+from ..._base.time_limit import until_deadline
 from ...model import LogJoint
 from ...model.handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, traced_parameters
 from ...model.paths import Terms
@@ -288,7 +288,9 @@ class PyroObjective(Objective):
     def elbo_draws(self, count: int) -> Tensor:
         # a loop takes one draw at a time, to stop at the time limit
         batch = max(count // _NUM_ESTIMATES, 1) if self.is_vectorized else 1
-        losses = [self._value(batch) for _ in limited(range(max(count // batch, 1)), at_least=2)]
+        losses = [
+            self._value(batch) for _ in until_deadline(range(max(count // batch, 1)), at_least=2)
+        ]
         like = next(iter(self.parameters().values()))
         return -like.new_tensor(losses, dtype=torch.float64)
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...diagnostics.importance import GOOD_KHAT, KHAT_OF_VARIANCE
+from ...diagnostics.importance_sampling import GOOD_KHAT, KHAT_OF_VARIANCE
 from ...diagnostics.psis import fit_tail
 from ..config import OptimizationConfig
 

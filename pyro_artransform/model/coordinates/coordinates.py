@@ -28,9 +28,9 @@ from torch import Tensor
 from ..graphs.dependencies import value_and_gradient
 from ..sites import Latents, LatentSpace
 from .factors import find_factors
+from .gaussian_sites import GaussianSites
 from .prior_map import Coordinates
 from .prior_scale import is_identity
-from .pseudo_data import PseudoData
 
 # above this lambda an element is as the model is written, at no cost (benchmarks/coordinates.md)
 _CENTERED = 0.95
@@ -142,7 +142,7 @@ def with_pseudo_data(log_joint: Any, x: Tensor, gradients: Tensor) -> Any:
     if (given := log_joint.coordinates) is None:
         return log_joint
     zeros = torch.zeros_like(given.unit)
-    before = given.pseudo_data or PseudoData(zeros, zeros)
+    before = given.gaussian_sites or GaussianSites(zeros, zeros)
     prior = log_joint.with_coordinates(given.with_pseudo_data(before)).priors_at(x)
     found = before.refitted(x, gradients, prior, log_joint.latents.sizes)
     if not bool(found.precision.any()):
@@ -174,24 +174,24 @@ def coordinates_at(
 class ModelPrior:
     """The coordinates that a guide takes from its model's prior, and the model's log joint density.
 
-    :param asked: the argument ``coordinates`` of a guide: "prior", "model", or a mapping from sites to
+    :param requested: the argument ``coordinates`` of a guide: "prior", "model", or a mapping from sites to
         numbers between 0 and 1.
     """
 
     space: LatentSpace  #: the latents and their coordinates, set by :meth:`set_up`
 
-    def __init__(self, asked: CoordinatesArgument) -> None:
-        if isinstance(asked, Mapping):
-            asked = {name: torch.as_tensor(value) for name, value in asked.items()}
-            is_right = all(bool(((c >= 0) & (c <= 1)).all()) for c in asked.values())
+    def __init__(self, requested: CoordinatesArgument) -> None:
+        if isinstance(requested, Mapping):
+            requested = {name: torch.as_tensor(value) for name, value in requested.items()}
+            is_right = all(bool(((c >= 0) & (c <= 1)).all()) for c in requested.values())
         else:
-            is_right = isinstance(asked, str) and asked in ("prior", "model")
+            is_right = isinstance(requested, str) and requested in ("prior", "model")
         if not is_right:
             raise ValueError(
                 "coordinates: expected 'prior', 'model', or a mapping from sites to degrees of centring, "
-                f"from 0 (non-centred) to 1 (as in the model), got {asked!r}"
+                f"from 0 (non-centred) to 1 (as in the model), got {requested!r}"
             )
-        self.asked = asked
+        self.requested = requested
         self.is_chosen = False  #: whether a fit may change lambda, in place
         self.is_wanted = True  #: whether chains may use them: not with ``coordinates="model"``
         self.log_joint: Any = None  #: the model's density on the unconstrained space
@@ -217,9 +217,9 @@ class ModelPrior:
 
     def arguments_of(self, with_location: dict[str, bool]) -> dict[str, Any]:
         """The arguments of a specification, as :meth:`set_up` reads them."""
-        if not (with_location or self.asked == "model"):
+        if not (with_location or self.requested == "model"):
             return {}
-        return {"coordinates": with_location, "chooses_coordinates": self.asked == "prior"}
+        return {"coordinates": with_location, "chooses_coordinates": self.requested == "prior"}
 
     @property
     def density(self) -> Any:
@@ -236,13 +236,13 @@ class ModelPrior:
         """The sites with coordinates from the prior, and whether their prior depends on other latents."""
         with torch.random.fork_rng(devices=[]), poutine.block():
             found: dict[str, bool] = self.log_joint.mapped_sites()
-        if isinstance(self.asked, Mapping):
-            if unknown := sorted(self.asked.keys() - found.keys()):
+        if isinstance(self.requested, Mapping):
+            if unknown := sorted(self.requested.keys() - found.keys()):
                 raise ValueError(
                     "coordinates: expected latents whose prior is not normal, or has a location or a scale "
                     f"that depends on other latents, {list(found)}, got {unknown}"
                 )
-            found = {name: found[name] for name in found if name in self.asked}
+            found = {name: found[name] for name in found if name in self.requested}
         return found
 
     def center_as_asked(self, latents: Latents) -> None:
@@ -250,7 +250,7 @@ class ModelPrior:
         given = cast(Coordinates, self.coordinates)
         centered = torch.ones_like(given.centered)
         parts = latents.views(centered)
-        for name, value in cast(Mapping[str, Tensor], self.asked).items():
+        for name, value in cast(Mapping[str, Tensor], self.requested).items():
             try:
                 parts[name].copy_(value)
             except RuntimeError as error:
@@ -269,7 +269,7 @@ class ModelPrior:
         """
         log_joint, given = self.log_joint, cast(Coordinates, self.coordinates)
         with torch.random.fork_rng(devices=[]), poutine.block():
-            if isinstance(self.asked, Mapping):
+            if isinstance(self.requested, Mapping):
                 given.set_(given.centered, log_joint.prior_scales(log_joint.or_usable(start)))
                 self.center_as_asked(log_joint.latents)
             else:

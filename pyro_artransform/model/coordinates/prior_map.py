@@ -43,8 +43,8 @@ from torch.distributions import Transform
 from ..sites import Latents
 from ..vectorization import DrawPlate
 from .factors import OtherUseError, Products
+from .gaussian_sites import GaussianSites, LocScale
 from .prior_scale import PriorScale
-from .pseudo_data import LocScale, PseudoData
 
 
 class SiteCoordinates(NamedTuple):
@@ -55,7 +55,7 @@ class SiteCoordinates(NamedTuple):
     :param with_location: whether the map includes the location of the prior; if not, x is only scaled, and
         latents depend on each other through locations as in the model.
     :param bijection: the bijection from the unconstrained space onto the support.
-    :param pseudo_data: a normal approximation of the likelihood, for lambda of zero.
+    :param gaussian_sites: a normal approximation of the likelihood, for lambda of zero.
     :param num_factors: with pseudo-data, the number of factors of the latent.
     """
 
@@ -63,7 +63,7 @@ class SiteCoordinates(NamedTuple):
     unit: Tensor
     with_location: bool
     bijection: Transform
-    pseudo_data: PseudoData | None = None
+    gaussian_sites: GaussianSites | None = None
     num_factors: int = 0
 
 
@@ -76,7 +76,7 @@ class Coordinates(nn.Module):
     :param unit: the approximate scale of each prior, positive, same shape.
     :param with_location: flags by site, see :class:`SiteCoordinates`.
     :param factors: by how many factors the model multiplies a latent before any other use, by site.
-    :param pseudo_data: normal approximations of the likelihood for lambda of zero, of chains only.
+    :param gaussian_sites: normal approximations of the likelihood for lambda of zero, of chains only.
     """
 
     def __init__(
@@ -85,13 +85,13 @@ class Coordinates(nn.Module):
         unit: Tensor,
         with_location: Mapping[str, bool],
         factors: Mapping[str, int] | None = None,
-        pseudo_data: PseudoData | None = None,
+        gaussian_sites: GaussianSites | None = None,
     ) -> None:
         super().__init__()
         self.centered = nn.Parameter(centered.detach(), requires_grad=False)
         self.unit = nn.Parameter(unit.detach(), requires_grad=False)
         self.with_location = dict(with_location)
-        self.factors, self.pseudo_data = dict(factors or {}), pseudo_data
+        self.factors, self.gaussian_sites = dict(factors or {}), gaussian_sites
         # the tensor and its version when lambda was read, and whether it was 1 everywhere
         self._read: tuple[Tensor | None, int, bool] = None, 0, False
         self._non_centered = list[bool]()  # whether lambda of each site is 0; empty if not read yet
@@ -121,18 +121,20 @@ class Coordinates(nn.Module):
                 found[name] = SiteCoordinates(
                     lambda_, unit, self.with_location[name], site.bijection
                 )
-        if self.pseudo_data is not None:
-            by_site = zip(*(latents.split(part).values() for part in self.pseudo_data))
+        if self.gaussian_sites is not None:
+            by_site = zip(*(latents.split(part).values() for part in self.gaussian_sites))
             for name, parts in zip(latents.sites, by_site):
                 if name in found and found[name].centered is None:
                     found[name] = found[name]._replace(
-                        pseudo_data=PseudoData(*parts), num_factors=self.factors.get(name, 0)
+                        gaussian_sites=GaussianSites(*parts), num_factors=self.factors.get(name, 0)
                     )
         return found
 
-    def with_pseudo_data(self, pseudo_data: PseudoData | None) -> "Coordinates":
+    def with_pseudo_data(self, gaussian_sites: GaussianSites | None) -> "Coordinates":
         """The same coordinates with these pseudo-data, or none."""
-        return Coordinates(self.centered, self.unit, self.with_location, self.factors, pseudo_data)
+        return Coordinates(
+            self.centered, self.unit, self.with_location, self.factors, gaussian_sites
+        )
 
     def non_centered(self, latents: Latents) -> "Coordinates":
         """Coordinates with lambda 0 and unit 1 for all mapped latents."""
@@ -253,22 +255,22 @@ class PriorMap(Messenger):
     ) -> tuple[Tensor, Tensor | None]:
         """Maps a latent and keeps the results; returns u and, where computed, its log density."""
         site, given, log_prob = self.sites[name], self._given[name], None
-        pseudo_data = site.pseudo_data if type(prior) is PriorScale else None
-        if pseudo_data is not None:
+        gaussian_sites = site.gaussian_sites if type(prior) is PriorScale else None
+        if gaussian_sites is not None:
             self.priors[name] = LocScale(prior.loc * factor, prior.scale * factor)
         if self._is_inverse:
             lambda_ = torch.zeros_like(site.unit) if site.centered is None else site.centered
             found, ladj = prior.coordinates(given, lambda_, site.unit)
             u = given
-            if pseudo_data is not None:
-                found, of_residual = pseudo_data.inverse(found, self.priors[name])
+            if gaussian_sites is not None:
+                found, of_residual = gaussian_sites.inverse(found, self.priors[name])
                 ladj = ladj + of_residual
         else:
             of_residual = torch.zeros_like(given)
-            if pseudo_data is not None:
-                given, of_residual = pseudo_data.residual(given, self.priors[name])
+            if gaussian_sites is not None:
+                given, of_residual = gaussian_sites.residual(given, self.priors[name])
             u, ladj, log_prob = prior.unconstrained(given, site.centered, site.unit)
-            found, ladj = u, ladj if pseudo_data is None else ladj + of_residual
+            found, ladj = u, ladj if gaussian_sites is None else ladj + of_residual
         self.found[name], self.values[name] = found, (value := site.bijection(u))
         num_summed = event_dim - value.dim() + u.dim()
         of_value = site.bijection.log_abs_det_jacobian(u, value)

@@ -8,10 +8,10 @@ from torch import nn
 from pyro_artransform import conditional_affine_autoregressive
 from pyro_artransform.flows.conditioners import MaskedInput, MaskedMLP, TiltedSiLU, Unconditional
 from pyro_artransform.flows.transforms import (
+    AutoregressiveMeta,
     AutoregressiveTransform,
     ComposedTransform,
     ConditionedUnivariate,
-    StructuredMeta,
 )
 from pyro_artransform.flows.transforms.score import _derivatives
 from pyro_artransform.flows.univariate import Affine, Hinged, RationalQuadraticSpline
@@ -73,7 +73,7 @@ def test_the_score_by_substitution_is_that_of_the_jacobian(make):
     torch.testing.assert_close((y, ladj), t.call_and_ladj(x))
 
 
-class OfEach(StructuredMeta):
+class OfEach(AutoregressiveMeta):
     """The same vector transform at every x, which says that it acts on each coordinate alone."""
 
     depth = 1

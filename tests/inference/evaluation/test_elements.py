@@ -13,8 +13,9 @@ from pyro import poutine
 from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from pyro_artransform import AutoAmortized
+from pyro_artransform.diagnostics.plates import PlateDiagnostics
 from pyro_artransform.inference.config import MinibatchConfig
-from pyro_artransform.inference.evaluation.elements import Elements, ElementWeights, weigh_elements
+from pyro_artransform.inference.evaluation.elements import ElementWeights, weigh_elements
 from pyro_artransform.inference.evaluation.verdict import (
     FitStatus,
     about_elements,
@@ -66,7 +67,7 @@ def weighed(guide, *args, **options):
 
 def elements(khat, khat_se, tail_share, gap, index=None):
     numbers = {"khat": khat, "khat_se": khat_se, "tail_share": tail_share, "gap": gap}
-    return Elements(plate="rows", index=index, **numbers)
+    return PlateDiagnostics(plate="rows", index=index, **numbers)
 
 
 def verdict(found):

@@ -23,10 +23,10 @@ from pyro_artransform.inference.evaluation.evaluate import (
     lost_modes,
 )
 from pyro_artransform.inference.evaluation.verdict import FitStatus
-from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.inference.optimization.minibatches import PassEstimate
 from pyro_artransform.inference.result import FitResult
 from pyro_artransform.model import LogJoint
+from pyro_artransform.sampling.run_mcmc import from_nothing
 from tests.diagnostics.conjugate import PathGuide, alternating, path
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK

@@ -20,14 +20,14 @@ from pyro_artransform.inference.initialization.start import (
     AT_DRAWS,
     FAILED,
     UNCHANGED,
-    SharedPrior,
+    MinibatchDensity,
     find_initial_minibatch_guide,
     find_start,
 )
 from pyro_artransform.inference.loader import Batch
-from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.inference.optimization.objective import PyroObjective
 from pyro_artransform.model import LogJoint
+from pyro_artransform.sampling.run_mcmc import from_nothing
 from tests.inference import models
 from tests.inference.conftest import QUICK, quick_fit
 from tests.inference.models import small
@@ -329,7 +329,7 @@ def test_shared_prior():
     prior = dist.Normal(0.0, 1e3).log_prob(z[:, 0]) * BATCH / SIZE
     local = dist.Normal(z[:, :1], 1.0).log_prob(z[:, 1:]).sum(-1)
     data = dist.Normal(z[:, 1:], 0.5).log_prob(y).sum(-1)
-    assert torch.allclose(SharedPrior(log_joint, BATCH / SIZE, ["z"])(z), prior + local + data)
+    assert torch.allclose(MinibatchDensity(log_joint, BATCH / SIZE, ["z"])(z), prior + local + data)
 
 
 def test_shared_prior_of_elements_that_are_positive():
@@ -340,13 +340,13 @@ def test_shared_prior_of_elements_that_are_positive():
             pyro.sample("rate", dist.LogNormal(0.0, 1.0))
 
     u = torch.randn(5, BATCH)
-    density = SharedPrior(LogJoint(model), BATCH / SIZE, ["rate"])
+    density = MinibatchDensity(LogJoint(model), BATCH / SIZE, ["rate"])
     assert torch.allclose(density(u), dist.Normal(0.0, 1.0).log_prob(u).sum(-1))
 
 
 def test_shared_prior_of_a_plate_that_draws_is_a_function():
     log_joint = LogJoint(drawing, (torch.randn(SIZE),))
-    density, z = SharedPrior(log_joint, BATCH / SIZE, ["z"]), torch.randn(3, 1 + BATCH)
+    density, z = MinibatchDensity(log_joint, BATCH / SIZE, ["z"]), torch.randn(3, 1 + BATCH)
     state = torch.get_rng_state()
     assert torch.equal(density(z), density(z))
     assert torch.equal(state, torch.get_rng_state())

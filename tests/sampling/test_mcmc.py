@@ -12,12 +12,11 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.inference import mcmc as run
-from pyro_artransform.inference.chains import chains_of
-from pyro_artransform.inference.evaluation.verdict import FitStatus
-from pyro_artransform.inference.mcmc import from_nothing
 from pyro_artransform.model import LogJoint
-from pyro_artransform.sampling import End, modes, target
+from pyro_artransform.sampling import StopReason, modes, target
+from pyro_artransform.sampling import mcmc as run
+from pyro_artransform.sampling.chains import chains_of
+from pyro_artransform.sampling.run_mcmc import from_nothing
 from tests.inference import models
 from tests.sampling.densities import schools, schools_moments, two_modes
 
@@ -174,7 +173,7 @@ def test_modes_that_are_left_out_are_a_note():
     ensemble = from_nothing(LogJoint(models.location), 50)
     ensemble.run(50)
     ensemble.left_out = 2e-5
-    found = chains_of(ensemble, 50, 1.0, "", FitStatus())
+    found = chains_of(ensemble, 50, 1.0, "", "")
     assert found.trusted
     assert "about 0.002 % of the posterior" in found.verdict
 
@@ -346,6 +345,6 @@ def test_chains_that_stay_in_modes_are_not_trusted_however_small_one_is(monkeypa
     """A mode of 3 %, which proposals that are never accepted do not lead to and from."""
     monkeypatch.setattr(modes.IndependentProposals, "step", lambda self, target, state: state)
     chains = mcmc(two_modes(2, 20.0, 0.03), draws=20)
-    assert chains.stopped_because == End.APART.value
+    assert chains.stopped_because == StopReason.APART.value
     assert not chains.trusted
     assert "chains found 2 modes" in chains.verdict

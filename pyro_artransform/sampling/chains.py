@@ -12,15 +12,15 @@ from torch import Tensor
 
 from .._base.arguments import first_of, warn_user
 from .._base.time_limit import abandonable
-from ..diagnostics.checks import CORNER, Check, FailedCheck, Verdict, as_lines
+from ..diagnostics.checks import CORNER, Check, FailedCheck, Verdict, about_draws, as_lines
+from ..diagnostics.convergence import GOOD_RHAT
+from ..diagnostics.result_io import SavedResult
 from ..model.rounding import coarse_sites, sites_at_edge
 from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
-from ..sampling import GOOD_RHAT, End, Ensemble, energy_bfmi
-from ..sampling.modes import APART
-from ..sampling.trajectories import MANY_DIVERGENT, share_of_divergent
-from .evaluation.verdict import FitStatus, about_draws
-from .saved import SavedResult
+from .ensemble import Ensemble, StopReason
+from .modes import APART
+from .trajectories import MANY_DIVERGENT, energy_bfmi, share_of_divergent
 
 _FEWEST = 8  # the fewest trajectories that say anything about mixing
 _LOW_ACCEPTANCE = 0.5  # the step size is adapted to 0.8 where the log density is smooth
@@ -171,9 +171,12 @@ def known(model: Any) -> Any:
 
 
 def chains_of(
-    ensemble: Ensemble, num_samples: int, seconds: float, reason: str, status: FitStatus
+    ensemble: Ensemble, num_samples: int, seconds: float, reason: str, prior_only: str
 ) -> Chains:
-    """The draws of an ensemble with diagnostics and a verdict; ``reason`` is why time ran out, if so."""
+    """The draws of an ensemble with diagnostics and a verdict; ``reason`` is why time ran out, if so.
+
+    :param prior_only: a sentence on why the posterior is the prior; empty if it is not.
+    """
     convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
     count, size, dim = ensemble.draws.shape
     flat = ensemble.draws.reshape(-1, dim)
@@ -183,11 +186,9 @@ def chains_of(
     is_divergent = torch.stack([info.is_divergent for info in infos])
     bfmi = energy_bfmi(torch.stack([info.energy for info in infos], 1))
     median_bfmi = float(bfmi.median())
-    status = status._replace(
-        coarse=coarse_sites(latents, flat), at_edge=sites_at_edge(latents, flat)
-    )
+    of_draws = about_draws(prior_only, coarse_sites(latents, flat), sites_at_edge(latents, flat))
     judged = Verdict(
-        failed=(*_objections(ensemble, num_samples, median_bfmi), *about_draws(status)),
+        failed=(*_objections(ensemble, num_samples, median_bfmi), *of_draws),
         praise=(
             f"{float(convergence.bulk.min()):,.0f} effective draws of the worst latent, R-hat at most "
             f"{float(convergence.rhat.max()):.3f}, from {count} chains of {size} draws."
@@ -223,7 +224,7 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
     convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
     max_rhat = float(convergence.rhat.max())
     modes = ensemble.modes
-    is_apart = ensemble.end is End.APART
+    is_apart = ensemble.end is StopReason.APART
     if modes is not None and (is_apart or float(modes.share[1:].sum()) > _SMALL_MODES):
         names = [latents.name_of(i) for i in (modes.differs > APART).nonzero()[:, 0].tolist()]
         between = "chains move between them, but may have missed others"
@@ -239,9 +240,9 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
     more = f"{remedy}{fewer}"
     if bfmi < _LOW_BFMI:
         remedy = more = CORNER
-    elif ensemble.end is End.LIMIT:
+    elif ensemble.end is StopReason.LIMIT:
         remedy = more = f"Set draws={num_samples}: without it, the chains of a fit end early"
-    elif ensemble.end is not End.OUT_OF_TIME:
+    elif ensemble.end is not StopReason.OUT_OF_TIME:
         more = f"Use tighter priors, or another parametrization{fewer}"
         remedy = "Use tighter priors, or another parametrization"
     if ensemble.num_trajectories < _FEWEST:

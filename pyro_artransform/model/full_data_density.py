@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from .._base.differentiation import sum_with_gradient
-from .checks import Checked
 from .density import Args, Kwargs, LogJoint
 from .graphs.dependencies import value_and_gradient
 from .handlers import FirstIndices
 from .vectorization import agree
+from .verify_vectorized import Checked
 
 
 class Anchor(NamedTuple):
@@ -37,7 +37,7 @@ class Anchor(NamedTuple):
         return self.value + (z - self.point) @ self.gradient
 
 
-class MeanLogJoint(LogJoint):
+class FullDataDensity(LogJoint):
     """The log joint density of a model, as the mean over mini-batches weighted by their rows.
 
     The density of one mini-batch is scaled up to all data, and its mode is many posterior sds away from that

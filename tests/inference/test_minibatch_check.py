@@ -11,7 +11,7 @@ from torch import nn
 
 from pyro_artransform import AutoAmortized, AutoIAF
 from pyro_artransform.inference.loader import Batch
-from pyro_artransform.inference.row_sums import warn_of_no_sum
+from pyro_artransform.inference.minibatch_check import warn_of_no_sum
 from tests.inference.conftest import quick_fit
 
 N = 40

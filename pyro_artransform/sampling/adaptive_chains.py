@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 from .._base.arguments import first_of
-from .._base.time_limit import limited
+from .._base.time_limit import until_deadline
 from ..model import LogJoint
 from ..model.coordinates.coordinates import with_pseudo_data
 from ..model.coordinates.prior_map import Coordinates
 from ..model.vectorization import tolerance
 from .adaptation import StepSize, TrajectoryLength
-from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, Field
+from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, LatentGaussianField
 from .modes import IndependentProposals, lost_chains
 from .preconditioning import Preconditioner, fisher_divergence
-from .starts import StartError, check_has_gradient, climb, far_apart, overdispersed
-from .target import PulledBack, State, identity
-from .trajectories import Info, integrator_of, trajectory
+from .starts import StartError, check_has_gradient, initial_ascent, overdispersed, select_dispersed
+from .target import State, TransformedDensity, identity
+from .trajectories import TrajectoryInfo, integrator_of, trajectory
 
 # trajectories in each warm-up round; the rounds after which coordinates for a field are tried, and the one
 # after which these are refitted; the rounds after which pseudo-data are
@@ -45,7 +45,7 @@ _SMALLEST = 0.35
 _GROWTH, _LEAST_FACTOR = 1.5, 0.01
 
 
-class MovingChains:
+class AdaptiveChains:
     """Chains of a log joint density, in superchains with a common start each.
 
     :param log_joint: the density, in the coordinates in which chains move at first.
@@ -53,12 +53,12 @@ class MovingChains:
 
     def __init__(self, log_joint: LogJoint, num_chains: int, num_superchains: int) -> None:
         self.num_chains, self.num_superchains = num_chains, num_superchains
-        self._target = PulledBack(log_joint)
+        self._target = TransformedDensity(log_joint)
         dim = log_joint.latents.latent_dim
         self._integrator, self._step_size = integrator_of(dim), StepSize(dim)
         self._state: State
         self._has_begun = False
-        self._field: tuple[LogJoint, Field] | None = None
+        self._field: tuple[LogJoint, LatentGaussianField] | None = None
         self._has_searched = self._has_adapted_again = False  # for a field; after a warm-up
         self.num_begun_anew = 0  #: number of lost chains restarted at others
         self._proposals: IndependentProposals | None = None
@@ -89,8 +89,8 @@ class MovingChains:
         # as many points as chains, so that one captured gradient serves both
         starts = overdispersed(self.log_joint, self.num_superchains, size)
         self._has_parents = starts.has_parents
-        state, self._preconditioner = climb(self._target, starts)
-        chosen = far_apart(state, self._preconditioner.scale, self.num_superchains)
+        state, self._preconditioner = initial_ascent(self._target, starts)
+        chosen = select_dispersed(state, self._preconditioner.scale, self.num_superchains)
         state = state.at(chosen.repeat_interleave(size))
         is_usable = state.is_usable
         usable = is_usable.nonzero()[:, 0]
@@ -166,7 +166,7 @@ class MovingChains:
         """
         states, self._moves = list[State](), torch.zeros_like(self._state.base[:, 0])
         factor = torch.ones_like(self._moves)
-        for _ in limited(range(number)):
+        for _ in until_deadline(range(number)):
             start = self._state.base
             info = self._step(most_steps, factor)
             self._step_size.update(info)
@@ -183,7 +183,7 @@ class MovingChains:
         self._step_size.settle()
         return states
 
-    def _step(self, most_steps: int = _MANY_STEPS, factor: Tensor | None = None) -> Info:
+    def _step(self, most_steps: int = _MANY_STEPS, factor: Tensor | None = None) -> TrajectoryInfo:
         self._count += 1
         stages, like = self._integrator.num_stages, self._state.base[:, :1]
         size = stages * self._step_size.value
@@ -228,7 +228,7 @@ class MovingChains:
         self._preconditioner = Preconditioner.of(states.base, states.gradient)
 
     def _approximate_likelihood(self, states: list[State], index: int) -> None:
-        """Tries coordinates given pseudo-data, see ``model.pseudo_data``, after some rounds."""
+        """Tries coordinates given pseudo-data, see ``model.gaussian_sites``, after some rounds."""
         if index not in _PSEUDO_DATA_AFTER or self._is_loop:
             return
         known = State.cat(states[len(states) // 2 :])
@@ -236,8 +236,8 @@ class MovingChains:
         other = with_pseudo_data(self.log_joint, known.base, known.gradient)
         if other is self.log_joint:
             return
-        if self._target.pseudo_data is None:
-            target = PulledBack(other, before=self._target)
+        if self._target.gaussian_sites is None:
+            target = TransformedDensity(other, before=self._target)
         else:
             target = self._target.with_pseudo_data(other)
         self._go_on_in(target, states)
@@ -246,23 +246,23 @@ class MovingChains:
         """Tries the coordinates of the model as it is written; returns whether they are taken."""
         if self.log_joint.coordinates is None:
             return False
-        target = PulledBack(self.log_joint.with_coordinates(None), before=self._target)
+        target = TransformedDensity(self.log_joint.with_coordinates(None), before=self._target)
         self._go_on_in(target, states, _CLEARLY)
         return self._target is target
 
-    def _find_field(self) -> tuple[LogJoint, Field] | None:
+    def _find_field(self) -> tuple[LogJoint, LatentGaussianField] | None:
         """Finds a field, and a density in coordinates from its prior, or as the model is written.
 
         A sequence whose location is the previous state has a sparse graph only in the latter.
         """
         densities, given = [self.log_joint], self.log_joint.coordinates
         if given is not None and bool(self._has_parents.any()):
-            if given.pseudo_data is not None:  # otherwise the captured density is shared
+            if given.gaussian_sites is not None:  # otherwise the captured density is shared
                 densities = [self.log_joint.with_coordinates(given.with_pseudo_data(None))]
             centered = given.centered.masked_fill(self._has_parents, 1.0)
             other = Coordinates(centered, given.unit, given.with_location)
             densities.append(self.log_joint.with_coordinates(other))
-        found = ((density, Field.of(density)) for density in densities)
+        found = ((density, LatentGaussianField.of(density)) for density in densities)
         return next(((density, field) for density, field in found if field is not None), None)
 
     def _transform_field(self, states: list[State]) -> None:
@@ -278,10 +278,13 @@ class MovingChains:
             fitted = ConditionalGaussian(field, density, latent, sds)
         except ValueError:  # no curvature near the draws
             return
-        self._go_on_in(PulledBack(density, fitted, self._target), states)
+        self._go_on_in(TransformedDensity(density, fitted, self._target), states)
 
     def _go_on_in(
-        self, target: PulledBack, states: list[State], factor: tuple[float, float] = _AT_MEDIAN
+        self,
+        target: TransformedDensity,
+        states: list[State],
+        factor: tuple[float, float] = _AT_MEDIAN,
     ) -> None:
         """Moves chains to other coordinates if these lower the Fisher divergence by a factor."""
         # lost chains have been restarted since the last of these

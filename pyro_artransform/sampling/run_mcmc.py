@@ -11,15 +11,14 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
 from .._base.arguments import check_callable, check_integer, naming_arguments
+from .._base.check_call import check_call
+from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from ..model import LogJoint
 from ..model.coordinates.coordinates import non_centered
 from ..model.prior_only import warn_of_prior
-from ..sampling import Ensemble
 from .chains import Chains, chains_of
-from .check_call import check_call
-from .evaluation.verdict import FitStatus
-from .progress import alone, progress_bar, seeded
+from .ensemble import Ensemble
 
 #: the share of the time limit at which chains end; the rest is for diagnostics
 CHAINS_UNTIL = 0.85
@@ -68,7 +67,7 @@ def mcmc(
     Example::
 
         >>> import pyro, pyro.distributions as dist, torch
-        >>> from pyro_artransform.inference import mcmc
+        >>> from pyro_artransform.sampling import mcmc
         >>> def model(y):
         ...     z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         ...     pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
@@ -103,11 +102,11 @@ def mcmc(
         with naming_arguments(model, args, kwargs):
             log_joint = LogJoint(model, args, kwargs, init_loc_fn=init_loc_fn)
             ensemble = from_nothing(log_joint, draws, num_chains)
-        status = FitStatus(prior_only=warn_of_prior(log_joint))
+        prior_only = warn_of_prior(log_joint)
         ensemble.run(draws)
         reason = limit.reason
         limit.enter_phase(1.0, has_grace=True)
-        chains = chains_of(ensemble, draws, limit.seconds, reason, status)
+        chains = chains_of(ensemble, draws, limit.seconds, reason, prior_only)
         return chains.with_model(model)
 
 

@@ -11,8 +11,8 @@ import torch
 from pyro_artransform import FitResult
 from pyro_artransform._base import files
 from pyro_artransform.diagnostics.checks import Check, Verdict
-from pyro_artransform.inference import Chains, mcmc
-from pyro_artransform.inference.evaluation.elements import Elements
+from pyro_artransform.diagnostics.plates import PlateDiagnostics
+from pyro_artransform.sampling import Chains, mcmc
 from tests.inference import models
 from tests.inference.conftest import quick_fit
 
@@ -58,7 +58,7 @@ def test_everything_that_a_result_may_have(result, tmp_path):
     """Of mini-batches with latents of their elements, with checks that failed, in expanded tensors."""
     numbers = dict.fromkeys(("khat", "khat_se", "tail_share", "gap"), torch.zeros(()).expand(3))
     judged = Verdict((Check.POINT.failed(),), notes=("A note.",))
-    elements = Elements(plate="class", index=torch.arange(3), **numbers)
+    elements = PlateDiagnostics(plate="class", index=torch.arange(3), **numbers)
     odd = replace(result, elements=elements, judged=judged, culprits={"class": 2}, chains=None)
     odd = replace(odd, draws=None, khat=float("nan"))
     odd.save(tmp_path / "odd.pt")

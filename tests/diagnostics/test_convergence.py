@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from pyro_artransform.sampling.convergence import (
+from pyro_artransform.diagnostics.convergence import (
     GOOD_RHAT,
     effective_draws,
     mean_ess,

@@ -40,7 +40,7 @@ class LocScale(NamedTuple):
     scale: Tensor
 
 
-class PseudoData(NamedTuple):
+class GaussianSites(NamedTuple):
     """Natural parameters of normal likelihoods, elementwise: precisions, and these times means."""
 
     precision: Tensor
@@ -63,7 +63,7 @@ class PseudoData(NamedTuple):
 
     def refitted(
         self, e: Tensor, gradients: Tensor, prior: LocScale, sizes: Sequence[int]
-    ) -> "PseudoData":
+    ) -> "GaussianSites":
         """Pseudo-data with which the Fisher divergence between e and a standard normal is the least.
 
         The gradient of a log-likelihood by u is regressed on u. The precisions of a site vary about that
@@ -95,4 +95,4 @@ class PseudoData(NamedTuple):
             precision = (change + ridge * common) / (spread + ridge)
             precision = precision.clamp_min(0.0).nan_to_num(0.0, 0.0, 0.0)
         shift = (level + precision * mean).nan_to_num(0.0, 0.0, 0.0)
-        return PseudoData(precision, torch.where(precision > 0, shift, 0.0))
+        return GaussianSites(precision, torch.where(precision > 0, shift, 0.0))

@@ -9,7 +9,7 @@ import torch
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.coordinates.coordinates import non_centered, with_pseudo_data
 from pyro_artransform.model.coordinates.factors import OtherUseError, find_factors
-from pyro_artransform.model.coordinates.pseudo_data import LocScale, PseudoData
+from pyro_artransform.model.coordinates.gaussian_sites import GaussianSites, LocScale
 from pyro_artransform.model.graphs.dependencies import value_and_gradient
 
 ERRORS = torch.tensor([0.02, 0.3, 3.0, 1.0]).double()
@@ -67,7 +67,7 @@ def with_pseudo_data_at_random(model, dtype=torch.float64):
     torch.manual_seed(0)
     log_joint = non_centered(LogJoint(model), with_shapes=True)
     size = log_joint.start.shape
-    some = PseudoData(4 * torch.rand(size, dtype=dtype), torch.randn(size, dtype=dtype))
+    some = GaussianSites(4 * torch.rand(size, dtype=dtype), torch.randn(size, dtype=dtype))
     return log_joint.with_coordinates(log_joint.coordinates.with_pseudo_data(some))
 
 
@@ -110,7 +110,7 @@ def test_a_normal_likelihood_is_found_exactly(dtype, rtol):
         torch.manual_seed(0)
         x = 0.3 * torch.randn(40, 5)
         found = with_pseudo_data(log_joint, x, value_and_gradient(log_joint, x)[1])
-        precision, shift = found.coordinates.pseudo_data
+        precision, shift = found.coordinates.gaussian_sites
         expected = ERRORS.to(dtype) ** -2
         torch.testing.assert_close(precision[1:], expected, rtol=rtol, atol=0.0)
         torch.testing.assert_close(shift[1:], expected * DATA.to(dtype), rtol=rtol, atol=0.0)
@@ -118,7 +118,7 @@ def test_a_normal_likelihood_is_found_exactly(dtype, rtol):
         _, gradient = value_and_gradient(found, x)
         torch.testing.assert_close(gradient[:, 1:], -x[:, 1:], rtol=100 * rtol, atol=100 * rtol)
         # the same, from these pseudo-data
-        again = with_pseudo_data(found, x, gradient).coordinates.pseudo_data
+        again = with_pseudo_data(found, x, gradient).coordinates.gaussian_sites
         torch.testing.assert_close(again.precision, precision, rtol=10 * rtol, atol=0.0)
     finally:
         torch.set_default_dtype(torch.float64)
@@ -129,7 +129,7 @@ def test_where_draws_hardly_tell_a_precision_is_that_of_its_site():
     torch.manual_seed(0)
     z, scale = torch.randn(200, 3), torch.tensor([1.0, 1.0, 1e-3]).expand(200, 3)
     of_likelihood = -2 * scale * (scale * z) + torch.tensor([0.0, 0.0, 1.0]) * torch.randn(200, 3)
-    none, prior = PseudoData(*torch.zeros(2, 3)), LocScale(torch.zeros(200, 3), scale)
+    none, prior = GaussianSites(*torch.zeros(2, 3)), LocScale(torch.zeros(200, 3), scale)
     found = none.refitted(z, of_likelihood - z, prior, [3])
     torch.testing.assert_close(found.precision, torch.full((3,), 2.0), rtol=1e-2, atol=0.0)
     alone = none.refitted(z, of_likelihood - z, prior, [1, 1, 1])
@@ -138,7 +138,9 @@ def test_where_draws_hardly_tell_a_precision_is_that_of_its_site():
 
 def test_a_likelihood_that_is_not_concave_has_no_pseudo_data():
     z, ones = torch.randn(50, 1), torch.ones(50, 1)
-    found = PseudoData(*torch.zeros(2, 1)).refitted(z, 0.5 * z - z, LocScale(0 * ones, ones), [1])
+    found = GaussianSites(*torch.zeros(2, 1)).refitted(
+        z, 0.5 * z - z, LocScale(0 * ones, ones), [1]
+    )
     assert found.precision.tolist() == [0.0] == found.shift.tolist()
 
 

@@ -10,7 +10,7 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform.sampling import StartError
-from tests.inference.test_mcmc import mcmc
+from tests.sampling.test_mcmc import mcmc
 
 
 def narrow():

@@ -14,8 +14,8 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_artransform.inference import mcmc
-from pyro_artransform.inference.progress import ProgressBar, progress_bar, seeded
+from pyro_artransform._base.progress import ProgressBar, progress_bar, seeded
+from pyro_artransform.sampling import mcmc
 from tests.inference import models
 from tests.inference.conftest import quick_fit
 
