@@ -75,7 +75,7 @@ def plot_khat(result: Importance | FitResult, ax: Axes | None = None) -> Axes:
 
     Far out, a tail of index k has slope -1 / k; the dashed line has 0.7, the largest reliable index.
 
-    :param result: the result of :func:`~pyro_artransform.diagnostics.importance_sampling`, or of a fit.
+    :param result: the result of :func:`~pyro_artransform.diagnostics.importance`, or of a fit.
     :param ax: the Axes to draw into; new ones by default.
     """
     weights: Importance = _part(result, "importance")

@@ -32,7 +32,7 @@ def to_inference_data(
 
     The groups are ``posterior`` (including deterministic sites, computed from the draws and the data,
     and sites computed by reparametrizers), ``posterior_predictive`` (the model runs once per draw),
-    ``log_likelihood`` (see :func:`~pyro_artransform.posterior.pointwise`; discrete latents are summed
+    ``log_likelihood`` (see :func:`~pyro_artransform.posterior.log_likelihood`; discrete latents are summed
     out, and a warning says what is left out, because data share them, or a factor) and ``observed_data``.
 
     If the guide has no draws of a site without data, as when the model is called with new predictors
