@@ -9,7 +9,7 @@ READY = $(VENV)/.installed
 # One thread for each of the two test processes: more of them only get in each other's way.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: help install test test-all wheel release demo lint format bench docs clean
+.PHONY: help install test test-project test-all wheel release demo lint format bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -22,8 +22,11 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-compile --editable '.[dev]'
 	touch $@
 
-test: $(READY) ## run the quick tests and the doctests
+test: $(READY) ## run the quick tests of the package and its doctests
 	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 5
+
+test-project: $(READY) ## run the quick tests of pages, notebooks, the release and the requests to Pyro
+	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 5 -m "project and not slow" tests/project
 
 test-all: $(READY) ## before a release: all tests, the slow ones too, with their coverage
 	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 20 -m "" --cov --cov-report term

@@ -21,7 +21,7 @@ from pyro_artransform.model import LogJoint
 from tests.pitfalls.cases import CASES
 from tests.shortened_code import python_blocks, shortened
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 PACKAGE = "pyro_artransform"
 PAGES = {path.name: path.read_text() for path in sorted(DOCS.glob("*.md"))}

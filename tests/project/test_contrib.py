@@ -14,7 +14,7 @@ from pathlib import Path
 import pyro
 import pytest
 
-TOOLS = Path(__file__).resolve().parents[1] / "tools"
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
 PLACE = "pyro/contrib/artransform"
 #: of each branch the example, and the most lines of the package, docstrings included
 BRANCHES = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PATHS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 NAMED = re.compile(r"\]\((?:\.\./)?(benchmarks/\w+\.md)")
 FIGURE = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")

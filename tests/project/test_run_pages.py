@@ -11,8 +11,8 @@ import pyro
 import pytest
 import torch
 
+from tests.project.test_docs import DOCS, PAGES, script_of_the_site
 from tests.shortened_code import python_blocks
-from tests.test_docs import DOCS, PAGES, script_of_the_site
 
 RUN_PAGES = script_of_the_site("run_pages")
 every_page = pytest.mark.parametrize("name", RUN_PAGES.PAGES)

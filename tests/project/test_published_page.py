@@ -13,7 +13,7 @@ import torch
 
 from pyro_artransform.model import LogJoint
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture

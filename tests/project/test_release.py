@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 
 import pyro_artransform
-from tests.test_docs import resolve
+from tests.project.test_docs import resolve
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 VERSIONS = (ROOT / "docs" / "versions.md").read_text()
 # "`a`, `b` of `module`" in the first column of the notes on upgrading
 REPLACED = re.findall(r"^\| [^|]*?((?:`\w+`(?:, )?)+) of `([\w.]+)`[^|]*\|", VERSIONS, re.M)

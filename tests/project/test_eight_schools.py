@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import pyro_artransform
 from tests.inference.conftest import quick_fit
 
-SCRIPT = Path(__file__).resolve().parents[1] / "tutorials" / "eight_schools.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "tutorials" / "eight_schools.py"
 LOG_EVIDENCE = -31.3113
 
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from tests.project.test_eight_schools import demo, elbos, run
 from tests.shortened_code import python_blocks, shortened
-from tests.test_eight_schools import demo, elbos, run
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README + CONTRIBUTING, flags=re.DOTALL)

@@ -15,7 +15,7 @@ from pyro_artransform.model import LogJoint
 from pyro_artransform.sampling import mcmc
 from tests.shortened_code import python_blocks
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "state_spaces.md").read_text()
 
 
