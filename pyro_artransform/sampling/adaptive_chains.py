@@ -143,11 +143,12 @@ class AdaptiveChains:
 
     @property
     def _is_loop(self) -> bool:
-        """Whether the model has so many sites that it must be a loop over them.
+        """Whether the priors of so many sites depend on other latents that the model loops over them.
 
         Its states are sums or scans in coordinates of the prior; with pseudo-data gradients take longer.
         """
-        return len(self.log_joint.latents.sites) > MOST_GLOBALS
+        parts = self.log_joint.latents.views(self._has_parents).values()
+        return sum(bool(part.any()) for part in parts) > MOST_GLOBALS
 
     def _try_field(self, states: list[State]) -> None:
         """Looks for a field where chains are far from a Gaussian, or mix slowly, or the model loops."""

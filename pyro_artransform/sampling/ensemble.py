@@ -201,46 +201,22 @@ class Ensemble(AdaptiveChains):
                     continue
                 if size >= _ENOUGH_DIVERGENT:
                     return StopReason.DIVERGENT
-            rhat = nested_rhat_of_values(self.draws, self.num_superchains)
-            worst, ess = float(rhat.max()), 0.0
-            if worst <= GOOD_RHAT:
-                found = self._of_slowest(rhat)
-                if found.is_enough(num_samples):
-                    found = self.convergence()
-                    if found.is_enough(num_samples):
-                        return StopReason.ENOUGH
-                    count = _count(found.least)
-                    self._slowest = torch.cat(
-                        [
-                            found.least.topk(count, largest=False).indices,
-                            found.rhat.topk(count).indices,
-                        ]
-                    )
-                worst, ess = float(found.rhat.max()), found.min_ess
-            if worst <= GOOD_RHAT:
+            rhat, ess = self._worst(num_samples)
+            if rhat <= GOOD_RHAT and ess >= num_samples:
+                return StopReason.ENOUGH
+            if rhat <= GOOD_RHAT:
                 more = size * (num_samples / max(ess, 1.0) - 1)
                 number = math.ceil(min(max(more, size / 8), size))
             else:
                 # R-hat squared minus one shrinks as the inverse of the number of draws
-                more = size * ((worst**2 - 1) / (GOOD_RHAT**2 - 1) - 1)
+                more = size * ((rhat**2 - 1) / (GOOD_RHAT**2 - 1) - 1)
                 number = math.ceil(size / 3)
-            if worst > MODES_RHAT and self.draws.shape[1] >= _NUM_FOR_MODES and self._are_apart():
+            if rhat > MODES_RHAT and self.draws.shape[1] >= _NUM_FOR_MODES and self._are_apart():
                 return StopReason.APART
+            is_slow = rhat > GOOD_RHAT and size >= _PATIENCE and more > _FAR_MORE * size
+            if self._blocks and is_slow and not self._has_adapted_again:
+                self._adapt_again()
             if not self._blocks:
-                number = _BLOCK
-                continue
-            is_slow = worst > GOOD_RHAT and size >= _PATIENCE and more > _FAR_MORE * size
-            if is_slow and not self._has_adapted_again:
-                # the warm-up ended before chains were in the posterior
-                self._has_adapted_again = True
-                if self.modes is not None:
-                    last = self.draws[:, -self._recent.shape[1] :]
-                    group = self.modes.nearest(last.flatten(0, 1)).reshape(last.shape[:2])
-                    self._propose(group, self.modes.shares_of(last.flatten(0, 1)))
-                before = self._blocks, self._infos
-                self._forget()
-                self._before = before
-                self._warm_up()
                 number = _BLOCK
                 continue
             if self.num_gradients >= _MOST_GRADIENTS * self.num_chains:
@@ -249,15 +225,36 @@ class Ensemble(AdaptiveChains):
                 return StopReason.LIMIT if most < _MOST_TRAJECTORIES else StopReason.TOO_MANY
             number = max(min(number, most - size), _BLOCK)
 
+    def _worst(self, num_samples: int) -> tuple[float, float]:
+        """The largest R-hat and the smallest ESS, of all latents only if the slowest ones pass."""
+        rhat = nested_rhat_of_values(self.draws, self.num_superchains)
+        if float(rhat.max()) > GOOD_RHAT:
+            return float(rhat.max()), 0.0
+        # of the latents with the largest R-hat and of the last ones to pass
+        slowest = torch.cat([rhat.topk(_count(rhat)).indices, self._slowest])
+        draws = self.draws[..., slowest]
+        found = Convergence(nested_rhat(draws, self.num_superchains), *effective_draws(draws))
+        if found.is_enough(num_samples):
+            found = self.convergence()
+            last = found.least.topk(_count(rhat), largest=False).indices
+            self._slowest = torch.cat([last, found.rhat.topk(_count(rhat)).indices])
+        return float(found.rhat.max()), found.min_ess
+
+    def _adapt_again(self) -> None:
+        """A second warm-up, since the first one ended before chains were in the posterior."""
+        self._has_adapted_again = True
+        if self.modes is not None:
+            last = self.draws[:, -self._recent.shape[1] :]
+            group = self.modes.nearest(last.flatten(0, 1)).reshape(last.shape[:2])
+            self._propose(group, self.modes.shares_of(last.flatten(0, 1)))
+        before = self._blocks, self._infos
+        self._forget()
+        self._before = before
+        self._warm_up()
+
     def _diverge(self) -> bool:
         """Whether too many trajectories diverge for the draws to be trusted, with no other proposals."""
         return self._proposals is None and share_of_divergent(self.infos) > MANY_DIVERGENT
-
-    def _of_slowest(self, rhat: Tensor) -> Convergence:
-        """Convergence of the latents with the largest R-hat and of the last to pass: cheaper than all."""
-        slowest = torch.cat([rhat.topk(_count(rhat)).indices, self._slowest])
-        draws = self.draws[..., slowest]
-        return Convergence(nested_rhat(draws, self.num_superchains), *effective_draws(draws))
 
     def _forget(self) -> None:
         self._blocks, self._infos = [], []
