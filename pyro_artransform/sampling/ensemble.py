@@ -169,6 +169,7 @@ class Ensemble(AdaptiveChains):
                 self.end = StopReason.OUT_OF_TIME
                 with abandonable():
                     self.end = self._run(num_samples, most)
+                self._target.confirm()
                 if not self._blocks:
                     self._blocks, self._infos = self._before
                 if not self._blocks:
@@ -188,7 +189,6 @@ class Ensemble(AdaptiveChains):
         number = _BLOCK
         while True:
             self._extend(number)
-            self._target.confirm()
             if is_out_of_time():
                 return StopReason.OUT_OF_TIME
             size = self.num_trajectories

@@ -15,8 +15,6 @@ from ..model import LogJoint
 from ..model.coordinates.gaussian_sites import GaussianSites
 from ..model.replay.capture import Captured, Function
 
-# calls before a gradient is captured for replay: chains evaluate hundreds
-_PATIENCE = 2
 # nats below the upper quartile of the densities at which a point is of no use, and nats per dimension
 _FAR_BELOW, _FAR_BELOW_BY_DIM = 1000.0, 10.0
 
@@ -102,7 +100,7 @@ class TransformedDensity:
 
     def _captured(self, function: Function) -> Function:
         is_loop = self.log_joint.strategy == "loop"
-        return function if is_loop else Captured(function, _PATIENCE)
+        return function if is_loop else Captured(function)
 
     def __call__(self, base: Tensor) -> State:
         """Evaluates latents, log densities and gradients at points ``(C, D)``, one chunk at a time."""

@@ -22,7 +22,7 @@ from .recording import Replay, record
 Function = Callable[..., tuple[Tensor, ...]]
 
 # calls with the same shapes before a capture, and the seconds that it may take
-_PATIENCE, _MOST_SECONDS = 12, 20.0
+_PATIENCE, _MOST_SECONDS = 2, 20.0
 # one in this many replays is compared with a call; more often at first
 _CHECK_EVERY = 256
 # allowed difference in units in the last place
@@ -49,8 +49,8 @@ class Captured:
         function depends on other Python state.
     """
 
-    def __init__(self, function: Function | None = None, patience: int = _PATIENCE) -> None:
-        self._function, self._patience = function, patience
+    def __init__(self, function: Function | None = None, patience: int | None = None) -> None:
+        self._function, self._patience = function, patience or _PATIENCE
         self._calls = Counter[Hashable]()
         self._replays: dict[Hashable, Replay] = {}
         # inputs and outputs of the last unverified replay
@@ -74,7 +74,7 @@ class Captured:
                 self.can_replay = recorded is not None
                 self._replays.update({} if recorded is None else {key: recorded})
             return self._evaluate(*inputs)
-        if count % _CHECK_EVERY == 0 or math.log2(count).is_integer():
+        if count % _CHECK_EVERY == 0 or math.log(count, 4).is_integer():
             return self._compared(replay, inputs)
         found = replay(*inputs)
         if found is None:
@@ -126,10 +126,12 @@ class Captured:
         is_random = any(replay.is_random for replay in self._replays.values())
         if is_random or not self.can_replay:
             return False
-        nearby, again = self._evaluate(*map(_nudged, inputs)), self._evaluate(*inputs)
+        again = self._evaluate(*inputs)
+        # a single change may cancel by chance
+        nearby = [self._evaluate(*(_nudged(value, ulps) for value in inputs)) for ulps in (1, -2)]
         # other Python state also changes results, those at the same inputs included
         is_same = all(map(torch.equal, *([v.nan_to_num() for v in r] for r in (again, expected))))
-        return is_same and agree(found, expected, nearby)
+        return is_same and agree(found, expected, *nearby)
 
 
 class CapturedLoss(Captured):
@@ -164,36 +166,35 @@ class CapturedLoss(Captured):
         return value.detach(), *(gradient for _, gradient in pairs)
 
 
-def _nudged(value: Tensor) -> Tensor:
-    """Changes floating-point numbers by a unit in the last place, up and down in turn."""
+def _nudged(value: Tensor, ulps: int) -> Tensor:
+    """Changes floating-point numbers by units in the last place, up and down in turn."""
     if not value.is_floating_point():
         return value
     up = torch.arange(value.numel(), device=value.device).reshape(value.shape) % 2 * 2 - 1
-    return value * (1 + torch.finfo(value.dtype).eps * up.to(value.dtype))
+    return value * (1 + ulps * torch.finfo(value.dtype).eps * up.to(value.dtype))
 
 
-def agree(
-    found: Sequence[Tensor], expected: Sequence[Tensor], nearby: Sequence[Tensor] | None = None
-) -> bool:
+def agree(found: Sequence[Tensor], expected: Sequence[Tensor], *nearby: Sequence[Tensor]) -> bool:
     """Whether results agree elementwise up to round-off, with equal non-finite elements.
 
     Round-off is relative to the largest of the element, the median of its column and the maximum of its row,
     since terms of that size may cancel: the gradient of a draw is a sum over data, in any order.
 
-    :param nearby: the results at inputs that differ by round-off, whose difference is allowed, too.
+    :param nearby: results at inputs that differ by round-off, whose differences are allowed, too.
     """
     same_number = len(found) == len(expected)
-    return same_number and all(map(_is_close, found, expected, nearby or expected))
+    return same_number and all(map(_is_close, found, expected, *nearby))
 
 
-def _is_close(found: Tensor, expected: Tensor, nearby: Tensor) -> bool:
+def _is_close(found: Tensor, expected: Tensor, *nearby: Tensor) -> bool:
     if found.shape != expected.shape or found.dtype != expected.dtype:
         return False
     if not (expected.is_floating_point() and expected.numel()):
         return torch.equal(found, expected)
     eps = torch.finfo(expected.dtype).eps
-    slack, change = _SLACK * eps, (nearby - expected).abs() / eps
-    size = torch.maximum(expected.abs().nan_to_num(0.0, 0.0), change.nan_to_num(0.0, 0.0))
+    slack, size = _SLACK * eps, expected.abs().nan_to_num(0.0, 0.0)
+    for other in nearby:
+        size = torch.maximum(size, ((other - expected).abs() / eps).nan_to_num(0.0, 0.0))
     unit = torch.maximum(size, size.median(0).values) if size.dim() else size
     unit = torch.maximum(unit, size.amax(-1, keepdim=True)) if size.dim() > 1 else unit
     is_close = (found - expected).abs() <= slack * unit

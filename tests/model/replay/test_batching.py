@@ -211,4 +211,4 @@ def test_a_sum_that_cancels_may_differ_as_much_as_its_inputs_allow():
     for _ in range(40):
         captured(torch.randn(4, NUM))
     assert captured.can_replay
-    assert captured.num_compared > 3
+    assert captured.num_compared >= 3
