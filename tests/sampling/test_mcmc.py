@@ -13,7 +13,8 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.model import LogJoint
-from pyro_artransform.sampling import StopReason, modes, target
+from pyro_artransform.model.replay import capture
+from pyro_artransform.sampling import StopReason, modes
 from pyro_artransform.sampling import mcmc as run
 from pyro_artransform.sampling.chains import chains_of
 from pyro_artransform.sampling.run_mcmc import from_nothing
@@ -193,7 +194,7 @@ def test_draws_of_divergent_trajectories_are_not_trusted():
 
 
 def test_max_seconds_ends_with_what_there_is(monkeypatch):
-    monkeypatch.setattr(target, "_PATIENCE", 10**9)  # else they end before the time does
+    monkeypatch.setattr(capture, "_PATIENCE", 10**9)  # else they end before the time does
     chains = mcmc(models.regression, draws=10**5, max_seconds=3.0)
     assert not chains.trusted
     assert chains.stopped_because == "the time limit was reached"
@@ -214,7 +215,7 @@ def test_no_time_at_all():
 
 
 def test_interrupt_keeps_what_there_is(monkeypatch):
-    monkeypatch.setattr(target, "_PATIENCE", 10**9)  # the model runs at each gradient
+    monkeypatch.setattr(capture, "_PATIENCE", 10**9)  # the model runs at each gradient
     count = 0
 
     def model():
