@@ -7,18 +7,15 @@ import math
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import wraps
-from inspect import signature
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
-Init = TypeVar("Init", bound=Callable[..., None])
 # missing in the oldest versions of PyTorch that Pyro supports
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
 
@@ -84,59 +81,6 @@ def check_broadcast(names: str, *shapes: torch.Size) -> None:
         ) from None
 
 
-@contextmanager
-def naming_arguments(
-    called: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> Iterator[None]:
-    """Appends the arguments of a call to its errors, if shapes, types or values may be the cause."""
-    try:
-        yield
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        words = describe_tensors(called, args, kwargs)
-        # torch's and Pyro's errors about shapes, and Pyro's about NaN, do not name arguments
-        is_of_shapes = isinstance(error, RuntimeError) or "shape" in str(error)
-        if words and (is_of_shapes or any(words.values())):
-            error.args = (f"{error}\nThe arguments of the model are {'; '.join(words)}",)
-        raise
-
-
-def describe_tensors(
-    called: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> dict[str, bool]:
-    """Descriptions of the tensors and arrays in a call's arguments, and whether each has a fault."""
-    waiting: list[tuple[str, object]] = [("", kwargs), ("", list(args))]
-    with suppress(TypeError, ValueError):  # not every callable has a signature
-        waiting = [("", signature(called).bind(*args, **kwargs).arguments)]
-    found = {}
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, (Mapping, list, tuple)):
-            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
-            waiting += [(f"{name}[{key!r}]" if name else f"'{key}'", part) for key, part in parts]
-        elif isinstance(value, Tensor) or hasattr(value, "__array__"):
-            fault = _fault(value)
-            found[f"{name} of shape {tuple(getattr(value, 'shape', ()))}{fault}"] = bool(fault)
-    return dict(sorted(found.items()))
-
-
-def _fault(value: Any) -> str:
-    """Describes what is wrong with an array as data; empty if nothing."""
-    if not isinstance(value, Tensor):
-        kind = type(value).__name__
-        return (
-            f", of type {kind} instead of a tensor (use torch.as_tensor for an array, and data.to_numpy() "
-            "for a table)"
-        )
-    if count := int((~value.isfinite()).sum()):
-        return f", {count} of {value.numel()} elements not finite"
-    default = torch.get_default_dtype()
-    return (
-        f", of dtype {value.dtype}, where the default is {default}"
-        if value.dtype != default
-        else ""
-    )
-
-
 def first_of(words: Sequence[str]) -> str:
     """Joins the first five words, and says how many more there are."""
     more = f" and {len(words) - 5} more" if len(words) > 5 else ""
@@ -172,22 +116,6 @@ def asks_for_data(args: Sequence[Any], kwargs: Mapping[str, Any], words: str) ->
         if args or kwargs or " missing " not in str(error):
             raise
         raise TypeError(f"{words} ({error})") from error
-
-
-def names_the_class(init: Init) -> Init:
-    """Makes errors about a constructor's arguments name the class and all arguments."""
-    expected = signature(init)
-
-    @wraps(init)
-    def checked(self: object, *args: object, **kwargs: object) -> None:
-        try:
-            expected.bind(self, *args, **kwargs)
-        except TypeError as error:
-            names = ", ".join([*expected.parameters][1:])
-            raise TypeError(f"{type(self).__name__}: {error}; its arguments are {names}") from None
-        init(self, *args, **kwargs)
-
-    return cast(Init, checked)
 
 
 def _is_number(value: Any) -> bool:
