@@ -14,8 +14,16 @@ from torch.distributions import Transform
 
 from ..flows.transforms.flow_module import call_and_ladj
 from ..flows.univariate import Univariate
-from ..model.vectorization import tolerance
-from .comparison import BATCH_SHAPES, DTYPES, check_gradient, default_dtype, equal, normal, require
+from .comparison import (
+    BATCH_SHAPES,
+    DTYPES,
+    check_gradient,
+    default_dtype,
+    equal,
+    normal,
+    require,
+    tolerance,
+)
 
 PARTS = ("value", "log-derivative")
 

@@ -8,8 +8,8 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.guides import AutoIAF
-from pyro_artransform.testing import check_guide
 from tests.guides import models
+from tests.guides.contract import check_guide
 from tests.guides.named import FOREIGN, GUIDES
 
 

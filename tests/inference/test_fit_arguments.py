@@ -17,20 +17,6 @@ from tests.inference.conftest import quick_fit
 few = partial(quick_fit, num_particles=4, progress=False)
 
 
-def test_integers_as_data_are_named():
-    """Those of outcomes that are 0 or 1, which torch does not multiply by numbers."""
-
-    def model(y):
-        p = pyro.sample("p", dist.Beta(2.0, 2.0))
-        with pyro.plate("rows", len(y)):
-            pyro.sample("y", dist.Bernoulli(p), obs=y)
-
-    with pytest.raises(
-        RuntimeError, match=r"'y' of shape \(3,\), of dtype torch.int64, where the default"
-    ):
-        few(model, torch.tensor([0, 1, 1]))
-
-
 def test_a_distribution_is_data():
     """Although it can be called: it is an argument of the model, and no guide."""
 

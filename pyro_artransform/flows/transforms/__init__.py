@@ -4,11 +4,7 @@
 """Transforms: autoregressive transforms, composition, inversion, and Zuko's names for some of them."""
 
 from ..univariate import MonotonicAffineTransform, MonotonicRQSTransform
-from .autoregressive import (
-    AutoregressiveTransform,
-    ConditionalAutoregressiveTransform,
-    check_structure,
-)
+from .autoregressive import AutoregressiveTransform, ConditionalAutoregressiveTransform
 from .composition import (
     ComposedTransform,
     ConditionalComposedTransform,
@@ -36,6 +32,5 @@ __all__ = [
     "PartitionTransform",
     "PermutationTransform",
     "chain",
-    "check_structure",
     "inverse",
 ]
