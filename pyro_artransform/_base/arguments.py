@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Argument checks, which return the checked value or raise with what was expected and got; warnings."""
+"""Checks of arguments, which return the checked value, and warnings."""
 
 import math
 import operator
@@ -21,7 +21,7 @@ _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> int:
-    """Requires an integer of at least ``least``, NumPy's included; rejects bools."""
+    """Requires an integer of at least ``least``, also of NumPy, but no bool."""
     size = _as_index(value)
     if size is None or size < least:
         wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
@@ -30,7 +30,7 @@ def check_integer(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_positive(name: str, value: Any) -> float:
-    """Requires a positive finite number, NumPy's included, and returns a float; rejects bools."""
+    """Requires a positive finite number, also of NumPy, but no bool."""
     # comparisons only: torch.compile may make this number a symbol
     if not (_is_number(value) and 0 < value < math.inf):
         raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
@@ -38,14 +38,14 @@ def check_positive(name: str, value: Any) -> float:
 
 
 def check_share(name: str, value: Any) -> float:
-    """Requires a number from 0 to 1, of the types of :func:`check_positive`, and returns a float."""
+    """Requires a number from 0 to 1, also of NumPy, but no bool."""
     if not (_is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
     return float(value)
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Requires True or False, NumPy's included, and returns a bool; rejects 1 and 1.0."""
+    """Requires True or False, also of NumPy, but no number."""
     if not isinstance(value, bool) and str(getattr(value, "dtype", "")) != "bool":
         raise ValueError(f"{name}: expected True or False, got {value!r}")
     return bool(value)

@@ -157,7 +157,7 @@ class MLPLinearization:
         slopes, rest, order, levels = slopes.mT, gradient, self.order, self.layout.levels
         if order is not None:
             slopes, rest = slopes[..., order], rest[..., order]
-        weights, done = self.weights.sorted_by(order), list[Tensor]()
+        weights, done = self.weights.sorted_by(order), []
         carried: Tensor | None = None  # the derivatives of later blocks in the last hidden units
         stop = len(levels) - 1
         while stop > 0:

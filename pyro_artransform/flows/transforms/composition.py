@@ -134,8 +134,8 @@ def chain(transforms: Sequence[AnyTransform]) -> ComposedTransform | Conditional
 
     Example::
 
-        >>> from pyro_artransform import affine_autoregressive
-        >>> t = chain([affine_autoregressive(3), affine_autoregressive(3, order=[2, 1, 0])])
+        >>> from pyro_artransform import iaf, spline_autoregressive
+        >>> t = chain([spline_autoregressive(3), iaf(3)])
         >>> t.inv(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
