@@ -39,9 +39,10 @@ class AutoregressiveTransform(FlowModule):
         the depth of the dependency graph (D for a full graph, 2 for a coupling); ``None`` means exact.
     :param cache_size: as for :class:`~pyro_artransform.flows.transforms.FlowModule`.
 
-    With Pyro's validation on, the first call checks a ``meta`` that is not from this package, and warns if it
-    is not autoregressive, is random, or mixes the rows of a batch. An inverse that did not converge warns
-    with its residual.
+    With Pyro's validation on, the first call checks a ``meta`` that is not autoregressive by construction,
+    as a :class:`~pyro_artransform.flows.conditioners.MaskedMLP` is. It warns if the ``meta`` is not
+    autoregressive, is random, or mixes the rows of a batch. An inverse that did not converge warns with its
+    residual.
 
     Example::
 

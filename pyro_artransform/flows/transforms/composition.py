@@ -184,7 +184,7 @@ class PartitionTransform(FlowModule):
 
     .. math:: y_{S_k} = T_k(x_{S_k})
 
-    :param parts: pairs of the coordinates of a set, and a transform of this package for vectors of that size.
+    :param parts: pairs of the coordinates of a set, and a :class:`FlowModule` for vectors of that size.
     :raises ValueError: if the sets are not a partition of 0 .. D-1.
     """
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Transforms from elsewhere, such as Pyro's and Zuko's, in the interface of this package."""
+"""Any other transforms, such as those of torch, Pyro and Zuko, as a :class:`FlowModule`."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,10 +21,10 @@ class DensityByTransform(Protocol):
 
 
 class ForeignTransform(FlowModule):
-    """Wraps a transform from elsewhere in the interface of this package.
+    """Wraps any other transform as a :class:`FlowModule`.
 
-    Some transforms of Pyro have no inverse. They have draws with densities, and gradients of these; what
-    needs the inverse raises a ``NotImplementedError``.
+    Some transforms of Pyro have no inverse: their draws have densities with gradients, but the inverse
+    raises a ``NotImplementedError``.
 
     :param source: a torch transform; or a module that, called without arguments, returns a transform or a
         :class:`DensityByTransform`, which is used in the direction of its draws.
@@ -96,5 +96,5 @@ def _refusal(source: object) -> str:
 
 
 def as_flow(transform: Any) -> FlowModule:
-    """A transform, or a module that makes one, in the interface of this package."""
+    """A transform, or a module that makes one, as a :class:`FlowModule`."""
     return transform if isinstance(transform, FlowModule) else ForeignTransform(transform)

@@ -144,7 +144,7 @@ def test_bad_parts():
             chain([part])
     with pytest.raises(ValueError, match="at least one transform, got none"):
         ComposedTransform()
-    with pytest.raises(TypeError, match="expected a transform of this package, got ExpTransform"):
+    with pytest.raises(TypeError, match="expected a FlowModule, got ExpTransform"):
         inverse(ExpTransform())
     with pytest.raises(TypeError, match="condition it first"):
         inverse(conditional_affine_autoregressive(3, 2))
