@@ -152,7 +152,11 @@ def _comments_above(text: str) -> str:
 
 
 def _wrapped(text: str) -> str:
-    """The source with docstrings, comments and messages in lines of Pyro's length."""
+    """The source with docstrings, comments and messages in lines of Pyro's length.
+
+    What is too long for a line goes to the beginning of the next line, if that continues the same
+    paragraph, comment or message, or else to a new line.
+    """
     tokens = [*tokenize.generate_tokens(io.StringIO(text).readline)]
     rows = [range(t.start[0], t.end[0] + 1) for t in tokens if t.string.endswith('"""')]
     docs = {row for found in rows for row in found}
