@@ -72,11 +72,11 @@ def package_files() -> Iterator[tuple[str, str]]:
         yield f"{FOLDER}/{path.relative_to(ROOT / PACKAGE / 'flows')}", text
     for module, names in sorted(used.items()):
         source = (ROOT / PACKAGE / "_base" / f"{module}.py").read_text()
-        yield f"{FOLDER}/_base/{module}.py", only(source, names)
+        yield f"{FOLDER}/_base/{module}.py", keep_names(source, names)
     yield f"{FOLDER}/_base/__init__.py", _header()
 
 
-def only(source: str, names: set[str]) -> str:
+def keep_names(source: str, names: set[str]) -> str:
     """A module with these of its names, and the others that they use."""
     units = ast.parse(source).body
     names = set(names)

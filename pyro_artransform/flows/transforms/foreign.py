@@ -35,26 +35,26 @@ class ForeignTransform(FlowModule):
         super().__init__()
         self.source = source
         try:
-            made = self._made()
+            made = self._make_transform()
         except (TypeError, NotImplementedError) as error:  # as of a module that needs arguments
-            raise TypeError(_refusal(source)) from error
+            raise TypeError(_wrong_source(source)) from error
         self.domain, self.codomain = made.domain, made.codomain
         self.bijective = made.bijective
 
-    def _made(self) -> Transform:
+    def _make_transform(self) -> Transform:
         """The transform, made by the source in each call if it is not the source itself."""
         made = self.source if isinstance(self.source, Transform) else self.source()
         made = made.transform.inv if isinstance(made, DensityByTransform) else made
         if not isinstance(made, Transform):
-            raise TypeError(_refusal(self.source))
+            raise TypeError(_wrong_source(self.source))
         return made
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return call_and_ladj(self._made(), x)
+        return call_and_ladj(self._make_transform(), x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         try:
-            return call_and_ladj(self._made().inv, y)
+            return call_and_ladj(self._make_transform().inv, y)
         except (KeyError, NotImplementedError) as error:  # Pyro's ways of saying so
             raise NotImplementedError(
                 f"{type(self.source).__name__} has no inverse, so only the densities of its own draws are "
@@ -79,13 +79,13 @@ class ForeignTransform(FlowModule):
             return new, -self.call_and_ladj(new)[1]
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        return self._made().forward_shape(shape)
+        return self._make_transform().forward_shape(shape)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        return self._made().inverse_shape(shape)
+        return self._make_transform().inverse_shape(shape)
 
 
-def _refusal(source: object) -> str:
+def _wrong_source(source: object) -> str:
     kind = type(source).__name__
     if isinstance(source, nn.Module):
         kind = f"the module {kind}"

@@ -100,7 +100,7 @@ def _by_passes(
     most = passes or depth or y.shape[-1] + 1
     x = torch.zeros_like(y)
     for _ in range(most):
-        point = _finite(x)
+        point = _without_overflow(x)
         transform = check_returned(meta(point))
         new = transform.inv(y)
         # changes by more than round-off, which the map may amplify from pass to pass
@@ -129,9 +129,9 @@ def _by_passes(
     return x, -ladj, point
 
 
-def _finite(x: Tensor) -> Tensor:
+def _without_overflow(x: Tensor) -> Tensor:
     """Replaces overflows of early passes: infinity times a masked zero would spoil exact coordinates."""
-    large = largest(x)
+    large = _bound(x)
     return x.nan_to_num(0.0, large, -large).clamp(-large, large)
 
 
@@ -152,7 +152,7 @@ def by_blocks(
 
     With size 1 no value is read, so that autograd can differentiate it.
     """
-    large = largest(y)
+    large = _bound(y)
     clean = y.nan_to_num(0.0, large, -large)
     rows, levels = clean.reshape(-1, y.shape[-1]), blocks.levels
     rows = rows if blocks.order is None else rows[:, blocks.order]
@@ -167,7 +167,7 @@ def by_blocks(
         stop = min(start + size, depth)
         blocks.open(start, stop)
         block = rows[:, levels[start] : levels[stop]]
-        x, ladj, exact = _settle(family, blocks, block, stop - start)
+        x, ladj, exact = _solve_block(family, blocks, block, stop - start)
         if exact < stop - start:
             # passes converge slowly here: keep the exact levels, and continue with smaller blocks
             stop, size = start + exact, max(size // 4, 1)
@@ -187,13 +187,13 @@ def by_blocks(
     return x.reshape(y.shape) + (y - clean), ladj.sum(-1).reshape(y.shape[:-1])
 
 
-def _settle(
+def _solve_block(
     family: Univariate, blocks: Blocks, y: Tensor, depth: int
 ) -> tuple[Tensor, Tensor, int]:
     """x and log-determinants by coordinate in the open block, and the number of exact levels."""
     if depth == 1:
         return *call_and_ladj(family.forward(blocks.params(None)).inv, y), 1
-    large, unit = largest(y), 2 * torch.finfo(y.dtype).eps
+    large, unit = _bound(y), 2 * torch.finfo(y.dtype).eps
     x = y  # a better guess than zeros, since trained layers are near the identity
     for k in range(1, min(depth, _MAX_PASSES) + 1):
         new, ladj = call_and_ladj(family.forward(blocks.params(x)).inv, y)
@@ -206,8 +206,8 @@ def _settle(
     return x, ladj, k
 
 
-def largest(y: Tensor) -> float:
-    """A bound above all plausible values, for which sums of products stay finite."""
+def _bound(y: Tensor) -> float:
+    """A bound above all plausible values, at which sums of products stay finite."""
     return torch.finfo(y.dtype).max ** 0.75
 
 
@@ -225,7 +225,7 @@ def _with_gradient(
     meta: Meta, x: Tensor, y: Tensor, values: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """Evaluates at x with a graph; returns the given ``values``, if any, with that graph."""
-    point = _finite(x.detach()).requires_grad_()
+    point = _without_overflow(x.detach()).requires_grad_()
     out, ladj = call_and_ladj_over_vectors(meta(point).inv, y)
     values = (out.detach(), ladj.detach()) if values is None else values
     if not (y.requires_grad or has_other_leaves([out, ladj], point)):

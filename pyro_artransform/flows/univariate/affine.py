@@ -6,7 +6,6 @@
 import math
 from collections.abc import Sequence
 from functools import partial, reduce
-from itertools import chain, product
 from typing import Any
 
 import torch
@@ -172,8 +171,8 @@ class HingedTransform(ElementwiseTransform):
         super().__init__()
         if len(knots) == 0:
             raise ValueError("knots: expected at least one, got none")
-        self._hinges = [*product(knots, (1.0, -1.0))]
-        self._log_slopes = [*chain.from_iterable(zip(right, left))]
+        self._hinges = [(knot, side) for knot in knots for side in (1.0, -1.0)]
+        self._log_slopes = [log_slope for pair in zip(right, left) for log_slope in pair]
         self.width = width
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
