@@ -14,7 +14,7 @@ from torch import nn
 from pyro_artransform import AutoAutoregressive, affine_autoregressive, fit, iaf
 from tests.flows.transforms.test_foreign import WITHOUT_INVERSE, zuko_flow
 from tests.guides import models
-from tests.guides.contract import check_guide
+from tests.guides.test_contract import check_guide
 from tests.guides.training import train, trains
 
 ZUKO = {

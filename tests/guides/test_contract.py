@@ -1,18 +1,23 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The contract of a guide, as assertions."""
+"""The contract of a guide, for all guides."""
 
 import copy
 import math
 import pickle
 
 import pyro
+import pytest
 import torch
+from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 
+from pyro_artransform.guides import AutoIAF
 from pyro_artransform.testing.comparison import equal
+from tests.guides import models
+from tests.guides.named import FOREIGN, GUIDES
 
 
 def check_guide(make, model, *args):
@@ -108,3 +113,26 @@ def _check_store(guide, fresh, model, args):
         for value, found in zip(guide.parameters(), fresh.parameters(), strict=True):
             equal(found, value, f"{where}: the guide does not have its parameters")
         _check_trains(where, fresh, model, args)
+
+
+@pytest.mark.parametrize("name", [*GUIDES, *FOREIGN])
+def test_guides(name):
+    new = {**GUIDES, **FOREIGN}[name]
+    pyro.param("kept", torch.ones(()))
+    check_guide(new, models.gaussian if "iaf" in name else models.regression, models.data())
+    assert list(pyro.get_param_store()) == ["kept"]
+
+
+def test_a_guide_in_coordinates_of_the_prior():
+    """Their lambda is no parameter that trains, and draws are not on the unconstrained space."""
+
+    def groups(values):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 4):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=values[:4])
+
+    guide = AutoIAF(groups)
+    guide(models.data())
+    assert guide.prior_coordinates is not None
+    check_guide(AutoIAF, groups, models.data())
