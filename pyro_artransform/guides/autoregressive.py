@@ -16,7 +16,7 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor, nn
 
-from .._base.arguments import check_flag, check_integer, check_positive, names_the_class, to_tensor
+from .._base.arguments import check_flag, check_integer, check_positive, to_tensor
 from ..flows.transforms import ComposedTransform, FlowModule, LocationScale
 from ..flows.transforms.flow_distribution import FlowDistribution, standard_normal
 from ..model.coordinates.coordinates import CoordinatesArgument, ModelPrior
@@ -95,7 +95,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         {'scale': (10,), 'z': (10, 3)}
     """
 
-    @names_the_class
     def __init__(
         self,
         model: Callable[..., object],

@@ -16,7 +16,6 @@ from .._base.arguments import (
     check_flag,
     check_hidden_dims,
     check_integer,
-    names_the_class,
 )
 from ..flows.builders import hinged_marginals, iaf, maf, spline_marginals
 from ..flows.conditioners import default_activation
@@ -41,7 +40,6 @@ class PresetGuide(AutoAutoregressive):
     #: whether hinges of each coordinate precede the layers
     _has_hinges: ClassVar[bool]
 
-    @names_the_class
     def __init__(
         self,
         model: Callable[..., object],

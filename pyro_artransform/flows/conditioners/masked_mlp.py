@@ -200,7 +200,7 @@ class MaskedMLP(Conditioner):
 
     def linearize(self, x: Tensor, context: Tensor | None = None) -> MLPLinearization | None:
         """The conditioner at x, or None if :meth:`blocks` returns None."""
-        if not self._is_of_its_layers():
+        if not self._is_unmodified():
             return None
         self._check(x, context)
         masked, skip = self._masked()  # once, for values and derivatives
@@ -218,7 +218,7 @@ class MaskedMLP(Conditioner):
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> MLPBlocks | None:
         """None for a subclass with its own ``forward``, or with hooks, which blocks would skip."""
-        if not self._is_of_its_layers():
+        if not self._is_unmodified():
             return None
         self._check(x, context)
         weights = self._weights(*self._masked(), context).sorted_by(self._order())
@@ -227,8 +227,8 @@ class MaskedMLP(Conditioner):
     def _order(self) -> Tensor | None:
         return None if self._layout.natural else self.order
 
-    def _is_of_its_layers(self) -> bool:
-        """Whether the parameters come only from masked layers and activations."""
+    def _is_unmodified(self) -> bool:
+        """Whether parameters come only from the masked layers and activations, without hooks."""
         layers = self.layers if self.skip is None else [*self.layers, self.skip]
         plain = [runs_only(layer, MaskedLinear) for layer in layers]
         return all(plain) and runs_only(self, MaskedMLP)

@@ -106,9 +106,11 @@ class MonotoneNeuralTransform(MonotoneTransform):
         if not torch.jit.is_tracing():  # sizes are tensors during tracing, and cannot be compared
             units = knots.shape[-1] if knots.dim() else 0
             if units < 1 or slopes.shape[-1:] != (units + 1,):
-                wanted = "slopes of shape (*, D, K + 1) and knots of shape (*, D, K) with K >= 1"
                 got = f"{tuple(slopes.shape)} and {tuple(knots.shape)}"
-                raise ValueError(f"expected {wanted}, got {got}")
+                raise ValueError(
+                    "expected slopes of shape (*, D, K + 1) and knots of shape (*, D, K) with K >= 1, "
+                    f"got {got}"
+                )
             shapes = shift.shape, slopes.shape[:-1], knots.shape[:-1], softness.shape
             check_broadcast("batch shapes of shift, slopes, knots and softness", *shapes)
         count = knots.shape[-1]

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..._base.arguments import check_callable, check_integer, check_positive, names_the_class
+from ..._base.arguments import check_callable, check_integer, check_positive
 from ...model.coordinates.coordinates import CoordinatesArgument
 from ...model.density import MOST_SIGNATURES, Args, Kwargs, LogJoint
 from ...model.traces import argument_signature
@@ -128,7 +128,6 @@ class AutoAmortized(PersistentGuide):
     _found_arguments = (*PersistentGuide._found_arguments, "feature_dims", "feature_units")
     prior: ElementPrior
 
-    @names_the_class
     def __init__(
         self,
         model: Model,

@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..._base.arguments import check_integer, first_of, names_the_class, to_tensor
+from ..._base.arguments import check_integer, first_of, to_tensor
 from ...flows.transforms.scales_and_tails import check_location_and_scale
 from ...model import LogJoint
 from ...model.coordinates.coordinates import CoordinatesArgument
@@ -97,7 +97,6 @@ class AutoStructuredFlow(AutoAutoregressive):
     _graph: LatentGraph
     _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank")
 
-    @names_the_class
     def __init__(
         self,
         model: Callable[..., object],

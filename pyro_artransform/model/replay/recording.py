@@ -22,9 +22,9 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..._base.products import has_one_matrix, product_with_one_matrix
 from ..._base.time_limit import is_out_of_time
 from .batching import batched
+from .products import has_one_matrix, product_with_one_matrix
 from .tape import Kind
 
 _ATEN, _TENSOR = torch.ops.aten, torch._C.TensorType.get()

@@ -1,29 +1,26 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-
-"""The contract of a guide, as assertions."""
+"""The contract of a guide, for all guides."""
 
 import copy
 import math
 import pickle
-from collections.abc import Callable
-from typing import Any
 
 import pyro
+import pytest
 import torch
+from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import PyroOptim
-from torch import Tensor
 
-from ..guides import AutoAutoregressive
-from .comparison import equal
-
-Model = Callable[..., Any]
-Args = tuple[Any, ...]
+from pyro_artransform.guides import AutoIAF
+from pyro_artransform.testing.comparison import equal
+from tests.guides import models
+from tests.guides.named import FOREIGN, GUIDES
 
 
-def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args: Any) -> None:
+def check_guide(make, model, *args):
     """Checks that a guide keeps its contract on a model.
 
     Draws have the shapes, dtypes and supports of the sites; log densities agree with the guide's trace,
@@ -54,18 +51,18 @@ def check_guide(make: Callable[[Model], AutoAutoregressive], model: Model, *args
         _check_store(guide, make(model), model, args)
 
 
-def _parameters(guide: AutoAutoregressive) -> dict[str, Tensor]:
+def _parameters(guide):
     """Copies of the trained parameters."""
     named = guide.named_parameters()
     return {name: value.detach().clone() for name, value in named if value.requires_grad}
 
 
-def _moved(guide: AutoAutoregressive, before: dict[str, Tensor]) -> list[str]:
+def _moved(guide, before):
     now = dict(guide.named_parameters())
     return [name for name, value in before.items() if not torch.equal(now[name], value)]
 
 
-def _check_trains(where: str, guide: AutoAutoregressive, model: Model, args: Args) -> None:
+def _check_trains(where, guide, model, args):
     before = _parameters(guide)
     assert before, f"{where}: the guide has no parameters"
     svi = SVI(model, guide, PyroOptim(torch.optim.Adam, {"lr": 0.01}), Trace_ELBO())
@@ -77,7 +74,7 @@ def _check_trains(where: str, guide: AutoAutoregressive, model: Model, args: Arg
     assert not wrong, f"{where}: {wrong} are not finite after a few steps"
 
 
-def _check_draws(guide: AutoAutoregressive) -> None:
+def _check_draws(guide):
     draws, what = guide.sample_posterior(5), "sample_posterior(5)"
     for name, site in guide.prototype_trace.nodes.items():
         value, like = draws[name], site["value"]
@@ -89,8 +86,8 @@ def _check_draws(guide: AutoAutoregressive) -> None:
         assert shape == (2, *like.shape), f"quantiles: '{name}' has shape {shape}"
 
 
-def _check_densities(guide: AutoAutoregressive, args: Args) -> Tensor:
-    trace: Any = poutine.trace(guide).get_trace(*args)
+def _check_densities(guide, args):
+    trace = poutine.trace(guide).get_trace(*args)
     values = {name: trace.nodes[name]["value"] for name in guide.prototype_trace.nodes}
     wanted = "log_prob: differs for a draw whose density in the guide's trace is"
     expected = trace.log_prob_sum().detach()
@@ -106,9 +103,7 @@ def _check_densities(guide: AutoAutoregressive, args: Args) -> Tensor:
     return latent.detach()
 
 
-def _check_store(
-    guide: AutoAutoregressive, fresh: AutoAutoregressive, model: Model, args: Args
-) -> None:
+def _check_store(guide, fresh, model, args):
     store, where = pyro.get_param_store(), "a loaded param store"
     with store.scope():
         guide(*args)
@@ -118,3 +113,26 @@ def _check_store(
         for value, found in zip(guide.parameters(), fresh.parameters(), strict=True):
             equal(found, value, f"{where}: the guide does not have its parameters")
         _check_trains(where, fresh, model, args)
+
+
+@pytest.mark.parametrize("name", [*GUIDES, *FOREIGN])
+def test_guides(name):
+    new = {**GUIDES, **FOREIGN}[name]
+    pyro.param("kept", torch.ones(()))
+    check_guide(new, models.gaussian if "iaf" in name else models.regression, models.data())
+    assert list(pyro.get_param_store()) == ["kept"]
+
+
+def test_a_guide_in_coordinates_of_the_prior():
+    """Their lambda is no parameter that trains, and draws are not on the unconstrained space."""
+
+    def groups(values):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("groups", 4):
+            z = pyro.sample("z", dist.Normal(0.0, scale))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=values[:4])
+
+    guide = AutoIAF(groups)
+    guide(models.data())
+    assert guide.prior_coordinates is not None
+    check_guide(AutoIAF, groups, models.data())

@@ -5,8 +5,8 @@
 import pytest
 import torch
 
-from pyro_artransform._base.products import has_one_matrix, product_with_one_matrix
 from pyro_artransform.model.replay.capture import agree
+from pyro_artransform.model.replay.products import has_one_matrix, product_with_one_matrix
 from pyro_artransform.model.replay.recording import record
 
 MATRIX = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))

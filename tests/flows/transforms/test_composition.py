@@ -51,21 +51,6 @@ def log_det(t, x):
     return torch.linalg.slogdet(jacobian)[1]
 
 
-def test_parts_of_pyro_keep_their_parameters_and_cannot_be_stale():
-    part = dist.transforms.affine_autoregressive(3, [8])
-    t = chain([part, affine_autoregressive(3)])
-    assert {id(p) for p in part.parameters()} < {id(p) for p in t.inv.parameters()}
-    x = torch.randn(3)
-    before = t(x).detach().clone()
-    with torch.no_grad():
-        for p in part.parameters():
-            p.data.add_(0.5)
-    assert not torch.allclose(t(x), before)
-    y, ladj = t.call_and_ladj(x)
-    assert torch.allclose(ladj, log_det(t, x))
-    assert torch.allclose(t.inv.call_and_ladj(y.detach())[0], x, atol=1e-8)
-
-
 def test_other_domains():
     t = chain([affine_autoregressive(3), ExpTransform()])
     assert t.codomain.event_dim == 1
@@ -159,7 +144,7 @@ def test_bad_parts():
             chain([part])
     with pytest.raises(ValueError, match="at least one transform, got none"):
         ComposedTransform()
-    with pytest.raises(TypeError, match="expected a transform of this package, got ExpTransform"):
+    with pytest.raises(TypeError, match="expected a FlowModule, got ExpTransform"):
         inverse(ExpTransform())
     with pytest.raises(TypeError, match="condition it first"):
         inverse(conditional_affine_autoregressive(3, 2))
