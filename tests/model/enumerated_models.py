@@ -8,11 +8,10 @@ where these are small and in fewer rows where they are not.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import torch
-from coordinates_models import Simulator
 from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import config_enumerate
@@ -22,13 +21,20 @@ from torch import Tensor
 Run = Callable[..., Any]
 
 
-class Example(NamedTuple):
-    """A model with its arguments, and where it is from."""
+class Simulator:
+    """Random numbers of one seed in order."""
 
-    title: str
-    source: str
-    model: Run
-    make_arguments: Callable[[], tuple[Any, ...]] = tuple
+    def __init__(self) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(*shape, generator=self.generator)
+
+    def integers(self, low: int, high: int, count: int) -> Tensor:
+        return torch.randint(low, high, (count,), generator=self.generator)
 
 
 def mixture_model(y: Tensor) -> None:
@@ -49,7 +55,7 @@ SERIES, STEPS, TONES, HIDDEN = 10, 25, 88, 16
 
 def music() -> tuple[Any, ...]:
     """Which tones sound, ``(series, steps, tones)``, about four at a time, and the lengths."""
-    simulator = Simulator(0)
+    simulator = Simulator()
     rates = torch.full((SERIES, STEPS, TONES), 4 / TONES)
     tones = torch.bernoulli(rates, generator=simulator.generator)
     return tones, simulator.integers(STEPS // 2, STEPS + 1, SERIES)
@@ -160,7 +166,7 @@ ANIMALS, YEARS = 294, 7
 
 def dippers() -> tuple[Any, ...]:
     """Which animals were seen, ``(animals, years)``, and their sex."""
-    simulator = Simulator(0)
+    simulator = Simulator()
     sex = 1.0 * simulator.integers(0, 2, ANIMALS)
     first = simulator.integers(0, YEARS, ANIMALS)
     is_alive, seen = torch.ones(ANIMALS), []
@@ -245,7 +251,7 @@ def experts_model(x: Tensor, y: Tensor, num_experts: int = 3) -> None:
 
 
 def experts() -> tuple[Any, ...]:
-    simulator = Simulator(0)
+    simulator = Simulator()
     x = torch.cat([torch.ones(200, 1), simulator.normal(200, 3)], -1)
     slopes = 2 * simulator.normal(4, 3)
     chosen = (x @ simulator.normal(4, 3)).argmax(-1, keepdim=True)
@@ -259,7 +265,7 @@ CLASSES, ANNOTATORS, ITEMS = 4, 5, 45
 
 def labels() -> tuple[Any, ...]:
     """The label of each item by each annotator, ``(annotators, items)``."""
-    simulator = Simulator(0)
+    simulator = Simulator()
     truth = simulator.integers(0, CLASSES, ITEMS)
     guessed = simulator.integers(0, CLASSES, ANNOTATORS * ITEMS).reshape(ANNOTATORS, ITEMS)
     return (torch.where(simulator.uniform(ANNOTATORS, ITEMS) < 0.7, truth, guessed),)
@@ -314,7 +320,7 @@ TOPICS, VOCABULARY, DOCUMENTS, WORDS = 8, 100, 20, 64
 
 def documents() -> tuple[Any, ...]:
     """The words of each document, ``(words, documents)``."""
-    simulator = Simulator(0)
+    simulator = Simulator()
     topics = (2 * simulator.normal(TOPICS, VOCABULARY)).softmax(-1)
     shares = (2 * simulator.normal(DOCUMENTS, TOPICS)).softmax(-1)
     words = torch.multinomial(shares @ topics, WORDS, True, generator=simulator.generator)
@@ -334,38 +340,22 @@ def lda(words: Tensor) -> None:
             pyro.sample("doc_words", dist.Categorical(topics[topic]), obs=words)
 
 
-HMM, CJS = "Pyro, examples/hmm.py", "Pyro, examples/capture_recapture/cjs.py"
-ANNOTATION = "NumPyro, examples/annotation.py"
-
-#: by name
-EXAMPLES = {
-    "gmm": Example(
-        "mixture of normals",
-        "Pyro, tutorial gmm",
-        mixture_model,
-        lambda: (torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0]),),
-    ),
-    "hmm_0": Example("hidden Markov model, series by series", HMM, hmm_0, music),
-    "hmm_1": Example("hidden Markov model", HMM, hmm_1, music),
-    "hmm_2": Example("autoregressive hidden Markov model", HMM, hmm_2, music),
-    "hmm_3": Example("factorial hidden Markov model", HMM, hmm_3, music),
-    "hmm_4": Example("dynamic Bayesian network", HMM, hmm_4, music),
-    "cjs_1": Example("capture and recapture", CJS, cjs_1, dippers),
-    "cjs_2": Example("the same, a chance each year", CJS, cjs_2, dippers),
-    "cjs_3": Example("the same, years around a mean", CJS, cjs_3, dippers),
-    "cjs_4": Example("the same, a chance of each sex", CJS, cjs_4, dippers),
-    "cjs_5": Example("the same, sex and year", CJS, cjs_5, dippers),
-    "experts": Example("mixture of experts", "Jacobs et al. 1991", experts_model, experts),
-    "dawid_skene": Example("Dawid and Skene", ANNOTATION, dawid_skene, labels),
-    "hierarchical": Example(
-        "Dawid and Skene, hierarchical", ANNOTATION, hierarchical_dawid_skene, labels
-    ),
-    "mace": Example("MACE", ANNOTATION, mace, labels),
-    "lda": Example("latent Dirichlet allocation", "Pyro, examples/lda.py", lda, documents),
+#: by name: the model, and what makes its arguments. After the tutorial gmm and examples/hmm.py,
+#: examples/capture_recapture/cjs.py and examples/lda.py of Pyro, Jacobs et al. (1991), and
+#: examples/annotation.py of NumPyro
+EXAMPLES: dict[str, tuple[Run, Callable[[], tuple[Any, ...]]]] = {
+    "gmm": (mixture_model, lambda: (torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0]),)),
+    **{model.__name__: (model, music) for model in (hmm_0, hmm_1, hmm_2, hmm_3, hmm_4)},
+    **{model.__name__: (model, dippers) for model in (cjs_1, cjs_2, cjs_3, cjs_4, cjs_5)},
+    "experts": (experts_model, experts),
+    "dawid_skene": (dawid_skene, labels),
+    "hierarchical": (hierarchical_dawid_skene, labels),
+    "mace": (mace, labels),
+    "lda": (lda, documents),
 }
 
 
 def subject(name: str) -> tuple[Run, tuple[Any, ...]]:
     """The model of this name, its discrete latents enumerated, and its arguments."""
-    example = EXAMPLES[name]
-    return config_enumerate(example.model), example.make_arguments()
+    model, make_arguments = EXAMPLES[name]
+    return config_enumerate(model), make_arguments()
