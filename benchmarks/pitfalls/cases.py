@@ -3,7 +3,7 @@
 """
 How flow guides fail elsewhere: one function for each failure, which raises if it happens.
 
-``test_pitfalls.py`` runs them on this package, ``benchmarks/peers.py`` on others too. A number in a
+``test_pitfalls.py`` runs them on this package, ``benchmarks/peers.py`` on all. A number in a
 name is that of the failure, and stays. A part of 24 and 25 is not here: local latents of a minibatch
 are refused by the guides of these cases, not fitted.
 
@@ -13,8 +13,8 @@ what was broken by hand to see it fail.
 
 from collections.abc import Callable
 
-from tests.pitfalls import fit_cases, flow_cases, guide_cases, saving_cases, tensor_cases
-from tests.pitfalls.subject import Subject
+from pitfalls import fit_cases, flow_cases, guide_cases, saving_cases, tensor_cases
+from pitfalls.subject import Subject
 
 CASES: dict[str, Callable[[Subject], None]] = {
     name: case

@@ -10,10 +10,10 @@ import pyro
 import torch
 from pyro import distributions as dist
 
+from pitfalls import models
+from pitfalls.guide_cases import unconstrained_draws
+from pitfalls.subject import Subject, prepare
 from pyro_artransform.testing.comparison import default_dtype
-from tests.pitfalls import models
-from tests.pitfalls.guide_cases import unconstrained_draws
-from tests.pitfalls.subject import Subject, prepare
 
 
 def f08_scale_floor(subject: Subject) -> None:

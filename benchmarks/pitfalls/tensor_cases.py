@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Cases about dtypes, devices and compilers."""
 
-import ast
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,9 +11,10 @@ import torch
 from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from torch import Tensor, nn
 
+from pitfalls import models
+from pitfalls.subject import NotApplicable, Subject, parameters, prepare, train
 from pyro_artransform.testing.comparison import default_dtype
-from tests.pitfalls import models
-from tests.pitfalls.subject import NotApplicable, Subject, parameters, prepare, train
+from tests.factory_calls import bare_factory_calls
 
 FLOATS = (torch.float32, torch.float64)
 
@@ -134,44 +134,6 @@ def tensors_of(thing, name: str, seen: set[int] | None = None) -> Iterator[tuple
             yield from tensors_of(value, f"{name}[{i}]", seen)
     elif isinstance(thing, (nn.Module, torch.distributions.Transform)):
         yield from tensors_of(vars(thing), name, seen)
-
-
-FLOAT_FACTORIES = {
-    "zeros",
-    "ones",
-    "eye",
-    "tensor",
-    "rand",
-    "randn",
-    "full",
-    "empty",
-    "linspace",
-    "logspace",
-    "scalar_tensor",
-}
-INTEGER_FACTORIES = {"arange", "randint", "randperm", "range", "tril_indices", "triu_indices"}
-
-
-def bare_factory_calls(path: Path) -> list[tuple[int, str]]:
-    """Calls that make a tensor without saying of which dtype and where, and moves by name."""
-    faults = []
-    for node in ast.walk(ast.parse(path.read_text())):
-        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
-            continue
-        name, owner = node.func.attr, node.func.value
-        given = {keyword.arg for keyword in node.keywords}
-        of_torch = isinstance(owner, ast.Name) and owner.id == "torch"
-        missing = (
-            of_torch
-            and None not in given
-            and (
-                (name in FLOAT_FACTORIES and not {"dtype", "device"} <= given)
-                or (name in INTEGER_FACTORIES and "device" not in given)
-            )
-        )
-        if missing or (name in ("cuda", "cpu") and not of_torch):
-            faults.append((node.lineno, ast.unparse(node)[:60]))
-    return faults
 
 
 def _python_files(sources: tuple[Path, ...]) -> Iterator[Path]:

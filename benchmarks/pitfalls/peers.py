@@ -1,8 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""This package, Pyro, Zuko and nflows as the cases of ``tests/pitfalls`` see them."""
+"""Pyro, Zuko and nflows as the cases see them, and the columns of the table of ``benchmarks/peers.py``."""
 
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,9 +12,7 @@ from pyro.distributions import transforms as pyro_transforms
 from pyro.infer import autoguide
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from tests.pitfalls.subject import NotApplicable, Subject
+from pitfalls.subject import NotApplicable, Subject
 
 HIDDEN = 16
 
@@ -331,7 +328,7 @@ class _NflowsDistribution:
 
 def ours(folder: Path) -> Subject:
     """This package."""
-    from tests.pitfalls.ours import Ours
+    from pitfalls.ours import Ours
 
     return Ours(folder)
 

@@ -13,8 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tests.pitfalls import models
-from tests.pitfalls.subject import (
+from pitfalls import models
+from pitfalls.subject import (
     NotApplicable,
     Subject,
     in_fresh_process,

@@ -13,8 +13,8 @@ from pyro import distributions as dist
 from torch import Tensor
 from torch.autograd.functional import jacobian
 
+from pitfalls.subject import NotApplicable, Subject
 from pyro_artransform.testing.comparison import default_dtype
-from tests.pitfalls.subject import NotApplicable, Subject
 
 FLOATS = (torch.float32, torch.float64)
 Perturbation = Callable[[list[Tensor], Callable[[], Tensor]], None]

@@ -15,8 +15,8 @@ from pyro import poutine
 from pyro.infer import Predictive, Trace_ELBO
 from pyro.infer.autoguide import init_to_value
 
-from tests.pitfalls import models
-from tests.pitfalls.subject import (
+from pitfalls import models
+from pitfalls.subject import (
     NotApplicable,
     Subject,
     parameters,
