@@ -17,7 +17,7 @@ from typing import Any
 
 import pyro
 import torch
-from unseen_models import MODELS
+from models.unseen import MODELS
 
 from pyro_artransform import AutoIAF, fit
 from pyro_artransform.model import LogJoint

@@ -3,8 +3,7 @@
 """Random models with exact posterior means and sds of every latent on the unconstrained space.
 
 A name such as ``hierarchy_2`` is the seed of all that is random in a model: its size, its constants, its
-latents, drawn from the prior, and its data given these. So each latent is a draw of its posterior, and
-that is how the exact answers are checked.
+latents, drawn from the prior, and its data given these.
 """
 
 import math
@@ -12,16 +11,17 @@ import zlib
 from collections.abc import Callable
 from functools import partial
 
-import coverage_quadrature as quadrature
 import pyro
 import torch
-from coverage_quadrature import Moments
-from coverage_regressions import conjugate, funnel, hierarchy, process, regression, walk
-from coverage_subjects import ByName, Data, Family, Subject, between, correlated, scales, size
 from pyro import distributions as dist
 from pyro import poutine
 from torch import Tensor
 from torch.distributions import biject_to
+
+from models import moments as quadrature
+from models.moments import Moments
+from models.random_numbers import ByName, Data, Family, Subject, between, correlated, scales, size
+from models.random_regressions import conjugate, funnel, hierarchy, process, regression, walk
 
 # Conjugate posteriors
 
@@ -290,17 +290,13 @@ def family_of(name: str) -> str:
     return name.rpartition("_")[0]
 
 
-def subject(name: str, make: Callable[[], Family] | None = None) -> Subject:
-    """The model of this name, or of another family: its data are drawn from the model itself."""
+def subject(name: str) -> Subject:
+    """The model of this name: its data are drawn from the model itself."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(zlib.crc32(name.encode()))
-        model, args, exact, num_moments = (make or FAMILIES[family_of(name)])()
+        model, args, exact, num_moments = FAMILIES[family_of(name)]()
         nodes = poutine.trace(model).get_trace(*args).nodes
-    has_data, latents = "y" in nodes, {}
-    data = nodes["y"]["value"] if has_data else torch.empty(0)
-    moments = exact(data)
-    for site in moments:
-        node = nodes[site]
-        latents[site] = biject_to(node["fn"].support).inv(node["value"])
-    args = (*args, data) if has_data else args
-    return Subject(model, args, moments, num_moments, latents, has_data)
+    if "y" not in nodes:
+        return Subject(model, args, exact(torch.empty(0)), num_moments, False)
+    data = nodes["y"]["value"]
+    return Subject(model, (*args, data), exact(data), num_moments, True)

@@ -1,64 +1,21 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The posteriors of benchmarks/fit.py, each written once for Pyro and NumPyro, with its log evidence.
-
-Data of "autoregression" and "survey" are simulated, after arK and nes1996 of posteriordb; those of
-"cancer" are scikit-learn's, all columns centred and divided by their standard deviations.
-"""
+"""Regressions, with data that are simulated, or those of scikit-learn; of some the evidence is known."""
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import numpy as np
+import pyro
+import torch
+from pyro import distributions as dist
+from torch import Tensor
 
-EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+from models.library import Library, Model, Posterior, Simulator, Subject
+
 #: by importance sampling with 400,000 draws of an AutoIAF with 512 hidden units, of which 73 % were effective
 CANCER_EVIDENCE = -71.470
-#: the chain: its persistence, the sds of its steps and of the noise of its data
-PERSISTENCE, STEP, NOISE, LENGTH = 0.95, 0.3, 0.5, 200
-
-Model = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Library:
-    """What the models call: Pyro's names, which are NumPyro's too, and how it makes an array."""
-
-    sample: Callable[..., Any]
-    plate: Callable[..., Any]
-    factor: Callable[..., Any]
-    dist: Any
-    array: Callable[[np.ndarray], Any]
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """A model for either library, its number of latents, and its log evidence if it is known."""
-
-    bind: Callable[[Library], Model]
-    dim: int
-    evidence: Callable[[], float] = lambda: math.nan
-
-
-def schools(lib: Library, centred: bool) -> Model:
-    effects, errors = lib.array(EFFECTS), lib.array(ERRORS)
-
-    def model() -> Any:
-        mu = lib.sample("mu", lib.dist.Normal(0.0, 5.0))
-        tau = lib.sample("tau", lib.dist.HalfCauchy(5.0))
-        with lib.plate("schools", len(EFFECTS)):
-            if centred:
-                theta = lib.sample("theta", lib.dist.Normal(mu, tau))
-            else:
-                theta = mu + tau * lib.sample("z", lib.dist.Normal(0.0, 1.0))
-            lib.sample("y", lib.dist.Normal(theta, errors), obs=effects)
-        return theta
-
-    return model
 
 
 def regression(lib: Library, data: Callable[[], tuple[np.ndarray, np.ndarray]]) -> Model:
@@ -82,20 +39,6 @@ def logistic(lib: Library) -> Model:
         beta = lib.sample("beta", lib.dist.Normal(zeros, 10.0).to_event(1))
         logits = (x @ beta[..., None])[..., 0]
         lib.sample("y", lib.dist.Bernoulli(logits=logits).to_event(1), obs=y)
-
-    return model
-
-
-def chain(lib: Library) -> Model:
-    y, zeros = lib.array(chain_data()), lib.array(np.zeros(LENGTH))
-
-    def model() -> None:
-        # drawn anywhere: the density of the path is the two factors
-        x = lib.sample("x", lib.dist.Normal(zeros, 1.0).mask(False).to_event(1))
-        first = lib.dist.Normal(0.0, stationary_sd()).log_prob(x[..., 0])
-        steps = lib.dist.Normal(PERSISTENCE * x[..., :-1], STEP).log_prob(x[..., 1:])
-        lib.factor("path", first + steps.sum(-1))
-        lib.sample("y", lib.dist.Normal(x, NOISE).to_event(1), obs=y)
 
     return model
 
@@ -131,18 +74,6 @@ def cancer_data() -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([np.ones((len(x), 1)), scaled], 1), y.astype(float)
 
 
-def stationary_sd() -> float:
-    return STEP / math.sqrt(1 - PERSISTENCE**2)
-
-
-def chain_data() -> np.ndarray:
-    rng = np.random.default_rng(2)
-    path = [stationary_sd() * rng.normal()]
-    while len(path) < LENGTH:
-        path.append(PERSISTENCE * path[-1] + STEP * rng.normal())
-    return np.array(path) + NOISE * rng.normal(size=LENGTH)
-
-
 def gaussian(y: np.ndarray, covariance: np.ndarray) -> float:
     """The log density of a Normal with mean zero."""
     chol = np.linalg.cholesky(covariance)
@@ -162,15 +93,6 @@ def half_cauchy(scale: float, log_x: np.ndarray) -> np.ndarray:
     return math.log(2 / (math.pi * scale)) - np.log1p((np.exp(log_x) / scale) ** 2) + log_x
 
 
-def schools_evidence() -> float:
-    """The effects and their mean are integrated out in closed form, their sd by quadrature."""
-    points = np.linspace(-25, 12, 4000)
-    values = []
-    for tau in np.exp(points):
-        values.append(gaussian(EFFECTS, np.diag(ERRORS**2 + tau**2) + 25.0))
-    return integral(points, np.array(values) + half_cauchy(5.0, points))
-
-
 def regression_evidence(data: Callable[[], tuple[np.ndarray, np.ndarray]]) -> float:
     """The coefficients are integrated out in closed form, the noise by quadrature."""
     x, y = data()
@@ -182,22 +104,50 @@ def regression_evidence(data: Callable[[], tuple[np.ndarray, np.ndarray]]) -> fl
     return integral(points, -0.5 * terms.sum(-1) + half_cauchy(2.5, points))
 
 
-def chain_evidence() -> float:
-    """That of a Gaussian of all data, which a Kalman filter would find as well."""
-    times = np.arange(LENGTH)
-    covariance = stationary_sd() ** 2 * PERSISTENCE ** abs(times[:, None] - times)
-    return gaussian(chain_data(), covariance + NOISE**2 * np.eye(LENGTH))
-
-
 def linear(data: Callable[[], tuple[np.ndarray, np.ndarray]], dim: int) -> Posterior:
     return Posterior(partial(regression, data=data), dim, partial(regression_evidence, data))
 
 
-POSTERIORS = {
-    "schools, centred": Posterior(partial(schools, centred=True), 10, schools_evidence),
-    "schools, non-centred": Posterior(partial(schools, centred=False), 10, schools_evidence),
-    "autoregression": linear(autoregression_data, 7),
-    "survey": linear(survey_data, 10),
-    "cancer": Posterior(logistic, 31, lambda: CANCER_EVIDENCE),
-    "chain": Posterior(chain, LENGTH, chain_evidence),
-}
+def rows_data(num_rows: int = 5_000, num_columns: int = 26) -> tuple[np.ndarray, np.ndarray]:
+    """A constant and columns that are correlated."""
+    rng = np.random.default_rng(6)
+    x = rng.normal(size=(num_rows, num_columns)) + 0.7 * rng.normal(size=(num_rows, 1))
+    x[:, 0] = 1.0
+    return x, x @ rng.normal(size=num_columns) + 2.0 * rng.normal(size=num_rows)
+
+
+def logistic_horseshoe(lib: Library, num_rows: int = 200, num_columns: int = 100) -> Model:
+    """Five of the coefficients are not zero."""
+    rng = np.random.default_rng(7)
+    x_data = rng.normal(size=(num_rows, num_columns))
+    logits = 0.5 + x_data[:, :5] @ np.array([3.0, -2.5, 2.0, -1.5, 1.0])
+    x, y = lib.array(x_data), lib.array((rng.random(num_rows) < 1 / (1 + np.exp(-logits))) * 1.0)
+    zeros, ones = (lib.array(np.full(num_columns, value)) for value in (0.0, 1.0))
+
+    def model() -> None:
+        intercept = lib.sample("intercept", lib.dist.Normal(0.0, 2.0))
+        tau = lib.sample("tau", lib.dist.HalfCauchy(1.0))
+        scales = lib.sample("lambda", lib.dist.HalfCauchy(ones).to_event(1))
+        beta = lib.sample("z", lib.dist.Normal(zeros, 1.0).to_event(1)) * scales * tau[..., None]
+        logits = intercept[..., None] + (x @ beta[..., None])[..., 0]
+        lib.sample("y", lib.dist.Bernoulli(logits=logits).to_event(1), obs=y)
+
+    return model
+
+
+def horseshoe_model(x: Tensor, y: Tensor) -> None:
+    """A regression whose coefficients are zero, most of them (Carvalho, Polson and Scott, 2010)."""
+    tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+    sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
+    with pyro.plate("columns", x.shape[1]):
+        scale = pyro.sample("lambda", dist.HalfCauchy(1.0))
+        beta = pyro.sample("beta", dist.Normal(0.0, tau * scale))
+    with pyro.plate("rows", len(y)):
+        pyro.sample("y", dist.Normal(beta @ x.T, sigma), obs=y)
+
+
+def horseshoe(num_rows: int = 100, num_columns: int = 20) -> Subject:
+    simulator = Simulator(3)
+    x, beta = simulator.normal(num_rows, num_columns), torch.zeros(num_columns)
+    beta[:3] = torch.tensor([2.0, -1.0, 0.5])
+    return horseshoe_model, (x, x @ beta + simulator.normal(num_rows))

@@ -3,7 +3,7 @@
 """Hierarchies as users write them, with the exact quantiles of each of their scales; see tails.md.
 
 Latents are integrated out in closed form, given the scales, and scales on a grid of their unconstrained
-space: the log axis. Data are simulated. What has no closed form, a dose response, is in `tails_dose.py`.
+space: the log axis. Data are simulated. What has no closed form, a dose response, is in `dose.py`.
 The import makes float64 the default of PyTorch.
 """
 
@@ -15,12 +15,13 @@ from typing import Any
 
 import numpy as np
 import pyro
-import tails_dose
 import torch
 from pyro import distributions as dist
 from scipy.interpolate import CubicSpline
 from torch import Tensor
 from torch.distributions import biject_to
+
+from models import dose
 
 LEVELS = (0.01, 0.03, 0.5, 0.97, 0.99)
 #: of what is on the grid the log density is less than this below the largest, within these bounds
@@ -341,17 +342,17 @@ class DoseTarget(Target):
 
     @property
     def scales(self) -> list[str]:
-        return list(tails_dose.SCALES)
+        return list(dose.SCALES)
 
     @cached_property
     def quantiles(self) -> Quantiles:
-        return tails_dose.quantiles(LEVELS)
+        return dose.quantiles(LEVELS)
 
 
 TARGETS: Mapping[str, Target] = {
     "dose": DoseTarget(
-        tails_dose.dose,
-        (torch.tensor(tails_dose.DOSES), torch.tensor(tails_dose.data())),
+        dose.dose,
+        (torch.tensor(dose.DOSES), torch.tensor(dose.data())),
         {},
         torch.zeros_like,
     ),

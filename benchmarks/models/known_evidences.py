@@ -9,10 +9,11 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 import torch
-from flows import EFFECTS, ERRORS
 from torch import Tensor
-from verdict_targets import Model, Target
 
+from models.hierarchies import schools, schools_truth
+from models.known_densities import Model, Target
+from models.library import PYRO
 from pyro_artransform.model import LogJoint
 
 
@@ -112,33 +113,8 @@ def logistic() -> Target:
     return Target(model, quadrature(model, (-15.0, 15.0), (-10.0, 25.0)))
 
 
-def schools_evidence() -> float:
-    """That of the eight schools, the effects integrated out."""
-    effects, errors = EFFECTS.double(), ERRORS.double()
-
-    def model() -> None:
-        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-        with pyro.plate("schools", len(effects)):
-            pyro.sample("y", dist.Normal(mu, (tau**2 + errors**2).sqrt()), obs=effects)
-
-    return quadrature(model, (-25.0, 30.0), (-25.0, 12.0), count=1000)
-
-
-def schools(centred: bool) -> Target:
-    effects, errors = EFFECTS.double(), ERRORS.double()
-
-    def model() -> None:
-        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-        with pyro.plate("schools", len(effects)):
-            if centred:
-                theta = pyro.sample("theta", dist.Normal(mu, tau))
-            else:
-                theta = mu + tau * pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(theta, errors), obs=effects)
-
-    return Target(model, schools_evidence())
+def eight_schools(centred: bool) -> Target:
+    return Target(schools(PYRO, centred), schools_truth().evidence)
 
 
 def two_camps() -> Target:
@@ -276,8 +252,10 @@ POSTERIORS: dict[str, Callable[[], Target]] = {
     "random walk, D=30": partial(random_walk, 30),
     "slope and scale": scale_regression,
     "logistic": logistic,
-    "eight schools, centred": partial(schools, True),
-    "eight schools, non-centred": partial(schools, False),
+    **{
+        f"eight schools, {form}": partial(eight_schools, form == "centred")
+        for form in ("centred", "non-centred")
+    },
     "two camps": two_camps,
     "product": product,
     "square": partial(squares, 1, 0.3),

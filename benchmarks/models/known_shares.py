@@ -15,12 +15,13 @@ from typing import NamedTuple
 import pyro
 import pyro.distributions as dist
 import torch
-import verdict_targets as known
-from prior_as_data import prior_as_data
 from pyro.infer import config_enumerate
 from pyro.ops.indexing import Vindex
 from torch import Tensor
 from torch.nn.functional import softplus
+
+from models import known_densities as known
+from models.priors import funnel_by_factor, prior_as_data
 
 #: of regions in the tails, between which are the other draws
 TAILS = (0.1, 0.8, 0.1)
@@ -153,16 +154,8 @@ def signs(rows: int = 30) -> Target:
 
 
 def funnel() -> Target:
-    """Neal's funnel by a factor, so that no site has a prior to take coordinates from."""
-
-    def model() -> None:
-        v = pyro.sample("v", dist.Normal(0.0, 3.0))
-        x = pyro.sample("x", dist.ImproperUniform(dist.constraints.real_vector, (), (9,)))
-        below = dist.Normal(0.0, (v / 2).exp().unsqueeze(-1))
-        pyro.factor("below", below.log_prob(x).sum(-1))
-
     edges = quantiles(dist.Normal(0.0, 3.0).log_prob, -30.0, 30.0)
-    return Target(model, cut(itemgetter("v"), *edges), TAILS)
+    return Target(funnel_by_factor, cut(itemgetter("v"), *edges), TAILS)
 
 
 def cauchy(dim: int = 10) -> Target:

@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
-from coverage_quadrature import Moments
 from pyro import distributions as dist
 from torch import Tensor
+
+from models.moments import Moments
 
 Data = Tensor | None
 ByName = Mapping[str, Moments]
@@ -32,16 +33,12 @@ class Family(NamedTuple):
 
 
 class Subject(NamedTuple):
-    """A model with its data.
-
-    :param latents: the latents that the data were drawn with, on the unconstrained space.
-    """
+    """A model with its data."""
 
     model: Callable[..., None]
     args: tuple[Any, ...]
     moments: ByName
     num_moments: float
-    latents: Mapping[str, Tensor]
     has_data: bool
 
     @property

@@ -2,59 +2,62 @@
 # SPDX-License-Identifier: Apache-2.0
 """Hierarchies whose scales are latent, centred, as users write them; data are simulated with fixed seeds."""
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyro
 import torch
-from prior_as_data import prior_as_data
 from pyro import distributions as dist
 from torch import Tensor
 
-Subject = tuple[Callable[..., Any], tuple[Any, ...]]
+from models.library import Library, Model, Simulator, Subject, tensors
 
 #: Rubin (1981): effects of coaching in eight schools, and their standard errors
-EFFECTS = (28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0)
-ERRORS = (15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0)
+EFFECTS = np.array([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+ERRORS = np.array([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
 
 
-class Simulator:
-    """Random numbers of a seed in order."""
+def schools(lib: Library, centred: bool) -> Model:
+    effects, errors = lib.array(EFFECTS), lib.array(ERRORS)
 
-    def __init__(self, seed: int) -> None:
-        self.generator = torch.Generator().manual_seed(seed)
+    def model() -> Any:
+        mu = lib.sample("mu", lib.dist.Normal(0.0, 5.0))
+        tau = lib.sample("tau", lib.dist.HalfCauchy(5.0))
+        with lib.plate("schools", len(EFFECTS)):
+            if centred:
+                theta = lib.sample("theta", lib.dist.Normal(mu, tau))
+            else:
+                theta = mu + tau * lib.sample("z", lib.dist.Normal(0.0, 1.0))
+            lib.sample("y", lib.dist.Normal(theta, errors), obs=effects)
+        return theta
 
-    def normal(self, *shape: int) -> Tensor:
-        return torch.randn(*shape, generator=self.generator)
-
-    def uniform(self, *shape: int) -> Tensor:
-        return torch.rand(*shape, generator=self.generator)
-
-    def integers(self, low: int, high: int, count: int) -> Tensor:
-        return torch.randint(low, high, (count,), generator=self.generator)
-
-    def poisson(self, rate: Tensor) -> Tensor:
-        return torch.poisson(rate, generator=self.generator)
+    return model
 
 
-def schools_model(error: Tensor, y: Tensor) -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", len(y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, error), obs=y)
+class SchoolsTruth(NamedTuple):
+    """What is known of the eight schools; of log tau the mean, the sd and the 1 % quantile."""
+
+    evidence: float
+    mean: Tensor
+    sd: Tensor
+    lowest: float
 
 
-def schools() -> Subject:
-    return schools_model, (torch.tensor(ERRORS), torch.tensor(EFFECTS))
-
-
-@prior_as_data
-def funnel_model(num_latents: int) -> None:
-    """Neal's funnel (2003, section 8): no data, so that its evidence is 1."""
-    v = pyro.sample("v", dist.Normal(0.0, 3.0))
-    with pyro.plate("latents", num_latents):
-        pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
+def schools_truth() -> SchoolsTruth:
+    """By quadrature over log tau: given tau, the effects and their mean are integrated out."""
+    error, y = torch.tensor(ERRORS), torch.tensor(EFFECTS)
+    log_tau = torch.linspace(-40.0, 20.0, 60_001, dtype=torch.float64)
+    tau = log_tau.exp()
+    variance = error.square() + tau[:, None].square()
+    shared = torch.full((len(tau), len(y), 1), 5.0, dtype=torch.float64)
+    likelihood = dist.LowRankMultivariateNormal(torch.zeros_like(y), shared, variance).log_prob(y)
+    log_density = likelihood + dist.HalfCauchy(5.0).log_prob(tau) + log_tau
+    evidence = log_density.logsumexp(0) + (log_tau[1] - log_tau[0]).log()
+    weights = log_density.softmax(0)
+    mean = weights @ log_tau
+    sd = (weights @ (log_tau - mean).square()).sqrt()
+    lowest = log_tau[(weights.cumsum(0) < 0.01).sum()]
+    return SchoolsTruth(evidence.item(), mean, sd, lowest.item())
 
 
 def slopes_model(group: Tensor, x: Tensor, y: Tensor) -> None:
@@ -107,24 +110,6 @@ def mixed(num_groups: int = 40) -> Subject:
     return means_model, (sd, (theta + sd * simulator.normal(num_groups))[None])
 
 
-def horseshoe_model(x: Tensor, y: Tensor) -> None:
-    """A regression whose coefficients are zero, most of them (Carvalho, Polson and Scott, 2010)."""
-    tau = pyro.sample("tau", dist.HalfCauchy(1.0))
-    sigma = pyro.sample("sigma", dist.HalfNormal(2.0))
-    with pyro.plate("columns", x.shape[1]):
-        scale = pyro.sample("lambda", dist.HalfCauchy(1.0))
-        beta = pyro.sample("beta", dist.Normal(0.0, tau * scale))
-    with pyro.plate("rows", len(y)):
-        pyro.sample("y", dist.Normal(beta @ x.T, sigma), obs=y)
-
-
-def horseshoe(num_rows: int = 100, num_columns: int = 20) -> Subject:
-    simulator = Simulator(3)
-    x, beta = simulator.normal(num_rows, num_columns), torch.zeros(num_columns)
-    beta[:3] = torch.tensor([2.0, -1.0, 0.5])
-    return horseshoe_model, (x, x @ beta + simulator.normal(num_rows))
-
-
 def counts_model(group: Tensor, x: Tensor, exposure: Tensor, y: Tensor) -> None:
     """Counts with an exposure; each group has an intercept and a slope."""
     mu_a = pyro.sample("mu_a", dist.Normal(0.0, 2.0))
@@ -149,23 +134,6 @@ def counts(num_groups: int = 30, num_rows: int = 240) -> Subject:
     return counts_model, (group, x, exposure, simulator.poisson(rate))
 
 
-def walk_model(y: Tensor) -> None:
-    """A random walk by a loop, seen with noise."""
-    q = pyro.sample("q", dist.HalfNormal(1.0))
-    noise = pyro.sample("noise", dist.HalfNormal(1.0))
-    z = pyro.sample("z_0", dist.Normal(0.0, 1.0))
-    for t in range(len(y)):
-        if t > 0:
-            z = pyro.sample(f"z_{t}", dist.Normal(z, q))
-        pyro.sample(f"y_{t}", dist.Normal(z, noise), obs=y[t])
-
-
-def walk(num_steps: int = 60) -> Subject:
-    simulator = Simulator(5)
-    z = (0.2 * simulator.normal(num_steps)).cumsum(0)
-    return walk_model, (z + 0.5 * simulator.normal(num_steps),)
-
-
 def nested_model(district: Tensor, school: Tensor, y: Tensor) -> None:
     """Pupils in schools, these in districts."""
     mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
@@ -188,3 +156,63 @@ def nested(num_districts: int = 10, num_schools: int = 50, num_pupils: int = 300
         num_schools
     )
     return nested_model, (district, school, of_school[school] + simulator.normal(num_pupils))
+
+
+def normal_hierarchy(y: Tensor, sigma: Tensor) -> None:
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(2.0))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, sigma), obs=y)
+
+
+def hierarchy(num_groups: int = 1_000) -> Subject:
+    """Groups with errors from 0.3 to 3."""
+    rng = np.random.default_rng(1)
+    theta, sigma = 1 + 0.7 * rng.normal(size=num_groups), 0.3 * 10 ** rng.random(num_groups)
+    return normal_hierarchy, tensors(theta + sigma * rng.normal(size=num_groups), sigma)
+
+
+def irt_2pl(y: Tensor) -> None:
+    """Two-parameter logistic item responses of persons, which are rows, to items."""
+    sigma_a = pyro.sample("sigma_a", dist.HalfNormal(1.0))
+    sigma_b = pyro.sample("sigma_b", dist.HalfNormal(2.0))
+    persons = pyro.plate("persons", y.shape[0], dim=-2)
+    items = pyro.plate("items", y.shape[1], dim=-1)
+    with persons:
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+    with items:
+        log_a = pyro.sample("log_a", dist.Normal(0.0, sigma_a))
+        b = pyro.sample("b", dist.Normal(0.0, sigma_b))
+    with persons, items:
+        pyro.sample("y", dist.Bernoulli(logits=log_a.exp() * (theta - b)), obs=y)
+
+
+def items(num_persons: int = 200, num_items: int = 50) -> Subject:
+    rng = np.random.default_rng(3)
+    theta, b = rng.normal(size=(num_persons, 1)), 1.2 * rng.normal(size=num_items)
+    logits = np.exp(0.45 * rng.normal(size=num_items)) * (theta - b)
+    return irt_2pl, tensors(rng.random(logits.shape) < 1 / (1 + np.exp(-logits)))
+
+
+def groups(lib: Library, num_groups: int = 20, size: int = 1_000) -> Model:
+    """Varying intercepts and slopes of large groups."""
+    rng = np.random.default_rng(5)
+    index, x_data = np.repeat(np.arange(num_groups), size), rng.normal(size=num_groups * size)
+    effects = np.array([1.0, -0.5]) + np.array([0.8, 0.4]) * rng.normal(size=(num_groups, 2))
+    mean_data = effects[index, 0] + effects[index, 1] * x_data
+    y = lib.array(mean_data + 1.5 * rng.normal(size=len(index)))
+    group, x = map(lib.array, (index, x_data))
+    normal, half_normal = lib.dist.Normal, lib.dist.HalfNormal
+
+    def model() -> None:
+        a_mean, b_mean = (lib.sample(name, normal(0.0, 5.0)) for name in ("a_mean", "b_mean"))
+        a_sd, b_sd = (lib.sample(name, half_normal(1.0)) for name in ("a_sd", "b_sd"))
+        sigma = lib.sample("sigma", half_normal(2.0))
+        with lib.plate("groups", num_groups):
+            a = lib.sample("a", normal(a_mean, a_sd))
+            b = lib.sample("b", normal(b_mean, b_sd))
+        with lib.plate("rows", len(y)):
+            lib.sample("y", normal(a[..., group] + b[..., group] * x, sigma), obs=y)
+
+    return model

@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The models of state_spaces_models.py for NumPyro, in the form in which paths are white noise for NUTS.
+"""The models of state_spaces.py for NumPyro, in the form in which paths are white noise for NUTS.
 
 Each has all latents of the original, deterministic ones where they are not those that NUTS moves in.
 """
@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpyro
 from numpyro import distributions as dist
-from state_spaces_models import PERIOD, WIDTH
+
+from models.state_spaces import PERIOD, WIDTH
 
 Model = Callable[..., None]
 

@@ -7,7 +7,6 @@ there: dogs, seeds, poisson_process, dugongs and rats. The other five are common
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import pyro
 import torch
@@ -15,7 +14,7 @@ from pyro import distributions as dist
 from pyro.distributions.transforms import OrderedTransform
 from torch import Tensor
 
-Subject = tuple[Callable[..., Any], tuple[Any, ...]]
+from models.library import Subject
 
 
 def generator(seed: int) -> torch.Generator:

@@ -1,35 +1,27 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The models of chains_models.py for NumPyro, in the form that its NUTS needs the fewest seconds for.
+"""Models for NumPyro in the form that its NUTS needs the fewest seconds for.
 
 Each takes the same arguments, and has all latents of the original, deterministic ones where they are not
 those that NUTS moves in. Of the centred and the non-centred form, half and half too, each was measured
 on simulated data: the states and the field are faster centred, the volatility with a scan over white
 noise (4 and more times), the groups non-centred; item responses and the walk of 2,000 steps differ
-little, and the walk is as in chains_models.py. The funnel is non-centred.
+little. The funnel is non-centred.
 """
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpyro
-from chains_models import BOUND, NOISE, PERSISTENCE, STEP, precision, quadratic_form
-from fit_posteriors import Library, schools
-from fit_subjects import in_jax
 from numpyro import distributions as dist
 
+from models.hierarchies import schools
+from models.library import in_numpyro
+from models.posteriors import BOUND
+
 Model = Callable[..., None]
-
-
-def lgssm(y: Any) -> None:
-    z = numpyro.sample("z", dist.Normal(jnp.zeros(len(y)), 1.0).mask(False).to_event(1))
-    first = dist.Normal(0.0, STEP / (1 - PERSISTENCE**2) ** 0.5).log_prob(z[0])
-    steps = dist.Normal(PERSISTENCE * z[:-1], STEP).log_prob(z[1:])
-    numpyro.factor("path", first + steps.sum())
-    numpyro.sample("y", dist.Normal(z, NOISE).to_event(1), obs=y)
 
 
 def normal_hierarchy(y: Any, sigma: Any) -> None:
@@ -72,21 +64,7 @@ def irt_2pl(y: Any) -> None:
         numpyro.sample("y", dist.Bernoulli(logits=jnp.exp(log_a) * (theta - b)), obs=y)
 
 
-@lru_cache
-def degrees(rows: int, columns: int) -> Any:
-    return precision(rows, columns).diagonal().reshape(rows, columns)
-
-
-def poisson_gmrf(y: Any) -> None:
-    kappa = numpyro.sample("kappa", dist.Gamma(2.0, 1.0))
-    intercept = numpyro.sample("intercept", dist.Normal(0.0, 2.0))
-    z = numpyro.sample("z", dist.Normal(jnp.zeros(y.size), 1.0).mask(False).to_event(1))
-    form = quadratic_form(z.reshape(y.shape), degrees(*y.shape))
-    numpyro.factor("field", 0.5 * (y.size * jnp.log(kappa) - kappa * form))
-    numpyro.sample("y", dist.Poisson(jnp.exp(intercept + z)).to_event(1), obs=y.reshape(-1))
-
-
-def funnel_model(num_latents: Any) -> None:
+def neals_funnel(num_latents: Any) -> None:
     v = numpyro.sample("v", dist.Normal(0.0, 3.0))
     with numpyro.plate("latents", int(num_latents)):
         white = numpyro.sample("white", dist.Normal(0.0, 1.0))
@@ -95,11 +73,10 @@ def funnel_model(num_latents: Any) -> None:
 
 def schools_centred() -> None:
     """Moves in the non-centred form, since NUTS does not reach the neck of the other."""
-    library = Library(numpyro.sample, numpyro.plate, numpyro.factor, dist, jnp.asarray)
-    numpyro.deterministic("theta", schools(library, centred=False)())
+    numpyro.deterministic("theta", schools(in_numpyro(), centred=False)())
 
 
-MODELS = lgssm, stochastic_volatility, poisson_gmrf, normal_hierarchy, irt_2pl, funnel_model
+MODELS = normal_hierarchy, stochastic_volatility, irt_2pl, neals_funnel
 PEERS: dict[str, Model] = {model.__name__: model for model in MODELS}
 
 
@@ -108,7 +85,7 @@ def peer(posterior: str, model_name: str) -> Model:
     if posterior == "schools, centred":
         return schools_centred
     if posterior in BOUND:
-        return in_jax(BOUND[posterior])
+        return BOUND[posterior].bind(in_numpyro())
     if model_name not in PEERS:
         raise ValueError(f"expected a model among {list(PEERS)}, got {model_name}")
     return PEERS[model_name]

@@ -4,46 +4,17 @@
 
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyro
-import torch
-from pyro import distributions
+
+from models.library import Library
 
 #: for each site the mean and the variance of its square
 Truth = Mapping[str, tuple[np.ndarray, np.ndarray]]
 #: a model, its arguments after the library, and its moments
 Target = tuple[Callable[..., None], tuple[np.ndarray, ...], Truth]
-
-
-@dataclass(frozen=True)
-class Library:
-    """What a model needs of Pyro and PyTorch, or of NumPyro and JAX."""
-
-    sample: Callable[..., Any]
-    factor: Callable[..., Any]
-    dist: Any
-    arrays: Any
-
-    def free(self, name: str, num: int) -> Any:
-        """Latents without a density of their own, which factors are to have."""
-        normal = self.dist.Normal(self.arrays.zeros(num), 1.0)
-        return self.sample(name, normal.mask(False).to_event(1))
-
-    def path(self, name: str, num: int, first: Any, mean: Any, slope: Any, sd: Any) -> Any:
-        """An autoregression around its mean, whose first value has an sd of its own."""
-        z = self.free(name, num)
-        self.factor("first", self.dist.Normal(mean, first).log_prob(z[..., 0]))
-        before = mean[..., None] + slope[..., None] * (z[..., :-1] - mean[..., None])
-        steps = self.dist.Normal(before, sd[..., None]).log_prob(z[..., 1:])
-        self.factor("steps", steps.sum(-1))
-        return z
-
-
-PYRO = Library(pyro.sample, pyro.factor, distributions, torch)
 
 
 def gaussian(lib: Library, precision: Any) -> None:
@@ -65,7 +36,7 @@ def rosenbrock(lib: Library) -> None:
 def brownian(lib: Library, seen: Any, y: Any) -> None:
     sd = lib.sample("innovation_noise_scale", lib.dist.LogNormal(0.0, 2.0))
     noise = lib.sample("observation_noise_scale", lib.dist.LogNormal(0.0, 2.0))
-    locs = lib.path("locs", 30, sd, 0 * sd, 0 * sd + 1, sd)
+    locs = lib.path("locs", 30, 0.0, 1.0, sd, first=sd)
     lib.sample("y", lib.dist.Normal(locs[..., seen], noise[..., None]).to_event(1), obs=y)
 
 
@@ -73,7 +44,7 @@ def volatility(lib: Library, y: Any) -> None:
     slope = 2 * lib.sample("half", lib.dist.Beta(20.0, 1.5)) - 1
     mean = lib.sample("mean_log_volatility", lib.dist.Cauchy(0.0, 5.0))
     sd = lib.sample("white_noise_shock_scale", lib.dist.HalfCauchy(2.0))
-    path = lib.path("log_volatility", len(y), sd / (1 - slope**2) ** 0.5, mean, slope, sd)
+    path = lib.path("log_volatility", len(y), mean, slope, sd)
     lib.sample("y", lib.dist.Normal(0.0, lib.arrays.exp(path / 2)).to_event(1), obs=y)
 
 

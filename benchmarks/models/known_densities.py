@@ -4,7 +4,7 @@
 
 Each is a constructor in ``TARGETS``. Most have a normalised posterior density (the likelihood is that
 density over the prior's), so that the log evidence is 0; others have it in closed form, or by
-quadrature on the unconstrained space (``verdict_posteriors.py``).
+quadrature on the unconstrained space (``known_evidences.py``).
 """
 
 import math
@@ -15,8 +15,9 @@ from functools import partial
 import pyro
 import pyro.distributions as dist
 import torch
-from prior_as_data import prior_as_data
 from torch import Tensor
+
+from models.priors import neals_funnel, prior_as_data
 
 Model = Callable[[], object]
 
@@ -167,15 +168,8 @@ def joint_student(degrees: float, dim: int) -> Target:
     return prior_only(lambda: pyro.sample("z", distribution))
 
 
-def funnel(dim: int, scale: float = 3.0) -> Target:
-    """Neal's funnel (Slice Sampling, 2003)."""
-
-    def model() -> None:
-        v = pyro.sample("v", dist.Normal(0.0, scale))
-        with pyro.plate("below", dim - 1):
-            pyro.sample("x", dist.Normal(0.0, (v / 2).exp()))
-
-    return prior_only(model)
+def funnel(dim: int) -> Target:
+    return prior_only(partial(neals_funnel, dim - 1))
 
 
 def horseshoe(dim: int) -> Target:

@@ -4,13 +4,23 @@
 
 from functools import partial
 
-import coverage_quadrature as quadrature
 import pyro
 import torch
-from coverage_quadrature import LinearGaussian, Moments
-from coverage_subjects import ByName, Data, Family, between, correlated, scale_prior, scales, size
 from pyro import distributions as dist
 from torch import Tensor
+
+from models import moments as quadrature
+from models.moments import LinearGaussian, Moments
+from models.random_numbers import (
+    ByName,
+    Data,
+    Family,
+    between,
+    correlated,
+    scale_prior,
+    scales,
+    size,
+)
 
 
 def hierarchy_model(

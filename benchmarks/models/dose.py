@@ -16,7 +16,7 @@ import pyro
 from pyro import distributions as dist
 from torch import Tensor
 
-REFERENCE = Path(__file__).parent / "tails_reference.json"
+REFERENCE = Path(__file__).parents[1] / "tails_reference.json"
 DOSES = np.array([0.0, 0.5, 1.0, 2.0, 4.0, 8.0])
 SCALES = ("s[0]", "s[1]", "s[2]", "sigma")
 #: points of log ed50 in units of its sd, and chains, draws of each and of its warm-up
@@ -97,7 +97,7 @@ def make_reference(levels: tuple[float, ...]) -> None:
     ess = min(float(effective_sample_size(z)) for z in followed)
     rhat = max(float(split_gelman_rubin(z)) for z in followed)
     about = (
-        f"Quantiles of scales of tails_dose.dose: NUTS of NumPyro {numpyro.__version__}, latents of "
+        f"Quantiles of scales of models/dose.py: NUTS of NumPyro {numpyro.__version__}, latents of "
         f"subjects integrated out, float64, seed 0, {CHAINS} chains of {DRAWS:,} draws after {WARM_UP:,} "
         f"of warm-up, {int(chains.get_extra_fields()['diverging'].sum())} divergent. Of log scales and of "
         f"indicators of each quantile the least ESS is {ess:,.0f}, the largest R-hat {rhat:.4f}. Made by "
