@@ -20,17 +20,15 @@ from typing import Any, NamedTuple
 
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
-import jax
 import numpy as np
 import numpyro
 import torch
 from measuring.clock import Record
-from measuring.nuts import CHUNK, blocks, least_ess
+from measuring.nuts import CHUNK, blocks, least_ess, long_run
 from models import bugs
 from models.library import in_numpyro
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.handlers import reparam
-from numpyro.infer import MCMC, NUTS
 from numpyro.infer.reparam import LocScaleReparam
 from torch import Tensor
 
@@ -76,18 +74,15 @@ def peer(name: str) -> Any:
     return bugs.subject(name, in_numpyro())[0]
 
 
-def long_run(name: str) -> dict[str, np.ndarray]:
-    """Draws of all latents, `(chains, draws) + shape of the site`."""
+def draws_of(name: str) -> dict[str, np.ndarray]:
+    """Draws of all latents by a long run."""
     log_joint, data = subject(name)
     sites = NON_CENTERED.get(name, ())
     model = reparam(peer(name), config=dict.fromkeys(sites, LocScaleReparam(0)))
-    kernel = NUTS(model, target_accept_prob=0.95, dense_mass=DENSE.get(name, False))
     sizes = {"num_warmup": NUM_WARM_UP, "num_samples": NUM_DRAWS, "num_chains": NUM_CHAINS}
     sizes["thinning"] = THINNED.get(name, 1)
-    chains = MCMC(kernel, **sizes, chain_method="sequential", progress_bar=False)
-    chains.run(jax.random.PRNGKey(1), *data)
-    found = chains.get_samples(group_by_chain=True)
-    return {site: np.asarray(found[site]) for site in log_joint.latents.sites}
+    found, _ = long_run(model, data, 1, sizes, dense_mass=DENSE.get(name, False))
+    return {site: found[site] for site in log_joint.latents.sites}
 
 
 def unconstrained(log_joint: LogJoint, draws: dict[str, np.ndarray]) -> np.ndarray:
@@ -106,7 +101,7 @@ def by_columns(fn: Any, z: np.ndarray) -> np.ndarray:
 def by_nuts(name: str) -> Row:
     """Moments with their standard errors by a long run."""
     log_joint, _ = subject(name)
-    z = unconstrained(log_joint, long_run(name))
+    z = unconstrained(log_joint, draws_of(name))
     ess, rhat = (by_columns(fn, z) for fn in (effective_sample_size, split_gelman_rubin))
     mean, sd = z.mean((0, 1)), z.std((0, 1))
     squares = (z - mean) ** 2

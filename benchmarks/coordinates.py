@@ -249,31 +249,18 @@ def slopes_non_centred(num_groups: int, group: Any, x: Any, y: Any) -> None:
         numpyro.sample("y", dist.Normal(ab[group, 0] + ab[group, 1] * x, sigma), obs=y)
 
 
-def nuts(num_chains: int, num_samples: int) -> tuple[dict[str, Any], int]:
-    """Draws of each site, a row for each chain, and how many of them were divergent."""
-    import jax
-    import numpy as np
-    import numpyro
-    from numpyro.infer import MCMC, NUTS
-
-    numpyro.enable_x64()
-    group, x, y = (arg.numpy() for arg in hierarchies.slopes()[1])
-    kernel = NUTS(partial(slopes_non_centred, int(group.max()) + 1), target_accept_prob=0.95)
-    options = {"num_warmup": 1_500, "num_samples": num_samples, "num_chains": num_chains}
-    chains = MCMC(kernel, **options, chain_method="sequential", progress_bar=False)
-    chains.run(jax.random.PRNGKey(0), group, x, y)
-    draws = {name: np.asarray(z) for name, z in chains.get_samples(group_by_chain=True).items()}
-    del draws["white"]
-    return draws, int(chains.get_extra_fields()["diverging"].sum())
-
-
 def reference(path: Path, num_chains: int, num_samples: int) -> None:
     """Stores means and sds by NUTS of NumPyro, and says what their Monte Carlo errors are."""
     import numpy as np
     import numpyro
+    from measuring.nuts import long_run
     from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 
-    draws, num_divergent = nuts(num_chains, num_samples)
+    group, x, y = (arg.numpy() for arg in hierarchies.slopes()[1])
+    model = partial(slopes_non_centred, int(group.max()) + 1)
+    sizes = {"num_warmup": 1_500, "num_samples": num_samples, "num_chains": num_chains}
+    draws, num_divergent = long_run(model, (group, x, y), 0, sizes)
+    del draws["white"]
     sites, ess, rhats, of_sds = {}, [], [], []
     for name, z in draws.items():
         mean, sd = z.mean((0, 1)), z.std((0, 1))

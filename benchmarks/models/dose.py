@@ -79,17 +79,12 @@ def quantiles(levels: tuple[float, ...]) -> Mapping[str, Mapping[float, float]]:
 
 def make_reference(levels: tuple[float, ...]) -> None:
     """Chains, and their quantiles into the file."""
-    import jax
     import numpyro
+    from measuring.nuts import long_run
     from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
-    from numpyro.infer import MCMC, NUTS
 
-    numpyro.enable_x64()
-    nuts = NUTS(marginal_model, target_accept_prob=0.95)
-    how = {"num_chains": CHAINS, "chain_method": "sequential", "progress_bar": False}
-    chains = MCMC(nuts, num_warmup=WARM_UP, num_samples=DRAWS, **how)
-    chains.run(jax.random.PRNGKey(0), data(), extra_fields=("diverging",))
-    draws = {name: np.asarray(z) for name, z in chains.get_samples(group_by_chain=True).items()}
+    sizes = {"num_chains": CHAINS, "num_warmup": WARM_UP, "num_samples": DRAWS}
+    draws, num_divergent = long_run(marginal_model, (data(),), 0, sizes)
     scales = {f"s[{k}]": draws["s"][..., k] for k in range(3)} | {"sigma": draws["sigma"]}
     found = {name: np.quantile(z, levels) for name, z in scales.items()}
     followed = [np.log(z) for z in scales.values()]
@@ -99,7 +94,7 @@ def make_reference(levels: tuple[float, ...]) -> None:
     about = (
         f"Quantiles of scales of models/dose.py: NUTS of NumPyro {numpyro.__version__}, latents of "
         f"subjects integrated out, float64, seed 0, {CHAINS} chains of {DRAWS:,} draws after {WARM_UP:,} "
-        f"of warm-up, {int(chains.get_extra_fields()['diverging'].sum())} divergent. Of log scales and of "
+        f"of warm-up, {num_divergent} divergent. Of log scales and of "
         f"indicators of each quantile the least ESS is {ess:,.0f}, the largest R-hat {rhat:.4f}. Made by "
         "benchmarks/tails.py --reference."
     )
