@@ -199,7 +199,7 @@ def f41_lower_tail_of_a_scale(subject: Subject) -> None:
 def f42_indefinite_curvature(subject: Subject) -> None:
     """A fit of a state-space model has a finite ELBO, whatever the curvature of its scales at a start is.
 
-    It fails here if ``SparseGaussian.from_precision`` raises pivots to a constant alone.
+    The bound on the factors themselves is in tests/model/graphs/test_sparse_gaussian.py.
     """
     prepare()
     with default_dtype(torch.float32):

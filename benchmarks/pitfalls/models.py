@@ -129,7 +129,7 @@ def _two_modes(apart, weight):
     return _flat(log_density, draws)
 
 
-def local_linear_trend(num=16):
+def local_linear_trend(num=4):
     """Levels and slopes that are random walks, step by step."""
     scales = [pyro.sample(f"s{k}", dist.HalfNormal(torch.ones(()))) for k in range(3)]
     level = slope = torch.zeros(())
