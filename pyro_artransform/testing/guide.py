@@ -98,7 +98,7 @@ def _check_densities(guide: AutoAutoregressive, args: Args) -> Tensor:
     for path in (False, True):
         latent, log_q = guide.rsample_and_log_prob(5, path=path)
         if guide.prior_coordinates is not None:
-            latent, ladj = guide.prior.density.to_unconstrained(latent)
+            latent, ladj = guide.mapped_density().to_unconstrained(latent)
             log_q = log_q - ladj
         expected = guide.get_posterior().log_prob(latent.detach())
         wanted = f"rsample_and_log_prob(path={path}): not the density of the posterior"

@@ -21,6 +21,7 @@ def test_guides(name):
     assert list(pyro.get_param_store()) == ["kept"]
 
 
+@pytest.mark.filterwarnings("ignore:.*does not hold the coordinates")
 def test_a_guide_in_coordinates_of_the_prior():
     """Their lambda is no parameter that trains, and draws are not on the unconstrained space."""
 

@@ -9,8 +9,8 @@ from pyro.infer import config_enumerate
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform.model import LogJoint
-from pyro_artransform.model.coordinates.coordinates import centered_by_curvature
-from pyro_artransform.model.coordinates.prior_map import Coordinates
+from pyro_artransform.model.coordinates.centering import centered_by_curvature
+from pyro_artransform.model.coordinates.coordinates import Coordinates
 
 #: of a location m, real, and a scale s, positive
 PRIORS = {
@@ -55,20 +55,13 @@ def model_of(name):
 
 def in_coordinates(log_joint, centered, with_location=True, unit=None):
     """A density in coordinates with random lambda, or a given one, for all latents that have them."""
-    names = log_joint.mapped_sites()
     ones = torch.ones_like(log_joint.start)
-    start = Coordinates(ones, ones, dict.fromkeys(names, with_location))
-    found = start.non_centered(log_joint.latents)
     if centered is None:
-        lam = torch.rand(len(found.centered), generator=torch.Generator().manual_seed(1))
-        centered = lam.to(found.centered.dtype)
-    return log_joint.with_coordinates(
-        Coordinates(
-            torch.where(found.centered < 1, centered, 1.0),
-            torch.full_like(ones, 1.0 if unit is None else unit),
-            found.with_location,
-        )
-    )
+        centered = torch.rand(len(ones), generator=torch.Generator().manual_seed(1)).to(ones)
+    sites = dict.fromkeys(log_joint.mapped_sites(), with_location)
+    unit = 1.0 if unit is None else unit
+    found = Coordinates(log_joint.latents, sites, centered * ones, unit * ones)
+    return log_joint.with_coordinates(found)
 
 
 @pytest.mark.parametrize("name", PRIORS)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..handlers import hidden_sites
 from ..sites import SUPPORT_DEPENDS, Latents, same_support
-from .prior_scale import PriorScale, is_identity_or_exp
+from .families import PriorScale, is_identity_or_exp
 
 
 @torch.no_grad()

@@ -14,9 +14,9 @@ from pyro.distributions import transforms as T
 from torch.distributions import biject_to, constraints
 
 from pyro_artransform.model import LogJoint
-from pyro_artransform.model.coordinates.coordinates import non_centered
-from pyro_artransform.model.coordinates.prior_map import Coordinates
-from pyro_artransform.model.coordinates.prior_scale import PriorScale, is_identity_or_exp
+from pyro_artransform.model.coordinates.centering import non_centered
+from pyro_artransform.model.coordinates.coordinates import Coordinates
+from pyro_artransform.model.coordinates.families import PriorScale, is_identity_or_exp
 from pyro_artransform.sampling import mcmc
 
 MASK = torch.tensor([True, False, True])
@@ -210,10 +210,8 @@ def check_map(family, form, dtype, centered):
     # one without parents has coordinates where others depend on latents
     assert written.mapped_sites().get("z") or family == "Uniform", (family, form)
     ones = torch.ones_like(written.start)
-    unit = Coordinates(ones, 0.7 * ones, {"z": True}).non_centered(written.latents)
-    density = written.with_coordinates(
-        Coordinates(torch.where(unit.centered < 1, centered, 1.0), 0.7 * ones, {"z": True})
-    )
+    mapped = Coordinates(written.latents, {"z": True}, centered * ones, 0.7 * ones)
+    density = written.with_coordinates(mapped)
     x = 0.7 * torch.randn(3, len(ones), dtype=dtype, generator=torch.Generator().manual_seed(3))
     u, ladj = density.to_unconstrained(x)
     back, inverse_ladj = density.from_unconstrained(u)
