@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
-from pyro_artransform.model.coordinates.coordinates import non_centered
+from pyro_artransform.model.coordinates.centering import non_centered
 from pyro_artransform.model.graphs.dependencies import value_and_gradient
 from pyro_artransform.model.replay.capture import Captured
 

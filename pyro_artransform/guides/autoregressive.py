@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from .._base.arguments import check_flag, check_integer, check_positive, to_tensor
 from ..flows.transforms import ComposedTransform, FlowModule, LocationScale
 from ..flows.transforms.flow_distribution import FlowDistribution, standard_normal
-from ..model.coordinates.coordinates import CoordinatesArgument, ModelPrior
+from ..model.coordinates.centering import CoordinatesArgument, center_at_start
 from ..model.density import LogJoint
 from ..model.sites import Latents
 from ..model.traces import argument_signature
@@ -110,7 +110,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             full_rank = check_flag("full_rank", full_rank)
         init_scale = check_positive("init_scale", init_scale)
         arguments = {"full_rank": full_rank, "init_scale": init_scale}
-        super().__init__(model, init_loc_fn, arguments, ModelPrior(coordinates))
+        super().__init__(model, init_loc_fn, arguments, coordinates)
         self._arguments_seen: Hashable = None
         self._make_flow = flow
 
@@ -130,8 +130,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             arguments |= self._found_in_model(args, kwargs, bool(dependent))
             spec = GuideSpec(latents, arguments, observed, start.device)
             self._set_up_from(spec, start)
-            if self.prior.coordinates is not None:
-                self._parts[1].loc.data.copy_(self.prior.start_at(start, self._colors()))
+            if (given := self.prior_coordinates) is not None:
+                density = self._bind((), {})
+                loc = center_at_start(given, self._requested, density, start, self._colors())
+                self._parts[1].loc.data.copy_(loc)
         except BaseException:
             # the next call must not see a guide that is only half set up
             self._spec = self.prototype_trace = None
@@ -196,11 +198,11 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         if args or kwargs or not self._model_is_checked:
             self._check_latents(args, kwargs, with_values=False)
-        z, space = self.sample_latent(), self.prior.space
+        z, latents = self.sample_latent(), self.coordinates.latents
         run = self._run_of_model(args, kwargs)
-        values, ladjs = space.to_sites(space.latents.place(z), run)
+        values, ladjs = self.coordinates.to_sites(latents.place(z), run)
         plates = self._create_plates(*args, **kwargs)
-        for name, site in space.latents.sites.items():
+        for name, site in latents.sites.items():
             delta = SiteDelta(values[name], -ladjs[name], site.event_dim)
             with ExitStack() as stack:
                 for frame in site.plates:
@@ -219,8 +221,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
                 prototype.refuse_other_model(sites, spec.observed, run)
                 self._model_is_checked = True
             elif signature != self._arguments_seen and dist.is_validation_enabled():
-                given = self.prior.coordinates
-                mapped = () if given is None else given.with_location
+                mapped = self.coordinates.with_location
                 prototype.refuse_other_latents(sites, mapped, run)
             self._arguments_seen = signature
 
@@ -231,8 +232,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The transform from the base to the unconstrained space: the flow, then location and scale."""
         transform: ComposedTransform = self._registered_transform()
-        if self.prior.space.is_mapped:
-            density = self._bind(args, kwargs).density
+        if not self.coordinates.is_identity:
+            density = self.mapped_density(args, kwargs)
             transform = ComposedTransform(transform, ToUnconstrained(density))
         return transform
 

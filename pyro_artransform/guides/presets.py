@@ -21,7 +21,7 @@ from ..flows.builders import hinged_marginals, iaf, maf, spline_marginals
 from ..flows.conditioners import default_activation
 from ..flows.transforms import CompressedTails, FlowModule, chain
 from ..flows.univariate import Affine
-from ..model.coordinates.coordinates import CoordinatesArgument
+from ..model.coordinates.centering import CoordinatesArgument
 from .autoregressive import AutoAutoregressive
 from .persistence.spec import Arguments, GuideSpec
 

@@ -251,7 +251,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         culprits=dict(training.culprits),
         point_estimates=tuple(set_up.point_estimates),
         one_at_a_time=set_up.looped_because or subject.log_joint.reason,
-        coordinates=guide.prior.space.centered_by_site() if isinstance(guide, PriorGuide) else {},
+        coordinates=guide.coordinates.centered_by_site() if isinstance(guide, PriorGuide) else {},
         guide_class=type(guide).__name__,
         guide_reason=set_up.guide_reason,
     )

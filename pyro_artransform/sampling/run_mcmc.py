@@ -15,7 +15,7 @@ from .._base.check_call import check_call
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from ..model import LogJoint
-from ..model.coordinates.coordinates import non_centered
+from ..model.coordinates.centering import non_centered
 from ..model.prior_only import warn_of_prior
 from .chains import Chains, chains_of
 from .ensemble import Ensemble

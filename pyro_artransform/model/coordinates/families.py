@@ -114,21 +114,6 @@ LOGISTIC = StandardFamily(
     lambda r: r - 2 * softplus(r),
 )
 
-# The tables below list all classes whose density is known, subclasses excluded.
-
-# classes on the real line with attributes loc and scale
-_WITH_LOCATION: frozenset[Any] = frozenset(
-    {dist.StudentT, dist.Laplace, dist.Cauchy, dist.Gumbel, dist.Logistic, dist.SoftLaplace}
-)
-# classes of bounded support: the location on the unconstrained space, where the scale is 1, and the shape
-_BOUNDED: dict[Any, tuple[Callable[[Any], Tensor], StandardFamily | None]] = {
-    dist.HalfNormal: (lambda fn: fn.scale.log(), HALF_NORMAL),
-    dist.HalfCauchy: (lambda fn: fn.scale.log(), HALF_CAUCHY),
-    dist.Exponential: (lambda fn: fn.rate.reciprocal().log(), EXPONENTIAL),
-    dist.Gamma: (lambda fn: fn.rate.reciprocal().log(), None),
-    dist.InverseGamma: (lambda fn: fn.rate.log(), None),
-    dist.Uniform: (lambda fn: torch.zeros_like(fn.low), LOGISTIC),
-}
 # wrappers that keep the density of an element
 _WRAPPERS: frozenset[Any] = frozenset({dist.Independent, Independent, dist.ExpandedDistribution})
 _TRANSFORMED: frozenset[Any] = frozenset({dist.TransformedDistribution, dist.LogNormal})
@@ -199,23 +184,19 @@ class PriorScale(NamedTuple):
     def of(fn: Any) -> "PriorScale | None":
         """The scale of a distribution; ``None`` if it is not a known location-scale family.
 
-        Accepts the exact classes above, also reinterpreted, expanded, or followed by affine transforms and an
-        exponential. Subclasses, masked distributions and instances with replaced methods may have another
-        density.
+        Accepts the exact classes in ``FAMILIES``, also reinterpreted, expanded, or followed by affine
+        transforms and an exponential. Subclasses, masked distributions and instances with replaced methods
+        may have another density.
         """
         fn, kind = _unwrapped(fn)
-        if kind in _BOUNDED:
-            location, shape = _BOUNDED[kind]
-            loc = location(fn)
-            return BoundedPrior(loc, torch.ones_like(loc), None, shape)
-        return _of_transformed(fn) if kind in _TRANSFORMED else _on_the_line(fn, kind)
+        return _of_transformed(fn) if kind in _TRANSFORMED else _of_family(fn, kind)
 
     @property
     def diagonal(self) -> Tensor:
         """The scale of each element, the diagonal of a matrix."""
         return self.scale
 
-    def unconstrained(self, x: Tensor, centered: Tensor | None, unit: Tensor) -> Mapped:
+    def to_unconstrained(self, x: Tensor, centered: Tensor | None, unit: Tensor) -> Mapped:
         """Maps x to u; returns u, the log-determinant and the log density of u, elementwise.
 
         In the neck of a funnel the scale is below the round-off of the location, so that u minus the location
@@ -233,7 +214,9 @@ class PriorScale(NamedTuple):
         log_prob = self.log_prob(residual) - self.scale.log()
         return self.loc + away, ladj.expand_as(away), log_prob
 
-    def coordinates(self, u: Tensor, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def from_unconstrained(
+        self, u: Tensor, centered: Tensor, unit: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Maps u to x; returns x and the log-determinant of the map from x, elementwise."""
         share, ratio = 1 - centered, self.scale / unit
         away = (u - self.loc) / ratio**share
@@ -247,7 +230,7 @@ class MatrixPrior(PriorScale):
     def diagonal(self) -> Tensor:
         return self.scale.diagonal(dim1=-2, dim2=-1)
 
-    def unconstrained(self, x: Tensor, centered: Tensor | None, unit: Tensor) -> Mapped:
+    def to_unconstrained(self, x: Tensor, centered: Tensor | None, unit: Tensor) -> Mapped:
         centered = torch.zeros_like(unit) if centered is None else centered
         powers, ladj = self._powers(centered, unit)
         column = powers @ (x - centered * self.loc)[..., None]
@@ -255,7 +238,9 @@ class MatrixPrior(PriorScale):
         away, log_prob = column[..., 0], normal_log_prob(residual) - self.diagonal.log()
         return self.loc + away, ladj.expand_as(away), log_prob
 
-    def coordinates(self, u: Tensor, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def from_unconstrained(
+        self, u: Tensor, centered: Tensor, unit: Tensor
+    ) -> tuple[Tensor, Tensor]:
         (powers, ladj), column = self._powers(centered, unit), (u - self.loc)[..., None]
         away = torch.linalg.solve_triangular(powers, column, upper=False)[..., 0]
         return centered * self.loc + away, ladj.expand_as(away)
@@ -270,7 +255,7 @@ class MatrixPrior(PriorScale):
 class BoundedPrior(PriorScale):
     """A prior of bounded support, of scale 1; with lambda near 0 its shape is part of the map."""
 
-    def unconstrained(self, x: Tensor, centered: Tensor | None, unit: Tensor) -> Mapped:
+    def to_unconstrained(self, x: Tensor, centered: Tensor | None, unit: Tensor) -> Mapped:
         if centered is None:
             away, ladj = self.shape.from_normal(x) if self.shape else (x, torch.zeros_like(x))
             return self.loc + away, ladj, None
@@ -278,7 +263,9 @@ class BoundedPrior(PriorScale):
         away, ladj = self._shaped(x - centered.masked_fill(is_shaped, 0.0) * self.loc, is_shaped)
         return self.loc + away, ladj, None
 
-    def coordinates(self, u: Tensor, centered: Tensor, unit: Tensor) -> tuple[Tensor, Tensor]:
+    def from_unconstrained(
+        self, u: Tensor, centered: Tensor, unit: Tensor
+    ) -> tuple[Tensor, Tensor]:
         is_shaped, away = centered < (0.0 if self.shape is None else _SHAPED), u - self.loc
         if self.shape is not None:
             normal = self.shape.to_normal(away.masked_fill(~is_shaped, 0.0))
@@ -294,25 +281,54 @@ class BoundedPrior(PriorScale):
         return torch.where(is_shaped, shaped, away), ladj * is_shaped
 
 
-def _on_the_line(fn: Any, kind: Any) -> PriorScale | None:
-    if kind is dist.Normal:
-        return PriorScale(fn.loc, fn.scale, normal_log_prob)
-    if kind is dist.MultivariateNormal:
-        # the matrix that log_prob reads
-        matrix = fn._unbroadcasted_scale_tril.expand((*fn.loc.shape, -1))
-        return MatrixPrior(fn.loc, matrix, normal_log_prob)
-    if kind not in _WITH_LOCATION:
-        return None
-    given = {"df": fn.df} if kind is dist.StudentT else {}
+def _standardized(fn: Any, **given: Any) -> PriorScale:
+    """A distribution with attributes loc and scale, and others that its standard member shares."""
     zero, one = torch.zeros_like(fn.loc), torch.ones_like(fn.scale)
-    standard = kind(**given, loc=zero, scale=one, validate_args=False)
+    standard = type(fn)(**given, loc=zero, scale=one, validate_args=False)
     return PriorScale(fn.loc, fn.scale, standard.log_prob)
+
+
+def _multivariate(fn: Any) -> PriorScale:
+    # the matrix that log_prob reads
+    matrix = fn._unbroadcasted_scale_tril.expand((*fn.loc.shape, -1))
+    return MatrixPrior(fn.loc, matrix, normal_log_prob)
+
+
+def _bounded(loc: Tensor, shape: StandardFamily | None = None) -> PriorScale:
+    """A family of bounded support with this location on the unconstrained space."""
+    return BoundedPrior(loc, torch.ones_like(loc), None, shape)
+
+
+#: All classes whose density is known, subclasses excluded, and their location and scale. For another family
+#: add a line here, and one to ``FAMILIES`` of tests/model/test_families.py.
+FAMILIES: dict[Any, Callable[[Any], PriorScale]] = {
+    dist.Normal: lambda fn: PriorScale(fn.loc, fn.scale, normal_log_prob),
+    dist.MultivariateNormal: _multivariate,
+    dist.StudentT: lambda fn: _standardized(fn, df=fn.df),
+    dist.Laplace: _standardized,
+    dist.Cauchy: _standardized,
+    dist.Gumbel: _standardized,
+    dist.Logistic: _standardized,
+    dist.SoftLaplace: _standardized,
+    dist.HalfNormal: lambda fn: _bounded(fn.scale.log(), HALF_NORMAL),
+    dist.HalfCauchy: lambda fn: _bounded(fn.scale.log(), HALF_CAUCHY),
+    dist.Exponential: lambda fn: _bounded(-fn.rate.log(), EXPONENTIAL),
+    dist.Gamma: lambda fn: _bounded(-fn.rate.log()),
+    dist.InverseGamma: lambda fn: _bounded(fn.rate.log()),
+    dist.Uniform: lambda fn: _bounded(torch.zeros_like(fn.low), LOGISTIC),
+}
+
+
+def _of_family(fn: Any, kind: Any) -> PriorScale | None:
+    return FAMILIES[kind](fn) if kind in FAMILIES else None
 
 
 def _of_transformed(fn: Any) -> PriorScale | None:
     """The scale of a family after affine transforms and, as for LogNormal, an exponential."""
     (base, kind), transforms = _unwrapped(fn.base_dist), fn.transforms
-    prior = _on_the_line(base, kind)
+    prior = _of_family(base, kind)
+    if isinstance(prior, BoundedPrior):
+        return None
     if transforms and exact_class(transforms[-1]) is ExpTransform:
         transforms = transforms[:-1]
     for transform in transforms:

@@ -1,44 +1,49 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Coordinates from the model's prior for plate elements, with one lambda for all elements."""
+"""Partial non-centring of the elements of plates, with one lambda for all elements."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from ...model import LogJoint
-from ...model.coordinates.coordinates import ModelPrior, centered_by_curvature
-from ...model.coordinates.prior_map import Coordinates, PriorMap, SiteCoordinates
-from ...model.sites import Latents
+from ...model.coordinates.centering import centered_by_curvature
+from ...model.coordinates.coordinates import Coordinates, repeated
+from ...model.coordinates.latent_mapper import LatentMapper, SiteMap
 from ...model.vectorization import DrawPlate, Draws, Terms, agree, evaluate_many
 from ..prototype import compare_names, one_more_run, sites_by_name
 from .plates import GivenIndices, LatentLayout, PlateSizes, Vectors, mean_element, plate_sizes
 
 
-def every_element(element: Latents, z: Tensor, latents: Latents) -> Tensor:
-    """Repeats a vector z ``(latent_dim,)`` of one element for all elements of the plates."""
-    parts = element.split(z)
-    shapes = {name: site.unconstrained_shape for name, site in latents.sites.items()}
-    return torch.cat([parts[name].expand(shape).flatten() for name, shape in shapes.items()])
-
-
 class ElementMap(NamedTuple):
-    """Maps between coordinates of the prior and the unconstrained space, for all elements.
+    """Maps between coordinates and the unconstrained space, for all elements.
 
     A model with smaller plates than there are elements runs once for each part.
     """
 
     log_joint: LogJoint  # bound to the model's arguments
     layout: LatentLayout
-    sites: Mapping[str, SiteCoordinates]
+    sites: Mapping[str, SiteMap]
     plates: PlateSizes  # as in a run of this model
     given: set[str]  # plates whose indices the model sets itself
     is_inverse: bool  # whether u is mapped to x
+
+    @classmethod
+    def of(
+        cls, log_joint: LogJoint, layout: LatentLayout, *, is_inverse: bool = False
+    ) -> "ElementMap":
+        """The map for all elements, of a density in coordinates of one element of each plate."""
+        given, sites = GivenIndices(), cast(Coordinates, log_joint.coordinates).sites
+        now = sites_by_name(one_more_run(given(log_joint.run)))
+        compare_names(sites, sites.keys() & now.keys())
+        # without plates of predictions
+        plates = plate_sizes(now[name] for name in layout.latents.sites if name in now)
+        return cls(log_joint, layout, sites, plates, given.names, is_inverse)
 
     def __call__(self, vectors: Vectors) -> tuple[Vectors, Tensor]:
         """Maps vectors by group; returns also the log-determinant of the map from x to u, ``(n,)``.
@@ -108,7 +113,7 @@ class ElementMap(NamedTuple):
         }
         placed = DrawPlate(size, self.log_joint.num_plates).place(values, latents.event_dims)
         model = self.log_joint.enumerated(self.log_joint.run)
-        prior = PriorMap(self.sites, {**placed, **indices}, self.is_inverse).run_alone(model)
+        prior = LatentMapper(self.sites, {**placed, **indices}, self.is_inverse).run_alone(model)
         found = {}
         for group in self.layout.groups:
             z = draws[group.name]
@@ -122,59 +127,43 @@ class ElementMap(NamedTuple):
         return found
 
 
-class ElementPrior(ModelPrior):
-    """The prior of a model with plates, with coordinates of one element of each plate."""
+def center_elements(
+    given: Coordinates, u: Tensor | None, log_joint: LogJoint, share: float
+) -> float:
+    """See ``MinibatchGuide.center_at``: sets lambda by the mean curvature over a mini-batch's elements."""
+    latents, now = log_joint.latents, torch.ones_like(given.centered)
+    if u is None:
+        unit = given.unit
+    else:
+        density = log_joint.with_coordinates(given.for_elements(latents).non_centered())
+        labels = repeated(given.latents, now.cumsum(0), latents)
+        weights = torch.ones_like(labels)
+        for name, part in latents.views(weights).items():
+            part.fill_(share if given.latents.sites[name].plates else 1.0)
+        x, _ = density.from_unconstrained(u)
+        now = mean_element(latents, centered_by_curvature(density, x, labels, weights)).to(now)
+        unit = _mean_scales(log_joint, u.mean(0))
+    change = (now - given.centered).abs().max().item()
+    given.set_(now, unit)
+    return change
 
-    def coordinates_of(self, latents: Latents) -> Coordinates | None:
-        """The coordinates of these latents, with any number of elements."""
-        if (given := self.coordinates) is None:
-            return None
-        all_of = partial(every_element, self.space.latents, latents=latents)
-        return Coordinates(all_of(given.centered), all_of(given.unit), given.with_location)
 
-    def center_at(self, u: Tensor | None, log_joint: LogJoint, share: float) -> float:
-        """See ``MinibatchGuide``: sets lambda by the mean curvature over elements of a mini-batch."""
-        own, latents = self.space.latents, log_joint.latents
-        given: Any = self.coordinates
-        now = torch.ones_like(given.centered)
-        if u is not None:
-            coordinates: Any = self.coordinates_of(latents)
-            unit = log_joint.with_coordinates(coordinates.non_centered(latents))
-            labels = every_element(own, now.cumsum(0), latents)
-            weights = torch.ones_like(labels)
-            for name, part in latents.views(weights).items():
-                part.fill_(share if own.sites[name].plates else 1.0)
-            x, _ = unit.from_unconstrained(u)
-            now = mean_element(latents, centered_by_curvature(unit, x, labels, weights)).to(now)
-            self._set_unit(log_joint, u.mean(0))
-        change = (now - given.centered).abs().max().item()
-        given.set_(now, given.unit)
-        return change
+def center_elements_at_start(
+    given: Coordinates, requested: Any, log_joint: LogJoint, share: float
+) -> None:
+    """Sets lambda to the user's values, or by the curvature at the elements' initial values."""
+    with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
+        if isinstance(requested, Mapping):
+            given.set_requested(requested, _mean_scales(log_joint, log_joint.start))
+        else:
+            center_elements(given, log_joint.start[None], log_joint, share)
 
-    def center_at_start(self, share: float) -> None:
-        """Sets lambda to the user's values, or by the curvature at the elements' initial values."""
-        with torch.random.fork_rng(devices=[]), poutine.block(), torch.no_grad():
-            if isinstance(self.requested, Mapping):
-                self._set_unit(self.log_joint, self.log_joint.start)
-                self.center_as_asked(self.space.latents)
-            else:
-                self.center_at(self.log_joint.start[None], self.log_joint, share)
 
-    def start(self, log_joint: LogJoint) -> Tensor:
-        """The initial values of one element, in coordinates."""
-        mapped = log_joint.with_coordinates(self.coordinates_of(log_joint.latents))
-        return mean_element(log_joint.latents, mapped.start)
+def mean_start(given: Coordinates, log_joint: LogJoint) -> Tensor:
+    """The mean of the elements' initial values, in coordinates."""
+    latents = log_joint.latents
+    return mean_element(latents, log_joint.with_coordinates(given.for_elements(latents)).start)
 
-    def _set_unit(self, log_joint: LogJoint, u: Tensor) -> None:
-        given: Any = self.coordinates
-        scales = mean_element(log_joint.latents, log_joint.prior_scales(u).log()).exp()
-        given.set_(given.centered, scales)
 
-    def element_map(self, layout: LatentLayout, *, is_inverse: bool = False) -> ElementMap:
-        """The map for all elements, with the model at the last call's arguments."""
-        log_joint, given, sites = self.density, GivenIndices(), self.space.mapped
-        now = sites_by_name(one_more_run(given(log_joint.run)))
-        compare_names(sites, sites.keys() & now.keys())
-        # without plates of predictions
-        plates = plate_sizes(now[name] for name in layout.latents.sites if name in now)
-        return ElementMap(log_joint, layout, sites, plates, given.names, is_inverse)
+def _mean_scales(log_joint: LogJoint, u: Tensor) -> Tensor:
+    return mean_element(log_joint.latents, log_joint.prior_scales(u).log()).exp()

@@ -14,9 +14,9 @@ from pyro.distributions import transforms as T
 from torch.distributions import biject_to, constraints
 
 from pyro_artransform.model import LogJoint
-from pyro_artransform.model.coordinates.coordinates import non_centered
-from pyro_artransform.model.coordinates.prior_map import Coordinates
-from pyro_artransform.model.coordinates.prior_scale import PriorScale, is_identity_or_exp
+from pyro_artransform.model.coordinates.centering import non_centered
+from pyro_artransform.model.coordinates.coordinates import Coordinates
+from pyro_artransform.model.coordinates.families import PriorScale, is_identity_or_exp
 from pyro_artransform.sampling import mcmc
 
 MASK = torch.tensor([True, False, True])
@@ -65,6 +65,9 @@ FAMILIES = {
     "MultivariateNormal": _mvn,
     "exp of MultivariateNormal": lambda m, s: _transformed(_mvn(m, s), T.ExpTransform()),
     "affine": lambda m, s: _transformed(dist.Normal(0 * m, 1.0), T.AffineTransform(m, -s)),
+    "mirrored StudentT": lambda m, s: _transformed(
+        dist.StudentT(3.0, 0 * m, 1.0), T.AffineTransform(m, -s)
+    ),
     "exp of affine": lambda m, s: _transformed(
         dist.Laplace(0 * m, 1.0), T.AffineTransform(m, s), T.ExpTransform()
     ),
@@ -204,16 +207,19 @@ def model_of(family, form, dtype=torch.float64):
     return model
 
 
-def check_map(family, form, dtype, centered):
-    """The density, the inverse and the log-determinant of the map against the density as written."""
+def check_map(family, form, dtype, centered=None, with_location=True):
+    """The density, the inverse and the log-determinant of the map against the density as written.
+
+    Lambda is random for each element unless it is given.
+    """
     written = LogJoint(model_of(family, form, dtype))
     # one without parents has coordinates where others depend on latents
     assert written.mapped_sites().get("z") or family == "Uniform", (family, form)
     ones = torch.ones_like(written.start)
-    unit = Coordinates(ones, 0.7 * ones, {"z": True}).non_centered(written.latents)
-    density = written.with_coordinates(
-        Coordinates(torch.where(unit.centered < 1, centered, 1.0), 0.7 * ones, {"z": True})
-    )
+    generator = torch.Generator().manual_seed(1)
+    lam = torch.rand(len(ones), dtype=dtype, generator=generator) if centered is None else centered
+    mapped = Coordinates(written.latents, {"z": with_location}, lam * ones, 0.7 * ones)
+    density = written.with_coordinates(mapped)
     x = 0.7 * torch.randn(3, len(ones), dtype=dtype, generator=torch.Generator().manual_seed(3))
     u, ladj = density.to_unconstrained(x)
     back, inverse_ladj = density.from_unconstrained(u)
@@ -223,6 +229,7 @@ def check_map(family, form, dtype, centered):
     slack = _ROUND_OFF * torch.finfo(dtype).eps
     close = partial(torch.allclose, rtol=slack, atol=slack)
     assert u.dtype == dtype
+    assert close(density.start, density.from_unconstrained(written.start[None])[0][0])
     assert close(density(x), written(u) + ladj), (family, form, centered)
     assert close(back, x), (family, form, centered)
     assert close(inverse_ladj, -ladj), (family, form, centered)
@@ -236,11 +243,14 @@ def is_as_written(family, form):
 
 
 @pytest.mark.parametrize(
-    ("family", "form"),
-    [*((name, "plate") for name in FAMILIES), *itertools.product(["Normal", "HalfCauchy"], MAPPED)],
+    ("family", "form", "with_location"),
+    [
+        *((name, "plate", flag) for name in FAMILIES for flag in (True, False)),
+        *itertools.product(["Normal", "HalfCauchy"], MAPPED, [True]),
+    ],
 )
-def test_a_density_in_coordinates_is_the_one_as_written(family, form):
-    check_map(family, form, torch.float64, torch.tensor(0.5, dtype=torch.float64))
+def test_a_density_in_coordinates_is_the_one_as_written(family, form, with_location):
+    check_map(family, form, torch.float64, with_location=with_location)
 
 
 @pytest.mark.slow
@@ -249,7 +259,7 @@ def test_a_density_in_coordinates_is_the_one_as_written(family, form):
 @pytest.mark.parametrize("centered", [0.0, 0.5, 1.0])
 def test_all_forms_of_all_families_are_as_written(family, dtype, centered):
     for form in MAPPED:
-        check_map(family, form, dtype, torch.tensor(centered, dtype=dtype))
+        check_map(family, form, dtype, centered)
 
 
 @pytest.mark.parametrize("form", AS_WRITTEN)
