@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from ..._base.arguments import check_broadcast
+from ..._base.arguments import check_broadcast, is_tracing
 from ..conditioners import Blocks, Conditioner, Linearization
 from ..conditioners.masked_mlp import runs_only
 from ..univariate import Univariate
@@ -207,6 +207,6 @@ class ContextMeta(AutoregressiveMeta):
         """Drops leading dimensions of size 1 from the context that x, with ``dim`` dimensions, lacks."""
         context = self.context
         # sizes are tensors during tracing, and cannot be compared
-        while context.dim() > dim and not torch.jit.is_tracing() and context.shape[0] == 1:
+        while context.dim() > dim and not is_tracing() and context.shape[0] == 1:
             context = context[0]
         return context
