@@ -71,8 +71,8 @@ def check_hidden_dims(hidden_dims: Any) -> list[int]:
 
 
 def is_tracing() -> bool:
-    """Whether ``torch.jit.trace`` runs, which newer versions of PyTorch may lack."""
-    return hasattr(torch, "jit") and torch.jit.is_tracing()
+    """Whether ``torch.jit.trace`` runs; asked as in Pyro, since later versions may lack ``torch.jit``."""
+    return torch._C._get_tracing_state() is not None
 
 
 def check_broadcast(names: str, *shapes: torch.Size) -> None:

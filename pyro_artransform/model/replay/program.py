@@ -3,7 +3,7 @@
 
 """Programs: lists of operations on tensors, which are recorded, rewritten and run."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,7 +51,9 @@ class Call(NamedTuple):
     @property
     def values(self) -> list[Value]:
         """All values among the inputs."""
-        return [*values_in(self.inputs)]
+        found = list[Value]()
+        mapped(lambda each: found.append(each) if isinstance(each, Value) else None, self.inputs)
+        return found
 
     @classmethod
     def made(cls, function: Any, *inputs: Any) -> "Call":
@@ -74,15 +76,6 @@ def mapped(function: Callable[[Any], Any], argument: Any) -> Any:
     if isinstance(argument, tuple):
         return tuple(mapped(function, each) for each in argument)
     return function(argument)
-
-
-def values_in(argument: Any) -> Iterator[Value]:
-    """The values of an argument, or of a tuple of arguments."""
-    if isinstance(argument, Value):
-        yield argument
-    elif isinstance(argument, tuple):
-        for each in argument:
-            yield from values_in(each)
 
 
 def identity(argument: Any) -> Any:

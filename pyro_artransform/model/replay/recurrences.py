@@ -70,13 +70,11 @@ def join_recurrences(tape: Tape) -> None:
     for group in groups.values():
         for chain in _chains(group, made_by) if len(group) > FEWEST else ():
             try:
-                new = _Recurrence(made_by, chain[0].outputs[0]).solved(chain[1:])
+                new = _Recurrence(tape, made_by, chain[0].outputs[0]).solved(chain[1:])
             except _NotAffine:
                 continue
             replaced.update(new)
-            made_by.update(
-                {v: call for some in new.values() for call in some for v in call.outputs}
-            )
+            made_by.update(dict.fromkeys(new, new[chain[-1].outputs[0]][-1]))
     if replaced:
         tape.keep_needed(
             [new for call in tape.calls for new in replaced.get(call.outputs[0], [call])]
@@ -125,9 +123,12 @@ class _Recurrence:
     :param start: the state before the first step.
     """
 
-    def __init__(self, made_by: dict[Value, Call], start: Value) -> None:
+    def __init__(self, tape: Tape, made_by: dict[Value, Call], start: Value) -> None:
         self._made_by, self._start = made_by, start
-        self._depends = {start: True}  # which values depend on the start
+        self._dependent = {start}  # values that depend on the start, as all states do
+        for call in tape.calls:
+            if not self._dependent.isdisjoint(call.values):
+                self._dependent.update(call.outputs)
         # values as functions of the last state; None for earlier states
         self._maps = dict[Value, _Map | None]()
         self._outputs, self._new = dict[Any, Value](), list[Call]()
@@ -149,8 +150,10 @@ class _Recurrence:
 
     def _map(self, argument: Any) -> _Map:
         """A number, or a value as a function of the last state."""
-        if not isinstance(argument, Value):
+        if isinstance(argument, (int, float)):
             return _Map(0.0, float(argument))
+        if not isinstance(argument, Value):
+            raise _NotAffine
         if argument not in self._maps:
             self._maps[argument] = self._new_map(argument)
         if (known := self._maps[argument]) is None:  # an earlier state
@@ -158,7 +161,7 @@ class _Recurrence:
         return known
 
     def _new_map(self, value: Value) -> _Map:
-        if not self._depends_on_start(value):
+        if value not in self._dependent:
             return _Map(0.0, value)
         call = self._made_by[value]
         name, (first, *others) = call.name, call.inputs
@@ -179,18 +182,6 @@ class _Recurrence:
             raise _NotAffine
         factor = y.offset if name == "mul" else self._reciprocal(y.offset)
         return _Map(*(self._product(term, factor) for term in x))
-
-    def _depends_on_start(self, value: Value) -> bool:
-        """Whether a value depends on the start, and so on any state."""
-        known, values = self._depends, [value]
-        while values:
-            inputs = self._made_by[values[-1]].values if values[-1] in self._made_by else []
-            if unknown := [each for each in inputs if each not in known]:
-                values += unknown
-            else:
-                last = values.pop()
-                known.setdefault(last, any(known[each] for each in inputs))
-        return known[value]
 
     def _sum(self, x: Term, y: Term) -> Term:
         if isinstance(x, float):

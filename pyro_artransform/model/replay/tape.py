@@ -66,10 +66,9 @@ class Tape:
         return any(value in self._random for value in call.outputs)
 
     def _is_identity(self, call: Call) -> bool:
-        is_same_kind = (
-            call.name in ("expand", "view") and call.inputs[0].kind == call.outputs[0].kind
-        )
-        return is_same_kind or call.name in _SAME
+        if call.name in ("expand", "view"):
+            return bool(call.inputs[0].kind == call.outputs[0].kind)
+        return call.name in _SAME
 
     def _join_sums(self) -> None:
         """Replaces long chains of additions by sums of all their terms."""
@@ -86,7 +85,10 @@ class Tape:
                     more, others = chains.pop(value) if is_part else ([value], [])
                     terms, members = terms + more, others + members
                 chains[call.outputs[0]] = terms, members
-        joined, parts = dict[int, list[Call]](), self._parts(uses)
+        # gradients of selections are zero elsewhere
+        selections = [call for call in self.calls if call.name == "select_backward"]
+        parts = {c.outputs[0]: c for c in selections if uses[c.outputs[0]] == 1}
+        joined = dict[int, list[Call]]()
         for value, (terms, members) in chains.items():
             if len(terms) >= FEWEST:
                 joined.update({index: [] for index in members})
@@ -106,14 +108,6 @@ class Tape:
                 needed.add(index)
                 values += calls[index].values
         self.calls = [calls[i] for i in sorted(needed)]
-
-    def _parts(self, uses: Mapping[Value, int]) -> dict[Value, Call]:
-        """Gradients of selections, which are zero elsewhere, by output."""
-        return {
-            call.outputs[0]: call
-            for call in self.calls
-            if call.name == "select_backward" and uses[call.outputs[0]] == 1
-        }
 
     def schedule(self, role: Callable[[Call], Hashable]) -> list[list[Call]]:
         """Batches of calls of one role each, in an order that respects dependencies.
