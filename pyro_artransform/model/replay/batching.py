@@ -32,9 +32,11 @@ def _alike(call: Call) -> Hashable:
     floats = {v.dtype for v in call.values if v.dtype is not None and v.dtype.is_floating_point}
     if len(floats) > 1 or len({value.device for value in call.values}) != 1:
         return None
-    return call.function, *mapped(
-        lambda x: x.kind if isinstance(x, Value) else identity(x), call.inputs
-    )
+    return call.function, *mapped(_kind, call.inputs)
+
+
+def _kind(argument: Any) -> Hashable:
+    return argument.kind if isinstance(argument, Value) else identity(argument)
 
 
 def _alike_over_dims(call: Call) -> Hashable:
@@ -84,12 +86,14 @@ def _first_inputs(writer: Writer, calls: Sequence[Call]) -> Value:
 
 
 class Rule(NamedTuple):
-    """How calls of one kind of operation become one."""
+    """How calls of one kind of operation become one.
 
-    role: Callable[[Call], Hashable]  #: equal for calls of one batch; ``None`` if a call is in none
-    batch: Callable[
-        [Writer, Sequence[Call]], Value
-    ]  #: writes the batch; returns the stacked outputs
+    Calls of one batch have an equal role, which is ``None`` for a call that can be in no batch. ``batch``
+    writes the batch and returns the stacked outputs.
+    """
+
+    role: Callable[[Call], Hashable]
+    batch: Callable[[Writer, Sequence[Call]], Value]
 
 
 #: elementwise functions of tensors that broadcast
@@ -139,13 +143,11 @@ def _join(writer: Writer, call: Call) -> None:
     for in_batch, run in found:
         if in_batch:
             rows = writer.made(_ATEN.movedim.int, writer.stacked(run), 0, dim)
-            flat = _ATEN.flatten.using_ints
-            parts.append(writer.made(flat, rows, dim, dim + 1) if is_cat else rows)
+            flatten = _ATEN.flatten.using_ints
+            parts.append(writer.made(flatten, rows, dim, dim + 1) if is_cat else rows)
         else:
-            alone = map(writer.value, run)
-            parts += (
-                alone if is_cat else [writer.made(_ATEN.unsqueeze.default, v, dim) for v in alone]
-            )
+            alone, unsqueeze = map(writer.value, run), _ATEN.unsqueeze.default
+            parts += alone if is_cat else [writer.made(unsqueeze, value, dim) for value in alone]
     writer.keep(call.outputs[0], writer.made(_ATEN.cat.default, tuple(parts), dim))
 
 
@@ -159,6 +161,10 @@ _ALONE: dict[str, Callable[[Writer, Call], None]] = {
 }
 
 
+def _role(call: Call) -> Hashable:
+    return BATCHED[call.name].role(call) if call.name in BATCHED else None
+
+
 def batched(program: Program, random: Container[Value] = ()) -> Program:
     """An equivalent program, up to round-off, with repeated operations batched.
 
@@ -168,9 +174,7 @@ def batched(program: Program, random: Container[Value] = ()) -> Program:
     tape, writer = Tape(program, random), Writer(program)
     if not random:
         join_recurrences(tape)
-    for calls in tape.schedule(
-        lambda call: BATCHED[call.name].role(call) if call.name in BATCHED else None
-    ):
+    for calls in tape.schedule(_role):
         if len(calls) >= FEWEST:
             batch = BATCHED[calls[0].name].batch(writer, calls)
             writer.keep_batch([call.outputs[0] for call in calls], batch)

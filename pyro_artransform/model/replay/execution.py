@@ -21,12 +21,8 @@ from .program import Program, Value, mapped
 #: a function of the inputs of a program, which returns its results
 Run = Callable[..., Sequence[Tensor]]
 
-# what is used of TorchScript, all of it in torch._C
-_TORCHSCRIPT = (
-    *("Graph", "TensorType", "TupleType", "ListType", "OptionalType", "FloatType"),
-    *("_create_function_from_graph", "_get_graph_executor_optimize"),
-    "_set_graph_executor_optimize",
-)
+# what is used of TorchScript, besides the types of schemas
+_TORCHSCRIPT = ("Graph", "_create_function_from_graph", "_set_graph_executor_optimize")
 # in the order of their enum values
 _MEMORY_FORMATS = [torch.contiguous_format, torch.preserve_format, torch.channels_last]
 

@@ -136,8 +136,7 @@ class _Recording(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor], end: float) -> None:
         super().__init__()
-        self._end = end
-        self._num_numbers = 0
+        self._end, self._num_numbers = end, 0
         # tensors are identified by id and memory by address, so references must be kept
         self._held, self._values = list[Tensor](), dict[int, Value]()
         self._calls, self._random, self._is_pure = list[Call](), set[Value](), True
@@ -145,7 +144,7 @@ class _Recording(TorchDispatchMode):
         self._constants = dict[Value, Tensor]()
         self._failures = list[Value]()  # error codes of linear algebra and changed reads
         self.is_refused = self.has_lifted = False
-        self._inputs = [self._hold(value, Value.like(value)) for value in inputs]
+        self._inputs = [*map(self._hold, inputs)]
         given = {*map(_memory, inputs)} - {0}
         # memory that existed before the call, memory that varies, and memory made by recorded operations
         self._given, self._varying, self._made = given, {-1, *given}, {*given}
@@ -246,11 +245,12 @@ class _Recording(TorchDispatchMode):
                 self.refuse("a tensor shares memory with another one that it was not computed from")
             self._given |= {memory} - {0}
             self._outside.append(tensor)
-            self._inputs.append(self._hold(tensor, Value.like(tensor)))
+            self._inputs.append(self._hold(tensor))
         return self._values[id(tensor)]
 
-    def _hold(self, tensor: Tensor, value: Value) -> Value:
-        self._values[id(tensor)] = value
+    def _hold(self, tensor: Tensor) -> Value:
+        """Makes a new value stand for a tensor from now on."""
+        value = self._values[id(tensor)] = Value.like(tensor)
         self._held.append(tensor)
         self._num_numbers += tensor.numel()
         if self._num_numbers > _MOST_NUMBERS:
@@ -264,8 +264,7 @@ class _Recording(TorchDispatchMode):
         for each in several if found is not None else []:
             if not isinstance(each, (Tensor, type(None))):
                 self.refuse(f"an operation returns {type(each)}")
-            is_tensor = isinstance(each, Tensor)
-            outputs.append(self._hold(each, Value.like(each)) if is_tensor else Value())
+            outputs.append(self._hold(each) if isinstance(each, Tensor) else Value())
         self._calls.append(Call(func, tuple(given), tuple(outputs)))
         return self._calls[-1].outputs
 
