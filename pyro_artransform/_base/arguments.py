@@ -67,10 +67,15 @@ def check_hidden_dims(hidden_dims: Any) -> list[int]:
     return [check_integer("hidden_dims", width) for width in widths]
 
 
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` runs; asked as in Pyro, since later versions may lack ``torch.jit``."""
+    return torch._C._get_tracing_state() is not None
+
+
 def check_broadcast(names: str, *shapes: torch.Size) -> None:
     """Requires shapes that broadcast to each other."""
     # under torch.jit.trace sizes are tensors, which cannot be compared
-    if torch.jit.is_tracing() or all(shape == shapes[0] for shape in shapes):
+    if is_tracing() or all(shape == shapes[0] for shape in shapes):
         return
     try:
         torch.broadcast_shapes(*shapes)
@@ -100,7 +105,7 @@ def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
 def values_can_be_read(*tensors: Tensor) -> bool:
     """Whether values may be read, which ``torch.jit``, ``torch.compile`` and ``torch.func`` forbid."""
     return not (
-        torch.jit.is_tracing()
+        is_tracing()
         or _is_compiling()
         or torch._C._are_functorch_transforms_active()
         or any(map(operator.attrgetter("is_meta"), tensors))

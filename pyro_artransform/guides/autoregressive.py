@@ -16,7 +16,13 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor, nn
 
-from .._base.arguments import check_flag, check_integer, check_positive, to_tensor
+from .._base.arguments import (
+    check_flag,
+    check_integer,
+    check_positive,
+    is_tracing,
+    to_tensor,
+)
 from ..flows.transforms import ComposedTransform, FlowModule, LocationScale
 from ..flows.transforms.flow_distribution import FlowDistribution, standard_normal
 from ..model.coordinates.centering import CoordinatesArgument, center_at_start
@@ -214,7 +220,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         """Rejects latents other than the guide's, by a run of the model for new shapes or values."""
         # a JitTrace_ELBO trace must not include another run of the model
         spec = self._spec
-        if spec and self._model is not None and not torch._C._get_tracing_state():
+        if spec and self._model is not None and not is_tracing():
             signature = argument_signature((args, kwargs), with_values=with_values)
             sites, run = spec.latents.sites, partial(self.model, *args, **kwargs)
             if not self._model_is_checked:

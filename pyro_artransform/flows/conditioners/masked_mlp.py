@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._base.arguments import check_callable, check_flag, check_hidden_dims, check_integer
+from ..._base.arguments import (
+    check_callable,
+    check_flag,
+    check_hidden_dims,
+    check_integer,
+    is_tracing,
+)
 from .activations import is_elementwise, slope_of
 from .base import Conditioner
 from .blocks import BlockLayout, MLPBlocks, MLPLinearization, Weights
@@ -27,7 +33,7 @@ def check_input(
     x: Tensor, context: Tensor | None, input_dim: int, context_dim: int, dtype: torch.dtype | None
 ) -> None:
     """Raises a ValueError if x or the context has a wrong shape, or x a wrong dtype."""
-    if torch.jit.is_tracing():
+    if is_tracing():
         return  # sizes are tensors during tracing, and cannot be compared
     if x.shape[-1:] != (input_dim,):
         raise ValueError(f"x: expected shape (*, {input_dim}), got {tuple(x.shape)}")

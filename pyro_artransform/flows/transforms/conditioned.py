@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from ..._base.arguments import check_broadcast
+from ..._base.arguments import check_broadcast, is_tracing
 from ..conditioners import Blocks, Conditioner, Linearization
 from ..conditioners.masked_mlp import runs_only
 from ..univariate import Univariate
@@ -199,6 +199,6 @@ class ContextMeta(AutoregressiveMeta):
         """The context for x with ``dim`` dimensions, without leading dimensions of size 1 that x lacks."""
         context = self.context
         # sizes are tensors during tracing, and cannot be compared
-        while context.dim() > dim and not torch.jit.is_tracing() and context.shape[0] == 1:
+        while context.dim() > dim and not is_tracing() and context.shape[0] == 1:
             context = context[0]
         return context

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._base.arguments import check_broadcast, check_positive, values_can_be_read
+from ..._base.arguments import check_broadcast, check_positive, is_tracing, values_can_be_read
 from ..._base.differentiation import gradients_with_graph
 from .base import Derivatives, ElementwiseTransform, Univariate
 
@@ -36,7 +36,7 @@ def unbind_params(params: Tensor, count: int) -> Sequence[Tensor]:
 
     :raises ValueError: if there are not ``count`` parameters.
     """
-    if torch.jit.is_tracing():  # sizes are tensors during tracing, and cannot be compared
+    if is_tracing():  # sizes are tensors during tracing, and cannot be compared
         return [params[..., k] for k in range(count)]
     if params.shape[-1:] != (count,):
         raise ValueError(f"params: expected shape (*, D, {count}), got {tuple(params.shape)}")

@@ -14,7 +14,7 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..._base.arguments import check_callable, check_integer, check_positive
+from ..._base.arguments import check_callable, check_integer, check_positive, is_tracing
 from ...model.coordinates.centering import CoordinatesArgument
 from ...model.density import MOST_SIGNATURES, Args, Kwargs, LogJoint
 from ...model.traces import argument_signature
@@ -249,7 +249,7 @@ class AutoAmortized(PersistentGuide):
 
     def _update_sizes(self, args: Args, kwargs: Kwargs, *, again: bool = False) -> None:
         """Updates plate sizes for these arguments; runs the model if their shapes are new."""
-        if self._model is None or torch._C._get_tracing_state():
+        if self._model is None or is_tracing():
             return
         shapes = argument_signature((args, kwargs))
         if again or shapes not in self._sizes_by_shapes:
