@@ -18,10 +18,11 @@ from torch import Tensor
 from .._base.time_limit import has_limit
 from ..model import LogJoint
 from ..model.density import Args, Kwargs
+from ..model.draw_plate import GuideSampler
 from ..model.handlers import hidden_sites
 from ..model.protocols import FlowGuide, PriorGuide, ReparametrizedGuide, SetUpGuide
 from ..model.traces import check_data, latent_nodes, runs_model, subsampled_plates
-from ..model.vectorization import NUM_COMPARED, GuideSampler, draws_at_a_time, stack
+from ..model.vectorization import NUM_COMPARED, draws_at_a_time, stack
 
 Model = Callable[..., object]
 Run = Callable[[], object]

@@ -19,8 +19,8 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .._base.arguments import warn_user
+from .._base.comparison import round_off
 from ..diagnostics.checks import Check, FailedCheck
-from ..model.graphs.dependencies import ROUND_OFF
 from ..model.sites import started_trace
 from ..model.traces import latent_nodes, moved_latent
 from .loader import Batch
@@ -127,6 +127,5 @@ def _log_density(
         is_number = scale.numel() == 1 and float(scale) > 0
         shares.append(1 / float(scale) if is_number else 1.0)
         total += shares[-1] * float(term.sum())
-        eps = torch.finfo(site["log_prob"].dtype).eps
-        slack += ROUND_OFF * eps * shares[-1] * float(term.abs().sum())
+        slack += round_off(site["log_prob"]) * shares[-1] * float(term.abs().sum())
     return total, torch.tensor(shares, dtype=torch.float64, device="cpu"), slack

@@ -5,9 +5,7 @@
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -24,8 +22,16 @@ from .._base.differentiation import evaluate_with_gradient
 from .coordinates.gaussian_sites import LocScale
 from .coordinates.prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
 from .coordinates.priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
+from .draw_plate import DRAWS, DrawPlate
 from .enumeration import marginal_log_prob
-from .handlers import FoundScale, SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
+from .handlers import (
+    FoundScale,
+    SiteLogProbs,
+    UnmaskedLatents,
+    hidden_sites,
+    improper_sites,
+    quietly,
+)
 from .initial_point import usable_point
 from .sites import Latents, LatentSpace, started_trace
 from .traces import (
@@ -39,19 +45,16 @@ from .traces import (
     subsampled_plates,
 )
 from .vectorization import (
-    DRAWS,
     NUM_COMPARED,
-    STRATEGIES,
     Choice,
-    DrawPlate,
     Draws,
+    ModelFailures,
     Terms,
+    checked,
     choose_strategy,
     draws_at_a_time,
     evaluate_many,
-    nonfinite_sites,
 )
-from .verify_vectorized import checked
 
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
@@ -136,7 +139,7 @@ class LogJoint:
 
     def _choose(self) -> Choice:
         start, generator = self._find_start(), torch.Generator().manual_seed(0)
-        with _quietly():
+        with quietly():
             on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}
             noise = torch.randn(NUM_COMPARED, len(start), generator=generator, **on_cpu).to(start)
             wide = scales_of(priors_of(self._nodes[0], self.latents), self.latents, start)
@@ -146,7 +149,7 @@ class LogJoint:
 
     @cached_property
     def strategy(self) -> str:
-        """How draws are vectorized, "plate", "vmap", "copies" or "loop": see ``model.vectorization``."""
+        """How draws are vectorized, "plate", "vmap" or "loop": see ``model.vectorization``."""
         return self._choice().strategy
 
     @cached_property
@@ -175,7 +178,7 @@ class LogJoint:
 
     def or_usable(self, u: Tensor) -> Tensor:
         """A start, or another point where it is of no use, see ``model.initial_point``."""
-        with _quietly():
+        with quietly():
             return usable_point(self, u, self._init_loc_fn is init_to_median)
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
@@ -254,7 +257,7 @@ class LogJoint:
 
     def _at(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
         # a single draw takes a single run with any strategy
-        strategy = self.strategy if len(z) > 1 else STRATEGIES[0]
+        strategy = self.strategy if len(z) > 1 else "plate"
         with pyro.validation_enabled(False):
             return evaluate_many(self._evaluate, {"z": z}, strategy, _nan, chunk_size)["total"]
 
@@ -263,7 +266,18 @@ class LogJoint:
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
         """The sites whose log density is not finite at some draw of ``(n, latent_dim)``."""
-        return nonfinite_sites(self.run, self.latents.constrain(self.to_unconstrained(z)[0]))
+        values = self.latents.constrain(self.to_unconstrained(z)[0])
+        found = list[str]()
+        for row in zip(*values.values()):
+            scored = SiteLogProbs(dict(zip(values, row)))
+            try:
+                with pyro.validation_enabled(False), hidden_sites(), scored:
+                    self.run()
+            except ModelFailures as error:
+                found.append(f"the model itself ({error})")
+            else:
+                found += [k for k, v in scored.log_probs.items() if not v.sum().isfinite()]
+        return list(dict.fromkeys(found))
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         z = draws["z"]
@@ -317,7 +331,7 @@ class LogJoint:
 
     def _mapped(self, z: Tensor, is_inverse: bool) -> Terms:
         sites = self.mapped_coordinates
-        run, strategy, size = self.enumerated(self.run), STRATEGIES[0], None
+        run, strategy, size = self.enumerated(self.run), "plate", None
         if len(z) > 1:
             strategy, size = self.strategy, self.chunk_size
         elif any(site.num_factors for site in sites.values()):
@@ -368,16 +382,6 @@ class LogJoint:
     def _trace(self, run: Callable[[], object]) -> Any:
         with torch.no_grad():
             return started_trace(run, self._init_loc_fn)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Preserves the caller's random state, and silences warnings, gradients and validation."""
-    devices = range(torch.cuda.device_count())
-    quiet, unchecked = warnings.catch_warnings(), pyro.validation_enabled(False)
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet, unchecked:
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _sample(nodes: Iterable[Any]) -> None:

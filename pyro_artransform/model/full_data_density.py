@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._base.comparison import agree, round_off
 from .._base.differentiation import sum_with_gradient
 from .density import Args, Kwargs, LogJoint
 from .graphs.dependencies import value_and_gradient
 from .handlers import FirstIndices
-from .vectorization import agree
-from .verify_vectorized import Checked
+from .vectorization import Checked
 
 
 class Anchor(NamedTuple):
@@ -74,9 +74,9 @@ class FullDataDensity(LogJoint):
         # a plate whose indices are not used draws them nevertheless, and looks random
         if self.is_random:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-                one = {"total": self(self.start[None])}
+                one = self(self.start[None])
                 torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
-                self.is_random = not agree({"total": self(self.start[None])}, one, slack=None)
+                self.is_random = not agree(self(self.start[None]), one, round_off)
 
     def _of_largest(self) -> LogJoint:
         """The density of the largest mini-batch alone."""

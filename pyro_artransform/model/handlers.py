@@ -5,14 +5,14 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Container, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import validation_enabled
 from pyro.distributions.util import scale_and_mask
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
@@ -43,6 +43,16 @@ _FAILURES = (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError)
 def hidden_sites() -> BlockMessenger:
     """Hides the sites of a run from outer handlers, but not its parameters, which are trained."""
     return BlockMessenger(hide_types=["sample", "observe"])
+
+
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Hides sites and preserves the random state; without warnings, gradients and Pyro's validation."""
+    devices = range(torch.cuda.device_count())
+    unchecked, quiet = pyro.validation_enabled(False), warnings.catch_warnings()
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), hidden_sites(), unchecked, quiet:
+        warnings.simplefilter("ignore")
+        yield
 
 
 def traced_parameters(run: Callable[[], object]) -> dict[str, Tensor]:
@@ -104,9 +114,7 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
         return any(total != first for total in totals)
 
     found = {node["name"] for node in masked}
-    random, quiet = torch.random.fork_rng(devices=[]), warnings.catch_warnings()
-    with random, quiet, hidden_sites(), validation_enabled(False):
-        warnings.simplefilter("ignore")  # Pyro warns of NaN
+    with quietly():
         moved = list[Any]()
         for distance in _DISTANCES:
             with suppress(*_FAILURES):  # no density at these values

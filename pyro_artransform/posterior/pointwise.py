@@ -13,6 +13,8 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from .._base.arguments import first_of
+from .._base.comparison import agree, tolerance
+from ..model.draw_plate import DrawPlate
 from ..model.handlers import SiteLogProbs
 from ..model.traces import (
     check_data,
@@ -25,13 +27,11 @@ from ..model.traces import (
     subsampled_plates,
 )
 from ..model.vectorization import (
-    STRATEGIES,
-    DrawPlate,
     Draws,
     Terms,
-    agree,
     choose_strategy,
     evaluate_many,
+    fastest,
     stack,
 )
 
@@ -114,13 +114,14 @@ class Likelihood:
         chosen, rows = self._compared(draws)
         some = _part(chosen, rows)
         expected = evaluate_many(self._evaluate, some, "loop")
-        fastest = choose_strategy(self._evaluate, some).strategy
-        for strategy in STRATEGIES[STRATEGIES.index(fastest) :]:
-            terms = evaluate_many(self._evaluate, chosen, strategy, chunk_size=1000)
-            # a draw outside ``rows`` may take a branch of the model that then applies to all draws
-            if agree(_part(terms, rows), expected, slack=10):
-                break
-        return terms
+
+        def agrees(terms: Terms) -> bool:
+            return agree(_part(terms, rows), expected, lambda term: 10 * tolerance(term))
+
+        # a draw outside ``rows`` may take a branch of the model that then applies to all draws
+        evaluate = partial(evaluate_many, self._evaluate, chosen, chunk_size=1000)
+        first = choose_strategy(self._evaluate, some).strategy
+        return fastest(lambda strategy: evaluate(strategy=strategy), agrees, first)[1]
 
     def predicted(self, draws: Draws) -> Terms:
         """A value of each latent without draws, except latents that are summed out given data."""

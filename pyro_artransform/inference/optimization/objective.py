@@ -17,23 +17,25 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
+from ..._base.comparison import agree
 from ..._base.time_limit import until_deadline
 from ...model import LogJoint
+from ...model.draw_plate import DrawPlate, GuideSampler
 from ...model.handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, traced_parameters
-from ...model.paths import Terms
 from ...model.protocols import MinibatchGuide, ReparametrizedGuide
 from ...model.replay.capture import CapturedLoss
 from ...model.traces import plate_nesting
 from ...model.vectorization import (
     CholeskyOrNan,
-    DrawPlate,
     Draws,
-    GuideSampler,
     ModelFailures,
+    Terms,
     draws_at_a_time,
 )
 from ..loader import Batch
 
+#: relative and absolute tolerance for the log densities of elements at the same draws
+OF_LOG_DENSITIES = 1e-4, 1e-2
 # independent estimates of an ELBO if single draws have no log weights
 _NUM_ESTIMATES = 4
 # runs of the model in the search for a site that is not finite
@@ -267,7 +269,7 @@ class PyroObjective(Objective):
                 mixed[name] = _exchanged(mixed[name], (frame.dim or -1) - event_dim)
         runs = [self.draws(self.model, values, 2) for values in (drawn.values, mixed)]
         one, other = (run.by_element(plate)[0] for run in runs)
-        if not are_close(other, _exchanged(one, -1)):
+        if not agree(other, _exchanged(one, -1), *OF_LOG_DENSITIES):
             raise ValueError(f"elements of plate '{plate}' depend on each other")
 
     def loss(self, num_particles: int) -> Tensor:
@@ -335,11 +337,6 @@ def _exchanged(draws: Tensor, dim: int) -> Tensor:
     """Two draws after they exchange every other entry of a dimension, a negative index."""
     is_other = torch.arange(draws.shape[dim], device=draws.device) % 2 == 1
     return torch.where(is_other[(..., *(None,) * (-1 - dim))], draws.flip(0), draws)
-
-
-def are_close(found: Tensor, expected: Tensor) -> bool:
-    """Whether log densities of the same draws are equal up to round-off."""
-    return torch.allclose(found, expected.expand_as(found), rtol=1e-4, atol=1e-2, equal_nan=True)
 
 
 BatchObjective = PathObjective | PyroObjective

@@ -40,8 +40,8 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 from torch.distributions import Transform
 
+from ..draw_plate import DrawPlate
 from ..sites import Latents
-from ..vectorization import DrawPlate
 from .factors import OtherUseError, Products
 from .gaussian_sites import GaussianSites, LocScale
 from .prior_scale import PriorScale

@@ -33,7 +33,7 @@ LEAN = replace(
 STRATEGIES = {
     "baseball": "plate",
     **dict.fromkeys(("correlation", "process", "network", "radon", "items"), "vmap"),
-    "ordinal": "copies",
+    "ordinal": "loop",
 }
 every_example = pytest.mark.parametrize("name", STRATEGIES)
 every_guide = pytest.mark.parametrize("kind", GUIDES)

@@ -95,7 +95,7 @@ MODELS = {
 def test_many_draws_at_once_and_steps(name):
     model = MODELS[name]()
     log_joint = LogJoint(model)
-    assert log_joint.strategy == ("copies" if name == "noise" else "vmap"), log_joint.reason
+    assert log_joint.strategy == ("loop" if name == "noise" else "vmap"), log_joint.reason
     z = log_joint.start + 0.5 * torch.randn(3, log_joint.latents.latent_dim)
     expected = torch.stack([by_trace(model, row) for row in z])
     assert torch.allclose(log_joint(z), expected, rtol=1e-8)
