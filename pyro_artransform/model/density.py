@@ -21,19 +21,14 @@ from .._base.arguments import values_can_be_read
 from .._base.differentiation import evaluate_with_gradient
 from .coordinates.gaussian_sites import LocScale
 from .coordinates.prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
-from .coordinates.priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
+from .coordinates.priors import compare_priors, find_mapped, priors_of, scales_of
 from .draw_plate import DRAWS, DrawPlate
 from .enumeration import marginal_log_prob
-from .handlers import (
-    FoundScale,
-    SiteLogProbs,
-    UnmaskedLatents,
-    hidden_sites,
-    improper_sites,
-    quietly,
-)
+from .handlers import FoundScale, SiteLogProbs, hidden_sites
 from .initial_point import usable_point
-from .sites import Latents, LatentSpace, started_trace
+from .masked_latents import UnmaskedLatents, improper_sites
+from .run_once import quietly, run_once
+from .sites import Latents, LatentSpace
 from .traces import (
     ModelStructure,
     argument_signature,
@@ -113,7 +108,7 @@ class LogJoint:
     ) -> None:
         self.model, self._init_loc_fn, kwargs = model, init_loc_fn, kwargs or {}
         run = partial(model, *args, **kwargs)
-        first, trace = traces or (self._trace(run),) * 2
+        first, trace = traces or (run_once(run, init_loc_fn=init_loc_fn),) * 2
         check_data(trace)
         self.improper = improper_sites(run, trace)  #: the sites that keep their masks
         #: the model bound to its arguments, with the masks of proper latents removed
@@ -222,7 +217,8 @@ class LogJoint:
         if key not in self._structures:
             # a cache miss must not change the random numbers that follow
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                trace = self._trace((scale := FoundScale())(partial(self.model, *args, **kwargs)))
+                run = (scale := FoundScale())(self.model)
+                trace = run_once(run, args, kwargs, init_loc_fn=self._init_loc_fn)
             if (shapes := argument_signature(arguments)) not in self._checked:
                 check_data(trace)
                 self._checked.add(shapes)
@@ -350,7 +346,8 @@ class LogJoint:
     def prior_scales(self, u: Tensor) -> Tensor:
         """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
         if not (nodes := self._nodes_at(u)):
-            nodes = traced_at(self.enumerated(self.run), self.latents.constrain(u)).nodes
+            run = self.enumerated(self.run)
+            nodes = run_once(run, at=self.latents.constrain(u)).nodes
         return scales_of(priors_of(nodes, self.latents, self.improper), self.latents, u)
 
     def mapped_sites(self, with_shapes: bool = False) -> dict[str, bool]:
@@ -378,10 +375,6 @@ class LogJoint:
     def enumerated(self, run: Callable[[], object]) -> Any:
         """Enumerates the discrete latents of a model, if any, to the left of the draws."""
         return EnumMessenger(-2 - self.num_plates)(run) if self.is_enumerated else run
-
-    def _trace(self, run: Callable[[], object]) -> Any:
-        with torch.no_grad():
-            return started_trace(run, self._init_loc_fn)
 
 
 def _sample(nodes: Iterable[Any]) -> None:

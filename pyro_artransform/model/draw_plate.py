@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .._base.comparison import agree
 from .handlers import SiteLogProbs
+from .run_once import run_once
 from .traces import latent_nodes, plate_nesting, runs_model
 from .vectorization import NUM_COMPARED, Draws, Terms, evaluate_many, stack
 
@@ -60,8 +61,7 @@ class GuideSampler:
     """Draws from a guide, with log densities; vectorized by a plate if that agrees with single runs."""
 
     def __init__(self, run: Callable[[], object], num_plates: int = 0) -> None:
-        with poutine.block():
-            trace = poutine.trace(run).get_trace()
+        trace = run_once(run, validated=True)
         self._run, self._num_plates = run, max(num_plates, plate_nesting(trace))
         #: shapes by latent, auxiliary ones included
         self.shapes = {node["name"]: node["value"].shape for node in latent_nodes(trace)}

@@ -5,16 +5,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
-from typing import Any
 
-import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from .._base.arguments import warn_user
 from . import LogJoint
-from .handlers import hidden_sites
+from .run_once import run_once
 from .traces import is_deterministic, observed_nodes
 from .vectorization import ModelFailures
 
@@ -79,12 +76,8 @@ def _draws(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
         # a vague prior is far from where data depend on latents
         yield log_joint.latents.constrain(distance * torch.randn_like(start))
     for _ in range(_NUM_DRAWS):
-        with (
-            suppress(Exception),
-            pyro.validation_enabled(False),
-            hidden_sites(),
-        ):  # an improper prior fails, for one
-            nodes: Any = poutine.trace(log_joint.run).get_trace().nodes
+        with suppress(Exception):  # an improper prior fails, for one
+            nodes = run_once(log_joint.run).nodes
             yield {name: nodes[name]["value"] for name in log_joint.latents.sites}
 
 
@@ -94,9 +87,7 @@ def _data_terms(log_joint: LogJoint, values: dict[str, Tensor]) -> dict[str, Ten
     Enumerated latents are drawn anew in each run, while other random numbers of the model stay the same.
     """
     with suppress(*ModelFailures), torch.random.fork_rng([], enabled=not log_joint.is_enumerated):
-        run: Any = poutine.condition(log_joint.run, values)
-        with pyro.validation_enabled(False), hidden_sites():
-            trace = poutine.trace(run).get_trace()
+        trace = run_once(log_joint.run, at=values)
         observed = (site for site in observed_nodes(trace) if not is_deterministic(site))
         names = [site["name"] for site in observed if site["name"] not in values]
         trace.compute_log_prob(site_filter=lambda name, _: name in names)

@@ -16,6 +16,7 @@ from .._base.arguments import first_of
 from .._base.comparison import agree, tolerance
 from ..model.draw_plate import DrawPlate
 from ..model.handlers import SiteLogProbs
+from ..model.run_once import run_once
 from ..model.traces import (
     check_data,
     has_data,
@@ -77,8 +78,7 @@ class Likelihood:
 
     def __init__(self, run: Callable[[], object], is_of_all_data: bool = True) -> None:
         self.run = run
-        with poutine.block():
-            trace = poutine.trace(run).get_trace()
+        trace = run_once(run, validated=True)
         for frame in subsampled_plates(trace) if is_of_all_data else ():
             raise ValueError(
                 f"model: expected all data, got the subsampled plate '{frame.name}' ({frame.size} of "
@@ -152,16 +152,18 @@ class Likelihood:
         part = coordinates[:, :: -(-coordinates.shape[-1] // 32)]
         return chosen, sorted({*rows, *part.argmin(0).tolist(), *part.argmax(0).tolist()})
 
-    def sites(
-        self, draws: Draws, run: Callable[[], object], is_wanted: Callable[[Any], bool]
-    ) -> Terms:
-        """Runs a model once per draw, and returns the wanted sites, ``(n,) + site shape``."""
+    def sites(self, draws: Draws, is_wanted: Callable[[Any], bool], observed: bool = True) -> Terms:
+        """Runs the model once per draw, and returns the wanted sites, ``(n,) + site shape``.
+
+        :param observed: whether data keep their values; otherwise they are drawn.
+        """
         rows = list[Terms]()
         for values in zip(*draws.values()):
-            with poutine.block():
-                conditioned = poutine.condition(run, dict(zip(draws, values)))
-                nodes: dict[str, Any] = poutine.trace(conditioned).get_trace().nodes
-            nodes_wanted = [n for n in nodes.values() if n["type"] == "sample" and is_wanted(n)]
+            at = dict(zip(draws, values))
+            trace = run_once(self.run, at=at, observed=observed, validated=True)
+            nodes_wanted = [
+                n for n in trace.nodes.values() if n["type"] == "sample" and is_wanted(n)
+            ]
             rows.append({node["name"]: node["value"] for node in nodes_wanted})
             _check_same(rows[0], rows[-1])
         return stack(rows)

@@ -21,7 +21,8 @@ from ..._base.comparison import agree
 from ..._base.time_limit import until_deadline
 from ...model import LogJoint
 from ...model.draw_plate import DrawPlate, GuideSampler
-from ...model.handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, traced_parameters
+from ...model.handlers import SiteLogProbs, hidden_sites, traced_parameters
+from ...model.masked_latents import UnmaskedLatents
 from ...model.protocols import MinibatchGuide, ReparametrizedGuide
 from ...model.replay.capture import CapturedLoss
 from ...model.traces import plate_nesting

@@ -7,12 +7,10 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.distributions import validation_enabled
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..handlers import hidden_sites
+from ..run_once import run_once
 from ..sites import SUPPORT_DEPENDS, Latents, same_support
 from .prior_scale import PriorScale, is_identity_or_exp
 
@@ -28,9 +26,9 @@ def find_mapped(
     :raises ValueError: if the support of a latent depends on other latents.
     """
     state, (start, other) = torch.get_rng_state(), map(latents.constrain, points)
-    first = traced_at(run, start)
+    first = run_once(run, at=start)
     torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
-    second = traced_at(run, other)
+    second = run_once(run, at=other)
     for name in latents.sites:
         fns: list[Any] = [t.nodes[name]["fn"] for t in (first, second) if name in t.nodes]
         both = [fn.support for fn in fns]
@@ -38,7 +36,7 @@ def find_mapped(
             raise ValueError(SUPPORT_DEPENDS.format(name=name, expected=both[0], got=both[1]))
     nodes: Iterable[tuple[str, Any]] = second.nodes.items()
     indices = {k: n["value"] for k, n in nodes if n["type"] == "sample" and site_is_subsample(n)}
-    again = traced_at(run, {**other, **indices})
+    again = run_once(run, at={**other, **indices})
     torch.set_rng_state(state)
     one, two, three = (priors_of(t.nodes, latents, improper) for t in (first, second, again))
     # a prior that depends on a hidden discrete latent is not a function of the latents
@@ -63,13 +61,6 @@ def scales_of(priors: Mapping[str, PriorScale], latents: Latents, like: Tensor) 
         if name in priors:
             part.copy_(priors[name].diagonal)
     return torch.where(found.isfinite() & (found > 0), found, 1.0)
-
-
-def traced_at(run: Callable[[], object], values: Mapping[str, Any]) -> poutine.Trace:
-    """The trace of a run conditioned on values of sites."""
-    with validation_enabled(False), hidden_sites():
-        trace: poutine.Trace = poutine.trace(poutine.condition(run, dict(values))).get_trace()
-    return trace
 
 
 def priors_of(
