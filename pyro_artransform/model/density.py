@@ -25,9 +25,9 @@ from .coordinates.priors import compare_priors, find_mapped, priors_of, scales_o
 from .draw_plate import DRAWS, DrawPlate
 from .enumeration import marginal_log_prob
 from .handlers import FoundScale, SiteLogProbs, hidden_sites
-from .initial_point import usable_point
+from .initial_point import InitialPoint, usable_point
 from .masked_latents import UnmaskedLatents, improper_sites
-from .run_once import quietly, run_once
+from .run_once import aside, nonfinite_sites, run_once
 from .sites import Latents, LatentSpace
 from .traces import (
     ModelStructure,
@@ -43,7 +43,6 @@ from .vectorization import (
     NUM_COMPARED,
     Choice,
     Draws,
-    ModelFailures,
     Terms,
     checked,
     choose_strategy,
@@ -122,22 +121,21 @@ class LogJoint:
         self.maps_priors = True  #: False if the user asks for the model's coordinates
         values = {name: first.nodes[name]["value"].detach() for name in self.latents.sites}
         self._first = self.latents.unconstrain(values)
-        #: latent nodes of known runs, the first at the start
-        self._nodes = [{n["name"]: n for n in latent_nodes(t)} for t in traces or (first,)]
+        #: runs that drew no random numbers but initial values, the first at the start
+        self.known_runs = [*(traces or (first,))]
         # computed once and shared by all copies
         self._choice: Callable[[], Choice] = lru_cache(maxsize=1)(self._choose)
-        start = partial(self.or_usable, self._first)
-        self._find_start: Callable[[], Tensor] = lru_cache(maxsize=1)(start)
+        self._find_start: Callable[[], InitialPoint] = lru_cache(maxsize=1)(self._usable_start)
         self._find_mapped: Callable[[], Any] = lru_cache(maxsize=1)(self._compare_priors)
         if traces is None:
             self._choice()
 
     def _choose(self) -> Choice:
-        start, generator = self._find_start(), torch.Generator().manual_seed(0)
-        with quietly():
+        start, generator = self._find_start().u, torch.Generator().manual_seed(0)
+        with aside():
             on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}
             noise = torch.randn(NUM_COMPARED, len(start), generator=generator, **on_cpu).to(start)
-            wide = scales_of(priors_of(self._nodes[0], self.latents), self.latents, start)
+            wide = scales_of(priors_of(self.known_runs[0].nodes, self.latents), self.latents, start)
             near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
             points = start + torch.cat([near[:1], wide.clamp_min(1.0) * far, -far, near[1:]])
             return choose_strategy(self._evaluate, {"z": points}, NUM_COMPARED)
@@ -173,8 +171,19 @@ class LogJoint:
 
     def or_usable(self, u: Tensor) -> Tensor:
         """A start, or another point where it is of no use, see ``model.initial_point``."""
-        with quietly():
+        return self._usable(u).u
+
+    def _usable(self, u: Tensor) -> InitialPoint:
+        with aside():
             return usable_point(self, u, self._init_loc_fn is init_to_median)
+
+    def _usable_start(self) -> InitialPoint:
+        return self._usable(self._first)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient of the density reaches the latents at the start."""
+        return self._find_start().has_gradient
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
@@ -203,7 +212,7 @@ class LogJoint:
             return other
         other._arguments = args, kwargs
         other.run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
-        other._nodes = []
+        other.known_runs = []
         other._find_mapped = lru_cache(maxsize=1)(other._compare_priors)
         return other
 
@@ -262,18 +271,7 @@ class LogJoint:
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
         """The sites whose log density is not finite at some draw of ``(n, latent_dim)``."""
-        values = self.latents.constrain(self.to_unconstrained(z)[0])
-        found = list[str]()
-        for row in zip(*values.values()):
-            scored = SiteLogProbs(dict(zip(values, row)))
-            try:
-                with pyro.validation_enabled(False), hidden_sites(), scored:
-                    self.run()
-            except ModelFailures as error:
-                found.append(f"the model itself ({error})")
-            else:
-                found += [k for k, v in scored.log_probs.items() if not v.sum().isfinite()]
-        return list(dict.fromkeys(found))
+        return nonfinite_sites(self.run, self.latents.constrain(self.to_unconstrained(z)[0]))
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         z = draws["z"]
@@ -308,7 +306,7 @@ class LogJoint:
     @property
     def start(self) -> Tensor:
         """An initial point, shape ``(latent_dim,)``, in the coordinates of draws."""
-        return self.from_unconstrained(self._find_start()[None])[0][0]
+        return self.from_unconstrained(self._find_start().u[None])[0][0]
 
     def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Maps draws ``(n, latent_dim)`` to the unconstrained space; returns log-determinants, too."""
@@ -361,16 +359,24 @@ class LogJoint:
         return found if with_shapes or any(found.values()) else {}
 
     def _compare_priors(self) -> dict[str, bool]:
-        if len(self._nodes) > 1 and not self.is_enumerated:
-            return compare_priors(*(priors_of(n, self.latents, self.improper) for n in self._nodes))
-        start = self._find_start()
-        points = torch.stack([start, start + 0.1 * (1 + start.abs())])
-        return find_mapped(self.enumerated(self.run), self.latents, points, self.improper)
+        latents, improper = self.latents, self.improper
+        if len(self.known_runs) > 1 and not self.is_enumerated:
+            return compare_priors(*(priors_of(t.nodes, latents, improper) for t in self.known_runs))
+        start = self._find_start().u
+        points, run = (
+            torch.stack([start, start + 0.1 * (1 + start.abs())]),
+            self.enumerated(self.run),
+        )
+        known = self.known_runs[0] if self._nodes_at(start) else None
+        found, second = find_mapped(run, latents, points, improper, known)
+        if known and second:
+            self.known_runs.append(second)
+        return found
 
     def _nodes_at(self, u: Tensor) -> Mapping[str, Any]:
         """The latents of the known run if it was at this point, and not enumerated."""
-        is_known = bool(self._nodes) and not self.is_enumerated and torch.equal(u, self._first)
-        return self._nodes[0] if is_known else {}
+        is_known = bool(self.known_runs) and not self.is_enumerated and torch.equal(u, self._first)
+        return self.known_runs[0].nodes if is_known else {}
 
     def enumerated(self, run: Callable[[], object]) -> Any:
         """Enumerates the discrete latents of a model, if any, to the left of the draws."""

@@ -15,7 +15,7 @@ from pyro.poutine.runtime import Message
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from .run_once import quietly, run_once
+from .run_once import aside, run_once
 from .traces import is_enumerated, latent_nodes, moved_latent
 
 # shifts of latents on the unconstrained space that reveal what depends on them
@@ -70,7 +70,7 @@ def improper_sites(run: Callable[[], object], trace: poutine.Trace) -> set[str]:
         return any(total != first for total in totals)
 
     found = {node["name"] for node in masked}
-    with quietly():
+    with aside():
         moved = list[Any]()
         for distance in _DISTANCES:
             with suppress(*_FAILURES):  # no density at these values

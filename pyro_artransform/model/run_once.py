@@ -15,8 +15,9 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
-from .handlers import hidden_sites
+from .handlers import SiteLogProbs, hidden_sites
 from .sites import initial_value
+from .vectorization import ModelFailures
 
 
 @torch.no_grad()
@@ -48,11 +49,32 @@ def run_once(
         return poutine.trace(model).get_trace(*args, **(kwargs or {}))
 
 
+def nonfinite_sites(run: Callable[[], object], values: Mapping[str, Tensor]) -> list[str]:
+    """The sites whose log density is not finite at some of the values ``(n,) + site shape``."""
+    found = list[str]()
+    for row in zip(*values.values()):
+        scored = SiteLogProbs(dict(zip(values, row)))
+        try:
+            with pyro.validation_enabled(False), hidden_sites(), scored:
+                run()
+        except ModelFailures as error:
+            found.append(f"the model itself ({error})")
+        else:
+            found += [k for k, v in scored.log_probs.items() if not v.sum().isfinite()]
+    return list(dict.fromkeys(found))
+
+
 @contextmanager
-def quietly() -> Iterator[None]:
-    """Hides sites and preserves the random state; without warnings, gradients and Pyro's validation."""
+def quietly(warning: str = "") -> Iterator[None]:
+    """Hides sites from outer handlers; without Pyro's validation, and warnings that begin so."""
+    with hidden_sites(), pyro.validation_enabled(False), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=warning)
+        yield
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Evaluates a model :func:`quietly`, without gradients, and preserves the random state."""
     devices = range(torch.cuda.device_count())
-    unchecked, quiet = pyro.validation_enabled(False), warnings.catch_warnings()
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), hidden_sites(), unchecked, quiet:
-        warnings.simplefilter("ignore")
+    with quietly(), torch.no_grad(), torch.random.fork_rng(devices=devices):
         yield

@@ -4,14 +4,12 @@
 """The objective of a fit: the negative ELBO, on all data or on a mini-batch."""
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
@@ -21,10 +19,11 @@ from ..._base.comparison import agree
 from ..._base.time_limit import until_deadline
 from ...model import LogJoint
 from ...model.draw_plate import DrawPlate, GuideSampler
-from ...model.handlers import SiteLogProbs, hidden_sites, traced_parameters
+from ...model.handlers import SiteLogProbs, traced_parameters
 from ...model.masked_latents import UnmaskedLatents
 from ...model.protocols import MinibatchGuide, ReparametrizedGuide
 from ...model.replay.capture import CapturedLoss
+from ...model.run_once import quietly, run_once
 from ...model.traces import plate_nesting
 from ...model.vectorization import (
     CholeskyOrNan,
@@ -196,12 +195,8 @@ class PathObjective(Objective):
         return self.log_joint.nonfinite_sites(self._terms.last)
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Hides sites from surrounding handlers, and Pyro's warnings of NaN, which a fit counts itself."""
-    with hidden_sites(), pyro.validation_enabled(False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Encountered ")
-        yield
+#: hides sites from outer handlers, and Pyro's warnings of NaN, which a fit counts itself
+_quietly = partial(quietly, "Encountered ")
 
 
 @dataclass
@@ -324,14 +319,12 @@ class PyroObjective(Objective):
             max_plate_nesting=self._num_plates,
         )
 
-    @torch.no_grad()
     @_quietly()
     def traces(self) -> tuple[poutine.Trace, poutine.Trace]:
         """One run of the guide, and of the model at its draws."""
         args, kwargs = self.arguments
-        guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(self.model, trace=guide_trace)
-        return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
+        guide_trace = run_once(self.guide, args, kwargs)
+        return guide_trace, run_once(self.model, args, kwargs, replayed=guide_trace)
 
 
 def _exchanged(draws: Tensor, dim: int) -> Tensor:
