@@ -125,7 +125,8 @@ class LogJoint:
         self.known_runs = [*(traces or (first,))]
         # computed once and shared by all copies
         self._choice: Callable[[], Choice] = lru_cache(maxsize=1)(self._choose)
-        self._find_start: Callable[[], InitialPoint] = lru_cache(maxsize=1)(self._usable_start)
+        start = partial(self._usable, self._first)
+        self._find_start: Callable[[], InitialPoint] = lru_cache(maxsize=1)(start)
         self._find_mapped: Callable[[], Any] = lru_cache(maxsize=1)(self._compare_priors)
         if traces is None:
             self._choice()
@@ -176,9 +177,6 @@ class LogJoint:
     def _usable(self, u: Tensor) -> InitialPoint:
         with aside():
             return usable_point(self, u, self._init_loc_fn is init_to_median)
-
-    def _usable_start(self) -> InitialPoint:
-        return self._usable(self._first)
 
     @property
     def has_gradient(self) -> bool:
@@ -291,6 +289,10 @@ class LogJoint:
         for terms in (prior.ladjs, prior.bijection_ladjs, prior.log_probs):
             total = plate.total(terms, total)
         return {"total": total}
+
+    def _like(self, other: "LogJoint") -> None:
+        """Gives a density of a subclass the model, arguments, start and strategy of another density."""
+        vars(self).update(vars(other))
 
     def with_coordinates(self, coordinates: Coordinates | None) -> "LogJoint":
         """The log density in other coordinates, with their log-determinant."""
