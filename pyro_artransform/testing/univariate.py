@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
-from .._base.comparison import tolerance
 from ..flows.transforms.flow_module import call_and_ladj
 from ..flows.univariate import Univariate
+from ..model.vectorization import tolerance
 from .comparison import BATCH_SHAPES, DTYPES, check_gradient, default_dtype, equal, normal, require
 
 PARTS = ("value", "log-derivative")

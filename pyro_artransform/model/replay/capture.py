@@ -72,11 +72,9 @@ class Captured:
             if count == 0:
                 recorded = record(self._evaluate, inputs, _MOST_SECONDS)
                 self.can_replay = recorded is not None
-                if recorded is not None:
-                    self._replays[key] = recorded
-                    return self._compared(recorded, inputs)
+                self._replays.update({} if recorded is None else {key: recorded})
             return self._evaluate(*inputs)
-        if count % _CHECK_EVERY == 0 or (count > 1 and math.log2(count).is_integer()):
+        if count % _CHECK_EVERY == 0 or math.log2(count).is_integer():
             return self._compared(replay, inputs)
         found = replay(*inputs)
         if found is None:

@@ -196,7 +196,7 @@ def test_a_function_that_changes_is_found_out():
 
     def evaluate(x):
         calls.append(1)
-        return (x * (1.0 if len(calls) < capture._PATIENCE + 5 else 2.0),)
+        return (x * (1.0 if len(calls) < capture._PATIENCE + 6 else 2.0),)
 
     captured = Captured(evaluate)
     with pytest.raises(ReplayError):
