@@ -163,12 +163,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             with poutine.block():
                 self._create_plates()
 
-    def _least_numbers(self, spec: GuideSpec) -> int:
-        dim = spec.latents.latent_dim
-        # a plate has a latent for each of its elements
-        sizes = [frame.size for site in spec.sites for frame in site.plates]
-        return max(dim * dim if spec.arguments["full_rank"] else dim, *sizes, 0)
-
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "AutoAutoregressive":
         super()._apply(fn, recurse)
         self._entries = {}

@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, ClassVar
 
 from pyro.infer.autoguide import init_to_median
@@ -24,7 +23,7 @@ from ..flows.transforms import CompressedTails, FlowModule, chain
 from ..flows.univariate import Affine
 from ..model.coordinates.coordinates import CoordinatesArgument
 from .autoregressive import AutoAutoregressive
-from .persistence.spec import Arguments, GuideSpec
+from .persistence.spec import Arguments
 
 # factor of network outputs: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow models in
 # some runs, never at 0.3 and 0.1 (benchmarks/float32.md)
@@ -87,13 +86,6 @@ class PresetGuide(AutoAutoregressive):
         hinges = [hinged_marginals(latent_dim)] if cls._has_hinges else []
         # scales of three layers multiply, so that draws without bound overflow models (benchmarks/float32.md)
         return chain([*hinges, layers, CompressedTails()])
-
-    def _least_numbers(self, spec: GuideSpec) -> int:
-        dim, count = spec.latents.latent_dim, spec.arguments["num_transforms"]
-        widths = [dim, *spec.arguments["hidden_dims"], dim] if dim > 1 else []
-        # the graph and weights of each network; there are none in one dimension
-        size = dim * dim + sum(one * other for one, other in pairwise(widths))
-        return max(super()._least_numbers(spec), count * size)
 
 
 class AutoIAF(PresetGuide):

@@ -44,7 +44,6 @@ from .variational_posterior import (
     MakeLocalFlow,
     default_flow,
     default_local_flow,
-    least_numbers,
 )
 
 # number of latent vectors drawn at once
@@ -189,9 +188,6 @@ class AutoAmortized(PersistentGuide):
             self._posterior.locate_at(self.prior.start(self.prior.log_joint))
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
-
-    def _least_numbers(self, spec: GuideSpec) -> int:
-        return least_numbers(spec, self._make_flow)
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         (encoder,), make_flows = self._encoder, self._flow_maker()

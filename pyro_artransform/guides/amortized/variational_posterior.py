@@ -53,20 +53,6 @@ def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
     return conditional_spline_autoregressive(1, context_dim)
 
 
-def least_numbers(spec: GuideSpec, make_flows: MakeFlows | None) -> int:
-    """A lower bound on the number of elements of a posterior's state, without the user's flows."""
-    feature_dims, size = spec.arguments["feature_dims"], 0
-    for group in LatentLayout(spec.latents).groups:
-        dim = group.latents.latent_dim
-        if group.name == GLOBAL:
-            size += dim * dim if make_flows and make_flows[0] is default_flow else dim
-            continue
-        features = feature_dims.get(group.name, spec.arguments["embedding_dim"])
-        rows = 0 if group.name in feature_dims else group.num_elements
-        size += (dim + features) * dim + rows * (features + 2 * dim)
-    return size
-
-
 class GlobalFactor(nn.Module):
     """The posterior of the global latents: an optional flow, then location and scale."""
 

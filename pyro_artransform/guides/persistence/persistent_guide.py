@@ -5,7 +5,6 @@
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from operator import is_
@@ -29,7 +28,7 @@ from ...model.density import Args, Kwargs, LogJoint
 from ...posterior.summaries import check_levels, quantiles_of
 from ..prototype import StartMessenger, Traces, is_hidden, prototype_trace
 from .param_store import RegisteredGuide
-from .spec import Arguments, GuideSpec, State, check_finite, check_size
+from .spec import Arguments, GuideSpec, State, check_finite
 
 Guide = TypeVar("Guide", bound="PersistentGuide")
 Model = Callable[..., object]
@@ -54,8 +53,6 @@ class PersistentGuide(RegisteredGuide):
     _traces: Traces | None = None  # two runs of the model, during set-up only
     #: makes ``transform`` from a spec and an initial point ``(latent_dim,)``
     _build: Callable[..., None]
-    #: lower bound on the elements of a spec's state dict, checked before a guide is built from a file
-    _least_numbers: Callable[[GuideSpec], int]
     sample_posterior: Callable[..., dict[str, Tensor]]
 
     def __init__(
@@ -258,42 +255,14 @@ class PersistentGuide(RegisteredGuide):
             self.prototype_trace = prototype_trace(spec.latents, spec.zeros())
         return self
 
-    def get_extra_state(self) -> Tensor:
-        """The spec as bytes; empty before the first call, or if a support cannot be serialized."""
-        text = ""
-        if self._spec is not None:
-            # functions come from the constructor, not from a state dict
-            known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
-            with suppress(ValueError):
-                text = replace(self._spec, arguments=known).to_json()
-        return _as_tensor(text)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Does nothing, as the spec is read before the parameters."""
-
     def _load_from_state_dict(self, state_dict: State, prefix: str, *args: Any) -> None:
-        """Extends torch's method to guides never called; rejects the state of another guide."""
-        state = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        text = bytes(state.pop("_extra_state", _as_tensor("")).tolist()).decode()
-        check_finite(state)
-        if text:
-            spec = GuideSpec.from_json(text, next(value.device for value in state.values()))
-            if self._spec is None:  # the guide's arguments take precedence over the state's
-                arguments = spec.arguments | self._resolved_arguments(spec.latents.latent_dim)
-                built = replace(spec, arguments=arguments)
-                check_size(state, self._least_numbers(built))
-                self._set_up_from(built, built.zeros())
-                self._ownership, self._model_is_checked = "carried", False
-            both = self._checked_spec().sites, spec.sites
-            expected, got = ({site.name: tuple(site.shape) for site in sites} for sites in both)
-            if expected != got:
-                message = f"expected {expected}, got {got}"
-                raise RuntimeError(f"the state dict belongs to a guide with other sites: {message}")
-        elif self._spec is None and state:
+        """Rejects parameters that are not finite, and any for a guide that was never called."""
+        state = {k: value for k, value in state_dict.items() if k.startswith(prefix)}
+        if self._spec is None and state:
             raise RuntimeError(
-                f"{type(self).__name__} was never called, so it has no parameters yet, and the state "
-                "dict does not name its sites: call the guide with the model's arguments first"
+                f"{self._unknown}, before load_state_dict; or use save and load, which need no call"
             )
+        check_finite(state)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     # Files
@@ -308,7 +277,6 @@ class PersistentGuide(RegisteredGuide):
         self._register()
         # an expanded tensor declares more elements than the file would hold
         state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        del state["_extra_state"]
         check_finite(state)
         files.write(path, _KIND.format(type(self).__name__), {"spec": spec, "state": state})
 
@@ -336,17 +304,19 @@ class PersistentGuide(RegisteredGuide):
             raise ValueError(f"{held.pop()}: expected none, as the file holds those of the guide")
         saved = files.read(path, _KIND.format(cls.__name__), map_location)
         try:
-            known = GuideSpec.from_json(saved["spec"], torch.device("cpu")).arguments
-            known = {key: v for key, v in known.items() if key not in cls._found_arguments}
+            state = saved["state"]
+            spec = GuideSpec.from_json(saved["spec"], next(iter(state.values())).device)
+            known = {k: v for k, v in spec.arguments.items() if k not in cls._found_arguments}
             guide = cls((lambda: None) if model is None else model, **{**known, **arguments})
-            guide.load_state_dict({**saved["state"], "_extra_state": _as_tensor(saved["spec"])})
+            # the guide's arguments take precedence over those of the file
+            resolved = guide._resolved_arguments(spec.latents.latent_dim)
+            spec = replace(spec, arguments=spec.arguments | resolved)
+            guide._set_up_from(spec, spec.zeros())
+            guide._ownership, guide._model_is_checked = "carried", False
+            guide.load_state_dict(state)
         except Exception as error:
             wanted = "what the guide's save writes, and the guide's flow"
             raise ValueError(f"{path}: expected {wanted}, got: {error}") from error
         if model is None:
             guide._model = None
         return guide
-
-
-def _as_tensor(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
