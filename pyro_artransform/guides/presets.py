@@ -22,6 +22,7 @@ from ..flows.conditioners import default_activation
 from ..flows.transforms import CompressedTails, FlowModule, chain
 from ..flows.univariate import Affine
 from ..model.coordinates.coordinates import CoordinatesArgument
+from ..model.sites import Latents
 from .autoregressive import AutoAutoregressive
 from .persistence.spec import Arguments
 
@@ -67,11 +68,13 @@ class PresetGuide(AutoAutoregressive):
         flow = partial(self._preset_flow, given)
         start: Arguments = {"init_loc_fn": init_loc_fn, "init_scale": init_scale}
         super().__init__(model, flow=flow, full_rank=full_rank, coordinates=coordinates, **start)
-        self._arguments.update(given)
+        self.arguments.update(given)
 
-    def _resolved_arguments(self, latent_dim: int) -> Arguments:
-        # resolved, so that a version with other defaults reads the same flow from a file
-        return {**self._network(latent_dim), **super()._resolved_arguments(latent_dim)}
+    def build(self, latents: Latents, start: Tensor) -> nn.Module:
+        # with defaults, so that a version with others reads the same flow from a file
+        for name, value in self._network(latents.latent_dim).items():
+            self.arguments.setdefault(name, value)
+        return super().build(latents, start)
 
     @classmethod
     def _preset_flow(cls, given: Arguments, latent_dim: int) -> nn.Module:

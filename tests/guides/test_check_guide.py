@@ -59,9 +59,10 @@ class WrongPath(Wrong):
 
 
 class Frozen(Wrong):
-    def _build(self, spec, start):
-        super()._build(spec, start)
-        self.transform.transforms[1].loc.register_hook(torch.zeros_like)
+    def build(self, latents, start):
+        made = super().build(latents, start)
+        made.transforms[1].loc.register_hook(torch.zeros_like)
+        return made
 
 
 class Unregistered(Wrong):

@@ -23,7 +23,7 @@ from ...model.graphs.markov_graph import MarkovGraph
 from ...model.graphs.sparse_gaussian import SparseGaussian
 from ...model.sites import Latents
 from ..autoregressive import AutoAutoregressive
-from ..persistence.spec import Arguments, GuideSpec
+from ..persistence.spec import Arguments
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions
 from .structured_flow import StructuredFlow
 
@@ -93,7 +93,8 @@ class AutoStructuredFlow(AutoAutoregressive):
     """
 
     _graph: LatentGraph
-    _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank")
+    # files of version 0.3.0 have a maximum number of parents
+    _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank", "max_parents")
 
     @names_the_class
     def __init__(
@@ -114,8 +115,8 @@ class AutoStructuredFlow(AutoAutoregressive):
             init_scale=init_scale,
             coordinates=coordinates,
         )
-        self._arguments["hidden_dim"] = check_integer("hidden_dim", hidden_dim)
-        self._arguments["num_transforms"] = check_integer("num_transforms", num_transforms)
+        self.arguments["hidden_dim"] = check_integer("hidden_dim", hidden_dim)
+        self.arguments["num_transforms"] = check_integer("num_transforms", num_transforms)
 
     @property
     def graph(self) -> LatentGraph:
@@ -138,17 +139,19 @@ class AutoStructuredFlow(AutoAutoregressive):
         graph = self._find_graph(log_joint)
         for with_location in (True, False) if mapped else ():
             sites = {name: with_location or not mapped[name] for name in mapped}
-            found = self._graph_in(log_joint, sites)
-            if self.prior.requested != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
-                return {**self.prior.arguments_of(sites), "graph": found.to_plain()}
+            self._graph = self._graph_in(log_joint, sites)
+            if self.prior.requested != "prior" or _size(self._graph) <= _MOST_FILL_IN * _size(
+                graph
+            ):
+                return {**self.prior.arguments_of(sites), "graph": self._graph.to_plain()}
         return {**self.prior.arguments_of({}), "graph": graph.to_plain()}
 
-    def _build(self, spec: GuideSpec, start: Tensor) -> None:
-        arguments = spec.arguments
-        self._graph = LatentGraph.from_plain(arguments["graph"], spec.sites)
+    def build(self, latents: Latents, start: Tensor) -> nn.Module:
+        arguments = self.arguments
+        self._graph = LatentGraph.from_plain(arguments["graph"], tuple(latents.sites.values()))
         given = self._graph.elimination, arguments["hidden_dim"], arguments["num_transforms"]
         self._make_flow = lambda _: StructuredFlow(*given)
-        super()._build(spec, start)
+        return super().build(latents, start)
 
     def _graph_in(self, log_joint: LogJoint, sites: dict[str, bool]) -> LatentGraph:
         """The graph in coordinates of the prior, with the edges of both lambda 0 and lambda 1.
@@ -171,8 +174,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         markov = MarkovGraph.from_neighbours(found.neighbours)
         return LatentGraph(coordinate_names(log_joint.latents.sites.values()), markov)
 
-    def _colors(self) -> Tensor:
-        return self._graph.markov.coloring.on(self._parts[1].loc.device)
+    def _colors(self, start: Tensor) -> Tensor:
+        return self._graph.markov.coloring.on(start.device)
 
     @torch.no_grad()
     def missing_over_batches(
@@ -195,18 +198,10 @@ class AutoStructuredFlow(AutoAutoregressive):
                 pairs.update(missing_dependencies(density, eps, neighbours, draws))
         return [f"{describe(names[i])} and {describe(names[j])}" for i, j in sorted(pairs)]
 
-    def _chunk_size(self) -> int:
-        elimination, arguments = self.graph.elimination, self._checked_spec().arguments
+    def _most_draws(self) -> int:
+        elimination, arguments = self.graph.elimination, self.arguments
         numbers = elimination.num_edges + (arguments["hidden_dim"] + 2) * len(elimination.parents)
         return max(_MOST_NUMBERS // numbers, 1)
-
-    def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
-        """See :meth:`AutoAutoregressive.rsample_and_log_prob`; draws are made in chunks."""
-        draw, parts = super().rsample_and_log_prob, []
-        for start in range(0, check_integer("n", n), chunk := self._chunk_size()):
-            parts.append(draw(min(chunk, n - start), path))
-        z, log_q = zip(*parts)
-        return torch.cat(z), torch.cat(log_q)
 
     # Starts of a fit
 
@@ -221,9 +216,9 @@ class AutoStructuredFlow(AutoAutoregressive):
             deviations, shape ``(latent_dim,)``; by default ``init_scale``.
         :raises ValueError: if a shape is wrong, a number is not finite, or the scale is no such matrix.
         """
-        spec, elimination, (_, affine) = self._checked_spec(), self.graph.elimination, self._parts
+        elimination, (_, affine) = self.graph.elimination, self._parts
         if scale_tril is None:
-            scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"])
+            scale_tril = torch.full_like(affine.loc.detach(), self.arguments["init_scale"])
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         loc = to_tensor("loc", loc, affine.loc)
         if scale_tril.dim() == 2:

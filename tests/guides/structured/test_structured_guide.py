@@ -199,7 +199,7 @@ def test_a_switched_off_dependency_is_found_on_draws_of_the_fitted_guide():
 
 def test_draws_are_those_of_the_parts(monkeypatch):
     guide = redraw(new(), 0.3)
-    monkeypatch.setattr(AutoStructuredFlow, "_chunk_size", lambda _: 5)
+    monkeypatch.setattr(AutoStructuredFlow, "_most_draws", lambda _: 5)
 
     def gradients(*sizes):
         torch.manual_seed(0)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Guides that persist in the param store, copies, state dicts and files."""
+"""The base of all guides, built for the latents of a model: copies, coordinates of the prior, quantiles."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -16,43 +16,43 @@ from pyro import poutine
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.infer.autoguide import init_to_median
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform
 
-from ..._base import files
-from ..._base.arguments import asks_for_data, check_callable, check_integer
-from ..._base.files import FilePath
-from ...model.coordinates.coordinates import ModelPrior
-from ...model.coordinates.prior_map import Coordinates
-from ...model.density import Args, Kwargs, LogJoint
-from ...posterior.summaries import check_levels, quantiles_of
-from ..prototype import StartMessenger, Traces, is_hidden, prototype_trace
-from .param_store import RegisteredGuide
-from .spec import Arguments, GuideSpec, State, check_finite
+from .._base.arguments import asks_for_data, check_callable, check_integer
+from .._base.files import FilePath
+from ..model.coordinates.coordinates import ModelPrior
+from ..model.coordinates.prior_map import Coordinates
+from ..model.density import Args, Kwargs, LogJoint
+from ..model.sites import Latents
+from ..posterior.summaries import check_levels, quantiles_of
+from .persistence import guide_files
+from .persistence.param_store import RegisteredGuide
+from .persistence.spec import Arguments, GuideSpec, State, check_finite
+from .prototype import StartMessenger, Traces, is_hidden, prototype_trace
 
-Guide = TypeVar("Guide", bound="PersistentGuide")
+Guide = TypeVar("Guide", bound="BaseGuide")
 Model = Callable[..., object]
 
-_KIND = "a guide of class {}, format 9"
 
+class BaseGuide(RegisteredGuide):
+    """A guide whose parameters are those of ``transform``, the module that :meth:`build` returns.
 
-class PersistentGuide(RegisteredGuide):
-    """An autoguide built from a :class:`~pyro_artransform.guides.persistence.spec.GuideSpec`.
+    :class:`~pyro_artransform.guides.unconstrained.UnconstrainedGuide` draws all latents as one vector. A
+    subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_registered_transform` where it
+    uses the parameters.
 
-    A subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_registered_transform` where
-    it uses the parameters of ``transform``.
+    :param arguments: the constructor arguments that files hold.
     """
 
     #: the user's functions: deep copies share them, pickles drop them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
-    #: arguments in a spec that are not constructor arguments
+    #: those of ``arguments`` that are not constructor arguments
     _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
-    _make_flow: Any  #: makes the flow or flows
+    _make_flow: Any = None  #: makes the flow or flows
     _traces: Traces | None = None  # two runs of the model, during set-up only
-    #: makes ``transform`` from a spec and an initial point ``(latent_dim,)``
-    _build: Callable[..., None]
     sample_posterior: Callable[..., dict[str, Tensor]]
 
     def __init__(
@@ -68,11 +68,24 @@ class PersistentGuide(RegisteredGuide):
             )
         check_callable("init_loc_fn", init_loc_fn)
         RegisteredGuide.__init__(self, model)
-        self._arguments, self.prior = arguments, prior
+        #: the constructor's arguments, and what set-up found out about the model
+        self.arguments, self.prior = arguments, prior
         self._spec: GuideSpec | None = None
         #: whether latents were compared with the model's, not only read from a file
         self._model_is_checked = True
         self._use_model(model, init_loc_fn)
+
+    def build(self, latents: Latents, start: Tensor) -> nn.Module:
+        """Makes the module with all parameters of the guide, for the latents of its model.
+
+        It has the dtype and the device of ``start``, and follows from the latents and from ``arguments``, in
+        which it may replace defaults: a loaded guide is built from these, without the model.
+
+        :param start: where the guide starts, shape ``(latent_dim,)``: the initial values of the latents.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no build(latents, start)")
+
+    # The model
 
     @property
     def model(self) -> Model:
@@ -96,6 +109,8 @@ class PersistentGuide(RegisteredGuide):
         known = vars(self).get("_model")
         init_loc_fn = init_loc_fn or (known[2] if known else init_to_median)
         self._model = StartMessenger(init_loc_fn, names)(model), model, init_loc_fn
+
+    # Coordinates from the model's prior
 
     @property
     def prior_coordinates(self) -> Coordinates | None:
@@ -145,15 +160,31 @@ class PersistentGuide(RegisteredGuide):
         mapped = self._mapped_sites(args, kwargs, depends)
         return self.prior.arguments_of(dict.fromkeys(mapped, True))
 
+    # Set-up
+
     def set_up(self, *args: object, **kwargs: object) -> None:
-        """Runs the model to learn its latents, and builds the flows, like the first call."""
+        """Runs the model to learn its latents, and builds the guide, like the first call."""
         if self._spec is None:
             with asks_for_data(args, kwargs, self._unknown):
                 self._setup_prototype(*args, **kwargs)
 
-    def _resolved_arguments(self, latent_dim: int) -> Arguments:
-        """Constructor arguments, with defaults, that take precedence over those of a file."""
-        return {}
+    def _set_up_from(
+        self, spec: GuideSpec, start: Tensor, locate: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Builds the guide at an initial point ``(latent_dim,)``, which ``locate`` maps to coordinates."""
+        # a parameter made in inference mode cannot train
+        with torch.inference_mode(False):
+            start = start.detach().clone()
+            self.prior.set_up(spec.arguments, spec.latents, start)
+        of_build = start if locate is None or self.prior.coordinates is None else locate(start)
+        with torch.inference_mode(False):
+            self.arguments = spec.arguments
+            self.transform = self.build(spec.latents, of_build.detach().clone())
+            self.coordinates = self.prior.coordinates  # registers its tensors as the guide's
+            self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
+        if self._model is not None:
+            # from now on, other latents of the model are predictions
+            self._use_model(*self._model[1:])
 
     def _flow_maker(self) -> Any:
         if self._make_flow is None:
@@ -162,19 +193,6 @@ class PersistentGuide(RegisteredGuide):
                 "pickling it, or make a new one"
             )
         return self._make_flow
-
-    def _set_up_from(self, spec: GuideSpec, start: Tensor) -> None:
-        """Builds the guide at an initial point ``(latent_dim,)``."""
-        # a parameter made in inference mode cannot train
-        with torch.inference_mode(False):
-            start = start.detach().clone()
-            self._build(spec, start)
-            self.prior.set_up(spec.arguments, spec.latents, start)
-            self.coordinates = self.prior.coordinates  # registers its tensors as the guide's
-            self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
-        if self._model is not None:
-            # from now on, other latents of the model are predictions
-            self._use_model(*self._model[1:])
 
     @property
     def _unknown(self) -> str:
@@ -197,6 +215,8 @@ class PersistentGuide(RegisteredGuide):
         if not entries or not all(map(is_, map(stored.get, entries), entries.values())):
             self._register()
         return self.transform  # a param statement, as each access of the attribute is
+
+    # Summaries
 
     @torch.no_grad()
     def quantiles(
@@ -222,6 +242,8 @@ class PersistentGuide(RegisteredGuide):
         """The median of each coordinate of each site, by :meth:`quantiles`."""
         found = self.quantiles([0.5], *args, **kwargs)
         return {name: value[0] for name, value in found.items()}
+
+    # Copies and files
 
     def __getstate__(self) -> dict[str, Any]:
         for part in self.modules():
@@ -249,6 +271,7 @@ class PersistentGuide(RegisteredGuide):
 
     def _apply(self: Guide, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guide:
         super()._apply(fn, recurse)
+        self._entries = {}
         if self._spec is not None:
             spec = self._spec = self._spec.to(fn)
             self.prior.space = self.prior.space._replace(latents=spec.latents)
@@ -265,20 +288,13 @@ class PersistentGuide(RegisteredGuide):
         check_finite(state)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    # Files
-
     def save(self, path: FilePath) -> None:
         """Writes the guide to a file of tensors and plain data; a failure keeps an existing file.
 
         :raises RuntimeError: if the guide was never called.
         :raises ValueError: if a support or argument is not plain data, or a parameter is not finite.
         """
-        spec = self._checked_spec().to_json()
-        self._register()
-        # an expanded tensor declares more elements than the file would hold
-        state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        check_finite(state)
-        files.write(path, _KIND.format(type(self).__name__), {"spec": spec, "state": state})
+        guide_files.save(self, path)
 
     @classmethod
     def load(
@@ -300,23 +316,11 @@ class PersistentGuide(RegisteredGuide):
         :raises ValueError: if the file was not written by :meth:`save`, is damaged, has another class of
             guide, holds NaN, needs a flow that was not passed, or another one; if ``coordinates`` are passed.
         """
-        if held := arguments.keys() & {*cls._found_arguments}:
-            raise ValueError(f"{held.pop()}: expected none, as the file holds those of the guide")
-        saved = files.read(path, _KIND.format(cls.__name__), map_location)
-        try:
-            state = saved["state"]
-            spec = GuideSpec.from_json(saved["spec"], next(iter(state.values())).device)
-            known = {k: v for k, v in spec.arguments.items() if k not in cls._found_arguments}
-            guide = cls((lambda: None) if model is None else model, **{**known, **arguments})
-            # the guide's arguments take precedence over those of the file
-            resolved = guide._resolved_arguments(spec.latents.latent_dim)
-            spec = replace(spec, arguments=spec.arguments | resolved)
-            guide._set_up_from(spec, spec.zeros())
-            guide._ownership, guide._model_is_checked = "carried", False
-            guide.load_state_dict(state)
-        except Exception as error:
-            wanted = "what the guide's save writes, and the guide's flow"
-            raise ValueError(f"{path}: expected {wanted}, got: {error}") from error
-        if model is None:
-            guide._model = None
-        return guide
+        return guide_files.load(cls, path, model, map_location, arguments)
+
+    def _restore(self, spec: GuideSpec, state: State) -> None:
+        """Builds the guide that a file describes; the constructor's arguments take precedence."""
+        spec = replace(spec, arguments=spec.arguments | self.arguments)
+        self._set_up_from(spec, spec.zeros())
+        self._ownership, self._model_is_checked = "carried", False
+        self.load_state_dict(state)
