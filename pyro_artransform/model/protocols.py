@@ -48,7 +48,6 @@ class PriorGuide(Protocol):
     """A guide that holds its model's prior; flow guides draw in coordinates from it."""
 
     prior: ModelPrior
-    transform: Any  #: the torch transform from a standard normal to these draws
 
 
 @runtime_checkable

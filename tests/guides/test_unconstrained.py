@@ -8,7 +8,6 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer import Predictive
 from torch import nn
 
 from pyro_artransform import AutoIAF, iaf
@@ -68,8 +67,7 @@ def test_it_has_what_guides_have(tmp_path):
         expected = guide.rsample_and_log_prob(3)
         pyro.set_rng_seed(0)
         assert all(map(torch.equal, twin.rsample_and_log_prob(3), expected))
-    shapes = AutoLowRank(models.shapes)
-    draws = Predictive(models.shapes, guide=shapes, num_samples=4)(models.data())
+    draws = AutoLowRank(models.shapes).sample_posterior(4, models.data())
     assert {name: tuple(draws[name].shape[1:]) for name in models.SHAPES} == models.SHAPES
 
 

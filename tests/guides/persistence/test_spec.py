@@ -262,11 +262,3 @@ def test_a_file_adds_no_hooks(tmp_path):
     loaded = AutoIAF.load(tmp_path / "guide")._spec.arguments["nonlinearity"]
     assert isinstance(loaded, nn.Tanh)
     assert not loaded._forward_hooks
-
-
-def test_widths_do_not_matter_in_one_dimension(tmp_path):
-    """There are no networks, so that a file of any widths is small."""
-    guide = AutoIAF(models.one_dimensional, hidden_dims=[2**20, 2**20])
-    guide(models.data())
-    guide.save(tmp_path / "guide")
-    AutoIAF.load(tmp_path / "guide")
