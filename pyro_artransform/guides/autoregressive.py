@@ -57,7 +57,7 @@ class AutoAutoregressive(UnconstrainedGuide):
 
     Example::
 
-        >>> import pyro
+        >>> import pyro, pyro.distributions as dist, torch
         >>> from pyro_artransform import AutoAutoregressive, spline_autoregressive
         >>> def model():
         ...     scale = pyro.sample("scale", dist.HalfNormal(1.0))
