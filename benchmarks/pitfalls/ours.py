@@ -158,9 +158,6 @@ class Ours(Subject):
     def tensor_files(self):
         return {"save": _save, "state dict": save_state}
 
-    def sample_without_data(self, guide):
-        return guide.sample_posterior(4)
-
     def _load_store(self, path, model):
         pyro.get_param_store().load(str(path))
         guide = self.guide(model)

@@ -147,10 +147,6 @@ class Subject:
         """Those of them that promise a file of tensors."""
         return {"state dict": save_state}
 
-    def sample_without_data(self, guide) -> dict[str, Tensor]:
-        """Draws from a guide that was never called."""
-        return guide()
-
     # Fits
 
     def fit(

@@ -8,6 +8,7 @@ from .amortized.amortized_guide import AutoAmortized
 from .autoregressive import AutoAutoregressive
 from .presets import AutoIAF, AutoMAF
 from .structured.structured_guide import AutoStructuredFlow
+from .unconstrained import UnconstrainedGuide
 
 __all__ = [
     "AutoAmortized",
@@ -16,4 +17,5 @@ __all__ = [
     "AutoMAF",
     "AutoStructuredFlow",
     "FlowDistribution",
+    "UnconstrainedGuide",
 ]

@@ -11,7 +11,7 @@ from pyro.infer.autoguide.initialization import InitMessenger, init_to_median
 from ..model.sites import Latents, initial_value
 from ..model.traces import subsampled_plates
 from .amortized.amortized_guide import AutoAmortized
-from .persistence.persistent_guide import PersistentGuide
+from .base import BaseGuide
 from .presets import AutoIAF
 from .prototype import one_more_run
 from .structured.structured_guide import AutoStructuredFlow
@@ -26,7 +26,7 @@ def choose_guide(
     kwargs: Mapping[str, object] | None = None,
     *,
     is_minibatch: bool = False,
-) -> tuple[PersistentGuide, str]:
+) -> tuple[BaseGuide, str]:
     """Makes a guide for a model, and says why it is of this class.
 
     Chooses ``AutoAmortized`` if latents are in a subsampled plate, which no other guide supports;

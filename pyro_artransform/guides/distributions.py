@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from torch.distributions import Transform, register_kl
 
 from .._base.arguments import warn_user
+from ..flows.transforms import FlowModule
 from ..flows.transforms.autoregressive import check_structure
 from ..flows.transforms.flow_distribution import FlowDistribution
 from ..flows.transforms.foreign import ForeignTransform, as_flow
+from ..model.density import LogJoint
 
 
 def check_flow_argument(name: str, make: Any, wanted: str) -> None:
@@ -100,6 +102,25 @@ def _check_foreign(name: str, flow: ForeignTransform, like: Tensor) -> None:
                 f"are off by {worst:.2g} at standard normal draws, where its densities are wrong",
                 UserWarning,
             )
+
+
+class ToUnconstrained(FlowModule):
+    """Maps coordinates from the prior to the unconstrained space, by runs of the model.
+
+    :param log_joint: the log joint density of the model, in these coordinates.
+    """
+
+    def __init__(self, log_joint: LogJoint) -> None:
+        super().__init__()
+        self._log_joint = log_joint
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        u, ladj = self._log_joint.to_unconstrained(x.reshape(-1, x.shape[-1]))
+        return u.reshape(x.shape), ladj.reshape(x.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x, ladj = self._log_joint.from_unconstrained(y.reshape(-1, y.shape[-1]))
+        return x.reshape(y.shape), ladj.reshape(y.shape[:-1])
 
 
 class SiteDelta(dist.Delta):

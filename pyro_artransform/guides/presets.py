@@ -5,7 +5,6 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import pairwise
 from typing import Any, ClassVar
 
 from pyro.infer.autoguide import init_to_median
@@ -22,8 +21,9 @@ from ..flows.conditioners import default_activation
 from ..flows.transforms import CompressedTails, FlowModule, chain
 from ..flows.univariate import Affine
 from ..model.coordinates.centering import CoordinatesArgument
+from ..model.sites import Latents
 from .autoregressive import AutoAutoregressive
-from .persistence.spec import Arguments, GuideSpec
+from .persistence.spec import Arguments
 
 # factor of network outputs: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow models in
 # 1 of 20 runs, at 0.3 and 0.1 in none of 16
@@ -66,11 +66,13 @@ class PresetGuide(AutoAutoregressive):
         flow = partial(self._preset_flow, given)
         start: Arguments = {"init_loc_fn": init_loc_fn, "init_scale": init_scale}
         super().__init__(model, flow=flow, full_rank=full_rank, coordinates=coordinates, **start)
-        self._arguments.update(given)
+        self.arguments.update(given)
 
-    def _resolved_arguments(self, latent_dim: int) -> Arguments:
-        # resolved, so that a version with other defaults reads the same flow from a file
-        return {**self._network(latent_dim), **super()._resolved_arguments(latent_dim)}
+    def build(self, latents: Latents, start: Tensor) -> nn.Module:
+        # with defaults, so that a version with others reads the same flow from a file
+        for name, value in self._network(latents.latent_dim).items():
+            self.arguments.setdefault(name, value)
+        return super().build(latents, start)
 
     @classmethod
     def _preset_flow(cls, given: Arguments, latent_dim: int) -> nn.Module:
@@ -85,13 +87,6 @@ class PresetGuide(AutoAutoregressive):
         hinges = [hinged_marginals(latent_dim)] if cls._has_hinges else []
         # scales of three layers multiply, so that draws without bound overflow models in float32
         return chain([*hinges, layers, CompressedTails()])
-
-    def _least_numbers(self, spec: GuideSpec) -> int:
-        dim, count = spec.latents.latent_dim, spec.arguments["num_transforms"]
-        widths = [dim, *spec.arguments["hidden_dims"], dim] if dim > 1 else []
-        # the graph and weights of each network; there are none in one dimension
-        size = dim * dim + sum(one * other for one, other in pairwise(widths))
-        return max(super()._least_numbers(spec), count * size)
 
 
 class AutoIAF(PresetGuide):

@@ -50,7 +50,6 @@ class PriorGuide(Protocol):
     coordinates: Any  #: its :class:`Coordinates`; None before the first call
     chooses_coordinates: bool  #: whether a fit may change lambda, in place
     maps_priors: bool  #: False if the user asks for the model's coordinates
-    transform: Any  #: the torch transform from a standard normal to the draws
 
     def log_joint_of(self, model: object, args: Args, kwargs: Kwargs) -> LogJoint | None:
         """The log joint density that the guide knows, at these arguments; None for another model."""

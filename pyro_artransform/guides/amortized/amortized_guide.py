@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from ..._base.arguments import check_callable, check_integer, check_positive, is_tracing
 from ...model.coordinates.centering import CoordinatesArgument
 from ...model.density import MOST_SIGNATURES, Args, Kwargs, LogJoint
+from ...model.sites import Latents
 from ...model.traces import argument_signature
+from ..base import BaseGuide, Model
 from ..distributions import SiteDelta, check_flow_argument
-from ..persistence.persistent_guide import Model, PersistentGuide
 from ..persistence.spec import GuideSpec
 from ..prototype import compare_names, one_more_run, refuse_moving_structure, sites_by_name
 from .element_map import ElementMap, center_elements, center_elements_at_start, mean_start
@@ -44,14 +45,13 @@ from .variational_posterior import (
     MakeLocalFlow,
     default_flow,
     default_local_flow,
-    least_numbers,
 )
 
 # number of latent vectors drawn at once
 _CHUNK = 2**16
 
 
-class AutoAmortized(PersistentGuide):
+class AutoAmortized(BaseGuide):
     r"""A guide for models with plates: a flow for the global latents, and one for each element.
 
     .. math::
@@ -124,8 +124,8 @@ class AutoAmortized(PersistentGuide):
     path = False
 
     _num_quantile_draws = 2_000
-    _functions = (*PersistentGuide._functions, "create_plates")
-    _found_arguments = (*PersistentGuide._found_arguments, "feature_dims", "feature_units")
+    _functions = (*BaseGuide._functions, "create_plates")
+    _found_arguments = (*BaseGuide._found_arguments, "feature_dims", "feature_units")
 
     def __init__(
         self,
@@ -179,30 +179,29 @@ class AutoAmortized(PersistentGuide):
             groups = LatentLayout(latents).local_groups
             units = first_feature_units(encoder, plates, groups, args, kwargs)
         feature_dims = {name: len(loc) for name, (loc, _) in units.items()}
-        arguments = {**self._arguments, "feature_dims": feature_dims, "feature_units": units}
+        arguments = {**self.arguments, "feature_dims": feature_dims, "feature_units": units}
         arguments |= self._found_in_model(args, kwargs, bool(dependent))
-        self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
-        if (coordinates := self.prior_coordinates) is not None:
-            density = self._bind((), {})
+
+        def locate(_: Tensor) -> Tensor:
+            density, coordinates = self._bind((), {}), self.coordinates
             share = 1 / density.structure(args, kwargs).scale
             center_elements_at_start(coordinates, self._requested, density, share)
-            self._posterior.locate_at(mean_start(coordinates, density))
+            return mean_start(coordinates, density)
+
+        self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start, locate)
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
-    def _least_numbers(self, spec: GuideSpec) -> int:
-        return least_numbers(spec, self._make_flow)
-
-    def _build(self, spec: GuideSpec, start: Tensor) -> None:
+    def build(self, latents: Latents, start: Tensor) -> nn.Module:
         (encoder,), make_flows = self._encoder, self._flow_maker()
-        feature_dims = spec.arguments["feature_dims"]
+        feature_dims = self.arguments["feature_dims"]
         if feature_dims and encoder is None:
             raise ValueError(
                 f"the guide had an encoder for plate '{next(iter(feature_dims))}': expected it as encoder= "
                 "of the guide or of load, since files and state dicts do not contain it, got none"
             )
-        self.transform = AmortizedPosterior(spec, start, make_flows, encoder)
-        self._sizes, self._sizes_by_shapes = plate_sizes(spec.sites), {}
+        self._sizes, self._sizes_by_shapes = plate_sizes(latents.sites.values()), {}
+        return AmortizedPosterior(latents, self.arguments, start, make_flows, encoder)
 
     def __getstate__(self) -> dict[str, Any]:
         plates = None if self.create_plates is None else plates_were_dropped

@@ -24,7 +24,7 @@ from ...flows.univariate.affine import GivenLocationScale
 from ...model.density import Args, Kwargs
 from ...model.sites import Latents
 from ..distributions import PathDistribution, make_flow
-from ..persistence.spec import Arguments, GuideSpec
+from ..persistence.spec import Arguments
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .plates import GLOBAL, Group, LatentLayout, Plates, PlateSizes, Vectors
 
@@ -51,20 +51,6 @@ def default_local_flow(latent_dim: int, context_dim: int) -> nn.Module:
     if latent_dim > 1:
         return conditional_iaf(latent_dim, context_dim, 2)
     return conditional_spline_autoregressive(1, context_dim)
-
-
-def least_numbers(spec: GuideSpec, make_flows: MakeFlows | None) -> int:
-    """A lower bound on the number of elements of a posterior's state, without the user's flows."""
-    feature_dims, size = spec.arguments["feature_dims"], 0
-    for group in LatentLayout(spec.latents).groups:
-        dim = group.latents.latent_dim
-        if group.name == GLOBAL:
-            size += dim * dim if make_flows and make_flows[0] is default_flow else dim
-            continue
-        features = feature_dims.get(group.name, spec.arguments["embedding_dim"])
-        rows = 0 if group.name in feature_dims else group.num_elements
-        size += (dim + features) * dim + rows * (features + 2 * dim)
-    return size
 
 
 class GlobalFactor(nn.Module):
@@ -209,22 +195,28 @@ class LocalFactor(nn.Module):
 class AmortizedPosterior(nn.Module):
     """An amortized posterior: an encoder, and a factor for each group given its features and parents.
 
+    :param arguments: the arguments of the guide.
     :param start: the initial location of one element of each group, in the order of the sites.
     """
 
     def __init__(
-        self, spec: GuideSpec, start: Tensor, make_flows: MakeFlows, encoder: Encoder | None
+        self,
+        latents: Latents,
+        arguments: Arguments,
+        start: Tensor,
+        make_flows: MakeFlows,
+        encoder: Encoder | None,
     ) -> None:
         super().__init__()
-        self.layout = LatentLayout(spec.latents)
+        self.layout = LatentLayout(latents)
         self.globals: GlobalFactor | None = None
         self.locals = nn.ModuleList()
         self._factors: dict[str, GlobalFactor | LocalFactor] = {}
-        (make_global, make_local), arguments = make_flows, spec.arguments
-        parts = spec.latents.split(start)
+        make_global, make_local = make_flows
+        parts = latents.split(start)
         for group in self.layout.groups:
             # one dtype for all sites
-            loc = torch.cat([parts[name].flatten().to(spec.dtype) for name in group.latents.sites])
+            loc = torch.cat([parts[name].flatten().to(start.dtype) for name in group.latents.sites])
             if group.name == GLOBAL:
                 self.globals = GlobalFactor(make_global, loc, arguments["init_scale"])
                 self._factors[GLOBAL] = self.globals

@@ -1,4 +1,4 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Persistence of guides: Pyro's param store, copies, state dicts and files."""
+"""Persistence of guides: Pyro's param store and files."""

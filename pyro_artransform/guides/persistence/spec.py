@@ -135,18 +135,6 @@ def _public(attributes: Arguments) -> Arguments:
     return {name: value for name, value in attributes.items() if name[0] != "_"}
 
 
-def check_size(state: State, least: int) -> None:
-    """Rejects a state dict smaller than its guide's before memory and time are spent on building it."""
-    # by storage, as an expanded tensor declares more elements than it holds
-    storages = {value.untyped_storage().data_ptr(): value for value in state.values()}
-    numbers = sum(v.untyped_storage().nbytes() // v.element_size() for v in storages.values())
-    if numbers < least:
-        raise RuntimeError(
-            f"the state does not match the sites and arguments of its guide: expected at least {least} "
-            f"numbers, got {numbers}"
-        )
-
-
 def check_finite(state: State) -> None:
     """Refuses a state dict with NaN or infinite entries."""
     for name, value in state.items():

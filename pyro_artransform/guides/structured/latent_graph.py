@@ -4,7 +4,7 @@
 """The graph of a guide's named latents."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain, product
 from typing import Any
@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._base.arguments import first_of
-from ...model.graphs.dependencies import DependencyGraph
 from ...model.graphs.markov_graph import Elimination, MarkovGraph
-from ...model.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from ...model.sites import Site
 
 #: a site, followed by the index of a coordinate in its unconstrained value
@@ -30,20 +28,15 @@ class LatentGraph:
 
     :param names: the names of all coordinates, in the order of the latent vector.
     :param markov: the dependencies of the posterior, and its exact factorization.
-    :param dropped: pairs of a coordinate and a parent removed by ``max_parents``.
     """
 
     names: tuple[Name, ...]
     markov: MarkovGraph
-    dropped: tuple[tuple[int, int], ...] = ()
 
-    @cached_property
+    @property
     def elimination(self) -> Elimination:
-        """The guide's factorization, without dropped parents."""
-        full, dropped, parents = self.markov.elimination, set(self.dropped), []
-        for i, own in enumerate(full.parents):
-            parents.append(tuple(j for j in own if (i, j) not in dropped))
-        return replace(full, parents=tuple(parents)) if dropped else full
+        """The guide's factorization."""
+        return self.markov.elimination
 
     @property
     def levels(self) -> tuple[tuple[Name, ...], ...]:
@@ -85,7 +78,6 @@ class LatentGraph:
             f"levels: {len(self.elimination.levels)}",
             f"root block: {len(self.root)} ({first_of([*map(describe, self.root)])})",
             f"parents of the others: at most {max(counts)}, {sum(counts) / len(counts):.1f} on average",
-            f"cut by max_parents: {len(self.dropped) or 'none'}",
         ]
         return "LatentGraph(\n  " + "\n  ".join(lines) + "\n)"
 
@@ -95,16 +87,15 @@ class LatentGraph:
             "edges": self.markov.edges,
             "parents": self.markov.elimination.parents,
             "root": self.markov.elimination.root,
-            "dropped": self.dropped,
         }
 
     @classmethod
     def from_plain(cls, plain: dict[str, Any], sites: Sequence[Site]) -> "LatentGraph":
         """Reads a graph from the output of :meth:`to_plain`."""
         parents, edges = tuple(map(tuple, plain["parents"])), plain["edges"]
-        root, dropped = tuple(plain["root"]), tuple((i, j) for i, j in plain["dropped"])
+        root = tuple(plain["root"])
         dim = sum(site.size for site in sites)
-        unknown = set(chain(root, *parents, *edges, *dropped)).difference(range(len(parents)))
+        unknown = set(chain(root, *parents, *edges)).difference(range(len(parents)))
         if unknown or len(parents) != dim:
             raise ValueError(
                 f"graph: expected the parents and edges of {dim} coordinates, got parents of "
@@ -115,7 +106,7 @@ class LatentGraph:
             neighbours[i].add(j)
             neighbours[j].add(i)
         markov = MarkovGraph(tuple(map(frozenset, neighbours)), Elimination(parents, root))
-        return cls(coordinate_names(sites), markov, dropped)
+        return cls(coordinate_names(sites), markov)
 
 
 def coordinate_names(sites: Iterable[Site]) -> tuple[Name, ...]:
@@ -131,25 +122,6 @@ def describe(name: Name) -> str:
     """Formats a name, such as ``h[3]``."""
     site, *index = name
     return f"{site}[{', '.join(map(str, index))}]" if index else str(site)
-
-
-def weakest_parents(found: DependencyGraph, full: Elimination, most: int) -> list[tuple[int, int]]:
-    """Pairs of a coordinate and a parent beyond its ``most`` strongest by partial correlation."""
-    if max(map(len, full.parents), default=0) <= most:
-        return []
-    pattern, (rows, columns) = PrecisionPattern(full, found.second.device), found.pairs
-    entries = torch.where(rows == columns, found.second.abs(), -found.second)
-    precision = pattern.from_pairs(rows, columns, entries)
-    loc = found.second.new_zeros(len(full.parents))
-    gaussian = SparseGaussian.from_precision(pattern, loc, precision)
-    coefficients, _ = gaussian.given(full.parents)
-    pairs = []
-    for i, own in enumerate(full.parents):
-        if len(own) > most:
-            strength = coefficients[i].abs() * gaussian.sd[list(own)]
-            weakest = strength.argsort(descending=True)[most:].tolist()
-            pairs += [(i, own[k]) for k in sorted(weakest)]
-    return pairs
 
 
 def regressions(

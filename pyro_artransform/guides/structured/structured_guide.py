@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..._base.arguments import check_integer, first_of, to_tensor
+from ..._base.arguments import check_integer, to_tensor
 from ...flows.transforms.scales_and_tails import check_location_and_scale
 from ...model import LogJoint
 from ...model.coordinates.centering import CoordinatesArgument
@@ -23,8 +23,8 @@ from ...model.graphs.markov_graph import MarkovGraph
 from ...model.graphs.sparse_gaussian import SparseGaussian
 from ...model.sites import Latents
 from ..autoregressive import AutoAutoregressive
-from ..persistence.spec import Arguments, GuideSpec
-from .latent_graph import LatentGraph, coordinate_names, describe, regressions, weakest_parents
+from ..persistence.spec import Arguments
+from .latent_graph import LatentGraph, coordinate_names, describe, regressions
 from .structured_flow import StructuredFlow
 
 # maximum number of gradients and of draws in a check of the graph
@@ -54,14 +54,12 @@ class AutoStructuredFlow(AutoAutoregressive):
     parents.
 
     ``print(guide.graph)`` summarizes the dependencies. A dependency that is inactive at the first call, such
-    as in a branch of ``torch.where``, is not in the graph: :meth:`check_graph` searches again. A mini-batch
+    as in a branch of ``torch.where``, is not in the graph; ``fit`` searches again at its end. A mini-batch
     has only a part of the dependencies, so before training on mini-batches the guide must see all data once,
     by ``guide.set_up(*all_data)``.
 
     :param model: a Pyro model.
     :param hidden_dim: the number of hidden units of the network of each latent coordinate.
-    :param max_parents: the maximum number of parents of a coordinate; beyond it, parents with the strongest
-        partial correlations near the start are kept, and ``guide.graph.dropped`` lists the others.
     :param num_transforms: the number of layers with networks of the parents.
     :param init_loc_fn: see :class:`~pyro_artransform.AutoAutoregressive`, also for ``init_scale``.
     :param coordinates: as for :class:`~pyro_artransform.AutoAutoregressive`. With "prior" they include the
@@ -95,14 +93,14 @@ class AutoStructuredFlow(AutoAutoregressive):
     """
 
     _graph: LatentGraph
-    _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank")
+    # files of version 0.3.0 have a maximum number of parents
+    _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank", "max_parents")
 
     def __init__(
         self,
         model: Callable[..., object],
         *,
         hidden_dim: int = 8,
-        max_parents: int = 256,
         num_transforms: int = 1,
         init_loc_fn: Callable[..., Any] = init_to_median,
         init_scale: float = 0.1,
@@ -116,9 +114,8 @@ class AutoStructuredFlow(AutoAutoregressive):
             init_scale=init_scale,
             coordinates=coordinates,
         )
-        self._arguments["hidden_dim"] = check_integer("hidden_dim", hidden_dim)
-        self._arguments["max_parents"] = check_integer("max_parents", max_parents)
-        self._arguments["num_transforms"] = check_integer("num_transforms", num_transforms)
+        self.arguments["hidden_dim"] = check_integer("hidden_dim", hidden_dim)
+        self.arguments["num_transforms"] = check_integer("num_transforms", num_transforms)
 
     @property
     def graph(self) -> LatentGraph:
@@ -141,17 +138,17 @@ class AutoStructuredFlow(AutoAutoregressive):
         graph = self._find_graph(log_joint)
         for with_location in (True, False) if mapped else ():
             sites = {name: with_location or not mapped[name] for name in mapped}
-            found = self._graph_in(log_joint, sites)
-            if self._requested != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
-                return {**self._coordinate_arguments(sites), "graph": found.to_plain()}
+            self._graph = self._graph_in(log_joint, sites)
+            if self._requested != "prior" or _size(self._graph) <= _MOST_FILL_IN * _size(graph):
+                return {**self._coordinate_arguments(sites), "graph": self._graph.to_plain()}
         return {**self._coordinate_arguments({}), "graph": graph.to_plain()}
 
-    def _build(self, spec: GuideSpec, start: Tensor) -> None:
-        arguments = spec.arguments
-        self._graph = LatentGraph.from_plain(arguments["graph"], spec.sites)
+    def build(self, latents: Latents, start: Tensor) -> nn.Module:
+        arguments = self.arguments
+        self._graph = LatentGraph.from_plain(arguments["graph"], tuple(latents.sites.values()))
         given = self._graph.elimination, arguments["hidden_dim"], arguments["num_transforms"]
         self._make_flow = lambda _: StructuredFlow(*given)
-        super()._build(spec, start)
+        return super().build(latents, start)
 
     def _graph_in(self, log_joint: LogJoint, sites: dict[str, bool]) -> LatentGraph:
         """The graph in coordinates of the prior, with the edges of both lambda 0 and lambda 1.
@@ -170,36 +167,19 @@ class AutoStructuredFlow(AutoAutoregressive):
             eps, elements = log_joint.latents.eps, _smallest_elements(log_joint.latents)
             found = find_dependencies(log_joint, eps, elements)
         markov = MarkovGraph.from_neighbours(found.neighbours)
-        dropped = weakest_parents(found, markov.elimination, self._arguments["max_parents"])
-        names = coordinate_names(tuple(log_joint.latents.sites.values()))
-        return LatentGraph(names, markov, tuple(dropped))
+        return LatentGraph(coordinate_names(log_joint.latents.sites.values()), markov)
 
-    def _colors(self) -> Tensor:
-        return self._graph.markov.coloring.on(self._parts[1].loc.device)
-
-    def check_graph(self, *args: object, **kwargs: object) -> None:
-        """Searches for missing dependencies, like :func:`~pyro_artransform.fit` at its end.
-
-        Computes about 4,000 gradients, at no more than 256 draws of the guide.
-
-        :param args: the model's arguments, like ``kwargs``.
-        :raises ValueError: if a dependency is missing; the message names the latents.
-        """
-        self.set_up(*args, **kwargs)
-        missing = self.missing_over_batches([(args, kwargs)])
-        if missing:
-            raise ValueError(
-                "the model has dependencies that were inactive at the first call of the guide: "
-                f"{first_of(missing)}. Expected a graph with all of them: make a new guide with an "
-                "init_loc_fn where they are active, such as init_to_value(values=guide.median()), or use "
-                "AutoIAF"
-            )
+    def _colors(self, start: Tensor) -> Tensor:
+        return self._graph.markov.coloring.on(start.device)
 
     @torch.no_grad()
     def missing_over_batches(
         self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
     ) -> list[str]:
-        """Missing dependencies over mini-batches, such as ``"mu and h[3]"``; see :meth:`check_graph`."""
+        """Dependencies that draws of the guide reveal and its graph lacks, such as ``"mu and h[3]"``.
+
+        :param batches: ``args`` and ``kwargs`` of some mini-batches, or of all data only.
+        """
         graph, names = self.graph, self.graph.names
         most = _MOST_GRADIENTS // (graph.markov.coloring.num_colors * len(batches))
         count = max(2, min(_MOST_DRAWS, most))
@@ -213,18 +193,10 @@ class AutoStructuredFlow(AutoAutoregressive):
                 pairs.update(missing_dependencies(density, eps, neighbours, draws))
         return [f"{describe(names[i])} and {describe(names[j])}" for i, j in sorted(pairs)]
 
-    def _chunk_size(self) -> int:
-        elimination, arguments = self.graph.elimination, self._checked_spec().arguments
+    def _most_draws(self) -> int:
+        elimination, arguments = self.graph.elimination, self.arguments
         numbers = elimination.num_edges + (arguments["hidden_dim"] + 2) * len(elimination.parents)
         return max(_MOST_NUMBERS // numbers, 1)
-
-    def rsample_and_log_prob(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
-        """See :meth:`AutoAutoregressive.rsample_and_log_prob`; draws are made in chunks."""
-        draw, parts = super().rsample_and_log_prob, []
-        for start in range(0, check_integer("n", n), chunk := self._chunk_size()):
-            parts.append(draw(min(chunk, n - start), path))
-        z, log_q = zip(*parts)
-        return torch.cat(z), torch.cat(log_q)
 
     # Starts of a fit
 
@@ -239,9 +211,9 @@ class AutoStructuredFlow(AutoAutoregressive):
             deviations, shape ``(latent_dim,)``; by default ``init_scale``.
         :raises ValueError: if a shape is wrong, a number is not finite, or the scale is no such matrix.
         """
-        spec, elimination, (_, affine) = self._checked_spec(), self.graph.elimination, self._parts
+        elimination, (_, affine) = self.graph.elimination, self._parts
         if scale_tril is None:
-            scale_tril = torch.full_like(affine.loc.detach(), spec.arguments["init_scale"])
+            scale_tril = torch.full_like(affine.loc.detach(), self.arguments["init_scale"])
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         loc = to_tensor("loc", loc, affine.loc)
         if scale_tril.dim() == 2:
@@ -257,10 +229,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         self._become(loc, sd, coefficients, scale, root_tril)
 
     def start_at_gaussian(self, gaussian: SparseGaussian) -> None:
-        """Becomes a Gaussian along the elimination of :meth:`markov_graph`.
-
-        If ``max_parents`` has dropped parents, regressions are on the remaining ones.
-        """
+        """Becomes a Gaussian along the elimination of :meth:`markov_graph`."""
         coefficients, scale = gaussian.given(self.graph.elimination.parents)
         self._become(gaussian.loc, gaussian.sd, coefficients, scale, gaussian.root_tril)
 
@@ -279,12 +248,6 @@ class AutoStructuredFlow(AutoAutoregressive):
         relative = flow.conditional_scale()
         sizes = {affine.loc: affine.log_scale.detach().exp() * relative, affine.log_scale: relative}
         return {**sizes, **flow.step_scales()}
-
-    def _least_numbers(self, spec: GuideSpec) -> int:
-        arguments = spec.arguments
-        graph = LatentGraph.from_plain(arguments["graph"], spec.sites).elimination
-        weights = arguments["num_transforms"] * graph.num_edges * arguments["hidden_dim"]
-        return max(super()._least_numbers(spec), len(graph.root) ** 2 + weights)
 
 
 def _smallest_elements(latents: Latents) -> Tensor | None:

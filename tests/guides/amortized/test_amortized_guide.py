@@ -339,11 +339,10 @@ def test_without_a_model_the_plates_stay_as_they_are():
 @both
 def test_state_dict(new):
     guide = trained(new(), embedding_dim=3)
-    other, called = (AutoAmortized(hierarchies.groups, new(), embedding_dim=d) for d in (8, 3))
-    called(data())
-    for loaded in (other, called):
-        loaded.load_state_dict(guide.state_dict())
-        assert torch.equal(score(loaded), score(guide))
+    loaded = AutoAmortized(hierarchies.groups, new(), embedding_dim=3)
+    loaded(data())
+    loaded.load_state_dict(guide.state_dict())
+    assert torch.equal(score(loaded), score(guide))
 
 
 @both

@@ -92,8 +92,20 @@ def test_state_dict_of_other_sites():
     guide, other = AutoIAF(models.regression), AutoIAF(models.gaussian)
     guide(models.data())
     other(models.data())
-    with pytest.raises(RuntimeError, match=r"with other sites: expected \{'z': \(3,\)\}, got"):
+    with pytest.raises(RuntimeError, match="size mismatch"):
         other.load_state_dict(guide.state_dict())
+
+
+def test_a_state_dict_needs_a_guide_that_was_called():
+    guide, other = new_guide(), new_guide()
+    guide(models.data())
+    with pytest.raises(
+        RuntimeError, match=r"the model's latents yet: call it, .*load_state_dict; or"
+    ):
+        other.load_state_dict(guide.state_dict())
+    other(models.data())
+    other.load_state_dict(guide.state_dict())
+    assert torch.equal(score(other), score(guide))
 
 
 # Files
@@ -124,7 +136,7 @@ def test_custom_flow_is_given_to_load_again(tmp_path):
     guide.save(tmp_path / "guide")
     loaded = AutoAutoregressive.load(tmp_path / "guide", flow=spline_autoregressive)
     assert torch.equal(score(loaded), score(guide))
-    with pytest.raises(ValueError, match=r"guide: expected .* missing a required .*'flow'"):
+    with pytest.raises(ValueError, match=r"guide: expected .* missing 1 required .*'flow'"):
         AutoAutoregressive.load(tmp_path / "guide")
     with pytest.raises(ValueError, match=r"and the guide's flow, got: .* loading state_dict"):
         AutoAutoregressive.load(tmp_path / "guide", flow=lambda dim: iaf(dim, 1, 8))
@@ -137,9 +149,8 @@ def test_parameters_that_are_not_finite(tmp_path):
     name = "transform.transforms.1.log_scale"
     state = {**guide.state_dict(), name: torch.tensor([0.0, math.nan])}
     message = f"parameter '{name}': expected finite numbers, got 1 of 2"
-    for other in (guide, new_guide()):
-        with pytest.raises(ValueError, match=message):
-            other.load_state_dict(state)
+    with pytest.raises(ValueError, match=message):
+        guide.load_state_dict(state)
     assert len(unmoved(guide, before)) == len(before)
     with torch.no_grad():
         guide.transform.transforms[1].log_scale[1] = math.nan
@@ -210,7 +221,6 @@ def path(tmp_path):
     guide = AutoIAF(model_of(), hidden_dims=8)
     guide(models.data(), models.data())
     guide.save(tmp_path / "guide")
-    torch.save(guide.state_dict(), tmp_path / "state")
     return tmp_path / "guide"
 
 
@@ -238,10 +248,7 @@ def test_another_model(path, name, validate):
     guide = AutoIAF.load(path, model)
     later = AutoIAF.load(path)
     later.model = model
-    fresh = AutoIAF(model, hidden_dims=8)
-    fresh.load_state_dict(torch.load(path.with_name("state")))
-    known = [guide, later] if name == "extra" else [guide, later, fresh]
-    for loaded in known:
+    for loaded in (guide, later):
         for _ in range(2):
             with pytest.raises(ValueError, match=message):
                 loaded(models.data(), models.data())

@@ -94,10 +94,8 @@ def test_support_that_cannot_be_written(tmp_path):
     guide()
     with pytest.raises(ValueError, match=r"support of site 'odd' cannot be written.* got Odd"):
         guide.save(tmp_path / "guide")
-    # a state dict does without, and then needs a guide that was called
+    # a state dict does without
     state, fresh = guide.state_dict(), AutoIAF(model, hidden_dims=8)
-    with pytest.raises(RuntimeError, match="AutoIAF was never called, so it has no parameters yet"):
-        fresh.load_state_dict(state)
     fresh()
     fresh.load_state_dict(state)
     assert torch.equal(fresh.transform.transforms[1].loc, guide.transform.transforms[1].loc)
@@ -189,39 +187,19 @@ def loc(change):
     return lambda saved: saved["state"].update({LOC: change(saved["state"][LOC])})
 
 
-def expanded(saved):
-    """A guide of 2**20 latents, whose location is one number that is there as many times."""
-    site(shape=[2**20])(saved)
-    arguments(full_rank=False)(saved)
-    saved["state"][LOC] = saved["state"][LOC][:1].expand(2**20)
-
-
 def cyclic(saved):
     saved["spec"] = []
     saved["spec"].append(saved["spec"])
 
 
-SIZES = "at least .* numbers"
 BOUNDS = {
     "class": "_GreaterThan",
     "fields": {"lower_bound": {"tensor": [[0.0]] * 3, "of": {"dtype": "float32"}}},
 }
 PRELU = {"class": "PReLU", "fields": {"num_parameters": 2**40}}
 CHANGES = {
-    "layers of an iaf": ("iaf", arguments(num_transforms=10**8), SIZES),
-    "layers in one dimension": ("one", arguments(num_transforms=10**8), SIZES),
-    "layers of a structured flow": ("structured", arguments(num_transforms=10**8), SIZES),
-    "widths": ("iaf", arguments(hidden_dims=[2**20, 2**20]), SIZES),
-    "hidden layers": ("iaf", arguments(hidden_dims=[1] * 9 * 10**4), SIZES),
-    "width of a structured flow": ("structured", arguments(hidden_dim=10**9), SIZES),
-    "embedding": ("amortized", arguments(embedding_dim=2**40), SIZES),
-    "shape": ("iaf", site(shape=[2**40]), SIZES),
-    "shape for a flow of the user": ("custom", site(shape=[3000]), SIZES),
-    "shape of a graph": ("structured", site(shape=[2**40], plates=[]), "expected the parents"),
-    "plate of embeddings": ("amortized", site(plates=[["data", -1, 2**40, 0, 2**40]]), SIZES),
-    "plate": ("structured", site(plates=[["groups", -1, 2**40, 0, None]]), SIZES),
+    "shape of a graph": ("structured", site(shape=[2**10], plates=[]), "expected the parents"),
     "subsampled plate": ("structured", site(plates=[["groups", -1, 8, 0, 2**40]]), "subsampled"),
-    "plate without a dimension": ("iaf", site(plates=[["p", -1, 2**40, 0, None]]), SIZES),
     "bounds": ("iaf", site(support=BOUNDS), "expand"),
     "edge": ("structured", graph(edges=[[0, 10**9]]), r"graph: .* coordinates 1000000000"),
     "cycle": ("structured", graph(parents=[[1], [0], *[[]] * 7]), "got one with a cycle"),
@@ -231,7 +209,6 @@ CHANGES = {
         arguments(nonlinearity=PRELU),
         "and the guide's flow, got: 'PReLU'",
     ),
-    "expanded tensors": ("custom", expanded, SIZES),
     "coordinates": ("in coordinates", arguments(coordinates={"x": True}), r"'z'\], got \['x'\]"),
     "another shape": ("iaf", loc(lambda value: value[:1]), "size mismatch for"),
     "sparse": ("iaf", loc(torch.Tensor.to_sparse), "and the guide's flow, got"),
@@ -285,23 +262,3 @@ def test_a_file_adds_no_hooks(tmp_path):
     loaded = AutoIAF.load(tmp_path / "guide")._spec.arguments["nonlinearity"]
     assert isinstance(loaded, nn.Tanh)
     assert not loaded._forward_hooks
-
-
-def test_widths_do_not_matter_in_one_dimension(tmp_path):
-    """There are no networks, so that a file of any widths is small."""
-    guide = AutoIAF(models.one_dimensional, hidden_dims=[2**20, 2**20])
-    guide(models.data())
-    guide.save(tmp_path / "guide")
-    AutoIAF.load(tmp_path / "guide")
-
-
-def test_a_huge_state_dict_is_not_built():
-    guide = AutoIAF(models.regression, hidden_dims=8)
-    guide(models.data())
-    state = guide.state_dict()
-    plain = json.loads(bytes(state["_extra_state"].tolist()))
-    plain["sites"][0]["shape"] = [2**20]
-    changed = bytearray(json.dumps(plain).encode())
-    state["_extra_state"] = torch.frombuffer(changed, dtype=torch.uint8)
-    with pytest.raises(RuntimeError, match="does not match the sites and arguments of its guide"):
-        AutoIAF(models.regression).load_state_dict(state)

@@ -1,11 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Guides that persist in the param store, copies, state dicts and files."""
+"""The base of all guides, built for the latents of a model: copies, coordinates of the prior, quantiles."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from operator import is_
@@ -17,45 +16,43 @@ from pyro import poutine
 from pyro.distributions.conditional import ConditionalTransform
 from pyro.infer.autoguide import init_to_median
 from pyro.nn import PyroModule
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Transform
 
-from ..._base import files
-from ..._base.arguments import asks_for_data, check_callable, check_integer
-from ..._base.files import FilePath
-from ...model.coordinates.centering import CoordinatesArgument, check_coordinates, find_sites
-from ...model.coordinates.coordinates import Coordinates
-from ...model.density import Args, Kwargs, LogJoint
-from ...posterior.summaries import check_levels, quantiles_of
-from ..prototype import StartMessenger, Traces, is_hidden, prototype_trace
-from .param_store import RegisteredGuide
-from .spec import Arguments, GuideSpec, State, check_finite, check_size
+from .._base.arguments import asks_for_data, check_callable, check_integer
+from .._base.files import FilePath
+from ..model.coordinates.centering import CoordinatesArgument, check_coordinates, find_sites
+from ..model.coordinates.coordinates import Coordinates
+from ..model.density import Args, Kwargs, LogJoint
+from ..model.sites import Latents
+from ..posterior.summaries import check_levels, quantiles_of
+from .persistence import guide_files
+from .persistence.param_store import RegisteredGuide
+from .persistence.spec import Arguments, GuideSpec, State, check_finite
+from .prototype import StartMessenger, Traces, is_hidden, prototype_trace
 
-Guide = TypeVar("Guide", bound="PersistentGuide")
+Guide = TypeVar("Guide", bound="BaseGuide")
 Model = Callable[..., object]
 
-_KIND = "a guide of class {}, format 9"
 
+class BaseGuide(RegisteredGuide):
+    """A guide whose parameters are those of ``transform``, the module that :meth:`build` returns.
 
-class PersistentGuide(RegisteredGuide):
-    """An autoguide built from a :class:`~pyro_artransform.guides.persistence.spec.GuideSpec`.
+    :class:`~pyro_artransform.guides.unconstrained.UnconstrainedGuide` draws all latents as one vector. A
+    subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_registered_transform` where it
+    uses the parameters.
 
-    A subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_registered_transform` where
-    it uses the parameters of ``transform``.
+    :param arguments: the constructor arguments that files hold.
     """
 
     #: the user's functions and the model's density: deep copies share them, pickles drop them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow", "_density", "_last_call")
-    #: arguments in a spec that are not constructor arguments
+    #: those of ``arguments`` that are not constructor arguments
     _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
-    _make_flow: Any  #: makes the flow or flows
+    _make_flow: Any = None  #: makes the flow or flows
     _traces: Traces | None = None  # two runs of the model, during set-up only
-    #: makes ``transform`` from a spec and an initial point ``(latent_dim,)``
-    _build: Callable[..., None]
-    #: lower bound on the elements of a spec's state dict, checked before a guide is built from a file
-    _least_numbers: Callable[[GuideSpec], int]
     sample_posterior: Callable[..., dict[str, Tensor]]
 
     def __init__(
@@ -75,13 +72,26 @@ class PersistentGuide(RegisteredGuide):
             )
         check_callable("init_loc_fn", init_loc_fn)
         RegisteredGuide.__init__(self, model)
-        self._arguments, self._requested = arguments, check_coordinates(coordinates)
+        #: the constructor's arguments, and what set-up found out about the model
+        self.arguments, self._requested = arguments, check_coordinates(coordinates)
         self._density: LogJoint | None = None
         self._last_call: Any = None  # its positional and keyword arguments
         self._spec: GuideSpec | None = None
         #: whether latents were compared with the model's, not only read from a file
         self._model_is_checked = True
         self._use_model(model, init_loc_fn)
+
+    def build(self, latents: Latents, start: Tensor) -> nn.Module:
+        """Makes the module with all parameters of the guide, for the latents of its model.
+
+        It has the dtype and the device of ``start``, and follows from the latents and from ``arguments``, in
+        which it may replace defaults: a loaded guide is built from these, without the model.
+
+        :param start: where the guide starts, shape ``(latent_dim,)``: the initial values of the latents.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no build(latents, start)")
+
+    # The model
 
     @property
     def model(self) -> Model:
@@ -105,6 +115,8 @@ class PersistentGuide(RegisteredGuide):
         known = vars(self).get("_model")
         init_loc_fn = init_loc_fn or (known[2] if known else init_to_median)
         self._model = StartMessenger(init_loc_fn, names)(model), model, init_loc_fn
+
+    # Coordinates from the model's prior
 
     @property
     def coordinates(self) -> Any:
@@ -193,15 +205,33 @@ class PersistentGuide(RegisteredGuide):
             dict.fromkeys(self._mapped_sites(args, kwargs, depends), True)
         )
 
+    # Set-up
+
     def set_up(self, *args: object, **kwargs: object) -> None:
-        """Runs the model to learn its latents, and builds the flows, like the first call."""
+        """Runs the model to learn its latents, and builds the guide, like the first call."""
         if self._spec is None:
             with asks_for_data(args, kwargs, self._unknown):
                 self._setup_prototype(*args, **kwargs)
 
-    def _resolved_arguments(self, latent_dim: int) -> Arguments:
-        """Constructor arguments, with defaults, that take precedence over those of a file."""
-        return {}
+    def _set_up_from(
+        self, spec: GuideSpec, start: Tensor, locate: Callable[[Tensor], Tensor] | None = None
+    ) -> None:
+        """Builds the guide at an initial point ``(latent_dim,)``, which ``locate`` maps to coordinates."""
+        # a parameter made in inference mode cannot train
+        with torch.inference_mode(False):
+            start = start.detach().clone()
+            with_location = spec.arguments.get("coordinates") or {}
+            found = Coordinates(spec.latents, with_location, torch.ones_like(start))
+            # what a property of this name keeps add_module from
+            self._modules["coordinates"] = found
+        of_build = start if locate is None or not found.with_location else locate(start)
+        with torch.inference_mode(False):
+            self.arguments = spec.arguments
+            self.transform = self.build(spec.latents, of_build.detach().clone())
+            self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
+        if self._model is not None:
+            # from now on, other latents of the model are predictions
+            self._use_model(*self._model[1:])
 
     def _flow_maker(self) -> Any:
         if self._make_flow is None:
@@ -210,22 +240,6 @@ class PersistentGuide(RegisteredGuide):
                 "pickling it, or make a new one"
             )
         return self._make_flow
-
-    def _set_up_from(self, spec: GuideSpec, start: Tensor) -> None:
-        """Builds the guide at an initial point ``(latent_dim,)``."""
-        # a parameter made in inference mode cannot train
-        with torch.inference_mode(False):
-            start = start.detach().clone()
-            self._build(spec, start)
-            with_location = spec.arguments.get("coordinates") or {}
-            # what a property of this name keeps add_module from
-            self._modules["coordinates"] = Coordinates(
-                spec.latents, with_location, torch.ones_like(start)
-            )
-            self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
-        if self._model is not None:
-            # from now on, other latents of the model are predictions
-            self._use_model(*self._model[1:])
 
     @property
     def _unknown(self) -> str:
@@ -248,6 +262,8 @@ class PersistentGuide(RegisteredGuide):
         if not entries or not all(map(is_, map(stored.get, entries), entries.values())):
             self._register()
         return self.transform  # a param statement, as each access of the attribute is
+
+    # Summaries
 
     @torch.no_grad()
     def quantiles(
@@ -273,6 +289,8 @@ class PersistentGuide(RegisteredGuide):
         """The median of each coordinate of each site, by :meth:`quantiles`."""
         found = self.quantiles([0.5], *args, **kwargs)
         return {name: value[0] for name, value in found.items()}
+
+    # Copies and files
 
     def __getstate__(self) -> dict[str, Any]:
         for part in self.modules():
@@ -300,51 +318,22 @@ class PersistentGuide(RegisteredGuide):
 
     def _apply(self: Guide, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guide:
         super()._apply(fn, recurse)
+        self._entries = {}
         if self._spec is not None:
             spec = self._spec = self._spec.to(fn)
             self.coordinates.latents = spec.latents
             self.prototype_trace = prototype_trace(spec.latents, spec.zeros())
         return self
 
-    def get_extra_state(self) -> Tensor:
-        """The spec as bytes; empty before the first call, or if a support cannot be serialized."""
-        text = ""
-        if self._spec is not None:
-            # functions come from the constructor, not from a state dict
-            known = {k: v for k, v in self._spec.arguments.items() if not callable(v)}
-            with suppress(ValueError):
-                text = replace(self._spec, arguments=known).to_json()
-        return _as_tensor(text)
-
-    def set_extra_state(self, state: Tensor) -> None:
-        """Does nothing, as the spec is read before the parameters."""
-
     def _load_from_state_dict(self, state_dict: State, prefix: str, *args: Any) -> None:
-        """Extends torch's method to guides never called; rejects the state of another guide."""
-        state = {k.removeprefix(prefix): v for k, v in state_dict.items() if k.startswith(prefix)}
-        text = bytes(state.pop("_extra_state", _as_tensor("")).tolist()).decode()
-        check_finite(state)
-        if text:
-            spec = GuideSpec.from_json(text, next(value.device for value in state.values()))
-            if self._spec is None:  # the guide's arguments take precedence over the state's
-                arguments = spec.arguments | self._resolved_arguments(spec.latents.latent_dim)
-                built = replace(spec, arguments=arguments)
-                check_size(state, self._least_numbers(built))
-                self._set_up_from(built, built.zeros())
-                self._ownership, self._model_is_checked = "carried", False
-            both = self._checked_spec().sites, spec.sites
-            expected, got = ({site.name: tuple(site.shape) for site in sites} for sites in both)
-            if expected != got:
-                message = f"expected {expected}, got {got}"
-                raise RuntimeError(f"the state dict belongs to a guide with other sites: {message}")
-        elif self._spec is None and state:
+        """Rejects parameters that are not finite, and any for a guide that was never called."""
+        state = {k: value for k, value in state_dict.items() if k.startswith(prefix)}
+        if self._spec is None and state:
             raise RuntimeError(
-                f"{type(self).__name__} was never called, so it has no parameters yet, and the state "
-                "dict does not name its sites: call the guide with the model's arguments first"
+                f"{self._unknown}, before load_state_dict; or use save and load, which need no call"
             )
+        check_finite(state)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    # Files
 
     def save(self, path: FilePath) -> None:
         """Writes the guide to a file of tensors and plain data; a failure keeps an existing file.
@@ -352,13 +341,7 @@ class PersistentGuide(RegisteredGuide):
         :raises RuntimeError: if the guide was never called.
         :raises ValueError: if a support or argument is not plain data, or a parameter is not finite.
         """
-        spec = self._checked_spec().to_json()
-        self._register()
-        # an expanded tensor declares more elements than the file would hold
-        state = {name: value.contiguous() for name, value in self.state_dict().items()}
-        del state["_extra_state"]
-        check_finite(state)
-        files.write(path, _KIND.format(type(self).__name__), {"spec": spec, "state": state})
+        guide_files.save(self, path)
 
     @classmethod
     def load(
@@ -380,21 +363,11 @@ class PersistentGuide(RegisteredGuide):
         :raises ValueError: if the file was not written by :meth:`save`, is damaged, has another class of
             guide, holds NaN, needs a flow that was not passed, or another one; if ``coordinates`` are passed.
         """
-        if held := arguments.keys() & {*cls._found_arguments}:
-            raise ValueError(f"{held.pop()}: expected none, as the file holds those of the guide")
-        saved = files.read(path, _KIND.format(cls.__name__), map_location)
-        try:
-            known = GuideSpec.from_json(saved["spec"], torch.device("cpu")).arguments
-            known = {key: v for key, v in known.items() if key not in cls._found_arguments}
-            guide = cls((lambda: None) if model is None else model, **{**known, **arguments})
-            guide.load_state_dict({**saved["state"], "_extra_state": _as_tensor(saved["spec"])})
-        except Exception as error:
-            wanted = "what the guide's save writes, and the guide's flow"
-            raise ValueError(f"{path}: expected {wanted}, got: {error}") from error
-        if model is None:
-            guide._model = None
-        return guide
+        return guide_files.load(cls, path, model, map_location, arguments)
 
-
-def _as_tensor(text: str) -> Tensor:
-    return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+    def _restore(self, spec: GuideSpec, state: State) -> None:
+        """Builds the guide that a file describes; the constructor's arguments take precedence."""
+        spec = replace(spec, arguments=spec.arguments | self.arguments)
+        self._set_up_from(spec, spec.zeros())
+        self._ownership, self._model_is_checked = "carried", False
+        self.load_state_dict(state)
