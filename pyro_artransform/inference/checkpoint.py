@@ -3,7 +3,6 @@
 
 """Saves a running fit to a file between two steps, and resumes it."""
 
-import warnings
 from functools import partial
 from typing import Any
 
@@ -11,10 +10,11 @@ import torch
 from torch import nn
 
 from .._base import files
+from .._base.arguments import warn_user
 from .optimization.training import Training
 from .set_up import SetUp
 
-_KIND = "a checkpoint of fit, format 10"
+_KIND = "a checkpoint of fit, format 11"
 
 
 def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
@@ -32,10 +32,10 @@ def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
         files.write(path, _KIND, state)
         return True
     except (OSError, RuntimeError) as error:  # torch reports a full disk by either
-        warnings.warn(
+        warn_user(
             f"checkpoint: {path} could not be written, so the fit continues without it; an earlier file is "
             f"unchanged ({error}). Is the disk full?",
-            stacklevel=4,
+            UserWarning,
         )
         return False
 
@@ -45,7 +45,6 @@ def _options(set_up: SetUp) -> dict[str, Any]:
     return {
         "num_steps": set_up.schedule.num_steps,
         "num_particles": set_up.num_particles,
-        "optim": "none" if set_up.optim is None else "one",
         "loader": "none" if set_up.stream is None else "one",
     }
 

@@ -8,7 +8,11 @@ from ..diagnostics.importance_weights import ModelAndGuide
 from ..sampling import Ensemble, StartError, StopReason
 from ..sampling.chains import Chains, chains_of
 from ..sampling.run_mcmc import CHAINS_UNTIL, from_nothing
-from .config import InitializationConfig
+from .optimization.objective import FEWER
+
+# effective draws of each latent, unless the user requests a number; if they only initialize the guide, or the
+# model runs for one draw at a time; and the most trajectories per chain then
+_NUM_DRAWS, _NUM_FOR_START, _MOST_TRAJECTORIES = 400, 100, 1000
 
 #: the reason for a fit without steps
 DRAWS_ARE_THERE = "the chains gave the requested draws"
@@ -18,9 +22,10 @@ class DrawsFirst:
     """An ensemble of chains before the guide is trained, and another one if parameters of the model are.
 
     :param requested: the requested number of effective draws of each latent; 0 if they only initialize the
-        guide, ``None`` for the number in the settings.
+        guide, ``None`` for 400, or 100 by loop.
     :param trains_model: whether parameters of the model are trained. Chains before the steps then only
         initialize the guide, since they sample the posterior at the initial parameters.
+    :param fewer: divides the number of trajectories by loop.
     """
 
     def __init__(
@@ -28,15 +33,16 @@ class DrawsFirst:
         subject: ModelAndGuide,
         requested: int | None,
         limit: TimeLimit,
-        config: InitializationConfig,
+        *,
         trains_model: bool = False,
+        fewer: int = FEWER,
     ) -> None:
         self._subject, self._limit, self._trains_model = subject, limit, trains_model
         self.is_requested, self.gives_draws = bool(requested), requested != 0
         is_loop = subject.log_joint.strategy == "loop"
-        usual = config.num_for_start if is_loop or requested == 0 else config.num_draws
+        usual = _NUM_FOR_START if is_loop or requested == 0 else _NUM_DRAWS
         self._num_draws = requested or usual
-        self._most = {"most": config.max_trajectories} if is_loop and not requested else {}
+        self._most = {"most": _MOST_TRAJECTORIES // fewer} if is_loop and not requested else {}
         self.ensemble: Ensemble | None = None
         self.failure = ""  #: why no chain could start; empty if chains ran
         self._reason, self._seconds = "", 0.0

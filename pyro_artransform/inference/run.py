@@ -45,8 +45,7 @@ from .set_up import SetUp
 _ASKED = "the callback asked to stop"
 # the shares of max_seconds at which chains and steps end, and the share to find the guide's start
 _START_UNTIL, _STEPS_UNTIL, _FOR_GUIDE = 0.5, 0.75, 0.1
-# draws of the guide for its verdict, if the user requested draws of the posterior
-_NUM_BESIDE_DRAWS = 2000
+_CHECKPOINT_EVERY = 100  # steps between two checkpoints
 
 
 def start(set_up: SetUp, resume: FilePath | None = None) -> Training:
@@ -82,7 +81,7 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
     model, _, args, kwargs, log_joint = set_up.subject
     guide: object = set_up.subject.guide
     of_batch = set_up.objective if minibatches is None else minibatches.objective
-    batch, config, limit = Batch(args, kwargs), set_up.config.initialization, set_up.limit
+    batch, limit = Batch(args, kwargs), set_up.limit
     until = CHAINS_UNTIL if chains is not None and chains.is_requested else _START_UNTIL
     limit.enter_phase(until)
     with naming_arguments(model, *batch):
@@ -99,19 +98,22 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
         why_no_steps = "" if chains is None else chains.sample()
 
         def chains_of(density: LogJoint) -> Ensemble | None:
-            first = DrawsFirst(set_up.subject._replace(log_joint=density), 0, limit, config)
+            first = DrawsFirst(
+                set_up.subject._replace(log_joint=density), 0, limit, fewer=set_up.fewer
+            )
             first.sample()
             return first.ensemble
 
         if is_flow and not density.is_random:
             ensemble = chains_of(density) if chains is None else chains.ensemble
             limit.enter_phase(until + _FOR_GUIDE)
-            of_start = whole, cast(FlowGuide, guide), ensemble, config
-            return find_start(*of_start, "" if chains is None else chains.failure), why_no_steps
+            why_no_chains = "" if chains is None else chains.failure
+            of_start = whole, cast(FlowGuide, guide), ensemble, why_no_chains
+            return find_start(*of_start, fewer=set_up.fewer), why_no_steps
         if isinstance(guide, MinibatchGuide):
             elbo_draws = set_up.objective.elbo_draws
             initial = find_initial_minibatch_guide(
-                log_joint, guide, batch, elbo_draws, chains_of, config
+                log_joint, guide, batch, elbo_draws, chains_of, fewer=set_up.fewer
             )
             return initial, why_no_steps
     return InitialGuide(UNCHANGED, math.nan), why_no_steps
@@ -140,7 +142,7 @@ def train(
         step = training.num_steps
         place = () if stream is None else stream.place(training.schedule.end)
         bar.update(training.losses, training.schedule.expected_end(step), *place)
-        if checkpoint and step % set_up.config.optimization.checkpoint_every == 0:
+        if checkpoint and step % _CHECKPOINT_EVERY == 0:
             is_saved |= save(set_up, training, checkpoint)
         answer: Any = None if callback is None else callback(step, -loss)
         # True may also be a scalar of NumPy or PyTorch
@@ -204,7 +206,7 @@ def _remedy(set_up: SetUp, num_steps: int) -> str:
 
 def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
     """The result of the fit without its model and guide."""
-    subject, config, draws_first = set_up.subject, set_up.config, set_up.draws_first
+    subject, draws_first = set_up.subject, set_up.draws_first
     guide: object = subject.guide
     num_steps, num_gradients = training.num_steps, training.num_gradients
     cut_short = _cut_short(training, is_saved)
@@ -233,10 +235,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         fields = evaluate_minibatches(subject, passed, status, elements)
     else:
         ensemble = None if draws_first is None else draws_first.ensemble
-        if draws_first is not None and draws_first.is_requested:
-            few = min(config.evaluation.num_samples, _NUM_BESIDE_DRAWS)
-            config = replace(config, evaluation=replace(config.evaluation, num_samples=few))
-        fields = evaluate(subject, status, config, num_gradients, ensemble)
+        fields = evaluate(subject, status, num_gradients, ensemble, is_loop=set_up.is_loop)
     if chains is not None:
         words = f"{chains.verdict} About the guide alone: {fields['verdict']}"
         fields |= {"chains": chains, "draws": chains.draws, "verdict": words}

@@ -131,7 +131,7 @@ def near_five():
 def test_a_guide_that_no_chain_could_check_is_not_trusted(is_written):
     """Which is said first."""
     guide = near_five if is_written else AutoNormal(narrow, init_loc_fn=AT_FIVE, init_scale=0.02)
-    result = fitted(narrow, guide, draws=None, config=None)
+    result = fitted(narrow, guide, draws=None, numbers={})
     assert result.num_steps > 0
     assert not result.trusted
     assert not result.ok
@@ -143,7 +143,7 @@ def test_a_guide_that_no_chain_could_check_is_not_trusted(is_written):
     with pytest.raises(StartError, match="region is not finite"):
         fitted(narrow, guide, draws=100)
     # without chains that check it: the guide alone
-    result = fitted(narrow, guide, draws=0, config=None)
+    result = fitted(narrow, guide, draws=0, numbers={})
     assert Check.NO_CHAINS not in {each.check for each in result.failed}
 
 
@@ -167,7 +167,7 @@ def test_draws_that_only_start_the_guide():
 def test_a_fit_has_draws_in_any_case():
     """And the guide is trained from them; a second fit goes on from the trained guide."""
     guide = small(models.regression)
-    result = fitted(models.regression, guide, draws=None, num_steps=200, config=None)
+    result = fitted(models.regression, guide, draws=None, num_steps=200, numbers={})
     assert (result.num_steps, result.start) == (200, AT_DRAWS)
     assert result.chains.trusted
     assert len(result.draws["loc"]) == 400
@@ -296,7 +296,7 @@ def test_errors_are_those_of_so_many_effective_draws(name):
     errors = []
     for seed in range(12):
         pyro.clear_param_store()
-        chains = fitted(model, seed=seed, config=None).chains
+        chains = fitted(model, seed=seed, numbers={}).chains
         assert chains.trusted, chains
         if name == "schools":
             mean, sd = schools_moments()

@@ -12,12 +12,10 @@ from torch import Tensor, nn
 
 import pyro_artransform as art
 from pyro_artransform import conditioners, guides, transforms, univariate
-from pyro_artransform.inference import FitConfig
-from tests.inference.conftest import QUICK
+from tests.inference.conftest import QUICK_VERDICT, quick_fit
 from tests.pitfalls.subject import Subject, load_whole, save_state, save_whole
 
 HIDDEN = 16
-SHORT_VERDICT = FitConfig(evaluation=QUICK.evaluation)
 UNIVARIATES = {
     "affine": univariate.Affine,
     "spline": univariate.RationalQuadraticSpline,
@@ -128,12 +126,12 @@ class Ours(Subject):
             **custom,
         }
 
-    def fit(self, model, guide, steps, callback=None, config=SHORT_VERDICT, draws=None):
+    def fit(self, model, guide, steps, callback=None, numbers=QUICK_VERDICT, draws=None):
         options = {"num_steps": steps, "num_particles": 16, "progress": False, "draws": draws}
-        return art.fit(model, guide, callback=callback, config=config, **options)
+        return quick_fit(model, guide, callback=callback, numbers=numbers, **options)
 
     def trusts(self, model, guide, steps):
-        return self.fit(model, guide, steps, config=None, draws=100).trusted
+        return self.fit(model, guide, steps, numbers={}, draws=100).trusted
 
     def chains(self, model, n):
         found = art.mcmc(model, draws=n, seed=0, progress=False)

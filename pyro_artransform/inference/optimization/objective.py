@@ -34,6 +34,8 @@ from ...model.vectorization import (
 )
 from ..loader import Batch
 
+#: divides numbers of draws if the model runs for one draw at a time, or each draw is a pass over a loader
+FEWER = 8
 # independent estimates of an ELBO if single draws have no log weights
 _NUM_ESTIMATES = 4
 # runs of the model in the search for a site that is not finite

@@ -3,7 +3,6 @@
 """Models of Pyro's examples: density, SVI, `fit`, predictions and relations, as with Pyro's guides."""
 
 import math
-from dataclasses import replace
 
 import pyro
 import pytest
@@ -24,10 +23,7 @@ from tests.guides.idioms.models import GUIDES, examples
 from tests.inference.conftest import QUICK, quick_fit
 from tests.model.models import by_trace
 
-LEAN = replace(
-    QUICK,
-    evaluation=replace(QUICK.evaluation, num_samples=200),
-)
+LEAN = {**QUICK, "evaluation.evaluate._NUM_SAMPLES": 200}
 
 #: that of each model as it is written; "plate" is faster, and wants indices such as ``a[..., county]``
 STRATEGIES = {
@@ -103,7 +99,7 @@ def test_fit(name, kind):
     """Without a warning, and many draws at once; the guide that a fit chooses is `AutoIAF`."""
     example = examples()[name]
     guides = [] if kind is AutoIAF else [GUIDES["AutoStructuredFlow"](example.model)]
-    options = {"config": LEAN, "num_steps": 20, "progress": False}
+    options = {"numbers": LEAN, "num_steps": 20, "progress": False}
     result = fit(example.model, *guides, *example.with_data(), **options)
     assert type(result.guide) is kind
     assert not result.one_at_a_time
@@ -143,7 +139,7 @@ def test_network_with_a_latent_last_layer():
     model, (x, y) = LastLayerLatent(), curve()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     guide = GUIDES["AutoIAF"](model)
-    result = fit(model, guide, x, y, config=QUICK, num_steps=150, progress=False)
+    result = quick_fit(model, guide, x, y, num_steps=150, progress=False)
     assert not result.one_at_a_time
     predictive = Predictive(model, guide=guide, num_samples=50, return_sites=["_RETURN"])
     mean = predictive(x)["_RETURN"].reshape(50, -1).mean(0)
