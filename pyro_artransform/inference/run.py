@@ -20,13 +20,13 @@ from ..model import LogJoint
 from ..model.protocols import FlowGuide, MinibatchGuide, PriorGuide
 from ..sampling import Ensemble
 from ..sampling.run_mcmc import CHAINS_UNTIL
+from ..sampling.starts import check_has_gradient
 from .checkpoint import resume as resumed
 from .checkpoint import save
 from .draws_first import DrawsFirst
 from .evaluation.elements import weigh_elements
 from .evaluation.evaluate import evaluate, evaluate_minibatches
 from .evaluation.verdict import FitStatus
-from .initialization.gradient_check import check_gradient
 from .initialization.start import (
     FAILED,
     UNCHANGED,
@@ -93,8 +93,7 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
         elif is_flow and log_joint.is_random:
             density = whole = MinibatchDensity(log_joint)
         if is_flow:
-            with abandonable():
-                check_gradient(density, density.with_coordinates(None).start)
+            check_has_gradient(density)
         why_no_steps = "" if chains is None else chains.sample()
 
         def chains_of(density: LogJoint) -> Ensemble | None:

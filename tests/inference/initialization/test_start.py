@@ -10,10 +10,9 @@ import pytest
 import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import init_to_value
-from torch import Tensor, nn
+from torch import nn
 
 from pyro_artransform import AutoAmortized, AutoIAF, AutoStructuredFlow
-from pyro_artransform.inference.initialization.gradient_check import check_gradient
 from pyro_artransform.inference.initialization.start import (
     AT_DRAWS,
     FAILED,
@@ -143,38 +142,6 @@ def test_a_model_without_gradients():
 
     with pytest.raises(ValueError, match=r"got one without: does the model use torch\.no_grad"):
         quick_fit(model, small(model), progress=False)
-
-
-def cut_off(how, values):
-    loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
-    scale = pyro.sample("scale", dist.LogNormal(torch.zeros(2), 1.0).to_event(1))
-    first = how(scale[..., :1])
-    with pyro.plate("data", len(values)):
-        pyro.sample("y", dist.Normal(loc, first * scale[..., 1:]), obs=values)
-
-
-def rounded(values):
-    """Steps, which look smooth from afar, and a kink: its gradient is right between them."""
-    change = pyro.sample("change", dist.Uniform(0.0, float(len(values))))
-    size = pyro.sample("size", dist.Laplace(0.0, 1.0))
-    is_before = torch.arange(len(values)) < change[..., None]
-    loc = torch.where(is_before, size[..., None], -size[..., None].abs())
-    pyro.sample("y", dist.Normal(loc, 1.0).to_event(1), obs=values)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_gradient_that_lacks_latents(dtype):
-    torch.set_default_dtype(dtype)
-    values = 1 + torch.linspace(-2.0, 2.0, 50)
-    for how in (Tensor.detach, lambda x: torch.as_tensor(x.tolist())):
-        log_joint = LogJoint(cut_off, (how, values))
-        with pytest.raises(ValueError, match=r"lacks a part for scale\[0\]: do not use float\(\)"):
-            check_gradient(log_joint, log_joint.start)
-    check_gradient(LogJoint(cut_off, (lambda x: x, values)), log_joint.start)
-    values = torch.ones(1_000)
-    for _ in range(5):
-        log_joint = LogJoint(rounded, (values,))
-        check_gradient(log_joint, log_joint.start + torch.randn(2))
 
 
 def test_nothing_finite_names_the_site():
