@@ -61,7 +61,7 @@ def test_evidence_of_any_guide(name):
     assert_evidence(result, expected, 0.05)
     assert result.elbo < expected + 4 * result.elbo_se
     assert result.khat < 0.7
-    assert result.trusted
+    assert result.has_good_khat
     assert 400 < result.ess < 4000
     assert (result.num_samples, result.num_nonfinite) == (4000, 0)
 
@@ -197,7 +197,7 @@ def test_a_gaussian_guide_of_a_gaussian(scale):
     result = Importance.from_log_weights(math.log(scale) - z**2 / 2 + (z / scale) ** 2 / 2)
     assert result.elbo <= 4 * result.elbo_se + 1e-12
     assert result.log_evidence <= 4 * result.log_evidence_se + 1e-12
-    assert result.trusted == (scale > 0.5)
+    assert result.has_good_khat == (scale > 0.5)
     if scale < 1:
         assert abs(result.khat - (1 - scale**2)) < 4 * result.khat_se
 
