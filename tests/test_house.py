@@ -114,7 +114,7 @@ def test_inference_knows_of_guides_the_default_choice_alone() -> None:
     for path, tree in PACKAGE_FILES.items():
         if _module(path)[1:2] == ("inference",):
             guides = {tuple(name[2:]) for name in _imports(path, tree) if name[1:2] == ["guides"]}
-            assert guides <= ({("choice", "choose_guide")} if path.stem == "set_up" else set()), (
+            assert guides <= ({("choice", "choose_guide")} if path.stem == "problem" else set()), (
                 path
             )
 

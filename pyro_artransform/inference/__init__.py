@@ -3,7 +3,7 @@
 
 """Fits of guides to the posterior of a model, with a verdict."""
 
-from .fit import fit
+from .fitting import fit
 from .optimization.training import FitError
 from .result import FitResult
 

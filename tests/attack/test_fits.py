@@ -25,7 +25,7 @@ from tests.attack.effort import attack
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK, quick_fit
 
-OFTEN = {**QUICK, "run._CHECKPOINT_EVERY": 3}
+OFTEN = {**QUICK, "optimization.steps._CHECKPOINT_EVERY": 3}
 GUIDES = {
     "iaf": models.small,
     "maf": partial(AutoMAF, num_transforms=1, hidden_dims=4),

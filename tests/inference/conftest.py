@@ -15,9 +15,9 @@ from pyro_artransform.inference import FitResult
 Numbers = Mapping[str, float]
 #: Fewer draws, and points of searches, so that a fit takes a fraction of a second.
 QUICK_START: Numbers = {
-    "draws_first._NUM_DRAWS": 100,
-    "draws_first._NUM_FOR_START": 50,
-    "draws_first._MOST_TRAJECTORIES": 48,
+    "first_draws._NUM_DRAWS": 100,
+    "first_draws._NUM_FOR_START": 50,
+    "first_draws._MOST_TRAJECTORIES": 48,
     "initialization.start._NUM_COMPARED": 256,
 }
 QUICK_VERDICT: Numbers = {
@@ -27,7 +27,7 @@ QUICK_VERDICT: Numbers = {
 QUICK: Numbers = {
     **QUICK_START,
     **QUICK_VERDICT,
-    "set_up.NUM_COMPARED": 128,
+    "problem.NUM_COMPARED": 128,
     "optimization.minibatches._NUM_DRAWS": 100,
 }
 #: A fit that decides by itself after tens of steps.

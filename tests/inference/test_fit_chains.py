@@ -16,8 +16,8 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import importance
 from pyro_artransform.diagnostics.checks import Check
-from pyro_artransform.inference import draws_first
-from pyro_artransform.inference.draws_first import DRAWS_ARE_THERE
+from pyro_artransform.inference import first_draws
+from pyro_artransform.inference.first_draws import DRAWS_ARE_THERE
 from pyro_artransform.inference.initialization.start import AT_DRAWS, UNCHANGED
 from pyro_artransform.sampling import StartError
 from tests.inference import loaders, models
@@ -100,7 +100,7 @@ def test_a_posterior_that_a_guide_has():
 
 def test_chains_that_have_not_mixed_are_not_trusted_whatever_the_guide_is(monkeypatch):
     """They end after a block: the guide is trained, and no other chains replace them."""
-    begun, from_nothing = [], draws_first.from_nothing
+    begun, from_nothing = [], first_draws.from_nothing
 
     def ends_early(*args):
         ensemble = from_nothing(*args)
@@ -109,7 +109,7 @@ def test_chains_that_have_not_mixed_are_not_trusted_whatever_the_guide_is(monkey
         begun.append(ensemble)
         return ensemble
 
-    monkeypatch.setattr(draws_first, "from_nothing", ends_early)
+    monkeypatch.setattr(first_draws, "from_nothing", ends_early)
     result = fitted(models.regression, small(models.regression), draws=2000)
     (ensemble,) = begun
     assert ensemble.num_trajectories < 40

@@ -17,7 +17,7 @@ import pyro_artransform
 from pyro_artransform import AutoAmortized
 from pyro_artransform.diagnostics import importance
 from tests.inference import loaders
-from tests.inference.conftest import SOON, with_step_size
+from tests.inference.conftest import SOON
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.loaders import DIM, KNOWN, Autoencoder, listed, rows, shuffled, small
 from tests.inference.test_fit import parameters
@@ -84,7 +84,7 @@ def test_stock_guide():
     x, y = rows()
     mean, sd, evidence = loaders.exact(x, y)
     guide = AutoNormal(loaders.regression)
-    options = {"epochs": 80, "num_particles": 16, "seed": 0, "numbers": with_step_size(0.02)}
+    options = {"epochs": 80, "num_particles": 16, "seed": 0}
     result = check(fitted(loaders.regression, guide, shuffled(x, y), **options), 400)
     assert ((guide.median()["weights"] - mean).abs() < 0.3 * sd).all()
     assert result.trusted
@@ -109,9 +109,9 @@ def test_autoencoder():
 def test_amortized_locals_and_globals():
     _, y = rows()
     guide = AutoAmortized(loaders.groups, loaders.Mean(), flow=None, local_flow=None)
-    options = {"epochs": 80, "num_particles": 8, "seed": 0, "numbers": with_step_size(0.02)}
+    options = {"epochs": 160, "num_particles": 8, "seed": 0}
     result = fitted(loaders.groups, guide, shuffled(y), **options)
-    check(result, 400)
+    check(result, 800)
     covariance = 1.25 * torch.eye(43) + 9 * torch.ones(43, 43)
     distribution = dist.MultivariateNormal(torch.zeros(43), covariance)
     # a linear encoder can be exact; what is left is the noise of the batches
@@ -229,7 +229,10 @@ def test_draws_by_passes_over_a_loader():
 
 
 def test_ends_by_itself():
-    options = {"seed": 1, "numbers": SOON}
+    options = {
+        "seed": 1,
+        "numbers": {**SOON, "optimization.schedule._MAX_CONSTANT": 3000},
+    }
     x, y = rows()
     guide = AutoNormal(loaders.regression)
     result = fitted(loaders.regression, guide, shuffled(x, y), **options)

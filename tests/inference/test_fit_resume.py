@@ -123,7 +123,7 @@ def test_skipped_steps_are_remembered(tmp_path):
 def test_a_disk_that_is_full_ends_no_fit(tmp_path):
     resource = pytest.importorskip("resource")
     path, limits = tmp_path / "fit.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    numbers = {**QUICK, "run._CHECKPOINT_EVERY": 5}
+    numbers = {**QUICK, "optimization.steps._CHECKPOINT_EVERY": 5}
 
     def callback(step, elbo):
         if step == 7:

@@ -80,7 +80,7 @@ def _better_start(
     why_no_chains: str,
     num_draws: int,
 ) -> InitialGuide:
-    elbo, needed = _judge(density, guide, num_draws)
+    elbo, needed = _elbo_and_bound(density, guide, num_draws)
     gaussian_elbo = -math.inf
     if ensemble is not None:
         before = copies(guide.parameters())
@@ -133,7 +133,7 @@ def _start_at_draws(
                 put()
             except ValueError:  # the Gaussian is not finite
                 break
-            elbo, bound = _judge(density, guide, num_draws)
+            elbo, bound = _elbo_and_bound(density, guide, num_draws)
             if elbo > needed:
                 best, needed, chosen = elbo, bound, [put]
             if -math.inf < before >= elbo:
@@ -159,7 +159,7 @@ def _put(
         guide.start_at(loc, factor * gaussian.independent_sd().diag())
 
 
-def _judge(density: LogJoint, guide: FlowGuide, count: int) -> tuple[float, float]:
+def _elbo_and_bound(density: LogJoint, guide: FlowGuide, count: int) -> tuple[float, float]:
     """The ELBO of a guide with common random numbers, and the ELBO that another candidate must exceed."""
     check_time()
     with _common_noise():

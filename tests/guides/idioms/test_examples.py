@@ -17,7 +17,7 @@ from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
 from torch import nn
 
-from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
+from pyro_artransform import AutoIAF, AutoStructuredFlow
 from pyro_artransform.model import LogJoint
 from tests.guides.idioms.models import GUIDES, examples
 from tests.inference.conftest import QUICK, quick_fit
@@ -100,7 +100,7 @@ def test_fit(name, kind):
     example = examples()[name]
     guides = [] if kind is AutoIAF else [GUIDES["AutoStructuredFlow"](example.model)]
     options = {"numbers": LEAN, "num_steps": 20, "progress": False}
-    result = fit(example.model, *guides, *example.with_data(), **options)
+    result = quick_fit(example.model, *guides, *example.with_data(), **options)
     assert type(result.guide) is kind
     assert not result.one_at_a_time
     assert result.num_skipped == 0

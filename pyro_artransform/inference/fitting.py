@@ -17,11 +17,14 @@ from .._base.arguments import check_callable, check_integer
 from .._base.check_call import check_call
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
+from .evaluation.outcome import result_of
+from .first_draws import FirstDraws
+from .initialization.initialize import initial_training, resumed_training
 from .loader import Batch, BatchStream
+from .optimization.steps import take_steps
 from .parallel import open_parallel
+from .problem import Problem
 from .result import FitResult
-from .run import judge, start, train
-from .set_up import SetUp
 
 
 def fit(
@@ -191,7 +194,7 @@ def fit(
                 stream = stream.share(parallel.rank, parallel.size, parallel.seed())
                 stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
-        set_up = SetUp(
+        problem = Problem(
             model,
             guide,
             arguments=Batch(args, kwargs),
@@ -201,11 +204,14 @@ def fit(
             check_call=partial(check_call, fit, model),
             num_steps=num_steps,
             num_particles=num_particles,
-            draws=draws,
         )
         bar.say("start")
-        training = start(set_up, resume)
+        first = FirstDraws.of_fit(problem, draws)
+        if resume is None:
+            training = initial_training(problem, first)
+        else:
+            training = resumed_training(problem, first, resume)
         bar.say("fit")
-        is_saved = train(set_up, training, path, callback, bar)
+        is_saved = take_steps(problem, training, path, callback, bar)
         bar.say("verdict")
-        return judge(set_up, training, is_saved)
+        return result_of(problem, first, training, is_saved)

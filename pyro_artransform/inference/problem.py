@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The set-up of a fit, from its options and one run of model and guide."""
+"""The problem of a fit, from its options and one run of model and guide."""
 
 import time
 from collections.abc import Callable
@@ -21,7 +21,6 @@ from ..model import LogJoint
 from ..model.handlers import traced_parameters
 from ..model.prior_only import warn_of_prior
 from ..model.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
-from .draws_first import DrawsFirst
 from .loader import Batch, BatchStream, check_use
 from .minibatch_check import warn_of_no_sum
 from .optimization.minibatches import NUM_COMMON_DRAWS, NUM_VALIDATION, MinibatchObjective
@@ -37,8 +36,8 @@ _NUM_PARTICLES, _MANY_LATENTS, _NUM_PARTICLES_OF_MANY = 64, 200, 16
 Function = Callable[..., object]
 
 
-class SetUp:
-    """The parts of a fit before its start, from one run of model and guide.
+class Problem:
+    """What is fitted, and how: the model, its data, the guide, the objective and the schedule.
 
     Models, guides and data that cannot be fitted raise an error here, as do batches that ``check_call``
     refuses. The last options are those of :func:`~pyro_artransform.fit`.
@@ -56,7 +55,6 @@ class SetUp:
         check_call: Callable[..., None],
         num_steps: int | None,
         num_particles: int | None,
-        draws: int | None,
     ) -> None:
         self.parallel, self.limit, self.guide_reason = parallel, limit, ""
         batches = [arguments]
@@ -96,21 +94,6 @@ class SetUp:
                 self.fewer *= FEWER
         #: whether the log joint density is that of all data
         self.has_all_data = self.minibatches is None or self.minibatches.whole is not None
-        #: the initial ensemble, if the density is a deterministic function of all data
-        self.draws_first: DrawsFirst | None = None
-        is_known = self.has_all_data and not self.subject.log_joint.is_random
-        if draws and not is_known:
-            raise ValueError(
-                "draws: expected a model that sees all data, since chains need its density, got one that is "
-                "random, or sees mini-batches that may not be all data or have latents of their own: fit "
-                "without draws="
-            )
-        if draws or (is_known and self.minibatches is None):
-            trains_model = bool(self.point_estimates)
-            asked = 0 if draws is None and trains_model else draws
-            self.draws_first = DrawsFirst(
-                self.subject, asked, limit, trains_model=trains_model, fewer=self.fewer
-            )
         latent_dim = log_joint.latents.latent_dim
         # if all data correct a batch, the noise of batches is too small to need averaging over an epoch
         epoch = 1
@@ -161,12 +144,17 @@ class SetUp:
                 tensors += [*module.parameters(), *module.buffers()]
         return tensors
 
+    @property
+    def batch(self) -> Batch:
+        """The arguments of model and guide; with a loader, those of its first batch."""
+        return Batch(self.subject.args, self.subject.kwargs)
+
     def missing(self) -> tuple[str, ...]:
         """Dependencies that the graph of a structured guide lacks, in words."""
         guide: object = self.subject.guide
         if not isinstance(guide, StructuredGuide):
             return ()
-        batches = [Batch(self.subject.args, self.subject.kwargs)]
+        batches = [self.batch]
         if self.minibatches is not None:
             batches = self.minibatches.validation
         return tuple(guide.missing_over_batches(batches))
