@@ -55,7 +55,7 @@ class FirstDraws:
             )
         if not (requested or (is_known and problem.minibatches is None)):
             return None
-        if requested is None and problem.point_estimates:
+        if problem.point_estimates and requested is None:
             requested = 0
         return cls(problem, problem.subject.log_joint, requested)
 
