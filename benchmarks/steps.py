@@ -85,18 +85,17 @@ def torch_step(make_guide: Callable[..., object], dim: int, num_particles: int) 
 def fit_step(package: ModuleType, dim: int, num_particles: int) -> Step:
     """A step as `fit` takes it, for a density without Pyro."""
     inner = {}
-    names = ("config", *(f"optimization.{name}" for name in ("objective", "schedule", "training")))
-    for name in names:
-        inner[name] = importlib.import_module(f"{package.__name__}.inference.{name}")
+    for name in ("objective", "schedule", "training"):
+        module = f"{package.__name__}.inference.optimization.{name}"
+        inner[name] = importlib.import_module(module)
     # under a name of its own in Pyro's store
     guide = type(package.__name__, (package.AutoIAF,), {})(partial(standard_normal, dim))
     guide()
-    config = inner["config"].FitConfig().optimization
     density = FreeDensity(dim)
-    objective = inner["optimization.objective"].PathObjective(density, guide)
-    schedule = inner["optimization.schedule"].Schedule(config).of_length(1_000_000)
-    training = inner["optimization.training"].Training
-    step: Step = training(objective, schedule, num_particles, None, guide).step
+    objective = inner["objective"].PathObjective(density, guide)
+    schedule = inner["schedule"].Schedule().of_length(1_000_000)
+    training = inner["training"].Training
+    step: Step = training(objective, schedule, num_particles, None).step
     return step
 
 

@@ -32,7 +32,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from pyro_artransform import AutoIAF, AutoMAF, AutoStructuredFlow, fit
 from pyro_artransform.diagnostics import Importance
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide, weighted_draws
-from pyro_artransform.inference import FitConfig, FitError
+from pyro_artransform.inference import FitError
 from pyro_artransform.inference.evaluation.evaluate import evaluate
 from pyro_artransform.inference.evaluation.verdict import FitStatus
 from pyro_artransform.model import LogJoint
@@ -111,7 +111,7 @@ def run(name: str, kind: str, seed: int, num_steps: int | None) -> Outcome:
     if kind in KNOWN:
         guide = known_guide(target, kind)
         subject = ModelAndGuide(target.model, guide, (), {}, LogJoint(target.model))
-        found = evaluate(subject, FitStatus(), FitConfig())
+        found = evaluate(subject, FitStatus())
         khat, trusted, words = found["khat"], found["trusted"], found["verdict"]
     else:
         guide = FITTED[kind](poutine.block(target.model, hide=list(target.summed_out)))

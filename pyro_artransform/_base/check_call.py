@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 Function = Callable[..., Any]
 
-_STEP_SIZE = ". fit chooses the step size itself; to set it, pass an optimizer as optim="
+_STEP_SIZE = ". fit chooses the step size itself; to set it, train the guide with pyro.infer.SVI"
 _CHAINS = ". For the number of effective draws, use draws=; fit chooses the number and length of its chains"
 _CALLABLE = (
     ". A callable as the second argument is taken for the guide: pass a callable argument of the model by "

@@ -3,9 +3,9 @@
 
 """Diagnostics of a posterior: importance sampling, calibration, errors of marginals, evidence."""
 
-from .calibration import SBC, sbc, simultaneous_bands, uniformity_pvalue
+from .calibration import SBC, sbc, uniformity_pvalue
 from .checks import Check, FailedCheck, Verdict
-from .importance_sampling import Importance, importance, psis_resample
+from .importance_sampling import Importance, importance
 from .importance_weights import log_weights
 from .marginals import Marginals
 from .plates import PlateDiagnostics
@@ -23,9 +23,7 @@ __all__ = [  # noqa: RUF022
     "fit_tail",
     "importance",
     "log_weights",
-    "psis_resample",
     "sbc",
-    "simultaneous_bands",
     "smooth_tail",
     "uniformity_pvalue",
 ]

@@ -3,7 +3,6 @@
 
 """Simulation-based calibration: whether posteriors of simulated data are calibrated on average."""
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -240,26 +239,6 @@ def uniformity_pvalue(ranks: Tensor, num_draws: int) -> Tensor:
     tails = _two_sided_tails(levels, len(ranks))
     worst = tails.gather(1, counts).amin(0)
     return _probability_of_reaching(worst * _ABOVE_TIES, tails, levels)
-
-
-def simultaneous_bands(
-    num_ranks: int, num_draws: int, level: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Simultaneous confidence bands for the distribution function of uniform ranks.
-
-    :param num_ranks: the number of ranks, S.
-    :param num_draws: the largest possible rank.
-    :param level: the least probability that the whole function is between the bands.
-    :return: points between 0 and 1, and the lower and upper bands there, each of shape ``(P,)``.
-    """
-    levels = _levels(num_draws)
-    tails = _two_sided_tails(levels, num_ranks)
-    candidates = list(tails[tails <= 1 - level].unique() * _ABOVE_TIES)
-    reaching = partial(_probability_of_reaching, tails=tails, levels=levels)
-    num_rare = bisect_right(candidates, 1 - level, key=lambda worst: float(reaching(worst[None])))
-    inside = (tails > candidates[num_rare - 1] if num_rare else tails >= 0).long()
-    lower, upper = inside.argmax(1), num_ranks - inside.flip(1).argmax(1)
-    return levels, lower.to(levels) / num_ranks, upper.to(levels) / num_ranks
 
 
 def _levels(num_draws: int) -> Tensor:

@@ -150,7 +150,7 @@ class Check(Enum):
     ELEMENT_NOISE = (
         "the shared latents could not be checked: with {count} draws per element, noise alone gives their "
         "log weights a variance of {noise:.2g}, above {bound:.0f}",
-        "Use more draws per element (MinibatchConfig.min_inner), or {remedy}",
+        "Use {remedy}",
     )
 
     def __repr__(self) -> str:

@@ -3,7 +3,6 @@
 
 """Importance sampling with a guide, and the thresholds of trust of the whole package."""
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from math import inf, log, sqrt
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .._base.arguments import check_integer
-from .importance_weights import NUM_DRAWS, Values, weighted_draws
+from .importance_weights import NUM_DRAWS, weighted_draws
 from .psis import fit_tail, share_above, smooth_tail
 
 GOOD_KHAT = 0.7  #: the largest k-hat at which estimates with the weights are reliable
@@ -92,14 +91,14 @@ class Importance:
         )
 
     @property
-    def trusted(self) -> bool:
+    def has_good_khat(self) -> bool:
         """Whether k-hat is at most 0.7, so that estimates with the weights are reliable."""
         return self.khat <= GOOD_KHAT
 
     @property
     def has_heavy_tail(self) -> bool:
         """Whether k-hat is above 0.7 and the tail is not negligible."""
-        return not self.trusted and self.tail_share > GOOD_TAIL
+        return not self.has_good_khat and self.tail_share > GOOD_TAIL
 
     @property
     def is_close(self) -> bool:
@@ -107,7 +106,8 @@ class Importance:
         return self.elbo_se <= GOOD_ELBO_SE and self.log_evidence - self.elbo <= GOOD_GAP
 
     def __repr__(self) -> str:
-        word = "good" if self.khat <= KHAT_OF_VARIANCE else "acceptable" if self.trusted else "bad"
+        word = "acceptable" if self.has_good_khat else "bad"
+        word = "good" if self.khat <= KHAT_OF_VARIANCE else word
         lines = [
             f"{'ELBO':14}{self.elbo:10.3f} ± {self.elbo_se:.3f}",
             f"{'log evidence':14}{self.log_evidence:10.3f} ± {self.log_evidence_se:.3f}",
@@ -155,53 +155,3 @@ def importance(
     check_integer("num_samples", num_samples)
     chunks = weighted_draws(model, guide, num_samples, args, kwargs, None)
     return Importance.from_log_weights(torch.cat([chunk.log_weights for chunk in chunks]))
-
-
-def psis_resample(
-    model: Callable[..., object],
-    guide: Callable[..., object],
-    n: int,
-    *args: object,
-    **kwargs: object,
-) -> Values:
-    """Resamples draws of a guide with their Pareto-smoothed weights, closer to the posterior.
-
-    The resampling is systematic: a draw appears ``n`` times its weight, rounded up or down, so that
-    means of the result differ as little as possible from weighted means. Other arguments and errors
-    are those of :func:`importance`.
-
-    :param n: the number of draws to return, in random order, out of ``max(5 n, 10_000)`` draws.
-    :return: for each site a tensor of shape ``(n,) + site shape``.
-    :raises ValueError: if all weights are zero or not finite.
-
-    **References**
-
-    1. Monte Carlo Filter and Smoother for Non-Gaussian Nonlinear State Space Models (Kitagawa,
-       1996), https://doi.org/10.2307/1390750
-    """
-    check_integer("n", n)
-    chunks = list(weighted_draws(model, guide, max(NUM_DRAWS, 5 * n), args, kwargs, None))
-    chosen = _chosen(torch.cat([chunk.log_weights for chunk in chunks]), n)
-    values = {name: torch.cat([c.values[name] for c in chunks]) for name in chunks[0].values}
-    return {name: value[chosen.to(value.device)] for name, value in values.items()}
-
-
-def _chosen(log_weights: Tensor, n: int) -> Tensor:
-    """The indices ``(n,)`` of draws resampled with log weights ``(S,)``, on the CPU."""
-    if not bool(log_weights.isfinite().any()):
-        raise ValueError(
-            f"guide: expected draws with finite weights, got none in {len(log_weights)}: train it first, or "
-            "check supports and data"
-        )
-    tail = fit_tail(log_weights)
-    if tail.khat > GOOD_KHAT:
-        warnings.warn(
-            f"k-hat is {tail.khat:.2f}: above {GOOD_KHAT}, resampling does not improve on the guide. Train "
-            "it for longer, or use a more flexible one",
-            stacklevel=3,
-        )
-    cumulative = smooth_tail(log_weights, tail).softmax(0).cumsum(0)
-    marks = (torch.rand_like(cumulative[:1]) + cumulative.new_ones(n).cumsum(0) - 1) / n
-    # the sum of the weights is one only up to round-off
-    chosen = torch.searchsorted(cumulative, marks * cumulative[-1])
-    return chosen[torch.randperm(n, device=chosen.device)]

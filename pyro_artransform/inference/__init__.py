@@ -3,9 +3,8 @@
 
 """Fits of guides to the posterior of a model, with a verdict."""
 
-from .config import FitConfig
-from .fit import fit
+from .fitting import fit
 from .optimization.training import FitError
 from .result import FitResult
 
-__all__ = ["FitConfig", "FitError", "FitResult", "fit"]
+__all__ = ["FitError", "FitResult", "fit"]

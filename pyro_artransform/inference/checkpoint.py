@@ -3,7 +3,6 @@
 
 """Saves a running fit to a file between two steps, and resumes it."""
 
-import warnings
 from functools import partial
 from typing import Any
 
@@ -11,19 +10,20 @@ import torch
 from torch import nn
 
 from .._base import files
+from .._base.arguments import warn_user
 from .optimization.training import Training
-from .set_up import SetUp
+from .problem import Problem
 
-_KIND = "a checkpoint of fit, format 10"
+_KIND = "a checkpoint of fit, format 11"
 
 
-def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
+def save(problem: Problem, training: Training, path: files.FilePath) -> bool:
     """Saves all that a fit needs to resume; if writing fails, warns and returns ``False``."""
-    guide, stream = set_up.subject.guide, set_up.stream
+    guide, stream = problem.subject.guide, problem.stream
     state = {
         "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
-        "options": _options(set_up),
-        "seconds": training.earlier_seconds + set_up.limit.seconds,
+        "options": _options(problem),
+        "seconds": training.earlier_seconds + problem.limit.seconds,
         "training": training.state(),
         "batches": stream and [stream.num_batches, stream.next_epoch],
         "random": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all()},
@@ -32,44 +32,43 @@ def save(set_up: SetUp, training: Training, path: files.FilePath) -> bool:
         files.write(path, _KIND, state)
         return True
     except (OSError, RuntimeError) as error:  # torch reports a full disk by either
-        warnings.warn(
+        warn_user(
             f"checkpoint: {path} could not be written, so the fit continues without it; an earlier file is "
             f"unchanged ({error}). Is the disk full?",
-            stacklevel=4,
+            UserWarning,
         )
         return False
 
 
-def _options(set_up: SetUp) -> dict[str, Any]:
+def _options(problem: Problem) -> dict[str, Any]:
     """The options that must be the same in a resumed fit."""
     return {
-        "num_steps": set_up.schedule.num_steps,
-        "num_particles": set_up.num_particles,
-        "optim": "none" if set_up.optim is None else "one",
-        "loader": "none" if set_up.stream is None else "one",
+        "num_steps": problem.schedule.num_steps,
+        "num_particles": problem.num_particles,
+        "loader": "none" if problem.stream is None else "one",
     }
 
 
-def resume(set_up: SetUp, path: files.FilePath) -> Training:
+def resume(problem: Problem, path: files.FilePath) -> Training:
     """Resumes a fit from a checkpoint; with a loader, from the next epoch."""
-    state = set_up.parallel.first("the checkpoint", partial(files.read, path, _KIND))
-    for name, got in _options(set_up).items():
+    state = problem.parallel.first("the checkpoint", partial(files.read, path, _KIND))
+    for name, got in _options(problem).items():
         expected = state["options"][name]
         if got not in (expected, None):
             raise ValueError(f"resume: expected {name}={expected}, as before, got {got}")
     if state["guide"] is not None:
-        guide: Any = set_up.subject.guide
+        guide: Any = problem.subject.guide
         try:
             guide.load_state_dict(state["guide"])
         except (AttributeError, RuntimeError) as error:
             raise ValueError(f"resume: expected a checkpoint of this guide: {error}") from error
-    training = set_up.new_training(set_up.schedule.of_length(state["options"]["num_steps"]))
+    training = problem.new_training(problem.schedule.of_length(state["options"]["num_steps"]))
     training.restore(state["training"])
     training.earlier_seconds = state["seconds"]
     torch.set_rng_state(state["random"]["cpu"])
     if torch.cuda.is_available():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
-    set_up.parallel.seed_apart()
-    if set_up.stream is not None:
-        set_up.stream.go_on(*state["batches"])
+    problem.parallel.seed_apart()
+    if problem.stream is not None:
+        problem.stream.go_on(*state["batches"])
     return training

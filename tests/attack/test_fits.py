@@ -8,7 +8,6 @@ import signal
 import tempfile
 import time
 import warnings
-from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -26,16 +25,11 @@ from tests.attack.effort import attack
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK, quick_fit
 
-OFTEN = replace(QUICK, optimization=replace(QUICK.optimization, checkpoint_every=3))
+OFTEN = {**QUICK, "optimization.steps._CHECKPOINT_EVERY": 3}
 GUIDES = {
     "iaf": models.small,
     "maf": partial(AutoMAF, num_transforms=1, hidden_dims=4),
     "stock": AutoNormal,
-}
-OPTIMS = {
-    "own": lambda: None,
-    "torch": lambda: partial(torch.optim.AdamW, lr=0.01),
-    "pyro": lambda: pyro.optim.ClippedAdam({"lr": 0.01}),
 }
 
 
@@ -43,19 +37,19 @@ def parameters():
     return {name: p.detach().clone() for name, p in pyro.get_param_store().named_parameters()}
 
 
-def fitted(guide, optim="own", model=models.regression, **options):
+def fitted(guide, model=models.regression, **options):
     """A fit in an empty store, as in a new process."""
     pyro.clear_param_store()
-    options = {"num_particles": 4, "progress": False, "config": OFTEN, **options}
+    options = {"num_particles": 4, "progress": False, "numbers": OFTEN, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return quick_fit(model, GUIDES[guide](model), optim=OPTIMS[optim](), **options)
+        return quick_fit(model, GUIDES[guide](model), **options)
 
 
 @cache
-def uninterrupted(guide, optim, num_steps, seed):
+def uninterrupted(guide, num_steps, seed):
     began = time.perf_counter()
-    result = fitted(guide, optim, num_steps=num_steps, seed=seed)
+    result = fitted(guide, num_steps=num_steps, seed=seed)
     return result, parameters(), time.perf_counter() - began
 
 
@@ -64,7 +58,7 @@ def same(one, other):
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-every_guide, every_optim = st.sampled_from(sorted(GUIDES)), st.sampled_from(sorted(OPTIMS))
+every_guide = st.sampled_from(sorted(GUIDES))
 steps = st.integers(5, 40)
 
 
@@ -76,13 +70,12 @@ class Stop(Exception):
     *("fits",),
     few=2,
     guide=every_guide,
-    optim=every_optim,
     num_steps=steps,
     at=st.integers(1, 40),
     how=st.sampled_from(["raise", "stop", "interrupt", "no folder", "truncate"]),
 )
-def test_callbacks_that_do_anything(guide, optim, num_steps, at, how):
-    whole, expected, _ = uninterrupted(guide, optim, num_steps, 0)
+def test_callbacks_that_do_anything(guide, num_steps, at, how):
+    whole, expected, _ = uninterrupted(guide, num_steps, 0)
 
     def callback(step, elbo):
         if step != at:
@@ -105,9 +98,9 @@ def test_callbacks_that_do_anything(guide, optim, num_steps, at, how):
         try:
             if how == "raise" and at <= num_steps:
                 with pytest.raises(Stop):
-                    fitted(guide, optim, **options)
+                    fitted(guide, **options)
             else:
-                result = fitted(guide, optim, **options)
+                result = fitted(guide, **options)
                 assert result.history == whole.history[: len(result.history)]
                 ended = how in ("stop", "interrupt") and at <= num_steps
                 assert result.num_steps == (at if ended else num_steps)
@@ -115,7 +108,7 @@ def test_callbacks_that_do_anything(guide, optim, num_steps, at, how):
             signal.signal(signal.SIGINT, before)
         assert all(p.isfinite().all() for p in parameters().values())
         if path.exists():
-            rest = fitted(guide, optim, resume=path)
+            rest = fitted(guide, resume=path)
             assert rest.history == whole.history
             assert same(expected, parameters())
 

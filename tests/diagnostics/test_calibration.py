@@ -11,7 +11,7 @@ from pyro.infer.autoguide import AutoNormal, init_to_sample
 from pyro.infer.reparam import LocScaleReparam
 
 from pyro_artransform import AutoIAF
-from pyro_artransform.diagnostics import sbc, simultaneous_bands, uniformity_pvalue
+from pyro_artransform.diagnostics import sbc, uniformity_pvalue
 
 NUM_DATA = 3
 
@@ -215,17 +215,3 @@ def _worst_tail(ranks, num_draws):
 def test_pvalues_are_exact_far_out():
     """No simulation is behind them, so that many coordinates can be tested together."""
     assert uniformity_pvalue(torch.zeros(50, 1, dtype=torch.long), 99).item() < 1e-12
-
-
-@pytest.mark.parametrize("num_draws", [1, 9, 99, 1000])
-def test_bands_hold_the_whole_function(num_draws):
-    ranks = torch.randint(0, num_draws + 1, (60, 2000))
-    points, lower, upper = simultaneous_bands(60, num_draws, 0.9)
-    assert points.shape == lower.shape == upper.shape == (min(num_draws, 100),)
-    below = torch.stack([(ranks < p * (num_draws + 1) - 1e-6).double().mean(0) for p in points])
-    inside = ((below >= lower[:, None] - 1e-9) & (below <= upper[:, None] + 1e-9)).all(0)
-    assert torch.equal(inside, uniformity_pvalue(ranks, num_draws) > 0.1)
-    # 0.9 at least; where the function has few values, by a step more
-    assert inside.double().mean() > 0.9 - 4 * (0.09 / 2000) ** 0.5
-    if num_draws >= 99:
-        assert inside.double().mean() < 0.95

@@ -2,33 +2,66 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits that are quick, for tests of what a fit does and not of how well it does it."""
 
-from functools import partial
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 
 from pyro_artransform import fit
-from pyro_artransform.inference.config import (
-    EvaluationConfig,
-    FitConfig,
-    InitializationConfig,
-    MinibatchConfig,
-    OptimizationConfig,
-)
+from pyro_artransform.inference import FitResult
 
+Numbers = Mapping[str, float]
 #: Fewer draws, and points of searches, so that a fit takes a fraction of a second.
-QUICK = FitConfig(
-    initialization=InitializationConfig(
-        num_draws=100, num_for_start=50, num_compared=256, max_trajectories=48
-    ),
-    optimization=OptimizationConfig(num_compared=128),
-    minibatch=MinibatchConfig(num_draws=100),
-    evaluation=EvaluationConfig(num_samples=500, num_noisy_samples=50),
-)
+QUICK_START: Numbers = {
+    "first_draws._NUM_DRAWS": 100,
+    "first_draws._NUM_FOR_START": 50,
+    "first_draws._MOST_TRAJECTORIES": 48,
+    "initialization.start._NUM_COMPARED": 256,
+}
+QUICK_VERDICT: Numbers = {
+    "evaluation.evaluate._NUM_SAMPLES": 500,
+    "evaluation.evaluate._NUM_NOISY": 50,
+}
+QUICK: Numbers = {
+    **QUICK_START,
+    **QUICK_VERDICT,
+    "problem.NUM_COMPARED": 128,
+    "optimization.minibatches._NUM_DRAWS": 100,
+}
+#: A fit that decides by itself after tens of steps.
+SOON: Numbers = {
+    **QUICK,
+    "optimization.schedule._WINDOW": 18,
+    "optimization.schedule._MAX_CONSTANT": 90,
+    "optimization.schedule._SMALL_GAP": -1.0,
+}
 
-quick_fit = partial(fit, config=QUICK)
+
+def with_step_size(size: float) -> Numbers:
+    """A quick fit with another step size."""
+    names = ("_STEP_SIZE", "_MODEL_STEP_SIZE")
+    return {**QUICK, **{f"optimization.training.{name}": size for name in names}}
+
+
+@contextmanager
+def with_numbers(numbers: Numbers) -> Iterator[None]:
+    """Replaces constants of ``inference``, by the names of module and constant."""
+    with ExitStack() as stack:
+        for name, value in numbers.items():
+            stack.enter_context(patch(f"pyro_artransform.inference.{name}", value))
+        yield
+
+
+def quick_fit(*args: Any, numbers: Numbers = QUICK, **options: Any) -> FitResult:
+    """A fit with other ``numbers``; none for those of the package."""
+    with with_numbers(numbers):
+        return fit(*args, **options)
 
 
 @pytest.fixture
-def quick() -> FitConfig:
-    """The settings of a fit that is quick."""
-    return QUICK
+def quick() -> Iterator[None]:
+    """The numbers of a fit that is quick."""
+    with with_numbers(QUICK):
+        yield

@@ -7,8 +7,6 @@ import os
 import sys
 import time
 import warnings
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +17,8 @@ from torch import distributed
 
 from pyro_artransform import AutoAmortized, AutoStructuredFlow
 from pyro_artransform.inference import parallel
-from pyro_artransform.inference.config import MinibatchConfig
 from tests.inference import loaders, models
-from tests.inference.conftest import QUICK, quick_fit
+from tests.inference.conftest import quick_fit, with_step_size
 from tests.inference.loaders import rows, shuffled, small
 
 RANK = int(os.environ.get("RANK", "0"))
@@ -70,9 +67,9 @@ def amortized(model: Any) -> AutoAmortized:
 
 def hierarchy(folder: Path) -> Outcome:
     """43 groups in 9 batches, the last of them short: the processes take turns at having five of them."""
-    optim, loader = partial(torch.optim.Adam, lr=0.04), shuffled(rows()[1], batch_size=5)
-    config = replace(QUICK, minibatch=MinibatchConfig(num_draws=4000))
-    options = {**SOME, "num_particles": 8, "optim": optim, "epochs": 40, "config": config}
+    loader = shuffled(rows()[1], batch_size=5)
+    numbers = {**with_step_size(0.04), "optimization.minibatches._NUM_DRAWS": 4000}
+    options = {**SOME, "num_particles": 8, "epochs": 40, "numbers": numbers}
     return outcome(quick_fit(loaders.groups, amortized(loaders.groups), loader=loader, **options))
 
 

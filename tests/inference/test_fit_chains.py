@@ -16,8 +16,8 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import importance
 from pyro_artransform.diagnostics.checks import Check
-from pyro_artransform.inference import draws_first
-from pyro_artransform.inference.draws_first import DRAWS_ARE_THERE
+from pyro_artransform.inference import first_draws
+from pyro_artransform.inference.first_draws import DRAWS_ARE_THERE
 from pyro_artransform.inference.initialization.start import AT_DRAWS, UNCHANGED
 from pyro_artransform.sampling import StartError
 from tests.inference import loaders, models
@@ -100,7 +100,7 @@ def test_a_posterior_that_a_guide_has():
 
 def test_chains_that_have_not_mixed_are_not_trusted_whatever_the_guide_is(monkeypatch):
     """They end after a block: the guide is trained, and no other chains replace them."""
-    begun, from_nothing = [], draws_first.from_nothing
+    begun, from_nothing = [], first_draws.from_nothing
 
     def ends_early(*args):
         ensemble = from_nothing(*args)
@@ -109,7 +109,7 @@ def test_chains_that_have_not_mixed_are_not_trusted_whatever_the_guide_is(monkey
         begun.append(ensemble)
         return ensemble
 
-    monkeypatch.setattr(draws_first, "from_nothing", ends_early)
+    monkeypatch.setattr(first_draws, "from_nothing", ends_early)
     result = fitted(models.regression, small(models.regression), draws=2000)
     (ensemble,) = begun
     assert ensemble.num_trajectories < 40
@@ -131,7 +131,7 @@ def near_five():
 def test_a_guide_that_no_chain_could_check_is_not_trusted(is_written):
     """Which is said first."""
     guide = near_five if is_written else AutoNormal(narrow, init_loc_fn=AT_FIVE, init_scale=0.02)
-    result = fitted(narrow, guide, draws=None, config=None)
+    result = fitted(narrow, guide, draws=None, numbers={})
     assert result.num_steps > 0
     assert not result.trusted
     assert not result.ok
@@ -143,7 +143,7 @@ def test_a_guide_that_no_chain_could_check_is_not_trusted(is_written):
     with pytest.raises(StartError, match="region is not finite"):
         fitted(narrow, guide, draws=100)
     # without chains that check it: the guide alone
-    result = fitted(narrow, guide, draws=0, config=None)
+    result = fitted(narrow, guide, draws=0, numbers={})
     assert Check.NO_CHAINS not in {each.check for each in result.failed}
 
 
@@ -167,7 +167,7 @@ def test_draws_that_only_start_the_guide():
 def test_a_fit_has_draws_in_any_case():
     """And the guide is trained from them; a second fit goes on from the trained guide."""
     guide = small(models.regression)
-    result = fitted(models.regression, guide, draws=None, num_steps=200, config=None)
+    result = fitted(models.regression, guide, draws=None, num_steps=200, numbers={})
     assert (result.num_steps, result.start) == (200, AT_DRAWS)
     assert result.chains.trusted
     assert len(result.draws["loc"]) == 400
@@ -296,7 +296,7 @@ def test_errors_are_those_of_so_many_effective_draws(name):
     errors = []
     for seed in range(12):
         pyro.clear_param_store()
-        chains = fitted(model, seed=seed, config=None).chains
+        chains = fitted(model, seed=seed, numbers={}).chains
         assert chains.trusted, chains
         if name == "schools":
             mean, sd = schools_moments()

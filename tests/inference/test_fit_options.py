@@ -7,7 +7,6 @@ import inspect
 import signal
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial, wraps
 
 import pyro
@@ -19,14 +18,13 @@ from pyro.infer.autoguide import AutoNormal
 from torch import nn
 from torch.utils.data import DataLoader
 
-from pyro_artransform import AutoIAF, fit, inference
+from pyro_artransform import AutoIAF, fit
 from pyro_artransform._base.check_call import check_call
 from pyro_artransform._base.progress import ProgressBar
 from pyro_artransform.diagnostics.checks import Check
-from pyro_artransform.inference import FitConfig
 from pyro_artransform.sampling import mcmc
 from tests.inference import models
-from tests.inference.conftest import QUICK, quick_fit
+from tests.inference.conftest import QUICK, quick_fit, with_numbers
 
 few = partial(quick_fit, num_particles=4, progress=False)
 OPTIONS = sorted(
@@ -94,7 +92,7 @@ def test_a_new_guide_is_new_whatever_was_fitted_before(make_guide):
     histories = []
     for model in (models.scaled, models.location, models.location):
         guide = [] if make_guide is None else [make_guide(model)]
-        result = fit(model, *guide, num_steps=5, seed=1, progress=False, config=QUICK)
+        result = quick_fit(model, *guide, num_steps=5, seed=1, progress=False)
         histories.append(result.history)
         del guide, result
     assert histories[1] == histories[2]
@@ -102,7 +100,7 @@ def test_a_new_guide_is_new_whatever_was_fitted_before(make_guide):
 
 
 def test_a_new_guide_goes_on_from_a_store_that_was_loaded(tmp_path):
-    fit(models.regression, num_steps=5, progress=False, config=QUICK)
+    quick_fit(models.regression, num_steps=5, progress=False)
     store = pyro.get_param_store()
     saved = {name: value.detach().clone() for name, value in store.items()}
     store.save(str(tmp_path / "store"))
@@ -129,14 +127,6 @@ def test_inference_mode():
         quick_fit(models.location, guide, num_steps=2, progress=False)
 
 
-def test_settings_are_public():
-    config = FitConfig()
-    config = replace(config, optimization=replace(config.optimization, num_particles=4))
-    guide = models.small(models.location)
-    result = fit(models.location, guide, num_steps=20, progress=False, config=config)
-    assert result.num_gradients == 4 * (12 + 8 * 4)  # more draws while the step size falls
-
-
 @pytest.mark.parametrize("run", [partial(fit), partial(mcmc, draws=4)])
 def test_handlers_around_a_fit_are_an_error(run):
     """They would not reach the model where many draws are evaluated at once."""
@@ -151,27 +141,9 @@ def test_handlers_around_a_fit_are_an_error(run):
 
 
 def test_fits_in_threads_wait_for_each_other():
-    with ThreadPoolExecutor(2) as pool:
-        fits = [
-            pool.submit(quick_fit, models.location, num_steps=5, progress=False) for _ in range(2)
-        ]
+    with with_numbers(QUICK), ThreadPoolExecutor(2) as pool:
+        fits = [pool.submit(fit, models.location, num_steps=5, progress=False) for _ in range(2)]
         assert [found.result().num_steps for found in fits] == [5, 5]
-
-
-@pytest.mark.parametrize(
-    ("name", "words"),
-    [
-        (
-            "num_particles",
-            r"FitConfig\(optimization=OptimizationConfig\(num_particles=\.\.\.\)\) or fit",
-        ),
-        ("num_sample", r"evaluation=EvaluationConfig\(num_samples="),
-        ("xyz", "Its groups have the numbers"),
-    ],
-)
-def test_numbers_that_are_not_of_the_settings_themselves(name, words):
-    with pytest.raises(TypeError, match=f"got '{name}'.*{words}"):
-        FitConfig(**{name: 3})
 
 
 def location(y, scale=1.0):
@@ -219,12 +191,13 @@ WRONG = [
     ((Y,), {"guide": 3}, A_GUIDE),
     ((None, None, None), {}, "expected the arguments that the model takes"),
     ((Y, 1.0, 2.0), {}, "expected the arguments that the model takes"),
-    ((Y,), {"config": {"num_steps": 3}}, "config: expected a FitConfig, got"),
-    ((Y,), {"config": FitConfig}, "config: expected a FitConfig, got"),
-    ((Y,), {"optim": 0.01}, "optim"),
     ((Y,), {"callback": 3}, "callback: expected a function, got 3"),
     ((Y,), {"num_step": 3}, r"Did you mean num_steps=, an option of fit\?"),
-    ((Y,), {"lr": 0.01}, "chooses the step size itself"),
+    (
+        (Y,),
+        {"lr": 0.01},
+        "chooses the step size itself; to set it, train the guide with pyro.infer.SVI",
+    ),
     ((Y,), {"num_samples": 100}, "number of effective draws, use draws="),
     ((Y,), {"num_chains": 4}, "draws=; fit chooses the number and length of its chains"),
     ((Y,), {"num_warmup": 500}, "draws=; fit chooses the number and length of its chains"),
@@ -244,7 +217,11 @@ def test_arguments_of_another_type(args, options, words):
 BATCHES = [
     ([(Y, 1.0, Y)], {}, r"\(y, scale=1.0\), got 3 by position.*too many positional"),
     ([{"data": Y}], {}, r"got 0 by position and \['data'\] by keyword"),
-    ([(Y,)], {"lr": 0.1}, "chooses the step size itself"),
+    (
+        [(Y,)],
+        {"lr": 0.1},
+        "chooses the step size itself; to set it, train the guide with pyro.infer.SVI",
+    ),
     ([(Y,)], {"num_epochs": 3}, "Did you mean epochs="),
 ]
 
@@ -276,21 +253,6 @@ def test_the_choice_is_in_the_result_and_as_good_as_the_same_guide_given():
     assert (result.history, result.elbo) == (given.history, given.elbo)
 
 
-def test_another_way_to_choose():
-    """That of ``pyro_artransform`` is also the default of ``inference.fit``."""
-    asked = []
-
-    def choose(model, args, kwargs, *, is_minibatch):
-        asked.append((args, kwargs, is_minibatch))
-        return AutoNormal(model), "for a test"
-
-    result = few(location, Y, scale=0.5, choose_guide=choose, num_steps=2)
-    assert asked == [((Y,), {"scale": 0.5}, False)]
-    assert result.rows()["guide"] == "AutoNormal, for a test"
-    result = inference.fit(location, Y, num_steps=2, config=QUICK, progress=False)
-    assert result.rows()["guide"] == "AutoIAF, for 1 latent"
-
-
 def test_loader():
     loader = DataLoader(Y, batch_size=4, shuffle=True)
     result = few(location, loader=loader, epochs=2, scale=0.5)
@@ -313,6 +275,7 @@ def test_parameters_of_the_model_that_were_cut_short():
     assert [failed.check for failed in found.judged.failed][:1] == [Check.CUT_SHORT]
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_model_without_data_is_said_to_be_its_prior():
     """As where the argument with the data was forgotten: then the data are latents."""
 
@@ -322,8 +285,8 @@ def test_a_model_without_data_is_said_to_be_its_prior():
             pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
 
     words, options = "The model has no observed site", {"num_steps": 2, "progress": False}
-    with pytest.warns(UserWarning, match=f"{words}.*pass the data") as caught:
-        result = quick_fit(line, Y, **options)
+    with pytest.warns(UserWarning, match=f"{words}.*pass the data") as caught, with_numbers(QUICK):
+        result = fit(line, Y, **options)
     assert caught[0].filename == __file__
     assert result.verdict.startswith(words)
     assert not result.trusted

@@ -5,7 +5,6 @@
 
 import math
 import os
-from dataclasses import replace
 from functools import partial
 
 import pyro
@@ -18,11 +17,10 @@ from pyro_artransform import AutoAmortized, AutoAutoregressive, affine_autoregre
 from pyro_artransform._base import files
 from tests.guides.amortized import hierarchies
 from tests.inference import models
-from tests.inference.conftest import QUICK
+from tests.inference.conftest import QUICK, SOON
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
 from tests.inference.test_fit import parameters
-from tests.inference.test_fit_steps import OPTIMS, SOON
 
 
 def fresh(model, kind, seed=0):
@@ -54,25 +52,23 @@ def any_order(model):
 
 
 CASES = {
-    "ours, any order": (models.gaussian, any_order, None),
-    "ours, user's optimizer": (models.regression, small, "AdamW"),
-    "stock, scheduler": (models.regression, AutoMultivariateNormal, "scheduler"),
-    "function": (models.regression, lambda model: models.hand_written, None),
-    "model with a parameter, stock": (models.with_param, AutoNormal, "ClippedAdam"),
-    "module": (models.Decoder, small, None),
+    "ours, any order": (models.gaussian, any_order),
+    "stock": (models.regression, AutoMultivariateNormal),
+    "function": (models.regression, lambda model: models.hand_written),
+    "model with a parameter, stock": (models.with_param, AutoNormal),
+    "module": (models.Decoder, small),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_step_is_lost(name, tmp_path):
-    model, kind, optimizer = CASES[name]
-    optim, path = OPTIMS.get(optimizer, lambda: None), tmp_path / "fit.pt"
-    whole = fitted(*fresh(model, kind), seed=3, optim=optim())
+    (model, kind), path = CASES[name], tmp_path / "fit.pt"
+    whole = fitted(*fresh(model, kind), seed=3)
     expected = parameters()
-    part = fitted(*fresh(model, kind), seed=3, optim=optim(), checkpoint=path, callback=stop_at(11))
+    part = fitted(*fresh(model, kind), seed=3, checkpoint=path, callback=stop_at(11))
     assert part.num_steps == 11
     assert not same(expected, parameters())
-    rest = fitted(*fresh(model, kind, seed=1), optim=optim(), resume=path)
+    rest = fitted(*fresh(model, kind, seed=1), resume=path)
     assert rest.history == whole.history
     assert expected
     assert same(expected, parameters())
@@ -93,9 +89,9 @@ def test_no_step_of_an_amortized_guide_is_lost(tmp_path):
 
 def test_a_fit_that_ends_by_itself(tmp_path):
     path = tmp_path / "fit.pt"
-    whole = fitted(*fresh(models.regression, small), seed=3, num_steps=None, config=SOON)
+    whole = fitted(*fresh(models.regression, small), seed=3, num_steps=None, numbers=SOON)
     expected = parameters()
-    options = {"num_steps": None, "config": SOON}
+    options = {"num_steps": None, "numbers": SOON}
     part = {"checkpoint": path, "callback": stop_at(whole.num_steps - 15)}
     fitted(*fresh(models.regression, small), seed=3, **options, **part)
     rest = fitted(*fresh(models.regression, small), resume=path, **options)
@@ -127,22 +123,22 @@ def test_skipped_steps_are_remembered(tmp_path):
 def test_a_disk_that_is_full_ends_no_fit(tmp_path):
     resource = pytest.importorskip("resource")
     path, limits = tmp_path / "fit.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
-    config = replace(QUICK, optimization=replace(QUICK.optimization, checkpoint_every=5))
+    numbers = {**QUICK, "optimization.steps._CHECKPOINT_EVERY": 5}
 
     def callback(step, elbo):
         if step == 7:
             resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
 
-    options = {"num_steps": 12, "config": config, "seed": 3}
+    options = {"num_steps": 12, "numbers": numbers, "seed": 3}
     given = {"checkpoint": path, "callback": callback, **options}
     try:
         with pytest.warns(UserWarning, match=r"fit\.pt.*continues without") as caught:
             whole = fitted(*fresh(models.regression, small), **given)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert {warning.filename.split("/")[-1] for warning in caught} == {"test_fit_resume.py"}
+    assert {warning.filename.split("/")[-1] for warning in caught} == {"conftest.py"}
     assert os.listdir(tmp_path) == ["fit.pt"]
-    assert len(files.read(path, "a checkpoint of fit, format 10")["training"]["losses"]) == 5
+    assert len(files.read(path, "a checkpoint of fit, format 11")["training"]["losses"]) == 5
     rest = fitted(*fresh(models.regression, small), resume=path, **options)
     assert rest.history == whole.history
 
@@ -177,7 +173,7 @@ def test_of_another_model_or_guide(path):
             pytest.fail(f"{name}: {fitted(*fresh(*case), resume=path)}")
     files.write(path, "another file", {})
     with pytest.raises(
-        ValueError, match=r"fit\.pt: expected a checkpoint of fit, format 10, got another"
+        ValueError, match=r"fit\.pt: expected a checkpoint of fit, format 11, got another"
     ):
         fitted(*fresh(models.regression, small), resume=path)
 
@@ -187,8 +183,6 @@ def test_with_other_options(path):
         fitted(*fresh(models.regression, small), num_steps=30, resume=path)
     with pytest.raises(ValueError, match="num_particles=4, as before, got 5"):
         fit(*fresh(models.regression, small), num_particles=5, progress=False, resume=path)
-    with pytest.raises(ValueError, match="optim=none, as before, got one"):
-        fitted(*fresh(models.regression, small), optim=OPTIMS["AdamW"](), resume=path)
     # it need not be given again
     rest = fit(*fresh(models.regression, small), num_particles=4, progress=False, resume=path)
     assert rest.num_steps == 24

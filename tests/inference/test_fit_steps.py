@@ -9,7 +9,6 @@ import re
 import signal
 import threading
 import weakref
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -27,20 +26,17 @@ from pyro_artransform.inference import FitError
 from pyro_artransform.inference.optimization.schedule import _DECAY
 from pyro_artransform.model.replay import capture
 from tests.inference import models
-from tests.inference.conftest import QUICK
+from tests.inference.conftest import SOON, with_step_size
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
 from tests.inference.test_fit import fitted
-
-SOON_ENDING = replace(QUICK.optimization, window=18, max_constant=90, good_gap=-1.0)
-SOON = replace(QUICK, optimization=SOON_ENDING)  #: a fit that decides by itself after tens of steps
 
 
 @pytest.mark.parametrize(("kind", "most_draws"), [(small, 32), (AutoNormal, 8)])
 def test_ends_by_itself(kind, most_draws):
     """A step of a flow guide takes more draws while the step size falls."""
     model = models.regression  # a flow guide of a Gaussian starts at its end
-    result = fitted(model, kind(model), num_steps=None, config=SOON)
+    result = fitted(model, kind(model), num_steps=None, numbers=SOON)
     assert 36 < result.num_steps <= 100 + _DECAY
     assert "ELBO" in result.stopped_because
     assert result.num_gradients == 8 * (result.num_steps - _DECAY) + most_draws * _DECAY
@@ -86,8 +82,8 @@ def test_callbacks_that_stop(kind):
     ],
 )
 def test_what_to_use_where_the_guide_is_not_the_posterior(kind, options, ways):
-    settled = replace(SOON, optimization=replace(SOON.optimization, min_improvement=1e6))
-    given = {"num_steps": None, "seed": 0, "config": settled, **options}
+    settled = {**SOON, "optimization.schedule._MIN_IMPROVEMENT": 1e6}
+    given = {"num_steps": None, "seed": 0, "numbers": settled, **options}
     result = fitted(models.funnel, kind(models.funnel), **given)
     assert ways in result.verdict
     assert ("more steps" in result.verdict) == ("num_steps" in options)
@@ -125,7 +121,7 @@ AT_THE_POSTERIOR = {
     "amortized": lambda: (
         rows_of,
         AutoAmortized(rows_of, lambda y: y[:, None]),
-        {"loader": torch.linspace(-1.0, 1.0, 12).split(4), "config": None},
+        {"loader": torch.linspace(-1.0, 1.0, 12).split(4), "numbers": {}},
     ),
 }
 
@@ -184,30 +180,6 @@ def test_outside_of_the_main_thread():
     thread.start()
     thread.join()
     assert results[0].num_steps == 20
-
-
-def scheduler():
-    options = {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.99}
-    return pyro.optim.ExponentialLR(options)
-
-
-OPTIMS = {
-    "Adam": lambda: pyro.optim.Adam({"lr": 0.05}),
-    "by parameter": lambda: pyro.optim.Adam(lambda name: {"lr": 0.05 if name else 0.0}),
-    "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.05}),
-    "scheduler": scheduler,
-    "AdamW": lambda: partial(torch.optim.AdamW, lr=0.05),
-}
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [(name, small if k % 2 else AutoNormal) for k, name in enumerate(OPTIMS)]
-)
-def test_optim(name, kind):
-    guide = kind(models.with_param)
-    result = fitted(models.with_param, guide, num_steps=100, optim=OPTIMS[name]())
-    assert sum(result.history[-10:]) > sum(result.history[:10])
-    assert pyro.param("noise").item() < 3.5
 
 
 def faulty(at, kind=math.nan):
@@ -372,9 +344,11 @@ def test_a_parameter_may_be_frozen_for_a_while(kind):
         net.bias.requires_grad_(not 30 <= step < 60)
         values.append(net.bias.detach().clone())
 
-    model = partial(with_net, net)
-    adam = partial(torch.optim.Adam, lr=0.02)
-    fit(model, kind(model), num_steps=300, optim=adam, callback=callback, progress=False)
+    model, numbers = (
+        partial(with_net, net),
+        with_step_size(0.02),
+    )
+    fit(model, kind(model), num_steps=300, numbers=numbers, callback=callback, progress=False)
     assert len(set(map(float, values[30:61]))) == 1
     assert values[30] != values[29]
     assert abs(values[-1] - 1.0) < 0.05 < abs(values[60] - 1.0)

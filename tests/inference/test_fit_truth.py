@@ -13,15 +13,12 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal, init_to_med
 
 from pyro_artransform import fit
 from pyro_artransform.diagnostics import importance
-from pyro_artransform.inference.config import FitConfig
 from tests.inference import models
-from tests.inference.conftest import QUICK
+from tests.inference.conftest import QUICK_START, quick_fit
 from tests.inference.models import small
 from tests.sampling.densities import two_modes
 
 WRONG = 0.2  #: a gap in nats that is too large to trust
-#: Fewer draws for the start; the verdict itself as it is.
-SHORT_START = FitConfig(initialization=QUICK.initialization)
 
 
 def started(site):
@@ -36,7 +33,8 @@ def fitted(model, kind, seed=0, num_steps=150):
     pyro.clear_param_store()  # a guide of Pyro's takes what is there of its name
     guide = kind(model, init_loc_fn=started)
     options = {"num_steps": num_steps, "num_particles": 16, "progress": False, "draws": 100}
-    result = fit(model, guide, seed=seed, config=SHORT_START, **options)
+    # the verdict itself as it is
+    result = quick_fit(model, guide, seed=seed, numbers=QUICK_START, **options)
     return result, -importance(model, guide, 20_000).elbo
 
 

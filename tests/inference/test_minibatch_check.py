@@ -9,7 +9,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from torch import nn
 
-from pyro_artransform import AutoAmortized, AutoIAF
+from pyro_artransform import AutoAmortized, AutoIAF, fit
 from pyro_artransform.inference.loader import Batch
 from pyro_artransform.inference.minibatch_check import warn_of_no_sum
 from tests.inference.conftest import quick_fit
@@ -169,6 +169,7 @@ def test_what_cannot_be_compared(model):
     assert warn_of_no_sum(model, found) is None
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("model", [centered, prior_of_the_batch])
 def test_a_fit_warns_and_is_not_trusted(model):
     guide = AutoIAF(model, num_transforms=1, hidden_dims=4)
@@ -176,7 +177,7 @@ def test_a_fit_warns_and_is_not_trusted(model):
         guide = AutoAmortized(model, lambda x, y: torch.stack([x, y], -1), coordinates="model")
     loader = [*zip(X.split(10), Y.split(10))]
     with pytest.warns(UserWarning, match="not a sum over its rows") as caught:
-        result = quick_fit(model, guide, loader=loader, num_steps=3, progress=False)
+        result = fit(model, guide, loader=loader, num_steps=3, progress=False)
     assert caught[0].filename == __file__
     assert not result.trusted
     assert "not a sum over its rows" in result.verdict
@@ -195,7 +196,7 @@ def test_a_trusted_fit_says_what_it_takes_for_granted(is_known):
             pyro.sample("y", dist.Normal(loc, 1.0), obs=y)
 
     loader = Y.split(10) if is_known else [(Rows(y),) for y in Y.split(10)]
-    result = quick_fit(model, loader=loader, config=None, progress=False, seed=0)
+    result = quick_fit(model, loader=loader, numbers={}, progress=False, seed=0)
     assert result.trusted
     assert ("could not be checked" in result.verdict) == (not is_known)
 

@@ -18,7 +18,8 @@ both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], i
 
 
 @every_model
-def test_a_start_is_found_in_single_precision(name, quick):
+@pytest.mark.usefixtures("quick")
+def test_a_start_is_found_in_single_precision(name):
     torch.set_default_dtype(torch.float32)
     model, y = MODELS[name], simulated(MODELS[name], 4)
     guide = AutoStructuredFlow(model)
@@ -26,7 +27,7 @@ def test_a_start_is_found_in_single_precision(name, quick):
     log_joint = LogJoint(model, (4, y)).with_coordinates(guide.prior_coordinates)
     ensemble = from_nothing(log_joint, 50)
     ensemble.run(50, most=32)
-    found = find_start(log_joint, guide, ensemble, quick.initialization)
+    found = find_start(log_joint, guide, ensemble)
     z, log_q = guide.rsample_and_log_prob(500)
     # the median of other draws: in the neck of a scale a Gaussian has draws of any density
     median = (log_joint(z) - log_q).median().item()

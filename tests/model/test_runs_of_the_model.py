@@ -9,7 +9,7 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform import AutoIAF, fit, mcmc
-from pyro_artransform.inference.draws_first import DrawsFirst
+from pyro_artransform.inference.first_draws import FirstDraws
 from pyro_artransform.model import LogJoint
 
 Y = torch.tensor([0.3, -1.2, 0.8, 2.1, -0.4, 0.1, 1.5, -0.7])
@@ -72,7 +72,7 @@ def test_of_the_first_call_of_a_guide():
 @pytest.mark.parametrize("seed", range(2))
 def test_of_a_fit_beside_its_steps_and_draws(seed, monkeypatch):
     model, by_draws = Hierarchy(), []
-    sample = DrawsFirst.sample
+    sample = FirstDraws.sample
 
     def counted(chains):
         before = model.num_runs
@@ -80,7 +80,7 @@ def test_of_a_fit_beside_its_steps_and_draws(seed, monkeypatch):
         by_draws.append(model.num_runs - before)
         return found
 
-    monkeypatch.setattr(DrawsFirst, "sample", counted)
+    monkeypatch.setattr(FirstDraws, "sample", counted)
     fit(model, AutoIAF(model), Y, num_steps=3, progress=False, seed=seed)
     assert len(by_draws) == 1
     assert model.num_runs - by_draws[0] - 3 <= 40

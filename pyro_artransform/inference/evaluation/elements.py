@@ -32,7 +32,8 @@ from ..loader import Batch
 from ..optimization.minibatches import MinibatchObjective, PassEstimate
 from ..optimization.objective import OF_LOG_DENSITIES, PyroObjective
 
-_MAX_INNER = 16  # the most draws of each element per draw of the shared latents
+# draws of the latents that all elements share, and the fewest and most draws of each element for each of them
+_NUM_SHARED, _MIN_INNER, _MAX_INNER = 250, 4, 16
 
 
 class ElementWeights(NamedTuple):
@@ -121,20 +122,20 @@ class _Draws:
     """Draws of a guide and their weights by element and batch, with common draws of shared latents."""
 
     def __init__(self, minibatches: MinibatchObjective, num_gradients: int) -> None:
-        objective, config = minibatches.objective, minibatches.config
+        objective = minibatches.objective
         if not (isinstance(objective, PyroObjective) and objective.is_vectorized):
             raise ValueError("model and guide do not vectorize over draws")
         if objective.log_joint.is_enumerated:
             raise ValueError("the model has discrete latents, which are summed out")
         guide, model = objective.traces()
         self._objective, self.plate = objective, plate_of_elements(model)
-        inner = num_gradients // (minibatches.stream.whole.num_batches * config.num_shared)
-        self.inner = min(max(inner, config.min_inner), _MAX_INNER)
+        inner = num_gradients // (minibatches.stream.whole.num_batches * _NUM_SHARED)
+        self.inner = min(max(inner, _MIN_INNER), _MAX_INNER)
         # sites outside the plate that are not determined by others
         nodes = [n for n in latent_nodes(guide) if not isinstance(unwrapped(n["fn"]), Delta)]
         stacks = {n["name"]: {frame.name for frame in n["cond_indep_stack"]} for n in nodes}
         self.names = [name for name, plates in stacks.items() if self.plate not in plates]
-        self._given: Draws = {"_draw": torch.arange(config.num_shared, device="cpu")}
+        self._given: Draws = {"_draw": torch.arange(_NUM_SHARED, device="cpu")}
         values = self._of_all(lambda _, n: objective.draws(objective.guide, {}, n or 1).values)
         self._given = {**self._given, **{name: values[name] for name in self.names}}
         self.log_ratio_of_shared = self._of_all(partial(objective.log_ratios, self.plate))["others"]

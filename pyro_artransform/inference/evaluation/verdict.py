@@ -238,7 +238,7 @@ def _about_success(found: Importance, lost: LostModes) -> str:
         f"the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "
         f"is {found.khat:.2f} ± {found.khat_se:.2f}"
     )
-    if not found.trusted:
+    if not found.has_good_khat:
         share = f"{100 * found.tail_share:.1g} % of the weight"
         words += f" (its tail has {share}, which is negligible)"
     else:

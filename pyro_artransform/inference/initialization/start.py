@@ -24,7 +24,6 @@ from ...model.graphs.dependencies import MAX_HALVINGS, value_and_gradient
 from ...model.graphs.sparse_gaussian import SparseGaussian
 from ...model.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
 from ...sampling import Ensemble
-from ..config import InitializationConfig
 from ..loader import Batch
 from ..optimization.training import copies, copy_to
 from .from_draws import DRAWS_BY_DIM, DenseGaussian, dense_gaussian, sparse_gaussian
@@ -34,6 +33,7 @@ UNCHANGED = "initial guide"
 #: its name if chains found no Gaussian to compare it with
 FAILED = "initial guide, since no Gaussian fitted to the chains has a finite ELBO"
 AT_DRAWS = "a Gaussian fitted to the draws of the ensemble"
+_NUM_COMPARED = 1024  # draws to find the Gaussian and compare it with the guide
 _GAIN = 0.01  # nats by which the Gaussian must beat the guide, in addition to the margin for chance
 _MOST_LATENTS = 1000  # of a mini-batch, limited for memory
 
@@ -50,8 +50,9 @@ def find_start(
     density: LogJoint,
     guide: FlowGuide,
     ensemble: Ensemble | None,
-    config: InitializationConfig,
     why_no_chains: str = "",
+    *,
+    fewer: int = 1,
 ) -> InitialGuide:
     """Sets a guide to the Gaussian that matches draws and gradients, unless the guide's own ELBO is better.
 
@@ -60,11 +61,12 @@ def find_start(
     :param density: the log joint density in the coordinates of the guide, which change in place.
     :param ensemble: chains of this density or of a similar one; ``None`` if none could be run.
     :param why_no_chains: the reason for ``None``.
+    :param fewer: divides the number of draws that compare candidates.
     :raises ValueError: if neither has a finite ELBO.
     """
     before, found = copies(_tensors(guide)), None
     with abandonable():
-        found = _better_start(density, guide, ensemble, config, why_no_chains)
+        found = _better_start(density, guide, ensemble, why_no_chains, _NUM_COMPARED // fewer)
     if found is not None:
         return found
     copy_to(_tensors(guide), before)
@@ -82,14 +84,14 @@ def _better_start(
     density: LogJoint,
     guide: FlowGuide,
     ensemble: Ensemble | None,
-    config: InitializationConfig,
     why_no_chains: str,
+    num_draws: int,
 ) -> InitialGuide:
-    elbo, needed = _judge(density, guide, config.num_compared)
+    elbo, needed = _elbo_and_bound(density, guide, num_draws)
     gaussian_elbo = -math.inf
     if ensemble is not None:
         before = copies(_tensors(guide))
-        gaussian_elbo = _start_at_draws(density, guide, ensemble, config)
+        gaussian_elbo = _start_at_draws(density, guide, ensemble, num_draws)
         # a larger ELBO has round-off of a nat or more
         eps = torch.finfo(ensemble.draws.dtype).eps
         if gaussian_elbo > needed and abs(gaussian_elbo) < max(1 / eps, abs(needed)):
@@ -107,11 +109,11 @@ def _better_start(
 
 
 def _start_at_draws(
-    density: LogJoint, guide: FlowGuide, ensemble: Ensemble, config: InitializationConfig
+    density: LogJoint, guide: FlowGuide, ensemble: Ensemble, num_draws: int
 ) -> float:
     """Sets a guide to the best candidate Gaussian; returns its ELBO, or -inf if none has a finite one."""
     flat = ensemble.draws.flatten(0, 1)
-    count = max(config.num_compared, DRAWS_BY_DIM * flat.shape[1])
+    count = max(num_draws, DRAWS_BY_DIM * flat.shape[1])
     u = flat[:: max(len(flat) // count, 1)]
     if isinstance(guide, PriorGuide) and guide.chooses_coordinates:
         coordinates = guide.coordinates
@@ -138,7 +140,7 @@ def _start_at_draws(
                 put()
             except ValueError:  # the Gaussian is not finite
                 break
-            elbo, bound = _judge(density, guide, config.num_compared)
+            elbo, bound = _elbo_and_bound(density, guide, num_draws)
             if elbo > needed:
                 best, needed, chosen = elbo, bound, [put]
             if -math.inf < before >= elbo:
@@ -164,7 +166,7 @@ def _put(
         guide.start_at(loc, factor * gaussian.independent_sd().diag())
 
 
-def _judge(density: LogJoint, guide: FlowGuide, count: int) -> tuple[float, float]:
+def _elbo_and_bound(density: LogJoint, guide: FlowGuide, count: int) -> tuple[float, float]:
     """The ELBO of a guide with common random numbers, and the ELBO that another candidate must exceed."""
     check_time()
     with _common_noise():
@@ -222,7 +224,8 @@ def find_initial_minibatch_guide(
     batch: Batch,
     elbo_draws: Callable[[int], Tensor],
     chains_of: Callable[[LogJoint], Ensemble | None],
-    config: InitializationConfig,
+    *,
+    fewer: int = 1,
 ) -> InitialGuide:
     """Starts a guide near draws of the latents of one mini-batch, if its ELBO is larger there.
 
@@ -241,7 +244,7 @@ def find_initial_minibatch_guide(
 
     def candidate(name: str) -> InitialGuide:
         with _common_noise():
-            elbo = elbo_draws(config.num_compared).mean()
+            elbo = elbo_draws(_NUM_COMPARED // fewer).mean()
         return InitialGuide(name, elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item())
 
     initial, before = candidate(UNCHANGED), copies(_tensors(guide))

@@ -14,11 +14,15 @@ from torch import Tensor
 from ..._base.time_limit import until_deadline
 from ...model import FullDataDensity, LogJoint
 from ...model.full_data_density import Anchor, AnchoredLogJoint
-from ..config import MinibatchConfig
 from ..loader import AllBatches, Batch, BatchStream
 from .objective import BatchObjective, Objective, PathObjective
 
-_MIN_DRAWS = 8  # the fewest draws per batch
+NUM_VALIDATION = 32  #: batches on which guides are compared
+#: draws of a pass if all batches use the same ones, and of a verdict on all data
+NUM_COMMON_DRAWS = 400
+_NUM_FOR_START = 8  # batches whose mean log density determines the initial guide
+# batches of the final pass, limited for time, their draws in all, and the fewest draws per batch
+_MAX_BATCHES, _NUM_DRAWS, _MIN_DRAWS = 500, 4000, 8
 
 
 class PassEstimate(NamedTuple):
@@ -66,7 +70,6 @@ class MinibatchObjective(Objective):
     stream: BatchStream
     log_joint: LogJoint
     validation: list[Batch]
-    config: MinibatchConfig
 
     def __post_init__(self) -> None:
         self._last = self.objective
@@ -103,7 +106,7 @@ class MinibatchObjective(Objective):
     def _anchor_of(self, on_all: PathObjective) -> Anchor:
         if self._anchor is None:
             with torch.no_grad():
-                draws, _ = on_all.guide.rsample_and_log_prob(self.config.num_common_draws)
+                draws, _ = on_all.guide.rsample_and_log_prob(NUM_COMMON_DRAWS)
             self._anchor = Anchor.of(on_all.log_joint, draws.median(0).values)
         return self._anchor
 
@@ -138,18 +141,18 @@ class MinibatchObjective(Objective):
 
     def mean_log_joint(self) -> FullDataDensity:
         """The mean log joint density of several batches, which determines the initial guide."""
-        few = self.validation[:: math.ceil(len(self.validation) / self.config.num_for_start)]
+        few = self.validation[:: math.ceil(len(self.validation) / _NUM_FOR_START)]
         return FullDataDensity(self.log_joint, few)
 
     @torch.no_grad()
     def over_a_pass(self) -> PassEstimate:
         """Estimates the ELBO in one pass over the loader, or from batches spread over it."""
-        config, whole = self.config, self.stream.whole
+        whole = self.stream.whole
         are_common = isinstance(self.objective, PathObjective)
-        count = max(config.num_draws // min(whole.num_batches, config.max_batches), _MIN_DRAWS)
-        estimate = self._estimator(config.num_common_draws if are_common else count)
+        count = max(_NUM_DRAWS // min(whole.num_batches, _MAX_BATCHES), _MIN_DRAWS)
+        estimate = self._estimator(NUM_COMMON_DRAWS if are_common else count)
         draws, shares = list[Tensor](), list[float]()
-        for batch in until_deadline(whole.one_pass(config.max_batches), at_least=2):
+        for batch in until_deadline(whole.one_pass(_MAX_BATCHES), at_least=2):
             draws.append(estimate(batch))
             shares.append(1 / self.log_joint.structure(*batch).scale)
         num_batches, seen = len(draws), sum(shares)  # the share of all data according to the scales

@@ -36,6 +36,8 @@ from ..loader import Batch
 
 #: relative and absolute tolerance for the log densities of elements at the same draws
 OF_LOG_DENSITIES = 1e-4, 1e-2
+#: divides numbers of draws if the model runs for one draw at a time, or each draw is a pass over a loader
+FEWER = 8
 # independent estimates of an ELBO if single draws have no log weights
 _NUM_ESTIMATES = 4
 # runs of the model in the search for a site that is not finite

@@ -1,17 +1,14 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The optimizers of a fit: Adam, and wrappers for the user's."""
+"""The optimizer of a fit."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
-from pyro.optim import PyroLRScheduler, PyroOptim
-from pyro.optim.optim import _get_state_dict, _load_state_dict
 from torch import Tensor, nn
 from torch.optim.adam import adam
-from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 #: the ``step_scales`` method of a guide
 Scales = Callable[[], Mapping[nn.Parameter, Tensor]]
@@ -64,55 +61,3 @@ class Adam:
         for parts, saved in zip(self._moments.values(), state):
             for part, value in zip(parts, saved):
                 part.copy_(value)
-
-
-class PyroOptimizer:
-    """Adapts an optimizer of Pyro to PyTorch's interface; a scheduler advances after each step."""
-
-    def __init__(self, optimizer: PyroOptim, parameters: Sequence[Tensor]) -> None:
-        self._parameters, self._optimizer = list(parameters), cast(Any, optimizer)
-        # Pyro does this only at the first step, but a state may be loaded before
-        for parameter in set(parameters) - optimizer.optim_objs.keys():
-            optimizer.optim_objs[parameter] = self._optimizer._get_optim(parameter)
-            optimizer.grad_clip[parameter] = self._optimizer._get_grad_clip(parameter)
-
-    def step(self) -> None:
-        self._optimizer(self._parameters)
-        if isinstance(self._optimizer, PyroLRScheduler):
-            self._optimizer.step()
-
-    def state_dict(self) -> Any:
-        return [_get_state_dict(self._optimizer.optim_objs[p]) for p in self._parameters]
-
-    def load_state_dict(self, state: Any) -> None:
-        for parameter, saved in zip(self._parameters, state):
-            _load_state_dict(self._optimizer.optim_objs[parameter], saved)
-
-
-Optimizer = Adam | PyroOptimizer | torch.optim.Optimizer
-
-
-def users_optimizer(optim: Any, parameters: Sequence[Tensor]) -> Optimizer:
-    """The user's optimizer for these parameters, with its own step size.
-
-    :param optim: an optimizer or scheduler of ``pyro.optim`` that needs no loss, or a function from a list
-        of parameters to an optimizer of ``torch.optim`` that needs no closure.
-    """
-    if isinstance(optim, PyroLRScheduler) and optim.pt_scheduler_constructor is ReduceLROnPlateau:
-        raise TypeError("optim: expected a scheduler that needs no loss, got ReduceLROnPlateau")
-    if isinstance(optim, PyroOptim):
-        return PyroOptimizer(optim, parameters)
-    made = optim(list(parameters)) if callable(optim) else None
-    if not isinstance(made, torch.optim.Optimizer):
-        raise TypeError(
-            "optim: expected an optimizer of pyro.optim, or a function of a list of parameters that "
-            f"returns one of torch.optim, got {optim!r}"
-        )
-    if isinstance(made, torch.optim.LBFGS):
-        raise TypeError("optim: expected an optimizer that needs no closure, got LBFGS")
-    moved = {parameter for group in made.param_groups for parameter in group["params"]}
-    if moved.isdisjoint(parameters):
-        raise ValueError(
-            "optim: expected an optimizer for the parameters that it is given, got one for others"
-        )
-    return made

@@ -11,19 +11,26 @@ from torch import Tensor
 
 from ...diagnostics.importance_sampling import GOOD_KHAT, KHAT_OF_VARIANCE
 from ...diagnostics.psis import fit_tail
-from ..config import OptimizationConfig
 
 PLATEAU = "the ELBO stopped improving"
 NOTHING_TO_WIN = "the importance weights show no difference between guide and posterior"
 LITTLE_TO_WIN = "the importance weights show that little could still be gained"
 LIMIT = "the default maximum of steps was reached while the ELBO was still improving"
+NUM_COMPARED = 1000  #: draws for an estimate of the gap, every quarter of a window
+# steps whose mean ELBO is compared with that of the preceding window, and the longest phase of constant step
+# size; tuned by hand on the posteriors of benchmarks/flows.md, as are all numbers here without a source
+_WINDOW, _MAX_CONSTANT = 200, 3000
+# the improvement in nats between windows below which training stops, and the gap in nats at which the decay
+# starts: the cost of a mean that is off by 0.1 sd. With more than a hundred latents both are multiplied by
+# their number / 100
+_MIN_IMPROVEMENT, _SMALL_GAP, _FEW_LATENTS = 0.01, 0.005, 100
 # steps over which the step size rises at the start
 _WARM_UP = 20
 # steps of the decay, and the fraction of the step size it starts from, as the tail gradient is noisier
 _DECAY, _DECAY_FACTOR = 150, 0.3
 # the share of a fixed number of steps spent in decay, from the full step size: the guide may still be far off
 _DECAY_SHARE = 0.4
-# multiplies num_compared for the last check: with 1,000 draws the standard error of k-hat is 0.15
+# multiplies NUM_COMPARED for the last check: with 1,000 draws the standard error of k-hat is 0.15
 _TIMES_AT_END = 5
 # parameters are averaged over about the last 1/8 of all steps; 1/3 still included the climb of Pyro's
 # Gaussian guides (benchmarks/fit.md)
@@ -55,16 +62,23 @@ class Schedule:
     The decay starts from the average of the parameters.
 
     :param epoch: the number of steps over which mini-batch noise cancels; 1 without a loader.
+    :param num_compared: the number of draws for an estimate of the gap.
     :param num_steps: the number of steps the user requested, or ``None``.
     :param end: the total number of steps, ``None`` while unknown.
     """
 
-    config: OptimizationConfig
     epoch: int = 1
+    latent_dim: int = 1
+    num_compared: int = NUM_COMPARED
     num_steps: int | None = None
     end: int | None = None
     decay_start: int = 0
     reason: str = ""
+
+    @property
+    def _share(self) -> float:
+        """The factor on differences in nats."""
+        return max(self.latent_dim / _FEW_LATENTS, 1)
 
     def of_length(self, num_steps: int | None) -> "Schedule":
         """The schedule for a fixed number of steps; unchanged for ``None``."""
@@ -86,11 +100,11 @@ class Schedule:
     def observe(self, losses: Sequence[float]) -> "Schedule":
         """Updates the schedule with the losses of all steps: the decay starts once they stop falling."""
         step = len(losses)
-        if self.end is not None or step % self.whole_epochs(self.config.window // 4):
+        if self.end is not None or step % self.whole_epochs(_WINDOW // 4):
             return self
         if self.is_still(losses):
             return self._decaying(step, PLATEAU)
-        if step >= max(self.config.max_constant, _MAX_EPOCHS * self.epoch):
+        if step >= max(_MAX_CONSTANT, _MAX_EPOCHS * self.epoch):
             return self._decaying(step, LIMIT)
         return self
 
@@ -101,12 +115,12 @@ class Schedule:
 
     def expected_end(self, step: int) -> int:
         """The total number of steps; while unknown, the number if the ELBO stopped moving now."""
-        still = max(step, 2 * self.whole_epochs(self.config.window, _MIN_EPOCHS))
+        still = max(step, 2 * self.whole_epochs(_WINDOW, _MIN_EPOCHS))
         return still + self.whole_epochs(_DECAY) if self.end is None else self.end
 
     def is_for_check(self, step: int) -> bool:
         """Whether the gap is to be checked after this number of steps."""
-        every = self.config.window // 4
+        every = _WINDOW // 4
         return self.end is None and step >= 2 * every and step % every == 0
 
     def after_check(self, step: int, log_weights: Callable[[int], Tensor]) -> "Schedule":
@@ -116,11 +130,11 @@ class Schedule:
 
         :param log_weights: returns the log weights of a number of draws.
         """
-        config = self.config
-        if remaining_gap(log_weights(config.num_compared)) > config.good_gap:
+        small_gap = self._share * _SMALL_GAP
+        if remaining_gap(log_weights(self.num_compared)) > small_gap:
             return self
-        more = log_weights(_TIMES_AT_END * config.num_compared)
-        if remaining_gap(more, has_variance=True) <= config.good_gap:
+        more = log_weights(_TIMES_AT_END * self.num_compared)
+        if remaining_gap(more, has_variance=True) <= small_gap:
             return self.ending_at(step, NOTHING_TO_WIN)
         return self._decaying(step, LITTLE_TO_WIN) if step else self
 
@@ -132,7 +146,7 @@ class Schedule:
 
     def is_still(self, losses: Sequence[float]) -> bool:
         """Whether the mean loss fell by less than the minimal improvement or its standard error."""
-        window = self.whole_epochs(self.config.window, _MIN_EPOCHS)
+        window = self.whole_epochs(_WINDOW, _MIN_EPOCHS)
         before, after = losses[-2 * window : -window], losses[-window:]
         if len(losses) < 2 * window:
             return False
@@ -141,7 +155,7 @@ class Schedule:
             before = [_mean_and_variance(before[k : k + self.epoch])[0] for k in starts]
             after = [_mean_and_variance(after[k : k + self.epoch])[0] for k in starts]
         (old, old_var), (new, new_var) = _mean_and_variance(before), _mean_and_variance(after)
-        return not old - new > max(self.config.min_improvement, math.sqrt(old_var + new_var))
+        return not old - new > max(self._share * _MIN_IMPROVEMENT, math.sqrt(old_var + new_var))
 
     def is_over(self, step: int) -> bool:
         """Whether the fit is over after this number of steps."""

@@ -3,7 +3,6 @@
 """Models of Pyro's examples: density, SVI, `fit`, predictions and relations, as with Pyro's guides."""
 
 import math
-from dataclasses import replace
 
 import pyro
 import pytest
@@ -18,16 +17,13 @@ from pyro.nn import PyroModule, PyroSample
 from pyro.nn.module import to_pyro_module_
 from torch import nn
 
-from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
+from pyro_artransform import AutoIAF, AutoStructuredFlow
 from pyro_artransform.model import LogJoint
 from tests.guides.idioms.models import GUIDES, examples
 from tests.inference.conftest import QUICK, quick_fit
 from tests.model.models import by_trace
 
-LEAN = replace(
-    QUICK,
-    evaluation=replace(QUICK.evaluation, num_samples=200),
-)
+LEAN = {**QUICK, "evaluation.evaluate._NUM_SAMPLES": 200}
 
 #: that of each model as it is written; "plate" is faster, and wants indices such as ``a[..., county]``
 STRATEGIES = {
@@ -104,8 +100,8 @@ def test_fit(name, kind):
     """Without another warning, at once where it can; the guide that a fit chooses is `AutoIAF`."""
     example = examples()[name]
     guides = [] if kind is AutoIAF else [GUIDES["AutoStructuredFlow"](example.model)]
-    options = {"config": LEAN, "num_steps": 20, "progress": False}
-    result = fit(example.model, *guides, *example.with_data(), **options)
+    options = {"numbers": LEAN, "num_steps": 20, "progress": False}
+    result = quick_fit(example.model, *guides, *example.with_data(), **options)
     assert type(result.guide) is kind
     assert bool(result.one_at_a_time) == (STRATEGIES[name] == "loop")
     assert result.num_skipped == 0
@@ -144,7 +140,7 @@ def test_network_with_a_latent_last_layer():
     model, (x, y) = LastLayerLatent(), curve()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     guide = GUIDES["AutoIAF"](model)
-    result = fit(model, guide, x, y, config=QUICK, num_steps=150, progress=False)
+    result = quick_fit(model, guide, x, y, num_steps=150, progress=False)
     assert not result.one_at_a_time
     predictive = Predictive(model, guide=guide, num_samples=50, return_sites=["_RETURN"])
     mean = predictive(x)["_RETURN"].reshape(50, -1).mean(0)

@@ -4,6 +4,7 @@
 
 import math
 from functools import partial
+from unittest.mock import patch
 
 import pyro
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, SubsetRandomSampler, TensorDataset
 
 from pyro_artransform import AutoAmortized
 from pyro_artransform.diagnostics.plates import PlateDiagnostics
-from pyro_artransform.inference.config import MinibatchConfig
+from pyro_artransform.inference.evaluation import elements as weights_of_elements
 from pyro_artransform.inference.evaluation.elements import ElementWeights, weigh_elements
 from pyro_artransform.inference.evaluation.verdict import (
     FitStatus,
@@ -23,7 +24,8 @@ from pyro_artransform.inference.evaluation.verdict import (
     judge,
 )
 from pyro_artransform.inference.loader import BatchStream
-from pyro_artransform.inference.optimization.minibatches import MinibatchObjective
+from pyro_artransform.inference.optimization import minibatches as passes
+from pyro_artransform.inference.optimization.minibatches import NUM_VALIDATION, MinibatchObjective
 from pyro_artransform.inference.optimization.objective import PyroObjective
 from pyro_artransform.model import LogJoint
 from tests.inference import loaders
@@ -51,18 +53,21 @@ def posterior(y, size=SIZE, shift=0.0, width=1.0, of_mean=0.0, broken=None):
         pyro.sample("z", dist.Normal((mean + 4 * y) / 5 + shift, width * 5**-0.5))
 
 
-def minibatches(guide, model=groups, make_loader=shuffled, data=Y, **numbers):
-    stream, config = BatchStream(make_loader(data)), MinibatchConfig(**numbers)
+def minibatches(guide, model=groups, make_loader=shuffled, data=Y):
+    stream = BatchStream(make_loader(data))
     first = next(stream.one_pass(1))
     log_joint = LogJoint(model, *first)
     objective = PyroObjective(model, guide, first, log_joint)
-    validation = list(stream.one_pass(config.num_compared))
-    return MinibatchObjective(objective, stream, log_joint, validation, config)
+    validation = list(stream.one_pass(NUM_VALIDATION))
+    return MinibatchObjective(objective, stream, log_joint, validation)
 
 
-def weighed(guide, *args, **options):
+def weighed(guide, *args, num_shared=250, min_inner=4, max_batches=500, **options):
     by_batch = minibatches(guide, *args, **options)
-    return weigh_elements(by_batch, by_batch.over_a_pass(), 0)
+    numbers = {"_NUM_SHARED": num_shared, "_MIN_INNER": min_inner}
+    of_pass = patch.object(passes, "_MAX_BATCHES", max_batches)
+    with of_pass, patch.multiple(weights_of_elements, **numbers):
+        return weigh_elements(by_batch, by_batch.over_a_pass(), 0)
 
 
 def elements(khat, khat_se, tail_share, gap, index=None):

@@ -3,9 +3,9 @@
 
 import math
 import re
-from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pyro
 import pytest
@@ -15,7 +15,7 @@ from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
 
 from pyro_artransform.diagnostics import fit_tail
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide, Weighted
-from pyro_artransform.inference.config import EvaluationConfig
+from pyro_artransform.inference.evaluation import evaluate as evaluation
 from pyro_artransform.inference.evaluation.evaluate import (
     draw,
     evaluate,
@@ -29,11 +29,9 @@ from pyro_artransform.model import LogJoint
 from pyro_artransform.sampling.run_mcmc import from_nothing
 from tests.diagnostics.conjugate import PathGuide, alternating, path
 from tests.inference import loaders, models
-from tests.inference.conftest import QUICK
 from tests.sampling.densities import two_modes
 
 OFF = torch.cat([torch.zeros(39), torch.full((1,), 0.35)])
-CONFIG = QUICK.evaluation
 
 
 def subject_of(model, guide, *args):
@@ -41,9 +39,19 @@ def subject_of(model, guide, *args):
     return ModelAndGuide(model, guide, args, {}, LogJoint(model, args))
 
 
-def evaluated(model, guide, config=CONFIG):
-    subject = subject_of(model, guide)
-    return subject, evaluate(subject, FitStatus(), replace(QUICK, evaluation=config))
+@pytest.fixture(autouse=True)
+def num_samples(monkeypatch):
+    """Sets the number of draws behind a verdict."""
+
+    def set_to(count):
+        monkeypatch.setattr(evaluation, "_NUM_SAMPLES", count)
+
+    set_to(500)
+    return set_to
+
+
+def evaluated(model, guide):
+    return evaluate(subject_of(model, guide), FitStatus())
 
 
 def guide_at(model, loc, scale_tril, start=None):
@@ -59,10 +67,10 @@ def good_guide():
 
 
 def test_a_good_guide():
-    _, found = evaluated(models.gaussian, good_guide())
+    found = evaluated(models.gaussian, good_guide())
     assert found["trusted"]
     assert found.keys() < set(FitResult.__dataclass_fields__)
-    assert found["num_samples"] == CONFIG.num_samples
+    assert found["num_samples"] == 500
     assert found["khat"] == found["importance"].khat
     assert abs(found["elbo"]) < 1e-6
     assert abs(found["log_evidence"]) < 1e-6
@@ -90,10 +98,10 @@ class TooNarrow:
     ("khat", "most", "more"),
     [(0.7, 10**6, 9000), (0.9, 10**6, 9000), (0.7, 4000, 4000), (0.7, 999, 0), (0.1, 10**6, 0)],
 )
-def test_more_draws_near_the_limit_of_khat(khat, most, more):
+def test_more_draws_near_the_limit_of_khat(khat, most, more, monkeypatch):
     torch.manual_seed(0)
-    config = EvaluationConfig(num_samples=1000, num_more_samples=9000)
-    log_weights, latents = draw(TooNarrow(khat), config, max_more_draws=most)
+    monkeypatch.setattr(evaluation, "_NUM_MORE", 9000)
+    log_weights, latents = draw(TooNarrow(khat), 1000, max_more_draws=most)
     assert log_weights.shape == (1000 + more,)
     assert latents.shape == (1000, 1)
     found = fit_tail(log_weights)
@@ -101,16 +109,16 @@ def test_more_draws_near_the_limit_of_khat(khat, most, more):
 
 
 def test_a_guide_that_is_a_point():
-    _, found = evaluated(models.location, AutoDelta(models.location))
+    found = evaluated(models.location, AutoDelta(models.location))
     assert "AutoDelta" in found["verdict"]
 
 
 def test_a_model_that_draws_mini_batches():
-    _, found = evaluated(models.subsampled, AutoNormal(models.subsampled))
+    found = evaluated(models.subsampled, AutoNormal(models.subsampled))
     assert "subsamples" in found["verdict"]
     assert found["importance"] is None
     assert not math.isnan(found["khat"])
-    assert found["num_samples"] == CONFIG.num_noisy_samples
+    assert found["num_samples"] == evaluation._NUM_NOISY
 
 
 def test_a_pass_over_a_loader():
@@ -128,8 +136,9 @@ def test_a_pass_over_a_loader():
     assert found["importance"] is None
 
 
-def test_a_model_that_mixes_draws():
+def test_a_model_that_mixes_draws(num_samples):
     """One draw of the guide takes a branch that no draw of the prior took: all would weigh less."""
+    num_samples(2000)
 
     def model():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
@@ -140,9 +149,8 @@ def test_a_model_that_mixes_draws():
     log_joint = LogJoint(model)
     log_joint.strategy, log_joint.obstacle = "plate", ""
     subject = ModelAndGuide(model, guide, (), {}, log_joint)
-    config = replace(QUICK, evaluation=replace(CONFIG, num_samples=2000))
     with pytest.warns(UserWarning, match="many draws at once"):
-        found = evaluate(subject, FitStatus(), config)
+        found = evaluate(subject, FitStatus())
     # 25 ± 5 draws take the branch; one by one, else all of them would
     assert abs(found["log_evidence"] - math.log(0.98758)) < 0.02
     assert "one at a time" in found["verdict"]
@@ -159,7 +167,7 @@ def test_draws_that_their_dtype_hardly_tells_apart(dtype, is_coarse):
         pyro.sample("x", dist.Exponential(torch.ones_like(loc) * 1e7), obs=1 - z)
 
     guide = guide_at(model, loc[None], torch.eye(1, dtype=dtype), {"z": loc.sigmoid()})
-    words = evaluated(model, guide)[1]["verdict"]
+    words = evaluated(model, guide)["verdict"]
     assert ("the posterior of site z is hardly wider than the spacing" in words) == is_coarse
 
 
@@ -173,8 +181,8 @@ def chains_of(model, num_samples=400, **options):
 
 
 def judged(model, guide, ensemble, num_samples=4000):
-    config = replace(QUICK, evaluation=replace(QUICK.evaluation, num_samples=num_samples))
-    return evaluate(subject_of(model, guide), FitStatus(), config, ensemble=ensemble)
+    with patch.object(evaluation, "_NUM_SAMPLES", num_samples):
+        return evaluate(subject_of(model, guide), FitStatus(), ensemble=ensemble)
 
 
 def test_single_latents_are_right_where_the_joint_is_not():

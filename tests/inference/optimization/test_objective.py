@@ -12,9 +12,13 @@ from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform import AutoIAF, AutoMAF
-from pyro_artransform.inference.config import MinibatchConfig
 from pyro_artransform.inference.loader import Batch, BatchStream
-from pyro_artransform.inference.optimization.minibatches import MinibatchObjective, _mean_and_error
+from pyro_artransform.inference.optimization import minibatches
+from pyro_artransform.inference.optimization.minibatches import (
+    NUM_VALIDATION,
+    MinibatchObjective,
+    _mean_and_error,
+)
 from pyro_artransform.inference.optimization.objective import PathObjective, PyroObjective
 from pyro_artransform.model import LogJoint
 from tests.inference import loaders, models
@@ -206,9 +210,8 @@ def test_leaves_nothing_behind(caplog):
 # Mini-batches
 
 
-def objectives(kind=loaders.small, make_loader=loaders.listed, **numbers):
+def objectives(kind=loaders.small, make_loader=loaders.listed, num_compared=NUM_VALIDATION):
     """The objective by batches, and that of all data."""
-    config = MinibatchConfig(**numbers)
     x, y = loaders.rows()
     guide = kind(loaders.regression)
     guide(x, y)
@@ -219,8 +222,8 @@ def objectives(kind=loaders.small, make_loader=loaders.listed, **numbers):
     else:
         arguments = Batch((x, y), {})
         objective = PyroObjective(loaders.regression, guide, arguments, log_joint)
-    validation = list(batches.one_pass(config.num_compared))
-    by_batch = MinibatchObjective(objective, batches, log_joint, validation, config)
+    validation = list(batches.one_pass(num_compared))
+    by_batch = MinibatchObjective(objective, batches, log_joint, validation)
     return by_batch, objective.with_arguments(Batch((x, y), {}))
 
 
@@ -253,11 +256,11 @@ def test_comparisons_see_the_same_batches(kind):
     assert found[0].isfinite().all()
 
 
-def test_the_initial_guide_is_found_in_the_mean_density():
+def test_the_initial_guide_is_found_in_the_mean_density(monkeypatch):
     by_batch, objective = objectives()
     z = torch.randn(6, 3)
     assert torch.allclose(by_batch.mean_log_joint()(z), objective.log_joint(z), rtol=1e-9)
-    by_batch, _ = objectives(num_for_start=2)
+    monkeypatch.setattr(minibatches, "_NUM_FOR_START", 2)
     assert not torch.allclose(by_batch.mean_log_joint()(z), objective.log_joint(z), rtol=1e-3)
 
 
@@ -287,10 +290,11 @@ def test_a_pass_over_batches_of_all_sizes():
 
 
 @pytest.mark.parametrize("kind", [loaders.small, AutoNormal])
-def test_the_error_of_a_part_of_a_pass(kind):
+def test_the_error_of_a_part_of_a_pass(kind, monkeypatch):
     """It covers what the batches that were left out may be."""
     whole = objectives(kind)[0].over_a_pass()
-    part = objectives(kind, max_batches=3)[0].over_a_pass()
+    monkeypatch.setattr(minibatches, "_MAX_BATCHES", 3)
+    part = objectives(kind)[0].over_a_pass()
     assert part.num_batches == 3
     assert 0.5 < part.share < 0.7
     assert part.elbo_se > 2 * whole.elbo_se
@@ -298,11 +302,12 @@ def test_the_error_of_a_part_of_a_pass(kind):
 
 
 @pytest.mark.parametrize("kind", [loaders.small, AutoNormal])
-def test_a_loader_with_less_than_the_model_scales_to(kind):
+def test_a_loader_with_less_than_the_model_scales_to(kind, monkeypatch):
     found = objectives(kind, lambda x, y: loaders.shuffled(x[:13], y[:13]))[0].over_a_pass()
     assert math.isclose(found.loader_share, 13 / loaders.SIZE)
     assert objectives(kind)[0].over_a_pass().loader_share == pytest.approx(1.0)
-    assert objectives(kind, max_batches=3)[0].over_a_pass().loader_share == 1.0
+    monkeypatch.setattr(minibatches, "_MAX_BATCHES", 3)
+    assert objectives(kind)[0].over_a_pass().loader_share == 1.0
 
 
 @pytest.mark.parametrize("make_loader", [loaders.weighted, loaders.Unknown])

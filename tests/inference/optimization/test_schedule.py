@@ -2,30 +2,40 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
-from pyro_artransform.inference.config import OptimizationConfig
+from pyro_artransform.inference.optimization import schedule as schedules
 from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.schedule import (
     _AVERAGED_PARTS,
     _DECAY,
     _DECAY_FACTOR,
+    _WINDOW,
     LIMIT,
     LITTLE_TO_WIN,
     NOTHING_TO_WIN,
+    NUM_COMPARED,
     PLATEAU,
     Schedule,
     remaining_gap,
 )
 
-CONFIG = OptimizationConfig()
+
+@pytest.fixture(autouse=True)
+def max_constant(monkeypatch):
+    """Sets the longest phase of constant step size; no test here reaches the one it begins with."""
+
+    def set_to(count):
+        monkeypatch.setattr(schedules, "_MAX_CONSTANT", count)
+
+    set_to(100_000)
+    return set_to
 
 
-def schedule(num_steps=None, max_constant=100_000, epoch=1):
-    return Schedule(replace(CONFIG, max_constant=max_constant), epoch).of_length(num_steps)
+def schedule(num_steps=None, **options):
+    return Schedule(**options).of_length(num_steps)
 
 
 def noise(n):
@@ -64,11 +74,12 @@ def test_ends_where_nothing_moves():
     assert plan.factor(plan.end - 1) < 0.01
 
 
-def test_limit():
+def test_limit(max_constant):
+    max_constant(1000)
     falling = [x - 0.01 * step for step, x in enumerate(noise(3000))]
-    plan, _ = steps(schedule(max_constant=1000), falling)
+    plan, _ = steps(schedule(), falling)
     assert plan.reason == LIMIT
-    assert 1000 <= plan.decay_start <= 1000 + CONFIG.window
+    assert 1000 <= plan.decay_start <= 1000 + _WINDOW
 
 
 @pytest.mark.parametrize("epoch", [7, 250])
@@ -80,13 +91,14 @@ def test_whole_epochs(epoch):
     assert plan.decay_start >= 6 * epoch
 
 
-def test_differences_between_batches_are_no_noise():
+def test_differences_between_batches_are_no_noise(max_constant):
     """A slow improvement, under batches that differ by much more."""
+    max_constant(4000)
     batches = [100.0 * value for value in noise(50)]
     losses = [batches[step % 50] - 0.01 * step for step in range(6000)]
-    plan, _ = steps(schedule(max_constant=4000, epoch=50), losses)
+    plan, _ = steps(schedule(epoch=50), losses)
     assert plan.reason == LIMIT
-    blind, _ = steps(schedule(max_constant=4000), losses)
+    blind, _ = steps(schedule(), losses)
     assert blind.reason == PLATEAU
 
 
@@ -139,7 +151,7 @@ def near(count):
 def with_a_tail(count):
     """A thousand draws do not see the tail."""
     heavy = 0.6 * torch.distributions.Exponential(1.0).sample((count,))
-    return near(count) if count == CONFIG.num_compared else heavy
+    return near(count) if count == NUM_COMPARED else heavy
 
 
 @pytest.mark.parametrize("step", [0, 100])
@@ -169,10 +181,13 @@ def test_the_expected_end():
 
 
 def test_nats_are_in_proportion_to_many_latents():
-    few, many = CONFIG.for_latents(50), CONFIG.for_latents(1000)
-    assert few == CONFIG
-    assert many.min_improvement == 10 * CONFIG.min_improvement
-    assert many.good_gap == 10 * CONFIG.good_gap
+    """A gap of 0.02 nats, and an improvement of 0.04 between windows."""
+    draws = Weights(0.2).elbo_draws
+    slowly = [-0.04 * (step // _WINDOW) for step in range(2 * _WINDOW)]
+    for latent_dim, is_much in ((50, True), (1000, False)):
+        plan = schedule(latent_dim=latent_dim)
+        assert (plan.after_check(100, draws) == plan) == is_much
+        assert plan.is_still(slowly) != is_much
 
 
 def test_a_few_losses_do_not_tell_whether_they_fall():
@@ -180,4 +195,4 @@ def test_a_few_losses_do_not_tell_whether_they_fall():
     plan, still = schedule(2000), noise(800)
     assert plan.is_still(still)
     assert not plan.is_still([x - 0.01 * step for step, x in enumerate(still)])
-    assert not plan.is_still(still[: 2 * CONFIG.window - 1])
+    assert not plan.is_still(still[: 2 * _WINDOW - 1])

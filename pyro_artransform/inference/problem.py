@@ -1,10 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The set-up of a fit, from its options and one run of model and guide."""
+"""The problem of a fit, from its options and one run of model and guide."""
 
 import time
-import warnings
 from collections.abc import Callable
 from functools import cached_property, partial
 from typing import cast
@@ -17,31 +16,28 @@ from torch import Tensor, nn
 from .._base.arguments import first_of, warn_user
 from .._base.time_limit import TimeLimit
 from ..diagnostics.importance_weights import ModelAndGuide
+from ..guides.choice import choose_guide
 from ..model import LogJoint
 from ..model.handlers import traced_parameters
 from ..model.prior_only import warn_of_prior
 from ..model.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
-from .config import FitConfig, OptimizationConfig
-from .draws_first import DrawsFirst
 from .loader import Batch, BatchStream, check_use
 from .minibatch_check import warn_of_no_sum
-from .optimization.minibatches import MinibatchObjective
-from .optimization.objective import BatchObjective, PathObjective, PyroObjective
+from .optimization.minibatches import NUM_COMMON_DRAWS, NUM_VALIDATION, MinibatchObjective
+from .optimization.objective import FEWER, BatchObjective, PathObjective, PyroObjective
 from .optimization.optimizers import Scales
-from .optimization.schedule import Schedule
+from .optimization.schedule import NUM_COMPARED, Schedule
 from .optimization.training import Training
 from .parallel import Parallel
 
-# from this many latents on, structured guides use fewer particles per step: half the time, same ELBO
-_MANY_LATENTS, _NUM_PARTICLES_OF_MANY = 200, 16
+# draws per step, and those of structured guides with this many latents or more: half the time, same ELBO
+_NUM_PARTICLES, _MANY_LATENTS, _NUM_PARTICLES_OF_MANY = 64, 200, 16
 
 Function = Callable[..., object]
-#: maps a model, its arguments and ``is_minibatch=`` to a guide and the reason for it
-Chooser = Callable[..., tuple[Function, str]]
 
 
-class SetUp:
-    """The parts of a fit before its start, from one run of model and guide.
+class Problem:
+    """What is fitted, and how: the model, its data, the guide, the objective and the schedule.
 
     Models, guides and data that cannot be fitted raise an error here, as do batches that ``check_call``
     refuses. The last options are those of :func:`~pyro_artransform.fit`.
@@ -51,24 +47,19 @@ class SetUp:
         self,
         model: Function,
         guide: Function | None,
-        choose_guide: Chooser,
         *,
         arguments: Batch,
         stream: BatchStream | None,
         parallel: Parallel,
         limit: TimeLimit,
         check_call: Callable[..., None],
-        config: FitConfig,
         num_steps: int | None,
         num_particles: int | None,
-        optim: object,
-        draws: int | None,
     ) -> None:
-        self.optim, self.parallel = optim, parallel
-        self.limit, self.guide_reason = limit, ""
+        self.parallel, self.limit, self.guide_reason = parallel, limit, ""
         batches = [arguments]
         if stream is not None:
-            batches = list(stream.whole.one_pass(config.minibatch.num_compared))
+            batches = list(stream.whole.one_pass(NUM_VALIDATION))
             check_call(*batches[0])
         is_minibatch = not (stream is None or stream.whole.is_all_data)
         if guide is None:
@@ -80,51 +71,38 @@ class SetUp:
         self.prior_only = warn_of_prior(log_joint, (LogJoint(model, *b) for b in batches[1:]))
         #: the check that the density of mini-batches is a sum over rows, if it failed; ``None`` if not known
         self.no_sum = warn_of_no_sum(model, batches) if is_minibatch else ()
-        self.config = config = config.for_strategy(log_joint.strategy)
         self.stream = stream if is_minibatch or log_joint.is_random else None
         of_batch = _objective_of_batch(self.subject)
         #: why the model runs for one draw at a time; empty if it does not
         self.looped_because = log_joint.reason
         if isinstance(of_batch, PyroObjective) and not of_batch.is_vectorized:
             self.looped_because = log_joint.reason or _NOT_IN_A_PLATE
-            if log_joint.strategy != "loop":
-                self.config = config = config.for_strategy("loop")
+        #: whether model or guide run for one draw at a time, so that numbers of draws are small
+        self.is_loop = bool(self.looped_because)
+        num_compared = NUM_COMPARED // FEWER if self.is_loop else NUM_COMPARED
+        #: divides numbers of draws in the search for the initial guide
+        self.fewer = FEWER if self.is_loop else 1
         #: the objective of this process alone
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
-            of_stream = of_batch, self.stream, log_joint, batches, config.minibatch
-            self.objective = MinibatchObjective(*of_stream)
+            self.objective = MinibatchObjective(of_batch, self.stream, log_joint, batches)
             if (whole := self.objective.whole) is not None:
                 self.subject = self.subject._replace(log_joint=whole)
-                self.config = config = config.for_passes()
+                num_compared = min(NUM_COMMON_DRAWS, num_compared)
+                self.fewer *= FEWER
         #: whether the log joint density is that of all data
         self.has_all_data = self.minibatches is None or self.minibatches.whole is not None
-        #: the initial ensemble, if the density is a deterministic function of all data
-        self.draws_first: DrawsFirst | None = None
-        is_known = self.has_all_data and not self.subject.log_joint.is_random
-        if draws and not is_known:
-            raise ValueError(
-                "draws: expected a model that sees all data, since chains need its density, got one that is "
-                "random, or sees mini-batches that may not be all data or have latents of their own: fit "
-                "without draws="
-            )
-        if draws or (is_known and self.minibatches is None):
-            trains_model = bool(self.point_estimates)
-            asked = 0 if draws is None and trains_model else draws
-            of_fit = self.subject, asked, limit, config.initialization, trains_model
-            self.draws_first = DrawsFirst(*of_fit)
         latent_dim = log_joint.latents.latent_dim
-        settings = config.optimization.for_latents(latent_dim)
         # if all data correct a batch, the noise of batches is too small to need averaging over an epoch
         epoch = 1
         if self.minibatches is not None and self.minibatches.on_all is None:
             epoch = self.minibatches.stream.num_batches
-        self.schedule = Schedule(settings, epoch).of_length(num_steps)
-        wanted = num_particles or settings.num_particles
+        self.schedule = Schedule(epoch, latent_dim, num_compared).of_length(num_steps)
         is_structured = isinstance(cast(object, guide), StructuredGuide)
-        is_default = num_particles is None and wanted == OptimizationConfig.num_particles
-        if is_default and is_structured and latent_dim >= _MANY_LATENTS:
-            wanted = _NUM_PARTICLES_OF_MANY
+        usual = _NUM_PARTICLES // FEWER if self.is_loop else _NUM_PARTICLES
+        if not self.is_loop and is_structured and latent_dim >= _MANY_LATENTS:
+            usual = _NUM_PARTICLES_OF_MANY
+        wanted = num_particles or usual
         # processes share no batch, so that each takes all draws for its own
         per_process = wanted if self.stream is not None else parallel.share(wanted)
         #: draws per step, of all processes
@@ -145,8 +123,7 @@ class SetUp:
         scales: Scales | None = guide.step_scales if isinstance(guide, ScaledSteps) else None
         if self.parallel.size > 1 and scales is not None and self.stream is not None:
             scales = partial(self.parallel.scales_of_first, scales)
-        options = self.num_particles, self.optim, scales, self.parallel
-        return Training(self.objective, schedule, *options)
+        return Training(self.objective, schedule, self.num_particles, scales, self.parallel)
 
     @cached_property
     def point_estimates(self) -> list[str]:
@@ -165,12 +142,17 @@ class SetUp:
                 tensors += [*module.parameters(), *module.buffers()]
         return tensors
 
+    @property
+    def batch(self) -> Batch:
+        """The arguments of model and guide; with a loader, those of its first batch."""
+        return Batch(self.subject.args, self.subject.kwargs)
+
     def missing(self) -> tuple[str, ...]:
         """Dependencies that the graph of a structured guide lacks, in words."""
         guide: object = self.subject.guide
         if not isinstance(guide, StructuredGuide):
             return ()
-        batches = [Batch(self.subject.args, self.subject.kwargs)]
+        batches = [self.batch]
         if self.minibatches is not None:
             batches = self.minibatches.validation
         return tuple(guide.missing_over_batches(batches))
@@ -205,12 +187,12 @@ def _warn_of_loop(
             torch.autograd.grad(loss, [*objective.parameters().values()], allow_unused=True)
         seconds = num_draws * (time.perf_counter() - began)
     num_steps = schedule.num_steps or schedule.expected_end(0)
-    warnings.warn(
+    warn_user(
         "the model cannot be evaluated at many draws at once, so it is run one draw at a time, which is slow "
         f"({reason}). A step of {num_draws} draws takes about {seconds:.2g} seconds, and {num_steps:,} steps "
         f"about {num_steps * seconds:,.0f}. Write model and guide without branches on values of latents, and "
         "index from the right (docs/vectorization.md); or reduce num_particles, or set max_seconds",
-        stacklevel=4,  # the caller of fit
+        UserWarning,
     )
 
 

@@ -17,20 +17,20 @@ from .._base.arguments import check_callable, check_integer
 from .._base.check_call import check_call
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
-from ..guides.choice import choose_guide
-from .config import FitConfig
+from .evaluation.outcome import result_of
+from .first_draws import FirstDraws
+from .initialization.initialize import initial_training, resumed_training
 from .loader import Batch, BatchStream
+from .optimization.steps import take_steps
 from .parallel import open_parallel
+from .problem import Problem
 from .result import FitResult
-from .run import judge, start, train
-from .set_up import Chooser, SetUp
 
 
 def fit(
     model: Callable[..., Any],
     *args: Any,
     guide: Callable[..., Any] | None = None,
-    choose_guide: Chooser = choose_guide,
     num_steps: int | None = None,
     num_particles: int | None = None,
     seed: int | None = None,
@@ -38,12 +38,10 @@ def fit(
     callback: Callable[[int, float], Any] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: str | os.PathLike[str] | None = None,
-    optim: Any = None,
     loader: Iterable[Any] | None = None,
     epochs: int | None = None,
     draws: int | None = None,
     max_seconds: float | None = None,
-    config: FitConfig | None = None,
     **kwargs: Any,
 ) -> FitResult:
     """Trains a guide for a model, with nothing to tune, and returns a verdict on the posterior.
@@ -87,8 +85,6 @@ def fit(
     :param args: the guide, if there is one, and, without a loader, the arguments of model and guide.
     :param guide: any Pyro guide for the model. :mod:`pyro_artransform.model.protocols` describes what a
         guide may offer beyond Pyro's interface.
-    :param choose_guide: replaces the default choice of a guide: a function of the model, its ``args``, its
-        ``kwargs`` and ``is_minibatch=`` that returns a new guide and the reason in words.
     :param num_steps: the number of steps; by default the fit decides when to stop.
     :param num_particles: draws per step; by default 64, or 16 for ``AutoStructuredFlow`` with 200 latents
         or more.
@@ -100,8 +96,6 @@ def fit(
     :param checkpoint: a file to save the fit to while it runs; a full disk only causes a warning.
     :param resume: a file of an earlier fit of the same model and guide, which continues with the same
         steps as without the interruption, or, with a loader, from the next epoch.
-    :param optim: an optimizer or scheduler of ``pyro.optim``, or a function from a list of parameters to
-        an optimizer of ``torch.optim``, used with its own step size. The default is Adam.
     :param loader: a ``DataLoader``, or another iterable of mini-batches that can be iterated repeatedly,
         such as a list. A tuple or list holds the arguments of model and guide, a mapping their keyword
         arguments, a tensor is their only argument.
@@ -113,11 +107,10 @@ def fit(
         With a ``loader`` the default is none, since each gradient is a pass over it.
     :param max_seconds: the wall time of the whole fit. The verdict, and the graph search of
         ``AutoStructuredFlow``, may exceed it.
-    :param config: all tuning constants of a fit.
     :param kwargs: the keyword arguments of model and guide; with a loader, those of every batch.
     :raises TypeError: if the arguments do not fit the model, or an option has the wrong type.
     :raises ValueError: if the model has no continuous latent, or a parameter named like an option; if
-        model, guide, loader, ``optim`` and checkpoint are incompatible, or the processes of a fit
+        model, guide, loader and checkpoint are incompatible, or the processes of a fit
         differ; if no initial guide has a finite density, or an option is out of range.
     :raises RuntimeError: in ``torch.inference_mode``, inside one of Pyro's handlers, or if another process
         of the fit does not respond.
@@ -162,8 +155,6 @@ def fit(
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("fit: expected to be called outside torch.inference_mode")
-    if config is not None and not isinstance(config, FitConfig):
-        raise TypeError(f"config: expected a FitConfig, got {config!r}")
     # a callable is not data, unless it is a distribution of Pyro
     if guide is None and args and callable(args[0]) and not isinstance(args[0], Distribution):
         guide, args = args[0], args[1:]
@@ -203,24 +194,24 @@ def fit(
                 stream = stream.share(parallel.rank, parallel.size, parallel.seed())
                 stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
-        set_up = SetUp(
+        problem = Problem(
             model,
             guide,
-            choose_guide,
             arguments=Batch(args, kwargs),
             stream=stream,
             parallel=parallel,
             limit=limit,
             check_call=partial(check_call, fit, model),
-            config=config or FitConfig(),
             num_steps=num_steps,
             num_particles=num_particles,
-            optim=optim,
-            draws=draws,
         )
         bar.say("start")
-        training = start(set_up, resume)
+        first = FirstDraws.of_fit(problem, draws)
+        if resume is None:
+            training = initial_training(problem, first)
+        else:
+            training = resumed_training(problem, first, resume)
         bar.say("fit")
-        is_saved = train(set_up, training, path, callback, bar)
+        is_saved = take_steps(problem, training, path, callback, bar)
         bar.say("verdict")
-        return judge(set_up, training, is_saved)
+        return result_of(problem, first, training, is_saved)

@@ -1,0 +1,97 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The second stage of a fit: the guide is put where the draws are, or restored from a checkpoint."""
+
+import math
+from functools import partial
+
+import torch
+
+from ..._base.arguments import first_of
+from ..._base.files import FilePath
+from ..._base.time_limit import abandonable
+from ...model import LogJoint
+from ...model.protocols import FlowGuide, MinibatchGuide
+from ...sampling import Ensemble
+from ...sampling.starts import check_has_gradient
+from ..checkpoint import resume
+from ..first_draws import START_UNTIL, FirstDraws
+from ..optimization.objective import PyroObjective
+from ..optimization.training import Training
+from ..problem import Problem
+from .start import (
+    UNCHANGED,
+    InitialGuide,
+    MinibatchDensity,
+    find_initial_minibatch_guide,
+    find_start,
+)
+
+_FOR_GUIDE = 0.1  # the share of max_seconds to find the guide's start after the draws
+
+
+def resumed_training(problem: Problem, draws: FirstDraws | None, path: FilePath) -> Training:
+    """Restores the training from a checkpoint, and then draws."""
+    training = resume(problem, path)
+    if draws is not None:  # steps continue with the random numbers of the checkpoint
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            problem.parallel.first("the ensemble", draws.sample)
+    return training
+
+
+def initial_training(problem: Problem, draws: FirstDraws | None) -> Training:
+    """Draws, and initializes the guide; the training may already be over."""
+    parallel = problem.parallel
+    found = parallel.first("the initial guide", partial(_initialize, problem, draws))
+    initial, why_no_steps = found
+    parallel.copy_first(problem.tensors)
+    parallel.seed_apart()
+    training = problem.new_training(problem.schedule)
+    with abandonable(parallel.size == 1):  # others would wait for the end
+        training.check_start(initial.name)
+    if why_no_steps and problem.schedule.num_steps is None:
+        training.schedule = training.schedule.ending_at(0, why_no_steps)
+    return training
+
+
+def _initialize(problem: Problem, draws: FirstDraws | None) -> tuple[InitialGuide, str]:
+    """Initializes the guide if it supports that; also returns why there are no steps, empty if there are."""
+    minibatches, log_joint = problem.minibatches, problem.subject.log_joint
+    if minibatches is not None and (missing := problem.missing()):
+        raise ValueError(
+            "loader: the guide's graph lacks dependencies that other mini-batches have: "
+            f"{first_of(missing)}. Make a new guide and set it up with all data before the fit, "
+            "guide.set_up(*all_data), or use AutoIAF, or AutoAmortized if rows have latents of their own"
+        )
+    guide: object = problem.subject.guide
+    of_batch = problem.objective if minibatches is None else minibatches.objective
+    density = whole = log_joint
+    is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
+    problem.limit.enter_phase(START_UNTIL)
+    if is_flow and minibatches is not None:
+        density = minibatches.mean_log_joint()
+        whole = minibatches.whole or density
+    elif is_flow and log_joint.is_random:
+        density = whole = MinibatchDensity(log_joint)
+    if is_flow:
+        check_has_gradient(density)
+    why_no_steps = "" if draws is None else draws.sample()
+
+    def chains_of(density: LogJoint) -> Ensemble | None:
+        of_start = FirstDraws(problem, density, 0)
+        of_start.sample()
+        return of_start.ensemble
+
+    if isinstance(guide, FlowGuide) and is_flow and not density.is_random:
+        ensemble = chains_of(density) if draws is None else draws.ensemble
+        until, failure = (draws.until, draws.failure) if draws else (START_UNTIL, "")
+        problem.limit.enter_phase(until + _FOR_GUIDE)
+        initial = find_start(whole, guide, ensemble, failure, fewer=problem.fewer)
+        return initial, why_no_steps
+    if isinstance(guide, MinibatchGuide):
+        elbo_draws = problem.objective.elbo_draws
+        of_guide = log_joint, guide, problem.batch, elbo_draws, chains_of
+        initial = find_initial_minibatch_guide(*of_guide, fewer=problem.fewer)
+        return initial, why_no_steps
+    return InitialGuide(UNCHANGED, math.nan), why_no_steps

@@ -1,0 +1,57 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The third stage of a fit: the steps of a training."""
+
+from collections.abc import Callable
+from typing import Any
+
+from ..._base.files import FilePath
+from ..._base.progress import ProgressBar
+from ..._base.time_limit import OUT_OF_TIME, abandonable
+from ..checkpoint import save
+from ..problem import Problem
+from .training import Training
+
+#: the reason for the end of a fit
+STOPPED = "the callback asked to stop"
+_STEPS_UNTIL = 0.75  # the share of max_seconds at which steps end
+_CHECKPOINT_EVERY = 100  # steps between two checkpoints
+
+
+def take_steps(
+    problem: Problem,
+    training: Training,
+    checkpoint: FilePath | None,
+    callback: Callable[[int, float], object] | None,
+    bar: ProgressBar,
+) -> bool:
+    """Takes steps until the schedule, the callback or Ctrl-C ends them; returns if a checkpoint was saved."""
+    limit, parallel, stream = problem.limit, problem.parallel, problem.stream
+    limit.enter_phase(_STEPS_UNTIL)
+    if parallel.rank > 0:
+        checkpoint = None
+    is_asked, is_late = parallel.any(False, limit.is_over())
+    is_saved = False
+    while not (training.is_over() or is_asked or is_late):
+        loss: float | None = None
+        with abandonable(parallel.size == 1):  # others would wait for the end
+            loss = training.step()
+        if loss is None:
+            break
+        step = training.num_steps
+        place = () if stream is None else stream.place(training.schedule.end)
+        bar.update(training.losses, training.schedule.expected_end(step), *place)
+        if checkpoint and step % _CHECKPOINT_EVERY == 0:
+            is_saved |= save(problem, training, checkpoint)
+        answer: Any = None if callback is None else callback(step, -loss)
+        # True may also be a scalar of NumPy or PyTorch
+        is_asked = (answer.item() if hasattr(answer, "item") else answer) is True
+        is_asked, is_late = parallel.any(is_asked, limit.is_over())
+    if checkpoint is not None:
+        is_saved |= save(problem, training, checkpoint)
+    if is_asked or not training.is_over():
+        # another process may reach the time limit before this one
+        reason = STOPPED if is_asked else limit.reason or OUT_OF_TIME
+        training.schedule = training.schedule.ending_at(training.num_steps, reason)
+    return is_saved
