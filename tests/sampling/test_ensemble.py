@@ -19,9 +19,6 @@ from pyro_artransform.sampling.trajectories import MANY_DIVERGENT, share_of_dive
 from tests.sampling.densities import (
     moments_are,
     nowhere,
-    schools,
-    schools_log_tau,
-    schools_moments,
     subsampled,
     two_modes,
 )
@@ -64,17 +61,6 @@ def test_means_and_sds_of_a_conjugate_model():
     # more draws go on where those ended
     assert found.run(1000).is_enough(1000)
     assert found.num_trajectories > size
-
-
-def test_the_lower_tail_of_a_scale_with_weak_data():
-    """A centred hierarchy: 3 % of log tau are below this quantile, by quadrature."""
-    found = ensemble_of(schools)
-    found.run(1000)
-    assert found.end is StopReason.ENOUGH
-    moments_are(found, *schools_moments())
-    below = float((found.draws[..., 1] < schools_log_tau(0.03)).double().mean())
-    # 1,000 effective draws in its tails: within four standard errors
-    assert below == pytest.approx(0.03, abs=4 * (0.03 * 0.97 / 1000) ** 0.5)
 
 
 def test_strong_and_weak_data_of_one_site():
@@ -156,17 +142,6 @@ def test_chains_of_a_superchain_begin_at_one_point():
     assert len(starts[:, 0].unique(dim=0)) == 8
 
 
-def test_two_modes_that_chains_jump_between():
-    """By proposals from what chains in both have seen: shares of modes that trajectories cannot leave."""
-    found = ensemble_of(two_modes(2, 20.0, 0.3))
-    convergence = found.run(400)
-    assert found.end is StopReason.ENOUGH
-    assert len(found.modes.share) == 2
-    left = float((found.draws[..., 0] < 0).double().mean())
-    # four standard errors of so many effective draws
-    assert left == pytest.approx(0.3, abs=4 * (0.21 / convergence.min_ess) ** 0.5)
-
-
 def test_modes_that_chains_do_not_move_between_end_them(monkeypatch):
     """With a share of each, and where they differ. Proposals are never accepted."""
     monkeypatch.setattr(ensemble.IndependentProposals, "step", lambda self, target, state: state)
@@ -239,7 +214,7 @@ def test_the_time_is_over():
     assert found.draws.shape == (32, 1, 3)
     assert not convergence.is_enough(1)
     assert (convergence.rhat == math.inf).all()
-    with TimeLimit(0.3) as limit:
+    with TimeLimit(1.0) as limit:
         limit.enter_phase(1.0)
         found.run(10**5)
     assert found.end is StopReason.OUT_OF_TIME
