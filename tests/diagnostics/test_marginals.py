@@ -33,7 +33,7 @@ def of_path(dim, num_samples=1000, dtype=torch.float64):
 
 def judged(ensemble, model, guide):
     subject = ModelAndGuide.of(model, guide, (), {})
-    draws, _ = subject.log_joint.to_unconstrained(subject.draws(10_000))
+    draws, _ = subject.log_joint.to_unconstrained(subject.draws(4_000))
     return marginals_of(ensemble.log_joint, ensemble.draws, draws)
 
 

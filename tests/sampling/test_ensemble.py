@@ -103,7 +103,7 @@ def test_uses_that_no_function_of_torch_shows():
 
     found = ensemble_of(model)
     assert found.log_joint.coordinates.factors == {"z": 1}
-    found.run(400)
+    found.run(50)
     assert found.end is StopReason.ENOUGH
     assert found.log_joint.coordinates.gaussian_sites is None
 
