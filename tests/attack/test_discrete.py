@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""Discrete latents that are summed out, and log-likelihoods by datum, of random models."""
+"""Discrete latents that are summed out."""
 
 import warnings
 from dataclasses import dataclass
@@ -8,16 +8,13 @@ from dataclasses import dataclass
 import pyro
 import pyro.distributions as dist
 import torch
-from hypothesis import assume
 from hypothesis import strategies as st
 from pyro import poutine
 from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.ops.indexing import Vindex
 
 from pyro_artransform.model import LogJoint
-from pyro_artransform.posterior import log_likelihood
 from tests.attack.effort import attack, note
-from tests.attack.models import plain_trace, random_models, runs_in_pyro
 
 
 @dataclass
@@ -81,7 +78,7 @@ def discrete_models(draw):
     )
 
 
-@attack("discrete", few=8, model=discrete_models(), number=st.integers(0, 99))
+@attack(few=8, model=discrete_models(), number=st.integers(0, 99))
 def test_summed_out(model, number):
     """Against Pyro's own sum, a draw at a time; what Pyro refuses is refused."""
     marked = config_enumerate(model)
@@ -113,45 +110,3 @@ def test_summed_out(model, number):
             found[i],
             expected,
         )
-
-
-@attack("likelihoods", few=5, random=random_models(), number=st.integers(0, 99))
-def test_by_datum(random, number):
-    """Against the unscaled densities of Pyro's trace, a draw at a time, branches included."""
-    model = random.wrapped()
-    assume(runs_in_pyro(model) and random.data)
-    torch.manual_seed(number)
-    traces = []
-    try:
-        traces = [plain_trace(model) for _ in range(9)]
-    except Exception:
-        assume(False)
-    names = [n for n, site in traces[0].iter_stochastic_nodes() if n.startswith(("z", "h", "w"))]
-    names = [
-        name
-        for name in names
-        if "_plate" not in name and "_outer" not in name and "_inner" not in name
-    ]
-    assume(names)
-    draws = {name: torch.stack([trace.nodes[name]["value"] for trace in traces]) for name in names}
-    with warnings.catch_warnings(), pyro.validation_enabled(False):
-        warnings.simplefilter("ignore")
-        try:
-            found = log_likelihood(model, draws)
-        except NotImplementedError:  # an improper prior has no draws
-            assume(False)
-    for name, term in found.items():
-        for i, row in enumerate(term):
-            values = {latent: draws[latent][i] for latent in names}
-            trace = plain_trace(poutine.condition(model, values))
-            trace.compute_log_prob()
-            node = trace.nodes[name]
-            expected = node["unscaled_log_prob"]
-            if node["mask"] is not None:
-                expected = torch.where(torch.as_tensor(node["mask"]), expected, 0.0)
-            sure = expected.isfinite()
-            assert torch.allclose(row[sure], expected[sure], rtol=1e-6, atol=1e-6), (
-                name,
-                row,
-                expected,
-            )
