@@ -16,6 +16,7 @@ from pyro_artransform.model.coordinates.coordinates import non_centered
 from pyro_artransform.model.replay.capture import ReplayError
 from pyro_artransform.sampling import Ensemble, StartError, StopReason, ensemble, target
 from pyro_artransform.sampling.trajectories import MANY_DIVERGENT, share_of_divergent
+from tests.inference import models
 from tests.sampling.densities import (
     moments_are,
     nowhere,
@@ -109,30 +110,20 @@ def test_uses_that_no_function_of_torch_shows():
 
 
 @pytest.mark.parametrize(
-    ("num_samples", "num_chains", "expected"),
+    ("model", "num_samples", "num_chains", "expected"),
     [
-        (50, None, (16, 8)),
-        (400, None, (32, 8)),
-        (math.inf, None, (64, 8)),
-        (400, 24, (24, 8)),
-        (400, 12, (12, 4)),
-        (400, 6, (6, 6)),
+        (conjugate, 50, None, (16, 8)),
+        (conjugate, 400, None, (32, 8)),
+        (conjugate, math.inf, None, (64, 8)),
+        (conjugate, 400, 24, (24, 8)),
+        (conjugate, 400, 12, (12, 4)),
+        (conjugate, 400, 6, (6, 6)),
+        (models.branching, 400, None, (ensemble.CHAINS_BY_LOOP, 8)),  # by a loop few
     ],
 )
-def test_numbers_of_chains(num_samples, num_chains, expected):
-    found = ensemble_of(conjugate, num_samples, num_chains)
+def test_numbers_of_chains(model, num_samples, num_chains, expected):
+    found = ensemble_of(model, num_samples, num_chains)
     assert (found.num_chains, found.num_superchains) == expected
-
-
-def branching():
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    scale = 1.0 if float(z.detach()) > 0 else 2.0
-    pyro.sample("y", dist.Normal(z, scale), obs=torch.tensor(0.3))
-
-
-def test_chains_of_a_loop_are_few():
-    found = ensemble_of(branching)
-    assert (found.num_chains, found.num_superchains) == (ensemble.CHAINS_BY_LOOP, 8)
 
 
 def test_chains_of_a_superchain_begin_at_one_point():
