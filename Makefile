@@ -11,7 +11,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg
 # Each process takes half of the files, so that what the tests of a file share is made once.
 PYTEST = $(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-.PHONY: help install test test-project test-all wheel release demo lint format bench docs clean
+.PHONY: help install test test-project pitfalls test-all wheel release demo lint format bench docs clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(READY) ## run the quick tests of the package and its doctests
 
 test-project: $(READY) ## run the quick tests of pages, notebooks, the release and the requests to Pyro
 	$(PYTEST) --durations 5 -m "project and not slow" tests/project
+
+pitfalls: $(READY) ## run the known failures of other flow libraries on this package
+	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 benchmarks/pitfalls
 
 test-all: $(READY) ## before a release: all tests, the slow ones too, with their coverage
 	$(PYTEST) --durations 20 -m "" --cov --cov-report term

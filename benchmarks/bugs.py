@@ -4,22 +4,19 @@
 
     python benchmarks/bugs.py [MODEL ...] [--seeds N ...] [--dtypes NAME ...] [--write]
 
-Each run is a process of its own and a line of a file, so that a run goes on where the last one ended
-(delete the file after a change). Moments to compare with are made by bugs_reference.py.
+Each run is a process of its own. Moments to compare with are made by bugs_reference.py.
 """
 
-import argparse
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
-from typing import Any
 
 import torch
-from bugs_models import MODELS
-from marked_table import write
-from results import Row, collect, in_a_process
+from measuring import pages, runs
+from measuring.runs import Row
+from models.bugs import EXAMPLES, subject
 
 from pyro_artransform.model import LogJoint
 from pyro_artransform.sampling import Chains, mcmc
@@ -46,19 +43,15 @@ PEER_HEADS += ["NUTS, mean off, sds", "NUTS, sd off"]
 FAR_MEAN, FAR_SD = 0.2, 0.25
 
 
-def draw(model: Callable[..., Any], data: tuple[Any, ...], seed: int) -> Chains:
-    return mcmc(model, *data, draws=NUM_DRAWS, seed=seed, progress=False)
-
-
 def one(run: Row) -> Row:
     """A run in this process: how far its moments are off, and what it says of itself."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.set_default_dtype(DTYPES[run["dtype"]])
-    model, data = MODELS[run["model"]]()
+    model, data = subject(run["model"])
     began = time.process_time()
     try:
-        chains = draw(model, data, run["seed"])
+        chains = mcmc(model, *data, draws=NUM_DRAWS, seed=run["seed"], progress=False)
     except (ValueError, RuntimeError, ArithmeticError) as error:
         seconds = time.process_time() - began
         text = " ".join(str(error).split())
@@ -73,7 +66,7 @@ def one(run: Row) -> Row:
 def errors(name: str, chains: Chains) -> Row:
     """The largest ones of any latent, in unconstrained coordinates, and whose they are."""
     torch.set_default_dtype(torch.float64)
-    latents = LogJoint(*MODELS[name]()).latents
+    latents = LogJoint(*subject(name)).latents
     stored, found = reference()[name]["sites"], []
     for site, of_site in latents.sites.items():
         values = chains.by_chain[site].double().flatten(0, 1)
@@ -101,23 +94,14 @@ def number_of_latents(name: str) -> int:
 
 def table(rows: list[Row]) -> str:
     """A row for each model and dtype, with a value of each seed."""
-    lines = heading(HEADS)
-    for name in MODELS:
+    lines = []
+    for name in EXAMPLES:
         for dtype in DTYPES:
-            key = {"model": name, "dtype": dtype}
-            found = [row for row in rows if key.items() <= row.items()]
+            found = runs.known(rows, {"model": name, "dtype": dtype})
             found.sort(key=lambda row: row["seed"])
             if found:
-                lines.append(line([name, number_of_latents(name), dtype, *cells(name, found)]))
-    return "\n".join(lines)
-
-
-def heading(heads: list[str]) -> list[str]:
-    return [line(heads), f"|{'---|' * len(heads)}"]
-
-
-def line(values: Iterable[Any]) -> str:
-    return f"| {' | '.join(map(str, values))} |"
+                lines.append([name, number_of_latents(name), dtype, *cells(name, found)])
+    return pages.table(HEADS, lines)
 
 
 def cells(name: str, rows: list[Row]) -> list[str]:
@@ -151,13 +135,13 @@ def nuts_seconds(name: str) -> str:
 
 def peer_table() -> str:
     """How good the reference is, and what NUTS as it is makes of the models as they are written."""
-    lines = heading(PEER_HEADS)
+    lines = []
     for name, row in reference().items():
         nuts = row["nuts"]
         ess, rhat = (form.format(row[key]) if key in row else "-" for key, form in OF_REFERENCE)
         values = [name, row["by"], ess, rhat, f"{nuts['seconds']:.1f}", f"{nuts['ess']:.0f}"]
-        lines.append(line([*values, f"{nuts['mean']:.2f}", f"{nuts['sd']:.0%}"]))
-    return "\n".join(lines)
+        lines.append([*values, f"{nuts['mean']:.2f}", f"{nuts['sd']:.0%}"])
+    return pages.table(PEER_HEADS, lines)
 
 
 def summary(rows: list[Row]) -> str:
@@ -174,32 +158,20 @@ def summary(rows: list[Row]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", choices=[[], *MODELS], default=[])
+    parser = runs.Parser(__doc__, __file__)
+    parser.add_names("models", EXAMPLES)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
-    parser.add_argument("--results", type=Path, default=HERE / "bugs.jsonl")
-    parser.add_argument("--write", action="store_true", help="put the tables into bugs.md")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one(options.one)))
         return
-
-    def runs(rows: list[Row]) -> Iterator[Row]:
-        for name in options.models or MODELS:
-            for dtype in options.dtypes:
-                for seed in options.seeds:
-                    run = {"model": name, "dtype": dtype, "seed": seed}
-                    if not any(run.items() <= row.items() for row in rows):
-                        yield run | in_a_process(__file__, "--one", json.dumps(run))
-
-    rows = collect(options.results, runs)
-    text = "\n\n".join([table(rows), summary(rows), peer_table()])
-    if options.write:
-        write(text, HERE / "bugs.md")
-    else:
-        print(text)
+    wanted = (
+        {"model": name, "dtype": dtype, "seed": seed}
+        for name, dtype, seed in product(options.models, options.dtypes, options.seeds)
+    )
+    rows = runs.collect(options.results, wanted, runs.in_processes(__file__))
+    parser.show("\n\n".join([table(rows), summary(rows), peer_table()]), options)
 
 
 if __name__ == "__main__":

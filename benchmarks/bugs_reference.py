@@ -2,10 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What bugs.py compares with: moments by long runs of NumPyro's NUTS or by quadrature, into a file.
 
-    python benchmarks/bugs_reference.py [MODEL ...] [--what compare reference nuts]
+    python benchmarks/bugs_reference.py [MODEL ...] [--what reference nuts]
 
-`compare` shows how far the log densities of bugs_models.py and bugs_peers.py are apart, up to a constant,
-at random points and at draws. `reference` are moments of all latents in unconstrained coordinates: logs of
+`reference` are moments of all latents in unconstrained coordinates: logs of
 positive ones, logits of those in an interval. Long runs have effects of groups non-centred. `nuts` times
 NUTS with its own settings on the models as they are written: CPU seconds of one chain, compiling included,
 until the worst latent has 400 effective draws.
@@ -13,6 +12,7 @@ until the worst latent has 400 effective draws.
 
 import argparse
 import json
+import math
 import os
 import time
 from pathlib import Path
@@ -20,17 +20,16 @@ from typing import Any, NamedTuple
 
 os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 
-import bugs_models
-import bugs_peers
-import jax
 import numpy as np
 import numpyro
 import torch
+from measuring.clock import Record
+from measuring.nuts import CHUNK, blocks, least_ess, long_run
+from models import bugs
+from models.library import in_numpyro
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 from numpyro.handlers import reparam
-from numpyro.infer import MCMC, NUTS
 from numpyro.infer.reparam import LocScaleReparam
-from numpyro.infer.util import potential_energy
 from torch import Tensor
 
 from pyro_artransform.model import LogJoint
@@ -40,7 +39,7 @@ REFERENCE = Path(__file__).parent / "bugs_reference.json"
 #: of the long runs
 NUM_CHAINS, NUM_WARM_UP, NUM_DRAWS = 4, 3000, 10_000
 THINNED = {"lsat": 4}
-WHAT = ["compare", "reference", "nuts"]
+WHAT = ["reference", "nuts"]
 STEP = 0.1  # of grids of log precisions
 #: effects of groups that a long run moves as white noise
 NON_CENTERED = {
@@ -62,40 +61,28 @@ DENSE = {
     "mice": [("beta", "r")],
 }
 #: draws of NUTS as it is: of the warm-up, between looks; and the most CPU seconds
-WARM_UP, EVERY, ESS, LIMIT = 1000, 500, 400, 300.0
+WARM_UP, EVERY, LIMIT = 1000, 500, 300.0
 
 
 def subject(name: str) -> tuple[LogJoint, tuple[np.ndarray, ...]]:
     """The density by Pyro, and arguments for NumPyro."""
-    model, data = bugs_models.MODELS[name]()
+    model, data = bugs.subject(name)
     return LogJoint(model, data), tuple(np.asarray(value) for value in data)
 
 
-def apart(name: str, z: Tensor) -> float:
-    """How far two log densities are apart at rows, up to a constant, in nats."""
-    log_joint, data = subject(name)
-    sites, found = log_joint.latents.sites, []
-    for row, ours in zip(z, log_joint(z).tolist()):
-        parts = log_joint.latents.split(row).items()
-        at = {
-            site: np.asarray(part).reshape(sites[site].unconstrained_shape) for site, part in parts
-        }
-        found.append(ours + float(potential_energy(bugs_peers.PEERS[name], data, {}, at)))
-    return max(found) - min(found)
+def peer(name: str) -> Any:
+    return bugs.subject(name, in_numpyro())[0]
 
 
-def long_run(name: str) -> dict[str, np.ndarray]:
-    """Draws of all latents, `(chains, draws) + shape of the site`."""
+def draws_of(name: str) -> dict[str, np.ndarray]:
+    """Draws of all latents by a long run."""
     log_joint, data = subject(name)
     sites = NON_CENTERED.get(name, ())
-    model = reparam(bugs_peers.PEERS[name], config=dict.fromkeys(sites, LocScaleReparam(0)))
-    kernel = NUTS(model, target_accept_prob=0.95, dense_mass=DENSE.get(name, False))
+    model = reparam(peer(name), config=dict.fromkeys(sites, LocScaleReparam(0)))
     sizes = {"num_warmup": NUM_WARM_UP, "num_samples": NUM_DRAWS, "num_chains": NUM_CHAINS}
     sizes["thinning"] = THINNED.get(name, 1)
-    chains = MCMC(kernel, **sizes, chain_method="sequential", progress_bar=False)
-    chains.run(jax.random.PRNGKey(1), *data)
-    found = chains.get_samples(group_by_chain=True)
-    return {site: np.asarray(found[site]) for site in log_joint.latents.sites}
+    found, _ = long_run(model, data, 1, sizes, dense_mass=DENSE.get(name, False))
+    return {site: found[site] for site in log_joint.latents.sites}
 
 
 def unconstrained(log_joint: LogJoint, draws: dict[str, np.ndarray]) -> np.ndarray:
@@ -105,22 +92,21 @@ def unconstrained(log_joint: LogJoint, draws: dict[str, np.ndarray]) -> np.ndarr
     return log_joint.latents.unconstrain(values).unflatten(0, (count, -1)).numpy()
 
 
-def by_columns(fn: Any, z: np.ndarray, size: int = 50) -> np.ndarray:
+def by_columns(fn: Any, z: np.ndarray) -> np.ndarray:
     """Of a few latents at once, for memory."""
-    parts = range(0, z.shape[2], size)
-    return np.concatenate([np.asarray(fn(z[..., at : at + size])) for at in parts])
+    parts = range(0, z.shape[2], CHUNK)
+    return np.concatenate([np.asarray(fn(z[..., at : at + CHUNK])) for at in parts])
 
 
 def by_nuts(name: str) -> Row:
     """Moments with their standard errors by a long run."""
     log_joint, _ = subject(name)
-    z = unconstrained(log_joint, long_run(name))
+    z = unconstrained(log_joint, draws_of(name))
     ess, rhat = (by_columns(fn, z) for fn in (effective_sample_size, split_gelman_rubin))
     mean, sd = z.mean((0, 1)), z.std((0, 1))
     squares = (z - mean) ** 2
     se = squares.std((0, 1)) / np.sqrt(by_columns(effective_sample_size, squares)) / (2 * sd)
     moments = {"mean": mean, "sd": sd, "mean_se": sd / np.sqrt(ess), "sd_se": se}
-    print(name, "apart at draws", apart(name, torch.tensor(z[:, ::1000].reshape(-1, len(mean)))))
     found = {"by": "NUTS", "rhat": round(float(rhat.max()), 5), "ess": round(float(ess.min()))}
     return found | {"sites": by_site(log_joint, moments)}
 
@@ -151,7 +137,7 @@ class Linear(NamedTuple):
 
 
 def dyes() -> Linear:
-    (y,) = bugs_models.dyes()[1]
+    (y,) = bugs.dyes()[1]
     count, size = y.shape
     columns = torch.eye(count).repeat_interleave(size, 0)
     columns = torch.cat([torch.ones(len(columns), 1), columns], 1)
@@ -162,7 +148,7 @@ def dyes() -> Linear:
 
 
 def equiv() -> Linear:
-    treatment, period, y = bugs_models.equiv()[1]
+    treatment, period, y = bugs.equiv()[1]
     fixed = torch.stack([torch.ones_like(y), treatment / 2, (period / 2).expand_as(y)], -1)
     columns = [fixed.flatten(0, 1), torch.eye(len(y)).repeat_interleave(y.shape[1], 0)]
     order = ["mu", "phi", "pi", "delta", "tau2", "tau1"]
@@ -222,36 +208,19 @@ def given_precisions(
 def timed(name: str, reference: Row) -> Row:
     """NUTS of one chain with its own settings, until the worst latent has enough effective draws."""
     log_joint, data = subject(name)
-    began = time.process_time()
-    kernel = NUTS(bugs_peers.PEERS[name])
-    state = kernel.init(jax.random.PRNGKey(0), WARM_UP, None, data, {})
-    constrain = jax.jit(jax.vmap(kernel.postprocess_fn(data, {})))
-
-    @jax.jit
-    def some(state: Any) -> Any:
-        def draw(state: Any, _: None) -> tuple[Any, Any]:
-            state = kernel.sample(state, data, {})
-            return state, state.z
-
-        return jax.lax.scan(draw, state, None, EVERY)
-
-    for _ in range(WARM_UP // EVERY):
-        state, _ = jax.block_until_ready(some(state))
-    draws: list[dict[str, Any]] = []
-    ess, seconds = 0.0, 0.0
-    while not ess >= ESS and seconds < LIMIT:
-        state, z = some(state)
-        draws.append(jax.block_until_ready(constrain(z)))
-        seconds = time.process_time() - began
-        chain = {site: np.concatenate([part[site] for part in draws]) for site in draws[0]}
-        flat = unconstrained(
-            log_joint, {site: chain[site][None] for site in log_joint.latents.sites}
-        )
-        ess = float(by_columns(effective_sample_size, flat).min())
-        began += time.process_time() - began - seconds  # looking is not counted
-    return {"seconds": round(seconds, 1), "ess": round(ess, 1)} | errors(
-        flat[0], log_joint, reference
-    )
+    record, draws = Record(math.nan, LIMIT), list[dict[str, Any]]()
+    for number, block in enumerate(blocks(peer(name), data, 0, WARM_UP, EVERY)):
+        if number * EVERY < WARM_UP:
+            continue
+        with record.paused():
+            draws.append({site: block.sites[site] for site in log_joint.latents.sites})
+            chain = {site: np.concatenate([z[site] for z in draws])[None] for site in draws[0]}
+            flat = unconstrained(log_joint, chain)
+        if record.note_ess(len(flat[0]), lambda: least_ess(flat)):  # noqa: B023
+            break
+    _, seconds, ess = record.rows[-1]
+    row = {"seconds": round(seconds, 1), "ess": round(ess, 1)}
+    return row | errors(flat[0], log_joint, reference)
 
 
 def errors(z: np.ndarray, log_joint: LogJoint, reference: Row) -> Row:
@@ -272,7 +241,7 @@ def stored() -> Row:
 def store(name: str, row: Row) -> None:
     rows = stored()
     rows[name] = rows.get(name, {}) | row
-    known = [other for other in bugs_models.MODELS if other in rows]
+    known = [other for other in bugs.EXAMPLES if other in rows]
     REFERENCE.write_text(f"{{{','.join(as_text(other, rows[other]) for other in known)}\n}}\n")
 
 
@@ -285,16 +254,13 @@ def as_text(name: str, row: Row) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", choices=[[], *bugs_models.MODELS], default=[])
+    parser.add_argument("models", nargs="*", choices=[[], *bugs.EXAMPLES], default=[])
     parser.add_argument("--what", nargs="+", choices=WHAT, default=WHAT)
     options = parser.parse_args()
     numpyro.enable_x64()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    for name in options.models or bugs_models.MODELS:
-        if "compare" in options.what:
-            z = torch.rand(10, subject(name)[0].latents.latent_dim) - 0.5
-            print(name, "apart at random points", apart(name, z), flush=True)
+    for name in options.models or bugs.EXAMPLES:
         if "reference" in options.what:
             began = time.process_time()
             store(name, (by_quadrature if name in ("dyes", "equiv") else by_nuts)(name))

@@ -14,14 +14,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import marked_table
 import torch
+from measuring import pages
+from models.unseen import MODELS
 from torch import Tensor
-from unseen_models import MODELS
 
 from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics.importance_weights import ModelAndGuide
-from pyro_artransform.model.coordinates.coordinates import non_centered
+from pyro_artransform.model.coordinates.centering import non_centered
 from pyro_artransform.model.graphs.dependencies import value_and_gradient
 from pyro_artransform.model.replay.capture import Captured
 
@@ -37,7 +37,7 @@ def milliseconds(call: Callable[[], object]) -> float:
     return 1e3 * (time.process_time() - began) / NUM_CALLS
 
 
-def row(name: str) -> str:
+def row(name: str) -> list[str]:
     torch.manual_seed(0)
     model, data = MODELS[name]()
     guide = AutoIAF(model)
@@ -63,7 +63,7 @@ def row(name: str) -> str:
         captured = Captured(function)
         called, replayed = (milliseconds(partial(f, *inputs)) for f in (function, captured))
         cells += [f"{called:.1f}", f"{replayed:.1f}" if captured.can_replay else "-"]
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def main() -> None:
@@ -73,13 +73,11 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    names = ["posterior", "latents", "gradient, called", "replayed", "step, called", "replayed"]
-    text = "\n".join(
-        [f"| {' | '.join(names)} |", "|---" * len(names) + "|", *map(row, options.posteriors)]
-    )
+    heads = ["posterior", "latents", "gradient, called", "replayed", "step, called", "replayed"]
+    text = pages.table(heads, map(row, options.posteriors))
     print(text)
     if options.write:
-        marked_table.write(text, Path(__file__).with_suffix(".md"))
+        pages.write(text, Path(__file__).with_suffix(".md"))
 
 
 if __name__ == "__main__":

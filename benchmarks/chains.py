@@ -1,22 +1,18 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""How long until draws are right: `mcmc` and `fit` beside the NUTS of NumPyro and of nutpie; see chains.md.
+"""How long until draws are right: `mcmc` and `fit` beside NUTS of NumPyro and nutpie; see chains.md.
 
     python benchmarks/chains.py [--posteriors NAME ...] [--subjects NAME ...] [--seeds N ...]
                                 [--limit SECONDS] [--large FOLDER | --users FOLDER] [--write]
 
-CPU seconds, compiling included and imports not, until the worst latent of the unconstrained space has 400
-effective draws. Each run is a process of its own, one after the other, and a line of a file, so that a
-run goes on where the last one ended (delete the file, or name another one with --results, after a
-change). --large measures posteriors of a folder instead: its models.py has NAMES and make(name), which
-returns one of the models of chains_models.py with its arguments; a score.py beside it has
-score(name, draws). --users takes a folder whose models.py has a function for each of NAMES, which returns
-a dictionary with `model`, `np_model` for NumPyro, and `data`. --write puts the table of all outcomes into
-chains.md. It needs the extra [bench].
+CPU seconds, compiling included, until the worst latent has 400 effective draws. Each run is a process of its
+own, one after the other. --large measures posteriors of a folder instead: its models.py has NAMES and
+make(name), which returns a model with its arguments; a score.py beside it has score(name, draws). --users
+takes a folder whose models.py has a function for each of NAMES, which returns a dictionary with `model`,
+`np_model` for NumPyro, and `data`. It needs the extra [bench].
 """
 
-import argparse
-import importlib
+import importlib.util
 import json
 import math
 import resource
@@ -26,25 +22,29 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 from typing import Any
 
-import chains_models
 import numpy as np
 import pyro
 import torch
-from chains_table import PEERS, REFERENCE_ESS, cell, errors, table
-from fit_subjects import ESS, NUM_WARM_UP, Enough, Record, in_torch
-from marked_table import write
-from results import Row, append, in_a_process, load
+from measuring import pages, runs
+from measuring.clock import ESS, Record
+from measuring.runs import Row
+from models import posteriors
+from models.library import PYRO, Subject
 from torch.distributions import biject_to
 
-HERE = Path(__file__).parent
+ENSEMBLE, NUTS, NUTPIE = "ensemble", "NumPyro NUTS", "nutpie"
+PEERS = (NUTS, NUTPIE)
 #: acceptance rates that peers aim at, each in a run of its own, of which the faster one counts
 TARGETS = (0.8, 0.9)
-#: a peer's draws from one look to the next, at least, and how much more there are of them at each look
-EVERY, GROWTH = 250, 1.05
-#: latents whose effective draws are counted at once
-CHUNK = 64
+#: draws of a peer's warm-up, from one look to the next, at least, and how much more there are at each look
+NUM_WARM_UP, EVERY, GROWTH = 500, 250, 1.05
+#: effective draws of NUTS that make it the reference
+REFERENCE_ESS = 2_000
+#: posteriors whose labels can be exchanged, so that latents one by one have no reference
+SYMMETRIC = {"gmm3"}
 #: mean and sd of the funnel's v, the first latent
 FUNNEL_MOMENTS = {"mean": [0.0], "sd": [3.0]}
 Arrays = Mapping[str, np.ndarray]
@@ -77,33 +77,43 @@ class Problem:
         }
 
 
+def set_up(seed: int) -> None:
+    """PyTorch as it is for all runs."""
+    warnings.simplefilter("ignore")
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    pyro.set_rng_seed(seed)
+    pyro.enable_validation(False)
+
+
 def from_folder(folder: Path, name: str = "models") -> Any:
     """A module of a folder."""
     sys.path.insert(0, str(folder))
-    return importlib.import_module(name)
+    spec: Any = importlib.util.spec_from_file_location(f"given_{name}", folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def make(name: str, folder: Path | None, seed: int) -> Problem:
-    """A posterior, and PyTorch as it is for all of them."""
-    is_bound = not folder and name in chains_models.BOUND
-    # called for the precision and the seed, whichever posterior it is
-    model: Any = in_torch(chains_models.BOUND[name if is_bound else "chain"], seed)
-    args, score = (), None
-    if folder and not hasattr(models := from_folder(folder), "make"):
-        found = getattr(models, name)()
-        args = tuple(models.T(value) for value in found["data"])
+def make(name: str, folder: Path | None) -> Problem:
+    if folder and not hasattr(given := from_folder(folder), "make"):
+        found = getattr(given, name)()
+        args = tuple(given.T(value) for value in found["data"])
         return Problem(name, found["model"], args, lambda: found["np_model"])
+    subject: Subject
     if folder:
-        model, args = models.make(name)
-        has_score = (folder / "score.py").exists()
-        score = from_folder(folder, "score").score if has_score else None
-    elif not is_bound:
-        model, args = chains_models.LARGE[name]()
+        subject = given.make(name)
+    elif name in posteriors.BOUND:
+        subject = posteriors.BOUND[name].bind(PYRO), ()
+    else:
+        subject = posteriors.LARGE[name]()
+    has_score = folder and (folder / "score.py").exists()
 
     def peer() -> Callable[..., Any]:
-        return importlib.import_module("chains_peers").peer(name, getattr(model, "__name__", ""))
+        of_name = getattr(subject[0], "__name__", "")
+        return importlib.import_module("models.in_numpyro").peer(name, of_name)
 
-    return Problem(name, model, args, peer, score)
+    return Problem(name, *subject, peer, from_folder(folder, "score").score if has_score else None)
 
 
 def unconstrained(supports: Mapping[str, Any], draws: Arrays) -> np.ndarray:
@@ -115,15 +125,6 @@ def unconstrained(supports: Mapping[str, Any], draws: Arrays) -> np.ndarray:
     return torch.cat(columns, 1).numpy()
 
 
-def least_ess(draws: np.ndarray) -> float:
-    """Of the worst latent, of draws of chains ``(chains, n, latents)``; a few at once, for memory."""
-    from numpyro.diagnostics import effective_sample_size
-
-    parts = range(0, draws.shape[2], CHUNK)
-    found = [effective_sample_size(draws[..., start : start + CHUNK]) for start in parts]
-    return float(np.nanmin(np.concatenate(found)))
-
-
 def megabytes() -> float:
     """The most memory that this process has had."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
@@ -133,9 +134,8 @@ def accuracy(problem: Problem, draws: Arrays, flat: np.ndarray) -> Row:
     """Errors where something stored or exact is known, and moments to compare where it is not."""
     if problem.score:
         scores = problem.score(problem.name, draws)
-        return {
-            "errors": {key: scores[key] for key in ("mean_max", "mean_q95", "sd_max", "sd_q95")}
-        }
+        names = ("mean_max", "mean_q95", "sd_max", "sd_q95")
+        return {"errors": {key: scores[key] for key in names}}
     moments = {"mean": flat.mean(0), "sd": flat.std(0)}
     row: Row = {key: [float(f"{x:.6g}") for x in values] for key, values in moments.items()}
     if problem.name == "funnel":
@@ -145,6 +145,8 @@ def accuracy(problem: Problem, draws: Arrays, flat: np.ndarray) -> Row:
 
 def of_chains(chains: Any, problem: Problem) -> Row:
     """What chains of this package have to show; effective draws are those of their halves."""
+    from measuring.nuts import least_ess
+
     row: Row = {"megabytes": megabytes(), "gradients": chains.num_gradients}
     row |= {key: getattr(chains, key) for key in ("min_ess", "max_rhat", "trusted", "verdict")}
     supports = problem.supports()
@@ -197,6 +199,8 @@ class Looks:
 
     def add(self, draws: Callable[[], Mapping[str, Any]]) -> None:
         """Draws of each site that came since the last call."""
+        from measuring.nuts import least_ess
+
         with self.record.paused():
             found = draws()
             self._draws.append({site: np.array(found[site]) for site in self._supports})
@@ -220,146 +224,176 @@ class Looks:
 
 
 def by_nuts(problem: Problem, seed: int, limit: float, target_accept: float) -> Row:
-    """NumPyro's NUTS, one chain, compiled once; where nothing better is known, on to a reference."""
-    import jax
-    import numpyro
+    """NumPyro's NUTS, one chain; where nothing better is known, on to a reference."""
+    from measuring.nuts import blocks
 
-    numpyro.enable_x64()
     args = tuple(np.asarray(arg) for arg in problem.args)
-    kernel = numpyro.infer.NUTS(problem.peer(), target_accept_prob=target_accept)
     looks = Looks(problem, limit, ESS if problem.score else REFERENCE_ESS)
-    state = kernel.init(jax.random.PRNGKey(seed), NUM_WARM_UP, None, args, {})
-    constrain = jax.vmap(kernel.postprocess_fn(args, {}))
-
-    @jax.jit
-    def block(state: Any) -> Any:
-        def draw(state: Any, _: None) -> tuple[Any, Any]:
-            state = kernel.sample(state, args, {})
-            return state, (state.z, state.num_steps)
-
-        state, (z, num_steps) = jax.lax.scan(draw, state, None, EVERY)
-        return state, constrain(z), num_steps.sum()
-
-    num_draws = 0
-    while not looks.is_over():
-        state, z, num_steps = block(state)
-        num_draws, looks.gradients = num_draws + EVERY, looks.gradients + int(num_steps)
-        if num_draws > NUM_WARM_UP:
-            looks.add(lambda z=z: z)
+    options = {"target_accept_prob": target_accept}
+    for number, block in enumerate(
+        blocks(problem.peer(), args, seed, NUM_WARM_UP, EVERY, **options)
+    ):
+        looks.gradients += int(block.num_gradients.sum())
+        if number * EVERY >= NUM_WARM_UP:
+            looks.add(lambda block=block: block.sites)
+        if looks.is_over():
+            break
     return looks.row()
 
 
 def by_nutpie(problem: Problem, seed: int, limit: float, target_accept: float) -> Row:
-    """nutpie with NumPyro's log density, one chain, which is looked at as it is drawn."""
-    import jax
-    import numpyro
-    import nutpie
-    from numpyro.infer.util import initialize_model
+    """nutpie, which is looked at as it draws."""
+    from measuring.nuts import Enough, Nutpie
 
-    # else each call may wait for a thread, which takes up to three times as long
-    jax.config.update("jax_cpu_enable_async_dispatch", False)
-    numpyro.enable_x64()
     args = tuple(np.asarray(arg) for arg in problem.args)
-    began = time.process_time()
-    info: Any = initialize_model(
-        jax.random.PRNGKey(seed), problem.peer(), model_args=args, validate_grad=False
-    )
-    start, to_sites = jax.flatten_util.ravel_pytree(info.param_info.z)
-    constrain = jax.jit(jax.vmap(lambda z: info.postprocess_fn(to_sites(z))))
-    density = jax.jit(jax.value_and_grad(lambda z: -info.potential_fn(to_sites(z))))
-    before = time.process_time() - began
+    peer = Nutpie(problem.peer(), args, seed)
     looks = Looks(problem, limit)
-    kept: list[np.ndarray] = []
 
-    def log_density(z: np.ndarray) -> tuple[float, np.ndarray]:
-        looks.gradients += 1
-        value, gradient = density(z)
-        return float(value), np.asarray(gradient)
-
-    def expand(z: np.ndarray) -> dict[str, np.ndarray]:
-        """nutpie calls it with each draw, those of the warm-up too."""
-        kept.append(np.array(z))
-        num_draws = len(kept) - NUM_WARM_UP
+    def watch(num_draws: int, last: Callable[[int], Any]) -> None:
+        looks.gradients = peer.num_gradients
         if num_draws > 0 and num_draws % EVERY == 0:
-            looks.add(lambda: constrain(np.stack(kept[-EVERY:])))
+            looks.add(lambda: last(EVERY))
         if looks.is_over():
             raise Enough
-        return {"z": kept[-1]}
 
-    functions = (lambda: log_density), (lambda *_: expand)
-    dtype, size = np.dtype("float64"), len(start)
-    model = nutpie.compiled_pyfunc.from_pyfunc(size, *functions, [dtype], [(size,)], ["z"])
-    options: Any = {"tune": NUM_WARM_UP, "draws": 10**6, "seed": seed, "progress_bar": False}
-    options |= {"chains": 1, "cores": 1, "save_warmup": False, "target_accept": target_accept}
-    try:
-        nutpie.sample(model, **options)
-    except BaseException:  # what it makes of Enough is no Exception
-        if not looks.is_over():
-            raise
-    return looks.row() | {"seconds_of_initialization": before}
+    peer.run(watch, tune=NUM_WARM_UP, target_accept=target_accept)
+    return looks.row() | {"seconds_of_initialization": peer.seconds_of_initialization}
 
 
 SUBJECTS: dict[str, Callable[..., Row]] = {
-    "NumPyro NUTS": by_nuts,
-    "nutpie": by_nutpie,
+    NUTS: by_nuts,
+    NUTPIE: by_nutpie,
     "fit": by_fit,
-    "ensemble": by_ensemble,
+    ENSEMBLE: by_ensemble,
 }
 
 
-def runs(options: argparse.Namespace) -> Iterator[Row]:
-    """What there is to run: NUTS first, which is the reference of some."""
-    for name in options.posteriors:
-        for subject in options.subjects:
-            for seed in options.seeds:
-                run: Row = {"posterior": name, "subject": subject, "seed": seed}
-                targets = TARGETS if subject in PEERS else ()
-                yield from [run | {"target_accept": target} for target in targets] or [run]
-
-
-def one(run: Row, folder: Path | None) -> Row:
+def measured(run: Row, make: Callable[[str], Problem]) -> Row:
     """A run in this process."""
-    warnings.simplefilter("ignore")
+    set_up(run["seed"])
     rest = {key: value for key, value in run.items() if key not in ("posterior", "subject")}
-    return SUBJECTS[run["subject"]](make(run["posterior"], folder, run["seed"]), **rest)
+    return SUBJECTS[run["subject"]](make(run["posterior"]), **rest)
 
 
-def collect(options: argparse.Namespace) -> list[Row]:
-    """All outcomes, those of the file and those that it lacks."""
-    outcomes = load(options.results)
-    folder = ["--large", str(options.folder)] if options.folder else []
-    for run in runs(options):
-        if not any(run.items() <= outcome.items() for outcome in outcomes):
-            run |= {"limit": options.limit}
-            outcomes.append(run | in_a_process(__file__, "--one", json.dumps(run), *folder))
-            append(options.results, outcomes[-1])
-            print(run, cell(outcomes[-1:]), file=sys.stderr, flush=True)
-    return outcomes
+def errors(moments: Mapping[str, list[float]], truth: Mapping[str, list[float]]) -> Row:
+    """Of means in sds, and of sds relative: the worst latent, and the 95 % quantile of all."""
+    mean, sd, true_mean, true_sd = (
+        np.array(which[key])[: len(truth["mean"])]
+        for which in (moments, truth)
+        for key in ("mean", "sd")
+    )
+    of_means, of_sds = abs(mean - true_mean) / true_sd, abs(sd / true_sd - 1)
+    found = {}
+    for key, values in (("mean", of_means), ("sd", of_sds)):
+        found |= {f"{key}_max": values.max(), f"{key}_q95": np.quantile(values, 0.95)}
+    return {key: float(value) for key, value in found.items()}
+
+
+def seconds(row: Row) -> float:
+    """CPU seconds until there were enough effective draws; infinite where there never were."""
+    if row["subject"] in PEERS:
+        return next((at for _, at, ess in row["rows"] if ess >= ESS), math.inf)
+    return row["seconds"] if row.get("trusted") else math.inf
+
+
+def best(rows: list[Row], posterior: str, subject: str) -> list[Row]:
+    """The runs of a subject, one for each seed: the best one of a peer's."""
+    found: dict[int, Row] = {}
+    of_subject = runs.known(rows, {"posterior": posterior, "subject": subject})
+    for row in sorted(of_subject, key=lambda o: (o["seed"], seconds(o), -o.get("ess", 0.0))):
+        found.setdefault(row["seed"], row)
+    return list(found.values())
+
+
+def cell(rows: list[Row]) -> str:
+    """Seconds for each seed, in brackets where chains are not trusted."""
+    texts = []
+    for row in rows:
+        if "error" in row or math.isfinite(seconds(row)):
+            texts.append(row.get("error") or f"{seconds(row):.1f}")
+        elif row["subject"] in PEERS:
+            texts.append(f"not in {row['limit']:.0f}: {row['ess']:.0f} draws")
+        else:
+            texts.append(f"({row['seconds']:.1f})")
+    return ", ".join(texts) or "not run"
+
+
+def of_draws(rows: list[Row], posterior: str) -> list[str]:
+    """Four cells of all seeds: median gradients, least ESS, and largest errors of means and sds.
+
+    Errors are against the NUTS with the most effective draws, where these are enough.
+    """
+    nuts = runs.known(rows, {"posterior": posterior, "subject": NUTS})
+    ours = [row for row in best(rows, posterior, ENSEMBLE) if "error" not in row]
+    if not ours:
+        return ["-"] * 4
+    gradients, ess = median(row["gradients"] for row in ours), min(row["ess"] for row in ours)
+    longest = max(nuts, key=lambda row: row.get("ess", 0.0), default={})
+    is_enough = longest.get("ess", 0.0) >= REFERENCE_ESS and posterior not in SYMMETRIC
+    truth = longest.get("moments") if is_enough else None
+    off = [row.get("errors") or (truth and errors(row["moments"], truth)) for row in ours]
+    if not all(off):
+        return [f"{gradients:,.0f}", f"{ess:,.0f}", "-", "-"]
+    largest = {key: max(one[key] for one in off) for key in off[0]}
+    cells = [f"{largest[f'{k}_max']:.2f} ({largest[f'{k}_q95']:.2f})" for k in ("mean", "sd")]
+    return [f"{gradients:,.0f}", f"{ess:,.0f}", *cells]
+
+
+def ratio(ours: list[Row], peers: list[list[Row]]) -> str:
+    """Median seconds over those of the faster peer, or a bound of it where none was done in its limit."""
+    if not ours or not all(peers) or math.isinf(top := median(map(seconds, ours))):
+        return "-"
+    bottom = min(median(map(seconds, rows)) for rows in peers)
+    if math.isinf(bottom):
+        return f"< {top / min(row['limit'] for rows in peers for row in rows):.2f}"
+    return f"{top / bottom:.2f}"
+
+
+def table(rows: list[Row]) -> str:
+    """A row for each posterior."""
+    heads = ["posterior, latents", "ensemble, CPU s", "gradients", "least ESS", "means off, sds"]
+    heads += ["sds off", "`fit`, CPU s", "NUTS, CPU s", "nutpie, CPU s", "ensemble / faster peer"]
+    lines = []
+    for name in dict.fromkeys(row["posterior"] for row in rows):
+        by = {subject: best(rows, name, subject) for subject in (ENSEMBLE, "fit", *PEERS)}
+        sizes = {row["latents"] for found in by.values() for row in found if "latents" in row}
+        cells = [", ".join([name, *(f"{size:,}" for size in sizes)]), cell(by[ENSEMBLE])]
+        cells += [*of_draws(rows, name), *(cell(by[subject]) for subject in ("fit", *PEERS))]
+        lines.append([*cells, ratio(by[ENSEMBLE], [by[subject] for subject in PEERS])])
+    return pages.table(heads, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runs.Parser(__doc__, __file__)
     parser.add_argument("--posteriors", nargs="+", help="all by default")
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--large", "--users", dest="folder", type=Path, metavar="FOLDER")
     parser.add_argument("--limit", type=float, default=300.0, help="CPU seconds of a run")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--results", type=Path, default=HERE / "chains.jsonl")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    folder = options.folder
     if options.one:
-        print(json.dumps(one(options.one, options.folder)))
+        print(json.dumps(measured(options.one, lambda name: make(name, folder))))
         return
-    names = from_folder(options.folder).NAMES if options.folder else chains_models.NAMES
+    names = from_folder(folder).NAMES if folder else posteriors.NAMES
     options.posteriors = options.posteriors or names
-    unknown = sorted(set(options.posteriors) - set(names))
-    if unknown:
+    if unknown := sorted(set(options.posteriors) - set(names)):
         parser.error(f"expected posteriors among {names}, got {unknown}")
-    outcomes = collect(options)
-    print(table(outcomes))
-    if options.write:
-        write(table(outcomes), HERE / "chains.md")
+
+    def wanted() -> Iterator[Row]:
+        """NUTS first, which is the reference of some."""
+        for name in options.posteriors:
+            for subject in options.subjects:
+                for seed in options.seeds:
+                    run: Row = {"posterior": name, "subject": subject, "seed": seed}
+                    run |= {"limit": options.limit}
+                    targets = TARGETS if subject in PEERS else ()
+                    yield from [run | {"target_accept": target} for target in targets] or [run]
+
+    more = ["--large", str(folder)] if folder else []
+    parser.show(
+        table(runs.collect(options.results, wanted(), runs.in_processes(__file__, *more))), options
+    )
 
 
 if __name__ == "__main__":

@@ -4,12 +4,10 @@
 
     OMP_NUM_THREADS=1 python benchmarks/coordinates.py [MODEL ...] [--coordinates ...] [--seeds N] [--write]
 
-Each fit is a line of a file, so that a run goes on where the last one ended (delete the file after a
-change). --write puts the tables into coordinates.md. --reference runs NUTS of NumPyro (`pip install
+--reference runs NUTS of NumPyro (`pip install
 numpyro`) for the file that the posterior of slopes is compared with.
 """
 
-import argparse
 import json
 import time
 import warnings
@@ -18,20 +16,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import coordinates_models as models
 import pyro
 import torch
-from coordinates_models import Subject
-from marked_table import write
+from measuring import pages, runs
+from measuring.pages import spread
+from measuring.runs import Row
+from models import hierarchies
+from models.hierarchies import schools_truth as eight_schools
+from models.library import PYRO, Subject
+from models.paths import walk
+from models.priors import funnel_with_data
+from models.regressions import horseshoe
 from pyro import distributions as dist
-from results import Row, collect
 from torch import Tensor
 
 from pyro_artransform import fit
 from pyro_artransform.guides.choice import choose_guide
 
-HERE = Path(__file__).parent
-REFERENCE = HERE / "coordinates_reference.json"
+REFERENCE = Path(__file__).with_name("coordinates_reference.json")
 NUM_DRAWS = 20_000
 COORDINATES = ("prior", "model")
 #: in the tables
@@ -66,22 +68,9 @@ class Case(NamedTuple):
 
 
 def schools_truth() -> Truth:
-    """By quadrature over log tau: given tau, the effects and their mean are integrated out."""
-    error, y = models.schools()[1]
-    log_tau = torch.linspace(-40.0, 20.0, 60_001)
-    tau = log_tau.exp()
-    variance = error.square() + tau[:, None].square()
-    shared = torch.full((len(tau), len(y), 1), 5.0)
-    likelihood = dist.LowRankMultivariateNormal(torch.zeros(len(y)), shared, variance).log_prob(y)
-    log_density = likelihood + dist.HalfCauchy(5.0).log_prob(tau) + log_tau
-    step = log_tau[1] - log_tau[0]
-    evidence = log_density.logsumexp(0) + step.log()
-    weights = (log_density - log_density.logsumexp(0)).exp()
-    mean = weights @ log_tau
-    sd = (weights @ (log_tau - mean).square()).sqrt()
-    lowest = log_tau[(weights.cumsum(0) < _LOWEST).sum()]
-    moments = {"log tau": Moments(mean, sd, lowest.item())}
-    return Truth(evidence.item(), moments, lambda _, draws: draws["tau"].log())
+    truth = eight_schools()
+    moments = {"log tau": Moments(truth.mean, truth.sd, truth.lowest)}
+    return Truth(truth.evidence, moments, lambda _, draws: draws["tau"].log())
 
 
 def funnel_truth() -> Truth:
@@ -101,20 +90,22 @@ def slopes_truth() -> Truth:
 
 
 def funnel(num_latents: int) -> Case:
-    subject = models.funnel_model, (num_latents,)
+    subject = funnel_with_data, (num_latents,)
     return Case(f"funnel, {num_latents} latents in the plate", lambda: subject, 3, funnel_truth)
 
 
 CASES = {
-    "schools": Case("eight schools", models.schools, 10, schools_truth),
+    "schools": Case(
+        "eight schools", lambda: (hierarchies.schools(PYRO, True), ()), 10, schools_truth
+    ),
     **{f"funnel_{count}": funnel(count) for count in (10, 30, 100, 300)},
-    "slopes": Case("correlated slopes, 200 groups", models.slopes, 1, slopes_truth),
-    "strong": Case("20 groups of 1,000 rows", models.strong),
-    "mixed": Case("40 groups, every other one known well", models.mixed),
-    "horseshoe": Case("horseshoe, 20 columns, 100 rows", models.horseshoe),
-    "counts": Case("slopes of counts with exposures, 30 groups", models.counts),
-    "walk": Case("random walk by a loop, 60 steps", models.walk),
-    "nested": Case("50 schools in 10 districts", models.nested),
+    "slopes": Case("correlated slopes, 200 groups", hierarchies.slopes, 1, slopes_truth),
+    "strong": Case("20 groups of 1,000 rows", hierarchies.strong),
+    "mixed": Case("40 groups, every other one known well", hierarchies.mixed),
+    "horseshoe": Case("horseshoe, 20 columns, 100 rows", horseshoe),
+    "counts": Case("slopes of counts with exposures, 30 groups", hierarchies.counts),
+    "walk": Case("random walk by a loop, 60 steps", walk),
+    "nested": Case("50 schools in 10 districts", hierarchies.nested),
 }
 
 
@@ -141,8 +132,9 @@ def how_centred(guide: Any) -> list[float] | None:
     return [chosen.min().item(), chosen.max().item()]
 
 
-def fitted(case: Case, coordinates: str, seed: int) -> Row:
+def fitted(run: Row) -> Row:
     """A fit of the guide that `fit` chooses, and its errors."""
+    case, coordinates, seed = CASES[run["model"]], run["coordinates"], run["seed"]
     model, args = case.subject()
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -174,17 +166,6 @@ def fitted(case: Case, coordinates: str, seed: int) -> Row:
     }
 
 
-def runs(options: argparse.Namespace, rows: list[Row]) -> Iterator[Row]:
-    """Rows that are not there yet."""
-    for name in options.models:
-        case = CASES[name]
-        for seed in range(min(options.seeds, case.num_seeds)):
-            for coordinates in options.coordinates:
-                row = {"model": name, "coordinates": coordinates, "seed": seed}
-                if not any(row.items() <= known.items() for known in rows):
-                    yield row | fitted(case, coordinates, seed)
-
-
 def groups(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
     """The fits of a model in some coordinates, one for each seed, with the words of their first column."""
     for name, case in CASES.items():
@@ -194,15 +175,6 @@ def groups(rows: list[Row]) -> Iterator[tuple[str, list[Row]]]:
             if found := [row for row in rows if key.items() <= row.items()]:
                 yield title, found
                 title = ""
-
-
-def spread(values: list[float], digits: int = 0) -> str:
-    """The least and the largest of some numbers."""
-    # a zero that was rounded up has no sign
-    low, high = (
-        f"{round(value, digits) + 0.0:,.{digits}f}" for value in (min(values), max(values))
-    )
-    return low if low == high else f"{low} to {high}"
 
 
 def nats_missing(row: Row) -> float:
@@ -222,53 +194,47 @@ def lambdas(rows: list[Row]) -> str:
 
 def of_fits(rows: list[Row]) -> str:
     """A line for each model and its coordinates: the least and the largest figures of all seeds."""
-    lines = [
-        "| model, latents | guide | coordinates | lambda | ELBO | gap | k-hat | trusted | steps | CPU s |"
-    ]
-    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    heads = ["model, latents", "guide", "coordinates", "lambda", "ELBO", "gap", "k-hat", "trusted"]
+    lines = []
     for title, found in groups(rows):
         first = found[0]
-        cells = [f"{title}, {first['latents']}", f"`{first['guide']}`"] if title else ["", ""]
         known = "" if first["true_evidence"] is not None else "~ "
-        cells += [
-            IN_WORDS[first["coordinates"]],
-            lambdas(found),
-            spread([row["elbo"] for row in found], 3),
-            known + spread([nats_missing(row) for row in found], 4),
-            spread([row["khat"] for row in found], 2),
-            f"{sum(row['trusted'] for row in found)} of {len(found)}",
-            spread([row["steps"] for row in found]),
-            spread([row["seconds"] for row in found], 1),
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append(
+            [
+                *([f"{title}, {first['latents']}", f"`{first['guide']}`"] if title else ["", ""]),
+                IN_WORDS[first["coordinates"]],
+                lambdas(found),
+                spread([row["elbo"] for row in found], 3),
+                known + spread([nats_missing(row) for row in found], 4),
+                spread([row["khat"] for row in found], 2),
+                f"{sum(row['trusted'] for row in found)} of {len(found)}",
+                spread([row["steps"] for row in found]),
+                spread([row["seconds"] for row in found], 1),
+            ]
+        )
+    return pages.table([*heads, "steps", "CPU s"], lines)
 
 
 def of_errors(rows: list[Row]) -> str:
     """A line for each quantity whose moments are known: the least and the largest figures of all seeds."""
-    lines = ["| model | coordinates | quantity | mean, sds off | sd, % off | 0.01 quantile |"]
-    lines.append("|---|---|---|---|---|---|")
+    heads = ["model", "coordinates", "quantity", "mean, sds off", "sd, % off", "0.01 quantile"]
+    lines = []
     for title, found in groups(rows):
-        moments = CASES[found[0]["model"]].truth().moments
         first = [title, IN_WORDS[found[0]["coordinates"]]]
-        for name, known in moments.items():
+        for name, known in CASES[found[0]["model"]].truth().moments.items():
             errors = [row["errors"][name] for row in found]
-            cells = [
-                *first,
-                name,
-                spread([error["mean"] for error in errors], 3),
-                spread([100 * error["sd"] for error in errors], 1),
-            ]
+            mean = spread([error["mean"] for error in errors], 3)
+            sd = spread([100 * error["sd"] for error in errors], 1)
             lowest = "-"
             if known.lowest is not None:
                 lowest = f"{spread([e['lowest'] for e in errors], 2)}, exact {known.lowest:.2f}"
-            lines.append(f"| {' | '.join(cells)} | {lowest} |")
+            lines.append([*first, name, mean, sd, lowest])
             first = ["", ""]
-    return "\n".join(lines)
+    return pages.table(heads, lines)
 
 
 def slopes_non_centred(num_groups: int, group: Any, x: Any, y: Any) -> None:
-    """`coordinates_models.slopes_model` for NumPyro, with groups in units of their prior."""
+    """`hierarchies.slopes_model` for NumPyro, with groups in units of their prior."""
     import numpyro
     from numpyro import distributions as dist
 
@@ -283,31 +249,18 @@ def slopes_non_centred(num_groups: int, group: Any, x: Any, y: Any) -> None:
         numpyro.sample("y", dist.Normal(ab[group, 0] + ab[group, 1] * x, sigma), obs=y)
 
 
-def nuts(num_chains: int, num_samples: int) -> tuple[dict[str, Any], int]:
-    """Draws of each site, a row for each chain, and how many of them were divergent."""
-    import jax
-    import numpy as np
-    import numpyro
-    from numpyro.infer import MCMC, NUTS
-
-    numpyro.enable_x64()
-    group, x, y = (arg.numpy() for arg in models.slopes()[1])
-    kernel = NUTS(partial(slopes_non_centred, int(group.max()) + 1), target_accept_prob=0.95)
-    options = {"num_warmup": 1_500, "num_samples": num_samples, "num_chains": num_chains}
-    chains = MCMC(kernel, **options, chain_method="sequential", progress_bar=False)
-    chains.run(jax.random.PRNGKey(0), group, x, y)
-    draws = {name: np.asarray(z) for name, z in chains.get_samples(group_by_chain=True).items()}
-    del draws["white"]
-    return draws, int(chains.get_extra_fields()["diverging"].sum())
-
-
 def reference(path: Path, num_chains: int, num_samples: int) -> None:
     """Stores means and sds by NUTS of NumPyro, and says what their Monte Carlo errors are."""
     import numpy as np
     import numpyro
+    from measuring.nuts import long_run
     from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
 
-    draws, num_divergent = nuts(num_chains, num_samples)
+    group, x, y = (arg.numpy() for arg in hierarchies.slopes()[1])
+    model = partial(slopes_non_centred, int(group.max()) + 1)
+    sizes = {"num_warmup": 1_500, "num_samples": num_samples, "num_chains": num_chains}
+    draws, num_divergent = long_run(model, (group, x, y), 0, sizes)
+    del draws["white"]
     sites, ess, rhats, of_sds = {}, [], [], []
     for name, z in draws.items():
         mean, sd = z.mean((0, 1)), z.std((0, 1))
@@ -318,7 +271,7 @@ def reference(path: Path, num_chains: int, num_samples: int) -> None:
         rhats.append(split_gelman_rubin(z).max())
         of_sds.append((0.5 * (z**2).std((0, 1)) / effective_sample_size(z**2) ** 0.5).max())
     about = (
-        f"Posterior means and sds of coordinates_models.slopes: NUTS of NumPyro {numpyro.__version__}, "
+        f"Posterior means and sds of models/hierarchies.py: NUTS of NumPyro {numpyro.__version__}, "
         f"non-centred, float64, seed 0, {num_chains} chains of {num_samples:,} draws after 1,500 of warm-up, "
         f"{num_divergent} divergent. Least ESS {min(ess):,.0f}, largest "
         f"R-hat {max(rhats):.4f}; Monte Carlo errors of means at most {min(ess) ** -0.5:.4f} sds, of sds "
@@ -329,30 +282,28 @@ def reference(path: Path, num_chains: int, num_samples: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", default=list(CASES))
+    parser = runs.Parser(__doc__, __file__)
+    parser.add_names("models", CASES)
     parser.add_argument("--coordinates", nargs="+", choices=COORDINATES, default=COORDINATES)
     parser.add_argument("--seeds", type=int, default=10, help="seeds of a model at most")
-    parser.add_argument("--results", type=Path, default=HERE / "coordinates.jsonl")
-    parser.add_argument("--write", action="store_true")
     parser.add_argument("--reference", action="store_true")
     parser.add_argument("--chains", type=int, default=4, help="of the reference")
     parser.add_argument("--draws", type=int, default=4_000, help="of a chain of the reference")
     options = parser.parse_args()
-    unknown = sorted(set(options.models) - CASES.keys())
-    if unknown:
-        parser.error(f"expected models among {list(CASES)}, got {unknown}")
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     if options.reference:
         reference(REFERENCE, options.chains, options.draws)
         return
     warnings.simplefilter("ignore")
-    rows = collect(options.results, partial(runs, options))
-    tables = f"{of_fits(rows)}\n\n{of_errors(rows)}"
-    print(tables)
-    if options.write:
-        write(tables, HERE / "coordinates.md")
+    wanted = (
+        {"model": name, "coordinates": coordinates, "seed": seed}
+        for name in options.models
+        for seed in range(min(options.seeds, CASES[name].num_seeds))
+        for coordinates in options.coordinates
+    )
+    rows = runs.collect(options.results, wanted, fitted)
+    parser.show(f"{of_fits(rows)}\n\n{of_errors(rows)}", options)
 
 
 if __name__ == "__main__":

@@ -4,45 +4,40 @@
 
     OMP_NUM_THREADS=1 python benchmarks/coverage.py [--models hierarchy logistic_2] [--seeds N] [--write]
 
-The models are random and their posteriors exact: see coverage_models.py, and --check, which tries whether
-these answers are right. A fit states bounds on the errors of its guide's means, in sds of the posterior,
-and sds, in percent, for all latents together. The true errors are those of the guide, by a randomized
-quasi-Monte Carlo estimate, of which a standard error is known: a bound is wrong where the error of a
-latent that it is about exceeds it by more than six of these. Of a moment that does not exist any bound
-is wrong. With --draws the fit makes draws by chains as well: their means and sds are held against what
-their effective sample sizes say of all latents together with 97.5 %.
-
-Each fit is a line of a file, so that a run goes on where the last one ended (delete the file after a
-change). --write puts the tables into coverage.md.
+The models are random and their posteriors exact: see models/random_models.py. A fit states bounds on the
+errors of its guide's means, in sds of the posterior, and sds, in percent, for all latents together. The
+true errors are those of the guide, by a randomized quasi-Monte Carlo estimate, of which a standard error is
+known: a bound is wrong where the error of a latent that it is about exceeds it by more than six of these.
+Of a moment that does not exist any bound is wrong. With --draws the fit makes draws by chains as well:
+their means and sds are held against what their effective sample sizes say of all latents together with 97.5
+%.
 """
 
-import argparse
 import math
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Iterable, Mapping
+from statistics import NormalDist, median
 from typing import Any
 
-import coverage_models as models
 import pyro
 import torch
-from coverage_check import check
-from coverage_quadrature import Moments
-from coverage_subjects import Subject
-from coverage_table import critical_value, report
-from marked_table import write
-from prior_as_data import prior_as_data
+from measuring import pages, runs
+from measuring.pages import spread
+from measuring.runs import Row
+from models import random_models as models
+from models.moments import Moments
+from models.priors import prior_as_data
+from models.random_numbers import Subject
 from pyro.ops.stats import effective_sample_size
-from results import Row, collect
 from torch import Tensor
 
 from pyro_artransform import fit
 from pyro_artransform.inference import FitError, FitResult
 from pyro_artransform.model import LogJoint
 
-HERE = Path(__file__).parent
+Chosen = Callable[[Row], bool]
+CONFIDENCE = 0.975
 #: points of a scrambled Sobol sequence, and how many of these are scrambled independently
 NUM_POINTS, NUM_SCRAMBLES = 2**14, 16
 #: of 120 numbers one exceeds six of their standard errors with a probability of 0.3 % (Student, 15 degrees)
@@ -157,8 +152,9 @@ def holds(row: Row) -> bool:
     )
 
 
-def fitted(name: str, seed: int, num_draws: int | None) -> Row:
+def fitted(run: Row) -> Row:
     """A fit, what it states, and what is true."""
+    name, seed, num_draws = run["model"], run["seed"], run["draws"]
     subject = models.subject(name)
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -190,17 +186,125 @@ def fitted(name: str, seed: int, num_draws: int | None) -> Row:
     return row
 
 
-def runs(options: argparse.Namespace, rows: list[Row]) -> Iterator[Row]:
-    """Rows that are not there yet, the first seed of all models first."""
-    for seed in range(options.seeds):
-        for name in options.models:
-            row = {"model": name, "seed": seed, "draws": options.draws}
-            if not any(row.items() <= known.items() for known in rows):
-                yield row | fitted(name, seed, options.draws)
+def critical_value(num_latents: int) -> float:
+    """The half width of two-sided intervals of all means and sds, in standard errors (Bonferroni)."""
+    return NormalDist().inv_cdf(1 - (1 - CONFIDENCE) / (4 * num_latents))
+
+
+def intervals_hold(row: Row) -> bool:
+    """Whether the error of each single latent is within its own interval."""
+    return max(row["ses_off"]) <= critical_value(row["latents"])
+
+
+def states(row: Row) -> bool:
+    """Whether a fit states a bound, of means or of sds."""
+    return row["bounds"] is not None and any(map(math.isfinite, row["bounds"]))
+
+
+def states_both(row: Row) -> bool:
+    return row["bounds"] is not None and all(map(math.isfinite, row["bounds"]))
+
+
+def share(count: int, of: int) -> str:
+    return f"{count} of {of}" + (f" ({100 * count / of:.0f} %)" if of else "")
+
+
+def report(rows: list[Row]) -> str:
+    """All of the tables."""
+    parts = [summary(rows), by_family(rows), wrong(rows)]
+    if with_chains := [row for row in rows if "chains" in row]:
+        parts.append(of_draws(with_chains))
+    return "\n\n".join(parts)
+
+
+TAILS: dict[str, Chosen] = {
+    "light tails": lambda row: not row["is_heavy"],
+    "heavy tails": lambda row: row["is_heavy"],
+}
+GROUPS: dict[str, Chosen] = {
+    "all": lambda row: True,
+    **TAILS,
+    "k-hat at most 0.5": lambda row: row.get("khat", math.nan) <= 0.5,
+    "k-hat above 0.5": lambda row: row.get("khat", math.nan) > 0.5,
+}
+
+
+def summary(rows: list[Row]) -> str:
+    """How many state bounds, and in how many of these they hold, by the tails and by k-hat."""
+    heads = ["fits", "all", "state both bounds", "state one at least", "of these hold"]
+    lines = []
+    for name, is_meant in GROUPS.items():
+        found = [row for row in rows if is_meant(row)]
+        stated = [row for row in found if states(row)]
+        cells = [name, len(found), share(sum(map(states_both, found)), len(found))]
+        cells += [
+            share(len(stated), len(found)),
+            share(sum(r["holds"] for r in stated), len(stated)),
+        ]
+        cells.append(share(sum(map(intervals_hold, stated)), len(stated)))
+        lines.append([*cells, f"{sum(row.get('seconds', 0.0) for row in found):,.0f}"])
+    return pages.table([*heads, "also the interval of each latent", "CPU s"], lines)
+
+
+def middle(values: list[float], digits: int) -> str:
+    return f"{median(values):.{digits}f}" if values else "-"
+
+
+def by_family(rows: list[Row]) -> str:
+    """A line for each family: medians of its bounds and of its true errors, where bounds are stated."""
+    heads = ["family", "fits, heavy tails", "latents", "k-hat", "state", "hold"]
+    heads += ["bound of means, true, sds", "bound of sds, true, %", "CPU s"]
+    lines = []
+    for family in models.COUNTS:
+        found = [row for row in rows if models.family_of(row["model"]) == family]
+        if not found:
+            continue
+        heavy = sum(row["is_heavy"] for row in found)
+        stated, done = [row for row in found if states(row)], [r for r in found if "seconds" in r]
+        means, sds = ([row["bounds"][i] for row in stated] for i in (0, 1))
+        true_mean, true_sd = ([row[f"{k}_error"] for row in stated] for k in ("mean", "sd"))
+        cells = [family.replace("_", " "), f"{len(found)}, {heavy}" if heavy else len(found)]
+        cells += [spread([r["latents"] for r in done]), spread([r["khat"] for r in done], 2)]
+        cells += [len(stated), sum(row["holds"] for row in stated)]
+        cells += [f"{middle(means, 3)}, {middle(true_mean, 3)}"]
+        cells += [", ".join(middle([100 * value for value in each], 1) for each in (sds, true_sd))]
+        lines.append([*cells, f"{sum(row['seconds'] for row in done):.0f}"])
+    return pages.table(heads, lines)
+
+
+def wrong(rows: list[Row]) -> str:
+    """Each fit whose bounds do not hold."""
+    heads = ["bounds that do not hold", "tails", "k-hat", "trusted", "means, true", "sds, true, %"]
+    lines = []
+    for row in (row for row in rows if states(row) and not row["holds"]):
+        mean, sd = row["bounds"]
+        cells = [f"{row['model']}, {row['latents']} latents, seed {row['seed']}"]
+        cells += ["heavy" if row["is_heavy"] else "light", f"{row['khat']:.2f}"]
+        cells.append("yes" if row["marginals_trusted"] else "no")
+        cells.append(f"{mean:.3f}, {row['mean_error']:.3f} ± {row['mean_error_se']:.3f}")
+        found, se = 100 * row["sd_error"], 100 * row["sd_error_se"]
+        lines.append([*cells, f"{100 * sd:.1f}, {found:.1f} ± {se:.1f}"])
+    return pages.table(heads, lines) if lines else "All bounds that were stated hold."
+
+
+def of_draws(rows: list[Row]) -> str:
+    """Of fits that make draws: whether these are as right as their effective sample sizes say."""
+    heads = ["draws of chains", "fits", "trusted", "of these within the noise"]
+    lines = []
+    for name, is_meant in TAILS.items():
+        found = [row for row in rows if is_meant(row)]
+        trusted, others = (
+            [row["chains"]["hold"] for row in found if row["chains"]["trusted"] == answer]
+            for answer in (True, False)
+        )
+        cells = [name, len(found), share(len(trusted), len(found))]
+        cells += [share(sum(each), len(each)) for each in (trusted, others)]
+        lines.append([*cells, f"{sum(row['seconds'] for row in found):,.0f}"])
+    return pages.table([*heads, "not trusted, within", "CPU s"], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runs.Parser(__doc__, __file__)
     parser.add_argument(
         "--models",
         nargs="+",
@@ -209,9 +313,6 @@ def main() -> None:
     )
     parser.add_argument("--seeds", type=int, default=1, help="fits of a model")
     parser.add_argument("--draws", type=int, help="of chains, by fit(..., draws=N)")
-    parser.add_argument("--results", type=Path, default=HERE / "coverage.jsonl")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--check", action="store_true", help="whether the exact answers are right")
     options = parser.parse_args()
     families = models.FAMILIES.keys()
     unknown = [name for name in options.models if not {name, models.family_of(name)} & families]
@@ -219,22 +320,21 @@ def main() -> None:
         parser.error(
             f"expected families of {list(families)}, or models such as walk_0, got {unknown}"
         )
-    options.models = [
+    names = [
         model
         for name in options.models
         for model in ([m for m in models.MODELS if models.family_of(m) == name] or [name])
     ]
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    if options.check:
-        check()
-        return
     warnings.simplefilter("ignore")
-    rows = collect(options.results, partial(runs, options))
-    tables = report([row for row in rows if row["draws"] == options.draws])
-    print(tables)
-    if options.write:
-        write(tables, HERE / "coverage.md")
+    wanted = (
+        {"model": name, "seed": seed, "draws": options.draws}
+        for seed in range(options.seeds)
+        for name in names
+    )
+    rows = runs.collect(options.results, wanted, fitted)
+    parser.show(report(runs.known(rows, {"draws": options.draws})), options)
 
 
 if __name__ == "__main__":

@@ -10,15 +10,17 @@ quadrature. A row is *silent* where chains are trusted although a share is wrong
 
 import argparse
 import re
+import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pyro
 import torch
-from doubtful_targets import TARGETS
-from marked_table import write
+from measuring import pages
+from models.known_shares import TARGETS
 
 from pyro_artransform import fit
 from pyro_artransform.sampling import Chains, mcmc
@@ -58,18 +60,6 @@ def row(name: str, seed: int, seconds: float, by: str) -> tuple[bool, list[str]]
     return is_silent, [name, str(seed), outcome, found, exact, f"{took:.1f}", sentence]
 
 
-def lines(options: argparse.Namespace) -> Iterator[str]:
-    heads = ["target", "seed", "trusted", "shares, %", "exact, %", "CPU s", "verdict"]
-    yield f"| {' | '.join(heads)} |\n|{'---|' * len(heads)}"
-    silent = []
-    for name in options.targets:
-        for seed in range(options.seeds):
-            is_silent, cells = row(name, seed, options.seconds, options.by)
-            silent.append(is_silent)
-            yield f"| {' | '.join(cells)} |"
-    yield f"\n{sum(silent)} of {len(silent)} are silent, by `{options.by}`."
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("targets", nargs="*", metavar="TARGET", help=f"of {', '.join(TARGETS)}")
@@ -79,18 +69,23 @@ def main() -> None:
     parser.add_argument("--float32", action="store_true")
     parser.add_argument("--write", action="store_true")
     options = parser.parse_args()
-    options.targets = options.targets or list(TARGETS)
     if unknown := sorted(set(options.targets) - set(TARGETS)):
         parser.error(f"expected targets among {list(TARGETS)}, got {unknown}")
     torch.set_default_dtype(torch.float32 if options.float32 else torch.float64)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    table = []
-    for line in lines(options):
-        table.append(line)
-        print(line, flush=True)
+    lines, silent = [], []
+    for name, seed in product(options.targets or TARGETS, range(options.seeds)):
+        is_silent, cells = row(name, seed, options.seconds, options.by)
+        print(pages.row(cells), file=sys.stderr, flush=True)
+        lines.append(cells)
+        silent.append(is_silent)
+    heads = ["target", "seed", "trusted", "shares, %", "exact, %", "CPU s", "verdict"]
+    text = pages.table(heads, lines)
+    text += f"\n\n{sum(silent)} of {len(silent)} are silent, by `{options.by}`."
+    print(text)
     if options.write:
-        write("\n".join(table), Path(__file__).with_suffix(".md"))
+        pages.write(text, Path(__file__).with_suffix(".md"))
 
 
 if __name__ == "__main__":

@@ -6,47 +6,226 @@
 
 CPU seconds, compiling included, until the ELBO is within 0.05 nats of the log evidence, until the end of
 `fit` with its verdict, and until 400 effective draws of NUTS. Each run is a process of its own on one
-core, one after the other, and a line of a file, so that a run goes on where the last one ended (delete
-the file, or name another one with --results, after a change). --write puts table and picture beside this
-file. It needs the extra [bench]; a subject that is not installed is left out.
+core, one after the other; the clock starts after imports, and stands still while the ELBO or the effective
+sample size is measured. --write makes the picture, too. It needs the extra [bench].
 """
 
-import argparse
 import importlib
 import json
 import math
 import os
-import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fit_posteriors import POSTERIORS
-from fit_subjects import ESS, GAP, SUBJECTS
-from marked_table import write
-from results import Row, append, in_a_process, load
+from measuring import pages, runs
+from measuring.clock import ESS, GAP, Record
+from measuring.runs import Row
+from models.library import PYRO, Model, Posterior, in_numpyro
+from models.posteriors import SMALL as POSTERIORS
 
-HERE = Path(__file__).parent
 STEP_SIZES = (1e-2, 1e-3)
+#: draws a step of all guides, and fresh draws that their ELBO is measured by
+NUM_PARTICLES, NUM_DRAWS = 16, 4000
+#: steps or draws between two looks, at least, and the growth of steps from one look to the next
+EVERY, GROWTH = 50, 1.1
+NUM_WARM_UP, MAX_TREE = 500, 10
 
 
-def runs(options: argparse.Namespace) -> Iterator[Row]:
+def looks() -> Iterator[int]:
+    """The steps after which a guide is looked at, all of them multiples of some number."""
+    step = EVERY
+    while True:
+        yield step
+        step = max(step + EVERY, EVERY * round(GROWTH * step / EVERY))
+
+
+def in_pyro(posterior: Posterior, seed: int) -> Model:
+    """The model, and PyTorch as it is for all subjects of Pyro."""
+    import pyro
+    import torch
+
+    torch.set_default_dtype(torch.float64)
+    torch.set_num_threads(1)
+    pyro.set_rng_seed(seed)
+    pyro.enable_validation(False)
+    return posterior.bind(PYRO)
+
+
+def this_package(name: str, posterior: Posterior, seed: int, **run: Any) -> dict[str, Any]:
+    """`fit` with nothing set, to its end."""
+    import torch
+
+    import pyro_artransform
+    from pyro_artransform.diagnostics import importance
+
+    model = in_pyro(posterior, seed)
+    record, coming = Record(**run), looks()
+    waited_for = [1]
+
+    def elbo() -> float:
+        with torch.random.fork_rng():
+            return importance(model, guide, NUM_DRAWS).elbo
+
+    def look(step: int, _: float) -> None:
+        if step >= waited_for[0]:
+            record.note_gap(step, elbo)
+            waited_for[0] = next(coming)
+
+    guide = getattr(pyro_artransform, name)(model)
+    result = pyro_artransform.fit(model, guide, callback=look, progress=False)
+    record.note_gap(result.num_steps, elbo)
+    found = {"verdict": result.verdict, "trusted": result.trusted, "khat": result.khat}
+    found |= {"marginals_trusted": result.marginals_trusted, "start": result.start}
+    return {"rows": record.rows, **found}
+
+
+def pyro_guide(
+    name: str, posterior: Posterior, seed: int, step_size: float, **run: Any
+) -> dict[str, Any]:
+    """A guide of Pyro by its own ELBO."""
+    import pyro
+    import torch
+    from pyro.infer import SVI, Trace_ELBO, autoguide
+
+    model = in_pyro(posterior, seed)
+    losses = [
+        Trace_ELBO(count, max_plate_nesting=1, vectorize_particles=True)
+        for count in (NUM_PARTICLES, NUM_DRAWS)
+    ]
+    # as many layers as the other flows have; Pyro's networks may not be narrower than their input
+    options = {"num_transforms": 3, "hidden_dim": [max(64, posterior.dim)] * 2}
+    record = Record(**run)
+    guide = getattr(autoguide, name)(model, **(options if name == "AutoIAFNormal" else {}))
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": step_size}), losses[0])
+
+    def elbo() -> float:
+        with torch.random.fork_rng(), torch.no_grad():
+            return -losses[1].loss(model, guide)
+
+    done = 0
+    for step in looks():
+        for _ in range(done, step):
+            svi.step()
+        if record.note_gap(done := step, elbo):
+            return {"rows": record.rows}
+    raise AssertionError("looks never end")
+
+
+def numpyro_guide(
+    name: str, posterior: Posterior, seed: int, step_size: float, **run: Any
+) -> dict[str, Any]:
+    """A guide of NumPyro by its own ELBO, in compiled blocks of steps."""
+    import jax
+    import numpyro
+    from numpyro.infer import SVI, Trace_ELBO, autoguide
+
+    model = posterior.bind(in_numpyro())
+    record = Record(**run)
+    guide = getattr(autoguide, name)(model)
+    svi = SVI(model, guide, numpyro.optim.Adam(step_size), Trace_ELBO(NUM_PARTICLES))
+    state = svi.init(jax.random.PRNGKey(seed))
+
+    @jax.jit
+    def block(state: Any) -> Any:
+        return jax.lax.fori_loop(0, EVERY, lambda _, state: svi.update(state)[0], state)
+
+    @jax.jit
+    def loss(state: Any) -> Any:
+        key, params = jax.random.PRNGKey(1000 + seed), svi.get_params(state)
+        return Trace_ELBO(NUM_DRAWS).loss(key, params, model, guide)
+
+    done = 0
+    for step in looks():
+        for _ in range(done, step, EVERY):
+            state = block(state)
+        jax.block_until_ready(state)
+        if record.note_gap(done := step, lambda: -loss(state)):  # noqa: B023
+            return {"rows": record.rows}
+    raise AssertionError("looks never end")
+
+
+def pyro_nuts(posterior: Posterior, seed: int, **run: Any) -> dict[str, Any]:
+    """Pyro's NUTS, whose density is compiled; one chain of as many draws as it takes."""
+    import torch
+    from pyro.infer import MCMC, NUTS
+    from pyro.ops.stats import effective_sample_size
+
+    class Enough(Exception):
+        """Ends the chain."""
+
+    model = in_pyro(posterior, seed)
+    record, draws = Record(**run), []
+
+    def ess() -> torch.Tensor:
+        return effective_sample_size(torch.stack(draws)[None], 0, 1).min() if draws else 0.0
+
+    def look(kernel: object, sample: dict[str, torch.Tensor], stage: str, number: int) -> None:
+        if stage == "Sample":
+            draws.append(torch.cat([value.flatten() for value in sample.values()]))
+        if (number + 1) % EVERY == 0 and record.note_ess(len(draws), ess):
+            raise Enough
+
+    kernel = NUTS(model, jit_compile=True, ignore_jit_warnings=True, max_tree_depth=MAX_TREE)
+    chain = MCMC(kernel, 1_000_000, NUM_WARM_UP, hook_fn=look, disable_progbar=True)
+    try:
+        chain.run()
+    except Enough:
+        return {"rows": record.rows}
+    raise AssertionError("the chain should have been long enough")
+
+
+def numpyro_nuts(posterior: Posterior, seed: int, **run: Any) -> dict[str, Any]:
+    """NumPyro's NUTS; one chain of as many draws as it takes."""
+    import jax
+    import numpy as np
+    from measuring.nuts import blocks, least_ess
+
+    record, kept = Record(**run), list[np.ndarray]()
+    flat = jax.jit(jax.vmap(lambda z: jax.flatten_util.ravel_pytree(z)[0]))
+    model = posterior.bind(in_numpyro())
+    chain = blocks(model, (), seed, NUM_WARM_UP, EVERY, max_tree_depth=MAX_TREE)
+    for number, block in enumerate(chain):
+        if number * EVERY >= NUM_WARM_UP:
+            kept.append(np.asarray(flat(block.unconstrained)))
+        if record.note_ess(
+            EVERY * len(kept), lambda: least_ess(np.concatenate(kept)[None]) if kept else 0.0
+        ):
+            break
+    return {"rows": record.rows}
+
+
+#: each subject, and whether it has step sizes to choose from
+SUBJECTS: dict[str, tuple[Callable[..., dict[str, Any]], bool]] = {
+    "AutoIAF by fit": (partial(this_package, "AutoIAF"), False),
+    "AutoStructuredFlow by fit": (partial(this_package, "AutoStructuredFlow"), False),
+    "Pyro AutoIAFNormal": (partial(pyro_guide, "AutoIAFNormal"), True),
+    "Pyro AutoMultivariateNormal": (partial(pyro_guide, "AutoMultivariateNormal"), True),
+    "NumPyro AutoIAFNormal": (partial(numpyro_guide, "AutoIAFNormal"), True),
+    "NumPyro AutoBNAFNormal": (partial(numpyro_guide, "AutoBNAFNormal"), True),
+    "Pyro NUTS": (pyro_nuts, False),
+    "NumPyro NUTS": (numpyro_nuts, False),
+}
+
+
+def wanted(posteriors: list[str], subjects: list[str], seed: int) -> Iterator[Row]:
     """What there is to run: for each posterior all subjects take turns."""
-    for posterior in options.posteriors:
+    for posterior in posteriors:
         for size in range(len(STEP_SIZES)):
-            for subject in options.subjects:
+            for subject in subjects:
                 has_sizes = SUBJECTS[subject][1]
                 if size and not has_sizes:
                     continue
                 # a graph of ten latents that all depend on each other is no structure
                 if subject == "AutoStructuredFlow by fit" and posterior != "chain":
                     continue
-                run: Row = {"posterior": posterior, "subject": subject, "seed": options.seed}
+                run: Row = {"posterior": posterior, "subject": subject, "seed": seed}
                 yield run | ({"step_size": STEP_SIZES[size]} if has_sizes else {})
 
 
-def one(run: Row, evidence: float) -> Row:
+def one(run: Row) -> Row:
     """A run in this process, on one core, after the imports that its clock leaves out."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
@@ -54,26 +233,9 @@ def one(run: Row, evidence: float) -> Row:
     importlib.import_module(package.get(run["subject"].split()[0], "pyro_artransform"))
     warnings.simplefilter("ignore")
     subject, _ = SUBJECTS[run["subject"]]
+    posterior = POSTERIORS[run["posterior"]]
     rest = {key: value for key, value in run.items() if key not in ("posterior", "subject")}
-    return subject(posterior=POSTERIORS[run["posterior"]], evidence=evidence, **rest)
-
-
-def collect(options: argparse.Namespace) -> list[Row]:
-    """All outcomes, those of the file and those that it lacks."""
-    outcomes = load(options.results)
-    for run in runs(options):
-        if any(run.items() <= outcome.items() for outcome in outcomes):
-            continue
-        evidence = POSTERIORS[run["posterior"]].evidence()
-        limited = run | {"limit": options.limit}
-        arguments = "--one", json.dumps(limited), "--evidence", repr(evidence)
-        outcome = limited | in_a_process(__file__, *arguments)
-        outcomes.append(outcome)
-        append(options.results, outcome)
-        rows, name = outcome["rows"], f"{run['posterior']}, {run['subject']}"
-        last = rows[-1] if rows else outcome.get("error", "no row")
-        print(f"{name}, {run.get('step_size', '-')}: {last}", file=sys.stderr, flush=True)
-    return outcomes
+    return subject(posterior=posterior, evidence=posterior.evidence(), **rest)
 
 
 def seconds_to_goal(outcome: Row) -> float:
@@ -121,17 +283,15 @@ def verdict(outcome: Row | None) -> str:
 
 def table(outcomes: list[Row]) -> str:
     """A row for each subject, a column for each posterior."""
-    posteriors = [name for name in POSTERIORS if any(o["posterior"] == name for o in outcomes)]
-    lines = ["| | " + " | ".join(f"{n}, D={POSTERIORS[n].dim}" for n in posteriors) + " |"]
-    lines.append("|---|" + "---|" * len(posteriors))
+    posteriors = [name for name in POSTERIORS if runs.known(outcomes, {"posterior": name})]
+    lines = []
     for subject in SUBJECTS:
         found = [best(outcomes, name, subject) for name in posteriors]
-        if not any(found):
-            continue
-        lines.append(f"| {subject} | " + " | ".join(map(cell, found)) + " |")
-        if subject.endswith("by fit"):
-            lines.append("| its verdict | " + " | ".join(map(verdict, found)) + " |")
-    return "\n".join(lines)
+        if any(found):
+            lines.append([subject, *map(cell, found)])
+        if any(found) and subject.endswith("by fit"):
+            lines.append(["its verdict", *map(verdict, found)])
+    return pages.table(["", *(f"{n}, D={POSTERIORS[n].dim}" for n in posteriors)], lines)
 
 
 def draw(outcomes: list[Row], path: Path) -> None:
@@ -170,24 +330,21 @@ def draw(outcomes: list[Row], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = runs.Parser(__doc__, __file__)
     parser.add_argument("--posteriors", nargs="+", choices=POSTERIORS, default=list(POSTERIORS))
     parser.add_argument("--subjects", nargs="+", choices=SUBJECTS, default=list(SUBJECTS))
     parser.add_argument("--limit", type=float, default=120.0, help="CPU seconds of a peer")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=HERE / "fit.jsonl")
-    parser.add_argument("--write", action="store_true")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
-    parser.add_argument("--evidence", type=float, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        print(json.dumps(one(options.one, options.evidence)))
+        print(json.dumps(one(options.one)))
         return
-    outcomes = collect(options)
-    print(table(outcomes))
+    asked = wanted(options.posteriors, options.subjects, options.seed)
+    limited = (run | {"limit": options.limit} for run in asked)
+    outcomes = runs.collect(options.results, limited, runs.in_processes(__file__))
+    parser.show(table(outcomes), options)
     if options.write:
-        write(table(outcomes), HERE / "fit.md")
-        draw(outcomes, HERE / "fit.png")
+        draw(outcomes, parser.page.with_suffix(".png"))
 
 
 if __name__ == "__main__":

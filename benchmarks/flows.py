@@ -9,15 +9,13 @@ them has found (nats), k-hat, and seconds; medians over seeds, and the worst k-h
 """
 
 import argparse
-import math
 import statistics
 from collections.abc import Callable
 from functools import partial
 
 import pyro
-import pyro.distributions as dist
 import torch
-from prior_as_data import prior_as_data
+from models.small import OF_ONE_LATENT, POSTERIORS
 from torch import nn
 
 from pyro_artransform import (
@@ -30,90 +28,6 @@ from pyro_artransform import (
     spline_marginals,
 )
 from pyro_artransform.flows.transforms import chain
-
-EFFECTS = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-ERRORS = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-
-
-def centred() -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", len(EFFECTS)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, ERRORS.double()), obs=EFFECTS.double())
-
-
-def noncentred() -> None:
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("schools", len(EFFECTS)):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("y", dist.Normal(mu + tau * z, ERRORS.double()), obs=EFFECTS.double())
-
-
-def regression() -> None:
-    """Ten observations: the posterior of the slopes has the tails of a Student's t."""
-    x = torch.linspace(-1, 1, 10)
-    y = 100 + 30 * x + 5 * torch.sin(7 * x)
-    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1000.0).to_event(1))
-    sigma = pyro.sample("sigma", dist.HalfCauchy(10.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Normal(beta[..., :1] + beta[..., 1:] * x, sigma), obs=y)
-
-
-def process() -> None:
-    """The length, the height and the noise of a Gaussian process with eight observations."""
-    x = torch.linspace(0, 10, 8)
-    y = torch.sin(x) + 0.3 * torch.cos(5 * x)
-    length = pyro.sample("length", dist.Gamma(5.0, 2.0))
-    height = pyro.sample("height", dist.HalfNormal(2.0))
-    noise = pyro.sample("noise", dist.HalfNormal(1.0))
-    away = (x[:, None] - x) / length[..., None, None]
-    cov = height[..., None, None] ** 2 * torch.exp(-0.5 * away**2)
-    cov = cov + (noise[..., None, None] ** 2 + 1e-6) * torch.eye(len(x))
-    chol = torch.linalg.cholesky(cov)
-    pyro.sample("y", dist.MultivariateNormal(torch.zeros(len(x)), scale_tril=chol), obs=y)
-
-
-def logistic() -> None:
-    """Twelve coefficients and forty observations that are nearly separated: a skewed posterior."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(40, 12, generator=generator)
-    x[:, 0] = 1.0
-    noise = torch.rand(40, generator=generator)
-    y = (noise < torch.sigmoid(2 * x[:, 1] - 2 * x[:, 2] + x[:, 3])).double()
-    beta = pyro.sample("beta", dist.Normal(torch.zeros(12), 10.0).to_event(1))
-    with pyro.plate("data", len(x)):
-        logits = beta @ x.T
-        logits = logits.squeeze(-2) if logits.dim() > 1 else logits
-        pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
-
-
-@prior_as_data
-def rate() -> None:
-    """One latent: a rate whose logarithm has a long left tail."""
-    pyro.sample("rate", dist.Gamma(0.5, 1.0))
-
-
-def success() -> None:
-    """One latent: next to a Gaussian."""
-    p = pyro.sample("p", dist.Beta(10.0, 10.0))
-    with pyro.plate("throws", 10):
-        pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor([1.0] * 6 + [0.0] * 4))
-
-
-@prior_as_data
-def heavy() -> None:
-    """One latent: the tails of a Student's t."""
-    pyro.sample("x", dist.StudentT(3.0, 0.0, 1.0))
-
-
-def spike() -> None:
-    """One latent: half of the mass within a tenth of the width of the other half."""
-    wide = dist.Normal(0.0, 1.0)
-    x = pyro.sample("x", wide)
-    both = torch.stack([wide.log_prob(x), dist.Normal(0.0, 0.1).log_prob(x)]) - math.log(2)
-    pyro.factor("both", both.logsumexp(0) - wide.log_prob(x))
 
 
 def wide(d: int, num_transforms: int = 3) -> nn.Module:
@@ -136,10 +50,6 @@ def by_networks(d: int) -> nn.Module:
     return chain([hinged_marginals(d), *layers])
 
 
-OF_ONE_LATENT = rate, success, heavy, spike
-POSTERIORS = {
-    f.__name__: f for f in (centred, noncentred, regression, process, logistic, *OF_ONE_LATENT)
-}
 FLOWS = {
     "3 affine": wide,
     "hinges, 3 affine, 2 x 64 ELU": lambda d: chain([hinged_marginals(d), iaf(d)]),
@@ -155,7 +65,7 @@ FLOWS_OF_ONE = {
 
 def guides(posterior: str) -> dict[str, Callable[..., nn.Module]]:
     """The preset and what it is compared with, by name."""
-    is_one = POSTERIORS[posterior] in OF_ONE_LATENT
+    is_one = posterior in OF_ONE_LATENT
     preset = f"hinges, 3 {'splines' if is_one else 'affine'} (preset)"
     flows = FLOWS_OF_ONE if is_one else FLOWS
     others = {name: partial(AutoAutoregressive, flow=flow) for name, flow in flows.items()}

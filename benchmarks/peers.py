@@ -24,10 +24,11 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from peer_subjects import SUBJECTS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests.pitfalls.cases import CASES
-from tests.pitfalls.subject import NotApplicable, Subject, prepare
+from pitfalls.cases import CASES
+from pitfalls.peers import SUBJECTS
+from pitfalls.subject import NotApplicable, Subject, prepare
 
 #: Seconds for one case.
 LIMIT = 240

@@ -5,33 +5,31 @@
     python benchmarks/published.py [TARGET ...] [--seeds N ...] [--limit SECONDS] [--write]
 
 It needs the extra [bench] and `pip install inference_gym`, whose data and moments it reads. Each run is a
-process of its own and a line of a file, so that a run goes on where the last one ended.
+process of its own.
 """
 
-import argparse
 import json
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
-from marked_table import write
-from published_models import PYRO, TARGETS, Library, Truth
-from results import Row, collect, in_a_process
+from measuring import pages, runs
+from measuring.runs import Row
+from models.library import PYRO, in_numpyro
+from models.published import TARGETS, Truth
 
 from pyro_artransform._base.time_limit import TimeLimit
 from pyro_artransform.model import LogJoint
 from pyro_artransform.sampling import Ensemble
 from pyro_artransform.sampling.run_mcmc import from_nothing
 
-HERE = Path(__file__).parent
 ENSEMBLE, NUTS = "ensemble", "NumPyro NUTS"
 #: the squared error that is small enough, and effective draws that are asked for at first
 LOW, NUM_DRAWS = 0.01, 400
@@ -113,35 +111,20 @@ def by_ensemble(name: str, seed: int, limit: float) -> Row:
 
 def by_nuts(name: str, seed: int, limit: float) -> Row:
     """NumPyro's NUTS, one chain, until errors are low, or the CPU seconds are over."""
-    import jax
-    import numpyro
+    from measuring.nuts import blocks
 
-    numpyro.enable_x64()
-    lib = Library(numpyro.sample, numpyro.factor, numpyro.distributions, jax.numpy)
     model, args, truth = TARGETS[name]()
-    kernel = numpyro.infer.NUTS(partial(model, lib))
-    state = kernel.init(jax.random.PRNGKey(seed), NUM_WARM_UP, None, args, {})
-    constrain = jax.vmap(kernel.postprocess_fn(args, {}))
-
-    @jax.jit
-    def block(state: Any) -> Any:
-        def draw(state: Any, _: None) -> Any:
-            state = kernel.sample(state, args, {})
-            return state, (state.z, state.num_steps)
-
-        state, (z, num_steps) = jax.lax.scan(draw, state, None, EVERY)
-        return state, constrain(z), num_steps
-
     errors, gradients = list[np.ndarray](), [0]
     row: Row = {}
     began = time.process_time()
-    while not (row and is_done(row)) and time.process_time() - began < limit:
-        state, z, num_steps = block(state)
-        gradients += (gradients[-1] + np.cumsum(num_steps)).tolist()
-        errors.append(squares({site: value[None] for site, value in z.items()}, truth))
+    for block in blocks(partial(model, in_numpyro()), args, seed, NUM_WARM_UP, EVERY):
+        gradients += (gradients[-1] + np.cumsum(block.num_gradients)).tolist()
+        errors.append(squares({site: z[None] for site, z in block.sites.items()}, truth))
         if len(gradients) > NUM_WARM_UP + EVERY:
             kept = np.concatenate(errors, 1)[:, NUM_WARM_UP:]
             row = crossings(kept, gradients[NUM_WARM_UP + 1 :], 0.0)
+        if (row and is_done(row)) or time.process_time() - began > limit:
+            break
     return row | {"warm_up": gradients[NUM_WARM_UP] if row else None}
 
 
@@ -174,47 +157,33 @@ def table(outcomes: list[Row]) -> str:
     """A row for each target."""
     heads = ["target, latents", "chains", "max: `mcmc`", "of a chain", "mean: `mcmc`", "of a chain"]
     heads += ["max: NUTS", "without warm-up", "mean: NUTS", "without warm-up"]
-    lines = [f"| {' | '.join(heads)} |", "|---|" + "---|" * (len(heads) - 1)]
+    lines = []
     for name in TARGETS:
         ours, nuts = (
-            [r for r in outcomes if (r["target"], r["subject"]) == (name, which)]
-            for which in (ENSEMBLE, NUTS)
+            runs.known(outcomes, {"target": name, "subject": which}) for which in (ENSEMBLE, NUTS)
         )
-        if not ours:
-            continue
-        row = [f"{name}, {ours[0]['latents']:,}", str(ours[0]["chains"])]
-        row += cells(ours, lambda r, g: g / r["chains"])
-        row += cells(nuts, lambda r, g: g - r["warm_up"])
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+        if ours:
+            row = [f"{name}, {ours[0]['latents']:,}", str(ours[0]["chains"])]
+            row += cells(ours, lambda r, g: g / r["chains"])
+            lines.append(row + cells(nuts, lambda r, g: g - r["warm_up"]))
+    return pages.table(heads, lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("targets", nargs="*", choices=[[], *TARGETS], default=[])
+    parser = runs.Parser(__doc__, __file__)
+    parser.add_names("targets", TARGETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--limit", type=float, default=60.0, help="seconds of a run")
     parser.add_argument("--subjects", nargs="+", default=[ENSEMBLE, NUTS])
-    parser.add_argument("--results", type=Path, default=HERE / "published.jsonl")
-    parser.add_argument("--write", action="store_true", help="put the table into published.md")
-    parser.add_argument("--one", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         print(json.dumps(one(options.one)))
         return
-
-    def runs(rows: list[Row]) -> Iterator[Row]:
-        wanted = product(options.targets or TARGETS, options.subjects, options.seeds)
-        for name, subject, seed in wanted:
-            run = {"target": name, "subject": subject, "seed": seed, "limit": options.limit}
-            if not any(run.items() <= row.items() for row in rows):
-                yield run | in_a_process(__file__, "--one", json.dumps(run))
-
-    text = table(collect(options.results, runs))
-    if options.write:
-        write(text, HERE / "published.md")
-    else:
-        print(text)
+    wanted = (
+        {"target": name, "subject": subject, "seed": seed, "limit": options.limit}
+        for name, subject, seed in product(options.targets, options.subjects, options.seeds)
+    )
+    parser.show(table(runs.collect(options.results, wanted, runs.in_processes(__file__))), options)
 
 
 if __name__ == "__main__":

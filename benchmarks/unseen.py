@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits and draws, with nothing set, of posteriors that no number of a fit was made on.
 
-    python benchmarks/unseen.py [POSTERIOR ...] [--set more] [--seeds 1] [--draws 400]
+    python benchmarks/unseen.py [POSTERIOR ...] [--seeds 1] [--draws 400]
 
 Prints CPU seconds, steps, the ELBO, its distance from the evidence by the guide's weights (nats), k-hat, and
 what the draws of the fit say of themselves. With --draws, of `mcmc(model, draws=draws)` alone: how far means
@@ -17,8 +17,7 @@ from typing import Any
 
 import pyro
 import torch
-import unseen_models
-import unseen_more
+from models.unseen import MODELS
 
 from pyro_artransform import AutoIAF, fit
 from pyro_artransform.model import LogJoint
@@ -26,14 +25,11 @@ from pyro_artransform.sampling import Chains, mcmc
 
 Model, Data = Callable[..., Any], tuple[Any, ...]
 NUM_REFERENCE = 4000
-SETS = {"first": unseen_models.MODELS, "more": unseen_more.MODELS}
-MODELS = SETS["first"] | SETS["more"]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("posteriors", nargs="*", metavar="POSTERIOR", help=", ".join(MODELS))
-    parser.add_argument("--set", choices=SETS, default="first", help="where no posterior is named")
+    parser.add_argument("posteriors", nargs="*", choices=[[], *MODELS], default=[])
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--draws", type=int)
     args = parser.parse_args()
@@ -45,7 +41,7 @@ def main() -> None:
     names = [*of_chains, *last] if args.draws else [*first, *of_chains]
     names = ["posterior", "seed", "CPU s", *names]
     print(f"| {' | '.join(names)} |\n|{'---|' * len(names)}")
-    for name in args.posteriors or SETS[args.set]:
+    for name in args.posteriors or MODELS:
         subject = MODELS[name]()
         for seed in range(args.seeds):
             pyro.clear_param_store()

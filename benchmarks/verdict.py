@@ -8,28 +8,26 @@ A verdict is wrong in two ways. *Wrong trust*: it is trusted, and more than 0.1 
 evidence. *False alarm*: it is not trusted, but at most 0.05 nats off, and the k-hat of 40,000 other
 draws is at most 0.6, below the bound of 0.7 by more than its noise, so that neither the posterior nor
 its weights are at fault. In between either verdict is right.
-
-Each result is a line of a file, so that a run goes on where the last one ended (delete the file, or
-name another one with --results, after a change). --write puts the table into benchmarks/verdict.md.
 """
 
-import argparse
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+from functools import cache, partial
+from itertools import groupby, product
 from typing import Any
 
 import pyro
 import torch
+from measuring import pages, runs
+from measuring.pages import spread
+from measuring.runs import Row
+from models.known_densities import TARGETS, Model, Target
+from models.known_evidences import POSTERIORS
 from pyro import poutine
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
-from results import append, load
-from verdict_posteriors import POSTERIORS
-from verdict_table import report
-from verdict_targets import TARGETS, Model, Target
 
 from pyro_artransform import AutoIAF, AutoMAF, AutoStructuredFlow, fit
 from pyro_artransform.diagnostics import Importance
@@ -39,7 +37,6 @@ from pyro_artransform.inference.evaluation.evaluate import evaluate
 from pyro_artransform.inference.evaluation.verdict import FitStatus
 from pyro_artransform.model import LogJoint
 
-HERE = Path(__file__).parent
 ALL: dict[str, Callable[[], Target]] = {**TARGETS, **POSTERIORS}
 FITTED = {
     "AutoIAF": AutoIAF,
@@ -148,59 +145,107 @@ def is_meant(name: str, kind: str) -> bool:
     return kind not in DIMS or dim in DIMS[kind]
 
 
-def jobs(args: argparse.Namespace) -> Iterator[tuple[str, str, int]]:
-    """What is to be run, the first seed of everything first."""
-    parts = [part.lower() for part in args.targets]
-    names = [name for name in ALL if not parts or any(part in name.lower() for part in parts)]
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        for kind in args.guides:
-            yield from ((name, kind, seed) for name in names if is_meant(name, kind))
-
-
-def attempt(job: tuple[str, str, int], num_steps: int | None) -> Outcome:
+def attempt(job: Row, num_steps: int | None) -> Row:
     """The outcome; of a fit that gives up, one that is not trusted and says why."""
+    key = job["target"], job["guide"], job["seed"]
     try:
-        return run(*job, num_steps)
+        return vars(run(*key, num_steps))
     except FitError as error:
         lost = dict.fromkeys(("gap", "gap_se", "lost_mass", "khat", "khat_of_many"), float("nan"))
-        words = f"FitError: {error}"
-        return Outcome(
-            *job, dim=0, **lost, is_finite=False, trusted=False, verdict=words, seconds=0
+        lost |= {"is_finite": False, "trusted": False, "seconds": 0}
+        return vars(Outcome(*key, dim=0, verdict=f"FitError: {error}", **lost))
+
+
+def report(outcomes: Sequence[Outcome]) -> str:
+    """The tables of verdict.md."""
+    seeds = sorted({o.seed for o in outcomes})
+    hours = sum(o.seconds for o in outcomes) / 3600
+    what = (
+        f"{len({o.target for o in outcomes})} targets, at most seeds {', '.join(map(str, seeds))}: "
+        f"{hours:.1f} hours of CPU time."
+    )
+    parts = [what, summary(outcomes), "## Wrong verdicts", "\n".join(wrong(outcomes))]
+    for guide, found in by(outcomes, lambda o: o.guide):
+        parts += [f"## {guide}", table(found)]
+    return "\n\n".join(parts)
+
+
+def by(
+    outcomes: Sequence[Outcome], key: Callable[[Outcome], str]
+) -> Iterator[tuple[str, list[Outcome]]]:
+    """Groups in the order of first appearance, each sorted by seed."""
+    order = {name: i for i, name in enumerate(dict.fromkeys(map(key, outcomes)))}
+    ranked = sorted(outcomes, key=lambda o: (order[key(o)], o.seed))
+    for name, group in groupby(ranked, key):
+        yield name, list(group)
+
+
+def summary(outcomes: Sequence[Outcome]) -> str:
+    lines = []
+    for guide, found in by(outcomes, lambda o: o.guide):
+        count = Counter(o.judgement for o in found)
+        seconds = sum(o.seconds for o in found) / len(found)
+        cells = [guide, len(found), sum(o.trusted for o in found), count["wrong trust"]]
+        lines.append([*cells, count["false alarm"], f"{seconds:.1f}"])
+    heads = ["guide", "verdicts", "trusted", "wrong trust", "false alarms", "CPU seconds a fit"]
+    return pages.table(heads, lines)
+
+
+def wrong(outcomes: Sequence[Outcome]) -> Iterator[str]:
+    """Quotes each wrong verdict."""
+    found = [o for o in outcomes if o.judgement != "right"]
+    alone = {o.target for o in found if o.guide == "one mode"}
+    if alone:
+        yield (
+            f"- wrong trust: one mode of {len(alone)} targets. Without training there are no chains, so "
+            "other modes are not searched for, as the verdicts say."
         )
+    found = [o for o in found if o.guide != "one mode"]
+    if not found:
+        yield "None."
+    for case, group in by(found, lambda o: f"{o.judgement}: {o.target}, {o.guide}"):
+        seeds = ", ".join(str(o.seed) for o in group)
+        worst = max(group, key=lambda o: o.gap)
+        lost = f", {100 * worst.lost_mass:.0f} % lost" if worst.lost_mass >= 0 else ""
+        yield (f'- {case}, seed {seeds}: a gap of {worst.gap:.3f} nats{lost}. "{worst.verdict}"')
 
 
-def command_line() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def table(outcomes: Sequence[Outcome]) -> str:
+    """One row per target, with the range over its seeds."""
+    lines = []
+    for target, found in by(outcomes, lambda o: o.target):
+        judged = dict.fromkeys(o.judgement for o in found)
+        cells = [target, max(o.dim for o in found), spread([o.gap for o in found], 3)]
+        cells += [spread([o.lost_mass for o in found], 2), spread([o.khat for o in found], 2)]
+        cells.append(f"{sum(o.trusted for o in found)} of {len(found)}")
+        words = (name if name == "right" else f"**{name}**" for name in judged)
+        lines.append([*cells, ", ".join(words)])
+    return pages.table(["target", "D", "gap", "lost", "k-hat", "trusted", "verdict"], lines)
+
+
+def main() -> None:
+    parser = runs.Parser(__doc__, __file__)
     parser.add_argument("targets", nargs="*", help="parts of names; all targets by default")
     kinds = [*KNOWN, *FITTED]
     parser.add_argument("--guides", nargs="+", choices=kinds, default=kinds)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help=f"fits of {QUICK_STEPS} steps")
-    parser.add_argument("--results", type=Path, default=HERE / "verdict.jsonl")
-    parser.add_argument("--write", action="store_true", help="the table into verdict.md")
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = command_line()
+    options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    done = {(o.target, o.guide, o.seed): o for o in (Outcome(**row) for row in load(args.results))}
-    for job in jobs(args):
-        if job in done:
-            continue
-        outcome = done[job] = attempt(job, QUICK_STEPS if args.quick else None)
-        append(args.results, vars(outcome))
-        print(
-            f"{outcome.target:32} {outcome.guide:22} {outcome.seed} gap {outcome.gap:8.3f} "
-            f"lost {outcome.lost_mass:4.2f} k-hat {outcome.khat:5.2f} {outcome.seconds:4.0f} s "
-            f"{'trusted' if outcome.trusted else 'not':7} {outcome.judgement}",
-            flush=True,
-        )
-    if args.write:
-        (HERE / "verdict.md").write_text(report(list(done.values())))
+    parts = [part.lower() for part in options.targets]
+    names = [name for name in ALL if not parts or any(part in name.lower() for part in parts)]
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    wanted = (
+        {"target": name, "guide": kind, "seed": seed}
+        for seed, kind, name in product(seeds, options.guides, names)
+        if is_meant(name, kind)
+    )
+    num_steps = QUICK_STEPS if options.quick else None
+    rows = runs.collect(options.results, wanted, partial(attempt, num_steps=num_steps))
+    parser.show(report([Outcome(**row) for row in rows]), options)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(collections|contextlib|matplotlib|os|pyro|torch|typing)\..*"),
     (r"py:.*", "Tensor"),
     (r"py:.*", r"pyro_artransform\.(plots|flows\.conditioners\.blocks)\..*"),
-    (r"py:.*", r"pyro_artransform\.(guides\.persistence|inference\.saved)\..*"),
+    (r"py:.*", r"pyro_artransform\.(guides\.persistence|diagnostics\.result_io)\..*"),
 ]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]

@@ -9,6 +9,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
+from tests.factory_calls import bare_factory_calls
+
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "pyro_artransform"
 MAX_LINES = 400
@@ -31,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "guides": {"_base", "flows", "model", "posterior"},
     "inference": {"_base", "diagnostics", "guides", "model", "posterior", "sampling"},
     "plots": {"diagnostics", "guides", "inference"},
-    "testing": {"flows", "guides", "model"},
+    "testing": {"flows"},
 }
 # The same inside of a room, for its folders and files.
 ARROWS_INSIDE: dict[str, dict[str, set[str]]] = {
@@ -142,6 +146,33 @@ def test_files_have_a_licence_and_a_name_and_are_short() -> None:
         assert lines[:2] == LICENCE, f"{where} has no licence header"
         assert len(lines) <= MAX_LINES, f"{where} has {len(lines)} lines"
         assert not VAGUE_NAMES & {part.lower().strip("_") for part in _module(path)}, where
+
+
+def test_tensors_are_made_where_their_arguments_are() -> None:
+    for path in PACKAGE_FILES:
+        faults = [f"{path.name}:{line}: {text}" for line, text in bare_factory_calls(path)]
+        assert not faults, f"made without dtype and device: {'; '.join(faults[:3])}"
+
+
+@pytest.mark.parametrize(
+    ("line", "faulty"),
+    [
+        ("torch.zeros(3)", True),
+        ("torch.zeros(3, dtype=x.dtype)", True),
+        ("torch.zeros(3, dtype=x.dtype, device=x.device)", False),
+        ("torch.zeros(3, **like)", False),
+        ("torch.arange(3)", True),
+        ("torch.arange(3, device=x.device)", False),
+        ("torch.zeros_like(x)", False),
+        ("x.new_zeros(3)", False),
+        ("x.cuda(0)", True),
+        ("x.cpu()", True),
+    ],
+)
+def test_lint_of_factory_calls(line: str, faulty: bool, tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(f"def f(x, like):\n    return {line}\n")
+    assert bool(bare_factory_calls(path)) == faulty
 
 
 def test_public_names_are_sorted_and_there() -> None:

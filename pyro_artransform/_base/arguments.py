@@ -1,30 +1,27 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Argument checks, which return the checked value or raise with what was expected and got; warnings."""
+"""Checks of arguments, which return the checked value, and warnings."""
 
 import math
 import operator
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from functools import wraps
-from inspect import signature
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 T = TypeVar("T")
-Init = TypeVar("Init", bound=Callable[..., None])
 # missing in the oldest versions of PyTorch that Pyro supports
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> int:
-    """Requires an integer of at least ``least``, NumPy's included; rejects bools."""
+    """Requires an integer of at least ``least``, also of NumPy, but no bool."""
     size = _as_index(value)
     if size is None or size < least:
         wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
@@ -33,7 +30,7 @@ def check_integer(name: str, value: Any, least: int = 1) -> int:
 
 
 def check_positive(name: str, value: Any) -> float:
-    """Requires a positive finite number, NumPy's included, and returns a float; rejects bools."""
+    """Requires a positive finite number, also of NumPy, but no bool."""
     # comparisons only: torch.compile may make this number a symbol
     if not (_is_number(value) and 0 < value < math.inf):
         raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
@@ -41,14 +38,14 @@ def check_positive(name: str, value: Any) -> float:
 
 
 def check_share(name: str, value: Any) -> float:
-    """Requires a number from 0 to 1, of the types of :func:`check_positive`, and returns a float."""
+    """Requires a number from 0 to 1, also of NumPy, but no bool."""
     if not (_is_number(value) and 0 <= value <= 1):
         raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
     return float(value)
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Requires True or False, NumPy's included, and returns a bool; rejects 1 and 1.0."""
+    """Requires True or False, also of NumPy, but no number."""
     if not isinstance(value, bool) and str(getattr(value, "dtype", "")) != "bool":
         raise ValueError(f"{name}: expected True or False, got {value!r}")
     return bool(value)
@@ -70,10 +67,15 @@ def check_hidden_dims(hidden_dims: Any) -> list[int]:
     return [check_integer("hidden_dims", width) for width in widths]
 
 
+def is_tracing() -> bool:
+    """Whether ``torch.jit.trace`` runs; asked as in Pyro, since later versions may lack ``torch.jit``."""
+    return torch._C._get_tracing_state() is not None
+
+
 def check_broadcast(names: str, *shapes: torch.Size) -> None:
     """Requires shapes that broadcast to each other."""
     # under torch.jit.trace sizes are tensors, which cannot be compared
-    if torch.jit.is_tracing() or all(shape == shapes[0] for shape in shapes):
+    if is_tracing() or all(shape == shapes[0] for shape in shapes):
         return
     try:
         torch.broadcast_shapes(*shapes)
@@ -82,59 +84,6 @@ def check_broadcast(names: str, *shapes: torch.Size) -> None:
         raise ValueError(
             f"{names}: expected shapes that broadcast to each other, got {got}"
         ) from None
-
-
-@contextmanager
-def naming_arguments(
-    called: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> Iterator[None]:
-    """Appends the arguments of a call to its errors, if shapes, types or values may be the cause."""
-    try:
-        yield
-    except (ValueError, RuntimeError, TypeError, AttributeError) as error:
-        words = describe_tensors(called, args, kwargs)
-        # torch's and Pyro's errors about shapes, and Pyro's about NaN, do not name arguments
-        is_of_shapes = isinstance(error, RuntimeError) or "shape" in str(error)
-        if words and (is_of_shapes or any(words.values())):
-            error.args = (f"{error}\nThe arguments of the model are {'; '.join(words)}",)
-        raise
-
-
-def describe_tensors(
-    called: Callable[..., object], args: Sequence[object], kwargs: Mapping[str, object]
-) -> dict[str, bool]:
-    """Descriptions of the tensors and arrays in a call's arguments, and whether each has a fault."""
-    waiting: list[tuple[str, object]] = [("", kwargs), ("", list(args))]
-    with suppress(TypeError, ValueError):  # not every callable has a signature
-        waiting = [("", signature(called).bind(*args, **kwargs).arguments)]
-    found = {}
-    while waiting:
-        name, value = waiting.pop()
-        if isinstance(value, (Mapping, list, tuple)):
-            parts = value.items() if isinstance(value, Mapping) else enumerate(value)
-            waiting += [(f"{name}[{key!r}]" if name else f"'{key}'", part) for key, part in parts]
-        elif isinstance(value, Tensor) or hasattr(value, "__array__"):
-            fault = _fault(value)
-            found[f"{name} of shape {tuple(getattr(value, 'shape', ()))}{fault}"] = bool(fault)
-    return dict(sorted(found.items()))
-
-
-def _fault(value: Any) -> str:
-    """Describes what is wrong with an array as data; empty if nothing."""
-    if not isinstance(value, Tensor):
-        kind = type(value).__name__
-        return (
-            f", of type {kind} instead of a tensor (use torch.as_tensor for an array, and data.to_numpy() "
-            "for a table)"
-        )
-    if count := int((~value.isfinite()).sum()):
-        return f", {count} of {value.numel()} elements not finite"
-    default = torch.get_default_dtype()
-    return (
-        f", of dtype {value.dtype}, where the default is {default}"
-        if value.dtype != default
-        else ""
-    )
 
 
 def first_of(words: Sequence[str]) -> str:
@@ -156,7 +105,7 @@ def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
 def values_can_be_read(*tensors: Tensor) -> bool:
     """Whether values may be read, which ``torch.jit``, ``torch.compile`` and ``torch.func`` forbid."""
     return not (
-        torch.jit.is_tracing()
+        is_tracing()
         or _is_compiling()
         or torch._C._are_functorch_transforms_active()
         or any(map(operator.attrgetter("is_meta"), tensors))
@@ -172,22 +121,6 @@ def asks_for_data(args: Sequence[Any], kwargs: Mapping[str, Any], words: str) ->
         if args or kwargs or " missing " not in str(error):
             raise
         raise TypeError(f"{words} ({error})") from error
-
-
-def names_the_class(init: Init) -> Init:
-    """Makes errors about a constructor's arguments name the class and all arguments."""
-    expected = signature(init)
-
-    @wraps(init)
-    def checked(self: object, *args: object, **kwargs: object) -> None:
-        try:
-            expected.bind(self, *args, **kwargs)
-        except TypeError as error:
-            names = ", ".join([*expected.parameters][1:])
-            raise TypeError(f"{type(self).__name__}: {error}; its arguments are {names}") from None
-        init(self, *args, **kwargs)
-
-    return cast(Init, checked)
 
 
 def _is_number(value: Any) -> bool:

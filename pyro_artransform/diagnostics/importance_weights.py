@@ -113,14 +113,15 @@ class ModelAndGuide(NamedTuple):
             _refuse_stale_parameters(guide, args, kwargs)
             guide(*args, **kwargs)
         offered, log_joint = cast(object, guide), None
-        prior = offered.prior if isinstance(offered, PriorGuide) else None
-        if prior and isinstance(offered, FlowGuide):
-            log_joint = prior.log_joint_of(model, args, kwargs)
+        known = offered if isinstance(offered, PriorGuide) else None
+        is_flow = isinstance(offered, FlowGuide)
+        if known is not None and is_flow:
+            log_joint = known.log_joint_of(model, args, kwargs)
         log_joint = log_joint or LogJoint(model, args, kwargs)
-        if prior:
-            log_joint.maps_priors = prior.is_wanted
-            if isinstance(offered, FlowGuide):
-                log_joint = log_joint.with_coordinates(prior.coordinates)
+        if known is not None:
+            log_joint.maps_priors = known.maps_priors
+            if is_flow:
+                log_joint = log_joint.with_coordinates(known.coordinates)
         return cls(model, guide, args, kwargs, log_joint)
 
     def weighted_draws(self, count: int) -> Iterator[Weighted]:
@@ -158,7 +159,7 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
     """Draws with the density computed by the guide, in the coordinates of the log joint density."""
     density = log_joint
     if isinstance(guide, PriorGuide) and log_joint.coordinates is None:
-        density = log_joint.with_coordinates(guide.prior.coordinates)
+        density = log_joint.with_coordinates(guide.coordinates)
     latent, log_q = guide.rsample_and_log_prob(n)
     expected = (n, log_joint.latents.latent_dim)
     if latent.shape != expected or log_q.shape != (n,):

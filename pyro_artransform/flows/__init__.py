@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Autoregressive transforms: families of bijections, conditioners, the transform of both, and builders."""
+"""Autoregressive transforms: univariate families, conditioners, the transform of both, and builders."""
 
 from . import conditioners, transforms, univariate
 from .builders import (
@@ -16,8 +16,16 @@ from .builders import (
     spline_autoregressive,
     spline_marginals,
 )
+from .transforms import (
+    AutoregressiveTransform,
+    ConditionalAutoregressiveTransform,
+    FlowDistribution,
+)
 
 __all__ = [
+    "AutoregressiveTransform",
+    "ConditionalAutoregressiveTransform",
+    "FlowDistribution",
     "affine_autoregressive",
     "conditional_affine_autoregressive",
     "conditional_iaf",

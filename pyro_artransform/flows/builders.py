@@ -53,7 +53,8 @@ def affine_autoregressive(
         >>> import torch
         >>> import pyro.distributions as dist
         >>> base = dist.Normal(torch.zeros(3), torch.ones(3)).to_event(1)
-        >>> dist.TransformedDistribution(base, [affine_autoregressive(3)]).rsample((5,)).shape
+        >>> q = dist.TransformedDistribution(base, [affine_autoregressive(3)])
+        >>> q.rsample((5,)).shape
         torch.Size([5, 3])
     """
     options = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}

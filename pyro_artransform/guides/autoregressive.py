@@ -16,10 +16,16 @@ from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch import Tensor, nn
 
-from .._base.arguments import check_flag, check_integer, check_positive, names_the_class, to_tensor
+from .._base.arguments import (
+    check_flag,
+    check_integer,
+    check_positive,
+    is_tracing,
+    to_tensor,
+)
 from ..flows.transforms import ComposedTransform, FlowModule, LocationScale
 from ..flows.transforms.flow_distribution import FlowDistribution, standard_normal
-from ..model.coordinates.coordinates import CoordinatesArgument, ModelPrior
+from ..model.coordinates.centering import CoordinatesArgument, center_at_start
 from ..model.density import LogJoint
 from ..model.sites import Latents
 from ..model.traces import argument_signature
@@ -95,7 +101,6 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         {'scale': (10,), 'z': (10, 3)}
     """
 
-    @names_the_class
     def __init__(
         self,
         model: Callable[..., object],
@@ -111,7 +116,7 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             full_rank = check_flag("full_rank", full_rank)
         init_scale = check_positive("init_scale", init_scale)
         arguments = {"full_rank": full_rank, "init_scale": init_scale}
-        super().__init__(model, init_loc_fn, arguments, ModelPrior(coordinates))
+        super().__init__(model, init_loc_fn, arguments, coordinates)
         self._arguments_seen: Hashable = None
         self._make_flow = flow
 
@@ -131,8 +136,10 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             arguments |= self._found_in_model(args, kwargs, bool(dependent))
             spec = GuideSpec(latents, arguments, observed, start.device)
             self._set_up_from(spec, start)
-            if self.prior.coordinates is not None:
-                self._parts[1].loc.data.copy_(self.prior.start_at(start, self._colors()))
+            if (given := self.prior_coordinates) is not None:
+                density = self._bind((), {})
+                loc = center_at_start(given, self._requested, density, start, self._colors())
+                self._parts[1].loc.data.copy_(loc)
         except BaseException:
             # the next call must not see a guide that is only half set up
             self._spec = self.prototype_trace = None
@@ -197,11 +204,11 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         if args or kwargs or not self._model_is_checked:
             self._check_latents(args, kwargs, with_values=False)
-        z, space = self.sample_latent(), self.prior.space
+        z, latents = self.sample_latent(), self.coordinates.latents
         run = self._run_of_model(args, kwargs)
-        values, ladjs = space.to_sites(space.latents.place(z), run)
+        values, ladjs = self.coordinates.to_sites(latents.place(z), run)
         plates = self._create_plates(*args, **kwargs)
-        for name, site in space.latents.sites.items():
+        for name, site in latents.sites.items():
             delta = SiteDelta(values[name], -ladjs[name], site.event_dim)
             with ExitStack() as stack:
                 for frame in site.plates:
@@ -213,15 +220,14 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
         """Rejects latents other than the guide's, by a run of the model for new shapes or values."""
         # a JitTrace_ELBO trace must not include another run of the model
         spec = self._spec
-        if spec and self._model is not None and not torch._C._get_tracing_state():
+        if spec and self._model is not None and not is_tracing():
             signature = argument_signature((args, kwargs), with_values=with_values)
             sites, run = spec.latents.sites, partial(self.model, *args, **kwargs)
             if not self._model_is_checked:
                 prototype.refuse_other_model(sites, spec.observed, run)
                 self._model_is_checked = True
             elif signature != self._arguments_seen and dist.is_validation_enabled():
-                given = self.prior.coordinates
-                mapped = () if given is None else given.with_location
+                mapped = self.coordinates.with_location
                 prototype.refuse_other_latents(sites, mapped, run)
             self._arguments_seen = signature
 
@@ -232,8 +238,8 @@ class AutoAutoregressive(PersistentGuide, AutoContinuous):
     def get_transform(self, *args: object, **kwargs: object) -> ComposedTransform:
         """The transform from the base to the unconstrained space: the flow, then location and scale."""
         transform: ComposedTransform = self._registered_transform()
-        if self.prior.space.is_mapped:
-            density = self._bind(args, kwargs).density
+        if not self.coordinates.is_identity:
+            density = self.mapped_density(args, kwargs)
             transform = ComposedTransform(transform, ToUnconstrained(density))
         return transform
 

@@ -16,7 +16,7 @@ from .presets import AutoIAF
 from .prototype import one_more_run
 from .structured.structured_guide import AutoStructuredFlow
 
-# On chains AutoIAF is better by 0.01 nats at 43 latents, and worse and slower at 83 (benchmarks/choice.md).
+# On volatility paths AutoIAF is better by 0.01 nats at 43 latents, and worse and slower at 83.
 _MOST_FOR_IAF = 50
 
 

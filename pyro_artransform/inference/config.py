@@ -72,7 +72,7 @@ class EvaluationConfig:
 
     num_samples: int = 10_000  #: draws behind the verdict (as in Yao et al. 2018)
     #: additional draws, at most as many as the gradients of the fit, if only k-hat is in doubt: its
-    #: standard error falls from 0.09 to 0.05 (benchmarks/khat.md)
+    #: standard error falls from 0.09 to 0.05 for an index of 0.65
     num_more_samples: int = 90_000
     num_noisy_samples: int = 500  #: draws behind a verdict on weights with mini-batch noise
 

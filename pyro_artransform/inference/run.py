@@ -11,7 +11,7 @@ from typing import Any, cast
 
 import torch
 
-from .._base.arguments import first_of, naming_arguments
+from .._base.arguments import first_of
 from .._base.files import FilePath
 from .._base.progress import ProgressBar
 from .._base.time_limit import INTERRUPTED, OUT_OF_TIME, abandonable
@@ -79,41 +79,40 @@ def _find_start(set_up: SetUp) -> tuple[InitialGuide, str]:
             f"{first_of(missing)}. Make a new guide and set it up with all data before the fit, "
             "guide.set_up(*all_data), or use AutoIAF, or AutoAmortized if rows have latents of their own"
         )
-    model, _, args, kwargs, log_joint = set_up.subject
+    _, _, args, kwargs, log_joint = set_up.subject
     guide: object = set_up.subject.guide
     of_batch = set_up.objective if minibatches is None else minibatches.objective
     batch, config, limit = Batch(args, kwargs), set_up.config.initialization, set_up.limit
     until = CHAINS_UNTIL if chains is not None and chains.is_requested else _START_UNTIL
     limit.enter_phase(until)
-    with naming_arguments(model, *batch):
-        is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
-        density = whole = log_joint
-        if is_flow and minibatches is not None:
-            density = minibatches.mean_log_joint()
-            whole = minibatches.whole or density
-        elif is_flow and log_joint.is_random:
-            density = whole = MinibatchDensity(log_joint)
-        if is_flow:
-            with abandonable():
-                check_gradient(density, density.with_coordinates(None).start)
-        why_no_steps = "" if chains is None else chains.sample()
+    is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
+    density = whole = log_joint
+    if is_flow and minibatches is not None:
+        density = minibatches.mean_log_joint()
+        whole = minibatches.whole or density
+    elif is_flow and log_joint.is_random:
+        density = whole = MinibatchDensity(log_joint)
+    if is_flow:
+        with abandonable():
+            check_gradient(density, density.with_coordinates(None).start)
+    why_no_steps = "" if chains is None else chains.sample()
 
-        def chains_of(density: LogJoint) -> Ensemble | None:
-            first = DrawsFirst(set_up.subject._replace(log_joint=density), 0, limit, config)
-            first.sample()
-            return first.ensemble
+    def chains_of(density: LogJoint) -> Ensemble | None:
+        first = DrawsFirst(set_up.subject._replace(log_joint=density), 0, limit, config)
+        first.sample()
+        return first.ensemble
 
-        if is_flow and not density.is_random:
-            ensemble = chains_of(density) if chains is None else chains.ensemble
-            limit.enter_phase(until + _FOR_GUIDE)
-            of_start = whole, cast(FlowGuide, guide), ensemble, config
-            return find_start(*of_start, "" if chains is None else chains.failure), why_no_steps
-        if isinstance(guide, MinibatchGuide):
-            elbo_draws = set_up.objective.elbo_draws
-            initial = find_initial_minibatch_guide(
-                log_joint, guide, batch, elbo_draws, chains_of, config
-            )
-            return initial, why_no_steps
+    if is_flow and not density.is_random:
+        ensemble = chains_of(density) if chains is None else chains.ensemble
+        limit.enter_phase(until + _FOR_GUIDE)
+        of_start = whole, cast(FlowGuide, guide), ensemble, config
+        return find_start(*of_start, "" if chains is None else chains.failure), why_no_steps
+    if isinstance(guide, MinibatchGuide):
+        elbo_draws = set_up.objective.elbo_draws
+        initial = find_initial_minibatch_guide(
+            log_joint, guide, batch, elbo_draws, chains_of, config
+        )
+        return initial, why_no_steps
     return InitialGuide(UNCHANGED, math.nan), why_no_steps
 
 
@@ -252,7 +251,7 @@ def _judge(set_up: SetUp, training: Training, is_saved: bool) -> FitResult:
         culprits=dict(training.culprits),
         point_estimates=tuple(set_up.point_estimates),
         one_at_a_time=set_up.looped_because or subject.log_joint.reason,
-        coordinates=guide.prior.space.centered_by_site() if isinstance(guide, PriorGuide) else {},
+        coordinates=guide.coordinates.centered_by_site() if isinstance(guide, PriorGuide) else {},
         guide_class=type(guide).__name__,
         guide_reason=set_up.guide_reason,
     )

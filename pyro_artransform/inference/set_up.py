@@ -14,7 +14,7 @@ import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor, nn
 
-from .._base.arguments import first_of, naming_arguments, warn_user
+from .._base.arguments import first_of, warn_user
 from .._base.time_limit import TimeLimit
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..model import LogJoint
@@ -71,11 +71,10 @@ class SetUp:
             batches = list(stream.whole.one_pass(config.minibatch.num_compared))
             check_call(*batches[0])
         is_minibatch = not (stream is None or stream.whole.is_all_data)
-        with naming_arguments(model, *batches[0]):
-            if guide is None:
-                choice = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
-                guide, self.guide_reason = choice
-            self.subject = _run_once(model, guide, batches[0], stream)
+        if guide is None:
+            choice = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
+            guide, self.guide_reason = choice
+        self.subject = _run_once(model, guide, batches[0], stream)
         log_joint = self.subject.log_joint
         #: a sentence on why the posterior is the prior; empty if it is not
         self.prior_only = warn_of_prior(log_joint, (LogJoint(model, *b) for b in batches[1:]))

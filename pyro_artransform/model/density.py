@@ -6,7 +6,7 @@
 import copy
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property, lru_cache, partial
 from typing import Any
@@ -21,13 +21,13 @@ from torch.utils.checkpoint import checkpoint
 
 from .._base.arguments import values_can_be_read
 from .._base.differentiation import evaluate_with_gradient
-from .coordinates.gaussian_sites import LocScale
-from .coordinates.prior_map import Coordinates, PriorMap, SiteCoordinates, map_draws
+from .coordinates.coordinates import Coordinates, nan_terms
+from .coordinates.latent_mapper import LatentMapper
 from .coordinates.priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
 from .enumeration import marginal_log_prob
 from .handlers import FoundScale, SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
 from .initial_point import usable_point
-from .sites import Latents, LatentSpace, started_trace
+from .sites import Latents, started_trace
 from .traces import (
     ModelStructure,
     argument_signature,
@@ -256,7 +256,7 @@ class LogJoint:
         # a single draw takes a single run with any strategy
         strategy = self.strategy if len(z) > 1 else STRATEGIES[0]
         with pyro.validation_enabled(False):
-            return evaluate_many(self._evaluate, {"z": z}, strategy, _nan, chunk_size)["total"]
+            return evaluate_many(self._evaluate, {"z": z}, strategy, nan_terms, chunk_size)["total"]
 
     checked = checked
 
@@ -267,10 +267,11 @@ class LogJoint:
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         z = draws["z"]
-        plate, mapped = DrawPlate(size, self.num_plates), self.mapped_coordinates
+        plate = DrawPlate(size, self.num_plates)
+        mapped = {} if self.coordinates is None else self.coordinates.sites
         values, total = self.latents.constrain_with_ladj(z, mapped)
         placed = plate.place(values, self.latents.event_dims)
-        prior = PriorMap(mapped, {name: placed.pop(name) for name in mapped})
+        prior = LatentMapper(mapped, {name: placed.pop(name) for name in mapped})
         run = prior(self.run) if mapped else self.run
         if self.is_enumerated:
             run = partial(plate.run, poutine.condition(run, placed))
@@ -287,13 +288,9 @@ class LogJoint:
     def with_coordinates(self, coordinates: Coordinates | None) -> "LogJoint":
         """The log density in other coordinates, with their log-determinant."""
         other = copy.copy(self)
-        other.coordinates = coordinates
+        has_sites = coordinates is not None and coordinates.with_location
+        other.coordinates = coordinates if has_sites else None
         return other
-
-    @property
-    def mapped_coordinates(self) -> dict[str, SiteCoordinates]:
-        """The coordinates of latents that take them from the prior, by site."""
-        return LatentSpace(self.latents, self.coordinates).mapped
 
     @property
     def start(self) -> Tensor:
@@ -302,40 +299,19 @@ class LogJoint:
 
     def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Maps draws ``(n, latent_dim)`` to the unconstrained space; returns log-determinants, too."""
-        return self._map(z, is_inverse=False)
+        if self.coordinates is None:
+            return z, z.new_zeros(len(z))
+        return self.coordinates.to_unconstrained(z, self)
 
     def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Maps unconstrained points ``(n, latent_dim)`` to coordinates; returns log-determinants, too."""
-        z, ladj = self._map(u, is_inverse=True)
-        return z, -ladj
-
-    def _map(self, z: Tensor, is_inverse: bool) -> tuple[Tensor, Tensor]:
-        if not self.mapped_coordinates:
-            return z, z.new_zeros(len(z))
-        found = self._mapped(z, is_inverse)
-        return found["z"], found["total"]
-
-    def _mapped(self, z: Tensor, is_inverse: bool) -> Terms:
-        sites = self.mapped_coordinates
-        run, strategy, size = self.enumerated(self.run), STRATEGIES[0], None
-        if len(z) > 1:
-            strategy, size = self.strategy, self.chunk_size
-        elif any(site.num_factors for site in sites.values()):
-            pass  # which the model has to multiply
-        elif is_inverse and (nodes := self._nodes_at(z[0])):
-            run = partial(_sample, [nodes[name] for name in sites])
-        evaluate = partial(map_draws, run, self.latents, sites, self.num_plates, is_inverse)
-        with pyro.validation_enabled(False):
-            return evaluate_many(evaluate, {"z": z}, strategy, _nan, size)
-
-    def priors_at(self, z: Tensor) -> LocScale:
-        """Locations and scales ``(n, latent_dim)`` of the priors of latents with pseudo-data, at draws."""
-        found = self._mapped(z, is_inverse=False)
-        return LocScale(found["loc"], found["scale"])
+        if self.coordinates is None:
+            return u, u.new_zeros(len(u))
+        return self.coordinates.from_unconstrained(u, self)
 
     def prior_scales(self, u: Tensor) -> Tensor:
         """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
-        if not (nodes := self._nodes_at(u)):
+        if not (nodes := self.nodes_at(u)):
             nodes = traced_at(self.enumerated(self.run), self.latents.constrain(u)).nodes
         return scales_of(priors_of(nodes, self.latents, self.improper), self.latents, u)
 
@@ -356,7 +332,7 @@ class LogJoint:
         points = torch.stack([start, start + 0.1 * (1 + start.abs())])
         return find_mapped(self.enumerated(self.run), self.latents, points, self.improper)
 
-    def _nodes_at(self, u: Tensor) -> Mapping[str, Any]:
+    def nodes_at(self, u: Tensor) -> Mapping[str, Any]:
         """The latents of the known run if it was at this point, and not enumerated."""
         is_known = bool(self._nodes) and not self.is_enumerated and torch.equal(u, self._first)
         return self._nodes[0] if is_known else {}
@@ -380,16 +356,5 @@ def _quietly() -> Iterator[None]:
         yield
 
 
-def _sample(nodes: Iterable[Any]) -> None:
-    for node in nodes:
-        pyro.sample(node["name"], node["fn"])
-
-
 def _identities(args: Args, kwargs: Kwargs) -> list[Any]:
     return [*map(id, args), *((name, id(value)) for name, value in kwargs.items())]
-
-
-def _nan(draws: Draws) -> Terms:
-    """NaN terms, with a gradient, for a draw at which the model fails."""
-    z = draws["z"] * torch.nan
-    return {"z": z, "total": z.sum(), "loc": z, "scale": z}

@@ -16,7 +16,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from .coordinates.coordinates import ModelPrior
+from .density import Args, Kwargs, LogJoint
 from .graphs.markov_graph import MarkovGraph
 from .graphs.sparse_gaussian import SparseGaussian
 
@@ -40,15 +40,20 @@ class FlowGuide(ReparametrizedGuide, Protocol):
         """Becomes a Gaussian, by default of a new guide's scale; raises ``ValueError`` if it cannot."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The parameters of the guide, like a module's, with those of its coordinates."""
+        """The parameters of the guide, like a module's."""
 
 
 @runtime_checkable
 class PriorGuide(Protocol):
-    """A guide that holds its model's prior; flow guides draw in coordinates from it."""
+    """A guide with partially non-centred latents; flow guides draw in these coordinates."""
 
-    prior: ModelPrior
-    transform: Any  #: the torch transform from a standard normal to these draws
+    coordinates: Any  #: its :class:`Coordinates`; None before the first call
+    chooses_coordinates: bool  #: whether a fit may change lambda, in place
+    maps_priors: bool  #: False if the user asks for the model's coordinates
+    transform: Any  #: the torch transform from a standard normal to the draws
+
+    def log_joint_of(self, model: object, args: Args, kwargs: Kwargs) -> LogJoint | None:
+        """The log joint density that the guide knows, at these arguments; None for another model."""
 
 
 @runtime_checkable
@@ -89,8 +94,8 @@ class MinibatchGuide(Protocol):
         Draws in coordinates of the prior are mapped to the supports by the sites' bijections only.
         """
 
-    #: a ``ModelPrior`` with ``coordinates_of(latents)`` for the latents of a mini-batch
-    prior: Any
+    coordinates: Any  #: of one element of each plate
+    chooses_coordinates: bool
 
     def center_at(self, u: Tensor | None, log_joint: Any, share: float) -> float:
         """Sets lambda by the curvature at draws, or to 1; returns the largest change."""

@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from .coordinates.prior_scale import is_identity_or_exp
+from .coordinates.families import is_identity_or_exp
 from .sites import Latents
 
 # draws this near to the smallest number of a dtype are at its edge, and the share of them that matters

@@ -7,7 +7,7 @@ import copy
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from pyro import poutine
@@ -94,52 +94,6 @@ class Site:
         """Converts the dtype and the bounds of the support, for example by ``Tensor.double``."""
         dtype = fn(torch.empty(0, dtype=self.dtype, device="cpu")).dtype
         return replace(self, support=map_bounds(self.support, fn), dtype=dtype)
-
-
-class LatentSpace(NamedTuple):
-    """The latents of a model, some of them perhaps in coordinates from its prior."""
-
-    latents: "Latents"
-    coordinates: Any = None  #: :class:`~pyro_artransform.model.coordinates.prior_map.Coordinates`
-
-    @property
-    def is_mapped(self) -> bool:
-        """Whether mapping to the sites needs a run of the model."""
-        return self.coordinates is not None and not self.coordinates.is_identity
-
-    @property
-    def mapped(self) -> dict[str, Any]:
-        """The coordinates of each site that needs a run of the model."""
-        return self.coordinates.of_sites(self.latents) if self.is_mapped else {}
-
-    def to_sites(
-        self, parts: Mapping[str, Tensor], run: Callable[[], object] | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The value of each site, and the log-determinant of the map to it, of its batch shape.
-
-        :param parts: the part of each site, as ``Latents.place`` returns them, and known plate indices.
-        :param run: the model, for latents with coordinates from its prior; None if there are none.
-        """
-        sites, mapped = self.latents.sites, {} if run is None else self.coordinates.with_location
-        values, ladjs = dict(parts), dict[str, Tensor]()
-        for name, site in sites.items():
-            if name not in mapped:
-                values[name], ladjs[name] = site.constrain_with_ladj(parts[name])
-        prior: Any = run and self.coordinates.map(values, self.latents, run)
-        for name in mapped:
-            if name in prior.values:
-                values[name] = prior.values[name]
-                ladjs[name] = prior.ladjs[name] + prior.bijection_ladjs[name]
-            else:  # the site has data now
-                values[name], ladjs[name] = sites[name].constrain_with_ladj(parts[name])
-        return values, ladjs
-
-    def centered_by_site(self) -> dict[str, Tensor]:
-        """lambda by site, in its unconstrained shape; empty without coordinates."""
-        if (given := self.coordinates) is None:
-            return {}
-        parts = self.latents.split(given.centered.detach())
-        return {name: parts[name].clone() for name in parts if name in given.with_location}
 
 
 class Latents:

@@ -11,8 +11,8 @@ from torch import Tensor
 from .._base.arguments import first_of
 from .._base.time_limit import until_deadline
 from ..model import LogJoint
-from ..model.coordinates.coordinates import with_pseudo_data
-from ..model.coordinates.prior_map import Coordinates
+from ..model.coordinates.centering import with_gaussian_sites
+from ..model.coordinates.coordinates import Coordinates
 from ..model.vectorization import tolerance
 from .adaptation import StepSize, TrajectoryLength
 from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, LatentGaussianField
@@ -234,7 +234,7 @@ class AdaptiveChains:
             return
         known = State.cat(states[len(states) // 2 :])
         known = known.at(known.is_usable)
-        other = with_pseudo_data(self.log_joint, known.base, known.gradient)
+        other = with_gaussian_sites(self.log_joint, known.base, known.gradient)
         if other is self.log_joint:
             return
         if self._target.gaussian_sites is None:
@@ -259,9 +259,9 @@ class AdaptiveChains:
         densities, given = [self.log_joint], self.log_joint.coordinates
         if given is not None and bool(self._has_parents.any()):
             if given.gaussian_sites is not None:  # otherwise the captured density is shared
-                densities = [self.log_joint.with_coordinates(given.with_pseudo_data(None))]
+                densities = [self.log_joint.with_coordinates(given.with_gaussian_sites(None))]
             centered = given.centered.masked_fill(self._has_parents, 1.0)
-            other = Coordinates(centered, given.unit, given.with_location)
+            other = Coordinates(given.latents, given.with_location, centered, given.unit)
             densities.append(self.log_joint.with_coordinates(other))
         found = ((density, LatentGaussianField.of(density)) for density in densities)
         return next(((density, field) for density, field in found if field is not None), None)

@@ -40,7 +40,7 @@ import torch
 from torch import Tensor
 
 from ..model import LogJoint
-from ..model.coordinates.prior_scale import is_identity
+from ..model.coordinates.families import is_identity
 from ..model.graphs.dependencies import find_dependencies, value_and_gradient
 from ..model.graphs.markov_graph import MarkovGraph, color_columns
 from ..model.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian

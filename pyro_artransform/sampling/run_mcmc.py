@@ -10,12 +10,12 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
-from .._base.arguments import check_callable, check_integer, naming_arguments
+from .._base.arguments import check_callable, check_integer
 from .._base.check_call import check_call
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from ..model import LogJoint
-from ..model.coordinates.coordinates import non_centered
+from ..model.coordinates.centering import non_centered
 from ..model.prior_only import warn_of_prior
 from .chains import Chains, chains_of
 from .ensemble import Ensemble
@@ -99,9 +99,8 @@ def mcmc(
     ):
         limit.enter_phase(CHAINS_UNTIL)
         bar.say("chains")
-        with naming_arguments(model, args, kwargs):
-            log_joint = LogJoint(model, args, kwargs, init_loc_fn=init_loc_fn)
-            ensemble = from_nothing(log_joint, draws, num_chains)
+        log_joint = LogJoint(model, args, kwargs, init_loc_fn=init_loc_fn)
+        ensemble = from_nothing(log_joint, draws, num_chains)
         prior_only = warn_of_prior(log_joint)
         ensemble.run(draws)
         reason = limit.reason

@@ -129,7 +129,7 @@ class TransformedDensity:
         log_joint = self.log_joint
         if gaussian_sites:  # an input, since others have the same captured operations
             given: Any = log_joint.coordinates
-            given = given.with_pseudo_data(GaussianSites(*gaussian_sites))
+            given = given.with_gaussian_sites(GaussianSites(*gaussian_sites))
             log_joint = log_joint.with_coordinates(given)
         with torch.enable_grad():
             latent = latent.detach().requires_grad_()

@@ -14,8 +14,16 @@ from torch.distributions import Transform
 
 from ..flows.transforms.flow_module import call_and_ladj
 from ..flows.univariate import Univariate
-from ..model.vectorization import tolerance
-from .comparison import BATCH_SHAPES, DTYPES, check_gradient, default_dtype, equal, normal, require
+from .comparison import (
+    BATCH_SHAPES,
+    DTYPES,
+    check_gradient,
+    default_dtype,
+    equal,
+    normal,
+    require,
+    tolerance,
+)
 
 PARTS = ("value", "log-derivative")
 
@@ -47,7 +55,7 @@ def check_univariate(univariate: Univariate, *, dtype: torch.dtype = torch.float
         for gain in (10.0, 100.0):
             _check_large(family, gain * _params(family, dtype, 50), f"random, times {gain:g}")
         for way in ("map", "inverse"):
-            _check_alone(family, dtype, way)
+            _check_independence(family, dtype, way)
             _check_gradients(copy.deepcopy(family).double(), way)
     except AssertionError as error:
         raise AssertionError(f"{who}: {error}") from error
@@ -125,7 +133,7 @@ def _check_bijection(transform: Any, x: Tensor) -> None:
             equal(one, other, wanted, 10 * round_off, at=at)
 
 
-def _check_alone(family: Univariate, dtype: torch.dtype, way: str) -> None:
+def _check_independence(family: Univariate, dtype: torch.dtype, way: str) -> None:
     """Compares rows or coordinates alone with the same among others with large params."""
     params, x = 4 * _params(family, dtype, 3, 3), normal((3, 3), dtype, seed=1)
     for dim, others in enumerate(("rows", "coordinates")):

@@ -12,9 +12,9 @@ from pyro.distributions import transforms
 from torch import nn
 
 from pyro_artransform import AutoAutoregressive, affine_autoregressive, fit, iaf
-from pyro_artransform.testing import check_guide
 from tests.flows.transforms.test_foreign import WITHOUT_INVERSE, zuko_flow
 from tests.guides import models
+from tests.guides.test_contract import check_guide
 from tests.guides.training import train, trains
 
 ZUKO = {

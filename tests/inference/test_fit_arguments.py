@@ -11,26 +11,10 @@ import torch
 from pyro import distributions as dist
 from pyro.infer.autoguide import AutoDiagonalNormal, AutoNormal, AutoStructured
 
-from pyro_artransform import AutoIAF
-from pyro_artransform.sampling import mcmc
 from tests.inference import models
 from tests.inference.conftest import quick_fit
 
 few = partial(quick_fit, num_particles=4, progress=False)
-
-
-def test_integers_as_data_are_named():
-    """Those of outcomes that are 0 or 1, which torch does not multiply by numbers."""
-
-    def model(y):
-        p = pyro.sample("p", dist.Beta(2.0, 2.0))
-        with pyro.plate("rows", len(y)):
-            pyro.sample("y", dist.Bernoulli(p), obs=y)
-
-    with pytest.raises(
-        RuntimeError, match=r"'y' of shape \(3,\), of dtype torch.int64, where the default"
-    ):
-        few(model, torch.tensor([0, 1, 1]))
 
 
 def test_a_distribution_is_data():
@@ -40,34 +24,6 @@ def test_a_distribution_is_data():
         pyro.sample("y", dist.Normal(pyro.sample("z", prior), 1.0), obs=torch.ones(()))
 
     assert "z" in few(model, dist.Normal(0.0, 1.0), num_steps=2).guide.median()
-
-
-@pytest.mark.parametrize("guide", [None, AutoIAF], ids=["chosen", "given"])
-def test_errors_of_runs_name_the_arguments(guide):
-    """Those of torch, of shapes, and of Pyro, of parameters that are NaN, do not, nor those of arrays."""
-
-    def model(x, y):
-        slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 1.0))
-        with pyro.plate("rows", len(x)):
-            pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
-
-    x, y = torch.ones(5), torch.ones(5)
-    first = r"The arguments of the model are 'x' of shape \(5,\)"
-    for kind, args, words in [
-        (RuntimeError, (x, torch.ones(4)), r"; 'y' of shape \(4,\)$"),
-        (ValueError, (x / 0 - x / 0, y), r", 5 of 5 elements not finite; 'y' of shape \(5,\)$"),
-        (
-            ValueError,
-            (x, y.numpy()),
-            r"; 'y' of shape \(5,\), of type ndarray instead of a tensor",
-        ),
-        (ValueError, (x, torch.ones(5, 1)), r"; 'y' of shape \(5, 1\)$"),
-        (AttributeError, (x.numpy(), y), r", of type ndarray instead of a tensor .*; 'y' of "),
-    ]:
-        with pytest.raises(kind, match=first + words):
-            few(model, *([] if guide is None else [guide(model)]), *args)
-    with pytest.raises(AttributeError, match=first + words):
-        mcmc(model, *args, draws=10, progress=False)
 
 
 def test_what_the_param_store_had_is_said():

@@ -46,6 +46,20 @@ def test_a_correlated_gaussian_is_trusted():
     assert gap < 0.01
 
 
+@pytest.mark.parametrize("sd", [1e-4, 1e4])
+def test_a_posterior_of_any_width_takes_as_many_steps(sd):
+    def model():
+        loc = torch.full((2,), 3 * sd)
+        z = pyro.sample("z", dist.Normal(loc, 2 * sd).to_event(1))
+        # the product of both is of this sd
+        pyro.sample("y", dist.Normal(z, sd * (4 / 3) ** 0.5).to_event(1), obs=loc)
+
+    guide = small(model)
+    fit(model, guide, num_steps=200, num_particles=16, draws=0, progress=False)
+    found = guide.sample_posterior(4_000)["z"].std(0)
+    assert torch.allclose(found, torch.full((2,), sd), rtol=0.1)
+
+
 CASES = {
     "a correlated Gaussian": (models.gaussian, AutoNormal, 150),
     "two near modes": (partial(models.two_modes, 2, 4.0, 0.5), AutoNormal, 150),

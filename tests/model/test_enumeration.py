@@ -4,10 +4,8 @@
 """Sums over the states of discrete latents, many draws at once, against single draws and Pyro's sums."""
 
 import copy
-import sys
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 
 import pyro
 import pytest
@@ -18,8 +16,9 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.enumeration import _elimination
+from tests.model import enumerated_models
 
-# those of Pyro's tutorials and examples, as benchmarks/vectorization.md has them, on fewer data
+# examples of Pyro and NumPyro on fewer data
 SMALL = {
     **{"SERIES": 3, "STEPS": 6, "TONES": 5, "HIDDEN": 4},
     **{"ANIMALS": 20, "YEARS": 5, "ITEMS": 8},
@@ -47,14 +46,9 @@ def changepoint():
 
 @pytest.fixture
 def examples(monkeypatch):
-    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks")
-    import vectorization_models
-
     for name, value in SMALL.items():
-        monkeypatch.setattr(vectorization_models, name, value)
-    yield vectorization_models
-    for name in ("vectorization_models", "coordinates_models"):
-        sys.modules.pop(name)
+        monkeypatch.setattr(enumerated_models, name, value)
+    return enumerated_models
 
 
 @pytest.fixture(params=["changepoint", *NAMES])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pyro_artransform.model import LogJoint
-from pyro_artransform.model.coordinates.coordinates import non_centered, with_pseudo_data
+from pyro_artransform.model.coordinates.centering import non_centered, with_gaussian_sites
 from pyro_artransform.model.coordinates.factors import OtherUseError, find_factors
 from pyro_artransform.model.coordinates.gaussian_sites import GaussianSites, LocScale
 from pyro_artransform.model.graphs.dependencies import value_and_gradient
@@ -56,19 +56,19 @@ def of_positive():
 
 
 def chain():
-    """Locations depend on latents with pseudo-data."""
+    """Locations depend on latents with Gaussian sites."""
     scale = pyro.sample("scale", dist.HalfNormal(1.0))
     first = pyro.sample("first", dist.Normal(0.0, scale))
     second = pyro.sample("second", dist.Normal(first, scale))
     pyro.sample("y", dist.Normal(second, 0.5), obs=torch.tensor(0.7))
 
 
-def with_pseudo_data_at_random(model, dtype=torch.float64):
+def with_random_gaussian_sites(model, dtype=torch.float64):
     torch.manual_seed(0)
     log_joint = non_centered(LogJoint(model), with_shapes=True)
     size = log_joint.start.shape
     some = GaussianSites(4 * torch.rand(size, dtype=dtype), torch.randn(size, dtype=dtype))
-    return log_joint.with_coordinates(log_joint.coordinates.with_pseudo_data(some))
+    return log_joint.with_coordinates(log_joint.coordinates.with_gaussian_sites(some))
 
 
 @pytest.mark.parametrize("strategy", [None, "loop"])
@@ -76,7 +76,7 @@ def with_pseudo_data_at_random(model, dtype=torch.float64):
     "model", [centred, multiplied, horseshoe, by_vmap, of_positive, chain], ids=lambda m: m.__name__
 )
 def test_the_density_is_that_of_the_unconstrained_space(model, strategy):
-    log_joint = with_pseudo_data_at_random(model)
+    log_joint = with_random_gaussian_sites(model)
     if strategy is not None:
         log_joint.strategy = strategy
     x = torch.randn(5, len(log_joint.start))
@@ -109,7 +109,7 @@ def test_a_normal_likelihood_is_found_exactly(dtype, rtol):
         log_joint = non_centered(LogJoint(model), with_shapes=True)
         torch.manual_seed(0)
         x = 0.3 * torch.randn(40, 5)
-        found = with_pseudo_data(log_joint, x, value_and_gradient(log_joint, x)[1])
+        found = with_gaussian_sites(log_joint, x, value_and_gradient(log_joint, x)[1])
         precision, shift = found.coordinates.gaussian_sites
         expected = ERRORS.to(dtype) ** -2
         torch.testing.assert_close(precision[1:], expected, rtol=rtol, atol=0.0)
@@ -117,8 +117,8 @@ def test_a_normal_likelihood_is_found_exactly(dtype, rtol):
         assert precision[0] == 0
         _, gradient = value_and_gradient(found, x)
         torch.testing.assert_close(gradient[:, 1:], -x[:, 1:], rtol=100 * rtol, atol=100 * rtol)
-        # the same, from these pseudo-data
-        again = with_pseudo_data(found, x, gradient).coordinates.gaussian_sites
+        # the same, from these Gaussian sites
+        again = with_gaussian_sites(found, x, gradient).coordinates.gaussian_sites
         torch.testing.assert_close(again.precision, precision, rtol=10 * rtol, atol=0.0)
     finally:
         torch.set_default_dtype(torch.float64)
@@ -136,7 +136,7 @@ def test_where_draws_hardly_tell_a_precision_is_that_of_its_site():
     assert abs(float(alone.precision[2]) - 2.0) > 1.0
 
 
-def test_a_likelihood_that_is_not_concave_has_no_pseudo_data():
+def test_a_likelihood_that_is_not_concave_has_no_gaussian_site():
     z, ones = torch.randn(50, 1), torch.ones(50, 1)
     found = GaussianSites(*torch.zeros(2, 1)).refitted(
         z, 0.5 * z - z, LocScale(0 * ones, ones), [1]
@@ -219,7 +219,7 @@ def test_a_latent_that_is_used_in_another_way_later(other):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.sample("y", dist.Normal(z * tau if is_first else other(z), 1.0), obs=DATA)
 
-    log_joint = with_pseudo_data_at_random(model)
+    log_joint = with_random_gaussian_sites(model)
     assert log_joint(torch.zeros(3, 5)).isfinite().all()
     is_first = False
     with pytest.raises(OtherUseError, match="expected the model to multiply these latents"):

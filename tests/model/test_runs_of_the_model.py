@@ -45,7 +45,7 @@ def test_of_the_first_call_of_a_guide():
     model = Hierarchy()
     guide = AutoIAF(model)
     guide(Y)
-    assert set(guide.prior.space.centered_by_site()) == {"tau", "theta"}
+    assert set(guide.coordinates.centered_by_site()) == {"tau", "theta"}
     assert model.num_runs <= 4
     guide(Y)
     assert model.num_runs <= 5

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The models of the page on state spaces: shown as they are, the same by a loop and at once, and run."""
 
+import importlib
 import inspect
 import re
 import sys
@@ -22,10 +23,9 @@ PAGE = (ROOT / "docs" / "state_spaces.md").read_text()
 @pytest.fixture
 def models(monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import state_spaces_models
-
-    yield state_spaces_models
-    sys.modules.pop("state_spaces_models")
+    yield importlib.import_module("models.state_spaces")
+    for name in ("models", "models.state_spaces"):
+        sys.modules.pop(name)
 
 
 def test_the_page_shows_every_model(models):

@@ -3,23 +3,41 @@
 
 """Chains by replays of a captured density, beside those by calls."""
 
+from types import SimpleNamespace
+
 import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_artransform.model.replay import capture, recording
+from pyro_artransform.model.replay import capture, execution, recording
 from pyro_artransform.sampling import Ensemble, mcmc
 from tests.model.replay.test_capture import hierarchy
 
 
-def test_chains_are_the_same_with_and_without(monkeypatch):
-    found = []
-    for patience in (10**9, capture._PATIENCE):
-        monkeypatch.setattr(capture, "_PATIENCE", patience)
-        found.append(mcmc(hierarchy, draws=100, seed=0, progress=False, num_chains=8))
-    assert found[1].trusted
-    # chains amplify round-off
-    torch.testing.assert_close(*(each.by_chain["z"] for each in found), rtol=1e-4, atol=1e-4)
+def test_chains_are_the_same_by_calls_and_by_replays_with_and_without_torchscript(
+    monkeypatch, caplog
+):
+    execution._say_that_torchscript_is_missing.cache_clear()
+
+    def draws():
+        return mcmc(hierarchy, draws=100, seed=0, progress=False, num_chains=8)
+
+    found = [draws()]
+    assert not caplog.records
+    for name in ("Graph", "_create_function_from_graph"):
+        monkeypatch.delattr(torch._C, name)
+    # PyTorch itself calls these two
+    jit = SimpleNamespace(_builtins=torch.jit._builtins, is_scripting=lambda: False)
+    monkeypatch.setattr(torch, "jit", jit)
+    found += [draws(), draws()]
+    assert ["no TorchScript" in record.message for record in caplog.records] == [True]
+    monkeypatch.setattr(capture, "record", lambda *_: None)
+    found.append(draws())
+    assert all(each.trusted for each in found)
+    for each in found[:-1]:  # chains amplify round-off
+        torch.testing.assert_close(
+            each.by_chain["z"], found[-1].by_chain["z"], rtol=1e-4, atol=1e-4
+        )
 
 
 def test_draws_of_another_density_are_dropped(monkeypatch):

@@ -13,7 +13,7 @@ import torch
 from pyro.distributions import constraints
 
 from pyro_artransform.model import LogJoint
-from pyro_artransform.model.coordinates.coordinates import non_centered
+from pyro_artransform.model.coordinates.centering import non_centered
 from pyro_artransform.model.graphs.dependencies import value_and_gradient
 from pyro_artransform.sampling import Ensemble, mcmc
 from pyro_artransform.sampling.conditional_gaussian import ConditionalGaussian, LatentGaussianField

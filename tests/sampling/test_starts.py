@@ -7,7 +7,7 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.model import LogJoint
-from pyro_artransform.model.coordinates.coordinates import non_centered
+from pyro_artransform.model.coordinates.centering import non_centered
 from pyro_artransform.sampling import State, TransformedDensity
 from pyro_artransform.sampling.starts import (
     Starts,

@@ -8,24 +8,25 @@ from pyro.infer.autoguide import AutoContinuous, init_to_median
 from torch.distributions import biject_to
 
 from pyro_artransform._base.arguments import check_integer
-from pyro_artransform.flows.conditioners.activations import default_activation
-from pyro_artransform.flows.conditioners.masked_mlp import MaskedMLP
-from pyro_artransform.flows.transforms.autoregressive import AutoregressiveTransform
-from pyro_artransform.flows.transforms.composition import ComposedTransform
-from pyro_artransform.flows.transforms.conditioned import ConditionedUnivariate
-from pyro_artransform.flows.transforms.flow_distribution import FlowDistribution, standard_normal
-from pyro_artransform.flows.transforms.scales_and_tails import CompressedTails, LocationScale
-from pyro_artransform.flows.univariate.affine import Affine
+from pyro_artransform.flows import AutoregressiveTransform, FlowDistribution
+from pyro_artransform.flows.conditioners import MaskedMLP, default_activation
+from pyro_artransform.flows.transforms import (
+    ComposedTransform,
+    CompressedTails,
+    ConditionedUnivariate,
+    LocationScale,
+)
+from pyro_artransform.flows.transforms.flow_distribution import standard_normal
+from pyro_artransform.flows.univariate import Affine
 
 
 class AutoIAF(AutoContinuous):
     """
-    A guide whose flow is an inverse autoregressive flow on the unconstrained space of all
-    latents: a draw and its density are cheap.
+    A guide whose posterior is an inverse autoregressive flow on the unconstrained space of
+    all latents. A draw and its density take one evaluation of each network.
 
-    A new guide is ``Normal(init_loc, init_scale)``. Beyond 40 scales a draw goes only
-    logarithmically far (:class:`~pyro_artransform.flows.transforms.scales_and_tails.CompressedTails`),
-    so that models do not overflow.
+    A new guide is ``Normal(init_loc, init_scale)``. Tails beyond 40 scales are compressed
+    (:class:`~pyro_artransform.flows.transforms.CompressedTails`), so that models do not overflow.
 
     :param callable model: A Pyro model.
     :param int num_transforms: The number of autoregressive layers, whose order alternates.

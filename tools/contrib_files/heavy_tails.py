@@ -14,15 +14,8 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, Trace_ELBO
 
-from pyro_artransform import (
-    AutoregressiveTransform,
-    ComposedTransform,
-    ConditionedUnivariate,
-    FlowDistribution,
-    Hinged,
-    LocationScale,
-    Unconditional,
-)
+from pyro_artransform.flows import FlowDistribution, hinged_marginals
+from pyro_artransform.flows.transforms import ComposedTransform, LocationScale
 
 
 def model():
@@ -31,11 +24,9 @@ def model():
 
 
 def make_guide(with_hinges):
-    family = Hinged()
-    marginals = ConditionedUnivariate(Unconditional(2, family.num_params), family)
     parts = [LocationScale(torch.zeros(2), 1.0, full_rank=True)]
     if with_hinges:
-        parts.insert(0, AutoregressiveTransform(marginals))
+        parts.insert(0, hinged_marginals(2))
     flow = ComposedTransform(*parts)
 
     def guide():

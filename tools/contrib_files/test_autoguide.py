@@ -32,10 +32,9 @@ from pyro.infer.autoguide import (
 from pyro.infer.reparam import NeuTraReparam
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from pyro.optim import Adam
+from pyro_artransform.autoguide import AutoIAF
 from torch import nn
 from torch.distributions import constraints
-
-from pyro_artransform import AutoIAF
 
 ELBOS = [Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO]
 GUIDES = [

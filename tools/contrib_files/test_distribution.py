@@ -9,17 +9,15 @@ import pytest
 import torch
 from torch.distributions import transforms as T
 
-from pyro_artransform import (
-    Affine,
-    AutoregressiveTransform,
+from pyro_artransform.flows import (
+    FlowDistribution,
+    affine_autoregressive,
+    hinged_marginals,
+)
+from pyro_artransform.flows.transforms import (
     ComposedTransform,
     CompressedTails,
-    ConditionedUnivariate,
-    FlowDistribution,
-    Hinged,
     LocationScale,
-    MaskedMLP,
-    Unconditional,
 )
 
 
@@ -38,15 +36,13 @@ def redrawn(module):
 
 
 def affine(dim):
-    meta = ConditionedUnivariate(MaskedMLP(dim, 2, [16, 16]), Affine())
-    return redrawn(AutoregressiveTransform(meta))
+    return redrawn(affine_autoregressive(dim, [16, 16]))
 
 
 def hinges(dim, scale=5.0):
-    family = Hinged()
-    conditioner = Unconditional(dim, family.num_params)
-    t = redrawn(AutoregressiveTransform(ConditionedUnivariate(conditioner, family)))
-    conditioner.params.data.mul_(scale)
+    t = redrawn(hinged_marginals(dim))
+    with torch.no_grad():
+        t.meta.conditioner.params.mul_(scale)
     return t
 
 

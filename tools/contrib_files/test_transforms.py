@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_artransform import (
-    Affine,
+from pyro_artransform.flows.conditioners import MaskedInput, MaskedMLP
+from pyro_artransform.flows.transforms import (
     AutoregressiveTransform,
     ConditionedUnivariate,
-    MaskedInput,
-    MaskedMLP,
 )
+from pyro_artransform.flows.univariate import Affine
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,7 @@
 A masked autoregressive flow with the graph of a Markov chain, fitted to draws of that chain.
 
 The density of data takes one evaluation of the network, and a draw takes the inverse. The mean negative
-log-likelihood of new data ends near the entropy of the chain, which is the least that it can be.
+log-likelihood of new data ends near the entropy of the chain, which is a lower bound.
 """
 
 import argparse
@@ -15,12 +15,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 
-from pyro_artransform import (
-    Affine,
-    AutoregressiveTransform,
-    ConditionedUnivariate,
-    MaskedMLP,
-)
+from pyro_artransform.flows import affine_autoregressive
 
 NOISE = 0.5
 
@@ -37,8 +32,7 @@ def main(args):
     pyro.set_rng_seed(args.seed)
     dim = args.length
     neighbour = torch.ones(dim, dim).tril(-1).triu(-1).bool()  # i depends on i - 1
-    network = MaskedMLP(dim, 2, [8 * dim, 8 * dim], adjacency=neighbour)
-    transform = AutoregressiveTransform(ConditionedUnivariate(network, Affine()))
+    transform = affine_autoregressive(dim, [8 * dim, 8 * dim], adjacency=neighbour)
     base = dist.Normal(torch.zeros(dim), 1.0).to_event(1)
     flow = dist.TransformedDistribution(base, [transform.inv])
 

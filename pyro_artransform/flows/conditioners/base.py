@@ -38,8 +38,8 @@ class Blocks(Protocol):
     order: Tensor | None
     #: The number of coordinates before each level; ``depth + 1`` entries.
     levels: list[int]
-    #: The number of multiplications to evaluate one row; None if each level is a block.
-    work: int | None
+    #: Whether each block must be a single level.
+    single_levels: bool
 
     def open(self, start: int, stop: int) -> None:
         """Opens the block of levels ``start`` to ``stop - 1``."""

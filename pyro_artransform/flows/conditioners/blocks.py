@@ -53,6 +53,8 @@ class Weights(NamedTuple):
 class MLPBlocks:
     """The :class:`~.base.Blocks` of one network at one batch."""
 
+    single_levels: bool = False
+
     def __init__(
         self,
         layout: BlockLayout,
@@ -62,7 +64,6 @@ class MLPBlocks:
         like: Tensor,
     ) -> None:
         self.order, self.levels = order, layout.levels
-        self.work: int | None = sum(w.numel() for w in (*weights.inner, weights.last))
         self._units, self._weights, self._act = layout.units, weights, nonlinearity
         self._batch = like.shape[0]
         # the known inputs, the known units of each hidden layer, and the numbers of these columns
@@ -156,7 +157,7 @@ class MLPLinearization:
         slopes, rest, order, levels = slopes.mT, gradient, self.order, self.layout.levels
         if order is not None:
             slopes, rest = slopes[..., order], rest[..., order]
-        weights, done = self.weights.sorted_by(order), list[Tensor]()
+        weights, done = self.weights.sorted_by(order), []
         carried: Tensor | None = None  # the derivatives of later blocks in the last hidden units
         stop = len(levels) - 1
         while stop > 0:

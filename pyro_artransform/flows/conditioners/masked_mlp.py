@@ -10,7 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..._base.arguments import check_callable, check_flag, check_hidden_dims, check_integer
+from ..._base.arguments import (
+    check_callable,
+    check_flag,
+    check_hidden_dims,
+    check_integer,
+    is_tracing,
+)
 from .activations import is_elementwise, slope_of
 from .base import Conditioner
 from .blocks import BlockLayout, MLPBlocks, MLPLinearization, Weights
@@ -27,7 +33,7 @@ def check_input(
     x: Tensor, context: Tensor | None, input_dim: int, context_dim: int, dtype: torch.dtype | None
 ) -> None:
     """Raises a ValueError if x or the context has a wrong shape, or x a wrong dtype."""
-    if torch.jit.is_tracing():
+    if is_tracing():
         return  # sizes are tensors during tracing, and cannot be compared
     if x.shape[-1:] != (input_dim,):
         raise ValueError(f"x: expected shape (*, {input_dim}), got {tuple(x.shape)}")
@@ -200,7 +206,7 @@ class MaskedMLP(Conditioner):
 
     def linearize(self, x: Tensor, context: Tensor | None = None) -> MLPLinearization | None:
         """The conditioner at x, or None if :meth:`blocks` returns None."""
-        if not self._is_of_its_layers():
+        if not self._is_unmodified():
             return None
         self._check(x, context)
         masked, skip = self._masked()  # once, for values and derivatives
@@ -218,7 +224,7 @@ class MaskedMLP(Conditioner):
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> MLPBlocks | None:
         """None for a subclass with its own ``forward``, or with hooks, which blocks would skip."""
-        if not self._is_of_its_layers():
+        if not self._is_unmodified():
             return None
         self._check(x, context)
         weights = self._weights(*self._masked(), context).sorted_by(self._order())
@@ -227,8 +233,8 @@ class MaskedMLP(Conditioner):
     def _order(self) -> Tensor | None:
         return None if self._layout.natural else self.order
 
-    def _is_of_its_layers(self) -> bool:
-        """Whether the parameters come only from masked layers and activations."""
+    def _is_unmodified(self) -> bool:
+        """Whether parameters come only from the masked layers and activations, without hooks."""
         layers = self.layers if self.skip is None else [*self.layers, self.skip]
         plain = [runs_only(layer, MaskedLinear) for layer in layers]
         return all(plain) and runs_only(self, MaskedMLP)

@@ -1,14 +1,10 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Transforms: autoregressive transforms, composition, inversion, and Zuko's names for some of them."""
+"""Autoregressive transforms, compositions and inverses, with the names of Zuko for some of them."""
 
 from ..univariate import MonotonicAffineTransform, MonotonicRQSTransform
-from .autoregressive import (
-    AutoregressiveTransform,
-    ConditionalAutoregressiveTransform,
-    check_structure,
-)
+from .autoregressive import AutoregressiveTransform, ConditionalAutoregressiveTransform
 from .composition import (
     ComposedTransform,
     ConditionalComposedTransform,
@@ -17,6 +13,7 @@ from .composition import (
     chain,
 )
 from .conditioned import AutoregressiveMeta, ConditionedUnivariate
+from .flow_distribution import FlowDistribution
 from .flow_module import FlowModule, InverseTransformModule, inverse
 from .scales_and_tails import CompressedTails, LocationScale
 
@@ -28,6 +25,7 @@ __all__ = [
     "ConditionalAutoregressiveTransform",
     "ConditionalComposedTransform",
     "ConditionedUnivariate",
+    "FlowDistribution",
     "FlowModule",
     "InverseTransformModule",
     "LocationScale",
@@ -36,6 +34,5 @@ __all__ = [
     "PartitionTransform",
     "PermutationTransform",
     "chain",
-    "check_structure",
     "inverse",
 ]

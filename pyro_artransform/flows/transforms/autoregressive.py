@@ -15,12 +15,12 @@ from .conditioned import (
     AutoregressiveMeta,
     ContextMeta,
     Meta,
-    call_returned,
+    check_returned,
     is_right_by_construction,
 )
-from .flow_module import ConditionalFlowModule, FlowModule
+from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj_over_vectors
 from .inversion import at_solution, invert, invert_with_score
-from .score import closed_form
+from .score import score_by_substitution
 from .structure_check import StructureCheck
 
 
@@ -39,9 +39,10 @@ class AutoregressiveTransform(FlowModule):
         the depth of the dependency graph (D for a full graph, 2 for a coupling); ``None`` means exact.
     :param cache_size: as for :class:`~pyro_artransform.flows.transforms.FlowModule`.
 
-    With Pyro's validation on, the first call checks a ``meta`` that is not from this package, and warns if it
-    is not autoregressive, is random, or mixes the rows of a batch. An inverse that did not converge warns
-    with its residual.
+    With Pyro's validation on, the first call checks a ``meta`` that is not autoregressive by construction,
+    as a :class:`~pyro_artransform.flows.conditioners.MaskedMLP` is. It warns if the ``meta`` is not
+    autoregressive, is random, or mixes the rows of a batch. An inverse that did not converge warns with its
+    residual.
 
     Example::
 
@@ -64,50 +65,51 @@ class AutoregressiveTransform(FlowModule):
         self.structure = None if is_right_by_construction(meta) else StructureCheck()
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        meta = self.meta if self.structure is None else self._checked(x)
-        return call_returned(meta(x), x)
+        meta = self.meta if self.structure is None else self._checked_meta(x)
+        return call_and_ladj_over_vectors(check_returned(meta(x)), x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return invert(self._checked(y), y, self.passes)
+        return invert(self._checked_meta(y), y, self.passes)
 
     def inverse_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        found = invert_with_score(self._checked(y), y, score) if self.passes is None else None
+        found = None
+        if self.passes is None:
+            found = invert_with_score(self._checked_meta(y), y, score)
         return super().inverse_and_score(y, score) if found is None else found
 
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        return at_solution(self._checked(x), x, y)
+        return at_solution(self._checked_meta(x), x, y)
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        meta, found = self._checked(x), None
+        meta = self._checked_meta(x)
+        found = None
         if isinstance(meta, AutoregressiveMeta) and not meta.batch_shape:
-            found = closed_form(meta, x, score.detach())
+            found = score_by_substitution(meta, x, score.detach())
         return super().call_and_score(x, score) if found is None else found
 
-    def _checked(self, x: Tensor) -> Meta:
-        """The meta; if it needs a check, x is validated, and a warning about its faults given once."""
-        check, meta = self.structure, self.meta
-        if check is not None:
-            if x.dim() == 0 or not x.is_floating_point():
-                raise ValueError(
-                    f"expected floating-point numbers of shape (*, D), got {x.dtype} of {tuple(x.shape)}"
-                )
-            if is_validation_enabled() and not check.done and (f := check.fault_if_due(meta, x)):
-                warn_user(f"AutoregressiveTransform: {f}", UserWarning)
-        return meta
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        batch = self.meta.batch_shape if isinstance(self.meta, AutoregressiveMeta) else ()
+        return torch.broadcast_shapes(shape, (*batch, shape[-1])) if batch else shape
+
+    inverse_shape = forward_shape
+
+    def _checked_meta(self, x: Tensor) -> Meta:
+        """The meta. If it needs a check, x is validated, and faults are reported in one warning."""
+        check = self.structure
+        if check is None:
+            return self.meta
+        if x.dim() == 0 or not x.is_floating_point():
+            raise ValueError(
+                f"expected floating-point numbers of shape (*, D), got {x.dtype} of {tuple(x.shape)}"
+            )
+        if is_validation_enabled() and not check.done:
+            fault = check.fault_if_due(self.meta, x)
+            if fault:
+                warn_user(f"AutoregressiveTransform: {fault}", UserWarning)
+        return self.meta
 
     def extra_repr(self) -> str:
         return "" if self.passes is None else f"passes={self.passes}"
-
-
-class _AtContext(AutoregressiveTransform):
-    """An autoregressive transform given a context, whose batch shape broadcasts with that of x."""
-
-    meta: ContextMeta
-
-    def forward_shape(self, shape: torch.Size) -> torch.Size:
-        return torch.broadcast_shapes(shape, (*self.meta.batch_shape, shape[-1]))
-
-    inverse_shape = forward_shape
 
 
 class ConditionalAutoregressiveTransform(ConditionalFlowModule):
@@ -131,7 +133,7 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         """The transform given a context ``(*, C)``, whose batch shape broadcasts with that of x."""
         if not isinstance(context, Tensor):
             raise ValueError(f"context: expected a tensor of shape (*, C), got {context!r}")
-        conditioned = _AtContext(ContextMeta(self.meta, context), self.passes)
+        conditioned = AutoregressiveTransform(ContextMeta(self.meta, context), self.passes)
         conditioned.structure = self.structure
         return conditioned
 

@@ -134,8 +134,8 @@ def chain(transforms: Sequence[AnyTransform]) -> ComposedTransform | Conditional
 
     Example::
 
-        >>> from pyro_artransform import affine_autoregressive
-        >>> t = chain([affine_autoregressive(3), affine_autoregressive(3, order=[2, 1, 0])])
+        >>> from pyro_artransform import iaf, spline_autoregressive
+        >>> t = chain([spline_autoregressive(3), iaf(3)])
         >>> t.inv(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
@@ -184,7 +184,7 @@ class PartitionTransform(FlowModule):
 
     .. math:: y_{S_k} = T_k(x_{S_k})
 
-    :param parts: pairs of the coordinates of a set, and a transform of this package for vectors of that size.
+    :param parts: pairs of the coordinates of a set, and a :class:`FlowModule` for vectors of that size.
     :raises ValueError: if the sets are not a partition of 0 .. D-1.
     """
 

@@ -1,10 +1,11 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The interface of metas, and the meta composed of a conditioner and a univariate family.
+"""Metas: functions that return a transform for each x, made of a conditioner and a univariate family.
 
-A meta is any callable that returns a torch transform for x of shape ``(*, D)``. A :class:`AutoregressiveMeta`
-describes its graph, and its inverse costs about as much as one evaluation.
+Any function that returns a torch transform for x of shape ``(*, D)`` is a meta. An
+:class:`AutoregressiveMeta` also describes its dependency graph, so that its inverse costs about as much as
+one evaluation.
 """
 
 from collections.abc import Callable
@@ -14,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from ..._base.arguments import check_broadcast
+from ..._base.arguments import check_broadcast, is_tracing
 from ..conditioners import Blocks, Conditioner, Linearization
 from ..conditioners.masked_mlp import runs_only
 from ..univariate import Univariate
 from ..univariate.base import ElementwiseTransform
-from .flow_module import call_and_ladj_over_vectors
 
 Meta = Callable[[Tensor], Transform]
 
@@ -81,14 +81,6 @@ def check_returned(value: object) -> Transform:
     return value
 
 
-def call_returned(value: object, x: Tensor) -> tuple[Tensor, Tensor]:
-    """The value of a meta's transform at x ``(*, D)``, and its log-determinant ``(*,)``."""
-    if isinstance(value, ElementwiseTransform):
-        y, ladj = value.call_and_ladj(x)
-        return y, ladj.sum(-1)
-    return call_and_ladj_over_vectors(check_returned(value), x)
-
-
 #: Classes that may declare to be autoregressive; a conditioner that returns transforms is a meta too.
 SELF_DESCRIBING = (AutoregressiveMeta, Conditioner)
 
@@ -137,17 +129,17 @@ class ConditionedUnivariate(AutoregressiveMeta):
     def blocks(
         self, y: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
-        if self._is_of_its_parts():
+        if self._is_unmodified():
             return self.conditioner.blocks(*_as_rows(y, context), in_place=in_place)
         return None
 
     def linearize(self, x: Tensor, context: Tensor | None = None) -> Linearization | None:
-        if self._is_of_its_parts():
+        if self._is_unmodified():
             return self.conditioner.linearize(*_as_rows(x, context))
         return None
 
-    def _is_of_its_parts(self) -> bool:
-        """Whether its values come only from the conditioner and the family."""
+    def _is_unmodified(self) -> bool:
+        """Whether transforms come only from the conditioner and the family, without hooks."""
         family = self.univariate
         return runs_only(self, ConditionedUnivariate) and runs_only(family, type(family))
 
@@ -204,9 +196,9 @@ class ContextMeta(AutoregressiveMeta):
         return self.meta(self.expand(x), self._context_for(x.dim()))
 
     def _context_for(self, dim: int) -> Tensor:
-        """Drops leading dimensions of size 1 from the context that x, with ``dim`` dimensions, lacks."""
+        """The context for x with ``dim`` dimensions, without leading dimensions of size 1 that x lacks."""
         context = self.context
         # sizes are tensors during tracing, and cannot be compared
-        while context.dim() > dim and not torch.jit.is_tracing() and context.shape[0] == 1:
+        while context.dim() > dim and not is_tracing() and context.shape[0] == 1:
             context = context[0]
         return context

@@ -22,15 +22,15 @@ def standard_normal(zeros: Tensor) -> Any:
 class FlowDistribution(dist.TransformedDistribution):
     """A transformed distribution that stores its last draw with the log density there.
 
-    A plain ``TransformedDistribution`` inverts a transform of this package to score its own draw; here
-    value and log density come from one evaluation. The stored density is not used if the draw was edited
-    in place (except through ``draw.data``, which cannot be detected), or if it lacks gradients that are now
-    needed. It is that of the parameters when the value was drawn, with its graph, so create a new object in
-    each step, as models and guides do.
+    A plain ``TransformedDistribution`` inverts a :class:`~pyro_artransform.flows.transforms.FlowModule`,
+    which has no cache, to score its own draw; here value and log density come from one evaluation. The
+    stored density is not used if the draw was edited in place (except through ``draw.data``, which cannot be
+    detected), or if it lacks gradients that are now needed. It is that of the parameters when the value was
+    drawn, with its graph, so create a new object in each step, as models and guides do.
 
     :param base_distribution: the distribution of the argument.
-    :param transforms: a single transform, of this package or any other, or a module that makes one, such as
-        a flow of Zuko, whose own base is not used; combine several with
+    :param transforms: a single transform, or a module that makes one, such as a flow of Zuko, whose own base
+        is not used; combine several with
         :class:`~pyro_artransform.flows.transforms.ComposedTransform`.
     :raises TypeError: for anything else.
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The base classes of the transforms of this package."""
+"""The base class of transforms of vectors, inverses, and a function that evaluates any torch transform."""
 
 import copy
 import weakref
@@ -157,12 +157,14 @@ class ConditionalFlowModule(ConditionalTransformModule):
 
 
 def inverse(transform: FlowModule) -> FlowModule:
-    """The inverse of a transform of this package, ``transform.inv``, a module with the same parameters."""
+    """The inverse ``transform.inv``, a module with the same parameters.
+
+    :raises TypeError: if the transform is not a :class:`FlowModule`.
+    """
     if not isinstance(transform, FlowModule):
         raise TypeError(
-            f"expected a transform of this package, got {type(transform).__name__}: "
-            "ComposedTransform(transform) makes one of any torch transform; if it is conditional, condition "
-            "it first"
+            f"expected a FlowModule, got {type(transform).__name__}: ComposedTransform(transform) makes one "
+            "of any torch transform; if it is conditional, condition it first"
         )
     return transform.inv
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Transforms from elsewhere, such as Pyro's and Zuko's, in the interface of this package."""
+"""Any other transforms, such as those of torch, Pyro and Zuko, as a :class:`FlowModule`."""
 
 from typing import Any, Protocol, runtime_checkable
 
@@ -21,10 +21,10 @@ class DensityByTransform(Protocol):
 
 
 class ForeignTransform(FlowModule):
-    """Wraps a transform from elsewhere in the interface of this package.
+    """Wraps any other transform as a :class:`FlowModule`.
 
-    Some transforms of Pyro have no inverse. They have draws with densities, and gradients of these; what
-    needs the inverse raises a ``NotImplementedError``.
+    Some transforms of Pyro have no inverse: their draws have densities with gradients, but the inverse
+    raises a ``NotImplementedError``.
 
     :param source: a torch transform; or a module that, called without arguments, returns a transform or a
         :class:`DensityByTransform`, which is used in the direction of its draws.
@@ -35,26 +35,26 @@ class ForeignTransform(FlowModule):
         super().__init__()
         self.source = source
         try:
-            made = self._made()
+            made = self._make_transform()
         except (TypeError, NotImplementedError) as error:  # as of a module that needs arguments
-            raise TypeError(_refusal(source)) from error
+            raise TypeError(_wrong_source(source)) from error
         self.domain, self.codomain = made.domain, made.codomain
         self.bijective = made.bijective
 
-    def _made(self) -> Transform:
+    def _make_transform(self) -> Transform:
         """The transform, made by the source in each call if it is not the source itself."""
         made = self.source if isinstance(self.source, Transform) else self.source()
         made = made.transform.inv if isinstance(made, DensityByTransform) else made
         if not isinstance(made, Transform):
-            raise TypeError(_refusal(self.source))
+            raise TypeError(_wrong_source(self.source))
         return made
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return call_and_ladj(self._made(), x)
+        return call_and_ladj(self._make_transform(), x)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         try:
-            return call_and_ladj(self._made().inv, y)
+            return call_and_ladj(self._make_transform().inv, y)
         except (KeyError, NotImplementedError) as error:  # Pyro's ways of saying so
             raise NotImplementedError(
                 f"{type(self.source).__name__} has no inverse, so only the densities of its own draws are "
@@ -79,13 +79,13 @@ class ForeignTransform(FlowModule):
             return new, -self.call_and_ladj(new)[1]
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
-        return self._made().forward_shape(shape)
+        return self._make_transform().forward_shape(shape)
 
     def inverse_shape(self, shape: torch.Size) -> torch.Size:
-        return self._made().inverse_shape(shape)
+        return self._make_transform().inverse_shape(shape)
 
 
-def _refusal(source: object) -> str:
+def _wrong_source(source: object) -> str:
     kind = type(source).__name__
     if isinstance(source, nn.Module):
         kind = f"the module {kind}"
@@ -96,5 +96,5 @@ def _refusal(source: object) -> str:
 
 
 def as_flow(transform: Any) -> FlowModule:
-    """A transform, or a module that makes one, in the interface of this package."""
+    """A transform, or a module that makes one, as a :class:`FlowModule`."""
     return transform if isinstance(transform, FlowModule) else ForeignTransform(transform)

@@ -11,8 +11,7 @@ Each pass makes the next level of the graph exact. With :math:`M = \partial u / 
 triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`, and is the limit of
 :math:`v \leftarrow g + M^\top v`. Both are exact after as many passes as the depth of the graph.
 
-By blocks of levels of the graph, an exact inverse costs about one evaluation. Large blocks are best if the
-overhead of calls dominates (small batches, accelerators), small ones if arithmetic does.
+By blocks of levels of the graph, an exact inverse costs about one evaluation.
 
 **References**
 
@@ -21,7 +20,6 @@ overhead of calls dominates (small batches, accelerators), small ones if arithme
 2. Deep Equilibrium Models (Bai, Kolter, Koltun, 2019), https://arxiv.org/abs/1909.01377
 """
 
-from functools import lru_cache
 from math import nan
 from typing import Any
 
@@ -102,7 +100,7 @@ def _by_passes(
     most = passes or depth or y.shape[-1] + 1
     x = torch.zeros_like(y)
     for _ in range(most):
-        point = _finite(x)
+        point = _without_overflow(x)
         transform = check_returned(meta(point))
         new = transform.inv(y)
         # changes by more than round-off, which the map may amplify from pass to pass
@@ -131,55 +129,45 @@ def _by_passes(
     return x, -ladj, point
 
 
-def _finite(x: Tensor) -> Tensor:
+def _without_overflow(x: Tensor) -> Tensor:
     """Replaces overflows of early passes: infinity times a masked zero would spoil exact coordinates."""
-    large = largest(x)
+    large = _bound(x)
     return x.nan_to_num(0.0, large, -large).clamp(-large, large)
 
 
-@lru_cache(maxsize=1024)
-def block_size(depth: int, batch: int, input_dim: int, num_params: int, work: int) -> int:
-    """The number of levels per block that is expected to be fastest on a CPU.
+def _block_size(depth: int, elements: int) -> int:
+    """The number of levels per block for some number of rows times parameters, on a CPU.
 
-    :param work: the number of multiplications to evaluate one row.
+    Large blocks save calls. If there are many elements, the few passes in each block cost more than calls.
     """
-
-    def cost(size: int) -> float:
-        # in nanoseconds on one core
-        blocks = -(-depth // size)
-        passes = min(size, 5)  # 5 to 7 for networks at PyTorch's default scale, for D of 8 to 512
-        # overhead of opening and closing a block, of reading its rows, and of calls
-        calls = 70e3 + batch * 120.0 + passes * 15e3 * num_params
-        products = work * ((1 - 1 / blocks) / 2 + passes / blocks)
-        elements = input_dim * num_params * passes
-        return blocks * calls + batch * (0.032 * products + 4.0 * elements)
-
-    return min({-(-depth // min(2**k, depth)) for k in range(depth.bit_length() + 1)}, key=cost)
+    if elements <= 4096:
+        return 64 if elements > 256 else 128
+    return 16 if depth > 16 else 1
 
 
 def by_blocks(
     family: Univariate, blocks: Blocks, y: Tensor, size: int | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The inverse by blocks of levels, by default of the best size.
+    """The inverse by blocks of ``size`` levels.
 
     With size 1 no value is read, so that autograd can differentiate it.
     """
-    large = largest(y)
+    large = _bound(y)
     clean = y.nan_to_num(0.0, large, -large)
     rows, levels = clean.reshape(-1, y.shape[-1]), blocks.levels
     rows = rows if blocks.order is None else rows[:, blocks.order]
     depth = len(levels) - 1
-    if blocks.work is None:
+    if blocks.single_levels:
         size = 1
     elif size is None:  # on an accelerator calls cost far more than arithmetic
-        sizes = depth, len(rows), y.shape[-1], family.num_params, blocks.work
-        size = block_size(*sizes) if y.device.type == "cpu" else depth
+        is_cpu = y.device.type == "cpu"
+        size = _block_size(depth, len(rows) * family.num_params) if is_cpu else depth
     start, done = 0, []
     while start < depth:
         stop = min(start + size, depth)
         blocks.open(start, stop)
         block = rows[:, levels[start] : levels[stop]]
-        x, ladj, exact = _settle(family, blocks, block, stop - start)
+        x, ladj, exact = _solve_block(family, blocks, block, stop - start)
         if exact < stop - start:
             # passes converge slowly here: keep the exact levels, and continue with smaller blocks
             stop, size = start + exact, max(size // 4, 1)
@@ -199,13 +187,13 @@ def by_blocks(
     return x.reshape(y.shape) + (y - clean), ladj.sum(-1).reshape(y.shape[:-1])
 
 
-def _settle(
+def _solve_block(
     family: Univariate, blocks: Blocks, y: Tensor, depth: int
 ) -> tuple[Tensor, Tensor, int]:
     """x and log-determinants by coordinate in the open block, and the number of exact levels."""
     if depth == 1:
         return *call_and_ladj(family.forward(blocks.params(None)).inv, y), 1
-    large, unit = largest(y), 2 * torch.finfo(y.dtype).eps
+    large, unit = _bound(y), 2 * torch.finfo(y.dtype).eps
     x = y  # a better guess than zeros, since trained layers are near the identity
     for k in range(1, min(depth, _MAX_PASSES) + 1):
         new, ladj = call_and_ladj(family.forward(blocks.params(x)).inv, y)
@@ -218,8 +206,8 @@ def _settle(
     return x, ladj, k
 
 
-def largest(y: Tensor) -> float:
-    """A bound above all plausible values, for which sums of products stay finite."""
+def _bound(y: Tensor) -> float:
+    """A bound above all plausible values, at which sums of products stay finite."""
     return torch.finfo(y.dtype).max ** 0.75
 
 
@@ -237,7 +225,7 @@ def _with_gradient(
     meta: Meta, x: Tensor, y: Tensor, values: tuple[Tensor, Tensor] | None
 ) -> tuple[Tensor, Tensor]:
     """Evaluates at x with a graph; returns the given ``values``, if any, with that graph."""
-    point = _finite(x.detach()).requires_grad_()
+    point = _without_overflow(x.detach()).requires_grad_()
     out, ladj = call_and_ladj_over_vectors(meta(point).inv, y)
     values = (out.detach(), ladj.detach()) if values is None else values
     if not (y.requires_grad or has_other_leaves([out, ladj], point)):

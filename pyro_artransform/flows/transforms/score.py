@@ -16,25 +16,25 @@ from .conditioned import AutoregressiveMeta
 from .flow_module import call_and_ladj
 
 
-def closed_form(
+def score_by_substitution(
     meta: AutoregressiveMeta, x: Tensor, score: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """The value, the log-determinant and the score; None without a linearization."""
+    """The value, its log-determinant, and the score at the value; None without a linearization."""
     if meta.depth == 1:
-        return _by_coordinate(meta, x, score)
+        return _elementwise_score(meta, x, score)
     linearization = meta.linearize(x)
     if linearization is None:
         return None
     rows = x.reshape(-1, x.shape[-1])
     family, params = meta.family, linearization.params
     at = family.derivatives(params, rows) or _derivatives(family, params, rows)
-    rest = score.reshape(rows.shape)
+    right = score.reshape(rows.shape)
     if at.ladj_by_x is not None:
-        rest = rest - at.ladj_by_x
+        right = right - at.ladj_by_x
     if at.ladj_by_params is not None:
-        rest = rest - linearization.pull_back(at.ladj_by_params)
-    # J is diag(slope) (1 - N), where N has these slopes
-    u = linearization.solve_adjoint(at.inverse_by_params, rest) * (-at.ladj.detach()).exp()
+        right = right - linearization.pull_back(at.ladj_by_params)
+    # J = diag(slope) (I - N), with N as in solve_adjoint for the slopes inverse_by_params
+    u = linearization.solve_adjoint(at.inverse_by_params, right) * (-at.ladj.detach()).exp()
     return at.y.reshape(x.shape), at.ladj.sum(-1).reshape(x.shape[:-1]), u.reshape(x.shape)
 
 
@@ -54,10 +54,10 @@ def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
     return Derivatives(y, ladj, inverse, *volume)
 
 
-def _by_coordinate(
+def _elementwise_score(
     meta: AutoregressiveMeta, x: Tensor, score: Tensor
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """:func:`closed_form` for a diagonal J, without dependencies; None if the transform is of vectors."""
+    """:func:`score_by_substitution` for a diagonal J; None if the transform is of vectors."""
     with torch.enable_grad():
         point = x if x.requires_grad else x.detach().requires_grad_()
         y, ladj = call_and_ladj(meta(point), point)

@@ -7,9 +7,10 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
-import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, constraints
+
+from ..._base.arguments import is_tracing
 
 T = TypeVar("T")
 
@@ -29,7 +30,7 @@ def split_params(params: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
     :raises ValueError: if the last dimension is not the sum of the sizes.
     """
-    if torch.jit.is_tracing():  # TorchScript cannot differentiate a split
+    if is_tracing():  # TorchScript cannot differentiate a split
         ends = accumulate(sizes)
         return [params[..., end - size : end] for size, end in zip(sizes, ends)]
     if params.shape[-1:] != (sum(sizes),):

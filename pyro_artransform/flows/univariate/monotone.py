@@ -6,7 +6,7 @@
 import torch
 from torch import Tensor
 
-from ..._base.arguments import check_broadcast, check_integer, values_can_be_read
+from ..._base.arguments import check_broadcast, check_integer, is_tracing, values_can_be_read
 from .affine import soft_bound
 from .base import ElementwiseTransform, Univariate, split_params
 
@@ -103,12 +103,14 @@ class MonotoneNeuralTransform(MonotoneTransform):
 
     def __init__(self, shift: Tensor, slopes: Tensor, knots: Tensor, softness: Tensor) -> None:
         super().__init__()
-        if not torch.jit.is_tracing():  # sizes are tensors during tracing, and cannot be compared
+        if not is_tracing():  # sizes are tensors during tracing, and cannot be compared
             units = knots.shape[-1] if knots.dim() else 0
             if units < 1 or slopes.shape[-1:] != (units + 1,):
-                wanted = "slopes of shape (*, D, K + 1) and knots of shape (*, D, K) with K >= 1"
                 got = f"{tuple(slopes.shape)} and {tuple(knots.shape)}"
-                raise ValueError(f"expected {wanted}, got {got}")
+                raise ValueError(
+                    "expected slopes of shape (*, D, K + 1) and knots of shape (*, D, K) with K >= 1, "
+                    f"got {got}"
+                )
             shapes = shift.shape, slopes.shape[:-1], knots.shape[:-1], softness.shape
             check_broadcast("batch shapes of shift, slopes, knots and softness", *shapes)
         count = knots.shape[-1]

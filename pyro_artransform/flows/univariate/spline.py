@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..._base.arguments import check_broadcast, check_integer, check_positive
+from ..._base.arguments import check_broadcast, check_integer, check_positive, is_tracing
 from .base import ElementwiseTransform, Univariate, split_params
 
 # The arc tangent times this is below 1. It bounds the log-slope of a bin relative to the others, and the log
@@ -65,12 +65,14 @@ class MonotonicRQSTransform(ElementwiseTransform):
     ) -> None:
         super().__init__()
         tables = widths, heights, derivatives
-        if not torch.jit.is_tracing():  # sizes are tensors during tracing, and cannot be compared
+        if not is_tracing():  # sizes are tensors during tracing, and cannot be compared
             bins = widths.shape[-1] if widths.dim() else 0
             if bins < 2 or [t.shape[-1:] for t in tables[1:]] != [(bins,), (bins - 1,)]:
-                wanted = "widths, heights and derivatives of shapes (*, K), (*, K) and (*, K - 1)"
                 got = ", ".join(str(tuple(t.shape)) for t in tables)
-                raise ValueError(f"expected {wanted} with K >= 2, got {got}")
+                raise ValueError(
+                    "expected widths, heights and derivatives of shapes (*, K), (*, K) and (*, K - 1) "
+                    f"with K >= 2, got {got}"
+                )
         batches = [t.shape[:-1] for t in tables]
         check_broadcast("batch shapes of widths, heights and derivatives", *batches)
         self.bound = check_positive("bound", bound)

@@ -14,14 +14,15 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..._base.arguments import check_callable, check_integer, check_positive, names_the_class
-from ...model.coordinates.coordinates import CoordinatesArgument
+from ..._base.arguments import check_callable, check_integer, check_positive, is_tracing
+from ...model.coordinates.centering import CoordinatesArgument
 from ...model.density import MOST_SIGNATURES, Args, Kwargs, LogJoint
 from ...model.traces import argument_signature
 from ..distributions import SiteDelta, check_flow_argument
 from ..persistence.persistent_guide import Model, PersistentGuide
 from ..persistence.spec import GuideSpec
 from ..prototype import compare_names, one_more_run, refuse_moving_structure, sites_by_name
+from .element_map import ElementMap, center_elements, center_elements_at_start, mean_start
 from .encoder import Encoder, check_encoder, first_feature_units
 from .plates import (
     GivenIndices,
@@ -37,7 +38,6 @@ from .plates import (
     plates_of_user,
     plates_were_dropped,
 )
-from .prior_map import ElementPrior
 from .variational_posterior import (
     AmortizedPosterior,
     MakeFlow,
@@ -126,9 +126,7 @@ class AutoAmortized(PersistentGuide):
     _num_quantile_draws = 2_000
     _functions = (*PersistentGuide._functions, "create_plates")
     _found_arguments = (*PersistentGuide._found_arguments, "feature_dims", "feature_units")
-    prior: ElementPrior
 
-    @names_the_class
     def __init__(
         self,
         model: Model,
@@ -152,7 +150,7 @@ class AutoAmortized(PersistentGuide):
             "embedding_dim": check_integer("embedding_dim", embedding_dim),
             "init_scale": check_positive("init_scale", init_scale),
         }
-        super().__init__(model, init_loc_fn, arguments, ElementPrior(coordinates))
+        super().__init__(model, init_loc_fn, arguments, coordinates)
         if create_plates is not None:
             self.create_plates = check_callable("create_plates", create_plates)
         self._make_flow = flow, local_flow
@@ -184,9 +182,11 @@ class AutoAmortized(PersistentGuide):
         arguments = {**self._arguments, "feature_dims": feature_dims, "feature_units": units}
         arguments |= self._found_in_model(args, kwargs, bool(dependent))
         self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start)
-        if self.prior.coordinates is not None:
-            self.prior.center_at_start(1 / self.prior.log_joint.structure(args, kwargs).scale)
-            self._posterior.locate_at(self.prior.start(self.prior.log_joint))
+        if (coordinates := self.prior_coordinates) is not None:
+            density = self._bind((), {})
+            share = 1 / density.structure(args, kwargs).scale
+            center_elements_at_start(coordinates, self._requested, density, share)
+            self._posterior.locate_at(mean_start(coordinates, density))
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
@@ -239,7 +239,7 @@ class AutoAmortized(PersistentGuide):
             with entered(plates[plate] for plate in group.dims):
                 vectors[group.name] = pyro.sample(name, distribution, infer={"is_auxiliary": True})
             parts.update(group.latents.place(vectors[group.name]))
-        found, ladjs = self.prior.space.to_sites(parts, self._run_of_model(args, kwargs))
+        found, ladjs = self.coordinates.to_sites(parts, self._run_of_model(args, kwargs))
         for group in posterior.layout.groups:
             with entered(plates[plate] for plate in group.dims):
                 for name, site in group.latents.sites.items():
@@ -249,7 +249,7 @@ class AutoAmortized(PersistentGuide):
 
     def _update_sizes(self, args: Args, kwargs: Kwargs, *, again: bool = False) -> None:
         """Updates plate sizes for these arguments; runs the model if their shapes are new."""
-        if self._model is None or torch._C._get_tracing_state():
+        if self._model is None or is_tracing():
             return
         shapes = argument_signature((args, kwargs))
         if again or shapes not in self._sizes_by_shapes:
@@ -259,7 +259,7 @@ class AutoAmortized(PersistentGuide):
             if not self._model_is_checked:
                 # sites with data at set-up may be predictions now
                 compare_names(known, now.keys() - set(spec.observed))
-            mapped = self.prior.space.mapped
+            mapped = self.coordinates.sites
             compare_names(mapped, mapped.keys() & now.keys())
             common = [name for name in known if name in now]
             for name in common:
@@ -286,8 +286,8 @@ class AutoAmortized(PersistentGuide):
     @torch.no_grad()
     def center_at(self, u: Tensor | None, log_joint: LogJoint, share: float) -> float:
         """See ``MinibatchGuide``. Resets the location to the initial values in the new coordinates."""
-        change = self.prior.center_at(u, log_joint, share)
-        self._posterior.locate_at(self.prior.start(log_joint))
+        change = center_elements(self.coordinates, u, log_joint, share)
+        self._posterior.locate_at(mean_start(self.coordinates, log_joint))
         return change
 
     @contextmanager
@@ -352,8 +352,8 @@ class AutoAmortized(PersistentGuide):
         chunk = max(1, _CHUNK // max(row.shape[:-1].numel() for row in rows.values()))
         sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
         parts = (posterior.draw(rows, size) for size in sizes)
-        if self.prior.space.is_mapped:
-            element_map = self._bind(args, kwargs).element_map(posterior.layout)
+        if not self.coordinates.is_identity:
+            element_map = ElementMap.of(self.mapped_density(args, kwargs), posterior.layout)
             parts = (element_map(vectors)[0] for vectors in parts)
         draws = [posterior.layout.constrain(vectors) for vectors in parts]
         return {name: torch.cat([d[name] for d in draws]) for name in draws[0]}
@@ -372,8 +372,9 @@ class AutoAmortized(PersistentGuide):
         rows, posterior = self._all_rows(args, kwargs), self._posterior
         shapes = {name: row.shape[:-1] for name, row in rows.items()}
         vectors, ladj = posterior.layout.unconstrain_with_ladj(values, shapes, posterior.like)
-        if self.prior.space.is_mapped:
-            element_map = self._bind(args, kwargs).element_map(posterior.layout, is_inverse=True)
+        if not self.coordinates.is_identity:
+            density = self.mapped_density(args, kwargs)
+            element_map = ElementMap.of(density, posterior.layout, is_inverse=True)
             vectors, of_map = element_map(vectors)
             ladj = ladj + of_map
         return posterior.log_prob(rows, vectors) - ladj

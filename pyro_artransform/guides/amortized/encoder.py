@@ -12,7 +12,7 @@ from pyro.nn import PyroModule
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from ..._base.arguments import check_callable
+from ..._base.arguments import check_callable, is_tracing
 from ...model.density import Args, Kwargs
 from .plates import Group, Plates
 
@@ -134,7 +134,7 @@ def minibatch_rows(group: Group, features: Tensor, feature_dim: int, plates: Pla
     of_batch = (*sizes.values(), feature_dim)
     of_all = (*(plates[name].size for name in group.plates), feature_dim)
     got = tuple(features.shape)
-    if torch.jit.is_tracing() or got == of_batch:
+    if is_tracing() or got == of_batch:
         return features.reshape(*group.batch_shape(sizes), feature_dim)
     if got == of_all:
         indices = {name: plates[name].indices for name in group.plates}

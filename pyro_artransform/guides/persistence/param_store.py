@@ -10,6 +10,7 @@ Here a guide adopts the tensors of the store, or takes another name.
 
 import itertools
 import re
+import warnings
 import weakref
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -23,6 +24,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 #: weak reference to the guide that stored each parameter
 _OWNERS: "WeakTensorKeyDictionary" = WeakTensorKeyDictionary()
+_WITHOUT_COORDINATES = (
+    "the guide '{name}' takes parameters that were loaded into the param store, which does not hold the "
+    "coordinates in which they were trained, and finds these anew: with others this is another "
+    "distribution. Use guide.save and load"
+)
 
 
 class RegisteredGuide(AutoGuide):
@@ -32,6 +38,7 @@ class RegisteredGuide(AutoGuide):
     #: "carried" (a copied, unpickled or loaded guide), its own; "settled", the store's if loaded since then
     _ownership: Literal["new", "carried", "settled"] = "new"
     _entries: Mapping[str, nn.Parameter] = {}  #: its entries in the store
+    prior_coordinates: Any = None  #: those that the store does not hold
 
     def __init__(self, model: Any) -> None:
         # not AutoContinuous.__init__, which would wrap the model again
@@ -81,6 +88,8 @@ class RegisteredGuide(AutoGuide):
             owners = {_OWNERS[tensor]() for tensor in foreign if tensor in _OWNERS}
             if takes_from is not None and owners <= takes_from:
                 if not (problem := _misfit(name, entries, own)):
+                    if self._ownership == "new" and not owners and self.prior_coordinates:
+                        warnings.warn(_WITHOUT_COORDINATES.format(name=name), stacklevel=2)
                     _adopt(self, entries, own)
                     return name, True
                 if owners <= {self}:  # loaded entries

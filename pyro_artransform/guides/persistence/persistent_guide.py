@@ -23,8 +23,8 @@ from torch.distributions import Transform
 from ..._base import files
 from ..._base.arguments import asks_for_data, check_callable, check_integer
 from ..._base.files import FilePath
-from ...model.coordinates.coordinates import ModelPrior
-from ...model.coordinates.prior_map import Coordinates
+from ...model.coordinates.centering import CoordinatesArgument, check_coordinates, find_sites
+from ...model.coordinates.coordinates import Coordinates
 from ...model.density import Args, Kwargs, LogJoint
 from ...posterior.summaries import check_levels, quantiles_of
 from ..prototype import StartMessenger, Traces, is_hidden, prototype_trace
@@ -44,8 +44,8 @@ class PersistentGuide(RegisteredGuide):
     it uses the parameters of ``transform``.
     """
 
-    #: the user's functions: deep copies share them, pickles drop them
-    _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow")
+    #: the user's functions and the model's density: deep copies share them, pickles drop them
+    _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow", "_density", "_last_call")
     #: arguments in a spec that are not constructor arguments
     _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _prototype_hide_fn = staticmethod(is_hidden)
@@ -59,7 +59,11 @@ class PersistentGuide(RegisteredGuide):
     sample_posterior: Callable[..., dict[str, Tensor]]
 
     def __init__(
-        self, model: Model, init_loc_fn: Model, arguments: Arguments, prior: ModelPrior
+        self,
+        model: Model,
+        init_loc_fn: Model,
+        arguments: Arguments,
+        coordinates: CoordinatesArgument,
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: expected a callable, got {type(model).__name__}")
@@ -71,7 +75,9 @@ class PersistentGuide(RegisteredGuide):
             )
         check_callable("init_loc_fn", init_loc_fn)
         RegisteredGuide.__init__(self, model)
-        self._arguments, self.prior = arguments, prior
+        self._arguments, self._requested = arguments, check_coordinates(coordinates)
+        self._density: LogJoint | None = None
+        self._last_call: Any = None  # its positional and keyword arguments
         self._spec: GuideSpec | None = None
         #: whether latents were compared with the model's, not only read from a file
         self._model_is_checked = True
@@ -101,10 +107,26 @@ class PersistentGuide(RegisteredGuide):
         self._model = StartMessenger(init_loc_fn, names)(model), model, init_loc_fn
 
     @property
+    def coordinates(self) -> Any:
+        """How latents are expressed, :class:`Coordinates`; None before the first call."""
+        return self._modules.get("coordinates")
+
+    @property
     def prior_coordinates(self) -> Coordinates | None:
         """The coordinates in which fits work; None for the unconstrained space."""
         self._checked_spec()
-        return self.prior.coordinates
+        found: Coordinates = self.coordinates
+        return found if found.with_location else None
+
+    @property
+    def chooses_coordinates(self) -> bool:
+        """Whether a fit may change lambda, in place."""
+        return bool(self._spec and self._spec.arguments.get("chooses_coordinates"))
+
+    @property
+    def maps_priors(self) -> bool:
+        """Whether chains may use other coordinates than the model's: not with ``coordinates="model"``."""
+        return self._spec is None or self._spec.arguments.get("coordinates") != {}
 
     def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
         """The log density of the model, run without effects on outer handlers or the random state."""
@@ -113,40 +135,63 @@ class PersistentGuide(RegisteredGuide):
             start, traces = self._model[2], self._traces
             return LogJoint(self._model[1], args, kwargs, init_loc_fn=start, traces=traces)
 
-    def _bind(self, args: Args, kwargs: Kwargs) -> Any:
-        """Binds the prior to the model's arguments, by default those of the last call."""
-        prior, model = self.prior, self._model and self._model[1]
-        if prior.log_joint is None or prior.log_joint.model is not model:
+    def log_joint_of(self, model: object, args: Args, kwargs: Kwargs) -> LogJoint | None:
+        """The log joint density at these arguments; None for another model than the guide's."""
+        known = self._density
+        return (
+            None
+            if known is None or known.model is not model
+            else known.with_arguments(args, kwargs)
+        )
+
+    def _bind(self, args: Args, kwargs: Kwargs) -> LogJoint:
+        """The log density of the model, and the arguments to use, by default those of the last call."""
+        model = self._model and self._model[1]
+        if self._density is None or self._density.model is not model:
             wanted = "the model's arguments with the first call, as in sample_posterior(n, *data)"
             of_file = (
                 "coordinates from the prior, which may depend on the data that no file contains"
             )
             with asks_for_data(args, kwargs, f"expected {wanted}: this guide uses {of_file}"):
-                prior.log_joint = self._log_joint(*args, **kwargs)
-        elif not (args or kwargs):
-            return prior
-        prior.arguments = args, kwargs
-        return prior
+                self._density = self._log_joint(*args, **kwargs)
+            self._last_call = args, kwargs
+        elif args or kwargs:
+            self._last_call = args, kwargs
+        return self._density
+
+    def mapped_density(self, args: Args = (), kwargs: Kwargs | None = None) -> LogJoint:
+        """The log density in the guide's coordinates, by default at the arguments of the last call."""
+        bound = self._bind(args, kwargs or {}).bound_to(*self._last_call)
+        return bound.with_coordinates(self.prior_coordinates)
 
     def _run_of_model(self, args: Args, kwargs: Kwargs) -> Callable[[], object] | None:
-        """The model at its arguments, for latents with coordinates from its prior; None without such."""
-        if not self.prior.space.is_mapped:
+        """The model at its arguments, for partially non-centred latents; None without such."""
+        if self.coordinates.is_identity:
             return None
-        args, kwargs = self._bind(args, kwargs).arguments
-        return partial(self.prior.log_joint.model, *args, **kwargs)
+        model = self._bind(args, kwargs).model
+        args, kwargs = self._last_call
+        return partial(model, *args, **kwargs)
 
     def _mapped_sites(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
-        """See ``ModelPrior.find_sites``; empty if no prior was seen to depend on other latents."""
-        asked = self.prior.requested
-        if asked == "model" or not (depends or isinstance(asked, Mapping)):
+        """See :func:`find_sites`; empty if no prior was seen to depend on other latents."""
+        requested = self._requested
+        if requested == "model" or not (depends or isinstance(requested, Mapping)):
             return {}
-        self.prior.log_joint = None  # left by a failed set-up
-        return self._bind(args, kwargs).find_sites()
+        self._density = None  # left by a failed set-up
+        return find_sites(self._bind(args, kwargs), requested)
+
+    def _coordinate_arguments(self, with_location: dict[str, bool]) -> Arguments:
+        """The arguments of the specification that describe coordinates."""
+        if not (with_location or self._requested == "model"):
+            return {}
+        chooses = self._requested == "prior"
+        return {"coordinates": with_location, "chooses_coordinates": chooses}
 
     def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
         """Arguments of the specification that follow from the model's density."""
-        mapped = self._mapped_sites(args, kwargs, depends)
-        return self.prior.arguments_of(dict.fromkeys(mapped, True))
+        return self._coordinate_arguments(
+            dict.fromkeys(self._mapped_sites(args, kwargs, depends), True)
+        )
 
     def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model to learn its latents, and builds the flows, like the first call."""
@@ -172,8 +217,11 @@ class PersistentGuide(RegisteredGuide):
         with torch.inference_mode(False):
             start = start.detach().clone()
             self._build(spec, start)
-            self.prior.set_up(spec.arguments, spec.latents, start)
-            self.coordinates = self.prior.coordinates  # registers its tensors as the guide's
+            with_location = spec.arguments.get("coordinates") or {}
+            # what a property of this name keeps add_module from
+            self._modules["coordinates"] = Coordinates(
+                spec.latents, with_location, torch.ones_like(start)
+            )
             self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
         if self._model is not None:
             # from now on, other latents of the model are predictions
@@ -254,7 +302,7 @@ class PersistentGuide(RegisteredGuide):
         super()._apply(fn, recurse)
         if self._spec is not None:
             spec = self._spec = self._spec.to(fn)
-            self.prior.space = self.prior.space._replace(latents=spec.latents)
+            self.coordinates.latents = spec.latents
             self.prototype_trace = prototype_trace(spec.latents, spec.zeros())
         return self
 

@@ -251,7 +251,7 @@ class _Params(torch.autograd.Function):
 class ParentsBlocks:
     """The :class:`~.base.Blocks` of a :class:`ParentsMLP` at one batch; each level is a block."""
 
-    work: int | None = None
+    single_levels: bool = True
 
     def __init__(self, network: ParentsMLP, like: Tensor, in_place: bool) -> None:
         self.order: Tensor | None = network.order

@@ -11,11 +11,11 @@ from pyro import poutine
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from ..._base.arguments import check_integer, first_of, names_the_class, to_tensor
+from ..._base.arguments import check_integer, first_of, to_tensor
 from ...flows.transforms.scales_and_tails import check_location_and_scale
 from ...model import LogJoint
-from ...model.coordinates.coordinates import CoordinatesArgument
-from ...model.coordinates.prior_map import Coordinates
+from ...model.coordinates.centering import CoordinatesArgument
+from ...model.coordinates.coordinates import Coordinates
 from ...model.density import Args, Kwargs
 from ...model.graphs.dependencies import find_dependencies, missing_dependencies
 from ...model.graphs.factorization import lower_factor
@@ -30,7 +30,7 @@ from .structured_flow import StructuredFlow
 # maximum number of gradients and of draws in a check of the graph
 _MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
 # maximum number of network outputs at once: the system reclaims tensors above 32 MB after each use, which
-# took a third of a step for 10,000 latents (benchmarks/growth.md)
+# took a third of a step for 10,000 latents
 _MOST_NUMBERS = 5_000_000
 # allowed factor of edges of a graph in coordinates of the prior (benchmarks/coordinates.md)
 _MOST_FILL_IN = 3.0
@@ -97,7 +97,6 @@ class AutoStructuredFlow(AutoAutoregressive):
     _graph: LatentGraph
     _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank")
 
-    @names_the_class
     def __init__(
         self,
         model: Callable[..., object],
@@ -138,14 +137,14 @@ class AutoStructuredFlow(AutoAutoregressive):
         location, it remains a chain.
         """
         mapped = self._mapped_sites(args, kwargs, depends)
-        log_joint = self.prior.log_joint or self._log_joint(*args, **kwargs)
+        log_joint = self._density or self._log_joint(*args, **kwargs)
         graph = self._find_graph(log_joint)
         for with_location in (True, False) if mapped else ():
             sites = {name: with_location or not mapped[name] for name in mapped}
             found = self._graph_in(log_joint, sites)
-            if self.prior.requested != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
-                return {**self.prior.arguments_of(sites), "graph": found.to_plain()}
-        return {**self.prior.arguments_of({}), "graph": graph.to_plain()}
+            if self._requested != "prior" or _size(found) <= _MOST_FILL_IN * _size(graph):
+                return {**self._coordinate_arguments(sites), "graph": found.to_plain()}
+        return {**self._coordinate_arguments({}), "graph": graph.to_plain()}
 
     def _build(self, spec: GuideSpec, start: Tensor) -> None:
         arguments = spec.arguments
@@ -160,12 +159,10 @@ class AutoStructuredFlow(AutoAutoregressive):
         Uses random intermediate lambdas, where terms do not cancel and shapes do not count: at h / (1 + h),
         see ``centered_by_curvature``, an element is independent of its location.
         """
-        ones, latents = torch.ones_like(log_joint.start), log_joint.latents
-        centered = Coordinates(ones, ones, sites).non_centered(latents).centered
-        generator = torch.Generator().manual_seed(0)
-        random = torch.rand(ones.shape, generator=generator, dtype=ones.dtype, device="cpu")
-        between = 0.9 + 0.05 * random.to(ones)  # all different
-        mapped = Coordinates(torch.where(centered < 1, between, ones), ones, sites)
+        start, generator = log_joint.start, torch.Generator().manual_seed(0)
+        random = torch.rand(start.shape, generator=generator, dtype=start.dtype, device="cpu")
+        between = 0.9 + 0.05 * random.to(start)  # all different
+        mapped = Coordinates(log_joint.latents, sites, between)
         return self._find_graph(log_joint.with_coordinates(mapped))
 
     def _find_graph(self, log_joint: LogJoint) -> LatentGraph:

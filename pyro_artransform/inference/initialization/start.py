@@ -19,7 +19,7 @@ from torch import Tensor
 from ..._base.time_limit import abandonable, check_time
 from ...diagnostics.importance_sampling import CLEAR_IN_SE
 from ...model import LogJoint
-from ...model.coordinates.coordinates import centered_by_draws
+from ...model.coordinates.centering import centered_by_draws
 from ...model.graphs.dependencies import MAX_HALVINGS, value_and_gradient
 from ...model.graphs.sparse_gaussian import SparseGaussian
 from ...model.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
@@ -62,13 +62,20 @@ def find_start(
     :param why_no_chains: the reason for ``None``.
     :raises ValueError: if neither has a finite ELBO.
     """
-    before, found = copies(guide.parameters()), None
+    before, found = copies(_tensors(guide)), None
     with abandonable():
         found = _better_start(density, guide, ensemble, config, why_no_chains)
     if found is not None:
         return found
-    copy_to(guide.parameters(), before)
+    copy_to(_tensors(guide), before)
     return InitialGuide(UNCHANGED, math.nan)
+
+
+def _tensors(guide: FlowGuide | MinibatchGuide) -> list[Tensor]:
+    """The tensors of a guide that a start sets: its parameters, and lambda of its coordinates."""
+    found: list[Tensor] = [*guide.parameters()]
+    given = guide.coordinates if isinstance(guide, PriorGuide) else None
+    return found if given is None else [*found, *given.buffers()]
 
 
 def _better_start(
@@ -81,13 +88,13 @@ def _better_start(
     elbo, needed = _judge(density, guide, config.num_compared)
     gaussian_elbo = -math.inf
     if ensemble is not None:
-        before = copies(guide.parameters())
+        before = copies(_tensors(guide))
         gaussian_elbo = _start_at_draws(density, guide, ensemble, config)
         # a larger ELBO has round-off of a nat or more
         eps = torch.finfo(ensemble.draws.dtype).eps
         if gaussian_elbo > needed and abs(gaussian_elbo) < max(1 / eps, abs(needed)):
             return InitialGuide(AT_DRAWS, gaussian_elbo)
-        copy_to(guide.parameters(), before)
+        copy_to(_tensors(guide), before)
     if elbo > -math.inf:
         return InitialGuide(UNCHANGED if gaussian_elbo > -math.inf else FAILED, elbo)
     if why_no_chains:
@@ -106,9 +113,9 @@ def _start_at_draws(
     flat = ensemble.draws.flatten(0, 1)
     count = max(config.num_compared, DRAWS_BY_DIM * flat.shape[1])
     u = flat[:: max(len(flat) // count, 1)]
-    coordinates = guide.prior.coordinates if isinstance(guide, PriorGuide) else None
-    if coordinates is not None and cast(PriorGuide, guide).prior.is_chosen:
-        unit = density.with_coordinates(coordinates.non_centered(density.latents))
+    if isinstance(guide, PriorGuide) and guide.chooses_coordinates:
+        coordinates = guide.coordinates
+        unit = density.with_coordinates(coordinates.non_centered())
         coordinates.set_(centered_by_draws(unit, u), coordinates.unit)
     z, _ = density.from_unconstrained(u)
     _, gradients = value_and_gradient(density, z)
@@ -237,17 +244,17 @@ def find_initial_minibatch_guide(
             elbo = elbo_draws(config.num_compared).mean()
         return InitialGuide(name, elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item())
 
-    initial, before = candidate(UNCHANGED), copies(guide.parameters())
+    initial, before = candidate(UNCHANGED), copies(_tensors(guide))
     if (ensemble := chains_of(shared)) is not None:
         u = ensemble.draws.flatten(0, 1)
-        if guide.prior.is_chosen:
+        if guide.chooses_coordinates:
             guide.center_at(u, log_joint, share)
-        coordinates = guide.prior.coordinates_of(shared.latents)
+        coordinates = guide.coordinates.for_elements(shared.latents)
         z, _ = shared.with_coordinates(coordinates).from_unconstrained(u)
         with suppress(torch.linalg.LinAlgError):  # the covariance may be singular at a boundary
             guide.start_near(log_joint.latents.constrain(z), share)
         moved = candidate(AT_DRAWS)
         if moved.elbo > initial.elbo:
             return moved
-    copy_to(guide.parameters(), before)
+    copy_to(_tensors(guide), before)
     return initial

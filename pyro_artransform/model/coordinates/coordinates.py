@@ -1,256 +1,156 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Selection of the latents with coordinates from the model's prior, and of their degree of centring.
+r"""How the latents of a model are expressed as one vector x: partial non-centring, element by element.
 
-The degree of centring of an element weighs the information in its data against its prior:
+The geometry of a hierarchical posterior is hard mostly due to its prior, in which tau is the scale of theta.
+In
 
 .. math::
 
-    \lambda = \frac{h}{1 + h}, \qquad 1 + h = - \frac{\partial^2}{\partial x^2} \log p
+    u = \mathrm{loc} + (\mathrm{scale} / \mathrm{unit})^{1 - \lambda} (x - \lambda \, \mathrm{loc})
 
-in non-centred coordinates x, where the prior has curvature 1 and the likelihood curvature h. Elements with
-weak data are non-centred. Elements with strong data are as the model is written: lambda above 0.95 is set to
-1. The curvature is averaged over some points, or is the posterior variance of the gradient, its expectation.
+u is a latent on the unconstrained space (``biject_to``), and loc and scale are those of its prior given its
+parents. The degree of centring, :math:`\lambda`, makes x equal to u, as the model is written, at 1, and
+non-centred at 0. The unit is a constant near the scale; where the scale equals it, u moves by :math:`1 -
+\lambda` with the location, in any units of the model. If the prior is not normal in shape and lambda is below
+0.9, lambda is set to 0 and x also passes through the quantile function of that shape, so that x is standard
+normal under the prior. Sites follow the order of the model, so the map is triangular. Its log-determinant
+sums :math:`(1 - \lambda) \log (\mathrm{scale} / \mathrm{unit})` and the terms of the shapes. The map is
+applied while the model runs, at each sample statement, so a density in x costs one run.
+
+**References**
+
+1. A General Framework for the Parametrization of Hierarchical Models (Papaspiliopoulos, Roberts, Skold,
+   2007), https://arxiv.org/abs/0708.3797
+2. Automatic Reparameterisation of Probabilistic Programs (Gorinova, Moore, Hoffman, 2020),
+   https://arxiv.org/abs/1906.03028
 """
 
-import warnings
-from collections.abc import Mapping
-from contextlib import suppress
-from copy import deepcopy
+import copy
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
+import pyro
 import torch
-from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..graphs.dependencies import value_and_gradient
-from ..sites import Latents, LatentSpace
-from .factors import find_factors
-from .gaussian_sites import GaussianSites
-from .prior_map import Coordinates
-from .prior_scale import is_identity
-
-# above this lambda an element is as the model is written, at no cost (benchmarks/coordinates.md)
-_CENTERED = 0.95
-_BETWEEN_QUARTILES = 1.349  # interquartile range of a standard normal
-# points at which the curvature is evaluated, and second derivatives computed in one batch
-_NUM_POINTS, _LABELS_AT_ONCE = 8, 64
-
-CoordinatesArgument = str | Mapping[str, Any]
+from ..sites import Latents
+from ..vectorization import STRATEGIES, DrawPlate, Draws, Terms, evaluate_many
+from .gaussian_sites import GaussianSites, LocScale
+from .latent_mapper import LatentMapper, SiteMap
 
 
-def centered_by_curvature(
-    non_centered: Any, x: Tensor, together: Tensor | None = None, weights: Tensor | float = 1.0
-) -> Tensor:
-    """Computes lambda from second derivatives.
+class Coordinates(nn.Module):
+    """How each latent of a model is expressed; the same for guides, chains and amortized guides.
 
-    :param non_centered: the log joint density in coordinates with lambda 0.
-    :param x: points, shape ``(n, latent_dim)``; h is averaged over at most eight of them.
-    :param together: labels, shape ``(latent_dim,)``. Coordinates of one label have no mixed second
-        derivatives, like the elements of a plate, and share one Hessian-vector product.
-    :param weights: factors by which the density of a coordinate is scaled down: the share of a mini-batch.
-    :return: shape ``(latent_dim,)``; 1 for all other latents.
-    """
-    _, second = _second_derivatives(non_centered, x, together)
-    return _centered(non_centered.coordinates.centered.detach(), -weights * second)
+    Tensors are buffers: in state dicts, files and copies of a guide, but not in optimizers and Pyro's param
+    store, which hold parameters.
 
-
-def _second_derivatives(
-    non_centered: Any, x: Tensor, together: Tensor | None
-) -> tuple[bool, Tensor]:
-    """Whether density and gradient are usable at points ``(n, latent_dim)``; mean second derivatives."""
-    is_mapped, found = non_centered.coordinates.centered < 1, torch.zeros_like(x[0])
-    labels = torch.arange(len(found), device=x.device) if together is None else together
-    with torch.enable_grad():
-        x = x[:: -(-len(x) // _NUM_POINTS)]
-        point = x.detach().requires_grad_()
-        value = non_centered(point)
-        (slope,) = torch.autograd.grad(value.sum(), point, create_graph=True)
-        for some in labels[is_mapped].unique().split(_LABELS_AT_ONCE):
-            moved = (is_mapped & (labels == some[:, None])).to(slope)[:, None].expand(-1, *x.shape)
-            with suppress(RuntimeError):  # some functions lack a second derivative
-                found += (_pulled_back(slope, point, moved) * moved).mean(1).sum(0)
-    has_digits = value.detach().abs() * torch.finfo(x.dtype).eps <= 1
-    return bool(has_digits.all() and slope.isfinite().all()), found
-
-
-def _pulled_back(slope: Tensor, point: Tensor, directions: Tensor) -> Tensor:
-    grad = partial(torch.autograd.grad, slope, point, retain_graph=True)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch warns of slow vmap rules
-            return grad(grad_outputs=directions, is_grads_batched=True)[0]
-    except RuntimeError:  # a function without a vmap rule
-        return torch.stack([grad(grad_outputs=direction)[0] for direction in directions])
-
-
-def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
-    """Computes lambda from gradients at posterior draws ``(n, latent_dim)`` on the unconstrained space.
-
-    Their variance is estimated from quartiles, since it is of another order in the neck of a funnel.
-    """
-    x, _ = non_centered.from_unconstrained(u)
-    _, gradients = value_and_gradient(non_centered, x)
-    ordered = gradients[gradients.isfinite().all(-1)].sort(0).values
-    between = ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]
-    curvature = (between / _BETWEEN_QUARTILES).square()
-    return _centered(non_centered.coordinates.centered.detach(), curvature)
-
-
-def _centered(lam: Tensor, curvature: Tensor) -> Tensor:
-    """Recomputes lambda from 1 + h where lambda is below 1; both have shape ``(latent_dim,)``."""
-    curvature = curvature.nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
-    lam = torch.where(lam < 1, 1 - 1 / curvature, lam)
-    return torch.where(lam > _CENTERED, 1.0, lam)
-
-
-def non_centered(log_joint: Any, with_shapes: bool = False) -> Any:
-    """A log joint density with lambda 0 for all latents that may be mapped, unless it has coordinates.
-
-    :param with_shapes: whether to map priors with a shape although no prior depends on other latents, and
-        latents that the model multiplies by others.
-    """
-    if log_joint.coordinates is not None or not log_joint.maps_priors:
-        return log_joint
-    factors = _factors_in(log_joint) if with_shapes else {}
-    sites = [*log_joint.mapped_sites(with_shapes), *factors]
-    if not sites:
-        return log_joint
-    ones = torch.ones_like(log_joint.start)
-    found = Coordinates(ones, ones, dict.fromkeys(sites, True), factors)
-    return log_joint.with_coordinates(found.non_centered(log_joint.latents))
-
-
-def _factors_in(log_joint: Any) -> dict[str, int]:
-    """The factors of latents by site; none if the model is looped over, or has discrete latents."""
-    if log_joint.strategy == "loop" or log_joint.is_enumerated:
-        return {}
-    latents, start = log_joint.latents, log_joint.with_coordinates(None).start
-    names = {name for name, site in latents.sites.items() if is_identity(site.bijection)}
-    return find_factors(log_joint.run, latents.constrain(start), names - log_joint.improper)
-
-
-@torch.no_grad()
-def with_pseudo_data(log_joint: Any, x: Tensor, gradients: Tensor) -> Any:
-    """A density in coordinates given pseudo-data that fit its likelihood; itself if there are none.
-
-    :param x: draws in the coordinates of the density, shape ``(n, latent_dim)``.
-    :param gradients: of its log density, same shape.
-    """
-    if (given := log_joint.coordinates) is None:
-        return log_joint
-    zeros = torch.zeros_like(given.unit)
-    before = given.gaussian_sites or GaussianSites(zeros, zeros)
-    prior = log_joint.with_coordinates(given.with_pseudo_data(before)).priors_at(x)
-    found = before.refitted(x, gradients, prior, log_joint.latents.sizes)
-    if not bool(found.precision.any()):
-        return log_joint
-    return log_joint.with_coordinates(given.with_pseudo_data(found))
-
-
-@torch.no_grad()
-def coordinates_at(
-    log_joint: Any, mapped: Coordinates, u: Tensor, together: Tensor | None = None
-) -> Coordinates:
-    """Coordinates with lambda by the curvature at points ``(n, latent_dim)`` and units of the prior there.
-
-    :param mapped: determines which latents of the log joint density have coordinates.
-    :param u: the points, on the unconstrained space; a single point may be replaced by the origin.
-    :param together: see :func:`centered_by_curvature`.
-    """
-    unit = log_joint.with_coordinates(mapped.non_centered(log_joint.latents))
-    x, _ = unit.from_unconstrained(u)
-    is_sound, second = _second_derivatives(unit, x, together)
-    if len(u) == 1 and not is_sound:
-        (point,) = u
-        if (other := log_joint.or_usable(point)) is not point:
-            return coordinates_at(log_joint, mapped, other[None], together)
-    centered = _centered(unit.coordinates.centered.detach(), -second)
-    return Coordinates(centered, log_joint.prior_scales(u.mean(0)), mapped.with_location)
-
-
-class ModelPrior:
-    """The coordinates that a guide takes from its model's prior, and the model's log joint density.
-
-    :param requested: the argument ``coordinates`` of a guide: "prior", "model", or a mapping from sites to
-        numbers between 0 and 1.
+    :param latents: the latents of the model.
+    :param with_location: for each site that is partially non-centred, whether its map includes the location
+        of the prior; if not, x is only scaled, and latents depend on each other through locations as in the
+        model.
+    :param centered: lambda, shape ``(latent_dim,)``, between 0 and 1; set to 1 for all other sites.
+    :param unit: the approximate scale of each prior, positive, same shape; by default 1.
+    :param factors: by how many factors the model multiplies a latent before any other use, by site.
+    :param gaussian_sites: normal approximations of the likelihood for lambda of zero, of chains only.
+    :raises ValueError: if a site is not a latent.
     """
 
-    space: LatentSpace  #: the latents and their coordinates, set by :meth:`set_up`
+    centered: Tensor
+    unit: Tensor
 
-    def __init__(self, requested: CoordinatesArgument) -> None:
-        if isinstance(requested, Mapping):
-            requested = {name: torch.as_tensor(value) for name, value in requested.items()}
-            is_right = all(bool(((c >= 0) & (c <= 1)).all()) for c in requested.values())
-        else:
-            is_right = isinstance(requested, str) and requested in ("prior", "model")
-        if not is_right:
-            raise ValueError(
-                "coordinates: expected 'prior', 'model', or a mapping from sites to degrees of centring, "
-                f"from 0 (non-centred) to 1 (as in the model), got {requested!r}"
-            )
-        self.requested = requested
-        self.is_chosen = False  #: whether a fit may change lambda, in place
-        self.is_wanted = True  #: whether chains may use them: not with ``coordinates="model"``
-        self.log_joint: Any = None  #: the model's density on the unconstrained space
-        self.arguments: Any = None  #: positional and keyword arguments of the last call
+    def __init__(
+        self,
+        latents: Latents,
+        with_location: Mapping[str, bool],
+        centered: Tensor,
+        unit: Tensor | None = None,
+        factors: Mapping[str, int] | None = None,
+        gaussian_sites: GaussianSites | None = None,
+    ) -> None:
+        super().__init__()
+        if unknown := sorted(with_location.keys() - latents.sites.keys()):
+            expected = f"expected sites of {list(latents.sites)}"
+            raise ValueError(f"coordinates: {expected}, got {unknown}")
+        self.latents, self.with_location = latents, dict(with_location)
+        self.factors, self.gaussian_sites = dict(factors or {}), gaussian_sites
+        found = torch.ones_like(centered)
+        for name, part in latents.views(found).items():
+            if name in with_location:
+                part.copy_(latents.views(centered)[name])
+        is_saved = bool(with_location)
+        self.register_buffer("centered", found, persistent=is_saved)
+        unit = torch.ones_like(found) if unit is None else unit.detach().clone()
+        self.register_buffer("unit", unit, persistent=is_saved)
+        # the tensor and its version when lambda was read, and whether it was 1 everywhere
+        self._read: tuple[Tensor | None, int, bool] = None, 0, False
+        self._non_centered = list[bool]()  # whether lambda of each site is 0; empty if not read yet
 
     @property
-    def coordinates(self) -> Coordinates | None:
-        """The coordinates in which a fit works; None for the unconstrained space."""
-        return self.space.coordinates
+    def is_identity(self) -> bool:
+        """Whether lambda is 1 everywhere; it is read once after each change."""
+        centered, (seen, version, is_identity) = self.centered, self._read
+        now = 0 if centered.is_inference() else centered._version
+        if seen is not centered or version != now:
+            is_identity, self._non_centered = bool((centered == 1).all()), []
+            self._read = centered, now, is_identity
+        return is_identity
 
-    def set_up(self, arguments: Mapping[str, Any], latents: Latents, like: Tensor) -> None:
-        """Makes coordinates from the arguments of a specification, for vectors like ``like``."""
-        with_location, coordinates = arguments.get("coordinates"), None
-        self.is_wanted = with_location != {}
-        self.is_chosen = bool(arguments.get("chooses_coordinates"))
-        if with_location:
-            if unknown := sorted(with_location.keys() - latents.sites.keys()):
-                expected = f"expected sites of {list(latents.sites)}"
-                raise ValueError(f"coordinates: {expected}, got {unknown}")
-            ones = torch.ones_like(like)
-            coordinates = Coordinates(ones, ones.clone(), with_location)
-        self.space = LatentSpace(latents, coordinates)
-
-    def arguments_of(self, with_location: dict[str, bool]) -> dict[str, Any]:
-        """The arguments of a specification, as :meth:`set_up` reads them."""
-        if not (with_location or self.requested == "model"):
+    @property
+    def sites(self) -> dict[str, SiteMap]:
+        """The maps of the sites that need a run of the model."""
+        if self.is_identity:
             return {}
-        return {"coordinates": with_location, "chooses_coordinates": self.requested == "prior"}
-
-    @property
-    def density(self) -> Any:
-        """The log joint density at the last call's arguments, in the coordinates."""
-        bound = self.log_joint.bound_to(*self.arguments)
-        return bound.with_coordinates(self.coordinates)
-
-    def log_joint_of(self, model: object, args: Any, kwargs: Any) -> Any:
-        """The log joint density at these arguments; None for another model."""
-        is_own = self.log_joint is not None and self.log_joint.model is model
-        return self.log_joint.with_arguments(args, kwargs) if is_own else None
-
-    def find_sites(self) -> dict[str, bool]:
-        """The sites with coordinates from the prior, and whether their prior depends on other latents."""
-        with torch.random.fork_rng(devices=[]), poutine.block():
-            found: dict[str, bool] = self.log_joint.mapped_sites()
-        if isinstance(self.requested, Mapping):
-            if unknown := sorted(self.requested.keys() - found.keys()):
-                raise ValueError(
-                    "coordinates: expected latents whose prior is not normal, or has a location or a scale "
-                    f"that depends on other latents, {list(found)}, got {unknown}"
-                )
-            found = {name: found[name] for name in found if name in self.requested}
+        found, (lambdas, units) = {}, map(self.latents.split, (self.centered, self.unit))
+        if not self._non_centered:
+            self._non_centered = [bool((part == 0).all()) for part in lambdas.values()]
+        for (name, site), is_zero in zip(self.latents.sites.items(), self._non_centered):
+            if name in self.with_location:
+                lambda_ = None if is_zero else lambdas[name]
+                flag = self.with_location[name]
+                found[name] = SiteMap(lambda_, units[name], flag, site.bijection)
+        if self.gaussian_sites is not None:
+            by_site = zip(*(self.latents.split(part).values() for part in self.gaussian_sites))
+            for name, parts in zip(self.latents.sites, by_site):
+                if name in found and found[name].centered is None:
+                    found[name] = found[name]._replace(
+                        gaussian_sites=GaussianSites(*parts), num_factors=self.factors.get(name, 0)
+                    )
         return found
 
-    def center_as_asked(self, latents: Latents) -> None:
-        """Sets lambda to the user's numbers."""
-        given = cast(Coordinates, self.coordinates)
-        centered = torch.ones_like(given.centered)
-        parts = latents.views(centered)
-        for name, value in cast(Mapping[str, Tensor], self.requested).items():
+    def non_centered(self) -> "Coordinates":
+        """The same with lambda 0 and unit 1."""
+        zeros = torch.zeros_like(self.centered)
+        return Coordinates(self.latents, self.with_location, zeros, None, self.factors)
+
+    def with_gaussian_sites(self, gaussian_sites: GaussianSites | None) -> "Coordinates":
+        """The same, of the same tensors, given another approximation of the likelihood, or none."""
+        other = copy.copy(self)
+        other.gaussian_sites = gaussian_sites
+        return other
+
+    def for_elements(self, latents: Latents) -> "Coordinates":
+        """Coordinates of one element of each plate, repeated for all elements of other latents."""
+        centered, unit = (repeated(self.latents, z, latents) for z in (self.centered, self.unit))
+        return Coordinates(latents, self.with_location, centered, unit)
+
+    @torch.no_grad()
+    def set_(self, centered: Tensor, unit: Tensor) -> None:
+        """Sets lambda and the unit in place."""
+        self.centered.copy_(centered)
+        self.unit.copy_(unit)
+
+    def set_requested(self, requested: Mapping[str, Tensor], unit: Tensor) -> None:
+        """Sets lambda to the user's numbers, by site, and the unit.
+
+        :raises ValueError: if numbers do not broadcast to the shape of their site.
+        """
+        centered = torch.ones_like(self.centered)
+        parts = self.latents.views(centered)
+        for name, value in requested.items():
             try:
                 parts[name].copy_(value)
             except RuntimeError as error:
@@ -258,32 +158,120 @@ class ModelPrior:
                     f"coordinates['{name}']: expected a number, or some that broadcast to shape "
                     f"{tuple(parts[name].shape)}, got shape {tuple(value.shape)}"
                 ) from error
-        given.set_(centered, given.unit)
+        self.set_(centered, unit)
 
-    @torch.no_grad()
-    def start_at(self, start: Tensor, together: Tensor | None) -> Tensor:
-        """Sets lambda to the user's values or by the curvature; returns the start in coordinates.
+    def centered_by_site(self) -> dict[str, Tensor]:
+        """lambda by site, in its unconstrained shape."""
+        parts = self.latents.split(self.centered)
+        return {name: parts[name].clone() for name in parts if name in self.with_location}
 
-        :param start: a point on the unconstrained space, shape ``(latent_dim,)``.
-        :param together: see :func:`~pyro_artransform.model.coordinates.coordinates.centered_by_curvature`.
+    # The map
+
+    def to_unconstrained(self, x: Tensor, log_joint: Any) -> tuple[Tensor, Tensor]:
+        """Maps draws ``(n, latent_dim)`` to the unconstrained space, by runs of the model.
+
+        :param log_joint: the model's :class:`~pyro_artransform.model.LogJoint`.
+        :return: u, and the log-determinant of the map, shape ``(n,)``; NaN where the model fails.
         """
-        log_joint, given = self.log_joint, cast(Coordinates, self.coordinates)
-        with torch.random.fork_rng(devices=[]), poutine.block():
-            if isinstance(self.requested, Mapping):
-                given.set_(given.centered, log_joint.prior_scales(log_joint.or_usable(start)))
-                self.center_as_asked(log_joint.latents)
-            else:
-                found = coordinates_at(log_joint, given, start[None], together)
-                given.set_(found.centered, found.unit)
-            return log_joint.with_coordinates(given).from_unconstrained(start[None])[0][0]
+        found = self._mapped(x, log_joint, is_inverse=False)
+        return found["z"], found["total"]
 
-    def __getstate__(self) -> dict[str, Any]:
-        # pickles hold neither the model nor its data
-        return {**self.__dict__, "log_joint": None, "arguments": None}
+    def from_unconstrained(self, u: Tensor, log_joint: Any) -> tuple[Tensor, Tensor]:
+        """The inverse of :meth:`to_unconstrained`, and its log-determinant."""
+        found = self._mapped(u, log_joint, is_inverse=True)
+        return found["z"], -found["total"]
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelPrior":
-        twin = type(self).__new__(type(self))
-        shared = "log_joint", "arguments"
-        for name, value in vars(self).items():
-            setattr(twin, name, value if name in shared else deepcopy(value, memo))
-        return twin
+    def priors_at(self, x: Tensor, log_joint: Any) -> LocScale:
+        """Locations and scales ``(n, latent_dim)`` of the priors of latents with Gaussian sites, at draws."""
+        found = self._mapped(x, log_joint, is_inverse=False)
+        return LocScale(found["loc"], found["scale"])
+
+    def _mapped(self, z: Tensor, log_joint: Any, is_inverse: bool) -> Terms:
+        if not (sites := self.sites):
+            return {"z": z, "total": z.new_zeros(len(z))}
+        run, strategy, size = log_joint.enumerated(log_joint.run), STRATEGIES[0], None
+        if len(z) > 1:
+            strategy, size = log_joint.strategy, log_joint.chunk_size
+        elif any(site.num_factors for site in sites.values()):
+            pass  # which the model has to multiply
+        elif is_inverse and (nodes := log_joint.nodes_at(z[0])):
+            run = partial(_sample, [nodes[name] for name in sites])
+        evaluate = partial(self._map_draws, run, log_joint.num_plates, sites, is_inverse)
+        with pyro.validation_enabled(False):
+            return evaluate_many(evaluate, {"z": z}, strategy, nan_terms, size)
+
+    def _map_draws(
+        self,
+        run: Callable[[], object],
+        num_plates: int,
+        sites: Mapping[str, SiteMap],
+        is_inverse: bool,
+        draws: Draws,
+        size: int | None,
+    ) -> Terms:
+        """Maps draws "z" in the form of ``evaluate_many``.
+
+        :return: "z"; as "total" the log-determinant of the map from x to u; "loc" and "scale" of priors, zero
+            for latents without Gaussian sites.
+        """
+        z, plate, latents = draws["z"], DrawPlate(size, num_plates), self.latents
+        values, _ = latents.constrain_with_ladj(z, sites)
+        given = plate.place(values, latents.event_dims)
+        found = LatentMapper(sites, given, is_inverse).run_alone(run)
+
+        def joined(parts: Mapping[str, Tensor], rest: Tensor) -> Tensor:
+            views = latents.split(rest)
+            for name, part in parts.items():
+                views[name] = part.expand_as(found.found[name]).reshape(views[name].shape)
+            flat = [part.reshape((*z.shape[:-1], -1)) for part in views.values()]
+            return torch.cat(flat, -1)
+
+        zeros = torch.zeros_like(z)
+        return {
+            "z": joined(found.found, z),
+            "total": plate.total(found.ladjs, z.new_zeros(z.shape[:-1])),
+            "loc": joined({name: prior.loc for name, prior in found.priors.items()}, zeros),
+            "scale": joined({name: prior.scale for name, prior in found.priors.items()}, zeros),
+        }
+
+    def to_sites(
+        self, parts: Mapping[str, Tensor], run: Callable[[], object] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The value of each site, and the log-determinant of the map to it, of its batch shape.
+
+        :param parts: the part of each site, as ``Latents.place`` returns them, and known plate indices.
+        :param run: the model; None if lambda is 1 everywhere.
+        """
+        mapped = {} if run is None else self.sites
+        values, ladjs = dict(parts), dict[str, Tensor]()
+        for name, site in self.latents.sites.items():
+            if name not in mapped:
+                values[name], ladjs[name] = site.constrain_with_ladj(parts[name])
+        if run is not None:
+            found = LatentMapper(mapped, values).run_alone(run)
+            for name in mapped:
+                if name in found.values:
+                    values[name] = found.values[name]
+                    ladjs[name] = found.ladjs[name] + found.bijection_ladjs[name]
+                else:  # the site has data now
+                    site = self.latents.sites[name]
+                    values[name], ladjs[name] = site.constrain_with_ladj(parts[name])
+        return values, ladjs
+
+
+def repeated(element: Latents, z: Tensor, latents: Latents) -> Tensor:
+    """Repeats a vector z ``(latent_dim,)`` of one element for all elements of the plates."""
+    parts = element.split(z)
+    shapes = {name: site.unconstrained_shape for name, site in latents.sites.items()}
+    return torch.cat([parts[name].expand(shape).flatten() for name, shape in shapes.items()])
+
+
+def _sample(nodes: Iterable[Any]) -> None:
+    for node in nodes:
+        pyro.sample(node["name"], node["fn"])
+
+
+def nan_terms(draws: Draws) -> Terms:
+    """NaN terms, with a gradient, for a draw at which the model fails."""
+    z = draws["z"] * torch.nan
+    return {"z": z, "total": z.sum(), "loc": z, "scale": z}

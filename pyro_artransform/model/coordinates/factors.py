@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from ..handlers import hidden_sites
-from .prior_scale import PriorScale
+from .families import PriorScale
 
 # functions that multiply two tensors, and functions that read no values
 _MULTIPLY: frozenset[Any] = frozenset(

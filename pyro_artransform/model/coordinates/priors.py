@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..handlers import hidden_sites
 from ..sites import SUPPORT_DEPENDS, Latents, same_support
-from .prior_scale import PriorScale, is_identity_or_exp
+from .families import PriorScale, is_identity_or_exp
 
 
 @torch.no_grad()
@@ -51,9 +51,8 @@ def compare_priors(
 ) -> dict[str, bool]:
     """The latents whose priors have parents (True) or only a shape (False), by priors at two points."""
     dependent = depend_on_latents(one, other)
-    shaped = (name for name, prior in one.items() if prior.shape is not None)
-    kept = {*dependent, *shaped}
-    return {name: name in dependent for name in one if name in kept}
+    kept = (name for name, prior in one.items() if prior.shape or name in dependent)
+    return {name: name in dependent for name in kept}
 
 
 def scales_of(priors: Mapping[str, PriorScale], latents: Latents, like: Tensor) -> Tensor:

@@ -63,17 +63,15 @@ class Captured:
         if not self.can_replay:
             return self._evaluate(*inputs)
         key = tuple((value.shape, value.dtype, value.device) for value in inputs)
-        replay = self._replays.get(key)
-        if replay is not None and not replay.is_current():
-            replay, self._calls[key] = self._replays.pop(key) and None, 0
+        if key in self._replays and not self._replays[key].is_current():
+            del self._replays[key]
+            self._calls[key] = 0
         self._calls[key] += 1
-        count = self._calls[key] - self._patience
-        if replay is None:
-            if count == 0:
-                recorded = record(self._evaluate, inputs, _MOST_SECONDS)
-                self.can_replay = recorded is not None
-                self._replays.update({} if recorded is None else {key: recorded})
+        if key not in self._replays:
+            if self._calls[key] == self._patience:
+                self._capture(key, inputs)
             return self._evaluate(*inputs)
+        replay, count = self._replays[key], self._calls[key] - self._patience
         if count % _CHECK_EVERY == 0 or math.log(count, 4).is_integer():
             return self._compared(replay, inputs)
         found = replay(*inputs)
@@ -81,6 +79,13 @@ class Captured:
             return self._evaluate(*inputs)
         self._last = inputs, found
         return found
+
+    def _capture(self, key: Hashable, inputs: tuple[Tensor, ...]) -> None:
+        replay = record(self._evaluate, inputs, _MOST_SECONDS)
+        if replay is None:
+            self.can_replay = False
+        else:
+            self._replays[key] = replay
 
     def _evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Calls the function; overridden by subclasses, since storing a bound method would make a cycle."""
@@ -97,8 +102,8 @@ class Captured:
         with torch.random.fork_rng(devices=devices):
             found = replay(*inputs)
         expected = self._evaluate(*inputs)
-        # a failed replay costs time, but does not invalidate earlier ones
-        self._last = self._last if found is not None else None
+        if found is None:  # which costs time, but does not invalidate earlier replays
+            self._last = None
         self._judge(inputs, found, expected)
         return expected
 
@@ -108,7 +113,8 @@ class Captured:
         found: tuple[Tensor, ...] | None,
         expected: tuple[Tensor, ...],
     ) -> None:
-        was_used, self._last = self._last is not None, None
+        was_used = self._last is not None
+        self._last = None
         is_right = self.can_replay and found is not None and agree(found, expected)
         # results may be more sensitive to round-off than their own
         if is_right or (found is not None and self._agree_nearby(inputs, found, expected)):
@@ -130,7 +136,9 @@ class Captured:
         # a single change may cancel by chance
         nearby = [self._evaluate(*(_nudged(value, ulps) for value in inputs)) for ulps in (1, -2)]
         # other Python state also changes results, those at the same inputs included
-        is_same = all(map(torch.equal, *([v.nan_to_num() for v in r] for r in (again, expected))))
+        is_same = all(
+            torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(again, expected)
+        )
         return is_same and agree(found, expected, *nearby)
 
 

@@ -1,9 +1,9 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Records the operations of one call of a function as a graph that can be run again.
+"""Records the operations of one call of a function as a program that can be run again.
 
-A graph is valid only if it does not depend on values. A call is therefore refused if Python reads a varying
+A program is valid only if it does not depend on values. A call is therefore refused if Python reads a varying
 value, or if it does anything that is not known to replay exactly. This module lists what is allowed, not what
 is forbidden.
 """
@@ -22,12 +22,13 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..._base.products import has_one_matrix, product_with_one_matrix
 from ..._base.time_limit import is_out_of_time
 from .batching import batched
-from .tape import Kind
+from .execution import Run, compiled
+from .products import has_one_matrix, product_with_one_matrix
+from .program import Call, Program, Value
 
-_ATEN, _TENSOR = torch.ops.aten, torch._C.TensorType.get()
+_ATEN = torch.ops.aten
 # operations whose output depends on values, and one that raises an error because of them
 _READ_BY = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _CHECK_ERRORS = _ATEN._linalg_check_errors.default
@@ -57,9 +58,10 @@ _METADATA = {
 # elementwise Python functions, and backward, which a replay does not perform
 _REFUSED = {"apply_", "map_", "map2_", "backward"}
 _VALUELESS = (Tensor, torch.Size, torch.dtype, torch.device, torch.layout, type(None))
-_CONSTANTS = (bool, int, float, complex, str, torch.dtype, torch.device, torch.layout, type(None))
-# in the order of their enum values
-_MEMORY_FORMATS = [torch.contiguous_format, torch.preserve_format, torch.channels_last]
+_CONSTANTS = (
+    *(bool, int, float, complex, str, type(None)),
+    *(torch.dtype, torch.device, torch.layout, torch.memory_format),
+)
 
 
 # bypasses the dispatch under which hooks and Python backward passes would not be recorded
@@ -73,7 +75,8 @@ _grad = FunctionType(
 class Replay(NamedTuple):
     """Runs the operations of a call at other inputs."""
 
-    script: Any
+    program: Program
+    run: Run
     constants: list[Tensor]  #: outside tensors that the call reads, by reference
     shapes: list[tuple[torch.Size, bool]]  #: of constants, and whether they require gradients
     num_results: int
@@ -89,12 +92,11 @@ class Replay(NamedTuple):
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...] | None:
         """The results; ``None`` if an operation fails, or a value that Python had read has changed."""
         try:
-            with torch.jit.optimized_execution(False):  # optimization would reorder sums
-                outputs: tuple[Tensor, ...] = self.script(*inputs, *self.constants)
-        except RuntimeError:
+            outputs = self.run(*inputs, *self.constants)
+        except (IndexError, RuntimeError):
             return None
         results, failures = outputs[: self.num_results], outputs[self.num_results :]
-        return None if any(bool(failure.any()) for failure in failures) else results
+        return None if any(bool(failure.any()) for failure in failures) else tuple(results)
 
 
 def record(
@@ -111,9 +113,9 @@ def record(
             warnings.simplefilter("ignore")
             with recording, _Reads(recording):
                 found = function(*inputs)
+            replays = (recording.replay(each, len(found)) for each in recording.programs(found))
             # the first run compiles it
-            replays = (each for each in recording.finished(found) if each(*inputs) is not None)
-            replay = next(replays, None)
+            replay = next((each for each in replays if each(*inputs) is not None), None)
     except Exception:  # any error means that the call cannot be replayed
         return None
     is_random = _python_random_state() != state
@@ -126,7 +128,7 @@ def _python_random_state() -> object:
 
 
 class _Recording(TorchDispatchMode):
-    """Writes tensor operations into a graph, including those of backward passes and ``torch.vmap``.
+    """Lists tensor operations, including those of backward passes and ``torch.vmap``.
 
     Values that depend on inputs or random numbers vary, and so do all tensors that share their memory. Python
     may read other values, such as data and parameters; a replay fails if these have changed.
@@ -134,17 +136,15 @@ class _Recording(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor], end: float) -> None:
         super().__init__()
-        self._graph: Any = torch._C.Graph()
-        self._end = end
-        self._num_numbers = 0
+        self._end, self._num_numbers = end, 0
         # tensors are identified by id and memory by address, so references must be kept
-        self._held, self._values = list[Tensor](), dict[int, Any]()
-        self._kinds, self._random, self._is_pure = dict[str, Kind](), set[str](), True
-        self._constants = list[Tensor]()
-        self._failures = list[Any]()  # error codes of linear algebra and changed reads
+        self._held, self._values = list[Tensor](), dict[int, Value]()
+        self._calls, self._random, self._is_pure = list[Call](), set[Value](), True
+        self._outside = list[Tensor]()  # tensors that existed before, other than inputs
+        self._constants = dict[Value, Tensor]()
+        self._failures = list[Value]()  # error codes of linear algebra and changed reads
         self.is_refused = self.has_lifted = False
-        for value in inputs:
-            self._hold(value, self._graph.addInput())
+        self._inputs = [*map(self._hold, inputs)]
         given = {*map(_memory, inputs)} - {0}
         # memory that existed before the call, memory that varies, and memory made by recorded operations
         self._given, self._varying, self._made = given, {-1, *given}, {*given}
@@ -181,29 +181,25 @@ class _Recording(TorchDispatchMode):
             if func is _ATEN.index.Tensor:  # only masks determine the shape of the result
                 read = (index for index in _tensors(args[1]) if index.dtype in _MASKS)
             self.read(func, read)
-        pairs = [*zip(arguments, schema.arguments)]
-        given = [self._lowered(value, each.type) for value, each in pairs]
+        given = [*map(self._argument, arguments)]
         if func is _ATEN._to_copy.default and not isinstance(arguments[0], Tensor):  # of vmap
             dtype = torch.float64 if isinstance(arguments[0], float) else None  # as in Python
-            number = torch.tensor(arguments[0], dtype=dtype, device="cpu")
-            given[0] = self._graph.insertConstant(number)
+            given[0] = self._constant(torch.tensor(arguments[0], dtype=dtype, device="cpu"))
+        pairs = zip(arguments, schema.arguments)
         written = [value for value, each in pairs if each.alias_info and each.alias_info.is_write]
         if not self._given.isdisjoint(map(_memory, _tensors(written))):
             self.refuse(f"{func} modifies a tensor that existed before the call")
         found = func(*args, **kwargs)
         is_random = torch.Tag.nondeterministic_seeded in func.tags
         if written and func in _OUT_OF_PLACE and self._is_alone(written[0]):
-            schema = _OUT_OF_PLACE[func]._schema
+            func = _OUT_OF_PLACE[func]
         else:
             self._is_pure &= not written
         if func is _CHECK_ERRORS:
             self._failures += given[:1]
         elif torch.Tag.data_dependent_output not in func.tags:
-            outputs = self._node(schema.name, given, [each.type for each in schema.returns])
-            if isinstance(found, list):
-                outputs = self._node("prim::ListUnpack", outputs, [_TENSOR] * len(found))
-            self._name(found, outputs)
-            self._random |= {value.debugName() for value in outputs if is_random}
+            outputs = self._call(func, given, found)
+            self._random |= {*outputs} if is_random else set()
         new = {*map(_memory, _tensors((found, written)))} - {0}
         self._made |= new - self._given
         if is_random or not self._varying.isdisjoint(map(_memory, _tensors(arguments))):
@@ -221,80 +217,70 @@ class _Recording(TorchDispatchMode):
         for value in values:
             if _memory(value) in self._varying:
                 self.refuse(f"{func} returns a value to Python")
-            given = [self._value_of(value), self._graph.insertConstant(value.detach().clone())]
-            self._failures += self._node("aten::ne", given, [_TENSOR])
+            given = self._value_of(value), self._constant(value.detach().clone())
+            is_other = Value(tuple(value.shape), torch.bool, value.device)
+            self._calls.append(Call(_ATEN.ne.Tensor, given, (is_other,)))
+            self._failures.append(is_other)
 
-    def _lowered(self, value: Any, type_: Any) -> Any:
-        """The graph value of an operation's argument."""
-        if isinstance(value, Tensor):
-            return self._value_of(value)
-        if isinstance(type_, torch._C.OptionalType) and value is not None:
-            return self._lowered(value, type_.getElementType())
-        if not isinstance(value, (list, tuple)):
-            is_whole = isinstance(type_, torch._C.FloatType) and type(value) is int
-            return self._constant(float(value) if is_whole else value)
-        if value and not any(isinstance(each, Tensor) for each in value):
-            return self._constant([*value])
-        element = type_.getElementType()
-        elements = [self._lowered(each, element) for each in value]
-        return self._node("prim::ListConstruct", elements, [type_])[0]
+    def _argument(self, argument: Any) -> Any:
+        """What stands for an operation's argument in a program."""
+        if isinstance(argument, Tensor):
+            return self._value_of(argument)
+        if isinstance(argument, (list, tuple)):
+            return tuple(map(self._argument, argument))
+        if not isinstance(argument, _CONSTANTS):
+            self.refuse(f"an operation has an argument of {type(argument)}")
+        return argument
 
-    def _constant(self, value: Any) -> Any:
-        for each in value if isinstance(value, list) else [value]:
-            if not isinstance(each, (*_CONSTANTS, torch.memory_format)):
-                self.refuse(f"an operation has an argument of {type(each)}")
-        is_format = isinstance(value, torch.memory_format)
-        return self._graph.insertConstant(_MEMORY_FORMATS.index(value) if is_format else value)
+    def _constant(self, tensor: Tensor) -> Value:
+        value = Value.like(tensor)
+        self._constants[value] = tensor
+        return value
 
-    def _value_of(self, value: Tensor) -> Any:
-        """The graph value of a tensor, made by an operation or existing before the call."""
-        if id(value) not in self._values:
-            memory = _memory(value)
+    def _value_of(self, tensor: Tensor) -> Value:
+        """The value of a tensor, made by an operation or existing before the call."""
+        if id(tensor) not in self._values:
+            memory = _memory(tensor)
             if memory in self._made:
                 self.refuse("a tensor shares memory with another one that it was not computed from")
             self._given |= {memory} - {0}
-            self._constants.append(value)
-            self._hold(value, self._graph.addInput())
-        return self._values[id(value)]
+            self._outside.append(tensor)
+            self._inputs.append(self._hold(tensor))
+        return self._values[id(tensor)]
 
-    def _hold(self, tensor: Tensor, value: Any) -> None:
-        self._values[id(tensor)] = value
-        self._kinds[value.debugName()] = Kind(tuple(tensor.shape), tensor.dtype, tensor.device)
+    def _hold(self, tensor: Tensor) -> Value:
+        """Makes a new value stand for a tensor from now on."""
+        value = self._values[id(tensor)] = Value.like(tensor)
         self._held.append(tensor)
         self._num_numbers += tensor.numel()
         if self._num_numbers > _MOST_NUMBERS:
             self.refuse(f"the tensors of a call have more than {_MOST_NUMBERS} elements in total")
+        return value
 
-    def _node(self, name: str, inputs: Sequence[Any], types: Sequence[Any]) -> list[Any]:
-        """Appends a node to the graph; returns its outputs."""
-        node = self._graph.create(name, inputs, len(types))
-        self._graph.appendNode(node)
-        outputs = [*node.outputs()]
-        for output, type_ in zip(outputs, types):
-            output.setType(type_)
-        return outputs
-
-    def _name(self, found: Any, values: Sequence[Any]) -> None:
+    def _call(self, func: OpOverload, given: Sequence[Any], found: Any) -> tuple[Value, ...]:
+        """Appends an operation that returned ``found``; returns its outputs."""
         several = found if isinstance(found, (tuple, list)) else [found]
-        for tensor, value in zip(several, values, strict=found is not None):
-            if isinstance(tensor, Tensor):
-                self._hold(tensor, value)
-            elif tensor is not None:
-                self.refuse(f"an operation returns {type(tensor)}")
+        outputs = list[Value]()
+        for each in several if found is not None else []:
+            if not isinstance(each, (Tensor, type(None))):
+                self.refuse(f"an operation returns {type(each)}")
+            outputs.append(self._hold(each) if isinstance(each, Tensor) else Value())
+        self._calls.append(Call(func, tuple(given), tuple(outputs)))
+        return self._calls[-1].outputs
 
-    def finished(self, results: Sequence[Tensor]) -> Iterator[Replay]:
-        """Candidate replays that return these results, the fastest first."""
+    def programs(self, results: Sequence[Tensor]) -> Iterator[Program]:
+        """Programs that return these results, the fastest first."""
         outputs = [*map(self._value_of, results), *self._failures]
-        types = [torch._C.TupleType([_TENSOR] * len(outputs))]
-        (output,) = self._node("prim::TupleConstruct", outputs, types)
-        self._graph.registerOutput(output)
-        shapes = [(value.shape, value.requires_grad) for value in self._constants]
-        graphs = [lambda: self._graph]
+        program = Program(self._inputs, self._constants, self._calls, outputs)
         if self._is_pure:
-            graphs.insert(0, lambda: batched(self._graph, self._kinds, self._random))
-        for graph in graphs:
-            script = torch._C._create_function_from_graph("replay", graph())
-            yield Replay(script, self._constants, shapes, len(results), bool(self._random))
+            yield batched(program, self._random)
+        yield program
+
+    def replay(self, program: Program, num_results: int) -> Replay:
+        shapes = [(value.shape, value.requires_grad) for value in self._outside]
+        return Replay(
+            program, compiled(program), self._outside, shapes, num_results, bool(self._random)
+        )
 
 
 class _Reads(TorchFunctionMode):

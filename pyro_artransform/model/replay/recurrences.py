@@ -26,7 +26,15 @@ from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
-from .tape import FEWEST, Call, Kind, Tape
+import torch
+
+from .program import Call, Value, identity
+from .tape import FEWEST, Tape
+from .writing import Writer
+
+_ATEN = torch.ops.aten
+#: the name of calls that are recurrences
+RECURRENCE = "recurrence"
 
 # steps back over which origins are compared
 _ROUNDS = 5
@@ -34,7 +42,7 @@ _AFFINE = {"add", "sub", "mul", "div", "neg"}
 # operations that are searched for the state before
 _MOST_SEARCHED = 32
 
-Term = str | float  #: the name of a value, or a number
+Term = Value | float
 
 
 class _NotAffine(Exception):
@@ -49,16 +57,16 @@ class _Map(NamedTuple):
 
 
 def join_recurrences(tape: Tape) -> None:
-    """Replaces affine recurrences of a tape by one call each, of kind "recurrence".
+    """Replaces affine recurrences of a tape by one call each.
 
     Its inputs are the state before the first step, the slopes and the offsets; its outputs are the states.
     """
-    made_by = {name: call for call in tape.calls for name in call.outputs}
+    made_by = {value: call for call in tape.calls for value in call.outputs}
     groups = defaultdict[int, list[Call]](list)
     for role, call in zip(_roles(tape), tape.calls):
-        if call.kind in _AFFINE:
+        if call.name in _AFFINE:
             groups[role].append(call)
-    replaced = dict[str, list[Call]]()
+    replaced = dict[Value, list[Call]]()
     for group in groups.values():
         for chain in _chains(group, made_by) if len(group) > FEWEST else ():
             try:
@@ -66,133 +74,121 @@ def join_recurrences(tape: Tape) -> None:
             except _NotAffine:
                 continue
             replaced.update(new)
-            made_by.update(
-                {n: call for some in new.values() for call in some for n in call.outputs}
-            )
+            made_by.update(dict.fromkeys(new, new[chain[-1].outputs[0]][-1]))
     if replaced:
-        calls = [new for call in tape.calls for new in replaced.get(call.outputs[0], [call])]
-        tape.keep_needed(calls)
+        tape.keep_needed(
+            [new for call in tape.calls for new in replaced.get(call.outputs[0], [call])]
+        )
 
 
 def _roles(tape: Tape) -> list[int]:
-    """The role of each call: calls of one role have equal origins for some steps back."""
-    made_by = {name: i for i, call in enumerate(tape.calls) for name in call.outputs}
+    """The role of each call: calls of one role have equal origins for some steps back, but for constants."""
+    made_by = {value: i for i, call in enumerate(tape.calls) for value in call.outputs}
     roles = [0] * len(tape.calls)
     for _ in range(_ROUNDS):
-        before = {name: (tape.kinds.get(name), roles[i]) for name, i in made_by.items()}
+        before = {value: (value.kind, roles[i]) for value, i in made_by.items()}
         numbers = dict[Any, int]()
         roles = [
-            numbers.setdefault((c.kind, *(before.get(n, n) for n in c.inputs)), len(numbers))
+            numbers.setdefault((c.name, *(before.get(v, v) for v in c.values)), len(numbers))
             for c in tape.calls
         ]
     return roles
 
 
-def _chains(group: Sequence[Call], made_by: dict[str, Call]) -> Iterator[list[Call]]:
+def _chains(group: Sequence[Call], made_by: dict[Value, Call]) -> Iterator[list[Call]]:
     """Long sequences of calls of one role, each of which has the one before it among its origins."""
-    by_name = {call.outputs[0]: call for call in group}
-    chains = dict[str, list[Call]]()  # by the name of the last member
+    members = {call.outputs[0] for call in group}
+    chains = dict[Value | None, list[Call]]()  # by the output of the last member
     for call in group:
-        before = _before(call, by_name, made_by)
-        chain = chains.pop(before, [])
+        chain = chains.pop(_before(call, members, made_by), [])
         chains[call.outputs[0]] = [*chain, call]
     return (chain for chain in chains.values() if len(chain) > FEWEST)
 
 
-def _before(call: Call, members: dict[str, Call], made_by: dict[str, Call]) -> str:
-    """The nearest member of a group among the origins of a call through affine operations, or ""."""
-    names = [*call.inputs]
-    for name in names:
-        if name in members:
-            return name
-        if len(names) < _MOST_SEARCHED and name in made_by and made_by[name].kind in _AFFINE:
-            names += made_by[name].inputs
-    return ""
+def _before(call: Call, members: set[Value], made_by: dict[Value, Call]) -> Value | None:
+    """The nearest member of a group among the origins of a call through affine operations."""
+    values = call.values
+    for value in values:
+        if value in members:
+            return value
+        if len(values) < _MOST_SEARCHED and value in made_by and made_by[value].name in _AFFINE:
+            values += made_by[value].values
+    return None
 
 
 class _Recurrence:
     """An affine recurrence of states of a tape.
 
-    :param made_by: the calls of the tape by the names of their outputs.
+    :param made_by: the calls of the tape by their outputs.
     :param start: the state before the first step.
     """
 
-    def __init__(self, tape: Tape, made_by: dict[str, Call], start: str) -> None:
-        self._tape, self._made_by, self._start = tape, made_by, start
-        self._depends = {start: True}  # which values depend on the start
+    def __init__(self, tape: Tape, made_by: dict[Value, Call], start: Value) -> None:
+        self._made_by, self._start = made_by, start
+        self._dependent = {start}  # values that depend on the start, as all states do
+        for call in tape.calls:
+            if not self._dependent.isdisjoint(call.values):
+                self._dependent.update(call.outputs)
         # values as functions of the last state; None for earlier states
-        self._maps = dict[str, _Map | None]()
-        self._outputs, self._new = dict[tuple[str, ...], str](), list[Call]()
+        self._maps = dict[Value, _Map | None]()
+        self._outputs, self._new = dict[Any, Value](), list[Call]()
 
-    def solved(self, chain: Sequence[Call]) -> dict[str, list[Call]]:
-        """Calls that replace those of the states, by the names of the states.
+    def solved(self, chain: Sequence[Call]) -> dict[Value, list[Call]]:
+        """Calls that replace those of the states, by state.
 
         :raises _NotAffine: if a step is not affine, or depends on an earlier state in another way.
         """
-        found, maps, before = dict[str, list[Call]](), list[_Map](), self._start
+        found, maps, before = dict[Value, list[Call]](), list[_Map](), self._start
         states = [call.outputs[0] for call in chain]
         for state in states:
             self._maps = {**dict.fromkeys(found), self._start: None, before: _Map(1.0, 0.0)}
             maps.append(self._map(state))
             found[state], self._new, before = self._new, [], state
-        slopes, offsets = ([*map(self._name, terms)] for terms in zip(*maps))
-        inputs = (self._start, *slopes, *offsets)
-        found[states[-1]] += [*self._new, Call(None, "recurrence", inputs, tuple(states))]
+        inputs = self._start, *zip(*maps)
+        found[states[-1]] += [*self._new, Call(RECURRENCE, inputs, tuple(states))]
         return found
 
-    def _map(self, name: str) -> _Map:
-        """The value as a function of the last state."""
-        if name not in self._maps:
-            self._maps[name] = self._new_map(name)
-        if (known := self._maps[name]) is None:  # an earlier state
+    def _map(self, argument: Any) -> _Map:
+        """A number, or a value as a function of the last state."""
+        if isinstance(argument, (int, float)):
+            return _Map(0.0, float(argument))
+        if not isinstance(argument, Value):
+            raise _NotAffine
+        if argument not in self._maps:
+            self._maps[argument] = self._new_map(argument)
+        if (known := self._maps[argument]) is None:  # an earlier state
             raise _NotAffine
         return known
 
-    def _new_map(self, name: str) -> _Map:
-        constants, kinds = self._tape.constants, self._tape.kinds
-        if name in constants:
-            if not isinstance(constants[name], (int, float)):
-                raise _NotAffine
-            return _Map(0.0, float(constants[name]))
-        if not self._depends_on_start(name):
-            return _Map(0.0, name)
-        call = self._made_by[name]
-        if call.kind not in _AFFINE or kinds[name] != kinds[self._start]:
+    def _new_map(self, value: Value) -> _Map:
+        if value not in self._dependent:
+            return _Map(0.0, value)
+        call = self._made_by[value]
+        name, (first, *others) = call.name, call.inputs
+        if name not in _AFFINE or value.kind != self._start.kind:
             raise _NotAffine
-        x, *others = map(self._map, call.inputs[:2])
-        if call.kind == "neg":
-            return _Map(self._product(x.slope, -1.0), self._product(x.offset, -1.0))
-        (y,) = others
-        if call.kind in ("add", "sub"):
-            if constants.get(call.inputs[2]) != 1:
+        x = self._map(first)
+        if name == "neg":
+            return _Map(*(self._product(term, -1.0) for term in x))
+        y = self._map(others[0])
+        if name in ("add", "sub"):
+            if others[1] != 1:
                 raise _NotAffine
-            sign = 1.0 if call.kind == "add" else -1.0
+            sign = 1.0 if name == "add" else -1.0
             return _Map(*(self._sum(a, self._product(b, sign)) for a, b in zip(x, y)))
-        if x.slope == 0 and call.kind == "mul":
+        if x.slope == 0 and name == "mul":
             x, y = y, x
-        if y.slope != 0:
+        if y.slope != 0 or len(others) > 1:  # a division that rounds
             raise _NotAffine
-        factor = y.offset if call.kind == "mul" else self._reciprocal(y.offset)
+        factor = y.offset if name == "mul" else self._reciprocal(y.offset)
         return _Map(*(self._product(term, factor) for term in x))
-
-    def _depends_on_start(self, name: str) -> bool:
-        """Whether a value depends on the start, and so on any state."""
-        known, names = self._depends, [name]
-        while names:
-            inputs = self._made_by[names[-1]].inputs if names[-1] in self._made_by else ()
-            if unknown := [each for each in inputs if each not in known]:
-                names += unknown
-            else:
-                last = names.pop()
-                known.setdefault(last, any(known[each] for each in inputs))
-        return known[name]
 
     def _sum(self, x: Term, y: Term) -> Term:
         if isinstance(x, float):
             x, y = y, x
         if isinstance(x, float) and isinstance(y, float):
             return x + y
-        return x if y == 0 else self._call("add", x, y, 1.0)
+        return x if y == 0 else self._call(_ATEN.add.Tensor, x, y)
 
     def _product(self, x: Term, y: Term) -> Term:
         if isinstance(x, float):
@@ -201,39 +197,67 @@ class _Recurrence:
             return x * y
         if y in (0.0, 1.0):
             return x if y == 1 else 0.0
-        return self._call("neg", x) if y == -1 else self._call("mul", x, y)
+        return self._call(_ATEN.neg.default, x) if y == -1 else self._call(_ATEN.mul.Tensor, x, y)
 
     def _reciprocal(self, x: Term) -> Term:
-        if isinstance(x, str):
-            return self._call("reciprocal", x)
+        if isinstance(x, Value):
+            return self._call(_ATEN.reciprocal.default, x)
         if x == 0:
             raise _NotAffine
         return 1 / x
 
-    def _call(self, kind: str, *inputs: Term) -> str:
-        """Adds a call; returns the name of its output."""
-        kinds, names = self._tape.kinds, tuple(map(self._name, inputs))
-        like = kinds[self._start]
-        shapes = [kinds[name].shape for name in names if name in kinds]
-        if any(kinds[name][1:] != like[1:] for name in names if name in kinds):
-            raise _NotAffine
-        key = kind, *names
+    def _call(self, function: Any, *inputs: Term) -> Value:
+        """Adds a call; returns its output."""
+        key = function, *map(identity, inputs)
         if key not in self._outputs:
-            output = self._outputs[key] = f"{self._start}.{len(kinds)}"
-            kinds[output] = Kind(_broadcast(shapes), like.dtype, like.device)
-            self._new.append(Call(None, kind, names, (output,)))
+            call, (_, dtype, device) = Call.made(function, *inputs), self._start.kind
+            if any((value.dtype, value.device) != (dtype, device) for value in call.values):
+                raise _NotAffine
+            shape = _broadcast([value.shape for value in call.values])
+            self._outputs[key] = Value(shape, dtype, device)
+            self._new.append(call._replace(outputs=(self._outputs[key],)))
         return self._outputs[key]
-
-    def _name(self, term: Term) -> str:
-        """The name of a value; of a constant, if it is a number."""
-        if isinstance(term, str):
-            return term
-        name = f"number {term}"
-        self._tape.constants[name] = term
-        return name
 
 
 def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
     """The common shape; ``torch.broadcast_shapes`` imports for seconds."""
     sizes = zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1)
     return tuple(max(each) for each in sizes)[::-1]
+
+
+def scanned(writer: Writer, call: Call) -> None:
+    """Writes a recurrence as a scan."""
+    made, (start, slopes, offsets) = writer.made, call.inputs
+    count, shape = len(call.outputs), call.outputs[0].shape
+    start = made(_ATEN.unsqueeze.default, writer.value(start), 0)
+    offset = _steps(writer, offsets, start, shape)
+    if all(slope == 1 for slope in slopes):
+        # cumsum adds in the order of the loop, for the same round-off
+        both = made(_ATEN.cat.default, (start, offset))
+        sums = made(_ATEN.cumsum.default, both, 0)
+        writer.keep_batch(call.outputs, made(_ATEN.slice.Tensor, sums, 0, 1))
+        return
+    slope = _steps(writer, slopes, start, shape)
+    # maps from the state before the first step
+    done = 1
+    while done < count:
+        heads = [made(_ATEN.slice.Tensor, each, 0, 0, done) for each in (slope, offset)]
+        earlier = [made(_ATEN.slice.Tensor, each, 0, 0, count - done) for each in (slope, offset)]
+        later = [made(_ATEN.slice.Tensor, each, 0, done) for each in (slope, offset)]
+        slopes = [made(_ATEN.mul.Tensor, later[0], each) for each in earlier]
+        rests = slopes[0], made(_ATEN.add.Tensor, later[1], slopes[1])
+        slope, offset = (made(_ATEN.cat.default, both) for both in zip(heads, rests))
+        done *= 2
+    states = made(_ATEN.add.Tensor, offset, made(_ATEN.mul.Tensor, slope, start))
+    writer.keep_batch(call.outputs, states)
+
+
+def _steps(writer: Writer, terms: Sequence[Term], start: Value, shape: tuple[int, ...]) -> Value:
+    """Values of all steps, stacked, with the shape of a state each."""
+    values = [term for term in terms if isinstance(term, Value)]
+    if len(values) == len(terms):
+        aligned = writer.aligned(values, shape)
+        return writer.made(_ATEN.expand.default, aligned, (len(terms), *shape))
+    one = writer.made(_ATEN.ones_like.default, start)
+    parts = (writer.made(_ATEN.mul.Tensor, one, writer.value(term)) for term in terms)
+    return writer.made(_ATEN.cat.default, tuple(parts))

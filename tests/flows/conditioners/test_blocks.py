@@ -91,4 +91,3 @@ def test_levels_follow_the_graph(case):
     level = torch.arange(network.depth).repeat_interleave(sizes)[network.order.argsort()]
     child, parent = network.adjacency.nonzero(as_tuple=True)
     assert (level[child] > level[parent]).all()
-    assert blocks.work == sum(layer.weight.numel() for layer in network.layers)

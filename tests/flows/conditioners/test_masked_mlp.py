@@ -167,15 +167,3 @@ def test_unconditional_parameters_are_the_same_for_every_x():
         Unconditional(3, 0)
     with pytest.raises(ValueError, match=r"expected shape \(\*, 3\), got \(2,\)"):
         conditioner(torch.zeros(2))
-
-
-class Mixing(nn.ReLU):
-    """Of a class that acts on each element alone, which it does not."""
-
-    def forward(self, x):
-        return super().forward(x) + x.sum(-1, keepdim=True)
-
-
-@pytest.mark.parametrize(("nonlinearity", "expected"), [(nn.ReLU(), True), (Mixing(), False)])
-def test_a_subclass_of_an_activation_may_mix_its_inputs(nonlinearity, expected):
-    assert MaskedMLP(3, 2, nonlinearity=nonlinearity).autoregressive is expected

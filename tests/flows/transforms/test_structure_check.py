@@ -16,8 +16,8 @@ from pyro_artransform.flows.transforms import (
     AutoregressiveTransform,
     ConditionalAutoregressiveTransform,
     ConditionedUnivariate,
-    check_structure,
 )
+from pyro_artransform.flows.transforms.autoregressive import check_structure
 from pyro_artransform.flows.univariate import Affine, MonotonicAffineTransform
 from pyro_artransform.testing import redraw
 from tests.flows.transforms.metas import CumulativeConditioner, Dense, DenseTransform

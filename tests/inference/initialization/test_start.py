@@ -191,10 +191,9 @@ def test_nothing_finite_names_the_site(quick):
     with pytest.raises(ValueError, match=r"finite log density.*broken is not finite") as error:
         find_start(LogJoint(model), guide, None, quick.initialization)
     assert "fine" not in str(error.value)
-    assert "arguments" not in str(error.value)
 
 
-def test_nothing_finite_names_arguments_that_are_not():
+def test_nothing_finite_with_infinite_data():
     def model(x, tables, y=None):
         slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
         loc = slope * (x + sum(tables["more"]))
@@ -205,9 +204,7 @@ def test_nothing_finite_names_arguments_that_are_not():
     tables = {"more": (torch.zeros(3), torch.full((3,), torch.nan))}
     words = (
         r"y is not finite\. Tried were .* The prior may exclude the data: check supports, priors and data\. "
-        r"Give an init_loc_fn with values at which density and gradient are finite\n"
-        r"The arguments of the model are .*'tables'\['more'\]\[1\] of shape \(3,\), 3 of 3 elements not "
-        r"finite; 'x' of shape \(3,\), 1 of 3 elements not finite"
+        r"Give an init_loc_fn with values at which density and gradient are finite$"
     )
     with pyro.validation_enabled(False), pytest.raises(ValueError, match=words):
         quick_fit(model, small(model), x, tables, y=torch.zeros(3), progress=False)

@@ -98,14 +98,14 @@ DATA = torch.linspace(-1, 1, NUM)
 
 
 def num_nodes(replay):
-    return sum(node.kind() != "prim::Constant" for node in replay.script.graph.nodes())
+    return len(replay.program.calls)
 
 
 def both(monkeypatch, function, *inputs):
     """The replays with batches and without."""
     found = recording.record(function, inputs, 100.0)
     with monkeypatch.context() as patch:
-        patch.setattr(recording, "batched", lambda graph, *_: graph)
+        patch.setattr(recording, "batched", lambda program, _: program)
         plain = recording.record(function, inputs, 100.0)
     assert found is not None
     assert plain is not None
