@@ -11,7 +11,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoGuide
 from pyro.poutine.util import site_is_factor, site_is_subsample
@@ -21,6 +20,7 @@ from torch.distributions import Binomial
 from .._base.arguments import check_integer
 from ..model.density import Args, Kwargs
 from ..model.protocols import PosteriorGuide
+from ..model.run_once import run_once
 from ..model.traces import in_shape_of_site, is_deterministic
 from .importance_weights import Values
 
@@ -151,7 +151,7 @@ def sbc(
 
     all_ranks = []
     for _ in trange(num_simulations, disable=not progress):
-        truth = {k: site["value"] for k, site in _sites(poutine.uncondition(run)).items()}
+        truth = {k: site["value"] for k, site in _sites(run, observed=False).items()}
         data = {name: truth.pop(name) for name in [*truth] if name in names}
         with pyro.get_param_store().scope():
             draws = _draws_of(fit_one(data), num_draws, truth, args, kwargs)
@@ -159,11 +159,9 @@ def sbc(
     return SBC({k: torch.stack([ranks[k] for ranks in all_ranks]) for k in all_ranks[0]}, num_draws)
 
 
-@torch.no_grad()
-def _sites(run: Callable[[], object]) -> dict[str, Any]:
+def _sites(run: Callable[[], object], observed: bool = True) -> dict[str, Any]:
     """The sample sites of a run, without the subsample indices of plates."""
-    with poutine.block():
-        nodes = poutine.trace(run).get_trace().nodes
+    nodes = run_once(run, observed=observed, validated=True).nodes
     sampled = {name: node for name, node in nodes.items() if node["type"] == "sample"}
     return {name: node for name, node in sampled.items() if not site_is_subsample(node)}
 

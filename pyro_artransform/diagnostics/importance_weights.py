@@ -18,10 +18,12 @@ from torch import Tensor
 from .._base.time_limit import has_limit
 from ..model import LogJoint
 from ..model.density import Args, Kwargs
+from ..model.draw_plate import GuideSampler
 from ..model.handlers import hidden_sites
 from ..model.protocols import FlowGuide, PriorGuide, ReparametrizedGuide, SetUpGuide
+from ..model.run_once import run_once
 from ..model.traces import check_data, latent_nodes, runs_model, subsampled_plates
-from ..model.vectorization import NUM_COMPARED, GuideSampler, draws_at_a_time, stack
+from ..model.vectorization import NUM_COMPARED, draws_at_a_time, stack
 
 Model = Callable[..., object]
 Run = Callable[[], object]
@@ -77,7 +79,7 @@ def weighted_draws(
         if isinstance(offered, SetUpGuide):
             offered.set_up(*args, **kwargs)
         else:
-            _trace(run_guide)
+            run_once(run_guide, validated=True)
         log_joint = log_joint or LogJoint(run_model)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             check_same_latents(log_joint, run_guide)
@@ -176,7 +178,7 @@ def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int)
 
 def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> tuple[Drawer, bool]:
     """A function that makes n draws of a guide that is traced, and whether the guide is a point."""
-    trace = _trace(guide)
+    trace = run_once(guide, validated=True)
     check_data(trace)
     is_discrete = {node["name"]: node["fn"].support.is_discrete for node in latent_nodes(trace)}
     if any(is_discrete.values()) or subsampled_plates(trace):
@@ -223,8 +225,8 @@ def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
     """Draws with discrete sites, or for a mini-batch: the model is replayed at each draw of the guide."""
     rows, log_weights = [], []
     for _ in range(n):
-        drawn = _trace(guide)
-        replayed = _trace(poutine.replay(model, trace=drawn))
+        drawn = run_once(guide, validated=True)
+        replayed = run_once(model, replayed=drawn, validated=True)
         rows.append({node["name"]: node["value"] for node in latent_nodes(replayed)})
         _check_latents(rows[-1], drawn.nodes)
         # if a guide runs the model, the data are not part of its density
@@ -234,16 +236,14 @@ def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
     return Weighted(None, stack(rows), torch.stack(log_weights))
 
 
-def _trace(run: Run) -> poutine.Trace:
-    with poutine.block():
-        trace: poutine.Trace = poutine.trace(run).get_trace()
-    return trace
-
-
 def check_same_latents(log_joint: LogJoint, guide: Run) -> None:
     """Raises a ``ValueError`` if a guide's latents or their order differ from the model's."""
     expected = {name: tuple(site.shape) for name, site in log_joint.latents.sites.items()}
-    nodes = [n for n in latent_nodes(_trace(guide)) if not n["infer"].get("is_auxiliary")]
+    nodes = [
+        n
+        for n in latent_nodes(run_once(guide, validated=True))
+        if not n["infer"].get("is_auxiliary")
+    ]
     got = {node["name"]: tuple(node["value"].shape) for node in nodes}
     # a guide with only a latent vector does not name its latents; their order is that of the vector
     if got and list(got.items()) != list(expected.items()):

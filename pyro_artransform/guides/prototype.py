@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import partial
 from typing import Any
 
-import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
@@ -19,6 +18,7 @@ from torch.distributions import biject_to
 
 from ..model.coordinates.families import PriorScale
 from ..model.coordinates.priors import depend_on_latents
+from ..model.run_once import run_once
 from ..model.sites import (
     SUPPORT_DEPENDS,
     Latents,
@@ -110,11 +110,10 @@ def sites_by_name(trace: poutine.Trace) -> dict[str, Site]:
     return {name: Site.from_node(node) for name, node in nodes if not is_hidden(node)}
 
 
-def one_more_run(run: Callable[[], object]) -> poutine.Trace:
+def one_more_run(run: Callable[[], object]) -> Any:
     """The trace of a run that is hidden from outer handlers and preserves the random state."""
-    rng, checks = torch.random.fork_rng(devices=[]), pyro.validation_enabled(False)
-    with rng, checks, poutine.block(), torch.no_grad():
-        return poutine.trace(run).get_trace()
+    with torch.random.fork_rng(devices=[]):
+        return run_once(run)
 
 
 def refuse_subsampling(sites: Iterable[Site]) -> None:

@@ -9,7 +9,6 @@ sum over rows, whatever its scale, is the same before and after.
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +18,9 @@ from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
 from .._base.arguments import warn_user
+from .._base.comparison import round_off
 from ..diagnostics.checks import Check, FailedCheck
-from ..model.graphs.dependencies import ROUND_OFF
-from ..model.sites import started_trace
+from ..model.run_once import run_once
 from ..model.traces import latent_nodes, moved_latent
 from .loader import Batch
 
@@ -53,7 +52,7 @@ def warn_of_no_sum(model: Model, batches: Sequence[Batch]) -> FailedChecks | Non
 def _why_no_sum(model: Model, first: Batch, second: Batch) -> FailedChecks | None:
     pairs = [_exchanged(*parts) for parts in zip(first, second)]
     mixed = [Batch(*parts) for parts in zip(*pairs)]
-    values = _latents(started_trace(partial(model, *first.args, **first.kwargs), init_to_median))
+    values = _latents(run_once(model, *first, init_loc_fn=init_to_median))
     batches, state = (first, second, *mixed), torch.get_rng_state()
     runs = [_log_density(model, *pair, state) for pair in zip(batches, values)]
     new_state = torch.Generator().manual_seed(0).get_state()
@@ -118,8 +117,7 @@ def _log_density(
     Only scales that are one number count; inverse scales of padded batches must add up, too.
     """
     torch.set_rng_state(state)
-    run = partial(poutine.condition(model, dict(values)), *batch.args, **batch.kwargs)
-    trace = started_trace(run, init_to_median)
+    trace = run_once(model, *batch, at=values, init_loc_fn=init_to_median)
     trace.compute_log_prob(site_filter=lambda _, site: not site_is_subsample(site))
     total, shares, slack = 0.0, list[float](), 0.0
     for site in (each for each in trace.nodes.values() if "log_prob" in each):
@@ -127,6 +125,5 @@ def _log_density(
         is_number = scale.numel() == 1 and float(scale) > 0
         shares.append(1 / float(scale) if is_number else 1.0)
         total += shares[-1] * float(term.sum())
-        eps = torch.finfo(site["log_prob"].dtype).eps
-        slack += ROUND_OFF * eps * shares[-1] * float(term.abs().sum())
+        slack += round_off(site["log_prob"]) * shares[-1] * float(term.abs().sum())
     return total, torch.tensor(shares, dtype=torch.float64, device="cpu"), slack

@@ -5,9 +5,7 @@
 
 import copy
 import math
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache, partial
 from typing import Any
 
@@ -23,11 +21,14 @@ from .._base.arguments import values_can_be_read
 from .._base.differentiation import evaluate_with_gradient
 from .coordinates.coordinates import Coordinates, nan_terms
 from .coordinates.latent_mapper import LatentMapper
-from .coordinates.priors import compare_priors, find_mapped, priors_of, scales_of, traced_at
+from .coordinates.priors import compare_priors, find_mapped, priors_of, scales_of
+from .draw_plate import DRAWS, DrawPlate
 from .enumeration import marginal_log_prob
-from .handlers import FoundScale, SiteLogProbs, UnmaskedLatents, hidden_sites, improper_sites
-from .initial_point import usable_point
-from .sites import Latents, started_trace
+from .handlers import FoundScale, SiteLogProbs, hidden_sites
+from .initial_point import InitialPoint, usable_point
+from .masked_latents import UnmaskedLatents, improper_sites
+from .run_once import aside, nonfinite_sites, run_once
+from .sites import Latents
 from .traces import (
     ModelStructure,
     argument_signature,
@@ -39,19 +40,15 @@ from .traces import (
     subsampled_plates,
 )
 from .vectorization import (
-    DRAWS,
     NUM_COMPARED,
-    STRATEGIES,
     Choice,
-    DrawPlate,
     Draws,
     Terms,
+    checked,
     choose_strategy,
     draws_at_a_time,
     evaluate_many,
-    nonfinite_sites,
 )
-from .verify_vectorized import checked
 
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
@@ -110,7 +107,7 @@ class LogJoint:
     ) -> None:
         self.model, self._init_loc_fn, kwargs = model, init_loc_fn, kwargs or {}
         run = partial(model, *args, **kwargs)
-        first, trace = traces or (self._trace(run),) * 2
+        first, trace = traces or (run_once(run, init_loc_fn=init_loc_fn),) * 2
         check_data(trace)
         self.improper = improper_sites(run, trace)  #: the sites that keep their masks
         #: the model bound to its arguments, with the masks of proper latents removed
@@ -124,29 +121,29 @@ class LogJoint:
         self.maps_priors = True  #: False if the user asks for the model's coordinates
         values = {name: first.nodes[name]["value"].detach() for name in self.latents.sites}
         self._first = self.latents.unconstrain(values)
-        #: latent nodes of known runs, the first at the start
-        self._nodes = [{n["name"]: n for n in latent_nodes(t)} for t in traces or (first,)]
+        #: runs that drew no random numbers but initial values, the first at the start
+        self.known_runs = [*(traces or (first,))]
         # computed once and shared by all copies
         self._choice: Callable[[], Choice] = lru_cache(maxsize=1)(self._choose)
-        start = partial(self.or_usable, self._first)
-        self._find_start: Callable[[], Tensor] = lru_cache(maxsize=1)(start)
+        start = partial(self._usable, self._first)
+        self._find_start: Callable[[], InitialPoint] = lru_cache(maxsize=1)(start)
         self._find_mapped: Callable[[], Any] = lru_cache(maxsize=1)(self._compare_priors)
         if traces is None:
             self._choice()
 
     def _choose(self) -> Choice:
-        start, generator = self._find_start(), torch.Generator().manual_seed(0)
-        with _quietly():
+        start, generator = self._find_start().u, torch.Generator().manual_seed(0)
+        with aside():
             on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}
             noise = torch.randn(NUM_COMPARED, len(start), generator=generator, **on_cpu).to(start)
-            wide = scales_of(priors_of(self._nodes[0], self.latents), self.latents, start)
+            wide = scales_of(priors_of(self.known_runs[0].nodes, self.latents), self.latents, start)
             near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
             points = start + torch.cat([near[:1], wide.clamp_min(1.0) * far, -far, near[1:]])
             return choose_strategy(self._evaluate, {"z": points}, NUM_COMPARED)
 
     @cached_property
     def strategy(self) -> str:
-        """How draws are vectorized, "plate", "vmap", "copies" or "loop": see ``model.vectorization``."""
+        """How draws are vectorized, "plate", "vmap" or "loop": see ``model.vectorization``."""
         return self._choice().strategy
 
     @cached_property
@@ -175,8 +172,16 @@ class LogJoint:
 
     def or_usable(self, u: Tensor) -> Tensor:
         """A start, or another point where it is of no use, see ``model.initial_point``."""
-        with _quietly():
+        return self._usable(u).u
+
+    def _usable(self, u: Tensor) -> InitialPoint:
+        with aside():
             return usable_point(self, u, self._init_loc_fn is init_to_median)
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether a gradient of the density reaches the latents at the start."""
+        return self._find_start().has_gradient
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "LogJoint":
         """The log joint density of the same model for other arguments, such as another mini-batch.
@@ -205,7 +210,7 @@ class LogJoint:
             return other
         other._arguments = args, kwargs
         other.run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
-        other._nodes = []
+        other.known_runs = []
         other._find_mapped = lru_cache(maxsize=1)(other._compare_priors)
         return other
 
@@ -219,7 +224,8 @@ class LogJoint:
         if key not in self._structures:
             # a cache miss must not change the random numbers that follow
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                trace = self._trace((scale := FoundScale())(partial(self.model, *args, **kwargs)))
+                run = (scale := FoundScale())(self.model)
+                trace = run_once(run, args, kwargs, init_loc_fn=self._init_loc_fn)
             if (shapes := argument_signature(arguments)) not in self._checked:
                 check_data(trace)
                 self._checked.add(shapes)
@@ -254,7 +260,7 @@ class LogJoint:
 
     def _at(self, z: Tensor, chunk_size: int | None = None) -> Tensor:
         # a single draw takes a single run with any strategy
-        strategy = self.strategy if len(z) > 1 else STRATEGIES[0]
+        strategy = self.strategy if len(z) > 1 else "plate"
         with pyro.validation_enabled(False):
             return evaluate_many(self._evaluate, {"z": z}, strategy, nan_terms, chunk_size)["total"]
 
@@ -285,6 +291,10 @@ class LogJoint:
             total = plate.total(terms, total)
         return {"total": total}
 
+    def _like(self, other: "LogJoint") -> None:
+        """Gives a density of a subclass the model, arguments, start and strategy of another density."""
+        vars(self).update(vars(other))
+
     def with_coordinates(self, coordinates: Coordinates | None) -> "LogJoint":
         """The log density in other coordinates, with their log-determinant."""
         other = copy.copy(self)
@@ -295,7 +305,7 @@ class LogJoint:
     @property
     def start(self) -> Tensor:
         """An initial point, shape ``(latent_dim,)``, in the coordinates of draws."""
-        return self.from_unconstrained(self._find_start()[None])[0][0]
+        return self.from_unconstrained(self._find_start().u[None])[0][0]
 
     def to_unconstrained(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Maps draws ``(n, latent_dim)`` to the unconstrained space; returns log-determinants, too."""
@@ -312,7 +322,8 @@ class LogJoint:
     def prior_scales(self, u: Tensor) -> Tensor:
         """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
         if not (nodes := self.nodes_at(u)):
-            nodes = traced_at(self.enumerated(self.run), self.latents.constrain(u)).nodes
+            run = self.enumerated(self.run)
+            nodes = run_once(run, at=self.latents.constrain(u)).nodes
         return scales_of(priors_of(nodes, self.latents, self.improper), self.latents, u)
 
     def mapped_sites(self, with_shapes: bool = False) -> dict[str, bool]:
@@ -326,34 +337,28 @@ class LogJoint:
         return found if with_shapes or any(found.values()) else {}
 
     def _compare_priors(self) -> dict[str, bool]:
-        if len(self._nodes) > 1 and not self.is_enumerated:
-            return compare_priors(*(priors_of(n, self.latents, self.improper) for n in self._nodes))
-        start = self._find_start()
-        points = torch.stack([start, start + 0.1 * (1 + start.abs())])
-        return find_mapped(self.enumerated(self.run), self.latents, points, self.improper)
+        latents, improper = self.latents, self.improper
+        if len(self.known_runs) > 1 and not self.is_enumerated:
+            return compare_priors(*(priors_of(t.nodes, latents, improper) for t in self.known_runs))
+        start = self._find_start().u
+        points, run = (
+            torch.stack([start, start + 0.1 * (1 + start.abs())]),
+            self.enumerated(self.run),
+        )
+        known = self.known_runs[0] if self.nodes_at(start) else None
+        found, second = find_mapped(run, latents, points, improper, known)
+        if known and second:
+            self.known_runs.append(second)
+        return found
 
     def nodes_at(self, u: Tensor) -> Mapping[str, Any]:
         """The latents of the known run if it was at this point, and not enumerated."""
-        is_known = bool(self._nodes) and not self.is_enumerated and torch.equal(u, self._first)
-        return self._nodes[0] if is_known else {}
+        is_known = bool(self.known_runs) and not self.is_enumerated and torch.equal(u, self._first)
+        return self.known_runs[0].nodes if is_known else {}
 
     def enumerated(self, run: Callable[[], object]) -> Any:
         """Enumerates the discrete latents of a model, if any, to the left of the draws."""
         return EnumMessenger(-2 - self.num_plates)(run) if self.is_enumerated else run
-
-    def _trace(self, run: Callable[[], object]) -> Any:
-        with torch.no_grad():
-            return started_trace(run, self._init_loc_fn)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Preserves the caller's random state, and silences warnings, gradients and validation."""
-    devices = range(torch.cuda.device_count())
-    quiet, unchecked = warnings.catch_warnings(), pyro.validation_enabled(False)
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), quiet, unchecked:
-        warnings.simplefilter("ignore")
-        yield
 
 
 def _identities(args: Args, kwargs: Kwargs) -> list[Any]:

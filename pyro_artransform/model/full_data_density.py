@@ -12,12 +12,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .._base.comparison import agree, round_off
 from .._base.differentiation import sum_with_gradient
 from .density import Args, Kwargs, LogJoint
 from .graphs.dependencies import value_and_gradient
 from .handlers import FirstIndices
-from .vectorization import agree
-from .verify_vectorized import Checked
+from .vectorization import Checked
 
 
 class Anchor(NamedTuple):
@@ -65,7 +65,8 @@ class FullDataDensity(LogJoint):
                 "expected priors that are the same for each mini-batch, got some whose location or scale "
                 "depends on its data: make the guide with coordinates='model'"
             )
-        vars(self).update(vars(largest))
+        self._like(largest)
+        self._largest = largest
         #: the share of all data in the mini-batches, by their scales
         self.share = math.fsum(shares)
         self._is_even = is_even
@@ -74,15 +75,19 @@ class FullDataDensity(LogJoint):
         # a plate whose indices are not used draws them nevertheless, and looks random
         if self.is_random:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-                one = {"total": self(self.start[None])}
+                one = self(self.start[None])
                 torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
-                self.is_random = not agree({"total": self(self.start[None])}, one, slack=None)
+                self.is_random = not agree(self(self.start[None]), one, round_off)
 
     def _of_largest(self) -> LogJoint:
         """The density of the largest mini-batch alone."""
-        part = copy.copy(self)
-        part.__class__ = LogJoint  # type: ignore[assignment]  # what it has is the state of one
-        vars(part).pop("is_random")
+        part = self._largest.with_coordinates(self.coordinates)
+        part.strategy, part.obstacle, part.chunk_size = (
+            self.strategy,
+            self.obstacle,
+            self.chunk_size,
+        )
+        part.maps_priors = self.maps_priors
         return part
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> LogJoint:
@@ -141,7 +146,7 @@ class AnchoredLogJoint(LogJoint):
     """
 
     def __init__(self, of_batch: LogJoint, of_all: Anchor) -> None:
-        vars(self).update(vars(of_batch))
+        self._like(of_batch)
         self._of_batch, self._of_all = of_batch, of_all
         self._own = Anchor.of(of_batch, of_all.point)
 

@@ -3,18 +3,17 @@
 
 """Detects a model whose data tell nothing about its latents, so that its posterior is the prior."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from .._base.arguments import warn_user
 from . import LogJoint
-from .handlers import hidden_sites
+from .run_once import run_once
 from .traces import is_deterministic, observed_nodes
 from .vectorization import ModelFailures
 
@@ -51,10 +50,7 @@ def why_prior(log_joint: LogJoint) -> str:
     Compares this density at several draws; two are enough if it depends on latents.
     """
     first: dict[str, Tensor] | None = None
-    for values in _draws(log_joint):
-        terms = _data_terms(log_joint, values)
-        if terms is None:  # the model fails at this draw
-            continue
+    for terms in _terms_of_runs(log_joint):
         if not terms:
             return _NO_DATA
         first = first or terms
@@ -71,6 +67,23 @@ def why_prior(log_joint: LogJoint) -> str:
     )
 
 
+def _terms_of_runs(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
+    """The terms of the data in known runs, if these are not random, and in runs at draws of the latents.
+
+    Enumerated latents are drawn anew in each run, while other random numbers of the model stay the same.
+    """
+    is_enumerated, latents = log_joint.is_enumerated, log_joint.latents.sites
+    if len(log_joint.known_runs) > 1 and not is_enumerated:
+        known = (_data_terms(trace, latents) for trace in log_joint.known_runs)
+        yield from filter(None, known)  # a guide's first run hides data
+    for values in _draws(log_joint):
+        terms = None
+        with suppress(*ModelFailures), torch.random.fork_rng([], enabled=not is_enumerated):
+            terms = _data_terms(run_once(log_joint.run, at=values), latents)
+        if terms is not None:  # the model does not fail at this draw
+            yield terms
+
+
 def _draws(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
     """Values of all continuous latents around the start and the origin, and from the prior."""
     start = log_joint.with_coordinates(None).start
@@ -79,26 +92,15 @@ def _draws(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
         # a vague prior is far from where data depend on latents
         yield log_joint.latents.constrain(distance * torch.randn_like(start))
     for _ in range(_NUM_DRAWS):
-        with (
-            suppress(Exception),
-            pyro.validation_enabled(False),
-            hidden_sites(),
-        ):  # an improper prior fails, for one
-            nodes: Any = poutine.trace(log_joint.run).get_trace().nodes
+        with suppress(Exception):  # an improper prior fails, for one
+            nodes = run_once(log_joint.run).nodes
             yield {name: nodes[name]["value"] for name in log_joint.latents.sites}
 
 
-def _data_terms(log_joint: LogJoint, values: dict[str, Tensor]) -> dict[str, Tensor] | None:
-    """The log densities of observed sites and factors in one run; ``None`` if it fails.
-
-    Enumerated latents are drawn anew in each run, while other random numbers of the model stay the same.
-    """
-    with suppress(*ModelFailures), torch.random.fork_rng([], enabled=not log_joint.is_enumerated):
-        run: Any = poutine.condition(log_joint.run, values)
-        with pyro.validation_enabled(False), hidden_sites():
-            trace = poutine.trace(run).get_trace()
-        observed = (site for site in observed_nodes(trace) if not is_deterministic(site))
-        names = [site["name"] for site in observed if site["name"] not in values]
+def _data_terms(trace: Any, latents: Container[str]) -> dict[str, Tensor]:
+    """The log densities of the observed sites and factors of a run."""
+    observed = (site for site in observed_nodes(trace) if not is_deterministic(site))
+    names = [site["name"] for site in observed if site["name"] not in latents]
+    with pyro.validation_enabled(False):
         trace.compute_log_prob(site_filter=lambda name, _: name in names)
-        return {name: torch.as_tensor(trace.nodes[name]["log_prob"]) for name in names}
-    return None
+    return {name: torch.as_tensor(trace.nodes[name]["log_prob"]) for name in names}

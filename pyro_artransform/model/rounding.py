@@ -4,6 +4,7 @@
 """Draws that their dtype can hardly hold."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,33 +16,31 @@ from .sites import Latents
 _NATS_TO_EDGE, _MOST_AT_EDGE = 5.0, 0.005
 
 
-def coarse_sites(latents: Latents, z: Tensor) -> list[str]:
-    """The sites whose sds over draws ``(n, latent_dim)`` are below two spacings of their dtype.
+class Rounding(NamedTuple):
+    """Sites whose draws lose digits, or are cut off."""
 
-    This happens near the edge of a support. Skips sites with more or fewer values than coordinates, such as
-    simplices: a value may be constant.
+    coarse: list[str]  #: sites whose sds are below two spacings of their dtype
+    at_edge: list[str]  #: sites of whose draws some reach the edge of what their dtype holds
+
+
+def find_rounding(latents: Latents, z: Tensor) -> Rounding:
+    """The sites that the dtype of their draws ``(n, latent_dim)`` can hardly hold.
+
+    Draws are coarse near the edge of a support. Sites with more or fewer values than coordinates, such as
+    simplices, are not checked for that: a value may be constant. At the edge of a dtype, ``exp`` is zero, or
+    a logistic function is one, so that the rest of a posterior is cut off.
     """
-    found = []
+    found, parts = Rounding([], []), latents.split(z)
     for name, value in latents.constrain(z).items():
-        values = value.reshape(len(z), -1)
+        site, part, values = latents.sites[name], parts[name], value.reshape(len(z), -1)
         spacing = torch.finfo(value.dtype).eps * values.abs().mean(0)
-        if values.shape[1] == latents.sites[name].size and (values.std(0) < 2 * spacing).any():
-            found.append(name)
-    return found
-
-
-def sites_at_edge(latents: Latents, z: Tensor) -> list[str]:
-    """The sites of whose draws ``(n, latent_dim)`` some reach the edge of what their dtype holds.
-
-    There ``exp`` is zero, or a logistic function is one, so that the rest of a posterior is cut off.
-    """
-    found = []
-    for name, part in latents.split(z).items():
-        if latents.sites[name].is_unconstrained or not part.numel():
+        if values.shape[1] == site.size and (values.std(0) < 2 * spacing).any():
+            found.coarse.append(name)
+        if site.is_unconstrained or not part.numel():
             continue
         is_at_edge = part < math.log(torch.finfo(part.dtype).tiny) + _NATS_TO_EDGE
-        if not is_identity_or_exp(latents.sites[name].bijection):
+        if not is_identity_or_exp(site.bijection):
             is_at_edge = is_at_edge | (part > -math.log(torch.finfo(part.dtype).eps))
         if bool((is_at_edge.double().mean(0) > _MOST_AT_EDGE).any()):
-            found.append(name)
+            found.at_edge.append(name)
     return found

@@ -6,21 +6,19 @@
 import copy
 from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any
 
 import torch
 from pyro import poutine
-from pyro.distributions import Delta, is_validation_enabled, validation_enabled
+from pyro.distributions import Delta, is_validation_enabled
 from pyro.distributions.constraints import Constraint
 from pyro.distributions.util import broadcast_shape
-from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import ComposeTransform, Transform, biject_to
 
 from .._base.arguments import to_tensor, values_can_be_read
-from .handlers import hidden_sites
 from .traces import is_enumerated, latent_nodes, support_of_latent, unwrapped
 
 
@@ -293,14 +291,6 @@ def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
         # None: PyTorch 2.9 and older cannot name the default device after a reset
         origin = torch.zeros(shape, dtype=torch.get_default_dtype(), device=None)
         return torch.as_tensor(bijection(origin))
-
-
-def started_trace(run: Callable[[], object], init_loc_fn: Callable[[Any], Tensor]) -> poutine.Trace:
-    """The trace of a run at initial values, without Pyro's validation."""
-    init = InitMessenger(partial(initial_value, init_loc_fn))
-    with validation_enabled(False), hidden_sites(), init:
-        trace: poutine.Trace = poutine.trace(run).get_trace()
-    return trace
 
 
 def map_bounds(support: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:

@@ -3,51 +3,51 @@
 
 """Vectorized evaluation of a model or guide at many draws, equal to evaluation one at a time.
 
-There are four strategies, the fastest first:
+There are three strategies, the fastest first:
 
 - ``"plate"``: one run with all draws in an additional :class:`pyro.plate`, left of the model's plates;
-- ``"vmap"``: one run under ``torch.vmap``, or one for each path that draws take through the branches of a
-  model (see ``model.paths``);
-- ``"copies"``: like ``"vmap"``, but each draw has its own copy of each tensor that the model makes;
+- ``"vmap"``: one run under ``torch.vmap``;
 - ``"loop"``: one run per draw.
 
 Only the loop works for every model. A matrix-vector product and indexing by groups take no batch dimension on
-the left; under vmap no batched value can be written into a tensor of zeros, as Pyro's ``OrderedLogistic``
-does; a sum over everything mixes draws without an error. So each strategy is compared with the loop
-(:func:`choose_strategy`, ``LogJoint.checked``).
+the left; under vmap no branch depends on a draw, and no batched value is written into a tensor of zeros;
+a sum over everything mixes draws without an error. So a strategy is accepted if it agrees with the loop
+(:func:`fastest`): at points near the start and far away (:func:`choose_strategy`), and again at draws that
+are used (:func:`checked`), since a branch such as ``if (z > 2).any()`` mixes draws only where one takes it.
 
 The evaluated function takes draws by name and their number, ``None`` for a single draw. It returns terms by
 name: log densities by datum, or their sum.
 """
 
+import copy
 import traceback
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from itertools import cycle, islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import pyro
 import torch
-from pyro import poutine
 from torch import Tensor
+from torch._C._functorch import is_batchedtensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .._base.comparison import agree, round_off, tolerance
 from .._base.time_limit import check_time
 from .enumeration import ScaleError
-from .graphs.dependencies import ROUND_OFF
-from .handlers import SiteLogProbs, hidden_sites
-from .paths import Draws, Evaluate, ManyPathsError, Terms, evaluate_by_path
-from .traces import latent_nodes, plate_nesting, runs_model
 
-STRATEGIES = ("plate", "vmap", "copies", "loop")
+Draws = Mapping[str, Tensor]
+Terms = dict[str, Tensor]
+Evaluate = Callable[[Draws, int | None], Terms]
+Found = TypeVar("Found")
+
 #: errors of a model at an impossible draw, such as one without a Cholesky factor
 ModelFailures = (torch.linalg.LinAlgError, ValueError)
-DRAWS = "_draws"  #: name of the plate of draws
 MIXED = "the log density of many draws at once differs from that of one at a time"
-_LOG_PROB = "_log_prob"
 # code in these folders is not the user's
 _LIBRARIES = (Path(__file__).parents[1], *(Path(str(m.__file__)).parent for m in (torch, pyro)))
 # maximum number of entries of a tensor, draws included: five such tensors take 170 MB in float32
@@ -56,6 +56,67 @@ _MAX_VALUES = 2**23
 _FEW = 32
 #: number of draws at which strategies are compared, reached by repeating draws if there are fewer
 NUM_COMPARED = 3
+# relative to the usual tolerance; in float32 0.01 nats for a log density of 1e4, the round-off of its sum
+_TIGHT = 0.01
+# number of draws compared at either extreme of the weights, and of differing draws evaluated again in copies
+_NUM_EXTREME = 2
+# what torch.vmap says of a model, and what that means
+_MEANING = {
+    "data-dependent control flow": "A branch or a loop depends on the values of latents.",
+    ".item()": "A Python number is made of the values of latents.",
+    "inplace arithmetic": "Values of latents are written into a tensor.",
+}
+_DATA = vars(torch._C.TensorBase)["data"].__get__
+
+
+def in_plate(evaluate: Evaluate, draws: Draws) -> Terms:
+    """One run for all draws, which the function places left of the model's plates."""
+    return evaluate(draws, _num_draws(draws))
+
+
+def under_vmap(evaluate: Evaluate, draws: Draws) -> Terms:
+    """One run under ``torch.vmap``, with the same random numbers for all draws."""
+
+    def one(row: Draws) -> Terms:
+        with OfSingleDraw():
+            return evaluate(row, None)
+
+    terms: Terms = torch.vmap(one, randomness="same")(draws)
+    return terms
+
+
+def one_at_a_time(evaluate: Evaluate, draws: Draws) -> Terms:
+    """One run per draw, each from the same random state: a model uses one mini-batch for all draws."""
+    return _loop(evaluate, draws, None)
+
+
+#: how the terms ``(n, ...)`` of draws ``(n, ...)`` are evaluated, the fastest first
+STRATEGIES: dict[str, Callable[[Evaluate, Draws], Terms]] = {
+    "plate": in_plate,
+    "vmap": under_vmap,
+    "loop": one_at_a_time,
+}
+
+
+def fastest(
+    evaluate: Callable[[str], Found], agrees: Callable[[Found], bool], first: str = "plate"
+) -> tuple[str, Found, str]:
+    """The fastest strategy, what it gives, and why the next faster one fails; empty if it is the first.
+
+    :param agrees: whether what a strategy gives agrees with single runs.
+    :param first: the fastest strategy to try.
+    """
+    names, obstacle = [*STRATEGIES], ""
+    for strategy in names[names.index(first) : -1]:
+        try:
+            found = evaluate(strategy)
+            if agrees(found):
+                return strategy, found, obstacle
+        except Exception as error:  # any error means that the strategy does not work for the model
+            obstacle = describe(error)
+        else:
+            obstacle = MIXED
+    return "loop", evaluate("loop"), obstacle
 
 
 def evaluate_many(
@@ -75,19 +136,26 @@ def evaluate_many(
         parts = zip(*(value.split(chunk_size) for value in draws.values()))
         found = [evaluate_many(evaluate, dict(zip(draws, v)), strategy, at_failure) for v in parts]
         return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
-    try:
-        if strategy != "loop":
-            return _at_once(evaluate, draws, strategy)
-    except ManyPathsError:
-        pass
-    except ModelFailures:
-        if at_failure is None:
-            raise
-        with suppress(ManyPathsError, *ModelFailures), CholeskyOrNan():
-            return _at_once(evaluate, draws, strategy)
-        if num_draws > _FEW:
-            return evaluate_many(evaluate, draws, strategy, at_failure, _FEW)
-    # each run starts from the same random state, so that a model uses one mini-batch for all draws
+    if strategy != "loop":
+        # a single run works for every model
+        run = _single if num_draws == 1 else STRATEGIES[strategy]
+        try:
+            return run(evaluate, draws)
+        except ModelFailures:
+            if at_failure is None:
+                raise
+            with suppress(*ModelFailures), CholeskyOrNan():
+                return run(evaluate, draws)
+            if num_draws > _FEW:
+                return evaluate_many(evaluate, draws, strategy, at_failure, _FEW)
+    return _loop(evaluate, draws, at_failure)
+
+
+def _single(evaluate: Evaluate, draws: Draws) -> Terms:
+    return stack([evaluate({name: value[0] for name, value in draws.items()}, None)])
+
+
+def _loop(evaluate: Evaluate, draws: Draws, at_failure: Callable[[Draws], Terms] | None) -> Terms:
     state, rows = torch.get_rng_state(), list[Terms]()
     for values in zip(*draws.values()):
         check_time()
@@ -102,13 +170,47 @@ def evaluate_many(
     return stack(rows)
 
 
-def _at_once(evaluate: Evaluate, draws: Draws, strategy: str) -> Terms:
-    num_draws = _num_draws(draws)
-    if num_draws == 1:  # a single run works for every model
-        return stack([evaluate({name: value[0] for name, value in draws.items()}, None)])
-    if strategy == "plate":
-        return evaluate(draws, num_draws)
-    return evaluate_by_path(evaluate, draws, has_copies=strategy == "copies")
+def stack(rows: list[Terms]) -> Terms:
+    """Stacks the terms that all single draws have."""
+    names = [name for name in rows[0] if all(name in row for row in rows)]
+    return {name: torch.stack([row[name] for row in rows]) for name in names}
+
+
+def draws_at_a_time(num_values: float) -> int:
+    """The number of draws that fit into memory, by the entries of one."""
+    return max(int(_MAX_VALUES / num_values), 1)
+
+
+def _num_draws(draws: Draws) -> int:
+    return len(next(iter(draws.values())))
+
+
+class OfSingleDraw(TorchFunctionMode):
+    """Under ``torch.vmap``, permits ``torch.tensor`` of latents, and ``.data``, which Pyro reads."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.tensor and (first := _first_batched(args[0])) is not None:
+            return _stacked(args[0], kwargs.get("dtype") or first.dtype, first.device)
+        return args[0].detach() if func == _DATA else func(*args, **kwargs)
+
+
+def _first_batched(value: Any) -> Tensor | None:
+    """The first batched number in nested lists of numbers."""
+    if isinstance(value, (list, tuple)):
+        return next((found for v in value if (found := _first_batched(v)) is not None), None)
+    return value if isinstance(value, Tensor) and is_batchedtensor(value) else None
+
+
+def _stacked(value: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A differentiable ``torch.tensor`` of nested lists of numbers."""
+    if isinstance(value, (list, tuple)):
+        return torch.stack([_stacked(v, dtype, device) for v in value])
+    if isinstance(value, Tensor):
+        return value.reshape(()).to(dtype)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 class CholeskyOrNan(TorchFunctionMode):
@@ -142,17 +244,6 @@ class LargestTensor(TorchDispatchMode):
         return found
 
 
-def draws_at_a_time(num_values: float) -> int:
-    """The number of draws that fit into memory, by the entries of one."""
-    return max(int(_MAX_VALUES / num_values), 1)
-
-
-def stack(rows: list[Terms]) -> Terms:
-    """Stacks the terms that all single draws have."""
-    names = [name for name in rows[0] if all(name in row for row in rows)]
-    return {name: torch.stack([row[name] for row in rows]) for name in names}
-
-
 class Choice(NamedTuple):
     """The chosen strategy, with by-products of the comparison."""
 
@@ -167,7 +258,7 @@ def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = N
 
     :param num_single: the number of leading draws to compare, by default all; more until two are finite.
     """
-    state, obstacle = torch.get_rng_state(), ""
+    state = torch.get_rng_state()
     # another random state than in single runs, so that the comparison also shows whether terms are random
     other = torch.Generator().manual_seed(0).get_state()
 
@@ -186,147 +277,119 @@ def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = N
             failures.append(error)
     if not single:
         raise failures[0]
-    rows = [*islice(cycle(single), max(len(single), NUM_COMPARED))]
-    is_random, num_values = False, 1.0
-    for strategy in STRATEGIES:
-        rows = rows[:1] if strategy == "loop" else rows
-        wanted = {k: torch.cat([single[i][k] for i in rows]) for k in single[rows[0]]}
-        try:
-            with LargestTensor() as largest:
-                found = run(strategy, rows, other)
-            num_values = largest.num_values / len(rows)
-            if is_random := not agree(found, wanted, slack=None):
-                found, before = run(strategy, rows, state), found
-                is_random = not agree(found, before, slack=None)
-        except Exception as error:  # any error means that the strategy does not work for the model
-            obstacle = describe(error)
-            continue
-        if strategy == "loop" or agree(found, wanted):
-            break
-        obstacle = MIXED
+    repeated = [*islice(cycle(single), max(len(single), NUM_COMPARED))]
+
+    def expected(rows: Sequence[int]) -> Terms:
+        return {k: torch.cat([single[i][k] for i in rows]) for k in single[rows[0]]}
+
+    def measured(strategy: str) -> tuple[Terms, bool, float]:
+        rows = repeated[:1] if strategy == "loop" else repeated
+        with LargestTensor() as largest:
+            found = run(strategy, rows, other)
+        num_values, is_random = largest.num_values / len(rows), False
+        if not agree(found, expected(rows), round_off):
+            found, before = run(strategy, rows, state), found
+            is_random = not agree(found, before, round_off)
+        return found, is_random, num_values
+
+    def agrees(found: tuple[Terms, bool, float]) -> bool:
+        return agree(found[0], expected(repeated))
+
+    strategy, (_, is_random, num_values), obstacle = fastest(measured, agrees)
     return Choice(strategy, obstacle, is_random, num_values)
 
 
-def _num_draws(draws: Draws) -> int:
-    return len(next(iter(draws.values())))
+class Checked(NamedTuple):
+    """The log density of draws, and the strategy that agrees with single runs."""
+
+    values: Tensor
+    strategy: str
+    obstacle: str  #: why the next faster strategy does not suit the model
 
 
-def nonfinite_sites(run: Callable[[], object], values: Draws) -> list[str]:
-    """The sites whose log density is not finite at some of the values ``(n,) + site shape``."""
-    found = list[str]()
-    for row in zip(*values.values()):
-        scored = SiteLogProbs(dict(zip(values, row)))
+@torch.no_grad()
+def checked(log_joint: Any, z: Tensor, log_q: Tensor | None = None) -> Checked:
+    """Evaluates the log density of draws, without gradients, by a strategy that agrees with single runs.
+
+    :param z: draws, shape ``(n, latent_dim)``.
+    :param log_q: the log density of the proposal at the draws, shape ``(n,)``; then single runs, if needed,
+        are limited to draws of extreme weights and a few others. By default all draws are compared.
+    """
+    state, density = torch.get_rng_state(), copy.copy(log_joint)
+
+    def evaluate(strategy: str) -> Tensor:
+        torch.set_rng_state(state)
+        density.strategy = strategy
+        values: Tensor = density(z)
+        return values
+
+    def agrees(values: Tensor) -> bool:
+        if len(z) == 1:
+            return True
+        after = torch.get_rng_state()
+        found = _agrees(density, z, values, log_q, state)
+        torch.set_rng_state(after)
+        return found
+
+    strategy, values, obstacle = fastest(evaluate, agrees, log_joint.strategy)
+    return Checked(values, strategy, obstacle or log_joint.obstacle)
+
+
+def _agrees(density: Any, z: Tensor, values: Tensor, log_q: Tensor | None, state: Tensor) -> bool:
+    """Whether vectorized values equal those of single draws from the same random state."""
+    rows, single = _one_by_one(density, z, None if log_q is None else values - log_q, state)
+    tol, differs = _TIGHT * tolerance(single), (values[rows] - single).abs().nan_to_num(torch.inf)
+    # NaN in place of a number counts as the largest difference
+    differs[torch.isclose(values[rows], single, tol, tol, equal_nan=True)] = -1.0
+    for k in differs.argsort(descending=True)[:_NUM_EXTREME].tolist():
+        if differs[k] >= 0:
+            # a batch of copies of the draw tells mixed draws from an ill-conditioned density
+            torch.set_rng_state(state)
+            of_copies = density(z[rows[k]].expand_as(z))[rows[k]]
+            if not agree(values[rows[k]], of_copies, tol):
+                return False
+    return True
+
+
+def _one_by_one(
+    density: Any, z: Tensor, log_weights: Tensor | None, state: Tensor
+) -> tuple[list[int], Tensor]:
+    """Indices of the draws to compare, and their log densities, NaN where the model fails.
+
+    Draws in a plate are all compared if the model runs under vmap, which mixes no draws. If it does not
+    because of a branch, which may depend on any draw, that error is raised.
+    """
+    found, rows = list[Tensor](), list(range(len(z)))
+    if density.strategy == "plate":
+        apart = copy.copy(density)
+        apart.strategy = "vmap"
+        torch.set_rng_state(state)
         try:
-            with pyro.validation_enabled(False), hidden_sites(), scored:
-                run()
-        except ModelFailures as error:
-            found.append(f"the model itself ({error})")
-        else:
-            found += [k for k, v in scored.log_probs.items() if not v.sum().isfinite()]
-    return list(dict.fromkeys(found))
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # torch warns of slow vmap rules
+                return rows, apart(z)
+        except Exception as error:
+            if any(said in str(error) for said in _MEANING):
+                raise
+    if log_weights is not None:
+        order, few = log_weights.argsort().tolist(), _NUM_EXTREME
+        rows = sorted({*order[:few], *order[-few:], *rows[: 2 * few]})
+    for i in rows:
+        torch.set_rng_state(state)
+        try:
+            found.append(density(z[i : i + 1]))
+        except Exception:  # the model does not take this draw
+            found.append(z.new_full((1,), torch.nan))
+    return rows, torch.cat(found)
 
 
 def describe(error: Exception) -> str:
     """Describes an error in one line, with the line of the user's code that raised it."""
     words, *_ = f"{type(error).__name__}: {error}".splitlines()
+    if words.startswith("RuntimeError: vmap"):
+        words = next((meaning for said, meaning in _MEANING.items() if said in words), words)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         path = Path(frame.filename)
         if frame.line and not any(path.is_relative_to(library) for library in _LIBRARIES):
             return f"{words} At {path.name}, line {frame.lineno}: {frame.line}"
     return words
-
-
-def tolerance(terms: Tensor) -> float:
-    """Relative and absolute tolerance for the round-off of terms, also of ill-conditioned ones."""
-    return 1e-4 if terms.dtype == torch.float32 else 1e-8
-
-
-def agree(found: Terms, expected: Terms, slack: float | None = 1.0) -> bool:
-    """Whether terms agree up to round-off times a slack, with NaN in the same places.
-
-    :param slack: a factor for ``tolerance``; ``None`` allows only the round-off of a sum.
-    """
-    if found.keys() != expected.keys():
-        return False
-    for name, wanted in expected.items():
-        round_off = ROUND_OFF * torch.finfo(wanted.dtype).eps
-        tol = round_off if slack is None else slack * tolerance(wanted)
-        same_shape = found[name].shape == wanted.shape
-        if not (same_shape and torch.allclose(found[name], wanted, tol, tol, equal_nan=True)):
-            return False
-    return True
-
-
-class DrawPlate(NamedTuple):
-    """The plate of draws, left of all plates of a model."""
-
-    size: int | None  #: the number of draws, or ``None`` for a single draw, without this plate
-    num_plates: int  #: the number of dimensions that the plates of the model take
-
-    def place(self, values: Draws, event_dims: Mapping[str, int]) -> Terms:
-        """Reshapes values ``(n,) + site shape`` so that draws are left of all plates."""
-        placed = dict(values)
-        if self.size is None:
-            return placed
-        for name, value in values.items():
-            padding = (1,) * (self.num_plates + 1 + event_dims[name] - value.dim())
-            placed[name] = value.reshape(value.shape[:1] + padding + value.shape[1:])
-        return placed
-
-    def run(self, model: Callable[[], object]) -> None:
-        """Runs a model in the plate."""
-        plate = self.size and pyro.plate(DRAWS, self.size, dim=-1 - self.num_plates)
-        with plate or nullcontext():
-            model()
-
-    def total(self, log_probs: Mapping[str, Tensor], initial: Tensor) -> Tensor:
-        """Sums log densities of sites over all dimensions but the draws, and adds ``initial``."""
-        for log_prob in log_probs.values():
-            if self.size is None:
-                initial = initial + log_prob.sum()
-            elif log_prob.dim() == 1 + self.num_plates:
-                initial = initial + log_prob.reshape(log_prob.shape[0], -1).sum(-1)
-            else:
-                raise ValueError(
-                    f"expected {1 + self.num_plates} batch dimensions, got {log_prob.dim()}"
-                )
-        return initial
-
-
-class GuideSampler:
-    """Draws from a guide, with log densities; vectorized by a plate if that agrees with single runs."""
-
-    def __init__(self, run: Callable[[], object], num_plates: int = 0) -> None:
-        with poutine.block():
-            trace = poutine.trace(run).get_trace()
-        self._run, self._num_plates = run, max(num_plates, plate_nesting(trace))
-        #: shapes by latent, auxiliary ones included
-        self.shapes = {node["name"]: node["value"].shape for node in latent_nodes(trace)}
-        self._runs_model, self._indices = runs_model(trace), Terms()
-        self.is_vectorized = False
-        with suppress(Exception):  # any error means that the guide does not vectorize
-            drawn = self._evaluate({}, NUM_COMPARED)
-            self.is_vectorized = agree(drawn, evaluate_many(self._evaluate, drawn, "loop"))
-
-    def __call__(self, n: int) -> tuple[Terms, Tensor]:
-        """Draws by site, ``(n,) + site shape``, and their log densities ``(n,)``."""
-        if self.is_vectorized:
-            drawn = self._evaluate({}, n)
-        else:
-            drawn = stack([self._evaluate({}, None) for _ in range(n)])
-        return drawn, drawn.pop(_LOG_PROB)
-
-    def _evaluate(self, given: Draws, size: int | None) -> Terms:
-        """Values of all sites and their log density; draws sites that are not in ``given``."""
-        scored = SiteLogProbs({**self._indices, **given} if given else {})
-        plate = DrawPlate(size, self._num_plates)
-        with poutine.block(), scored:
-            plate.run(self._run)
-        batch = () if size is None else (size,)
-        found = {k: scored.values[k].reshape(batch + shape) for k, shape in self.shapes.items()}
-        # single runs at these draws see the same subsamples
-        self._indices = {k: v for k, v in scored.values.items() if k not in scored.log_probs}
-        zero = next(iter(found.values())).new_zeros(batch)
-        names = self.shapes if self._runs_model else scored.log_probs  # without the model's data
-        counted = {name: scored.log_probs[name] for name in names}
-        return {**found, _LOG_PROB: plate.total(counted, zero)}

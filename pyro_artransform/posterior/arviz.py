@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro import poutine
 
 from .._base.arguments import check_integer, warn_user
 from ..model.density import Args, Kwargs
@@ -71,19 +70,18 @@ def _import_arviz() -> Any:
 
 def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
     """Builds the data set from draws ``(C n, ...)``, with chains concatenated."""
-    from_dict, run = _import_arviz().from_dict, likelihood.run
+    from_dict = _import_arviz().from_dict
     draws = likelihood.given(draws)
     predicted, observed = likelihood.predicted(draws), likelihood.observed
     groups = {"posterior": dict(draws)}
     if predicted:
-        groups["predictions"] = likelihood.sites(draws, run, lambda s: s["name"] in predicted)
+        groups["predictions"] = likelihood.sites(draws, lambda s: s["name"] in predicted)
     if likelihood.has_deterministic:
         known = {**draws, **groups.get("predictions", {})}
-        computed = likelihood.sites(known, run, is_deterministic)
+        computed = likelihood.sites(known, is_deterministic)
         groups["predictions" if predicted and not observed else "posterior"].update(computed)
     if observed:
-        unconditioned = poutine.uncondition(run)
-        drawn = likelihood.sites(draws, unconditioned, lambda s: s["name"] in observed)
+        drawn = likelihood.sites(draws, lambda s: s["name"] in observed, observed=False)
         groups["posterior_predictive"] = drawn
         if found := _log_likelihood(likelihood, draws):
             groups["log_likelihood"] = found

@@ -11,9 +11,10 @@ import torch
 from pyro import poutine
 from pyro.poutine.enum_messenger import EnumMessenger
 
+from ..model.draw_plate import DRAWS, DrawPlate
 from ..model.enumeration import marginal_log_prob
 from ..model.traces import is_enumerated
-from ..model.vectorization import DRAWS, DrawPlate, Draws, Terms
+from ..model.vectorization import Draws, Terms
 from .pointwise import Likelihood
 
 

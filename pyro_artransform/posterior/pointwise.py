@@ -13,7 +13,10 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from .._base.arguments import first_of
+from .._base.comparison import agree, tolerance
+from ..model.draw_plate import DrawPlate
 from ..model.handlers import SiteLogProbs
+from ..model.run_once import run_once
 from ..model.traces import (
     check_data,
     has_data,
@@ -25,13 +28,11 @@ from ..model.traces import (
     subsampled_plates,
 )
 from ..model.vectorization import (
-    STRATEGIES,
-    DrawPlate,
     Draws,
     Terms,
-    agree,
     choose_strategy,
     evaluate_many,
+    fastest,
     stack,
 )
 
@@ -77,8 +78,7 @@ class Likelihood:
 
     def __init__(self, run: Callable[[], object], is_of_all_data: bool = True) -> None:
         self.run = run
-        with poutine.block():
-            trace = poutine.trace(run).get_trace()
+        trace = run_once(run, validated=True)
         for frame in subsampled_plates(trace) if is_of_all_data else ():
             raise ValueError(
                 f"model: expected all data, got the subsampled plate '{frame.name}' ({frame.size} of "
@@ -114,13 +114,14 @@ class Likelihood:
         chosen, rows = self._compared(draws)
         some = _part(chosen, rows)
         expected = evaluate_many(self._evaluate, some, "loop")
-        fastest = choose_strategy(self._evaluate, some).strategy
-        for strategy in STRATEGIES[STRATEGIES.index(fastest) :]:
-            terms = evaluate_many(self._evaluate, chosen, strategy, chunk_size=1000)
-            # a draw outside ``rows`` may take a branch of the model that then applies to all draws
-            if agree(_part(terms, rows), expected, slack=10):
-                break
-        return terms
+
+        def agrees(terms: Terms) -> bool:
+            return agree(_part(terms, rows), expected, lambda term: 10 * tolerance(term))
+
+        # a draw outside ``rows`` may take a branch of the model that then applies to all draws
+        evaluate = partial(evaluate_many, self._evaluate, chosen, chunk_size=1000)
+        first = choose_strategy(self._evaluate, some).strategy
+        return fastest(lambda strategy: evaluate(strategy=strategy), agrees, first)[1]
 
     def predicted(self, draws: Draws) -> Terms:
         """A value of each latent without draws, except latents that are summed out given data."""
@@ -151,16 +152,18 @@ class Likelihood:
         part = coordinates[:, :: -(-coordinates.shape[-1] // 32)]
         return chosen, sorted({*rows, *part.argmin(0).tolist(), *part.argmax(0).tolist()})
 
-    def sites(
-        self, draws: Draws, run: Callable[[], object], is_wanted: Callable[[Any], bool]
-    ) -> Terms:
-        """Runs a model once per draw, and returns the wanted sites, ``(n,) + site shape``."""
+    def sites(self, draws: Draws, is_wanted: Callable[[Any], bool], observed: bool = True) -> Terms:
+        """Runs the model once per draw, and returns the wanted sites, ``(n,) + site shape``.
+
+        :param observed: whether data keep their values; otherwise they are drawn.
+        """
         rows = list[Terms]()
         for values in zip(*draws.values()):
-            with poutine.block():
-                conditioned = poutine.condition(run, dict(zip(draws, values)))
-                nodes: dict[str, Any] = poutine.trace(conditioned).get_trace().nodes
-            nodes_wanted = [n for n in nodes.values() if n["type"] == "sample" and is_wanted(n)]
+            at = dict(zip(draws, values))
+            trace = run_once(self.run, at=at, observed=observed, validated=True)
+            nodes_wanted = [
+                n for n in trace.nodes.values() if n["type"] == "sample" and is_wanted(n)
+            ]
             rows.append({node["name"]: node["value"] for node in nodes_wanted})
             _check_same(rows[0], rows[-1])
         return stack(rows)

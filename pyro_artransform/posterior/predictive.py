@@ -8,12 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from pyro import poutine
 from torch import Tensor
 
 from .._base.arguments import first_of
 from ..model.density import Args, Kwargs
 from ..model.protocols import PosteriorGuide
+from ..model.run_once import run_once
 from ..model.traces import is_deterministic, latent_nodes
 from ..model.vectorization import stack
 from .pointwise import Likelihood
@@ -60,7 +60,7 @@ def predict(
     def is_wanted(node: Any) -> bool:
         return node["name"] in wanted or is_deterministic(node)
 
-    return likelihood.sites(chosen, poutine.uncondition(likelihood.run), is_wanted)
+    return likelihood.sites(chosen, is_wanted, observed=False)
 
 
 @torch.no_grad()
@@ -73,8 +73,7 @@ def draws_of_guide(
         return offered.sample_posterior(n, *args, **kwargs)
     rows = []
     for _ in range(n):
-        with poutine.block():
-            trace = poutine.trace(guide).get_trace(*args, **kwargs)
+        trace = run_once(guide, args, kwargs, validated=True)
         nodes = [each for each in latent_nodes(trace) if not each["infer"].get("is_auxiliary")]
         rows.append({node["name"]: node["value"] for node in nodes})
     return stack(rows)

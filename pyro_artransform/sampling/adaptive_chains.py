@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from .._base.arguments import first_of
+from .._base.comparison import tolerance
 from .._base.time_limit import until_deadline
 from ..model import LogJoint
 from ..model.coordinates.centering import with_gaussian_sites
 from ..model.coordinates.coordinates import Coordinates
-from ..model.vectorization import tolerance
 from .adaptation import StepSize, TrajectoryLength
 from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, LatentGaussianField
 from .modes import IndependentProposals, lost_chains

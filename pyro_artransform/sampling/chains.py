@@ -15,7 +15,7 @@ from .._base.time_limit import abandonable
 from ..diagnostics.checks import CORNER, Check, FailedCheck, Verdict, about_draws, as_lines
 from ..diagnostics.convergence import GOOD_RHAT
 from ..diagnostics.result_io import SavedResult
-from ..model.rounding import coarse_sites, sites_at_edge
+from ..model.rounding import find_rounding
 from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
 from .ensemble import Ensemble, StopReason
@@ -186,7 +186,7 @@ def chains_of(
     is_divergent = torch.stack([info.is_divergent for info in infos])
     bfmi = energy_bfmi(torch.stack([info.energy for info in infos], 1))
     median_bfmi = float(bfmi.median())
-    of_draws = about_draws(prior_only, coarse_sites(latents, flat), sites_at_edge(latents, flat))
+    of_draws = about_draws(prior_only, *find_rounding(latents, flat))
     judged = Verdict(
         failed=(*_objections(ensemble, num_samples, median_bfmi), *of_draws),
         praise=(

@@ -12,7 +12,7 @@ from pyro.infer import TraceEnum_ELBO, config_enumerate
 from pyro.ops.indexing import Vindex
 
 from pyro_artransform.model import LogJoint
-from pyro_artransform.model.handlers import improper_sites
+from pyro_artransform.model.masked_latents import improper_sites
 from pyro_artransform.posterior import log_likelihood
 from tests.model.models import data
 

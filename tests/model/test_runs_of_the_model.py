@@ -8,7 +8,7 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform import AutoIAF, fit
+from pyro_artransform import AutoIAF, fit, mcmc
 from pyro_artransform.inference.draws_first import DrawsFirst
 from pyro_artransform.model import LogJoint
 
@@ -28,6 +28,24 @@ class Hierarchy:
         with pyro.plate("groups", len(y)):
             theta = pyro.sample("theta", dist.Normal(mu, tau))
             pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
+class EightSchools(Hierarchy):
+    def __call__(self):
+        self.num_runs += 1
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
+        y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
+        sd = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
+        with pyro.plate("schools", 8):
+            theta = pyro.sample("theta", dist.Normal(mu, tau))
+            pyro.sample("y", dist.Normal(theta, sd), obs=y)
+
+
+def test_of_eight_schools():
+    model = EightSchools()
+    mcmc(model, seed=0, progress=False)
+    assert model.num_runs <= 55
 
 
 def test_of_the_density():

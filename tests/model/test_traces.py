@@ -281,3 +281,32 @@ def test_what_cannot_be_compared_has_another_signature_each_time():
     unknown = [SimpleNamespace(mask=MASK), torch.zeros(2**19), torch.eye(3).to_sparse()]
     for value in (*unknown, Unhashable()):
         assert len({argument_signature(value, with_values=True) for _ in range(2)}) == 2
+
+
+class WithoutSupport(dist.TorchDistribution):
+    """A density of data that does not say where it is positive, which Pyro's SVI accepts."""
+
+    arg_constraints = {}  # noqa: RUF012
+
+    def __init__(self, loc):
+        self.loc = loc
+        super().__init__(loc.shape, validate_args=False)
+
+    def expand(self, batch_shape, _instance=None):
+        return WithoutSupport(self.loc.expand(batch_shape))
+
+    def log_prob(self, value):
+        return -0.5 * (value - self.loc).square()
+
+
+@pytest.mark.parametrize("is_valid", [True, False])
+def test_data_need_no_support(is_valid):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", WithoutSupport(z), obs=torch.tensor(0.5))
+
+    with dist.validation_enabled(is_valid):
+        log_joint = LogJoint(model)
+        z = torch.tensor([[0.0], [1.0]])
+        expected = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) - 0.5 * (0.5 - z[:, 0]).square()
+        torch.testing.assert_close(log_joint(z), expected)

@@ -8,13 +8,10 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform.model.vectorization import (
-    STRATEGIES,
-    GuideSampler,
-    agree,
-    choose_strategy,
-    evaluate_many,
-)
+from pyro_artransform._base.comparison import agree
+from pyro_artransform.model import LogJoint
+from pyro_artransform.model.draw_plate import GuideSampler
+from pyro_artransform.model.vectorization import STRATEGIES, choose_strategy, evaluate_many
 
 
 def everywhere(draws, size):
@@ -40,8 +37,8 @@ def writes_at_a_mask(draws, size):
     ("evaluate", "strategy", "reason"),
     [
         (everywhere, "plate", ""),
-        (writes_at_a_mask, "copies", ""),
-        (single_only, "loop", "RuntimeError: vmap"),
+        (writes_at_a_mask, "loop", "RuntimeError: vmap"),
+        (single_only, "loop", "A Python number is made of the values"),
     ],
 )
 def test_strategies(evaluate, strategy, reason):
@@ -82,21 +79,6 @@ def test_random_numbers_are_the_same_for_all_draws():
     assert choose_strategy(noisy, {"x": torch.zeros(4)})[0] == "plate"
 
 
-def test_copies_leave_the_rest_alone():
-    """Integers stay what indices and loops can use, what was there before is not written to."""
-    before = torch.zeros(3)
-
-    def evaluate(draws, size):
-        assert int(torch.tensor(2)) == 2
-        before[0] = draws["x"]
-        return {"x": draws["x"]}
-
-    with pytest.raises(RuntimeError, match="vmap"):
-        evaluate_many(evaluate, {"x": torch.ones(2)}, "copies")
-    assert not before.any()
-    assert torch.zeros(2).add_(1.0).tolist() == [1.0, 1.0]
-
-
 def test_agree():
     x = torch.tensor([1.0, torch.nan])
     assert agree({"x": x}, {"x": x + 1e-10})
@@ -131,3 +113,108 @@ def test_guide_draws(guide, is_vectorized):
         row = {name: value[i] for name, value in values.items()}
         trace = pyro.poutine.trace(pyro.poutine.condition(guide, row)).get_trace()
         assert torch.allclose(log_q[i], trace.log_prob_sum())
+
+
+def latent(size=3):
+    return pyro.sample("z", dist.Normal(torch.zeros(size), 1.0).to_event(1))
+
+
+def observe(mean):
+    pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(0.3))
+
+
+def asserted():
+    z = latent()
+    assert (z < 100).all()
+    observe(z.exp().sum())
+
+
+def branch():
+    z = latent()
+    observe(z[0] if z[1] > 0 else z[2] ** 2)
+
+
+def branch_on_a_number():
+    z = latent()
+    observe(z[0] if z.relu().sum() else z[2] ** 2)
+
+
+def whole_number():
+    z = latent()
+    observe(torch.arange(5.0)[int(z[0].clamp(-2, 2)) + 2] * z[1])
+
+
+def count():
+    z = latent()
+    observe(z[0] * (z > 0).sum().item())
+
+
+def greatest():
+    z = latent()
+    observe(max(z[0], z[1], z[2]))
+
+
+def written():
+    """Into a tensor of its own, where a branch says so."""
+    z, filled = latent(), torch.zeros(3)
+    for i in range(3):
+        filled[i] = z[i] if z[i] > -1.5 else 0.0
+    observe(filled.prod())
+
+
+@pytest.mark.parametrize(
+    "model", [asserted, branch, branch_on_a_number, whole_number, count, greatest, written]
+)
+def test_branches_on_latents_are_looped_over(model):
+    log_joint = LogJoint(model)
+    assert log_joint.strategy == "loop"
+    assert "At test_vectorization.py, line" in log_joint.reason
+
+
+def test_numbers_in_lists_keep_their_gradient():
+    """Which ``torch.tensor`` cuts, where one draw is evaluated by itself."""
+
+    def model():
+        z = latent(2)
+        weights = torch.tensor([[z[0], 0.1], [2, z[1]]])
+        observe((weights @ torch.tensor([1.0, 2.0])).sum())
+
+    log_joint = LogJoint(model)
+    assert log_joint.strategy == "vmap"
+    z = torch.randn(4, 2, requires_grad=True)
+    found = log_joint(z)
+    mean = z[:, 0] + 0.2 + 2.0 + 2 * z[:, 1]
+    expected = dist.Normal(mean, 1.0).log_prob(torch.tensor(0.3))
+    expected = expected + dist.Normal(0.0, 1.0).log_prob(z).sum(-1)
+    torch.testing.assert_close(found, expected)
+    (slopes,) = torch.autograd.grad(found.sum(), z)
+    torch.testing.assert_close(slopes, torch.autograd.grad(expected.sum(), z)[0])
+
+
+def test_kalman_filter_of_pyro():
+    """It reads ``data`` of its tensors."""
+
+    def model():
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        eye, zero = torch.eye(2), torch.zeros(2)
+        noise = dist.MultivariateNormal(zero, scale_tril=scale * eye)
+        emitted = dist.MultivariateNormal(torch.zeros(1), torch.eye(1))
+        start = dist.MultivariateNormal(zero, eye)
+        hmm = dist.GaussianHMM(start, eye, noise, torch.ones(2, 1), emitted, duration=6)
+        pyro.sample("y", hmm, obs=torch.linspace(0.0, 1.0, 6)[:, None])
+
+    log_joint = LogJoint(model)
+    assert log_joint.strategy == "vmap"
+    z = torch.randn(5, 1)
+    found = log_joint(z)
+    log_joint.strategy = "loop"
+    torch.testing.assert_close(found, log_joint(z))
+
+
+def test_a_branch_inside_of_a_users_own_vmap_is_not_taken_for_one_of_draws():
+    def model():
+        z = latent()
+        observe(torch.vmap(lambda row: row if row > 0 else -row)(torch.tensor([1.0, -1.0])) @ z[:2])
+
+    with pytest.raises(RuntimeError, match="data-dependent"):
+        LogJoint(model)

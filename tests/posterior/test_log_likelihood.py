@@ -19,7 +19,7 @@ MASK = torch.tensor([True, True, False, True, False])
 CASES = {
     "one plate": ("plate", lambda z: z, lambda z: z[:, None]),
     "sum over draws": ("vmap", lambda z: z.sum(), lambda z: z[:, None]),
-    "branch": ("vmap", lambda z: z if z > 0 else -2 * z, lambda z: z.maximum(-2 * z)[:, None]),
+    "branch": ("loop", lambda z: z if z > 0 else -2 * z, lambda z: z.maximum(-2 * z)[:, None]),
 }
 
 

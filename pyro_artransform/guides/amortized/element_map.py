@@ -11,11 +11,13 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..._base.comparison import agree
 from ...model import LogJoint
 from ...model.coordinates.centering import centered_by_curvature
 from ...model.coordinates.coordinates import Coordinates, repeated
 from ...model.coordinates.latent_mapper import LatentMapper, SiteMap
-from ...model.vectorization import DrawPlate, Draws, Terms, agree, evaluate_many
+from ...model.draw_plate import DrawPlate
+from ...model.vectorization import Draws, Terms, evaluate_many
 from ..prototype import compare_names, one_more_run, sites_by_name
 from .plates import GivenIndices, LatentLayout, PlateSizes, Vectors, mean_element, plate_sizes
 
@@ -88,7 +90,7 @@ class ElementMap(NamedTuple):
             turned = part(chosen[0].roll(1))
             for key, dim in dims.items():
                 one, other = parts[0][key], turned[key].roll(-1, dim)
-                if not agree({key: one}, {key: other}):
+                if not agree(one, other):
                     raise ValueError(
                         f"plate '{name}': expected priors that are known for all {total} elements, got some "
                         f"that depend on the data of one mini-batch of {plate.size}. Pass the model's "

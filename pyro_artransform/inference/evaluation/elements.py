@@ -20,17 +20,17 @@ from pyro.distributions import Delta, validation_enabled
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
 
+from ..._base.comparison import agree
 from ..._base.time_limit import is_out_of_time
 from ...diagnostics import Importance
 from ...diagnostics.importance_sampling import GOOD_GAP
 from ...diagnostics.plates import PlateDiagnostics, largest_error
 from ...diagnostics.psis import fit_tails, share_above
-from ...model.paths import Draws, Evaluate, Terms
 from ...model.traces import latent_nodes, plate_of_elements, unwrapped
-from ...model.vectorization import describe, evaluate_many, stack
+from ...model.vectorization import Draws, Evaluate, Terms, describe, evaluate_many, stack
 from ..loader import Batch
 from ..optimization.minibatches import MinibatchObjective, PassEstimate
-from ..optimization.objective import PyroObjective, are_close
+from ..optimization.objective import OF_LOG_DENSITIES, PyroObjective
 
 _MAX_INNER = 16  # the most draws of each element per draw of the shared latents
 
@@ -154,7 +154,8 @@ class _Draws:
         guide: object = objective.guide
         log_ratios = partial(objective.log_ratios, self.plate)
         terms = stack([self._of_all(log_ratios) for _ in range(self.inner)])
-        if not are_close(terms["others"], self.log_ratio_of_shared):
+        others = self.log_ratio_of_shared.expand_as(terms["others"])
+        if not agree(terms["others"], others, *OF_LOG_DENSITIES):
             outside = f"densities outside of plate '{self.plate}'"
             raise ValueError(f"{outside} depend on the mini-batch, or on its elements")
         index = torch.as_tensor(rows, device="cpu")

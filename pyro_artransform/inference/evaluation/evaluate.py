@@ -15,7 +15,7 @@ from ...diagnostics.checks import Check, Verdict
 from ...diagnostics.importance_sampling import CLEAR_IN_SE, GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
-from ...model.rounding import coarse_sites, sites_at_edge
+from ...model.rounding import Rounding, find_rounding
 from ...model.vectorization import draws_at_a_time
 from ...sampling import Ensemble, StopReason
 from ..config import EvaluationConfig, FitConfig
@@ -85,13 +85,12 @@ def evaluate(
     strategy = log_joint.strategy
     log_weights, latents = draw(subject, config.evaluation, num_gradients)
     weights = Importance.from_log_weights(log_weights)
-    coarse, at_edge = list[str](), list[str]()
+    rounding = Rounding([], [])
     lost, marginals = NOT_SEARCHED, None
     is_point = latents is not None and bool((latents == latents[:1]).all(0).any())
     if latents is not None and not is_point:
         draws, _ = log_joint.to_unconstrained(latents)
-        coarse = coarse_sites(log_joint.latents, draws)
-        at_edge = sites_at_edge(log_joint.latents, draws)
+        rounding = find_rounding(log_joint.latents, draws)
         draws = draws[draws.isfinite().all(-1)]
         if ensemble is not None and len(draws) > 1:
             lost = lost_modes(ensemble, draws)
@@ -101,8 +100,8 @@ def evaluate(
         is_point=is_point,
         is_random=log_joint.is_random,
         mixes_draws=log_joint.strategy != strategy,
-        coarse=coarse,
-        at_edge=at_edge,
+        coarse=rounding.coarse,
+        at_edge=rounding.at_edge,
     )
     about = about_marginals(marginals, ensemble)
     fields = _fields(weights, judge(status, weights, lost)._replace(marginals=about))

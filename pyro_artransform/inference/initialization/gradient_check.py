@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..._base.arguments import first_of
+from ..._base.comparison import ROUND_OFF
 from ...model import LogJoint
-from ...model.graphs.dependencies import ROUND_OFF, value_and_gradient
+from ...model.graphs.dependencies import value_and_gradient
 from ...sampling.starts import check_has_gradient
 
 # the number of points, their unconstrained distance from a center, and half the lengths of segments

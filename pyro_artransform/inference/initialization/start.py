@@ -195,7 +195,7 @@ class MinibatchDensity(LogJoint):
     def __init__(
         self, log_joint: LogJoint, share: float = 1.0, elements: Collection[str] = ()
     ) -> None:
-        vars(self).update(vars(log_joint))
+        self._like(log_joint)
         self._share, self._elements = share, elements
         if log_joint.is_random:
             self.run = partial(_run_from, torch.get_rng_state(), log_joint.run)

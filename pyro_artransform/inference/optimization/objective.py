@@ -4,36 +4,38 @@
 """The objective of a fit: the negative ELBO, on all data or on a mini-batch."""
 
 import copy
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 from torch import Tensor, nn
 
+from ..._base.comparison import agree
 from ..._base.time_limit import until_deadline
 from ...model import LogJoint
-from ...model.handlers import SiteLogProbs, UnmaskedLatents, hidden_sites, traced_parameters
-from ...model.paths import Terms
+from ...model.draw_plate import DrawPlate, GuideSampler
+from ...model.handlers import SiteLogProbs, traced_parameters
+from ...model.masked_latents import UnmaskedLatents
 from ...model.protocols import MinibatchGuide, ReparametrizedGuide
 from ...model.replay.capture import CapturedLoss
+from ...model.run_once import quietly, run_once
 from ...model.traces import plate_nesting
 from ...model.vectorization import (
     CholeskyOrNan,
-    DrawPlate,
     Draws,
-    GuideSampler,
     ModelFailures,
+    Terms,
     draws_at_a_time,
 )
 from ..loader import Batch
 
+#: relative and absolute tolerance for the log densities of elements at the same draws
+OF_LOG_DENSITIES = 1e-4, 1e-2
 # independent estimates of an ELBO if single draws have no log weights
 _NUM_ESTIMATES = 4
 # runs of the model in the search for a site that is not finite
@@ -193,12 +195,8 @@ class PathObjective(Objective):
         return self.log_joint.nonfinite_sites(self._terms.last)
 
 
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Hides sites from surrounding handlers, and Pyro's warnings of NaN, which a fit counts itself."""
-    with hidden_sites(), pyro.validation_enabled(False), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Encountered ")
-        yield
+#: hides sites from outer handlers, and Pyro's warnings of NaN, which a fit counts itself
+_quietly = partial(quietly, "Encountered ")
 
 
 @dataclass
@@ -267,7 +265,7 @@ class PyroObjective(Objective):
                 mixed[name] = _exchanged(mixed[name], (frame.dim or -1) - event_dim)
         runs = [self.draws(self.model, values, 2) for values in (drawn.values, mixed)]
         one, other = (run.by_element(plate)[0] for run in runs)
-        if not are_close(other, _exchanged(one, -1)):
+        if not agree(other, _exchanged(one, -1), *OF_LOG_DENSITIES):
             raise ValueError(f"elements of plate '{plate}' depend on each other")
 
     def loss(self, num_particles: int) -> Tensor:
@@ -321,25 +319,18 @@ class PyroObjective(Objective):
             max_plate_nesting=self._num_plates,
         )
 
-    @torch.no_grad()
     @_quietly()
     def traces(self) -> tuple[poutine.Trace, poutine.Trace]:
         """One run of the guide, and of the model at its draws."""
         args, kwargs = self.arguments
-        guide_trace = poutine.trace(self.guide).get_trace(*args, **kwargs)
-        replayed = poutine.replay(self.model, trace=guide_trace)
-        return guide_trace, poutine.trace(replayed).get_trace(*args, **kwargs)
+        guide_trace = run_once(self.guide, args, kwargs)
+        return guide_trace, run_once(self.model, args, kwargs, replayed=guide_trace)
 
 
 def _exchanged(draws: Tensor, dim: int) -> Tensor:
     """Two draws after they exchange every other entry of a dimension, a negative index."""
     is_other = torch.arange(draws.shape[dim], device=draws.device) % 2 == 1
     return torch.where(is_other[(..., *(None,) * (-1 - dim))], draws.flip(0), draws)
-
-
-def are_close(found: Tensor, expected: Tensor) -> bool:
-    """Whether log densities of the same draws are equal up to round-off."""
-    return torch.allclose(found, expected.expand_as(found), rtol=1e-4, atol=1e-2, equal_nan=True)
 
 
 BatchObjective = PathObjective | PyroObjective

@@ -36,8 +36,9 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from ..draw_plate import DrawPlate
 from ..sites import Latents
-from ..vectorization import STRATEGIES, DrawPlate, Draws, Terms, evaluate_many
+from ..vectorization import Draws, Terms, evaluate_many
 from .gaussian_sites import GaussianSites, LocScale
 from .latent_mapper import LatentMapper, SiteMap
 
@@ -189,7 +190,7 @@ class Coordinates(nn.Module):
     def _mapped(self, z: Tensor, log_joint: Any, is_inverse: bool) -> Terms:
         if not (sites := self.sites):
             return {"z": z, "total": z.new_zeros(len(z))}
-        run, strategy, size = log_joint.enumerated(log_joint.run), STRATEGIES[0], None
+        run, strategy, size = log_joint.enumerated(log_joint.run), "plate", None
         if len(z) > 1:
             strategy, size = log_joint.strategy, log_joint.chunk_size
         elif any(site.num_factors for site in sites.values()):

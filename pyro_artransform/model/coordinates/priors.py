@@ -7,43 +7,53 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any
 
 import torch
-from pyro import poutine
-from pyro.distributions import validation_enabled
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from ..handlers import hidden_sites
+from ..run_once import run_once
 from ..sites import SUPPORT_DEPENDS, Latents, same_support
+from ..traces import subsampled_plates
 from .families import PriorScale, is_identity_or_exp
 
 
 @torch.no_grad()
 def find_mapped(
-    run: Callable[[], object], latents: Latents, points: Tensor, improper: Container[str] = ()
-) -> dict[str, bool]:
+    run: Callable[[], object],
+    latents: Latents,
+    points: Tensor,
+    improper: Container[str] = (),
+    known: Any = None,
+) -> tuple[dict[str, bool], Any]:
     """The latents that may have coordinates from the prior, and whether it depends on other latents.
+
+    Returns also the trace of the run at the second point, or None if the model draws random numbers.
 
     :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
     :param improper: the sites whose masks make their priors improper.
+    :param known: the trace of a run at the first point, if there is one.
     :raises ValueError: if the support of a latent depends on other latents.
     """
     state, (start, other) = torch.get_rng_state(), map(latents.constrain, points)
-    first = traced_at(run, start)
-    torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
-    second = traced_at(run, other)
+    second = run_once(run, at=other)
+    is_random = bool(subsampled_plates(second)) or not torch.equal(torch.get_rng_state(), state)
+    if is_random or known is None:
+        torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
+        known = run_once(run, at=start)
     for name in latents.sites:
-        fns: list[Any] = [t.nodes[name]["fn"] for t in (first, second) if name in t.nodes]
+        fns: list[Any] = [t.nodes[name]["fn"] for t in (known, second) if name in t.nodes]
         both = [fn.support for fn in fns]
         if len(both) == 2 and not same_support(*both):
             raise ValueError(SUPPORT_DEPENDS.format(name=name, expected=both[0], got=both[1]))
+    one, two = (priors_of(t.nodes, latents, improper) for t in (known, second))
+    if not is_random:
+        return compare_priors(one, two), second
     nodes: Iterable[tuple[str, Any]] = second.nodes.items()
     indices = {k: n["value"] for k, n in nodes if n["type"] == "sample" and site_is_subsample(n)}
-    again = traced_at(run, {**other, **indices})
+    again = run_once(run, at={**other, **indices})
     torch.set_rng_state(state)
-    one, two, three = (priors_of(t.nodes, latents, improper) for t in (first, second, again))
     # a prior that depends on a hidden discrete latent is not a function of the latents
-    random = depend_on_latents(two, three)
-    return compare_priors({k: prior for k, prior in one.items() if k not in random}, two)
+    random = depend_on_latents(two, priors_of(again.nodes, latents, improper))
+    return compare_priors({k: prior for k, prior in one.items() if k not in random}, two), None
 
 
 def compare_priors(
@@ -62,13 +72,6 @@ def scales_of(priors: Mapping[str, PriorScale], latents: Latents, like: Tensor) 
         if name in priors:
             part.copy_(priors[name].diagonal)
     return torch.where(found.isfinite() & (found > 0), found, 1.0)
-
-
-def traced_at(run: Callable[[], object], values: Mapping[str, Any]) -> poutine.Trace:
-    """The trace of a run conditioned on values of sites."""
-    with validation_enabled(False), hidden_sites():
-        trace: poutine.Trace = poutine.trace(poutine.condition(run, dict(values))).get_trace()
-    return trace
 
 
 def priors_of(

@@ -21,13 +21,12 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from ..._base.comparison import ROUND_OFF, round_off
 from ..._base.time_limit import check_time
 from .markov_graph import color_columns
 
 # maximum number of entries in a batch of points: 16 MB in double precision, some ten times that in a model
 _MOST_ENTRIES = 2_000_000
-#: units in the last place by which sums of about a thousand terms may differ if reordered
-ROUND_OFF = 1e3
 MAX_HALVINGS = 12  #: maximum number of halvings of a step or scale
 # random halves of elements: with probability 1e-6 two dependent elements are never in different halves
 _NUM_HALVINGS = 20
@@ -315,7 +314,7 @@ def _finite_point(
 def _refuse_randomness(log_density: LogDensityOfRows, point: Tensor) -> None:
     """Raises an error if a second evaluation of the density differs from the first."""
     one, other = (value_and_gradient(log_density, point[None])[1][0] for _ in range(2))
-    slack = ROUND_OFF * torch.finfo(one.dtype).eps * one.abs().amax()
+    slack = round_off(one) * one.abs().amax()
     differ = ((one - other).abs() > slack).nonzero()[:, 0]
     if len(differ):
         raise ValueError(

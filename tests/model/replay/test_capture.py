@@ -310,6 +310,7 @@ def with_a_parameter():
     pyro.sample("y", dist.Normal(z.sum(-1), scale), obs=torch.tensor(0.3))
 
 
+@pytest.mark.filterwarnings("ignore:the model cannot be evaluated at many draws at once")
 @pytest.mark.parametrize(
     ("model", "guide"),
     [
