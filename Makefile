@@ -8,6 +8,8 @@ BIN = $(VENV)/bin
 READY = $(VENV)/.installed
 # One thread for each of the two test processes: more of them only get in each other's way.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 MPLBACKEND=Agg
+# Each process takes half of the files, so that what the tests of a file share is made once.
+PYTEST = $(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 .PHONY: help install test test-project pitfalls test-all wheel release demo lint format bench docs clean
 
@@ -23,16 +25,16 @@ $(READY): pyproject.toml
 	touch $@
 
 test: $(READY) ## run the quick tests of the package and its doctests
-	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 5
+	$(PYTEST) --durations 5
 
 test-project: $(READY) ## run the quick tests of pages, notebooks, the release and the requests to Pyro
-	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 5 -m "project and not slow" tests/project
+	$(PYTEST) --durations 5 -m "project and not slow" tests/project
 
 pitfalls: $(READY) ## run the known failures of other flow libraries on this package
 	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 benchmarks/pitfalls
 
 test-all: $(READY) ## before a release: all tests, the slow ones too, with their coverage
-	$(ONE_THREAD) $(BIN)/python -m pytest --numprocesses 2 --durations 20 -m "" --cov --cov-report term
+	$(PYTEST) --durations 20 -m "" --cov --cov-report term
 
 wheel: $(READY) ## build the wheel into dist/, and try it in an environment without the checkout
 	rm -rf dist

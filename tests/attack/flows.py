@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributions import AffineTransform
 
 from pyro_artransform import hinged_marginals, iaf, maf
-from pyro_artransform.flows.conditioners import MaskedInput, MaskedMLP, TiltedSiLU, Unconditional
+from pyro_artransform.flows.conditioners import MaskedInput, MaskedMLP, TiltedSiLU
 from pyro_artransform.flows.transforms import (
     AutoregressiveTransform,
     ConditionalAutoregressiveTransform,
@@ -19,14 +19,9 @@ from pyro_artransform.flows.transforms import (
     PermutationTransform,
     chain,
 )
-from pyro_artransform.flows.univariate import (
-    Affine,
-    Hinged,
-    MonotoneNeural,
-    RationalQuadraticSpline,
-)
 from pyro_artransform.testing import redraw
-from tests.flows.transforms.metas import CumulativeConditioner, Dense, DenseTransform
+from tests.flows.conditioners.test_masks import random_dag
+from tests.flows.transforms.metas import CONDITIONERS, FAMILIES, DenseTransform, make_meta
 
 GAINS = (0.3, 1.0, 2.0, 4.0)
 BATCHES = ((), (1,), (3,), (2, 3), (2, 1, 2), (0,))
@@ -45,58 +40,30 @@ class Case(NamedTuple):
 
 
 @st.composite
-def families(draw):
-    bound = draw(st.sampled_from([0.5, 3.0, 8.0]))
-    make = draw(
-        st.sampled_from(
-            [
-                lambda: Affine(bound=bound),
-                Hinged,
-                lambda: Hinged(knots=[0.5], width=0.1),
-                lambda: MonotoneNeural(count_units=int(2 * bound)),
-                lambda: RationalQuadraticSpline(count_bins=int(2 * bound) + 1, bound=bound),
-            ]
-        )
-    )
-    return make()
-
-
-def random_graph(dim, number):
-    generator = torch.Generator().manual_seed(number)
-    order = torch.randperm(dim, generator=generator)
-    edges = (torch.rand(dim, dim, generator=generator) < 0.5).tril(-1)
-    return edges[order][:, order]
-
-
-@st.composite
 def metas(draw, dim, context_dim=0):
-    """A meta, with words for it."""
-    family, number = draw(families()), draw(st.integers(0, 99))
-    count, name = family.num_params, repr(family)
-    kind = draw(
-        st.sampled_from(["mlp", "order", "graph", "copies", "cumulative", "transform", "none"])
+    """A meta, of a named kind or of any network, and words for it."""
+    family = draw(st.sampled_from([*FAMILIES]))
+    kind = draw(st.sampled_from(["dense transform", *4 * ["network"], *CONDITIONERS]))
+    if kind == "dense transform" and not context_dim:
+        return MaskedInput(DenseTransform(dim, 2)), kind
+    if kind in CONDITIONERS:
+        return make_meta(family, kind, dim, context_dim), f"{kind} {family}"
+    univariate, number = FAMILIES[family](), draw(st.integers(0, 99))
+    order = torch.randperm(dim, generator=torch.Generator().manual_seed(number))
+    graph = {"adjacency": random_dag(dim, 0.5, seed=number)}
+    options = draw(st.sampled_from([{}, {"order": order}, graph]))
+    activation = draw(st.sampled_from(ACTIVATIONS))()
+    net = MaskedMLP(
+        dim,
+        univariate.num_params,
+        hidden_dims=draw(st.sampled_from([1, 3, 16, [8, 8], [2, 9, 4]])),
+        context_dim=context_dim,
+        nonlinearity=activation,
+        skip_connections=draw(st.booleans()),
+        **options,
     )
-    words = f"{kind} {name} #{number}"
-    if kind == "transform" and not context_dim:
-        return MaskedInput(DenseTransform(dim, 2)), words
-    if kind == "copies":
-        net = Dense(dim, count, context_dim)
-        return ConditionedUnivariate(
-            MaskedInput(net, adjacency=random_graph(dim, number)), family
-        ), words
-    if kind == "cumulative":
-        return ConditionedUnivariate(CumulativeConditioner(dim, count, context_dim), family), words
-    if kind == "none":
-        return ConditionedUnivariate(Unconditional(dim, count), family), words
-    hidden = draw(st.sampled_from([1, 3, 16, [8, 8], [2, 9, 4]]))
-    options = {"hidden_dims": hidden, "nonlinearity": draw(st.sampled_from(ACTIVATIONS))()}
-    options["skip_connections"] = draw(st.booleans())
-    if kind == "order":
-        options["order"] = torch.randperm(dim, generator=torch.Generator().manual_seed(number))
-    if kind == "graph":
-        options["adjacency"] = random_graph(dim, number)
-    net = MaskedMLP(dim, count, context_dim=context_dim, **options)
-    return ConditionedUnivariate(net, family), f"{words} {hidden}"
+    words = f"{family} by {activation} and {' '.join(options) or 'no order'} #{number}"
+    return ConditionedUnivariate(net, univariate), words
 
 
 @st.composite

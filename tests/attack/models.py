@@ -3,7 +3,9 @@
 """Random models: any distribution as a latent or a likelihood, in plates of all kinds, under any handler."""
 
 import warnings
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 
 import pyro
 import torch
@@ -26,21 +28,12 @@ SHAPES = {
     "nested": (2, 3),
     "left": (2, 1),
 }
-HANDLERS = (
-    *(
-        "scale",
-        "mask",
-        "no mask",
-        "condition",
-        "do",
-        "reparam",
-        "lift",
-        "seed",
-        "block",
-        "trace",
-        "infer",
-    ),
-)
+PLATES = {
+    "plate": {"plate": {"size": 3}},
+    "whole subsample": {"plate": {"size": 3, "subsample_size": 3}},
+    "left": {"plate": {"size": 2, "dim": -2}},
+    "nested": {"outer": {"size": 2, "dim": -2}, "inner": {"size": 3, "dim": -1}},
+}
 
 
 @dataclass
@@ -64,25 +57,21 @@ class RandomModel:
         found = {}
         for k, (distribution, place, parent) in enumerate(self.latents):
             loc = _location(found.get(parent))
-            for value, event_dim in _sample(f"z{k}", LATENTS[distribution], place, loc):
-                if place in ("alone", "event"):
-                    found[k] = value, event_dim
+            drawn = _sample(f"z{k}", LATENTS[distribution], place, loc)
+            if place in ("alone", "event"):
+                found[k] = drawn[0]
         if self.branch is not None and 0 in found and (_location(found[0]) > self.branch).any():
             pyro.factor("branch", torch.tensor(-3.0))
         with poutine.scale(scale=self.scale):
             for k, (distribution, place, parent) in enumerate(self.data):
-                loc = _location(found.get(parent))
-                list(
-                    _sample(
-                        f"y{k}", LIKELIHOODS[distribution], place, loc, self.values, self.masked
-                    )
-                )
+                loc, make = _location(found.get(parent)), LIKELIHOODS[distribution]
+                _sample(f"y{k}", make, place, loc, self.values, self.masked)
 
     def wrapped(self):
         """The model under its handlers, the first one innermost."""
         model = self
         for kind in self.handlers:
-            model = _wrap(kind, model)
+            model = HANDLERS[kind](model)
         return model
 
 
@@ -95,40 +84,23 @@ def _location(parent):
     return first.tanh() if first.is_floating_point() else first
 
 
-def _sample(name, distribution, place, loc, values=None, masked=False):
-    """Draws a site in its place; gives its value and number of event dimensions."""
+def _sample(name, make, place, loc, values=None, masked=False):
+    """Draws the sites of a place; gives the value and the number of event dimensions of each."""
+
+    def site(step, distribution):
+        obs = None if values is None else values[f"{name}_{step}"]
+        return pyro.sample(f"{name}_{step}", distribution, obs=obs), distribution.event_dim
+
     if place == "steps":
-        for step in pyro.plate(f"{name}_steps", 3):
-            yield _site(f"{name}_{step}", distribution(loc), values, False)
-    elif place == "alone":
-        yield _site(f"{name}_0", distribution(loc), values, False)
-    elif place == "event":
-        yield _site(
-            f"{name}_0",
-            distribution(loc[..., None].expand((*loc.shape, 2))).to_event(1),
-            values,
-            False,
-        )
-    elif place == "plate":
-        with pyro.plate(f"{name}_plate", 3):
-            yield _site(f"{name}_0", distribution(loc), values, masked)
-    elif place == "whole subsample":
-        with pyro.plate(f"{name}_plate", 3, subsample_size=3):
-            yield _site(f"{name}_0", distribution(loc), values, masked)
-    elif place == "left":
-        with pyro.plate(f"{name}_plate", 2, dim=-2):
-            yield _site(f"{name}_0", distribution(loc), values, False)
-    else:
-        with pyro.plate(f"{name}_outer", 2, dim=-2), pyro.plate(f"{name}_inner", 3, dim=-1):
-            yield _site(f"{name}_0", distribution(loc), values, masked)
-
-
-def _site(name, distribution, values, masked):
-    obs = None if values is None else values[name]
-    if masked:
-        with poutine.mask(mask=torch.tensor([True, False, True])):
-            return pyro.sample(name, distribution, obs=obs), distribution.event_dim
-    return pyro.sample(name, distribution, obs=obs), distribution.event_dim
+        return [site(step, make(loc)) for step in pyro.plate(f"{name}_steps", 3)]
+    if place == "event":
+        return [site(0, make(loc[..., None].expand((*loc.shape, 2))).to_event(1))]
+    with ExitStack() as around:
+        for part, options in PLATES.get(place, {}).items():
+            around.enter_context(pyro.plate(f"{name}_{part}", **options))
+        if masked and place in ("plate", "whole subsample", "nested"):
+            around.enter_context(poutine.mask(mask=torch.tensor([True, False, True])))
+        return [site(0, make(loc))]
 
 
 class ImproperAtOrigin(Messenger):
@@ -151,41 +123,15 @@ def plain_trace(model):
             return poutine.trace(model).get_trace()
 
 
-def _wrap(kind, model):
-    if kind == "scale":
-        return poutine.scale(model, scale=0.7)
-    if kind == "mask":
-        return poutine.mask(model, mask=torch.tensor(True))
-    if kind == "no mask":
-        return poutine.mask(model, mask=True)
-    if kind in ("condition", "do"):
-        # of the last latent, so that the first one stays
-        try:
-            with poutine.seed(rng_seed=5):
-                trace = plain_trace(model)
-        except Exception:
-            return model
-        names = [n for n, _ in trace.iter_stochastic_nodes() if n.startswith("z")]
-        if len(names) < 2:
-            return model
-        values = {names[-1]: trace.nodes[names[-1]]["value"]}
-        return (
-            poutine.condition(model, values) if kind == "condition" else poutine.do(model, values)
-        )
-    if kind == "reparam":
-        return poutine.reparam(model, config=_reparam)
-    if kind == "lift":
-        return lambda: (
-            _with_param(poutine.lift(_param, {"weight": dist.Normal(0.0, 1.0)})),
-            model(),
-        )
-    if kind == "seed":
-        return poutine.seed(model, rng_seed=3)
-    if kind == "block":
-        return lambda: (model(), poutine.block(_hidden)())
-    if kind == "trace":
-        return lambda: poutine.trace(model).get_trace() and None
-    return poutine.infer_config(model, config_fn=lambda site: {"note": 1})
+def _last_latent(model):
+    """A value of the last latent, so that the first one stays."""
+    try:
+        with poutine.seed(rng_seed=5):
+            trace = plain_trace(model)
+    except Exception:
+        return {}
+    names = [n for n, _ in trace.iter_stochastic_nodes() if n.startswith("z")]
+    return {name: trace.nodes[name]["value"] for name in names[1:][-1:]}
 
 
 def _reparam(site):
@@ -203,20 +149,39 @@ def _reparam(site):
     return TransformReparam() if isinstance(fn, dist.LogNormal) else None
 
 
-def _param():
-    return pyro.param("weight", lambda: torch.tensor(0.2))
+def _with_lifted(model):
+    weight = poutine.lift(
+        lambda: pyro.param("weight", lambda: torch.tensor(0.2)), {"weight": dist.Normal(0.0, 1.0)}
+    )
 
+    def both():
+        pyro.sample("y_weight", dist.Normal(weight(), 1.0), obs=torch.tensor(0.4))
+        model()
 
-def _with_param(model):
-    pyro.sample("y_weight", dist.Normal(model(), 1.0), obs=torch.tensor(0.4))
+    return both
 
 
 def _hidden():
     pyro.sample("hidden", dist.Normal(0.0, 1.0))
 
 
+HANDLERS = {
+    "scale": partial(poutine.scale, scale=0.7),
+    "mask": partial(poutine.mask, mask=torch.tensor(True)),
+    "no mask": partial(poutine.mask, mask=True),
+    "condition": lambda model: poutine.condition(model, _last_latent(model)),
+    "do": lambda model: poutine.do(model, _last_latent(model)),
+    "reparam": partial(poutine.reparam, config=_reparam),
+    "lift": _with_lifted,
+    "seed": partial(poutine.seed, rng_seed=3),
+    "block": lambda model: lambda: (model(), poutine.block(_hidden)()),
+    "trace": lambda model: lambda: poutine.trace(model).get_trace() and None,
+    "infer": partial(poutine.infer_config, config_fn=lambda site: {"note": 1}),
+}
+
+
 @st.composite
-def random_models(draw, handlers=HANDLERS, branches=True):
+def random_models(draw):
     def distribution(names, place):
         return draw(
             st.sampled_from(sorted(set(names) - (set() if place == "alone" else WITHOUT_BATCHES)))
@@ -232,16 +197,25 @@ def random_models(draw, handlers=HANDLERS, branches=True):
         data.append(
             (distribution(LIKELIHOODS, place), place, draw(st.integers(-1, len(latents) - 1)))
         )
-    branch = draw(st.sampled_from([None, None, None, 0.5, -0.5])) if branches else None
-    chosen = draw(st.lists(st.sampled_from(handlers), max_size=2))
+    branch = draw(st.sampled_from([None, None, None, 0.5, -0.5]))
+    chosen = draw(st.lists(st.sampled_from([*HANDLERS]), max_size=2))
     return RandomModel(
         latents, data, chosen, branch, draw(st.booleans()), draw(st.sampled_from([1.0, 2.5]))
     )
 
 
-def density_by_pyro(model, z):
-    """The log joint density at one draw, by runs that improper priors and warnings do not end."""
-    return by_trace(model, z, plain_trace)
+def densities_by_pyro(model, z):
+    """The log joint density at each draw, by runs that improper priors and warnings do not end.
+
+    NaN where Pyro itself fails.
+    """
+    rows = []
+    for row in z:
+        try:
+            rows.append(by_trace(model, row, plain_trace))
+        except (ValueError, RuntimeError):
+            rows.append(z.new_tensor(torch.nan))
+    return torch.stack(rows)
 
 
 def runs_in_pyro(model):

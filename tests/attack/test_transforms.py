@@ -2,11 +2,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Values, log-determinants, inverses, scores and their gradients, of random flows."""
 
+import copy
 import warnings
 
 import torch
 from hypothesis import assume
 from hypothesis import strategies as st
+from torch.func import functional_call
 
 from tests.attack.effort import attack
 from tests.attack.flows import flows, inputs, make_input
@@ -39,41 +41,33 @@ def close(a, b, tolerance):
     return torch.allclose(a, b, rtol=tolerance, atol=tolerance, equal_nan=True)
 
 
-@attack("transforms", case=flows(), spec=inputs())
-def test_log_determinant_is_that_of_the_jacobian(case, spec):
-    x = make_input(spec, case.dim)
-    y, ladj = case.flow.call_and_ladj(x)
+@attack(few=10, case=flows(), spec=inputs())
+def test_log_determinants_and_round_trips(case, spec):
+    flow, x = case.flow, make_input(spec, case.dim)
+    y, ladj = flow.call_and_ladj(x)
     assert y.shape == x.shape
     assert ladj.shape == x.shape[:-1]
-    assert close(case.flow(x), y, 1e-9)
-    if x.numel():
-        sign, expected = torch.linalg.slogdet(jacobian(case.flow, x))
-        sure = stretch(case.flow, x) < MOST_STRETCH
-        assert close(case.flow.log_abs_det_jacobian(x, y)[sure], ladj[sure], 1e-7)
-        assert close(ladj[sure], expected[sure], 1e-7)
-        assert (sign.abs()[sure] == 1).all()
-
-
-@attack("transforms", case=flows(), spec=inputs())
-def test_round_trips(case, spec):
-    x = make_input(spec, case.dim)
+    assert close(flow(x), y, 1e-9)
     with torch.no_grad():
-        y = case.flow(x)
-        back, inverse_ladj = case.flow.inv.call_and_ladj(y.clone())
-        again = case.flow(back)
+        back, inverse_ladj = flow.inv.call_and_ladj(y.detach().clone())
+        again = flow(back)
     assert back.shape == x.shape
     if not x.numel():
         return
-    amplified = stretch(case.flow, x)
-    noise = 1e-13 * amplified[..., None] * (1 + x.abs() + y.abs()).amax(-1, keepdim=True)
+    amplified = stretch(flow, x)
     sure = amplified < MOST_STRETCH  # further on a solution may be any of many, to round-off
+    sign, expected = torch.linalg.slogdet(jacobian(flow, x))
+    assert close(flow.log_abs_det_jacobian(x, y)[sure], ladj[sure], 1e-7)
+    assert close(ladj[sure], expected[sure], 1e-7)
+    assert (sign.abs()[sure] == 1).all()
+    noise = 1e-13 * amplified[..., None] * (1 + x.abs() + y.abs()).amax(-1, keepdim=True)
     assert ((back - x).abs() <= noise.clamp_min(1e-9))[sure].all()
     assert ((again - y).abs() <= noise.clamp_min(1e-9))[sure].all()
-    at_back = case.flow.call_and_ladj(back)[1]
+    at_back = flow.call_and_ladj(back)[1]
     assert ((inverse_ladj + at_back).abs() <= noise[..., 0].clamp_min(1e-8))[sure].all()
 
 
-@attack("transforms", case=flows(max_layers=2), spec=inputs())
+@attack(case=flows(max_layers=2), spec=inputs())
 def test_gradients_of_the_inverse(case, spec):
     """The implicit gradients, against those of the unrolled inverse that torch.func differentiates."""
     y = make_input(spec, case.dim)
@@ -82,20 +76,13 @@ def test_gradients_of_the_inverse(case, spec):
         x = inverse(y)
     assume(x.isfinite().all() and (not x.numel() or (stretch(case.flow, x) < MOST_STRETCH).all()))
     w, v = make_input((spec[0], 1.0, 7), case.dim), make_input((spec[0], 1.0, 8), 1)[..., 0]
+    module = Called(inverse)
+    by_id = {id(parameter): name for name, parameter in parameters.items()}
+    names = {key: by_id[id(parameter)] for key, parameter in module.named_parameters()}
 
     def objective(values, y):
-        from torch.func import functional_call
-
-        names = {f"transform.{name}": value for name, value in values.items()}
-        module = Called(inverse)
-        names = {f"flow.{key}": values[name] for key, name in keys(module, values).items()}
-        x, ladj = functional_call(module, names, (y,))
+        x, ladj = functional_call(module, {key: values[names[key]] for key in names}, (y,))
         return (w * x).sum() + (v * ladj).sum()
-
-    def keys(module, values):
-        by_id = {id(parameter): name for name, parameter in parameters.items()}
-        found = module.flow.named_parameters()
-        return {key: by_id[id(parameter)] for key, parameter in found}
 
     plain_y = y.clone().requires_grad_()
     x, ladj = inverse.call_and_ladj(plain_y)
@@ -119,7 +106,7 @@ class Called(torch.nn.Module):
         return self.flow.call_and_ladj(y)
 
 
-@attack("transforms", case=flows(), spec=inputs())
+@attack(case=flows(), spec=inputs())
 def test_scores(case, spec):
     """The score of a value is the gradient of its log-density, by the inverse."""
     x = make_input(spec, case.dim)
@@ -139,7 +126,7 @@ def test_scores(case, spec):
     assert ((score - expected).abs() <= 1e-5 * size).all(), (score, expected)
 
 
-@attack("transforms", case=flows(gains=(0.3, 1.0), max_layers=2), spec=inputs((1e-3, 1.0, 5.0)))
+@attack(case=flows(gains=(0.3, 1.0), max_layers=2), spec=inputs((1e-3, 1.0, 5.0)))
 def test_float32_is_close_to_float64(case, spec):
     assume("context" not in repr(case))  # whose dtype is its own
     x = make_input(spec, case.dim, torch.float32)
@@ -160,26 +147,11 @@ def test_float32_is_close_to_float64(case, spec):
     assert close(ladj_back.double(), back_ladj, 2e-3)
 
 
-EXTREMES = (
-    0.0,
-    -0.0,
-    5e-324,
-    1e-300,
-    1e-8,
-    -1e-8,
-    1e4,
-    -1e4,
-    1e8,
-    1e30,
-    1e155,
-    torch.inf,
-    -torch.inf,
-    torch.nan,
-)
+SIZES = (0.0, 5e-324, 1e-300, 1e-8, 1e4, 1e8, 1e30, 1e155, torch.inf)
+EXTREMES = (*SIZES, *(-size for size in SIZES), torch.nan)
 
 
 @attack(
-    "transforms",
     case=flows(large=(17,)),
     values=st.lists(st.sampled_from(EXTREMES), min_size=6, max_size=6),
 )
@@ -214,3 +186,72 @@ def _depends_on(flow, i, dim):
     """Which values depend on coordinate i, at a usual point."""
     x = torch.linspace(-1, 1, dim)
     return jacobian(flow, x)[:, i] != 0
+
+
+def values(flow, x):
+    """All that a flow says of x, both ways."""
+    with torch.no_grad():
+        return [*flow.call_and_ladj(x), *flow.inv.call_and_ladj(x)]
+
+
+def same(one, other):
+    return all(
+        torch.allclose(a, b, rtol=1e-12, atol=1e-12, equal_nan=True) for a, b in zip(one, other)
+    )
+
+
+def _by_adam(p):
+    p.grad = torch.ones_like(p)
+    torch.optim.Adam([p], lr=0.05).step()
+
+
+def _by_numpy(p):
+    p.detach().numpy()[...] += 0.05
+
+
+def _by_swap(p):
+    p.data = p.data + 0.05
+
+
+EDITS = (_by_adam, _by_numpy, _by_swap, lambda p: p.data.add_(0.05), lambda p: p.add_(0.05))
+
+
+@attack(case=flows(), spec=inputs((1.0,)), edit=st.sampled_from(EDITS), graph=st.booleans())
+def test_values_follow_the_parameters(case, spec, edit, graph):
+    """Whatever was computed before an edit, the values after it are those of a fresh copy."""
+    flow, x = case.flow, make_input(spec, case.dim)
+    inverse = flow.inv
+    with torch.set_grad_enabled(graph):
+        y, back = flow(x), inverse(x)
+    for p in flow.parameters():
+        with torch.no_grad():
+            edit(p)
+    fresh = copy.deepcopy(flow)
+    expected = values(fresh, x.clone())
+    assert same(values(flow, x), expected)
+    assert same(values(inverse.inv, x), expected)
+    with torch.no_grad():
+        for one, value in ((flow, y), (inverse, back)):
+            anew = (fresh if one is flow else fresh.inv).log_abs_det_jacobian(
+                x.clone(), value.clone()
+            )
+            assert close(one.log_abs_det_jacobian(x, value), anew, 1e-12)
+
+
+@attack(case=flows(large=(), max_layers=2), number=st.integers(0, 99))
+def test_function_transforms(case, number):
+    """vmap, jacrev and jacfwd give what plain evaluation and reverse mode give."""
+    flow, x = case.flow, make_input(((3,), 1.0, number), case.dim)
+    for one in (flow, flow.inv):
+        with torch.no_grad():
+            y, ladj = one.call_and_ladj(x)
+        assume(y.isfinite().all() and (stretch(one, x) < MOST_STRETCH).all())
+        mapped, mapped_ladj = torch.func.vmap(one.call_and_ladj)(x)
+        assert close(mapped, y, 1e-8)
+        assert close(mapped_ladj, ladj, 1e-8)
+        expected = jacobian(one, x)
+        size = 1 + expected.abs().max()
+        by_reverse = torch.func.vmap(torch.func.jacrev(one))(x)
+        assert ((by_reverse - expected).abs() <= 1e-7 * size).all()
+        by_forward = torch.func.vmap(torch.func.jacfwd(one))(x)
+        assert ((by_forward - expected).abs() <= 1e-7 * size).all()

@@ -70,7 +70,7 @@ def mixtures(draw):
     )
 
 
-@attack("verdict", few=1, mixture=mixtures(), seed=st.integers(0, 9))
+@attack(few=1, mixture=mixtures(), seed=st.integers(0, 9))
 def test_trust_means_a_small_gap(mixture, seed):
     guide = AutoIAF(mixture, hidden_dims=16)
     with warnings.catch_warnings():

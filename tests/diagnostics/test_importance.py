@@ -96,7 +96,7 @@ def test_minibatch_of_the_guide_is_the_models():
             pyro.sample("y", dist.Normal(z, 0.5), obs=reals[indices])
 
     whole = importance(conjugate.local_normals, conjugate.local_guide, 1000)
-    parts = importance(model, guide, 1000)
+    parts = importance(model, guide, 500)
     assert abs(parts.elbo - whole.elbo) < 4 * math.hypot(parts.elbo_se, whole.elbo_se)
     assert parts.elbo_se < 0.1
 
@@ -112,7 +112,7 @@ def test_enumerated_latents_are_summed_out(guide):
 
 def test_discrete_latents_of_the_guide():
     model = poutine.infer_config(conjugate.mixture, lambda site: {})
-    result = importance(model, conjugate.mixture_guide, 700, torch.tensor(conjugate.REALS))
+    result = importance(model, conjugate.mixture_guide, 400, torch.tensor(conjugate.REALS))
     assert_evidence(result, conjugate.mixture_evidence(), 0.05)
 
 

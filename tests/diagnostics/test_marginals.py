@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from functools import partial
+from functools import cache, partial
 
 import pyro
 import pytest
@@ -25,9 +25,15 @@ def chains_of(model, num_samples=1000):
     return ensemble
 
 
+@cache
+def of_path(dim, num_samples=1000, dtype=torch.float64):
+    torch.manual_seed(0)
+    return chains_of(partial(path, dim), num_samples)
+
+
 def judged(ensemble, model, guide):
     subject = ModelAndGuide.of(model, guide, (), {})
-    draws, _ = subject.log_joint.to_unconstrained(subject.draws(10_000))
+    draws, _ = subject.log_joint.to_unconstrained(subject.draws(4_000))
     return marginals_of(ensemble.log_joint, ensemble.draws, draws)
 
 
@@ -47,8 +53,7 @@ def _one_in_twenty(dim, value):
 @pytest.mark.parametrize("dim", [100, pytest.param(1000, marks=SLOW)])
 def test_guides_of_a_correlated_path(dim):
     """The bound of 2 D errors is nine standard errors."""
-    model = partial(path, dim)
-    ensemble = chains_of(model, max(1000, 2 * dim))
+    model, ensemble = partial(path, dim), of_path(dim, max(1000, 2 * dim))
     exact = judged(ensemble, model, PathGuide(dim))
     assert max(exact.mean_bound, exact.sd_bound) < 0.25
     assert exact.words.startswith("all means accurate to 0.")
@@ -68,7 +73,7 @@ def test_errors_are_the_true_ones():
     """Means off by 0.1 sd at most and sds by 10 %: within four standard errors, and 0.01."""
     dim = 100
     factor, shift = 1 + 0.1 * torch.linspace(-1, 1, dim), 0.1 * torch.linspace(1, -1, dim)
-    found = marginals(partial(path, dim), PathGuide(dim, factor, shift))
+    found = judged(of_path(dim), partial(path, dim), PathGuide(dim, factor, shift))
     errors = found.mean_shift["z"] - shift
     assert (errors.abs() < 4 * found.mean_shift_se["z"] + 0.01).all()
     errors = found.sd_ratio["z"] - factor
@@ -78,10 +83,10 @@ def test_errors_are_the_true_ones():
 
 
 def test_few_draws_know_too_little():
-    model, guide = partial(path, 20), PathGuide(20)
-    ensemble = chains_of(model)
+    ensemble = of_path(20)
     torch.manual_seed(0)  # some draws of 60 look heavy-tailed
-    found = marginals_of(ensemble.log_joint, ensemble.draws, guide.rsample_and_log_prob(60)[0])
+    draws, _ = PathGuide(20).rsample_and_log_prob(60)
+    found = marginals_of(ensemble.log_joint, ensemble.draws, draws)
     assert not found.trusted
     assert "but the bounds are wide (means accurate to" in found.words
 
@@ -124,8 +129,9 @@ def test_no_bound_of_a_moment_that_does_not_exist(law, has_mean):
 
 def test_single_precision():
     torch.set_default_dtype(torch.float32)
-    assert marginals(partial(path, 50), PathGuide(50)).trusted
-    found = marginals(partial(path, 50), PathGuide(50, 0.7))
+    model, ensemble = partial(path, 20), of_path(20, dtype=torch.float32)
+    assert judged(ensemble, model, PathGuide(20)).trusted
+    found = judged(ensemble, model, PathGuide(20, 0.7))
     assert not found.trusted
     assert found.sd_ratio["z"].dtype == torch.float32
 

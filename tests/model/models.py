@@ -10,6 +10,7 @@ from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
 from pyro_artransform.model.masked_latents import UnmaskedLatents
+from pyro_artransform.model.traces import support_of_latent
 
 
 def data():
@@ -127,7 +128,7 @@ def by_trace(model, z, trace_of=trace_of):
     for name, site in trace_of(model).iter_stochastic_nodes():
         if site_is_subsample(site):
             continue
-        bijection = biject_to(site["fn"].support)
+        bijection = biject_to(support_of_latent(site["fn"]))
         shape = bijection.inverse_shape(site["value"].shape)
         part = z[start : start + shape.numel()].reshape(shape).to(site["value"].dtype)
         values[name] = bijection(part)

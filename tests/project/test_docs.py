@@ -33,7 +33,6 @@ MODULES = [
     *("plots", "posterior", "sampling", "testing"),
 ]
 KINDS = {"class": type, "func": FunctionType, "mod": ModuleType}
-INCLUDE = re.compile(r"```{include} (\S+)\n((?::.*\n)*)```")
 
 
 def module(name: str) -> ModuleType:
@@ -43,16 +42,6 @@ def module(name: str) -> ModuleType:
             importlib.import_module(f"{found.__name__}.{part}")
         found = getattr(found, part)
     return found
-
-
-def included(path: str, options: str) -> str:
-    """The part of a file that an ``include`` shows."""
-    text = (DOCS / path).read_text()
-    for option, marker in re.findall(r':(start-after|end-before): "(.*)"', options):
-        assert text.count(marker) >= 1, f"{path} has no {marker!r}"
-        before, _, after = text.partition(marker)
-        text = after if option == "start-after" else before
-    return text
 
 
 def described() -> Iterator[Any]:
@@ -104,21 +93,10 @@ def test_every_public_name_is_in_the_reference(name: str) -> None:
     assert named <= {*MODULES}, "a public module whose names nobody looks for"
 
 
-def test_every_page_of_the_reference_is_listed() -> None:
-    listed = set(re.findall(r"^   (\w+)$", REFERENCE["index.rst"], flags=re.MULTILINE))
-    assert listed == {name.removesuffix(".rst") for name in REFERENCE} - {"index"}
-
-
 @pytest.mark.parametrize(("folder", "pattern"), [("benchmarks", "*.md"), ("tutorials", "*.ipynb")])
 def test_every_benchmark_and_tutorial_is_listed(folder: str, pattern: str) -> None:
     linked = set(re.findall(rf"\]\(({folder}/\S+)\)", PAGES[f"{folder}.md"]))
     assert {f"{folder}/{path.name}" for path in (ROOT / folder).glob(pattern)} <= linked
-
-
-@pytest.mark.parametrize("page", [name for name in PAGES if INCLUDE.search(PAGES[name])])
-def test_what_a_page_includes_is_there(page: str) -> None:
-    for path, options in INCLUDE.findall(PAGES[page]):
-        assert included(path, options).strip(), f"nothing of {path} is shown"
 
 
 # ArviZ finds so few draws too few

@@ -53,20 +53,6 @@ def printed(notebook: nbformat.NotebookNode) -> str:
     return "\n".join(texts)
 
 
-def test_the_promised_notebooks_are_there() -> None:
-    promised = {
-        "density",
-        "diagnosing",
-        "draws",
-        "extending",
-        "hierarchical",
-        "structured",
-        "svi_flow_guide",
-        "vae_iaf",
-    }
-    assert promised <= {path.stem for path in NOTEBOOKS}
-
-
 @pytest.mark.parametrize(
     "path",
     [

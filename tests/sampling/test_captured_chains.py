@@ -20,7 +20,7 @@ def test_chains_are_the_same_by_calls_and_by_replays_with_and_without_torchscrip
     execution._say_that_torchscript_is_missing.cache_clear()
 
     def draws():
-        return mcmc(hierarchy, draws=100, seed=0, progress=False, num_chains=8)
+        return mcmc(hierarchy, draws=40, seed=0, progress=False, num_chains=8)
 
     found = [draws()]
     assert not caplog.records

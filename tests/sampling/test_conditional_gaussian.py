@@ -3,6 +3,7 @@
 """Coordinates in which a field is standard normal given its globals."""
 
 import math
+from functools import cache
 from typing import ClassVar
 
 import pyro
@@ -74,9 +75,11 @@ def data(num=N, scale=0.3, seed=0):
     return (scale * steps).cumsum(0) + noise
 
 
-def fitted(model, *args):
+@cache
+def fitted(model):
     """The transform, and draws around the start that it is fitted to."""
-    log_joint = non_centered(LogJoint(model, args), with_shapes=True)
+    torch.manual_seed(0)
+    log_joint = non_centered(LogJoint(model, (data(),)), with_shapes=True)
     draws = log_joint.start + 0.3 * torch.randn(400, len(log_joint.start))
     field = LatentGaussianField.of(log_joint)
     assert field is not None
@@ -100,7 +103,7 @@ def test_other_posteriors_have_no_field(model, num):
 @pytest.mark.parametrize("model", [walk, hierarchy])
 def test_inverse_and_log_determinant(model):
     torch.manual_seed(0)
-    _, transform, draws = fitted(model, data())
+    _, transform, draws = fitted(model)
     base = transform.inverse(draws[:3])
     latents, ladj = transform(base)
     torch.testing.assert_close(latents, draws[:3])
@@ -140,9 +143,9 @@ def volatility(y):
 def test_modes_are_found_and_the_center_moves_with_a_level():
     """From draws far from the modes; the level moves all of the field, and all errors add up."""
     torch.manual_seed(0)
-    y = torch.randn(1_000) * (torch.arange(1_000) / 100).sin().exp()
+    y = torch.randn(400) * (torch.arange(400) / 40).sin().exp()
     log_joint = LogJoint(volatility, (y,))
-    draws = torch.randn(400, 1_003) * torch.tensor([0.3, 0.5, 0.7, *1_000 * [0.5]])
+    draws = torch.randn(400, 403) * torch.tensor([0.3, 0.5, 0.7, *400 * [0.5]])
     draws[:, :2] += torch.tensor([-2.0, 1.5])
     field = LatentGaussianField.of(log_joint)
     points = draws.median(0).values.repeat(40, 1)
@@ -150,7 +153,7 @@ def test_modes_are_found_and_the_center_moves_with_a_level():
     _, is_found = field.conditionals(log_joint, points, draws.std(0))
     _, gradients = value_and_gradient(log_joint, points[is_found])
     transform = ConditionalGaussian(field, log_joint, draws, draws.std(0))
-    base = torch.randn(50, 1_003)
+    base = torch.randn(50, 403)
     base[:, :3] = draws[:50, :3]
     base.requires_grad_()
     latents, ladj = transform(base)
@@ -158,11 +161,11 @@ def test_modes_are_found_and_the_center_moves_with_a_level():
     of_level = gradient[:, field.of_globals][:, 2] + latents[:, 2] / 9
     assert is_found.sum() > 20  # none after three steps
     assert gradients[:, field.of_field].abs().max() < 1e-3
-    assert of_level.std() < 2.0  # 1.15; 7.3 if the centre is constant
+    assert of_level.std() < 1.0  # 0.33; 68 if the centre is constant
 
 
 def test_draws_without_curvature_are_refused():
-    log_joint, transform, draws = fitted(walk, data())
+    log_joint, transform, draws = fitted(walk)
     draws = torch.full_like(draws, torch.nan)
     with pytest.raises(ValueError, match="expected a mode of the field given the globals"):
         ConditionalGaussian(transform._field, log_joint, draws, draws.std(0))
@@ -172,7 +175,7 @@ def test_draws_without_curvature_are_refused():
 def test_a_gaussian_field_is_standard_normal_given_its_globals(model):
     """Its score is minus its coordinates, to 5 % of their sd, as far as the draws reach."""
     torch.manual_seed(0)
-    log_joint, transform, draws = fitted(model, data())
+    log_joint, transform, draws = fitted(model)
     field = transform._field
     base = torch.randn(50, N + 2)
     base[:, field.of_globals] = draws[:50, field.of_globals]
@@ -180,15 +183,6 @@ def test_a_gaussian_field_is_standard_normal_given_its_globals(model):
     latents, ladj = transform(base)
     (score,) = torch.autograd.grad((log_joint(latents) + ladj).sum(), base)
     assert (score + base)[:, field.of_field].square().mean().sqrt() < 0.05
-
-
-def test_chains_go_on_in_these_coordinates():
-    pyro.set_rng_seed(0)
-    ensemble = Ensemble(non_centered(LogJoint(walk, (data(),)), with_shapes=True), 400)
-    with torch.no_grad():
-        found = ensemble.run(400)
-    assert found.has_mixed
-    assert isinstance(ensemble._target.to_latent, ConditionalGaussian)
 
 
 def log_likelihood_by_kalman(y, q, r):
@@ -202,8 +196,8 @@ def log_likelihood_by_kalman(y, q, r):
     return total
 
 
-@pytest.mark.parametrize(("scale", "most_untrusted"), [(0.3, 0), (0.02, 1)])
-def test_tails_of_a_scale_are_those_of_quadrature(scale, most_untrusted):
+@pytest.mark.parametrize(("scale", "seeds", "most_untrusted"), [(0.3, [1], 0), (0.02, [1, 2], 1)])
+def test_tails_of_a_scale_are_those_of_quadrature(scale, seeds, most_untrusted):
     """Shares of effective draws below exact quantiles, to four standard errors of 400 independent ones.
 
     Data of the smaller scale allow it to be zero; chains may then fail to mix, and say so.
@@ -213,7 +207,7 @@ def test_tails_of_a_scale_are_those_of_quadrature(scale, most_untrusted):
     q, r = torch.meshgrid(*grid, indexing="ij")
     log_prob = log_likelihood_by_kalman(y, q, r) - (q.square() + r.square()) / 2 + q.log()
     mass = (log_prob - log_prob.max()).exp().sum(1).cumsum(0)
-    for seed in (1, 2, 3):
+    for seed in seeds:
         chains = mcmc(walk, y, draws=400, seed=seed, progress=False, max_seconds=60)
         if not chains.trusted:
             num_untrusted += 1
@@ -240,13 +234,13 @@ def test_the_divergence_of_a_gaussian_from_itself_is_zero():
     assert 1.5 * median < tail
 
 
-def test_draws_without_a_tail_are_seen():
+def test_chains_go_on_in_these_coordinates_and_a_tail_that_is_missing_is_seen():
     """Of a walk's scale: about 1 % is beyond the 1 % quantile, and far more once the lowest tenth is gone."""
-    pyro.set_rng_seed(0)
     ensemble = Ensemble(non_centered(LogJoint(walk, (data(),)), with_shapes=True), 400)
     with torch.no_grad():
-        ensemble.run(400)
+        assert ensemble.run(400).has_mixed
         fitted = ensemble._target.to_latent
+        assert isinstance(fitted, ConditionalGaussian)
         latents, _ = ensemble.log_joint.from_unconstrained(ensemble.draws.flatten(0, 1))
         q = latents[:, fitted.of_globals[0]]
         beyond = fitted.share_beyond(latents)

@@ -6,6 +6,7 @@
 import math
 import re
 import signal
+from functools import cache
 
 import pyro
 import pytest
@@ -19,31 +20,26 @@ from pyro_artransform.sampling import mcmc as run
 from pyro_artransform.sampling.chains import chains_of
 from pyro_artransform.sampling.run_mcmc import from_nothing
 from tests.inference import models
-from tests.sampling.densities import schools, schools_moments, two_modes
+from tests.sampling.densities import schools, schools_log_tau, schools_moments, two_modes
 
 
 def mcmc(model, *args, **options):
     return run(model, *args, **{"seed": 0, "progress": False, **options})
 
 
-def flat(chains):
-    """All draws of the schools on the unconstrained space, shape ``(n, 10)``."""
-    mu, tau, theta = (chains.by_chain[name].flatten(0, 1) for name in ("mu", "tau", "theta"))
-    return torch.cat([mu[:, None], tau.log()[:, None], theta], 1)
-
-
-def flat_ess(chains):
-    return torch.cat([chains.ess[name].reshape(-1) for name in ("mu", "tau", "theta")])
-
-
 def test_eight_schools():
     chains = mcmc(schools, draws=1000)
     assert chains.trusted, chains
-    mean, sd = schools_moments()
-    draws, ess = flat(chains), flat_ess(chains)
+    names, (mean, sd) = ("mu", "tau", "theta"), schools_moments()
+    mu, tau, theta = (chains.by_chain[name].flatten(0, 1) for name in names)
+    draws = torch.cat([mu[:, None], tau.log()[:, None], theta], 1)
+    ess = torch.cat([chains.ess[name].reshape(-1) for name in names])
     assert ((draws.mean(0) - mean).abs() < 5 * sd / ess.sqrt()).all()
     # log tau has a tail: a kurtosis of about six
     assert ((draws.std(0) / sd - 1).abs() < 5 * 1.2 / ess.sqrt()).all()
+    # 3 % of log tau are below this quantile, by quadrature: 1,000 draws in its tails, four errors
+    below = float((draws[:, 1] < schools_log_tau(0.03)).double().mean())
+    assert below == pytest.approx(0.03, abs=4 * (0.03 * 0.97 / 1000) ** 0.5)
     assert chains.min_ess >= 1000
     assert chains.max_rhat <= 1.02
 
@@ -61,9 +57,17 @@ def regression_moments():
     return mean, ((points - mean[:, None]).square() @ weights).sqrt()
 
 
-def test_a_location_and_a_scale():
-    chains = mcmc(models.regression, draws=400)
+@cache
+def of_regression(num_chains=None, dtype=torch.float64):
+    return mcmc(models.regression, draws=400, num_chains=num_chains)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_location_and_a_scale(dtype):
+    torch.set_default_dtype(dtype)
+    chains = of_regression(dtype=dtype)
     assert chains.trusted, chains
+    assert chains.draws["loc"].dtype == dtype
     mean, sd = regression_moments()
     loc, scale = (chains.by_chain[name].flatten() for name in ("loc", "scale"))
     draws = torch.stack([loc, scale.log()])
@@ -92,8 +96,13 @@ def shaped():
     models.tilted("rate", dist.Gamma(2.0, 1.0), dist.Gamma(3.0, 1.0))
 
 
+@cache
+def of_shapes():
+    return mcmc(shaped, draws=300, num_chains=6)
+
+
 def test_shapes_and_supports():
-    chains = mcmc(shaped, draws=300, num_chains=6)
+    chains = of_shapes()
     shapes = {"share": (3,), "z": (3, 2), "rate": ()}
     assert {name: value.shape[1:] for name, value in chains.draws.items()} == shapes
     assert {len(value) for value in chains.draws.values()} == {300}
@@ -117,37 +126,35 @@ def test_shapes_and_supports():
     assert torch.equal(chains.by_chain["z"].flatten(0, 1)[place][0], chains.draws["z"][7])
 
 
-def test_a_seed_makes_draws_repeatable_and_leaves_the_generators():
-    model = models.regression
+def test_a_seed_makes_draws_repeatable_and_leaves_the_generators(capsys):
     state = torch.get_rng_state()
-    one, same, other = (mcmc(model, draws=100, seed=seed) for seed in (3, 3, 4))
+    one, same, other = (mcmc(models.regression, draws=50, seed=seed) for seed in (3, 3, 4))
+    assert capsys.readouterr().out == ""
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(one.draws["loc"], same.draws["loc"])
     assert not torch.equal(one.draws["loc"], other.draws["loc"])
 
 
-def test_what_it_says(capsys):
-    model = models.regression
-    chains = mcmc(model, draws=100)
+def test_what_it_says():
+    chains = of_regression()
     assert chains.verdict.startswith("Draws trusted: ")
     assert "effective draws of the worst latent, R-hat at most 1.0" in chains.verdict
     text = repr(chains)
     assert text.startswith(
         f"Draws trusted: yes, {chains.min_ess:,.0f} effective draws of the worst"
     )
-    assert "8 superchains of 2 chains, " in text
+    assert "8 superchains of 4 chains, " in text
     assert "there are enough effective draws" in text
-    assert chains.num_gradients > 16 * chains.by_chain["loc"].shape[1]
+    assert chains.num_gradients > 32 * chains.by_chain["loc"].shape[1]
     assert f"acceptance {chains.acceptance:.2f}, {chains.num_divergent} divergent" in text
     assert 0.6 < chains.acceptance < 0.95
     assert 0.1 < chains.step_size < 3
     # momenta of two dimensions are half of the energy
     assert 0.3 < chains.bfmi.median() < 2.5
-    assert capsys.readouterr().out == ""
 
 
 def test_summary_has_constrained_names_with_their_convergence():
-    chains = mcmc(shaped, draws=100)
+    chains = of_shapes()
     found = chains.summary()
     assert set(found) == {"share", "z", "rate"}
     assert torch.allclose(found["rate"]["mean"], chains.by_chain["rate"].mean())
@@ -156,15 +163,21 @@ def test_summary_has_constrained_names_with_their_convergence():
     # a simplex of three has two dimensions: the worst of them for all
     assert found["share"]["r_hat"].shape == found["share"]["mean"].shape == (3,)
     assert (found["share"]["r_hat"] == chains.rhat["share"].max()).all()
-    assert float(found["share"]["ess_bulk"].min()) >= 100
+    assert float(found["share"]["ess_bulk"].min()) >= 300
     assert "r_hat" in str(found)
 
 
 @pytest.mark.parametrize(("share", "is_trusted"), [(0.3, False), (0.02, True)])
 def test_modes_are_named(share, is_trusted):
-    """Chains jump between them, and there may be others where the second has a fair share."""
-    chains = mcmc(two_modes(2, 20.0, share), draws=200)
+    """Chains jump between modes that trajectories cannot leave, by proposals from what chains have seen.
+
+    There may be others where the second has a fair share.
+    """
+    chains = mcmc(two_modes(2, 20.0, share), draws=400)
     assert chains.max_rhat <= 1.02
+    left = float((chains.by_chain["z"][..., 0] < 0).double().mean())
+    # four standard errors of so many effective draws
+    assert left == pytest.approx(share, abs=4 * (share * (1 - share) / chains.min_ess) ** 0.5)
     assert chains.trusted == is_trusted
     words = r"chains found 2 modes, which differ in z\[0\], z\[1\] .* about 7\d %, [23]\d %"
     assert bool(re.search(words, chains.verdict)) != is_trusted
@@ -239,7 +252,7 @@ def test_a_gradient_that_fails_where_the_density_does_not():
         z = pyro.sample("z", dist.Normal(torch.zeros(20), 1.0).to_event(1))
         pyro.factor("root", torch.where(z > 2, 0 * z, -(2 - z).sqrt()).sum(-1))
 
-    chains = mcmc(model, draws=50, max_seconds=3)
+    chains = mcmc(model, draws=50, max_seconds=1)
     assert bool(chains.draws["z"].isfinite().all())
 
 
@@ -251,11 +264,10 @@ def test_arguments_of_the_model():
     assert abs(by_name.by_chain["loc"].mean() - 5.6) < 0.7
 
 
-@pytest.mark.parametrize("num_chains", [4, 16])
+@pytest.mark.parametrize("num_chains", [4, None])
 def test_an_arviz_data_set(num_chains):
     """Its chains are superchains, long enough for ArviZ's R-hat."""
-    arviz, model = pytest.importorskip("arviz"), models.regression
-    chains = mcmc(model, draws=400, num_chains=num_chains)
+    arviz, chains = pytest.importorskip("arviz"), of_regression(num_chains)
     found = chains.to_inference_data()
     size = chains.by_chain["loc"].numel() // chains.num_superchains
     assert found.posterior["loc"].shape == (chains.num_superchains, size)
@@ -264,7 +276,7 @@ def test_an_arviz_data_set(num_chains):
         float(chains.by_chain["loc"].mean())
     )
     # the chains of the first one, one after the other
-    first = chains.by_chain["loc"][: num_chains // chains.num_superchains].flatten()
+    first = chains.by_chain["loc"][: chains.num_chains // chains.num_superchains].flatten()
     assert torch.equal(torch.tensor(found.posterior["loc"].values[0]), first)
     rhat = arviz.rhat(found)
     assert max(float(rhat[name]) for name in ("loc", "scale")) < 1.03
@@ -289,46 +301,27 @@ def of_draws(draws):
 
 
 @pytest.mark.parametrize(
-    ("model", "options", "words"),
+    ("error", "model", "args", "options", "words"),
     [
-        (models.subsampled, {}, "one that sees all its data, got one that subsamples"),
-        (of_draws, {}, "a parameter 'draws', which is also an option of mcmc"),
-        (models.location, {"draws": 0}, "draws: expected a positive"),
-        (models.location, {"num_chains": 2}, "num_chains: expected an integer of at least 4"),
-        (models.location, {"seed": -1}, "seed: expected"),
-        (models.location, {"max_seconds": 0.0}, "max_seconds: expected a positive"),
+        (ValueError, models.subsampled, (), {}, "one that sees all its data, got one that subsam"),
+        (ValueError, of_draws, (), {}, "a parameter 'draws', which is also an option of mcmc"),
+        (ValueError, models.location, (), {"draws": 0}, "draws: expected a positive"),
+        (ValueError, models.location, (), {"num_chains": 2}, "expected an integer of at least 4"),
+        (ValueError, models.location, (), {"seed": -1}, "seed: expected"),
+        (ValueError, models.location, (), {"max_seconds": 0.0}, "max_seconds: expected a posit"),
+        (TypeError, models.location, (None, 400), {}, "arguments that .*, got 2 by position"),
+        (TypeError, models.location, (), {"draw": 4}, "Did you mean draws=, an option of mcmc"),
+        (TypeError, models.location, (), {"init_loc_fn": 0.0}, "init_loc_fn: expected a func"),
     ],
 )
-def test_what_is_refused(model, options, words):
-    with pytest.raises(ValueError, match=words):
-        mcmc(model, **options)
-
-
-@pytest.mark.parametrize(
-    ("args", "options", "words"),
-    [
-        ((None, 400), {}, "expected the arguments that the model takes, .*, got 2 by position"),
-        ((), {"draw": 4}, "Did you mean draws=, an option of mcmc"),
-        ((), {"init_loc_fn": 0.0}, "init_loc_fn: expected a function"),
-    ],
-)
-def test_arguments_that_the_model_does_not_take_are_refused(args, options, words):
-    with pytest.raises(TypeError, match=words):
-        mcmc(models.location, *args, **options)
+def test_what_is_refused(error, model, args, options, words):
+    with pytest.raises(error, match=words):
+        mcmc(model, *args, **options)
 
 
 def test_inference_mode_is_refused():
     with torch.inference_mode(), pytest.raises(RuntimeError, match="to be called outside"):
         mcmc(models.location)
-
-
-def test_single_precision():
-    torch.set_default_dtype(torch.float32)
-    chains = mcmc(models.regression, draws=200)
-    assert chains.trusted
-    assert chains.draws["loc"].dtype == torch.float32
-    mean, sd = regression_moments()
-    assert abs(chains.by_chain["loc"].mean() - mean[0]) < 5 * sd[0] / chains.min_ess**0.5
 
 
 def test_a_funnel_in_coordinates_of_the_prior():
