@@ -24,7 +24,7 @@ from tests.inference import loaders, models
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
 from tests.sampling.densities import schools, schools_moments, two_modes
-from tests.sampling.test_mcmc import flat, flat_ess, regression_moments
+from tests.sampling.test_mcmc import flat, regression_moments
 from tests.sampling.test_mcmc_starts import AT_FIVE, narrow
 
 
@@ -300,7 +300,7 @@ def test_errors_are_those_of_so_many_effective_draws(name):
         assert chains.trusted, chains
         if name == "schools":
             mean, sd = schools_moments()
-            draws, ess = flat(chains), flat_ess(chains)
+            draws, ess = flat(chains)
         else:
             mean, sd = regression_moments()
             loc, scale = chains.by_chain["loc"], chains.by_chain["scale"]

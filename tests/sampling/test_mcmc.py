@@ -27,13 +27,18 @@ def mcmc(model, *args, **options):
     return run(model, *args, **{"seed": 0, "progress": False, **options})
 
 
+def flat(chains):
+    """All draws of the schools on the unconstrained space, ``(n, 10)``, and their effective numbers."""
+    names = "mu", "tau", "theta"
+    mu, tau, theta = (chains.by_chain[name].flatten(0, 1) for name in names)
+    draws = torch.cat([mu[:, None], tau.log()[:, None], theta], 1)
+    return draws, torch.cat([chains.ess[name].reshape(-1) for name in names])
+
+
 def test_eight_schools():
     chains = mcmc(schools, draws=1000)
     assert chains.trusted, chains
-    names, (mean, sd) = ("mu", "tau", "theta"), schools_moments()
-    mu, tau, theta = (chains.by_chain[name].flatten(0, 1) for name in names)
-    draws = torch.cat([mu[:, None], tau.log()[:, None], theta], 1)
-    ess = torch.cat([chains.ess[name].reshape(-1) for name in names])
+    (mean, sd), (draws, ess) = schools_moments(), flat(chains)
     assert ((draws.mean(0) - mean).abs() < 5 * sd / ess.sqrt()).all()
     # log tau has a tail: a kurtosis of about six
     assert ((draws.std(0) / sd - 1).abs() < 5 * 1.2 / ess.sqrt()).all()

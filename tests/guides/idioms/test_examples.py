@@ -19,6 +19,7 @@ from torch import nn
 
 from pyro_artransform import AutoIAF, AutoStructuredFlow
 from pyro_artransform.model import LogJoint
+from pyro_artransform.sampling import ensemble
 from tests.guides.idioms.models import GUIDES, examples
 from tests.inference.conftest import QUICK, quick_fit
 from tests.model.models import by_trace
@@ -96,8 +97,9 @@ def test_predictions_in_parallel(kind):
     ("name", "kind"),
     [*((name, AutoIAF) for name in STRATEGIES), ("radon", AutoStructuredFlow)],
 )
-def test_fit(name, kind):
+def test_fit(name, kind, monkeypatch):
     """Without another warning, at once where it can; the guide that a fit chooses is `AutoIAF`."""
+    monkeypatch.setattr(ensemble, "_MOST_TRAJECTORIES", 48)  # units of a network switch for ever
     example = examples()[name]
     guides = [] if kind is AutoIAF else [GUIDES["AutoStructuredFlow"](example.model)]
     options = {"numbers": LEAN, "num_steps": 20, "progress": False}
