@@ -99,7 +99,7 @@ def test_predictions_in_parallel(kind):
 )
 def test_fit(name, kind, monkeypatch):
     """Without another warning, at once where it can; the guide that a fit chooses is `AutoIAF`."""
-    monkeypatch.setattr(ensemble, "_MOST_TRAJECTORIES", 48)  # units of a network switch for ever
+    monkeypatch.setattr(ensemble, "_MOST_GRADIENTS", 1000)  # units of a network switch for ever
     example = examples()[name]
     guides = [] if kind is AutoIAF else [GUIDES["AutoStructuredFlow"](example.model)]
     options = {"numbers": LEAN, "num_steps": 20, "progress": False}
