@@ -155,9 +155,13 @@ class UnconstrainedGuide(BaseGuide, AutoContinuous):
             self._setup_prototype(*args, **kwargs)
         if args or kwargs or not self._model_is_checked:
             self._check_latents(args, kwargs, with_values=False)
-        z, latents = self.sample_latent(), self.coordinates.latents
-        run = self._run_of_model(args, kwargs)
-        values, ladjs = self.coordinates.to_sites(latents.place(z), run)
+        coordinates = self.coordinates
+        latents = coordinates.latents
+        parts = latents.place(self.sample_latent())
+        if coordinates.with_location:
+            values, ladjs = coordinates.to_sites(parts, self._run_of_model(args, kwargs))
+        else:
+            values, ladjs = latents.to_sites(parts)
         plates = self._create_plates(*args, **kwargs)
         for name, site in latents.sites.items():
             delta = SiteDelta(values[name], -ladjs[name], site.event_dim)

@@ -194,6 +194,16 @@ class Latents:
                 total = total + ladj
         return values, total
 
+    def to_sites(
+        self, parts: Mapping[str, Tensor], left_out: Container[str] = ()
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The value of each site of :meth:`place`, and the log-determinant, of its batch shape."""
+        values, ladjs = dict(parts), dict[str, Tensor]()
+        for name, site in self.sites.items():
+            if name not in left_out:
+                values[name], ladjs[name] = site.constrain_with_ladj(parts[name])
+        return values, ladjs
+
     def unconstrain(self, values: Mapping[str, Tensor]) -> Tensor:
         """Maps values ``batch + site shape``, bounds included, to the vector ``batch + (latent_dim,)``."""
         given, batch = self._check_values(values, None)

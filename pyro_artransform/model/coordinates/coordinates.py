@@ -243,20 +243,18 @@ class Coordinates(nn.Module):
         :param parts: the part of each site, as ``Latents.place`` returns them, and known plate indices.
         :param run: the model; None if lambda is 1 everywhere.
         """
-        mapped = {} if run is None else self.sites
-        values, ladjs = dict(parts), dict[str, Tensor]()
-        for name, site in self.latents.sites.items():
-            if name not in mapped:
+        if run is None:
+            return self.latents.to_sites(parts)
+        mapped = self.sites
+        values, ladjs = self.latents.to_sites(parts, mapped)
+        found = LatentMapper(mapped, values).run_alone(run)
+        for name in mapped:
+            if name in found.values:
+                values[name] = found.values[name]
+                ladjs[name] = found.ladjs[name] + found.bijection_ladjs[name]
+            else:  # the site has data now
+                site = self.latents.sites[name]
                 values[name], ladjs[name] = site.constrain_with_ladj(parts[name])
-        if run is not None:
-            found = LatentMapper(mapped, values).run_alone(run)
-            for name in mapped:
-                if name in found.values:
-                    values[name] = found.values[name]
-                    ladjs[name] = found.ladjs[name] + found.bijection_ladjs[name]
-                else:  # the site has data now
-                    site = self.latents.sites[name]
-                    values[name], ladjs[name] = site.constrain_with_ladj(parts[name])
         return values, ladjs
 
 
