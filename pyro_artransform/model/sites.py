@@ -16,7 +16,7 @@ from pyro.distributions.constraints import Constraint
 from pyro.distributions.util import broadcast_shape
 from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
-from torch.distributions import ComposeTransform, Transform, biject_to
+from torch.distributions import ComposeTransform, IndependentTransform, Transform, biject_to
 
 from .._base.arguments import to_tensor, values_can_be_read
 from .traces import is_enumerated, latent_nodes, support_of_latent, unwrapped
@@ -66,7 +66,10 @@ class Site:
     @cached_property
     def is_unconstrained(self) -> bool:
         """Whether the bijection is the identity."""
-        return isinstance(self.bijection, ComposeTransform) and not self.bijection.parts
+        bijection = self.bijection
+        while isinstance(bijection, IndependentTransform):
+            bijection = bijection.base_transform
+        return isinstance(bijection, ComposeTransform) and not bijection.parts
 
     @property
     def size(self) -> int:

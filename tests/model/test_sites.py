@@ -11,7 +11,7 @@ from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal
 
-from pyro_artransform.model import Latents
+from pyro_artransform.model import Latents, LogJoint
 from pyro_artransform.model.rounding import find_rounding
 from pyro_artransform.model.sites import Site, same_support
 from tests.model import models
@@ -147,3 +147,16 @@ def test_sites_that_a_dtype_hardly_tells_apart(latents):
     unit = int(latents.split(torch.arange(latents.latent_dim))["unit"])
     z[:, unit] -= 38.0
     assert find_rounding(latents, z).coarse == ["unit"]
+
+
+def test_real_vectors_are_unconstrained_and_have_no_edge():
+    """Values of -800, as of an income, are no logarithms of small numbers."""
+
+    def model():
+        pyro.sample("coef", dist.Normal(torch.zeros(3), 1e3).to_event(1))
+        pyro.sample("scale", dist.HalfNormal(torch.ones(2)).to_event(1))
+
+    latents = LogJoint(model).latents
+    assert [site.is_unconstrained for site in latents.sites.values()] == [True, False]
+    z = torch.full((100, 5), -800.0) + torch.randn(100, 5)
+    assert find_rounding(latents, z).at_edge == ["scale"]
