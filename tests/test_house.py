@@ -35,7 +35,7 @@ ARROWS: dict[str, set[str]] = {
     "guides": {"_base", "flows", "model", "posterior"},
     "inference": {"_base", "diagnostics", "guides", "model", "posterior", "sampling"},
     "plots": {"diagnostics", "guides", "inference"},
-    "testing": {"flows"},
+    "testing": {"_base", "flows"},
 }
 # The same inside of a room, for its folders and files.
 ARROWS_INSIDE: dict[str, dict[str, set[str]]] = {

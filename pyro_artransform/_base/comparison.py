@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Whether values agree up to round-off: the one comparison of floats, and its tolerances."""
+"""Whether values agree up to round-off, and the tolerances for it."""
 
 from collections.abc import Mapping
 from typing import Any

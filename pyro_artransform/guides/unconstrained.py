@@ -58,9 +58,8 @@ class UnconstrainedGuide(BaseGuide, AutoContinuous):
 
         :param path: whether the gradient of the log density should flow through the draws only.
         """
-        transform: Any = self._modules[
-            "transform"
-        ]  # whose access as an attribute is a param statement
+        # each access of the attribute is a param statement
+        transform: Any = self._modules["transform"]
         like = next(transform.parameters())
         x = torch.randn((n, self.latent_dim), dtype=like.dtype, device=like.device)
         if not path:
@@ -115,6 +114,13 @@ class UnconstrainedGuide(BaseGuide, AutoContinuous):
     def _set_up_from(self, spec: GuideSpec, start: Tensor, locate: Any = None) -> None:
         prototype.refuse_subsampling(spec.sites)
         super()._set_up_from(spec, start, locate)
+        if type(self).draw is UnconstrainedGuide.draw and not isinstance(
+            self.transform, FlowModule
+        ):
+            raise TypeError(
+                f"{type(self).__name__}: expected build to return a FlowModule, or a method "
+                f"draw(n, path=False), got {type(self.transform).__name__} and no such method"
+            )
         # attributes that Pyro's autoguides set after a run of the model
         self.latent_dim = spec.latents.latent_dim
         self._prototype_frames = {f.name: f for site in spec.sites for f in site.plates}
@@ -235,9 +241,8 @@ class UnconstrainedGuide(BaseGuide, AutoContinuous):
            Inference (Roeder, Wu, Duvenaud, 2017), https://arxiv.org/abs/1703.09194
         """
         parts = [*self._draws(check_integer("n", n), path)]
-        if (
-            len(parts) == 1
-        ):  # the density is a function of the draws themselves, not of their concatenation
+        # the density is a function of the draws themselves, not of their concatenation
+        if len(parts) == 1:
             return parts[0]
         z, log_q = zip(*parts)
         return torch.cat(z), torch.cat(log_q)

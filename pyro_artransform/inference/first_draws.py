@@ -11,7 +11,7 @@ from .problem import Problem
 
 # effective draws of each latent, unless the user requests a number; if they only initialize the guide, or the
 # model runs for one draw at a time; and the most trajectories per chain then
-_NUM_DRAWS, _NUM_FOR_START, _MOST_TRAJECTORIES = 400, 100, 1000
+_NUM_DRAWS, _NUM_FOR_START, _MOST_TRAJECTORIES = 400, 100, 125
 #: the share of max_seconds at which chains end, unless the user requests draws
 START_UNTIL = 0.5
 
@@ -34,8 +34,7 @@ class FirstDraws:
         is_loop = log_joint.strategy == "loop"
         usual = _NUM_FOR_START if is_loop or requested == 0 else _NUM_DRAWS
         self._num_draws = requested or usual
-        most = _MOST_TRAJECTORIES // problem.fewer
-        self._most = {"most": most} if is_loop and not requested else {}
+        self._most = {"most": _MOST_TRAJECTORIES} if is_loop and not requested else {}
         self.ensemble: Ensemble | None = None
         self.failure = ""  #: why no chain could start; empty if chains ran
         self._reason, self._seconds = "", 0.0

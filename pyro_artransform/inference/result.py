@@ -19,7 +19,7 @@ from ..diagnostics.result_io import SavedResult
 from ..model.density import Args, Kwargs
 from ..posterior import Summary, predict, summary, to_inference_data
 from ..posterior.predictive import draws_of_guide
-from ..sampling.chains import Chains, known
+from ..sampling.chains import Chains, known, slow_row
 
 _NUM_DRAWS = 1000  # draws of the guide, if there are none from chains
 
@@ -202,9 +202,7 @@ class FitResult(SavedResult):
         if self.num_skipped:
             named = ", ".join(f"{name} ({count})" for name, count in self.culprits.items())
             rows["skipped"] = f"{self.num_skipped} steps, because of {named or 'unknown sites'}"
-        if self.one_at_a_time:
-            rows["slow"] = f"the model was run one draw at a time ({self.one_at_a_time})"
-        return rows
+        return rows | slow_row(self.one_at_a_time)
 
     def __repr__(self) -> str:
         judged, chains = self.judged, self.chains

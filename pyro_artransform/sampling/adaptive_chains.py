@@ -22,10 +22,12 @@ from .starts import StartError, check_has_gradient, initial_ascent, overdisperse
 from .target import State, TransformedDensity, identity
 from .trajectories import TrajectoryInfo, integrator_of, trajectory
 
-# trajectories in each warm-up round; the rounds after which coordinates for a field are tried, and the one
-# after which these are refitted; the rounds after which pseudo-data are
-_WARM_UP, _FIELD_AFTER, _REFIT_AFTER = (8, 12, 20, 30, 10, 8), (1, 2), 3
-_PSEUDO_DATA_AFTER, _AS_WRITTEN_AFTER = (1, 2, 3), 3
+# trajectories in each warm-up round
+_WARM_UP = (8, 12, 20, 30, 10, 8)
+# the rounds after which other coordinates are tried: those of a field, which are refitted once, Gaussian
+# sites, and the model as it is written
+_FIELD_AFTER, _REFIT_AFTER = (1, 2), 3
+_GAUSSIAN_SITES_AFTER, _AS_WRITTEN_AFTER = (1, 2, 3), 3
 # factors by which other coordinates have to lower the Fisher divergence, at the median draw and at the 95 %
 # quantile; without coordinates from the prior, chains may miss the neck of a funnel (benchmarks/tails.md)
 _AT_MEDIAN, _CLEARLY = (1.0, math.inf), (0.5, 0.5)
@@ -60,7 +62,6 @@ class AdaptiveChains:
         self._has_begun = False
         self._field: tuple[LogJoint, LatentGaussianField] | None = None
         self._has_searched = self._has_adapted_again = False  # for a field; after a warm-up
-        self.num_begun_anew = 0  #: number of lost chains restarted at others
         self._proposals: IndependentProposals | None = None
 
     @property
@@ -142,10 +143,10 @@ class AdaptiveChains:
             index += 1
 
     @property
-    def _is_loop(self) -> bool:
+    def _has_many_dependent_sites(self) -> bool:
         """Whether the priors of so many sites depend on other latents that the model loops over them.
 
-        Its states are sums or scans in coordinates of the prior; with pseudo-data gradients take longer.
+        Its states are sums or scans in coordinates of the prior; with Gaussian sites gradients take longer.
         """
         parts = self.log_joint.latents.views(self._has_parents).values()
         return sum(bool(part.any()) for part in parts) > MOST_GLOBALS
@@ -153,7 +154,9 @@ class AdaptiveChains:
     def _try_field(self, states: list[State]) -> None:
         """Looks for a field where chains are far from a Gaussian, or mix slowly, or the model loops."""
         is_wanted = (
-            self._is_loop or self._has_adapted_again or bool(_divergence(_last(states))[0] > _FAR)
+            self._has_many_dependent_sites
+            or self._has_adapted_again
+            or bool(_divergence(_last(states))[0] > _FAR)
         )
         if is_wanted and not self._has_searched:
             self._field, self._has_searched = self._find_field(), True
@@ -222,15 +225,14 @@ class AdaptiveChains:
             pool = near if len(near) else usable
             source[chain] = pool[int(torch.randint_like(pool[:1], len(pool)))]
         self._state = self._state.at(source)
-        self.num_begun_anew += int(is_lost.sum())
 
     def _learn(self, states: State) -> None:
         states = states.at(states.is_usable)
         self._preconditioner = Preconditioner.of(states.base, states.gradient)
 
     def _approximate_likelihood(self, states: list[State], index: int) -> None:
-        """Tries coordinates given pseudo-data, see ``model.gaussian_sites``, after some rounds."""
-        if index not in _PSEUDO_DATA_AFTER or self._is_loop:
+        """Tries Gaussian sites, see ``model.coordinates.gaussian_sites``, after some rounds."""
+        if index not in _GAUSSIAN_SITES_AFTER or self._has_many_dependent_sites:
             return
         known = State.cat(states[len(states) // 2 :])
         known = known.at(known.is_usable)
@@ -240,7 +242,7 @@ class AdaptiveChains:
         if self._target.gaussian_sites is None:
             target = TransformedDensity(other, before=self._target)
         else:
-            target = self._target.with_pseudo_data(other)
+            target = self._target.with_gaussian_sites(other)
         self._go_on_in(target, states)
 
     def _go_on_as_written(self, states: list[State]) -> bool:

@@ -29,7 +29,7 @@ _LOW_BFMI = 0.3  # Stan's threshold for E-BFMI
 # missed by all starts
 _SMALL_MODES = 0.05
 # the share of trajectories ending without a finite density above which a note says so: the eight schools
-# in float32 have 0.01, a scale with a Normal prior 0.3 and more (tests/inference/test_mcmc.py)
+# in float32 have 0.01, a scale with a Normal prior 0.3 and more (tests/sampling/test_mcmc.py)
 _MANY_OUTSIDE = 0.1
 # draws lack a tail if more than this share is beyond their outer 1 % quantile; correct draws of the
 # volatility model in benchmarks/chains.md have 0.037
@@ -71,6 +71,7 @@ class Chains(SavedResult):
     stopped_because: str  #: why the chains ended
 
     judged: Verdict  #: the verdict, in parts
+    one_at_a_time: str = ""  #: why the model ran for one draw at a time; empty if it did not
     model: Any = None  #: the user's model; ``None`` after loading without it
 
     @property
@@ -91,13 +92,14 @@ class Chains(SavedResult):
     def rows(self) -> dict[str, str]:
         """The formatted numbers, by name."""
         size = next(iter(self.by_chain.values())).shape[1]
-        return {
+        rows = {
             "chains": f"{self.num_superchains} superchains of {self.num_chains // self.num_superchains} "
             f"chains, {size} draws each, {self.num_gradients:,} gradients",
             "steps": f"acceptance {self.acceptance:.2f}, {self.num_divergent} divergent, E-BFMI at least "
             f"{float(self.bfmi.min()):.2f}",
             "time": f"{self.seconds:.1f} s: {self.stopped_because}",
         }
+        return rows | slow_row(self.one_at_a_time)
 
     def __repr__(self) -> str:
         return "\n".join([self.answer, *as_lines([*self.judged.rows(), *self.rows().items()])])
@@ -163,6 +165,12 @@ class Chains(SavedResult):
         return chains_to_inference_data(known(model), by_superchain, args, kwargs)
 
 
+def slow_row(one_at_a_time: str) -> dict[str, str]:
+    """The row that says why a model was run for one draw at a time, if it was."""
+    words = f"the model was run one draw at a time ({one_at_a_time})"
+    return {"slow": words} if one_at_a_time else {}
+
+
 def known(model: Any) -> Any:
     """Returns the model; raises a ``ValueError`` if it is ``None``."""
     if model is None:
@@ -216,6 +224,7 @@ def chains_of(
         bfmi=bfmi,
         seconds=seconds,
         stopped_because=reason or ensemble.end.value,
+        one_at_a_time=ensemble.log_joint.reason,
     )
 
 

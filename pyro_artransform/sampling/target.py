@@ -86,15 +86,15 @@ class TransformedDensity:
         if before is not None and before.log_joint is log_joint:
             self._density = before._density
 
-    def with_pseudo_data(self, log_joint: LogJoint) -> "TransformedDensity":
-        """The pullback of a density that has other pseudo-data, with the same captured functions."""
+    def with_gaussian_sites(self, log_joint: LogJoint) -> "TransformedDensity":
+        """The pullback of a density that has other Gaussian sites, with the same captured functions."""
         other = copy.copy(self)
         other.log_joint = log_joint
         return other
 
     @property
     def gaussian_sites(self) -> GaussianSites | None:
-        """The pseudo-data of the coordinates of the density, if any."""
+        """The Gaussian sites of the coordinates of the density, if any."""
         given = self.log_joint.coordinates
         return None if given is None else given.gaussian_sites
 

@@ -47,11 +47,6 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def tolerance(values: Tensor) -> float:
-    """A tolerance for the round-off of values."""
-    return 1e-4 if values.dtype == torch.float32 else 1e-8
-
-
 def require(holds: Tensor, contract: str, **values: Tensor) -> None:
     """Fails with the values of the first entry that breaks a contract."""
     if not holds.all():

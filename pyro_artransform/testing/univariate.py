@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
+from .._base.comparison import tolerance
 from ..flows.transforms.flow_module import call_and_ladj
 from ..flows.univariate import Univariate
 from .comparison import (
@@ -22,7 +23,6 @@ from .comparison import (
     equal,
     normal,
     require,
-    tolerance,
 )
 
 PARTS = ("value", "log-derivative")

@@ -108,3 +108,14 @@ def test_draws_that_were_edited_have_the_density_of_their_values():
     with torch.no_grad():
         z += 1
         assert torch.allclose(node["fn"].log_prob(z), guide.log_density(z))
+
+
+def test_a_module_that_cannot_draw_is_refused():
+    class Network(UnconstrainedGuide):
+        def build(self, latents, start):
+            return torch.nn.Linear(1, len(start)).to(start)
+
+    with pytest.raises(
+        TypeError, match=r"Network: expected build to return a FlowModule, or .*draw"
+    ):
+        Network(models.regression)(models.data())

@@ -17,7 +17,7 @@ Numbers = Mapping[str, float]
 QUICK_START: Numbers = {
     "first_draws._NUM_DRAWS": 100,
     "first_draws._NUM_FOR_START": 50,
-    "first_draws._MOST_TRAJECTORIES": 48,
+    "first_draws._MOST_TRAJECTORIES": 6,
     "initialization.start._NUM_COMPARED": 256,
 }
 QUICK_VERDICT: Numbers = {

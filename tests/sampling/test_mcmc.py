@@ -86,6 +86,7 @@ def test_a_model_that_is_run_by_loop():
     chains = mcmc(models.branching, draws=50)
     assert chains.num_chains == 8
     assert chains.trusted, chains
+    assert "A Python number is made of the values of latents" in chains.rows()["slow"]
     z = torch.linspace(-6, 6, 4001)
     density = dist.Normal(z, torch.where(z > 0, 1.0, 2.0)).log_prob(torch.tensor(0.3))
     weights = (density + dist.Normal(0.0, 1.0).log_prob(z)).softmax(0)

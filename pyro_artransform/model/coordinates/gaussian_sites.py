@@ -34,7 +34,7 @@ _NUM_ITERATIONS = 4
 
 
 class LocScale(NamedTuple):
-    """Locations and scales of priors, elementwise; zero scales for latents without pseudo-data."""
+    """Locations and scales of priors, elementwise; zero scales for latents without Gaussian sites."""
 
     loc: Tensor
     scale: Tensor
@@ -69,7 +69,7 @@ class GaussianSites(NamedTuple):
         The gradient of a log-likelihood by u is regressed on u. The precisions of a site vary about that
         of all of its elements with an sd of the same size, which matters where draws hardly tell.
 
-        :param e: draws with these pseudo-data, shape ``(n, D)``.
+        :param e: draws with these Gaussian sites, shape ``(n, D)``.
         :param gradients: of their log density, same shape.
         :param prior: at the draws.
         :param sizes: the numbers of elements of sites.
