@@ -45,7 +45,7 @@ class EightSchools(Hierarchy):
 def test_of_eight_schools():
     model = EightSchools()
     mcmc(model, seed=0, progress=False)
-    assert model.num_runs <= 55
+    assert model.num_runs <= 45
 
 
 def test_of_the_density():
