@@ -64,6 +64,7 @@ bench: $(READY) ## known failures of flow libraries, and what an inverse costs, 
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inverse.py
 
 docs: $(READY) ## build the site into docs/_build/html, and check its links
+	$(BIN)/python docs/check_table.py
 	$(BIN)/python -m sphinx -W --keep-going --quiet -d docs/_build/doctrees docs docs/_build/html
 	$(BIN)/python docs/check_site.py docs/_build/html
 

@@ -1,10 +1,15 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The checks of draws and guides, the sentences for failed checks, and their layout."""
+"""The list of checks of draws and guides, what a failed one says, and the layout of verdicts.
+
+To add a check, add an entry to :class:`Check`, and hand it numbers where they are measured, by
+``Check.NAME.apply(...)`` in ``sampling/chains.py`` for draws, in ``inference/evaluation/verdict.py`` for
+guides. ``python docs/check_table.py`` makes its row in ``docs/verdict.md``.
+"""
 
 import textwrap
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from enum import Enum
 from itertools import groupby
 from operator import attrgetter
@@ -12,6 +17,9 @@ from typing import Any, NamedTuple
 
 from .._base.arguments import first_of
 from ..model.prior_only import GIVE_DATA
+from .convergence import GOOD_RHAT, MANY_DIVERGENT, MODES_RHAT
+from .importance_sampling import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS
+from .psis import WORST_KHAT
 
 _WIDTH, _LABEL = 100, 13  # the width of lines, and of row names
 _BREAK_SYMMETRY = (
@@ -19,150 +27,258 @@ _BREAK_SYMMETRY = (
     "priors)"
 )
 CORNER = "Use a prior that keeps scales away from zero, or another parametrization"
+_FEWEST = 8  # the fewest trajectories that say anything about mixing
+_LOW_ACCEPTANCE = 0.5  # the step size is adapted to 0.8 where the log density is smooth
+# draws are not trusted if all modes but the first have more than this share, since other modes may have been
+# missed by all starts
+_SMALL_MODES = 0.05
+# the largest percentage of the posterior beyond the outer 1 % quantile of draws; correct draws of the
+# volatility model in benchmarks/chains.md have 3.7
+_MOST_BEYOND = 4.0
+_MOST_SKIPPED = 10.0  # the largest percentage of skipped steps
+_MOST_NOISE = 1.0  # the largest variance of log weights due to noise
 
 
-class Check(Enum):
-    """The checks of draws and guides, each with the sentence for a failure and a remedy.
+class CheckEntry(NamedTuple):
+    """An entry of the list of checks.
 
     A remedy that begins with a lower-case letter follows the sentence after a colon.
     """
 
+    sentence: str  #: what a verdict says of a failure, with fields for numbers and names
+    remedy: str  #: what to do, with fields
+    #: what it means, for ``docs/verdict.md``; empty if the sentence is made elsewhere, and its row by hand
+    meaning: str = ""
+    #: whether the check fails, given the fields and other numbers; by default it is decided by the caller
+    fails: Callable[..., object] = lambda **_: True
+
+
+class Check(Enum):
+    """The checks of draws and guides, each with what a verdict says of a failure, and a remedy."""
+
     # of draws and guides
-    PRIOR = ("{prior_only}", GIVE_DATA)
-    ROUNDED = (
+    PRIOR = CheckEntry("{prior_only}", GIVE_DATA, fails=lambda prior_only: prior_only)
+    ROUNDED = CheckEntry(
         "the posterior of site {sites} is hardly wider than the spacing of floating-point numbers: its draws "
         "are rounded to a few values",
         "Use float64, or rescale the site to the scale of its posterior",
+        "draws are rounded, as for a `Uniform(0, 1)` near 1 in float32, and so are their moments",
+        fails=lambda sites: sites,
     )
-    EDGE = (
+    EDGE = CheckEntry(
         "draws of site {sites} reach the smallest numbers of their dtype, or the largest below one, where "
         "the rest of the posterior is cut off",
         "Use float64, or a prior that keeps the site away from the edge of its support",
+        "the posterior goes on below what the dtype can hold, as with a `Gamma(0.01, 0.01)` in float32: the "
+        "draws are of what is left",
+        fails=lambda sites: sites,
     )
     # of draws
-    MODES = (
+    MODES = CheckEntry(
         "chains found {count} modes, which differ in {names} and have about {shares} of the posterior by a "
         "Gaussian approximation: {between}",
         _BREAK_SYMMETRY,
+        "the shares are estimates. With “chains do not move between them”, the draws do not have the right "
+        "shares. With “chains move between them, but may have missed others”, they do, but a mode that no "
+        "chain found would be missing. More draws or a better guide will not help",
+        fails=lambda is_apart, other_share, **_: is_apart or other_share > _SMALL_MODES,
     )
-    WARM_UP = (
+    WARM_UP = CheckEntry(
         "time was over before chains had adapted (draws of each chain: {count})",
         "Allow more time",
+        "time ran out in the warm-up, or soon after: the draws are not worth looking at",
+        fails=lambda num_trajectories, **_: num_trajectories < _FEWEST,
     )
-    JUMPS = (
+    JUMPS = CheckEntry(
         "the log density jumps, since the error of the energy does not shrink with the step size: the model "
         "compares a latent, as in torch.where(t < tau, a, b), or rounds one",
         "Write a smooth change, such as torch.sigmoid((t - tau) / width), or enumerate a discrete latent",
+        "gradients do not show a jump, such as a change point, so most trajectories across it are rejected",
+        fails=lambda acceptance, has_jumps: acceptance < _LOW_ACCEPTANCE and has_jumps(),
     )
-    UNDETERMINED = (
+    UNDETERMINED = CheckEntry(
         "neither prior nor data determine {names}: the draws drift without end",
         "Use proper priors, or fix one of several latents of which only a sum or a product matters",
+        "the gradient vanishes in a direction in which draws vary, as with an improper prior of latents of "
+        "which only the sum has data: there is no posterior in this direction",
+        fails=lambda names: names,
     )
-    MIXING = ("chains have not mixed: R-hat is {rhat:.3f} for {name}, above {bound}", "{remedy}")
-    ESS = (
+    MIXING = CheckEntry(
+        f"chains have not mixed: R-hat is {{rhat:.3f}} for {{name}}, above {GOOD_RHAT}",
+        "{remedy}",
+        "superchains differ in that latent",
+        fails=lambda rhat, **_: not rhat <= GOOD_RHAT,
+    )
+    ESS = CheckEntry(
         "{name} has {ess:.0f} effective draws{where}, not {wanted}",
         "{remedy}",
+        "the chains ended too early: time ran out (`max_seconds`, Ctrl-C), or more trajectories would hardly "
+        "help. If R-hat is good, estimates from fewer draws are noisier but not wrong. “ in the tails” is "
+        "about 5 and 95 % quantiles",
+        fails=lambda ess, wanted, **_: not ess >= wanted,
     )
-    DIVERGENCES = (
+    DIVERGENCES = CheckEntry(
         "{percent:.2g} % of the trajectories diverged: the step size is too large for a region of high "
         "curvature, such as a scale near zero, and the draws underrepresent it",
         CORNER,
+        f"more than {100 * MANY_DIVERGENT:g} % of the trajectories ended at a finite density with an energy "
+        "error of more than 1,000 nats, most often in a narrow neck, although step sizes were halved three "
+        "times, and there are no independence proposals that reach the neck. A density with a steep edge has "
+        "divergences, too, and its draws may be right",
+        # independent proposals reach corners that trajectories miss, so that divergences do not matter then
+        fails=lambda percent, has_proposals: percent > 100 * MANY_DIVERGENT and not has_proposals,
     )
-    TAIL = (
+    TAIL = CheckEntry(
         "the draws of {name} miss a tail: by a Laplace approximation, {percent:.2g} % of the posterior is "
         "beyond their outer 1 % quantile",
         CORNER,
+        "for the global parameters of a path without location and scale in its prior: more than "
+        f"{_MOST_BEYOND:g} % of the posterior is beyond a quantile that only 1 % of the draws exceed",
+        fails=lambda percent, **_: percent > _MOST_BEYOND,
     )
     # of guides
-    NO_CHAINS = ("the guide was not checked by chains, since none could start: {reason}", "")
-    CUT_SHORT = ("{reason}", "{remedy}")
-    SKIPPED = (
+    NO_CHAINS = CheckEntry(
+        "the guide was not checked by chains, since none could start: {reason}",
+        "",
+        "the log density or its gradient is not finite at the model's initial values, at quantiles of the "
+        "prior, and at points uniform in (-2, 2) on the unconstrained space; the sentence goes on with the "
+        "site and what was tried. The guide is not trusted, even if its numbers look good: it may lack modes "
+        "or tails",
+        fails=lambda reason: reason,
+    )
+    CUT_SHORT = CheckEntry("{reason}", "{remedy}")
+    SKIPPED = CheckEntry(
         "{percent:.0f} % of the steps were skipped, since the loss or its gradient was not finite: "
         "result.culprits names the sites",
         "Use tighter priors, or supports that keep scales away from zero",
+        "the model overflows at draws from the guide",
+        fails=lambda percent: percent > _MOST_SKIPPED,
     )
-    NO_SUM = (
+    NO_SUM = CheckEntry(
         "the log density of a mini-batch is not a sum over its rows: the total of two batches changes from "
         "{before:.6g} to {after:.6g} when they exchange every other row, as if the model centred (y - "
         "y.mean()), standardized or normalized within the batch",
         "Compute such statistics from all data, and pass them to the model",
+        "the model centers, standardizes or normalizes (`nn.BatchNorm1d`) within the batch, so that the "
+        "density of all data does not factorize over the batches; a warning when the fit begins says so, too",
     )
-    POINT = (
+    POINT = CheckEntry(
         "the guide has a point mass at some site, like AutoDelta (or AutoLaplaceApproximation before "
         "laplace_approximation): a point estimate, not a posterior",
         "Use AutoIAF",
+        "such guides give an estimate of the mode",
     )
-    SUBSAMPLED = (
+    SUBSAMPLED = CheckEntry(
         "the model subsamples its data or is random in another way, so the numbers below come from a noisy "
         "density: the ELBO is correct up to noise, but k-hat and the evidence are meaningless",
         "Run diagnostics.importance with a model that sees all data",
+        "the model draws its batches itself, or other random numbers that change its density",
     )
-    DENSITY = (
+    DENSITY = CheckEntry(
         "the log density of the model is not finite at {count} of {num_samples} draws of the guide",
         "check supports and data",
+        "the guide draws values that the model does not allow, or data are impossible at any value of the "
+        "latents",
+        fails=lambda count, **_: count,
     )
-    ROUND_OFF = (
+    ROUND_OFF = CheckEntry(
         "the importance weights are dominated by the round-off of {dtype}, up to {nats:.2g} nats in a log "
         "density of {elbo:.3g}: their tail is unknown",
         "Use {remedy}",
+        "log densities are too large for the precision of float32; in float64, the guide draws values that "
+        "the model almost excludes",
+        fails=lambda of_mean, round_off, khat, **_: (
+            not of_mean < 1 or (round_off > GOOD_GAP and khat == WORST_KHAT)
+        ),
     )
-    KHAT = (
-        "k-hat is {khat:.2f} ± {khat_se:.2f}, above {bound}: the guide does not cover some part of the "
-        "posterior, such as a tail",
+    KHAT = CheckEntry(
+        f"k-hat is {{khat:.2f}} ± {{khat_se:.2f}}, above {GOOD_KHAT}{{borderline}}: the guide does not cover "
+        "some part of the posterior, such as a tail",
         "{remedy}",
+        "means may be right and tails wrong; do not use the evidence",
+        fails=lambda has_heavy_tail, **_: has_heavy_tail,
     )
-    ELBO_NOISE = (
+    ELBO_NOISE = CheckEntry(
         "the standard error of the ELBO is {elbo_se:.2g} nats: the log weights of the guide's draws vary too "
         "much",
         "{remedy}",
+        "estimates from importance weights are too noisy",
+        fails=lambda elbo_se, **_: elbo_se > GOOD_ELBO_SE,
     )
-    GAP = (
+    GAP = CheckEntry(
         "the ELBO is {gap:.2f} nats below the log evidence: the guide is not flexible enough, or was not "
         "trained for long enough",
         "{remedy}",
+        "the guide's own draws show that it differs from the posterior",
+        fails=lambda gap, **_: gap > GOOD_GAP,
     )
-    LOST_MODES = (
+    LOST_MODES = CheckEntry(
         "about {percent:.0f} % of the posterior is in {count} other mode(s), found by restarts, where the "
         "guide has almost no draws",
         _BREAK_SYMMETRY,
+        "the guide has one of several modes: chains started from points spread over the prior ended in "
+        "others, to which the guide gives less than a tenth of their probability. Neither a better guide nor "
+        "more draws will help",
+        fails=lambda percent, **_: percent > 100 * GOOD_LOST_MASS,
     )
-    RESTARTS = (
+    RESTARTS = CheckEntry(
         "chains from starting points spread over the prior have not mixed (R-hat is {rhat:.3f}), so the "
         "guide may miss modes or tails",
         "Request draws (draws=400), or use tighter priors",
+        "superchains do not agree, although they ran for long enough: some may be where the guide has no "
+        "draws",
+        fails=lambda rhat: rhat > MODES_RHAT,
     )
-    GRAPH = (
+    GRAPH = CheckEntry(
         "the guide's graph lacks dependencies that the posterior has: {names}",
         "They were inactive at the initial values: make a new guide with an init_loc_fn where they are "
         "active, such as init_to_value(values=guide.median()), or use AutoIAF. In float32, round-off can "
         "look like a dependency: use float64",
+        "a branch of the model was not taken where `AutoStructuredFlow` looked for dependencies",
+        fails=lambda names: names,
     )
-    MINIBATCHES = (
+    MINIBATCHES = CheckEntry(
         "the guide was trained on mini-batches: the ELBO {of} is {elbo:.3f} ± {elbo_se:.3f} ({num_batches} "
         "batches), but k-hat and the evidence are unknown, since {reason}",
         "If all data fit into memory, run diagnostics.importance on them with a model that does not "
         "subsample; otherwise run diagnostics.sbc on simulated data",
+        "importance weights from mini-batches are too noisy, or a pass over the loader does not cover all "
+        "data; the sentence says which",
     )
-    ELEMENTS = (
+    ELEMENTS = CheckEntry(
         "{found}",
         "If they are few, check their data; if they are many, use {remedy}",
+        fails=lambda found, **_: found,
     )
-    ELEMENT_NOISE = (
+    ELEMENT_NOISE = CheckEntry(
         "the shared latents could not be checked: with {count} draws per element, noise alone gives their "
-        "log weights a variance of {noise:.2g}, above {bound:.0f}",
+        f"log weights a variance of {{noise:.2g}}, above {_MOST_NOISE:.0f}",
         "Use {remedy}",
+        "each element is good, but the sum of their log weights is too noisy. The draws for each element "
+        "grow with the number of steps",
+        fails=lambda noise, **_: noise > _MOST_NOISE,
     )
 
     def __repr__(self) -> str:
         return f"Check.{self.name}"
 
+    def __reduce_ex__(self, protocol: object) -> tuple[Any, ...]:
+        return getattr, (Check, self.name)  # conditions cannot be pickled
+
+    def apply(self, **measured: Any) -> tuple["FailedCheck", ...]:
+        """The failed check, if its condition holds for these numbers; else nothing."""
+        return (self.failed(**measured),) if self.value.fails(**measured) else ()
+
     def failed(self, **fields: Any) -> "FailedCheck":
-        """The failed check with numbers and names filled in; no remedy if ``remedy=None``."""
-        sentence, remedy = self.value
+        """The failed check with numbers and names filled in; no remedy if ``remedy=None``.
+
+        :param fields: of lists of names, the first five are shown.
+        """
+        entry: CheckEntry = self.value
+        words = {k: first_of(v) if isinstance(v, list | tuple) else v for k, v in fields.items()}
         has_remedy = fields.get("remedy", "") is not None
-        return FailedCheck(
-            self, sentence.format(**fields), remedy.format(**fields) if has_remedy else ""
-        )
+        remedy = entry.remedy.format(**words) if has_remedy else ""
+        return FailedCheck(self, entry.sentence.format(**words), remedy)
 
 
 class FailedCheck(NamedTuple):
@@ -245,9 +361,6 @@ def about_draws(
     prior_only: str, coarse: Sequence[str], at_edge: Sequence[str]
 ) -> Iterator[FailedCheck]:
     """The failed checks for draws from the prior, rounded to few values, or cut off by their dtype."""
-    if prior_only:
-        yield Check.PRIOR.failed(prior_only=prior_only)
-    if coarse:
-        yield Check.ROUNDED.failed(sites=first_of(coarse))
-    if at_edge:
-        yield Check.EDGE.failed(sites=first_of(at_edge))
+    yield from Check.PRIOR.apply(prior_only=prior_only)
+    yield from Check.ROUNDED.apply(sites=coarse)
+    yield from Check.EDGE.apply(sites=at_edge)

@@ -17,6 +17,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 GOOD_RHAT = 1.02  #: the largest R-hat of chains that agree
+MODES_RHAT = 1.1  #: the nested R-hat above which chains may be in different modes
+#: share of divergent trajectories above which step sizes are halved, and finally draws are not trusted: a
+#: model of two factors and 28 persons has 3 %, and its draws miss a corner
+MANY_DIVERGENT = 0.01
 _TAILS = (0.05, 0.95)
 _OUTER = (0.03, 0.97)  # tail probabilities on which superchains have to agree
 _MANY = 2**21

@@ -10,30 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._base.arguments import first_of, warn_user
+from .._base.arguments import warn_user
 from .._base.time_limit import abandonable
 from ..diagnostics.checks import CORNER, Check, FailedCheck, Verdict, about_draws, as_lines
-from ..diagnostics.convergence import GOOD_RHAT
 from ..diagnostics.result_io import SavedResult
 from ..model.rounding import find_rounding
 from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
 from .ensemble import Ensemble, StopReason
 from .modes import APART
-from .trajectories import MANY_DIVERGENT, energy_bfmi, share_of_divergent
+from .trajectories import energy_bfmi, share_of_divergent
 
-_FEWEST = 8  # the fewest trajectories that say anything about mixing
-_LOW_ACCEPTANCE = 0.5  # the step size is adapted to 0.8 where the log density is smooth
 _LOW_BFMI = 0.3  # Stan's threshold for E-BFMI
-# draws are not trusted if all modes but the first have more than this share, since other modes may have been
-# missed by all starts
-_SMALL_MODES = 0.05
 # the share of trajectories ending without a finite density above which a note says so: the eight schools
 # in float32 have 0.01, a scale with a Normal prior 0.3 and more (tests/sampling/test_mcmc.py)
 _MANY_OUTSIDE = 0.1
-# draws lack a tail if more than this share is beyond their outer 1 % quantile; correct draws of the
-# volatility model in benchmarks/chains.md have 0.037
-_MOST_BEYOND = 0.04
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -232,18 +223,16 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
     """The failed checks of the draws, with their remedies."""
     convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
     max_rhat = float(convergence.rhat.max())
-    modes = ensemble.modes
     is_apart = ensemble.end is StopReason.APART
-    if modes is not None and (is_apart or float(modes.share[1:].sum()) > _SMALL_MODES):
-        names = [latents.name_of(i) for i in (modes.differs > APART).nonzero()[:, 0].tolist()]
+    if (modes := ensemble.modes) is not None:
         between = "chains move between them, but may have missed others"
-        if is_apart:
-            between = "chains do not move between them"
-        yield Check.MODES.failed(
+        yield from Check.MODES.apply(
+            is_apart=is_apart,
+            other_share=float(modes.share[1:].sum()),
             count=len(modes.share),
-            shares=first_of([f"{100 * share:.2g} %" for share in modes.share.tolist()]),
-            names=first_of(names),
-            between=between,
+            shares=[f"{100 * share:.2g} %" for share in modes.share.tolist()],
+            names=[latents.name_of(i) for i in (modes.differs > APART).nonzero()[:, 0].tolist()],
+            between="chains do not move between them" if is_apart else between,
         )
     remedy, fewer = "Allow more time", ", or ask for fewer draws"
     more = f"{remedy}{fewer}"
@@ -254,37 +243,33 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
     elif ensemble.end is not StopReason.OUT_OF_TIME:
         more = f"Use tighter priors, or another parametrization{fewer}"
         remedy = "Use tighter priors, or another parametrization"
-    if ensemble.num_trajectories < _FEWEST:
-        yield Check.WARM_UP.failed(count=ensemble.draws.shape[1])
+    size, count = ensemble.num_trajectories, ensemble.draws.shape[1]
+    if too_few := Check.WARM_UP.apply(num_trajectories=size, count=count):
+        yield from too_few
         return
     if not (is_apart or convergence.has_mixed):
         with abandonable():
             yield from _causes(ensemble)
-    if not is_apart and not max_rhat <= GOOD_RHAT:
+    if not is_apart:
         name = latents.name_of(int(convergence.rhat.argmax()))
-        yield Check.MIXING.failed(rhat=max_rhat, name=name, bound=GOOD_RHAT, remedy=remedy)
+        yield from Check.MIXING.apply(rhat=max_rhat, name=name, remedy=remedy)
     for ess, where in ((convergence.bulk, ""), (convergence.tail, " in the tails")):
-        if not (least := float(ess.min())) >= num_samples:
-            numbers = {"ess": least, "wanted": num_samples, "where": where, "remedy": more}
-            yield Check.ESS.failed(name=latents.name_of(int(ess.argmin())), **numbers)
-    divergent = share_of_divergent(ensemble.infos)
-    # independent proposals reach corners that trajectories miss, so that divergences do not matter then
-    if divergent > MANY_DIVERGENT and not ensemble.has_proposals:
-        yield Check.DIVERGENCES.failed(percent=100 * divergent)
+        numbers = {"ess": float(ess.min()), "wanted": num_samples, "where": where, "remedy": more}
+        yield from Check.ESS.apply(name=latents.name_of(int(ess.argmin())), **numbers)
+    yield from Check.DIVERGENCES.apply(
+        percent=100 * share_of_divergent(ensemble.infos), has_proposals=ensemble.has_proposals
+    )
     beyond = ensemble.share_beyond()
-    if float(beyond.max()) > _MOST_BEYOND:
-        name, percent = latents.name_of(int(beyond.argmax())), 100 * float(beyond.max())
-        yield Check.TAIL.failed(name=name, percent=percent)
+    name, percent = latents.name_of(int(beyond.argmax())), 100 * float(beyond.max())
+    yield from Check.TAIL.apply(name=name, percent=percent)
 
 
-def _causes(ensemble: Ensemble) -> Iterator[FailedCheck]:
+def _causes(ensemble: Ensemble) -> Iterable[FailedCheck]:
     """What can be seen of the reason why chains have not mixed."""
     acceptance = torch.stack([info.acceptance for info in ensemble.infos]).mean()
-    if acceptance < _LOW_ACCEPTANCE and ensemble.has_jumps():
-        yield Check.JUMPS.failed()
-    elif found := ensemble.undetermined():
-        names = first_of([ensemble.log_joint.latents.name_of(i) for i in found])
-        yield Check.UNDETERMINED.failed(names=names)
+    jumps = Check.JUMPS.apply(acceptance=acceptance, has_jumps=ensemble.has_jumps)
+    name_of = ensemble.log_joint.latents.name_of
+    return jumps or Check.UNDETERMINED.apply(names=[name_of(i) for i in ensemble.undetermined()])
 
 
 def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:

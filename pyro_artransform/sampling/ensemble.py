@@ -23,6 +23,8 @@ from .._base.arguments import check_integer
 from .._base.time_limit import abandonable, is_out_of_time, until_deadline
 from ..diagnostics.convergence import (
     GOOD_RHAT,
+    MANY_DIVERGENT,
+    MODES_RHAT,
     Convergence,
     effective_draws,
     nested_rhat,
@@ -35,7 +37,7 @@ from .adaptive_chains import AdaptiveChains
 from .causes import jumps, undetermined
 from .conditional_gaussian import ConditionalGaussian
 from .modes import IndependentProposals, Modes, groups_of
-from .trajectories import MANY_DIVERGENT, TrajectoryInfo, share_of_divergent
+from .trajectories import TrajectoryInfo, share_of_divergent
 
 #: superchains; most and fewest chains of a vectorized model; chains of a model that is looped over
 SUPERCHAINS, MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 8, 64, 16, 8
@@ -49,8 +51,6 @@ _MOST_GRADIENTS = 40_000
 _TRANSIENT = 1 / 3
 # slowest latents, which are checked before all the others
 _NUM_SLOWEST = 32
-#: the nested R-hat above which chains may be in different modes
-MODES_RHAT = 1.1
 # draws per chain before modes are looked for; mass outside the first mode below which slow chains do not
 # count as modes; minimum share of the proposals in a mode
 _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 24, 0.01, 0.05

@@ -23,9 +23,6 @@ from .target import State
 
 # energy error above which a trajectory is divergent, as in Stan
 _DIVERGENT = 1000.0
-#: share of divergent trajectories above which step sizes are halved, and finally draws are not trusted: a
-#: model of two factors and 28 persons has 3 %, and its draws miss a corner
-MANY_DIVERGENT = 0.01
 # maximum dimension for leapfrog steps, which are stable at larger sizes there (benchmarks/chains.md)
 _MOST_BY_LEAPFROG = 50
 

@@ -3,6 +3,8 @@
 """Results in files: draws, numbers and the verdict come back, and other files do not."""
 
 import os
+import pickle
+from copy import deepcopy
 from dataclasses import fields, is_dataclass, replace
 
 import pytest
@@ -67,6 +69,12 @@ def test_everything_that_a_result_may_have(result, tmp_path):
     for ask in (found.summary, found.predict):
         with pytest.raises(ValueError, match="AutoIAF: expected a guide or draws"):
             ask()
+
+
+@pytest.mark.parametrize("check", Check)
+def test_a_check_can_be_pickled(check):
+    """Processes of one fit send each other its result."""
+    assert pickle.loads(pickle.dumps(check)) is check is deepcopy(check)
 
 
 def test_predictions_need_the_model(result, tmp_path):

@@ -10,12 +10,12 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform._base.time_limit import TimeLimit
-from pyro_artransform.diagnostics.convergence import GOOD_RHAT
+from pyro_artransform.diagnostics.convergence import GOOD_RHAT, MANY_DIVERGENT
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.coordinates.centering import non_centered
 from pyro_artransform.model.replay.capture import ReplayError
 from pyro_artransform.sampling import Ensemble, StartError, StopReason, ensemble, target
-from pyro_artransform.sampling.trajectories import MANY_DIVERGENT, share_of_divergent
+from pyro_artransform.sampling.trajectories import share_of_divergent
 from tests.inference import models
 from tests.sampling.densities import (
     moments_are,

@@ -12,20 +12,11 @@ from ..._base.arguments import first_of
 from ..._base.time_limit import abandonable
 from ...diagnostics import Importance, Marginals
 from ...diagnostics.checks import Check, FailedCheck, Verdict, about_draws
-from ...diagnostics.importance_sampling import (
-    GOOD_ELBO_SE,
-    GOOD_GAP,
-    GOOD_KHAT,
-    GOOD_LOST_MASS,
-    GOOD_TAIL,
-)
-from ...diagnostics.psis import WORST_KHAT, round_off_of
+from ...diagnostics.importance_sampling import GOOD_KHAT, GOOD_TAIL
+from ...diagnostics.psis import round_off_of
 from ...sampling import Ensemble
-from ...sampling.ensemble import MODES_RHAT
 from .elements import ElementWeights
 
-_MOST_SKIPPED = 0.1  # the largest share of skipped steps
-_MOST_NOISE = 1.0  # the largest variance of log weights due to noise
 _ELSEWHERE = {
     True: ", and restarts found no other modes.",
     False: ", but other modes were not searched for.",
@@ -99,34 +90,30 @@ def judge(
     :param praise: the sentence if no check failed; by default it is about the weights.
     """
     failed = [
+        *Check.SKIPPED.apply(percent=100 * status.skipped_share),
+        *Check.NO_CHAINS.apply(reason=status.no_chains),
         *about_draws(status.prior_only, status.coarse, status.at_edge),
         *(status.no_sum or ()),
     ]
-    if status.no_chains:
-        failed.insert(0, Check.NO_CHAINS.failed(reason=status.no_chains))
-    if status.skipped_share > _MOST_SKIPPED:
-        failed.insert(0, Check.SKIPPED.failed(percent=100 * status.skipped_share))
     if status.is_point or status.is_random:
         failed.append((Check.POINT if status.is_point else Check.SUBSAMPLED).failed())
     elif weights is not None:
-        has_lost = lost.lost_mass > GOOD_LOST_MASS
+        own = None if status.cut_short else ""
+        about_lost = Check.LOST_MODES.apply(
+            percent=100 * lost.lost_mass, count=lost.num_lost, remedy=own
+        )
         # neither another guide nor more draws help against lost modes
-        failed += about_weights(weights, "" if has_lost else status.remedy)
-        if has_lost:
-            lacks = Check.LOST_MODES.failed(percent=100 * lost.lost_mass, count=lost.num_lost)
-            failed.append(lacks._replace(remedy="") if status.cut_short else lacks)
-        if lost.rhat > MODES_RHAT and not status.cut_short:
-            failed.append(Check.RESTARTS.failed(rhat=lost.rhat))
+        failed += about_weights(weights, "" if about_lost else status.remedy)
+        failed += about_lost
+        if not status.cut_short:
+            failed += Check.RESTARTS.apply(rhat=lost.rhat)
     failed += about_others
     # chains are correct whatever the graph, so skip this slow check if another one has failed
     if not (status.has_chains and failed):
         missing: Sequence[str] | None = None
         with abandonable():
             missing = status.missing()
-        if missing:
-            failed.append(Check.GRAPH.failed(names=first_of(missing)))
-        elif missing is None:
-            failed.append(_GRAPH_NOT_CHECKED)
+        failed += [_GRAPH_NOT_CHECKED] if missing is None else Check.GRAPH.apply(names=missing)
     # no other check judges the parameters of a model
     is_unfinished = failed or status.is_interrupted or status.point_estimates
     if status.cut_short and is_unfinished:
@@ -154,22 +141,27 @@ def _notes(status: FitStatus, has_failed: bool) -> Iterator[str]:
 
 def about_weights(found: Importance, remedy: str) -> Iterator[FailedCheck]:
     """The failed checks of the importance weights of a guide."""
-    if count := found.num_nonfinite:
-        yield Check.DENSITY.failed(count=count, num_samples=found.num_samples)
+    counts = {"count": found.num_nonfinite, "num_samples": found.num_samples}
+    if not_finite := Check.DENSITY.apply(**counts):
+        yield from not_finite
         return
-    use, dtype = f"Use {remedy}" if remedy else None, found.log_weights.dtype
+    dtype, khat = found.log_weights.dtype, {"khat": found.khat, "khat_se": found.khat_se}
     round_off, of_mean = round_off_of(found.log_weights), torch.finfo(dtype).eps * abs(found.elbo)
-    if not of_mean < 1 or (round_off > GOOD_GAP and found.khat == WORST_KHAT):
-        use, nats = None, max(round_off, of_mean)
-        other = "tighter priors" if dtype == torch.float64 else "float64"
-        yield Check.ROUND_OFF.failed(dtype=dtype, nats=nats, elbo=found.elbo, remedy=other)
-    elif found.has_heavy_tail:
-        bound = f"{GOOD_KHAT}{_borderline(found)}"
-        yield Check.KHAT.failed(khat=found.khat, khat_se=found.khat_se, bound=bound, remedy=use)
-    if found.elbo_se > GOOD_ELBO_SE:
-        yield Check.ELBO_NOISE.failed(elbo_se=found.elbo_se, remedy=use)
-    if (gap := found.log_evidence - found.elbo) > GOOD_GAP:
-        yield Check.GAP.failed(gap=gap, remedy=use)
+    rounded = Check.ROUND_OFF.apply(
+        **khat,
+        round_off=round_off,
+        of_mean=of_mean,
+        dtype=dtype,
+        nats=max(round_off, of_mean),
+        elbo=found.elbo,
+        remedy="tighter priors" if dtype == torch.float64 else "float64",
+    )
+    use = f"Use {remedy}" if remedy and not rounded else None
+    yield from rounded or Check.KHAT.apply(
+        **khat, has_heavy_tail=found.has_heavy_tail, borderline=_borderline(found), remedy=use
+    )
+    yield from Check.ELBO_NOISE.apply(elbo_se=found.elbo_se, remedy=use)
+    yield from Check.GAP.apply(gap=found.log_evidence - found.elbo, remedy=use)
 
 
 def _borderline(found: Importance) -> str:
@@ -200,13 +192,13 @@ def about_elements(found: ElementWeights, remedy: str) -> Iterator[FailedCheck]:
     Implementation of Markov Chain Monte Carlo When Using an Unbiased Likelihood Estimator (Doucet, Pitt,
     Deligiannidis, Kohn, 2015), https://arxiv.org/abs/1210.1871
     """
-    if words := found.elements.objection:
-        yield Check.ELEMENTS.failed(found=words, remedy=remedy or None)
-    elif found.noise > _MOST_NOISE:
-        yield Check.ELEMENT_NOISE.failed(
-            count=found.num_inner, noise=found.noise, bound=_MOST_NOISE, remedy=remedy or None
-        )
-    elif found.shared is not None:
+    failed = Check.ELEMENTS.apply(found=found.elements.objection, remedy=remedy or None)
+    failed = failed or Check.ELEMENT_NOISE.apply(
+        count=found.num_inner, noise=found.noise, remedy=remedy or None
+    )
+    if failed or found.shared is None:
+        yield from failed
+    else:
         yield from about_weights(found.shared, remedy)
 
 
