@@ -39,7 +39,8 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(collections|contextlib|matplotlib|os|pyro|torch|typing)\..*"),
     (r"py:.*", "Tensor"),
     (r"py:.*", r"pyro_artransform\.(plots|flows\.conditioners\.blocks)\..*"),
-    (r"py:.*", r"pyro_artransform\.(guides\.persistence|diagnostics\.result_io)\..*"),
+    (r"py:.*", r"pyro_artransform\.(guides\.(base|persistence)|diagnostics\.result_io)\..*"),
+    (r"py:.*", r"pyro_artransform\.model\.coordinates\.latent_mapper\..*"),
 ]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]

@@ -70,7 +70,7 @@ class UnconstrainedGuide(BaseGuide, AutoContinuous):
         return z, (_normal_log_prob(x) - ladj).detach() + (through - through.detach())
 
     def log_density(self, z: Tensor) -> Tensor:
-        """The log density ``batch`` of vectors z ``batch + (latent_dim,)``, which :meth:`log_prob` needs."""
+        """The log density ``batch`` of vectors z ``batch + (latent_dim,)``, which ``log_prob`` needs."""
         transform: Any = self._modules["transform"]
         if not isinstance(transform, FlowModule):
             raise NotImplementedError(

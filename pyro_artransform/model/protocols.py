@@ -47,7 +47,7 @@ class FlowGuide(ReparametrizedGuide, Protocol):
 class PriorGuide(Protocol):
     """A guide with partially non-centred latents; flow guides draw in these coordinates."""
 
-    coordinates: Any  #: its :class:`Coordinates`; None before the first call
+    coordinates: Any  #: its ``Coordinates``; None before the first call
     chooses_coordinates: bool  #: whether a fit may change lambda, in place
     maps_priors: bool  #: False if the user asks for the model's coordinates
 

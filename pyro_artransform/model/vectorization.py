@@ -66,6 +66,8 @@ _MEANING = {
     ".item()": "A Python number is made of the values of latents.",
     "inplace arithmetic": "Values of latents are written into a tensor.",
 }
+# those of a branch, which may depend on any draw
+_BRANCHES = ("data-dependent control flow", ".item()")
 _DATA = vars(torch._C.TensorBase)["data"].__get__
 
 
@@ -369,7 +371,7 @@ def _one_by_one(
                 warnings.simplefilter("ignore")  # torch warns of slow vmap rules
                 return rows, apart(z)
         except Exception as error:
-            if any(said in str(error) for said in _MEANING):
+            if any(said in str(error) for said in _BRANCHES):
                 raise
     if log_weights is not None:
         order, few = log_weights.argsort().tolist(), _NUM_EXTREME

@@ -218,3 +218,19 @@ def test_a_branch_inside_of_a_users_own_vmap_is_not_taken_for_one_of_draws():
 
     with pytest.raises(RuntimeError, match="data-dependent"):
         LogJoint(model)
+
+
+def test_draws_in_a_plate_whose_distribution_writes_into_a_tensor():
+    """vmap takes no such write, which is no branch: single runs are compared, and the plate stays."""
+
+    def model(rating):
+        cuts = pyro.sample("cuts", dist.Normal(torch.arange(3.0), 0.1).to_event(1))
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 4):
+            rated = dist.OrderedLogistic(slope * torch.linspace(-1.0, 1.0, 4), cuts)
+            pyro.sample("rating", rated, obs=rating)
+
+    log_joint = LogJoint(model, (torch.arange(4),))
+    assert log_joint.strategy == "plate"
+    z = log_joint.start + 0.1 * torch.randn(50, 4)
+    assert log_joint.checked(z, torch.zeros(50)).strategy == "plate"
