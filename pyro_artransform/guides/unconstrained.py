@@ -114,12 +114,12 @@ class UnconstrainedGuide(BaseGuide, AutoContinuous):
     def _set_up_from(self, spec: GuideSpec, start: Tensor, locate: Any = None) -> None:
         prototype.refuse_subsampling(spec.sites)
         super()._set_up_from(spec, start, locate)
-        if type(self).draw is UnconstrainedGuide.draw and not isinstance(
-            self.transform, FlowModule
-        ):
+        # without the access of the attribute, which is a param statement
+        made = self._modules["transform"]
+        if type(self).draw is UnconstrainedGuide.draw and not isinstance(made, FlowModule):
             raise TypeError(
                 f"{type(self).__name__}: expected build to return a FlowModule, or a method "
-                f"draw(n, path=False), got {type(self.transform).__name__} and no such method"
+                f"draw(n, path=False), got {type(made).__name__} and no such method"
             )
         # attributes that Pyro's autoguides set after a run of the model
         self.latent_dim = spec.latents.latent_dim

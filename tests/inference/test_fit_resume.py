@@ -15,6 +15,7 @@ from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 
 from pyro_artransform import AutoAmortized, AutoAutoregressive, affine_autoregressive
 from pyro_artransform._base import files
+from pyro_artransform.model.replay import capture
 from tests.guides.amortized import hierarchies
 from tests.inference import models
 from tests.inference.conftest import QUICK, SOON
@@ -100,7 +101,8 @@ def test_a_fit_that_ends_by_itself(tmp_path):
     assert same(expected, parameters())
 
 
-def test_skipped_steps_are_remembered(tmp_path):
+def test_skipped_steps_are_remembered(tmp_path, monkeypatch):
+    monkeypatch.setattr(capture, "_PATIENCE", 10**9)  # the model runs in each step
     path = tmp_path / "fit.pt"
 
     def model():

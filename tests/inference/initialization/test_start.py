@@ -213,8 +213,8 @@ class Encoder(nn.Module):
 
 
 def chains_of(density):
-    ensemble = from_nothing(density, 400)
-    ensemble.run(400)
+    ensemble = from_nothing(density, 1600)
+    ensemble.run(1600)
     return ensemble
 
 
