@@ -38,7 +38,7 @@ def f11_nan_gradient(subject: Subject) -> None:
     """One step without a finite loss changes no parameter, is counted, and the site is named."""
     for fault in (math.nan, math.inf):
         prepare()
-        factor = [1.0]
+        factor = torch.ones(1)
 
         def model(factor=factor):
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -59,7 +59,7 @@ def f11_nan_gradient(subject: Subject) -> None:
     _check_stops(subject, model, factor)
 
 
-def _check_stops(subject: Subject, model: Callable, factor: list[float]) -> None:
+def _check_stops(subject: Subject, model: Callable, factor: torch.Tensor) -> None:
     def callback(step, elbo):
         factor[0] = math.nan
         assert step < 1_000, "a thousand steps without a finite loss, and no end"

@@ -102,7 +102,8 @@ def test_fit(name, kind, monkeypatch):
     monkeypatch.setattr(ensemble, "_MOST_GRADIENTS", 1000)  # units of a network switch for ever
     example = examples()[name]
     guides = [] if kind is AutoIAF else [GUIDES["AutoStructuredFlow"](example.model)]
-    options = {"numbers": LEAN, "num_steps": 20, "progress": False}
+    num_steps = 5 if STRATEGIES[name] == "loop" else 20
+    options = {"numbers": LEAN, "num_steps": num_steps, "progress": False}
     result = quick_fit(example.model, *guides, *example.with_data(), **options)
     assert type(result.guide) is kind
     assert bool(result.one_at_a_time) == (STRATEGIES[name] == "loop")
