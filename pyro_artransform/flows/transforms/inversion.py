@@ -140,8 +140,9 @@ def _block_size(depth: int, elements: int) -> int:
 
     Large blocks save calls. If there are many elements, the few passes in each block cost more than calls.
     """
-    if elements <= 4096:
-        return 64 if elements > 256 else 128
+    for most, size in ((16, 128), (1024, 64), (4096, 32)):
+        if elements <= most:
+            return size
     return 16 if depth > 16 else 1
 
 
