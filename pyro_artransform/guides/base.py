@@ -150,11 +150,9 @@ class BaseGuide(RegisteredGuide):
     def log_joint_of(self, model: object, args: Args, kwargs: Kwargs) -> LogJoint | None:
         """The log joint density at these arguments; None for another model than the guide's."""
         known = self._density
-        return (
-            None
-            if known is None or known.model is not model
-            else known.with_arguments(args, kwargs)
-        )
+        if known is None or known.model is not model:
+            return None
+        return known.with_arguments(args, kwargs)
 
     def _bind(self, args: Args, kwargs: Kwargs) -> LogJoint:
         """The log density of the model, and the arguments to use, by default those of the last call."""
@@ -166,9 +164,9 @@ class BaseGuide(RegisteredGuide):
             )
             with asks_for_data(args, kwargs, f"expected {wanted}: this guide uses {of_file}"):
                 self._density = self._log_joint(*args, **kwargs)
-            self._last_call = args, kwargs
-        elif args or kwargs:
-            self._last_call = args, kwargs
+        elif not (args or kwargs):
+            return self._density
+        self._last_call = args, kwargs
         return self._density
 
     def mapped_density(self, args: Args = (), kwargs: Kwargs | None = None) -> LogJoint:

@@ -40,7 +40,6 @@ import torch
 from torch import Tensor
 
 from ..model import LogJoint
-from ..model.coordinates.families import is_identity
 from ..model.graphs.dependencies import find_dependencies, value_and_gradient
 from ..model.graphs.markov_graph import MarkovGraph, color_columns
 from ..model.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
@@ -117,7 +116,7 @@ class LatentGaussianField(NamedTuple):
         pairs = pattern.pairs().T.tolist()
         is_edge = [i == j or j in graph.neighbours[i] for i, j in pairs]
         of_globals = is_hub.nonzero()[:, 0]
-        of_sites = ((is_identity(site.bijection), site.size) for site in latents.sites.values())
+        of_sites = ((site.is_unconstrained, site.size) for site in latents.sites.values())
         is_real = [is_one for is_one, size in of_sites for _ in range(size)]
         return cls(
             of_globals=of_globals,

@@ -92,7 +92,7 @@ def evaluate(
     num_samples = _NUM_SAMPLES // FEWER if is_loop else _NUM_SAMPLES
     if isinstance(log_joint, FullDataDensity):
         num_samples = NUM_COMMON_DRAWS
-    if status.has_chains:
+    if status.draws_requested:
         num_samples = min(num_samples, _NUM_BESIDE_DRAWS)
     if log_joint.is_random:  # draws are evaluated one at a time
         num_samples = _NUM_NOISY

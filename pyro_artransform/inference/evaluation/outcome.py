@@ -82,7 +82,7 @@ def _result(
         training.num_skipped / max(num_steps, 1),
         training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, STOPPED),
         cut_short=cut_short,
-        has_chains=draws is not None and draws.is_requested,
+        draws_requested=draws is not None and draws.is_requested,
         point_estimates=problem.point_estimates,
         start_failed=training.start == FAILED,
         prior_only=problem.prior_only,

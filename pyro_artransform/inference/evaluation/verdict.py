@@ -50,7 +50,9 @@ class FitStatus(NamedTuple):
     is_point: bool = False  #: whether the guide has a single value at some site
     is_random: bool = False  #: whether the model draws mini-batches itself, or is random otherwise
     mixes_draws: bool = False  #: whether the model turned out to mix draws evaluated at once
-    has_chains: bool = False  #: whether draws were requested, so that the guide is not the answer
+    draws_requested: bool = (
+        False  #: whether draws were requested, so that the guide is not the answer
+    )
     #: finds dependencies of the posterior that the guide's graph lacks, in words
     missing: Callable[[], Sequence[str]] = tuple
     coarse: Sequence[str] = ()  #: the sites whose draws are barely resolved by their dtype
@@ -109,7 +111,7 @@ def judge(
             failed += Check.RESTARTS.apply(rhat=lost.rhat)
     failed += about_others
     # chains are correct whatever the graph, so skip this slow check if another one has failed
-    if not (status.has_chains and failed):
+    if not (status.draws_requested and failed):
         missing: Sequence[str] | None = None
         with abandonable():
             missing = status.missing()

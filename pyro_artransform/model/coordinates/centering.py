@@ -27,7 +27,6 @@ from torch import Tensor
 from ..graphs.dependencies import value_and_gradient
 from .coordinates import Coordinates
 from .factors import find_factors
-from .families import is_identity
 from .gaussian_sites import GaussianSites
 
 # above this lambda an element is as the model is written, at no cost (benchmarks/coordinates.md)
@@ -124,7 +123,7 @@ def _factors_in(log_joint: Any) -> dict[str, int]:
     if log_joint.strategy == "loop" or log_joint.is_enumerated:
         return {}
     latents, start = log_joint.latents, log_joint.with_coordinates(None).start
-    names = {name for name, site in latents.sites.items() if is_identity(site.bijection)}
+    names = {name for name, site in latents.sites.items() if site.is_unconstrained}
     return find_factors(log_joint.run, latents.constrain(start), names - log_joint.improper)
 
 

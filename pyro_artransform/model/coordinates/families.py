@@ -142,11 +142,6 @@ def is_identity_or_exp(bijection: Any) -> bool:
     return _parts_of(bijection) in ([], [ExpTransform])
 
 
-def is_identity(bijection: Any) -> bool:
-    """Whether a bijection is torch's own onto the real numbers."""
-    return not _parts_of(bijection)
-
-
 def _parts_of(bijection: Any) -> list[Any]:
     while type(bijection) is IndependentTransform:
         bijection = bijection.base_transform
