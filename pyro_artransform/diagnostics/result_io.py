@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .._base import files
 from .._base.files import FilePath
+from ..model.symmetries import Symmetry
 from .checks import Check, FailedCheck, Verdict
 from .importance_sampling import Importance
 from .marginals import Marginals
@@ -18,7 +19,8 @@ _KIND = "the draws and the verdict of class {}, format 1"
 _LEFT_OUT = ("model", "guide")
 # a pair always encodes an object by class and content; tuples, too, are encoded as such a pair
 _CLASSES: dict[str, Any] = {
-    each.__name__: each for each in (Importance, Marginals, PlateDiagnostics, Verdict, FailedCheck)
+    each.__name__: each
+    for each in (Importance, Marginals, PlateDiagnostics, Verdict, FailedCheck, Symmetry)
 }
 
 Result = TypeVar("Result", bound="SavedResult")

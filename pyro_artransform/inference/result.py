@@ -17,6 +17,7 @@ from ..diagnostics.importance_sampling import GOOD_KHAT
 from ..diagnostics.plates import PlateDiagnostics
 from ..diagnostics.result_io import SavedResult
 from ..model.density import Args, Kwargs
+from ..model.symmetries import Symmetry
 from ..posterior import Summary, predict, summary, to_inference_data
 from ..posterior.predictive import draws_of_guide
 from ..sampling.chains import Chains, known, slow_row
@@ -75,6 +76,9 @@ class FitResult(SavedResult):
     #: requested draws and chains from the prior supplied them
     draws: dict[str, Tensor] | None = None
     chains: Chains | None = None
+    #: the number of images of a posterior with symmetries, if the guide has one of them: ``elbo`` and
+    #: ``log_evidence`` are of that image, and its logarithm is to be added for the whole posterior
+    num_images: float = 1.0
     guide: Any = None  #: the user's guide, or the one chosen by the fit
     guide_class: str = ""  #: the class name of the guide
     guide_reason: str = ""  #: why the fit chose this guide
@@ -85,6 +89,11 @@ class FitResult(SavedResult):
     def ok(self) -> bool:
         """Whether the posterior can be trusted: judged by its draws if there are any, else by the guide."""
         return self.trusted if self.chains is None else self.chains.trusted
+
+    @property
+    def symmetries(self) -> tuple[Symmetry, ...]:
+        """The symmetries of the posterior, found by its density; empty without chains."""
+        return () if self.chains is None else self.chains.symmetries
 
     @property
     def failed(self) -> tuple[FailedCheck, ...]:
@@ -169,6 +178,8 @@ class FitResult(SavedResult):
             evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
             khat, weights = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance
             of = "" if self.elements is None else ", for the shared latents"
+            if 1 < (count := self.num_images) < math.inf:
+                evidence += f" (of one of {count:,.0f} images: add {math.log(count):.3f} for all)"
             if any(failed.check is Check.LOST_MODES for failed in self.judged.failed):
                 evidence += " (only of the modes that the guide covers)"
             if self.khat > GOOD_KHAT:

@@ -14,6 +14,8 @@ from .._base.time_limit import until_deadline
 from ..model import LogJoint
 from ..model.coordinates.centering import with_gaussian_sites
 from ..model.coordinates.coordinates import Coordinates
+from ..model.sites import Latents
+from ..model.symmetries import Relabelling, Symmetry, confirmed, find_symmetries
 from .adaptation import StepSize, TrajectoryLength
 from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, LatentGaussianField
 from .modes import IndependentProposals, lost_chains
@@ -63,6 +65,8 @@ class AdaptiveChains:
         self._field: tuple[LogJoint, LatentGaussianField] | None = None
         self._has_searched = self._has_adapted_again = False  # for a field; after a warm-up
         self._proposals: IndependentProposals | None = None
+        #: symmetries of the posterior: chains start in one of its images
+        self.symmetries: tuple[Symmetry, ...] = ()
 
     @property
     def log_joint(self) -> LogJoint:
@@ -120,6 +124,8 @@ class AdaptiveChains:
         """Adapts the kernel and the coordinates, from the starts or the current states."""
         if not self._has_begun:
             self._state, self._has_begun = self._start(), True
+            self.symmetries = find_symmetries(*self._for_symmetries())
+            self._move_to_one_image()
         dim = self._state.base.shape[-1]
         self._step_size, self._length, self._count = StepSize(dim), TrajectoryLength(), 0
         index, repeats = 0, _MOST_REPEATS
@@ -130,6 +136,7 @@ class AdaptiveChains:
                 return
             if index < len(_WARM_UP) - 1:
                 self._learn(self._rejoined(states))
+                self._move_to_one_image()
             if index in _FIELD_AFTER:
                 self._try_field(states)
             if index and repeats and _rise(states) > _SETTLED * dim**0.5:
@@ -141,6 +148,27 @@ class AdaptiveChains:
             elif index != _AS_WRITTEN_AFTER or not self._go_on_as_written(states):
                 self._approximate_likelihood(states, index)
             index += 1
+        self.symmetries = confirmed(self.symmetries, *self._for_symmetries())
+
+    def _for_symmetries(self) -> tuple[LogJoint, Latents, Tensor]:
+        """The density as the model is written, its latents, and the distinct states of chains."""
+        usable = self._state.at(self._state.is_usable)
+        u = self.log_joint.to_unconstrained(usable.latent)[0].unique(dim=0)
+        return self.log_joint.with_coordinates(None), self.log_joint.latents, u
+
+    def _move_to_one_image(self, to_image: Relabelling | None = None) -> None:
+        """Moves chains to images that are near to each other; during adaptation only, to stay exact."""
+        if self.symmetries:
+            u = self.log_joint.to_unconstrained(self._state.latent)[0]
+            latents = self.log_joint.latents
+            to_image = to_image or Relabelling.of(self.symmetries, latents.constrain(u))
+            self._state = self._target(self._to_base(to_image.of_latents(latents, u)))
+
+    def _to_base(self, u: Tensor) -> Tensor:
+        """Maps points ``(n, D)`` of the unconstrained space to the base space of chains."""
+        latent, _ = self.log_joint.from_unconstrained(u)
+        to_latent = self._target.to_latent
+        return to_latent.inverse(latent) if isinstance(to_latent, ConditionalGaussian) else latent
 
     @property
     def _has_many_dependent_sites(self) -> bool:

@@ -15,6 +15,7 @@ from .._base.time_limit import abandonable
 from ..diagnostics.checks import CORNER, Check, FailedCheck, Verdict, about_draws, as_lines
 from ..diagnostics.result_io import SavedResult
 from ..model.rounding import find_rounding
+from ..model.symmetries import ROTATION, Symmetry
 from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
 from .ensemble import Ensemble, StopReason
@@ -25,6 +26,8 @@ _LOW_BFMI = 0.3  # Stan's threshold for E-BFMI
 # the share of trajectories ending without a finite density above which a note says so: the eight schools
 # in float32 have 0.01, a scale with a Normal prior 0.3 and more (tests/sampling/test_mcmc.py)
 _MANY_OUTSIDE = 0.1
+# the share of uncertain labels above which a note says that components overlap
+_OVERLAP = 0.01
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -63,6 +66,9 @@ class Chains(SavedResult):
 
     judged: Verdict  #: the verdict, in parts
     one_at_a_time: str = ""  #: why the model ran for one draw at a time; empty if it did not
+    #: the symmetries of the posterior, found by its density. Unless chains mix over all images, draws are
+    #: those of one image, to which R-hat and effective sample sizes refer
+    symmetries: tuple[Symmetry, ...] = ()
     model: Any = None  #: the user's model; ``None`` after loading without it
 
     @property
@@ -216,6 +222,7 @@ def chains_of(
         seconds=seconds,
         stopped_because=reason or ensemble.end.value,
         one_at_a_time=ensemble.log_joint.reason,
+        symmetries=ensemble.symmetries,
     )
 
 
@@ -274,6 +281,7 @@ def _causes(ensemble: Ensemble) -> Iterable[FailedCheck]:
 
 def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:
     """Remarks that are not failed checks."""
+    yield from _about_symmetries(ensemble)
     if ensemble.left_out:
         yield (
             f"Some chains found other modes, with about {100 * ensemble.left_out:.1g} % of the posterior by "
@@ -287,3 +295,28 @@ def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:
         )
     if bfmi < _LOW_BFMI:
         yield f"The median E-BFMI is {bfmi:.2f}: the chains explore the tails slowly."
+
+
+def _about_symmetries(ensemble: Ensemble) -> Iterable[str]:
+    """The symmetries of the posterior, and what draws and single components mean."""
+    draws, latents = ensemble.draws.flatten(0, 1), ensemble.log_joint.latents
+    uncertainties = [0.0] * len(ensemble.symmetries)
+    if (to_image := ensemble.to_image) is not None:
+        uncertainties = to_image.uncertainties(latents.constrain(draws))
+    for symmetry, uncertainty in zip(ensemble.symmetries, uncertainties):
+        shown = "chains move between all images, and draws are of all of them"
+        if to_image is not None:
+            shown = "draws are shown in one image"
+        yield f"The posterior is the same under {symmetry}: {shown}."
+        if symmetry.kind == ROTATION:
+            names = " and ".join(name for name, _ in symmetry.slots)
+            yield (
+                f"Single entries of {names} have no meaning, but products along that dimension have, and "
+                "R-hat is of these."
+            )
+        elif uncertainty > _OVERLAP:
+            yield (
+                f"Components overlap, since {100 * uncertainty:.2g} % of their labels are uncertain: "
+                "marginals of single components mean little. Sorted components and predictions do not "
+                "depend on labels."
+            )

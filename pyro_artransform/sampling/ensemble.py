@@ -33,9 +33,11 @@ from ..diagnostics.convergence import (
 from ..model import LogJoint
 from ..model.density import CACHED
 from ..model.replay.capture import ReplayError
+from ..model.symmetries import Relabelling
 from .adaptive_chains import AdaptiveChains
 from .causes import jumps, undetermined
 from .conditional_gaussian import ConditionalGaussian
+from .images import images, with_functionals
 from .modes import IndependentProposals, Modes, groups_of
 from .trajectories import TrajectoryInfo, share_of_divergent
 
@@ -107,6 +109,9 @@ class Ensemble(AdaptiveChains):
         self.modes: Modes | None = None  #: the modes, where chains are in several
         self.left_out = 0.0  #: approximate mass of the modes that were discarded
         self.end, self._num_halved = StopReason.TOO_MANY, 0
+        self._draws: Tensor | None = None
+        #: how draws were mapped to one image of a posterior with symmetries; ``None`` if they were not
+        self.to_image: Relabelling | None = None
 
     @property
     def num_trajectories(self) -> int:
@@ -115,7 +120,20 @@ class Ensemble(AdaptiveChains):
 
     @property
     def draws(self) -> Tensor:
-        """Draws on the unconstrained space, without the transient: shape ``(C, n, D)``."""
+        """Draws on the unconstrained space, without the transient: shape ``(C, n, D)``.
+
+        If the posterior has symmetries, the images nearest to each other, unless chains mix over all images:
+        then superchains are in different images, and should agree.
+        """
+        if self._draws is None:
+            self._draws = self._raw
+            if self.symmetries:
+                known = self.symmetries, self.log_joint.latents, self.num_superchains
+                self._draws, self.to_image = images(self._raw, *known)
+        return self._draws
+
+    @property
+    def _raw(self) -> Tensor:
         if len(self._blocks) > 1:
             self._blocks = [torch.cat(self._blocks, 1)]
         (draws,) = self._blocks
@@ -124,13 +142,18 @@ class Ensemble(AdaptiveChains):
     @property
     def infos(self) -> list[TrajectoryInfo]:
         """The trajectories that produced the draws."""
-        return self._infos[len(self._infos) - self.draws.shape[1] :]
+        return self._infos[len(self._infos) - self._raw.shape[1] :]
 
     def convergence(self) -> Convergence:
         """Nested R-hat and effective sample sizes of the draws."""
         if self._convergence is None:
             rhat = nested_rhat(self.draws, self.num_superchains)
-            self._convergence = Convergence(rhat, *effective_draws(self.draws))
+            found = Convergence(rhat, *effective_draws(self.draws))
+            if self.symmetries:
+                energies = torch.stack([info.energy for info in self.infos], 1)
+                known = self.symmetries, self.log_joint.latents, self.num_superchains
+                found = with_functionals(found, self._raw, energies, *known)
+            self._convergence = found
         return self._convergence
 
     def share_beyond(self) -> Tensor:
@@ -244,9 +267,9 @@ class Ensemble(AdaptiveChains):
         """A second warm-up, since the first one ended before chains were in the posterior."""
         self._has_adapted_again = True
         if self.modes is not None:
-            last = self.draws[:, -self._recent.shape[1] :]
-            group = self.modes.nearest(last.flatten(0, 1)).reshape(last.shape[:2])
-            self._propose(group, self.modes.shares_of(last.flatten(0, 1)))
+            last = self.draws[:, -self._num_recent :].flatten(0, 1)
+            group = self.modes.nearest(last).reshape(self.num_chains, -1)
+            self._propose(group, self.modes.shares_of(last))
         before = self._blocks, self._infos
         self._forget()
         self._before = before
@@ -259,27 +282,26 @@ class Ensemble(AdaptiveChains):
     def _forget(self) -> None:
         self._blocks, self._infos = [], []
         self._before = self._blocks, self._infos
-        self._convergence = None
+        self._convergence = self._draws = None
 
     def _extend(self, number: int) -> None:
         """Adds the draws of ``number`` trajectories; fewer if time runs out."""
-        is_loop, infos, latents, bases = self.log_joint.strategy == "loop", [], [], []
+        is_loop, infos, latents = self.log_joint.strategy == "loop", [], []
         for _ in until_deadline(range(number)):
             with abandonable():
                 info, latent = self._step().without_points(), self._state.latent
                 # the map to the unconstrained space may be slow, too
                 latents.append(self.log_joint.to_unconstrained(latent)[0] if is_loop else latent)
-                bases.append(self._state.base)
                 infos.append(info)
         if not infos:
             return
-        self._recent = torch.stack(bases, 1)
+        self._num_recent = len(infos)
         block = torch.stack(latents, 1)
         if not is_loop:
             block = self.log_joint.to_unconstrained(block.flatten(0, 1))[0].reshape(block.shape)
         self._infos += infos
         self._blocks.append(block)
-        self._convergence = None
+        self._convergence = self._draws = None
 
     def _stay(self) -> None:
         """Makes the present points of chains the only draws, at the model's start if they have none."""
@@ -312,7 +334,7 @@ class Ensemble(AdaptiveChains):
             self._forget()
             self._warm_up()
         elif self.modes is None:
-            self._propose(modes.group[:, None].expand(self._recent.shape[:2]), modes.share)
+            self._propose(modes.group[:, None].expand(draws.shape[:2]), modes.share)
             self.modes = modes
             self._forget()
         else:
@@ -323,12 +345,15 @@ class Ensemble(AdaptiveChains):
 
     def _propose(self, group: Tensor, share: Tensor) -> None:
         """Lets chains jump between groups of the last draws ``(C, n)``, proposed by their shares."""
-        recent = self._recent[:, -group.shape[1] :]
+        recent = self.draws[:, -self._num_recent :]
+        group = group[:, -recent.shape[1] :]
+        recent = self._to_base(recent.flatten(0, 1)).view_as(recent)
         groups = group.unique()
         parts = [recent[group == k] for k in groups]
         self._proposals = IndependentProposals.at_modes(
             parts, share[groups].clamp_min(_LEAST_SHARE)
         )
+        self._move_to_one_image(self.to_image)
 
 
 def _count(latents: Tensor) -> int:

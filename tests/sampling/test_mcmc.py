@@ -185,7 +185,8 @@ def test_modes_are_named(share, is_trusted):
     # four standard errors of so many effective draws
     assert left == pytest.approx(share, abs=4 * (share * (1 - share) / chains.min_ess) ** 0.5)
     assert chains.trusted == is_trusted
-    words = r"chains found 2 modes, which differ in z\[0\], z\[1\] .* about 7\d %, [23]\d %"
+    # shares of Gaussians, from a few draws of each
+    words = r"chains found 2 modes, which differ in z\[0\], z\[1\] .* about (6[5-9]|7\d) %, (2\d|3[0-5]) %"
     assert bool(re.search(words, chains.verdict)) != is_trusted
 
 

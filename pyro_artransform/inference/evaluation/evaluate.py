@@ -44,6 +44,8 @@ _NUM_SAMPLES, _NUM_BESIDE_DRAWS, _NUM_NOISY = 10_000, 2_000, 500
 _NUM_MORE = 90_000
 # the least share of a mode that matters; a guide has lost a mode if it has less than this part of its share
 _MIN_SHARE, _MIN_PART = 0.01, 0.1
+# sds by which a draw differs from its image, beyond round-off
+_MOVED = 0.01
 
 
 def draw(
@@ -100,13 +102,14 @@ def evaluate(
     log_weights, latents = draw(subject, num_samples, 0 if is_slow else num_gradients)
     weights = Importance.from_log_weights(log_weights)
     rounding = Rounding([], [])
-    lost, marginals = NOT_SEARCHED, None
+    lost, marginals, num_images = NOT_SEARCHED, None, 1.0
     is_point = latents is not None and bool((latents == latents[:1]).all(0).any())
     if latents is not None and not is_point:
         draws, _ = log_joint.to_unconstrained(latents)
         rounding = find_rounding(log_joint.latents, draws)
         draws = draws[draws.isfinite().all(-1)]
         if ensemble is not None and len(draws) > 1:
+            draws, num_images = _in_one_image(ensemble, draws)
             lost = lost_modes(ensemble, draws)
             if ensemble.convergence().has_mixed:
                 marginals = marginals_of(log_joint, ensemble.draws, draws)
@@ -119,11 +122,21 @@ def evaluate(
     )
     about = about_marginals(marginals, ensemble)
     fields = _fields(weights, judge(status, weights, lost)._replace(marginals=about))
-    fields["marginals"] = marginals
+    fields |= {"marginals": marginals, "num_images": num_images}
     fields["marginals_trusted"] = None if marginals is None else marginals.trusted
     if log_joint.is_random:  # weights have the noise of mini-batches
         fields["importance"] = None
     return fields
+
+
+def _in_one_image(ensemble: Ensemble, draws: Tensor) -> tuple[Tensor, float]:
+    """A guide's draws ``(n, D)`` in the image of the ensemble's, and the number of images like theirs."""
+    if ensemble.to_image is None:
+        return draws, 1.0
+    found = ensemble.to_image.of_latents(ensemble.log_joint.latents, draws)
+    change = ((found - draws).abs() / draws.std(0)).amax(1)
+    is_in_one = float((change > _MOVED).double().mean()) < _MIN_SHARE
+    return found, math.prod(s.num_images for s in ensemble.symmetries) if is_in_one else 1.0
 
 
 def lost_modes(ensemble: Ensemble, draws: Tensor) -> LostModes:

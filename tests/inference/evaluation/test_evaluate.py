@@ -226,7 +226,7 @@ def test_a_latent_may_be_off_where_the_joint_is_trusted(loc, scale, words):
 
 
 def test_without_chains_that_have_mixed_single_latents_are_not_checked():
-    apart = chains_of(two_modes(2, 20.0, 0.4), most=16)
+    apart = chains_of(two_modes(3, 20.0, 0.4), most=16)
     assert not apart.convergence().has_mixed
     for ensemble, reason in ((None, "there are no chains"), (apart, "chains have not mixed")):
         found = judged(models.gaussian, good_guide(), ensemble)

@@ -1,0 +1,371 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Symmetries of a posterior, found by its density, and draws mapped to one of their images.
+
+The components of a mixture have no names of their own: the posterior is the same if they are permuted in all
+sites that have them. Factors and hidden units may change their signs as well, and with isotropic priors they
+may be rotated. Each such group consists of orthogonal matrices that act along a dimension of some sites. A
+candidate is a symmetry if the log density on the constrained space is the same at spread-out draws, up to
+round-off, for matrices that generate the group. Nothing is read from the code of the model.
+
+**References**
+
+1. Dealing with Label Switching in Mixture Models (Stephens, 2000), https://doi.org/10.1111/1467-9868.00265
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .sites import Latents
+
+# most sites of a candidate, and most candidates
+_MOST_SITES, _MOST_CANDIDATES = 6, 300
+# draws at which candidates are compared with the identity, after a first one
+_NUM_DRAWS = 6
+# nats by which the median density of draws may change, if round-off of a large one is no tighter bound
+_MOST_NATS = 0.1
+# components up to which all permutations of a draw are compared; beyond, pairs are exchanged while that helps
+_ENUMERATED = 6
+_ITERATIONS = 6  # of the centre and the images nearest to it
+_AT_ONCE = 2**22  # numbers in a table of costs
+
+Values = Mapping[str, Tensor]
+#: a site and its dimensions of components, counted from the right; none if the whole site is one component
+Slot = tuple[str, tuple[int, ...]]
+PERMUTATION, SIGN, SIGNED, ROTATION = "permutation", "sign", "signed permutation", "rotation"
+_WORDS = {
+    PERMUTATION: "permutations of",
+    SIGN: "changes of sign of",
+    SIGNED: "permutations and changes of sign of",
+    ROTATION: "rotations of",
+}
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """A group of orthogonal matrices ``(K, K)`` that may act on a posterior without changing it.
+
+    :param kind: "permutation", "sign", "signed permutation" or "rotation", which includes reflections.
+    :param slots: the sites, each with the dimensions of its components, counted from the right as in Pyro;
+        a site without such dimensions is a single component.
+    :param size: the number K of components.
+    """
+
+    kind: str
+    slots: tuple[Slot, ...]
+    size: int
+
+    @property
+    def num_images(self) -> float:
+        """The number of images of a draw, infinite for rotations."""
+        permutations = math.factorial(self.size) if self.kind in (PERMUTATION, SIGNED) else 1
+        signs = 2**self.size if self.kind in (SIGN, SIGNED) else 1
+        return math.inf if self.kind == ROTATION else permutations * signs
+
+    def __str__(self) -> str:
+        count = "" if self.kind == ROTATION else f"{self.num_images:,} "
+        return f"the {count}{_WORDS[self.kind]} {' and '.join(map(_named, self.slots))}"
+
+    def generators(self, like: Tensor) -> Tensor:
+        """Matrices ``(m, K, K)`` that generate the group, up to signs if it also permutes."""
+        if self.kind == ROTATION:
+            return self.spread(1, like)
+        identity = self._identity(like)
+        if self.kind == PERMUTATION:
+            swapped = torch.cat([identity[:2].flip(0), identity[2:]])
+            return torch.stack([swapped, identity.roll(1, 0)])
+        return identity - 2 * identity[:, :, None] * identity[:, None]
+
+    def spread(self, count: int, like: Tensor) -> Tensor:
+        """Random elements ``(count, K, K)`` among which each component has many places, or both signs."""
+        identity = self._identity(like)
+        if self.kind == ROTATION:
+            return torch.linalg.qr(torch.randn_like(identity.expand(count, -1, -1))).Q
+        found = identity.expand(count, -1, -1)
+        if self.kind != SIGN:
+            places = torch.rand_like(identity[0]).argsort()
+            found = torch.stack([identity[places.roll(k)] for k in range(count)])
+        if self.kind != PERMUTATION:
+            signs = torch.where(torch.rand_like(found[: 1 + count // 2, 0]) < 0.5, -1.0, 1.0)
+            found = found * torch.stack([signs, -signs], 1).flatten(0, 1)[:count, :, None]
+        return found
+
+    def _identity(self, like: Tensor) -> Tensor:
+        return torch.eye(self.size, dtype=like.dtype, device=like.device)
+
+    def applied(self, values: Values, elements: Tensor) -> dict[str, Tensor]:
+        """The images of values ``(n,) + site shape`` by elements ``(n, K, K)``."""
+        found = dict(values)
+        for name, dims in self.slots:
+            for dim in dims or (None,):
+                value = found[name]
+                moved = value if dim is None else value.movedim(dim, 1)
+                image = elements.to(value) @ moved.reshape(len(moved), self.size, -1)
+                image = image.view_as(moved)
+                found[name] = image if dim is None else image.movedim(1, dim)
+        return found
+
+    def components(self, values: Values) -> Tensor:
+        """Values of each component, ``(n, K, F)``, on which elements act from the left."""
+        parts = []
+        for name, dims in self.slots:
+            value = values[name]
+            moved = value.movedim(dims, tuple(range(1, 1 + len(dims))))
+            if len(dims) < 2:
+                parts.append(moved.reshape(len(value), self.size, -1))
+            else:  # a matrix of components: what it has for one of them
+                matrix = moved.reshape(len(value), self.size, self.size, -1)
+                diagonal = matrix.diagonal(dim1=1, dim2=2).mT
+                parts += [diagonal, matrix.mean(1), matrix.mean(2)]
+        return torch.cat(parts, -1)
+
+    def invariants(self, values: Values) -> Tensor:
+        """Functionals that are the same for all images, such as sorted components, ``(n, F)``."""
+        parts = [self._invariant(values[name], dims) for name, dims in self.slots]
+        return torch.cat([part.reshape(len(part), -1) for part in parts], 1)
+
+    def _invariant(self, value: Tensor, dims: tuple[int, ...]) -> Tensor:
+        if self.kind == ROTATION:
+            moved = value.movedim(dims, (-1,)).reshape(len(value), -1, self.size)
+            return torch.cat([moved.square().sum(-1), (moved * moved.roll(1, 1)).sum(-1)], 1)
+        value = value if self.kind == PERMUTATION else value.square()
+        if self.kind == SIGN:
+            return value
+        moved = value.movedim(dims, tuple(range(-len(dims), 0)))
+        return moved.flatten(-len(dims)).sort(-1).values
+
+    def nearest(self, products: Tensor) -> Tensor:
+        """The elements M with the largest trace of M P, for matrices P ``(n, K, K)``."""
+        if self.kind == ROTATION:  # orthogonal Procrustes
+            left, _, right = torch.linalg.svd(products)
+            return (left @ right).mT
+        found = self._identity(products).expand_as(products)
+        if self.kind != SIGN:
+            found = found[0][_assigned(products if self.kind == PERMUTATION else products.abs())]
+        if self.kind != PERMUTATION:
+            traces = (found @ products).diagonal(dim1=1, dim2=2)
+            found = found * torch.where(traces < 0, -1.0, 1.0)[..., None]
+        return found
+
+
+def _named(slot: Slot) -> str:
+    name, dims = slot
+    if not dims:
+        return name
+    return f"dimension{'s' * (len(dims) > 1)} {' and '.join(map(str, dims))} of {name}"
+
+
+@torch.no_grad()
+def find_symmetries(
+    log_density: Callable[[Tensor], Tensor], latents: Latents, u: Tensor
+) -> tuple[Symmetry, ...]:
+    """The symmetries of a density.
+
+    :param log_density: on the unconstrained space, its Jacobian included.
+    :param u: spread-out draws there, shape ``(n, latent_dim)``.
+    :return: symmetries none of which contains another one of its kind.
+    """
+    compared = _Comparison(log_density, latents, u)
+    found, left = list[Symmetry](), _MOST_CANDIDATES
+    for count in range(1, _MOST_SITES + 1):
+        candidates = [*itertools.islice(_candidates(latents, found, count), left)]
+        left -= len(candidates)
+        # one draw excludes most of them
+        found += filter(compared.holds, compared.hold_at_first(candidates))
+    # all signs of a site change where those of its components do
+    found = [s for s in found if not any(_contains(s.slots, s.kind, o) for o in found if o != s)]
+    permuted = [s for s in found if s.kind == PERMUTATION]
+    for other in permuted:
+        sign = Symmetry(SIGN, other.slots, other.size)
+        if sign in found:
+            rotation = Symmetry(ROTATION, other.slots, other.size)
+            kind = ROTATION if compared.holds(rotation) else SIGNED
+            found = [s for s in found if s not in (other, sign)]
+            found.append(Symmetry(kind, other.slots, other.size))
+    return tuple(found)
+
+
+@torch.no_grad()
+def confirmed(
+    symmetries: Iterable[Symmetry],
+    log_density: Callable[[Tensor], Tensor],
+    latents: Latents,
+    u: Tensor,
+) -> tuple[Symmetry, ...]:
+    """Those symmetries that hold at draws of the posterior ``(n, latent_dim)``, too.
+
+    A density of millions of nats, as where draws are spread out, has a round-off of nats.
+    """
+    compared = _Comparison(log_density, latents, u)
+    return tuple(s for s in symmetries if compared.holds(s, _MOST_NATS))
+
+
+class _Comparison:
+    """Compares the density of draws with that of their images, on the constrained space."""
+
+    def __init__(
+        self, log_density: Callable[[Tensor], Tensor], latents: Latents, u: Tensor
+    ) -> None:
+        self._log_density, self._latents = log_density, latents
+        u = u[:: max(len(u) // (_NUM_DRAWS + 1), 1)][: _NUM_DRAWS + 1]
+        self._values = latents.constrain(u)
+        self._expected = self._density(self._values)
+        eps = torch.finfo(self._expected.dtype).eps ** (2 / 3)
+        self._slack = eps * (1 + self._expected.abs())
+
+    def _density(self, values: Values) -> Tensor:
+        u = self._latents.unconstrain(values)
+        return self._log_density(u) - self._latents.constrain_with_ladj(u)[1]
+
+    def hold_at_first(self, candidates: Sequence[Symmetry]) -> Iterable[Symmetry]:
+        """Those candidates whose first generator keeps the density of the first draw."""
+        if not candidates:
+            return ()
+        first = {name: value[:1] for name, value in self._values.items()}
+        like = self._expected
+        images = [c.applied(first, c.generators(like)[:1]) for c in candidates]
+        density = self._density({k: torch.cat([i[k] for i in images]) for k in first})
+        is_same = (density - self._expected[0]).abs() <= self._slack[0]
+        return itertools.compress(candidates, is_same.tolist())
+
+    def holds(self, symmetry: Symmetry, most: float = math.inf) -> bool:
+        """Whether all generators keep the density of all draws, and that of the median draw by nats."""
+        count, generators = len(self._expected), symmetry.generators(self._expected)
+        repeated = {
+            k: v.repeat(len(generators), *(1,) * (v.dim() - 1)) for k, v in self._values.items()
+        }
+        density = self._density(symmetry.applied(repeated, generators.repeat_interleave(count, 0)))
+        change = (density.view(-1, count) - self._expected).abs()
+        return bool((change <= self._slack).all() and change.median() <= most)
+
+
+def _candidates(latents: Latents, found: Sequence[Symmetry], count: int) -> Iterator[Symmetry]:
+    """Sets of ``count`` slots of one size, without those that contain a symmetry that was found."""
+    tables: dict[tuple[str, int], list[Slot]] = {}
+    for name, site in latents.sites.items():
+        if site.is_unconstrained:
+            tables.setdefault((SIGN, 1), []).append((name, ()))
+        dims_of: dict[int, list[int]] = {}
+        for dim, size in enumerate(site.shape, -len(site.shape)):
+            if size > 1:
+                dims_of.setdefault(size, []).append(dim)
+        for size, dims in dims_of.items():
+            for chosen in [*zip(dims), *itertools.combinations(dims, 2)]:
+                tables.setdefault((PERMUTATION, size), []).append((name, chosen))
+                if site.is_unconstrained and len(chosen) == 1:
+                    tables.setdefault((SIGN, size), []).append((name, chosen))
+    for (kind, size), slots in tables.items():
+        for some in itertools.combinations(slots, count):
+            has_twice = len({name for name, _ in some}) < count
+            if not (has_twice or any(_contains(some, kind, other) for other in found)):
+                yield Symmetry(kind, some, size)
+
+
+def _contains(slots: tuple[Slot, ...], kind: str, other: Symmetry) -> bool:
+    """Whether a candidate is composed of a symmetry and another one."""
+    if other.kind != kind:
+        return False
+    if kind == SIGN and not slots[0][1]:  # all components at once
+        return {name for name, _ in other.slots} <= {name for name, _ in slots}
+    return {*other.slots} <= {*slots}
+
+
+class Relabelling(NamedTuple):
+    """The images of draws that are nearest to a common centre.
+
+    :param symmetries: of the posterior.
+    :param centers: for each of them, the mean values of each component in units of ``scales``, ``(K, F)``.
+    :param scales: the sds within components, ``(F,)``; infinite for constants.
+    """
+
+    symmetries: tuple[Symmetry, ...]
+    centers: tuple[Tensor, ...]
+    scales: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, symmetries: tuple[Symmetry, ...], values: Values) -> "Relabelling":
+        """Finds a centre for values ``(n,) + site shape``, from the last draw on."""
+        parts = [symmetry.components(values) for symmetry in symmetries]
+        scales = tuple(_sds(part.flatten(0, 1)) for part in parts)
+        found = cls(symmetries, tuple(p[-1] / s for p, s in zip(parts, scales)), scales)
+        for _ in range(_ITERATIONS):
+            images = found(values)
+            parts = [symmetry.components(images) for symmetry in symmetries]
+            scales = tuple(_sds((part - part.mean(0)).flatten(0, 1)) for part in parts)
+            found = cls(symmetries, tuple(p.mean(0) / s for p, s in zip(parts, scales)), scales)
+        return found
+
+    def __call__(self, values: Values) -> dict[str, Tensor]:
+        """The nearest image of each draw, of values ``(n,) + site shape``."""
+        found = dict(values)
+        for symmetry, center, scale in zip(*self):
+            elements = symmetry.nearest(symmetry.components(found) / scale @ center.T)
+            found = symmetry.applied(found, elements)
+        return found
+
+    def of_latents(self, latents: Latents, u: Tensor) -> Tensor:
+        """The nearest images on the unconstrained space, ``(n, D)``; ``u`` where rounding leaves none."""
+        found = latents.unconstrain(self(latents.constrain(u)))
+        return torch.where(found.isfinite().all(-1, keepdim=True), found, u)
+
+    def uncertainties(self, values: Values) -> list[float]:
+        """The probability that a label is wrong, for each symmetry, given draws that are relabelled.
+
+        It is that of two normal components with the same sds.
+        """
+        found = []
+        for symmetry, center, scale in zip(*self):
+            product = symmetry.components(values) / scale @ center.T
+            own = product.diagonal(dim1=1, dim2=2)
+            margins = [2 * own]
+            if symmetry.kind in (PERMUTATION, SIGNED):
+                exchanged = own[:, :, None] + own[:, None] - product - product.mT
+                rows, columns = zip(*itertools.combinations(range(symmetry.size), 2))
+                margins = [
+                    exchanged[:, rows, columns],
+                    *(margins if symmetry.kind == SIGNED else []),
+                ]
+            least = torch.cat(margins, 1).amin(1)
+            found.append(
+                math.nan if symmetry.kind == ROTATION else float(least.neg().sigmoid().mean())
+            )
+        return found
+
+
+def _sds(draws: Tensor) -> Tensor:
+    scale, size = draws.std(0), draws.abs().amax(0)
+    return torch.where(scale > torch.finfo(draws.dtype).eps ** 0.5 * size, scale, torch.inf)
+
+
+def _assigned(gain: Tensor) -> Tensor:
+    """The component that takes each place, ``(n, K)``, with the largest total of gains ``(n, K, K)``.
+
+    With many components, no exchange of two makes it larger.
+    """
+    size = gain.shape[1]
+    places = torch.arange(size, device=gain.device)
+    if size <= _ENUMERATED:
+        every = [*itertools.permutations(range(size))]
+        orders = torch.tensor(every, dtype=torch.long, device=gain.device)
+        at_once = max(_AT_ONCE // orders.numel(), 1)
+        best = [part[:, orders, places].sum(-1).argmax(1) for part in gain.split(at_once)]
+        return orders[torch.cat(best)]
+    order, rows = places.expand(len(gain), -1).clone(), torch.arange(len(gain), device=gain.device)
+    for _ in range(size):
+        before = order.clone()
+        for i, j in itertools.combinations(range(size), 2):
+            left, right = order[:, i].clone(), order[:, j].clone()
+            more = gain[rows, right, i] + gain[rows, left, j]
+            is_better = more > gain[rows, left, i] + gain[rows, right, j]
+            order[:, i] = torch.where(is_better, right, left)
+            order[:, j] = torch.where(is_better, left, right)
+        if torch.equal(before, order):
+            break
+    return order

@@ -1,0 +1,82 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Chains of posteriors with symmetries."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_artransform import fit, mcmc
+from pyro_artransform.sampling import Chains
+
+
+def mixture(distance):
+    y = torch.cat([torch.randn(30) - distance, torch.randn(15) + distance])
+
+    def model():
+        w = pyro.sample("w", dist.Dirichlet(torch.ones(2)))
+        with pyro.plate("k", 2):
+            mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+        components = dist.Normal(mu, 1.0)
+        with pyro.plate("n", len(y)):
+            pyro.sample("y", dist.MixtureSameFamily(dist.Categorical(w), components), obs=y)
+
+    return model
+
+
+def exchangeable():
+    """Two latents of which only the sum has data: symmetric, but with one mode."""
+    a = pyro.sample("a", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(a.sum(-1), 1.0), obs=torch.tensor(1.5))
+
+
+def square():
+    a = pyro.sample("a", dist.Normal(0.0, 2.0))
+    pyro.sample("y", dist.Normal(a**2, 0.3), obs=torch.tensor(2.0))
+
+
+def test_components_of_a_mixture_have_names():
+    chains = mcmc(mixture(4.0), draws=400)
+    assert chains.trusted
+    assert "the 2 permutations of dimension -1 of w and dimension -1 of mu" in chains.verdict
+    mu = chains.by_chain["mu"].flatten(0, 1)
+    order = mu.mean(0).argsort()
+    low, high = mu[:, order].T
+    # four sds of a mean of 15 rows, at a distance of eight
+    assert float(low.max()) < -2 < 2 < float(high.min())
+    w = chains.by_chain["w"].flatten(0, 1)[:, order].mean(0)
+    # Dirichlet(31, 16) given the labels, which the data leave no doubt about
+    assert w.tolist() == pytest.approx([31 / 47, 16 / 47], abs=0.02)
+
+
+def test_draws_of_an_exchangeable_posterior_are_of_all_images():
+    chains = mcmc(exchangeable, draws=2000)
+    assert chains.trusted
+    assert "chains move between all images" in chains.verdict
+    means = chains.by_chain["a"].flatten(0, 1).mean(0)
+    # the posterior mean is 1 / 2 for both; four standard errors of 2,000 draws with sd 0.82
+    assert means.tolist() == pytest.approx([0.5, 0.5], abs=4 * 0.82 / 2000**0.5)
+
+
+def test_components_that_overlap_are_named():
+    pyro.set_rng_seed(0)  # of the data: with others, chains may mix over both images
+    chains = mcmc(mixture(0.5), draws=400, seed=0)
+    assert "Components overlap" in chains.verdict
+
+
+def test_the_evidence_is_of_one_image(tmp_path):
+    result = fit(square, draws=400, num_steps=300, seed=0)
+    assert result.num_images == 2
+    grid = torch.linspace(-6, 6, 100_001)
+    log_joint = dist.Normal(0.0, 2.0).log_prob(grid)
+    log_joint = log_joint + dist.Normal(grid**2, 0.3).log_prob(torch.tensor(2.0))
+    exact = float(log_joint.logsumexp(0)) + math.log(12 / 100_000)
+    found = result.log_evidence + math.log(result.num_images)
+    assert found == pytest.approx(exact, abs=0.02)
+    assert "of one of 2 images: add 0.693 for all" in repr(result)
+    result.chains.save(tmp_path / "chains.pt")
+    assert Chains.load(tmp_path / "chains.pt").symmetries == result.symmetries
