@@ -6,6 +6,7 @@
 from .density import LogJoint
 from .full_data_density import FullDataDensity
 from .sites import Latents, Site
+from .symmetries import Relabelling, Symmetry
 from .traces import ModelStructure
 
 __all__ = [
@@ -13,5 +14,7 @@ __all__ = [
     "Latents",
     "LogJoint",
     "ModelStructure",
+    "Relabelling",
     "Site",
+    "Symmetry",
 ]
