@@ -27,8 +27,8 @@ from .sites import Latents
 
 # most sites of a candidate, and most candidates
 _MOST_SITES, _MOST_CANDIDATES = 6, 300
-# draws at which candidates are compared with the identity, after a first one
-_NUM_DRAWS = 6
+# draws at which candidates are compared with the identity, and as many points elsewhere
+_NUM_DRAWS = 4
 # nats by which the median density of draws may change, if round-off of a large one is no tighter bound
 _MOST_NATS = 0.1
 # components up to which all permutations of a draw are compared; beyond, pairs are exchanged while that helps
@@ -169,10 +169,12 @@ def find_symmetries(
     """The symmetries of a density.
 
     :param log_density: on the unconstrained space, its Jacobian included.
-    :param u: spread-out draws there, shape ``(n, latent_dim)``.
+    :param u: spread-out draws there, shape ``(n, latent_dim)``, to which points uniform in (-2, 2) are added.
     :return: symmetries none of which contains another one of its kind.
     """
-    compared = _Comparison(log_density, latents, u)
+    # near modes, components may be so far apart that their weights do not matter
+    anywhere = 4 * torch.rand_like(u[:_NUM_DRAWS]) - 2
+    compared = _Comparison(log_density, latents, torch.cat([anywhere, u[:_NUM_DRAWS]]))
     found, left = list[Symmetry](), _MOST_CANDIDATES
     for count in range(1, _MOST_SITES + 1):
         candidates = [*itertools.islice(_candidates(latents, found, count), left)]
@@ -214,9 +216,10 @@ class _Comparison:
         self, log_density: Callable[[Tensor], Tensor], latents: Latents, u: Tensor
     ) -> None:
         self._log_density, self._latents = log_density, latents
-        u = u[:: max(len(u) // (_NUM_DRAWS + 1), 1)][: _NUM_DRAWS + 1]
-        self._values = latents.constrain(u)
-        self._expected = self._density(self._values)
+        u = u[:: max(len(u) // (2 * _NUM_DRAWS), 1)][: 2 * _NUM_DRAWS]
+        expected = self._density(latents.constrain(u))
+        is_usable = expected.isfinite()
+        self._values, self._expected = latents.constrain(u[is_usable]), expected[is_usable]
         eps = torch.finfo(self._expected.dtype).eps ** (2 / 3)
         self._slack = eps * (1 + self._expected.abs())
 
@@ -226,7 +229,7 @@ class _Comparison:
 
     def hold_at_first(self, candidates: Sequence[Symmetry]) -> Iterable[Symmetry]:
         """Those candidates whose first generator keeps the density of the first draw."""
-        if not candidates:
+        if not (candidates and len(self._expected)):
             return ()
         first = {name: value[:1] for name, value in self._values.items()}
         like = self._expected

@@ -148,7 +148,8 @@ class AdaptiveChains:
             elif index != _AS_WRITTEN_AFTER or not self._go_on_as_written(states):
                 self._approximate_likelihood(states, index)
             index += 1
-        self.symmetries = confirmed(self.symmetries, *self._for_symmetries())
+        if self.symmetries:
+            self.symmetries = confirmed(self.symmetries, *self._for_symmetries())
 
     def _for_symmetries(self) -> tuple[LogJoint, Latents, Tensor]:
         """The density as the model is written, its latents, and the distinct states of chains."""

@@ -29,11 +29,11 @@ class Doubtful(NamedTuple):
 
 @config_enumerate
 def labels():
-    """Two locations that may change their names, of data around -4 and 4."""
+    """Two locations of data around -5 and 4, with other weights: their exchange gives another mode."""
     locs = pyro.sample("locs", dist.Normal(torch.zeros(2), 5.0).to_event(1))
-    data = torch.cat([torch.linspace(-5, -3, 20), torch.linspace(3, 5, 20)])
+    data = torch.cat([torch.linspace(-6, -4, 20), torch.linspace(3, 5, 20)])
     with pyro.plate("data", len(data)):
-        kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.5, 0.5])))
+        kind = pyro.sample("kind", dist.Categorical(torch.tensor([0.4, 0.6])))
         pyro.sample("y", dist.Normal(Vindex(locs)[..., kind], 1.0), obs=data)
 
 
@@ -88,7 +88,7 @@ def two_scales():
 MODES, APART = "chains found 2 modes", "have not mixed"
 
 DOUBTFUL = {
-    "two modes": Doubtful(two_modes(5, 8.0, 0.5), (MODES, APART)),
+    "two modes": Doubtful(two_modes(5, 8.0, 0.4), (MODES, APART)),
     "labels": Doubtful(labels, (MODES, APART)),
     "improper": Doubtful(improper, (APART,), is_slow=True),
     "Cauchy": Doubtful(cauchy, (APART,), is_slow=True),
