@@ -173,7 +173,11 @@ def find_symmetries(
     :return: symmetries none of which contains another one of its kind.
     """
     # near modes, components may be so far apart that their weights do not matter
-    anywhere = 4 * torch.rand_like(u[:_NUM_DRAWS]) - 2
+    own = torch.Generator(device="cpu").manual_seed(
+        0
+    )  # leaves the user's random numbers as they are
+    shape = _NUM_DRAWS, latents.latent_dim
+    anywhere = 4 * torch.rand(shape, generator=own, dtype=u.dtype, device="cpu").to(u.device) - 2
     compared = _Comparison(log_density, latents, torch.cat([anywhere, u[:_NUM_DRAWS]]))
     found, left = list[Symmetry](), _MOST_CANDIDATES
     for count in range(1, _MOST_SITES + 1):
