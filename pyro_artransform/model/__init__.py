@@ -5,8 +5,9 @@
 
 from .density import LogJoint
 from .full_data_density import FullDataDensity
+from .relabelling import Relabelling
 from .sites import Latents, Site
-from .symmetries import Relabelling, Symmetry
+from .symmetries import Symmetry
 from .traces import ModelStructure
 
 __all__ = [

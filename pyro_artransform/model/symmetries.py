@@ -1,24 +1,19 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Symmetries of a posterior, found by its density, and draws mapped to one of their images.
+"""Symmetries of a posterior, found by its density.
 
 The components of a mixture have no names of their own: the posterior is the same if they are permuted in all
 sites that have them. Factors and hidden units may change their signs as well, and with isotropic priors they
 may be rotated. Each such group consists of orthogonal matrices that act along a dimension of some sites. A
 candidate is a symmetry if the log density on the constrained space is the same at spread-out draws, up to
 round-off, for matrices that generate the group. Nothing is read from the code of the model.
-
-**References**
-
-1. Dealing with Label Switching in Mixture Models (Stephens, 2000), https://doi.org/10.1111/1467-9868.00265
 """
 
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,7 +28,6 @@ _NUM_DRAWS = 4
 _MOST_NATS = 0.1
 # components up to which all permutations of a draw are compared; beyond, pairs are exchanged while that helps
 _ENUMERATED = 6
-_ITERATIONS = 6  # of the centre and the images nearest to it
 _AT_ONCE = 2**22  # numbers in a table of costs
 
 Values = Mapping[str, Tensor]
@@ -74,26 +68,36 @@ class Symmetry:
         return f"the {count}{_WORDS[self.kind]} {' and '.join(map(_named, self.slots))}"
 
     def generators(self, like: Tensor) -> Tensor:
-        """Matrices ``(m, K, K)`` that generate the group, up to signs if it also permutes."""
+        """Matrices ``(m, K, K)`` that generate the group; one rotation, as others would be no other test."""
         if self.kind == ROTATION:
             return self.spread(1, like)
-        identity = self._identity(like)
-        if self.kind == PERMUTATION:
+        identity, found = self._identity(like), list[Tensor]()
+        if self.kind != SIGN:
             swapped = torch.cat([identity[:2].flip(0), identity[2:]])
-            return torch.stack([swapped, identity.roll(1, 0)])
-        return identity - 2 * identity[:, :, None] * identity[:, None]
+            found += [swapped, identity.roll(1, 0)]
+        if self.kind != PERMUTATION:
+            found += [*(identity - 2 * identity[:, :, None] * identity[:, None])]
+        return torch.stack(found)
 
     def spread(self, count: int, like: Tensor) -> Tensor:
-        """Random elements ``(count, K, K)`` among which each component has many places, or both signs."""
-        identity = self._identity(like)
+        """Elements ``(count, K, K)`` among which each component has many places, or both signs.
+
+        They are the same in each call.
+        """
+        identity, own = self._identity(like), _own_numbers()
         if self.kind == ROTATION:
-            return torch.linalg.qr(torch.randn_like(identity.expand(count, -1, -1))).Q
+            normal = torch.randn(
+                (count, *identity.shape), generator=own, dtype=like.dtype, device="cpu"
+            )
+            return torch.linalg.qr(normal.to(like.device)).Q
         found = identity.expand(count, -1, -1)
         if self.kind != SIGN:
-            places = torch.rand_like(identity[0]).argsort()
-            found = torch.stack([identity[places.roll(k)] for k in range(count)])
+            places = torch.randperm(self.size, generator=own, dtype=torch.long, device="cpu")
+            found = torch.stack([identity[places.roll(k).to(like.device)] for k in range(count)])
         if self.kind != PERMUTATION:
-            signs = torch.where(torch.rand_like(found[: 1 + count // 2, 0]) < 0.5, -1.0, 1.0)
+            half = 1 + count // 2, self.size
+            uniform = torch.rand(half, generator=own, dtype=like.dtype, device="cpu")
+            signs = torch.where(uniform < 0.5, -1.0, 1.0).to(like)
             found = found * torch.stack([signs, -signs], 1).flatten(0, 1)[:count, :, None]
         return found
 
@@ -155,6 +159,11 @@ class Symmetry:
         return found
 
 
+def _own_numbers() -> torch.Generator:
+    """Random numbers that leave those of the user as they are."""
+    return torch.Generator(device="cpu").manual_seed(0)
+
+
 def _named(slot: Slot) -> str:
     name, dims = slot
     if not dims:
@@ -173,12 +182,10 @@ def find_symmetries(
     :return: symmetries none of which contains another one of its kind.
     """
     # near modes, components may be so far apart that their weights do not matter
-    own = torch.Generator(device="cpu").manual_seed(
-        0
-    )  # leaves the user's random numbers as they are
     shape = _NUM_DRAWS, latents.latent_dim
-    anywhere = 4 * torch.rand(shape, generator=own, dtype=u.dtype, device="cpu").to(u.device) - 2
-    compared = _Comparison(log_density, latents, torch.cat([anywhere, u[:_NUM_DRAWS]]))
+    uniform = torch.rand(shape, generator=_own_numbers(), dtype=u.dtype, device="cpu")
+    anywhere = 4 * uniform.to(u.device) - 2
+    compared = _Comparison(log_density, latents, torch.cat([anywhere, _some(u, _NUM_DRAWS)]))
     found, left = list[Symmetry](), _MOST_CANDIDATES
     for count in range(1, _MOST_SITES + 1):
         candidates = [*itertools.islice(_candidates(latents, found, count), left)]
@@ -209,8 +216,13 @@ def confirmed(
 
     A density of millions of nats, as where draws are spread out, has a round-off of nats.
     """
-    compared = _Comparison(log_density, latents, u)
+    compared = _Comparison(log_density, latents, _some(u, 2 * _NUM_DRAWS))
     return tuple(s for s in symmetries if compared.holds(s, _MOST_NATS))
+
+
+def _some(u: Tensor, count: int) -> Tensor:
+    """At most so many of the draws, from all parts of them."""
+    return u[:: max(len(u) // count, 1)][:count]
 
 
 class _Comparison:
@@ -220,10 +232,11 @@ class _Comparison:
         self, log_density: Callable[[Tensor], Tensor], latents: Latents, u: Tensor
     ) -> None:
         self._log_density, self._latents = log_density, latents
-        u = u[:: max(len(u) // (2 * _NUM_DRAWS), 1)][: 2 * _NUM_DRAWS]
-        expected = self._density(latents.constrain(u))
+        values = latents.constrain(u)
+        expected = self._density(values)
         is_usable = expected.isfinite()
-        self._values, self._expected = latents.constrain(u[is_usable]), expected[is_usable]
+        self._values = {name: value[is_usable] for name, value in values.items()}
+        self._expected = expected[is_usable]
         eps = torch.finfo(self._expected.dtype).eps ** (2 / 3)
         self._slack = eps * (1 + self._expected.abs())
 
@@ -282,73 +295,6 @@ def _contains(slots: tuple[Slot, ...], kind: str, other: Symmetry) -> bool:
     if kind == SIGN and not slots[0][1]:  # all components at once
         return {name for name, _ in other.slots} <= {name for name, _ in slots}
     return {*other.slots} <= {*slots}
-
-
-class Relabelling(NamedTuple):
-    """The images of draws that are nearest to a common centre.
-
-    :param symmetries: of the posterior.
-    :param centers: for each of them, the mean values of each component in units of ``scales``, ``(K, F)``.
-    :param scales: the sds within components, ``(F,)``; infinite for constants.
-    """
-
-    symmetries: tuple[Symmetry, ...]
-    centers: tuple[Tensor, ...]
-    scales: tuple[Tensor, ...]
-
-    @classmethod
-    def of(cls, symmetries: tuple[Symmetry, ...], values: Values) -> "Relabelling":
-        """Finds a centre for values ``(n,) + site shape``, from the last draw on."""
-        parts = [symmetry.components(values) for symmetry in symmetries]
-        scales = tuple(_sds(part.flatten(0, 1)) for part in parts)
-        found = cls(symmetries, tuple(p[-1] / s for p, s in zip(parts, scales)), scales)
-        for _ in range(_ITERATIONS):
-            images = found(values)
-            parts = [symmetry.components(images) for symmetry in symmetries]
-            scales = tuple(_sds((part - part.mean(0)).flatten(0, 1)) for part in parts)
-            found = cls(symmetries, tuple(p.mean(0) / s for p, s in zip(parts, scales)), scales)
-        return found
-
-    def __call__(self, values: Values) -> dict[str, Tensor]:
-        """The nearest image of each draw, of values ``(n,) + site shape``."""
-        found = dict(values)
-        for symmetry, center, scale in zip(*self):
-            elements = symmetry.nearest(symmetry.components(found) / scale @ center.T)
-            found = symmetry.applied(found, elements)
-        return found
-
-    def of_latents(self, latents: Latents, u: Tensor) -> Tensor:
-        """The nearest images on the unconstrained space, ``(n, D)``; ``u`` where rounding leaves none."""
-        found = latents.unconstrain(self(latents.constrain(u)))
-        return torch.where(found.isfinite().all(-1, keepdim=True), found, u)
-
-    def uncertainties(self, values: Values) -> list[float]:
-        """The probability that a label is wrong, for each symmetry, given draws that are relabelled.
-
-        It is that of two normal components with the same sds.
-        """
-        found = []
-        for symmetry, center, scale in zip(*self):
-            product = symmetry.components(values) / scale @ center.T
-            own = product.diagonal(dim1=1, dim2=2)
-            margins = [2 * own]
-            if symmetry.kind in (PERMUTATION, SIGNED):
-                exchanged = own[:, :, None] + own[:, None] - product - product.mT
-                rows, columns = zip(*itertools.combinations(range(symmetry.size), 2))
-                margins = [
-                    exchanged[:, rows, columns],
-                    *(margins if symmetry.kind == SIGNED else []),
-                ]
-            least = torch.cat(margins, 1).amin(1)
-            found.append(
-                math.nan if symmetry.kind == ROTATION else float(least.neg().sigmoid().mean())
-            )
-        return found
-
-
-def _sds(draws: Tensor) -> Tensor:
-    scale, size = draws.std(0), draws.abs().amax(0)
-    return torch.where(scale > torch.finfo(draws.dtype).eps ** 0.5 * size, scale, torch.inf)
 
 
 def _assigned(gain: Tensor) -> Tensor:

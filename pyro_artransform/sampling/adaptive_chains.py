@@ -14,8 +14,9 @@ from .._base.time_limit import until_deadline
 from ..model import LogJoint
 from ..model.coordinates.centering import with_gaussian_sites
 from ..model.coordinates.coordinates import Coordinates
+from ..model.relabelling import Relabelling
 from ..model.sites import Latents
-from ..model.symmetries import Relabelling, Symmetry, confirmed, find_symmetries
+from ..model.symmetries import Symmetry, confirmed, find_symmetries
 from .adaptation import StepSize, TrajectoryLength
 from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, LatentGaussianField
 from .modes import IndependentProposals, lost_chains

@@ -32,8 +32,8 @@ from ..diagnostics.convergence import (
 )
 from ..model import LogJoint
 from ..model.density import CACHED
+from ..model.relabelling import Relabelling
 from ..model.replay.capture import ReplayError
-from ..model.symmetries import Relabelling
 from .adaptive_chains import AdaptiveChains
 from .causes import jumps, undetermined
 from .conditional_gaussian import ConditionalGaussian
@@ -109,9 +109,7 @@ class Ensemble(AdaptiveChains):
         self.modes: Modes | None = None  #: the modes, where chains are in several
         self.left_out = 0.0  #: approximate mass of the modes that were discarded
         self.end, self._num_halved = StopReason.TOO_MANY, 0
-        self._draws: Tensor | None = None
-        #: how draws were mapped to one image of a posterior with symmetries; ``None`` if they were not
-        self.to_image: Relabelling | None = None
+        self._images: tuple[Tensor, Relabelling | None] | None = None
 
     @property
     def num_trajectories(self) -> int:
@@ -125,12 +123,21 @@ class Ensemble(AdaptiveChains):
         If the posterior has symmetries, the images nearest to each other, unless chains mix over all images:
         then superchains are in different images, and should agree.
         """
-        if self._draws is None:
-            self._draws = self._raw
-            if self.symmetries:
-                known = self.symmetries, self.log_joint.latents, self.num_superchains
-                self._draws, self.to_image = images(self._raw, *known)
-        return self._draws
+        return self._shown()[0]
+
+    @property
+    def to_image(self) -> Relabelling | None:
+        """How draws were mapped to one image of a posterior with symmetries; ``None`` if they were not."""
+        return self._shown()[1]
+
+    def _shown(self) -> tuple[Tensor, Relabelling | None]:
+        """The draws, and how they were mapped to one image."""
+        if not self.symmetries:
+            return self._raw, None
+        if self._images is None:
+            known = self.symmetries, self.log_joint.latents, self.num_superchains
+            self._images = images(self._raw, *known)
+        return self._images
 
     @property
     def _raw(self) -> Tensor:
@@ -282,7 +289,7 @@ class Ensemble(AdaptiveChains):
     def _forget(self) -> None:
         self._blocks, self._infos = [], []
         self._before = self._blocks, self._infos
-        self._convergence = self._draws = None
+        self._convergence = self._images = None
 
     def _extend(self, number: int) -> None:
         """Adds the draws of ``number`` trajectories; fewer if time runs out."""
@@ -301,7 +308,7 @@ class Ensemble(AdaptiveChains):
             block = self.log_joint.to_unconstrained(block.flatten(0, 1))[0].reshape(block.shape)
         self._infos += infos
         self._blocks.append(block)
-        self._convergence = self._draws = None
+        self._convergence = self._images = None
 
     def _stay(self) -> None:
         """Makes the present points of chains the only draws, at the model's start if they have none."""

@@ -5,7 +5,6 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from ..diagnostics.convergence import (
@@ -15,8 +14,9 @@ from ..diagnostics.convergence import (
     nested_rhat,
     nested_rhat_of_values,
 )
+from ..model.relabelling import Relabelling, unconstrained_images
 from ..model.sites import Latents
-from ..model.symmetries import ROTATION, Relabelling, Symmetry
+from ..model.symmetries import ROTATION, Symmetry
 
 # draws that determine the centre of one image
 _NUM_FOR_CENTER = 2000
@@ -32,17 +32,16 @@ def images(
     """
     flat = draws.flatten(0, 1)
     values = latents.constrain(flat)
-    some = {name: v[:: max(len(flat) // _NUM_FOR_CENTER, 1)] for name, v in values.items()}
+    spread, repeats = dict(values), len(flat) // num_superchains
     for symmetry in symmetries:
         elements = symmetry.spread(num_superchains, flat)
-        repeats = len(flat) // num_superchains
-        values = symmetry.applied(values, elements.repeat_interleave(repeats, 0))
-    found = latents.unconstrain(values)
-    found = torch.where(found.isfinite().all(-1, keepdim=True), found, flat).view_as(draws)
+        spread = symmetry.applied(spread, elements.repeat_interleave(repeats, 0))
+    found = unconstrained_images(latents, spread, flat).view_as(draws)
     if float(nested_rhat_of_values(found, num_superchains).max()) <= MODES_RHAT:
         return found, None
+    some = {name: v[:: max(len(flat) // _NUM_FOR_CENTER, 1)] for name, v in values.items()}
     to_image = Relabelling.of(symmetries, some)
-    return to_image.of_latents(latents, flat).view_as(draws), to_image
+    return unconstrained_images(latents, to_image(values), flat).view_as(draws), to_image
 
 
 def with_functionals(

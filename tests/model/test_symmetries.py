@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from pyro_artransform.model import LogJoint
+from pyro_artransform.model.relabelling import Relabelling
 from pyro_artransform.model.symmetries import (
     PERMUTATION,
     ROTATION,
     SIGN,
     SIGNED,
-    Relabelling,
     Symmetry,
     confirmed,
     find_symmetries,
@@ -102,6 +102,17 @@ def test_a_symmetry_up_to_the_round_off_of_a_large_density_is_not_confirmed():
     known = density_and_draws(model)
     assert find_symmetries(*known)
     assert confirmed(find_symmetries(*known), *known) == ()
+
+
+def test_permutations_with_signs_are_confirmed_by_both():
+    """The density changes with an exchange, not with a sign."""
+
+    def model():
+        a = pyro.sample("a", dist.Normal(torch.zeros(3), torch.tensor([1.0, 2.0, 3.0])).to_event(1))
+        pyro.factor("f", -a.square().sum(-1))
+
+    symmetry = Symmetry(SIGNED, (slot("a", -1),), 3)
+    assert confirmed([symmetry], *density_and_draws(model)) == ()
 
 
 @pytest.mark.parametrize("kind", [PERMUTATION, SIGN, SIGNED, ROTATION])

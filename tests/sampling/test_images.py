@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from pyro_artransform import fit, mcmc
+from pyro_artransform.model import LogJoint
 from pyro_artransform.sampling import Chains
+from pyro_artransform.sampling.run_mcmc import from_nothing
 
 
 def mixture(distance):
@@ -66,6 +68,23 @@ def test_one_image_of_components_that_overlap_is_named():
     """Chains move slowly between the images: what they end with depends on the seed."""
     verdict = mcmc(mixture(0.5), draws=400, max_seconds=30).verdict
     assert "Components overlap" in verdict or "chains move between all images" in verdict
+
+
+def test_a_symmetry_that_is_no_longer_confirmed_maps_no_draws():
+    ensemble = from_nothing(LogJoint(square), 100)
+    ensemble.run(100)
+    assert ensemble.to_image is not None
+    ensemble.symmetries = ()  # as after a second warm-up, at other draws
+    assert ensemble.to_image is None
+    assert ensemble.draws.shape[-1] == 1
+
+
+def test_random_numbers_of_the_user_stay_as_they_are():
+    ensemble = from_nothing(LogJoint(square), 100)
+    ensemble.run(100)
+    before = torch.get_rng_state()
+    ensemble.symmetries[0].spread(8, ensemble.draws)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_the_evidence_is_of_one_image(tmp_path):

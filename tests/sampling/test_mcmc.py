@@ -185,9 +185,13 @@ def test_modes_are_named(share, is_trusted):
     # four standard errors of so many effective draws
     assert left == pytest.approx(share, abs=4 * (share * (1 - share) / chains.min_ess) ** 0.5)
     assert chains.trusted == is_trusted
-    # shares of Gaussians, from a few draws of each
-    words = r"chains found 2 modes, which differ in z\[0\], z\[1\] .* about (6[5-9]|7\d) %, (2\d|3[0-5]) %"
-    assert bool(re.search(words, chains.verdict)) != is_trusted
+    words = r"chains found 2 modes, which differ in z\[0\], z\[1\] .* about (\d+) %, (\d+) %"
+    found = re.search(words, chains.verdict)
+    assert bool(found) != is_trusted
+    if found:
+        # of Gaussians with the moments of a few draws of each mode
+        expected = pytest.approx([100 * (1 - share), 100 * share], abs=5)
+        assert [*map(int, found.groups())] == expected
 
 
 def test_modes_that_are_left_out_are_a_note():
