@@ -28,6 +28,7 @@ from .guides import (
     AutoMAF,
     AutoStructuredFlow,
     FlowDistribution,
+    MixtureGuide,
 )
 from .inference import FitResult, fit
 from .sampling import mcmc
@@ -44,6 +45,7 @@ __all__ = [
     "ConditionalAutoregressiveTransform",
     "FitResult",
     "FlowDistribution",
+    "MixtureGuide",
     "affine_autoregressive",
     "conditional_affine_autoregressive",
     "conditional_iaf",

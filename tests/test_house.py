@@ -115,12 +115,11 @@ def test_arrows_point_one_way() -> None:
 
 def test_inference_knows_of_guides_the_default_choice_alone() -> None:
     """A fit takes any guide by its protocol, and chooses one if none is given."""
+    chosen = {("choice", "choose_guide"), ("choice", "choose_mixture")}
     for path, tree in PACKAGE_FILES.items():
         if _module(path)[1:2] == ("inference",):
             guides = {tuple(name[2:]) for name in _imports(path, tree) if name[1:2] == ["guides"]}
-            assert guides <= ({("choice", "choose_guide")} if path.stem == "problem" else set()), (
-                path
-            )
+            assert guides <= (chosen if path.stem == "problem" else set()), path
 
 
 def test_the_core_knows_neither_families_nor_conditioners() -> None:

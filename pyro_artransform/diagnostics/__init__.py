@@ -8,6 +8,7 @@ from .checks import Check, FailedCheck, Verdict
 from .importance_sampling import Importance, importance
 from .importance_weights import log_weights
 from .marginals import Marginals
+from .mode_shares import ModeShares
 from .plates import PlateDiagnostics
 from .psis import ParetoTail, fit_tail, smooth_tail
 
@@ -16,6 +17,7 @@ __all__ = [  # noqa: RUF022
     "FailedCheck",
     "Importance",
     "Marginals",
+    "ModeShares",
     "ParetoTail",
     "PlateDiagnostics",
     "SBC",

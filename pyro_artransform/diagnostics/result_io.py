@@ -13,6 +13,7 @@ from ..model.symmetries import Symmetry
 from .checks import Check, FailedCheck, Verdict
 from .importance_sampling import Importance
 from .marginals import Marginals
+from .mode_shares import ModeShares
 from .plates import PlateDiagnostics
 
 _KIND = "the draws and the verdict of class {}, format 1"
@@ -20,7 +21,15 @@ _LEFT_OUT = ("model", "guide")
 # a pair always encodes an object by class and content; tuples, too, are encoded as such a pair
 _CLASSES: dict[str, Any] = {
     each.__name__: each
-    for each in (Importance, Marginals, PlateDiagnostics, Verdict, FailedCheck, Symmetry)
+    for each in (
+        Importance,
+        Marginals,
+        ModeShares,
+        PlateDiagnostics,
+        Verdict,
+        FailedCheck,
+        Symmetry,
+    )
 }
 
 Result = TypeVar("Result", bound="SavedResult")

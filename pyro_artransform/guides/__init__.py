@@ -6,6 +6,7 @@
 from ..flows.transforms.flow_distribution import FlowDistribution
 from .amortized.amortized_guide import AutoAmortized
 from .autoregressive import AutoAutoregressive
+from .mixture import MixtureGuide
 from .presets import AutoIAF, AutoMAF
 from .structured.structured_guide import AutoStructuredFlow
 from .unconstrained import UnconstrainedGuide
@@ -17,5 +18,6 @@ __all__ = [
     "AutoMAF",
     "AutoStructuredFlow",
     "FlowDistribution",
+    "MixtureGuide",
     "UnconstrainedGuide",
 ]

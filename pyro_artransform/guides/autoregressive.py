@@ -119,7 +119,10 @@ class AutoAutoregressive(UnconstrainedGuide):
             guide's is; by default ``init_scale`` times the identity.
         :raises ValueError: if a shape is wrong, a number is not finite, or the scale is no such matrix.
         """
-        flow, affine = self._parts
+        self._start_at(self._parts, loc, scale_tril)
+
+    def _start_at(self, parts: Any, loc: object, scale_tril: object) -> None:
+        flow, affine = parts
         if scale_tril is None:
             scale_tril = torch.full_like(affine.loc.detach(), self.arguments["init_scale"]).diag()
         self._registered_transform()  # first adopt entries of the param store that take precedence

@@ -12,6 +12,7 @@ from ..model.sites import Latents, initial_value
 from ..model.traces import subsampled_plates
 from .amortized.amortized_guide import AutoAmortized
 from .base import BaseGuide
+from .mixture import MixtureGuide
 from .presets import AutoIAF
 from .prototype import one_more_run
 from .structured.structured_guide import AutoStructuredFlow
@@ -50,3 +51,10 @@ def choose_guide(
         return AutoIAF(model), f"for {count} and subsampled data"
     is_small = latents.latent_dim <= _MOST_FOR_IAF
     return (AutoIAF if is_small else AutoStructuredFlow)(model), f"for {count}"
+
+
+def choose_mixture(guide: object, num_modes: int) -> tuple[MixtureGuide, str] | None:
+    """A mixture with a component for each mode, in place of a chosen ``AutoIAF``; ``None`` for others."""
+    if num_modes < 2 or type(guide) is not AutoIAF:
+        return None
+    return MixtureGuide(guide.model, num_components=num_modes), f"for {num_modes} modes"

@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import ExitStack
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import pyro
 import pyro.distributions as dist
@@ -15,7 +15,7 @@ import torch
 from pyro import poutine
 from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoContinuous, init_to_median
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._base.arguments import check_integer, is_tracing
 from ..flows.transforms import ComposedTransform, FlowModule
@@ -58,16 +58,12 @@ class UnconstrainedGuide(BaseGuide, AutoContinuous):
 
         :param path: whether the gradient of the log density should flow through the draws only.
         """
+        return draws_through(self._modules["transform"], self._standard_normal(n), path)
+
+    def _standard_normal(self, n: int) -> Tensor:
         # each access of the attribute is a param statement
-        transform: Any = self._modules["transform"]
-        like = next(transform.parameters())
-        x = torch.randn((n, self.latent_dim), dtype=like.dtype, device=like.device)
-        if not path:
-            z, ladj = transform.call_and_ladj(x)
-            return z, _normal_log_prob(x) - ladj
-        z, ladj, score = transform.call_and_score(x, -x)
-        through = (score * z).sum(-1)
-        return z, (_normal_log_prob(x) - ladj).detach() + (through - through.detach())
+        like = next(cast(nn.Module, self._modules["transform"]).parameters())
+        return torch.randn((n, self.latent_dim), dtype=like.dtype, device=like.device)
 
     def log_density(self, z: Tensor) -> Tensor:
         """The log density ``batch`` of vectors z ``batch + (latent_dim,)``, which ``log_prob`` needs."""
@@ -76,8 +72,7 @@ class UnconstrainedGuide(BaseGuide, AutoContinuous):
             raise NotImplementedError(
                 f"{type(self).__name__} has no log_density(z), by which given values have a density"
             )
-        x, ladj = transform.inverse_and_ladj(z)
-        return _normal_log_prob(x) + ladj
+        return density_through(transform, z)
 
     # Set-up
 
@@ -325,6 +320,25 @@ class LatentDistribution(dist.TorchDistribution):
             if is_same and has_graph == torch.is_grad_enabled():
                 return log_q
         return self._guide.log_density(value)
+
+
+def draws_through(transform: Any, x: Tensor, path: bool) -> tuple[Tensor, Tensor]:
+    """Maps standard Normal draws ``(n, D)`` through a flow, with the log densities ``(n,)`` of the results.
+
+    :param path: see :meth:`UnconstrainedGuide.draw`.
+    """
+    if not path:
+        z, ladj = transform.call_and_ladj(x)
+        return z, _normal_log_prob(x) - ladj
+    z, ladj, score = transform.call_and_score(x, -x)
+    through = (score * z).sum(-1)
+    return z, (_normal_log_prob(x) - ladj).detach() + (through - through.detach())
+
+
+def density_through(transform: FlowModule, z: Tensor) -> Tensor:
+    """The log density ``batch`` at z, ``batch + (D,)``, of a standard Normal through a flow."""
+    x, ladj = transform.inverse_and_ladj(z)
+    return _normal_log_prob(x) + ladj
 
 
 def _normal_log_prob(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@
 """The first stage of a fit: an ensemble of chains before the guide is trained."""
 
 from ..model import LogJoint
+from ..model.protocols import GuideOfModes
 from ..sampling import Ensemble, StartError, StopReason
 from ..sampling.chains import Chains, chains_of
 from ..sampling.run_mcmc import CHAINS_UNTIL, from_nothing
@@ -81,9 +82,7 @@ class FirstDraws:
         self._seconds += limit.seconds - began
         if problem.point_estimates or not self.is_requested:
             return ""
-        return {StopReason.ENOUGH: DRAWS_ARE_THERE, StopReason.APART: StopReason.APART.value}.get(
-            ensemble.end, ""
-        )
+        return DRAWS_ARE_THERE if ensemble.end is StopReason.ENOUGH else ""
 
     @property
     def has_mixed(self) -> bool:
@@ -91,7 +90,10 @@ class FirstDraws:
         return self.ensemble is not None and self.ensemble.convergence().has_mixed
 
     def finish(self) -> Chains | None:
-        """Returns the draws; chains at the initial parameters of a model give way to new ones."""
+        """Returns the draws; chains at the initial parameters of a model give way to new ones.
+
+        Chains that stay in modes go on with jumps to draws of a guide of these modes.
+        """
         problem = self._problem
         if problem.point_estimates:
             self.ensemble = None
@@ -99,5 +101,9 @@ class FirstDraws:
                 self.sample()
         if self.ensemble is None or not self.gives_draws:
             return None
+        guide: object = problem.subject.guide
+        if self.ensemble.end is StopReason.APART and isinstance(guide, GuideOfModes):
+            self.ensemble.propose_from(guide, problem.subject.log_joint)
+            self.ensemble.run(self._num_draws, **self._most)
         of_run = self._num_draws, self._seconds, self._reason
         return chains_of(self.ensemble, *of_run, problem.prior_only)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .._base.arguments import first_of, warn_user
 from .._base.time_limit import TimeLimit
 from ..diagnostics.importance_weights import ModelAndGuide
-from ..guides.choice import choose_guide
+from ..guides.choice import choose_guide, choose_mixture
 from ..model import LogJoint
 from ..model.handlers import traced_parameters
 from ..model.prior_only import warn_of_prior
@@ -111,6 +111,15 @@ class Problem:
             self._check_processes(batches[0], num_steps, num_particles)
         if self.looped_because:
             _warn_of_loop(of_batch, self.looped_because, per_process, self.schedule)
+
+    def choose_for_modes(self, num_modes: int) -> None:
+        """Replaces a guide that the fit chose by a mixture, if the posterior has several modes."""
+        if not self.guide_reason or self.parallel.size > 1 or self.stream is not None:
+            return
+        if (choice := choose_mixture(self.subject.guide, num_modes)) is not None:
+            mixture, self.guide_reason = choice
+            self.subject = _run_once(self.subject.model, mixture, self.batch, None)
+            self.objective = _objective_of_batch(self.subject)
 
     @property
     def minibatches(self) -> MinibatchObjective | None:

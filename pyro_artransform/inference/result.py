@@ -14,6 +14,7 @@ from .._base.files import FilePath
 from ..diagnostics import Importance, Marginals
 from ..diagnostics.checks import Check, FailedCheck, Verdict, as_lines
 from ..diagnostics.importance_sampling import GOOD_KHAT
+from ..diagnostics.mode_shares import ModeShares
 from ..diagnostics.plates import PlateDiagnostics
 from ..diagnostics.result_io import SavedResult
 from ..model.density import Args, Kwargs
@@ -79,6 +80,8 @@ class FitResult(SavedResult):
     #: the number of images of a posterior with symmetries, if the guide has one of them: ``elbo`` and
     #: ``log_evidence`` are of that image, and its logarithm is to be added for the whole posterior
     num_images: float = 1.0
+    #: the modes of the posterior, by a flow for each if the fit chose the guide; ``None`` for one mode
+    modes: ModeShares | None = None
     guide: Any = None  #: the user's guide, or the one chosen by the fit
     guide_class: str = ""  #: the class name of the guide
     guide_reason: str = ""  #: why the fit chose this guide

@@ -75,6 +75,24 @@ class StructuredGuide(FlowGuide, Protocol):
 
 
 @runtime_checkable
+class GuideOfModes(FlowGuide, Protocol):
+    """A mixture with a component for each mode of a posterior."""
+
+    @property
+    def components(self) -> Sequence[FlowGuide]:
+        """The components; their draws do not need the weights."""
+
+    def weigh(self, log_joint: LogJoint, n: int) -> tuple[Tensor, Tensor]:
+        """Sets the weights to the posterior mass of components; returns these and standard errors.
+
+        :param log_joint: the log joint density, in the guide's coordinates; ``n`` counts draws.
+        """
+
+    def log_density(self, z: Tensor) -> Tensor:
+        """The log density ``(n,)`` at points ``(n, latent_dim)``."""
+
+
+@runtime_checkable
 class MinibatchGuide(Protocol):
     """A guide for the elements of a mini-batch, such as ``AutoAmortized``."""
 

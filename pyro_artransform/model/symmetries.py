@@ -79,12 +79,12 @@ class Symmetry:
             found += [*(identity - 2 * identity[:, :, None] * identity[:, None])]
         return torch.stack(found)
 
-    def spread(self, count: int, like: Tensor) -> Tensor:
+    def spread(self, count: int, like: Tensor, *, is_random: bool = False) -> Tensor:
         """Elements ``(count, K, K)`` among which each component has many places, or both signs.
 
-        They are the same in each call.
+        They are the same in each call, unless they are to be random.
         """
-        identity, own = self._identity(like), _own_numbers()
+        identity, own = self._identity(like), None if is_random else _own_numbers()
         if self.kind == ROTATION:
             normal = torch.randn(
                 (count, *identity.shape), generator=own, dtype=like.dtype, device="cpu"

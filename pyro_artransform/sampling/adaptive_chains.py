@@ -4,6 +4,8 @@
 """Chains that find their starts and adapt their kernel in warm-up rounds."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -19,6 +21,7 @@ from ..model.sites import Latents
 from ..model.symmetries import Symmetry, confirmed, find_symmetries
 from .adaptation import StepSize, TrajectoryLength
 from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, LatentGaussianField
+from .images import random_images
 from .modes import IndependentProposals, lost_chains
 from .preconditioning import Preconditioner, fisher_divergence
 from .starts import StartError, check_has_gradient, initial_ascent, overdispersed, select_dispersed
@@ -164,13 +167,19 @@ class AdaptiveChains:
             u = self.log_joint.to_unconstrained(self._state.latent)[0]
             latents = self.log_joint.latents
             to_image = to_image or Relabelling.of(self.symmetries, latents.constrain(u))
-            self._state = self._target(self._to_base(to_image.of_latents(latents, u)))
+            self._state = self._mapped(partial(to_image.of_latents, latents), self._state)
 
     def _to_base(self, u: Tensor) -> Tensor:
         """Maps points ``(n, D)`` of the unconstrained space to the base space of chains."""
         latent, _ = self.log_joint.from_unconstrained(u)
         to_latent = self._target.to_latent
         return to_latent.inverse(latent) if isinstance(to_latent, ConditionalGaussian) else latent
+
+    def _from_base(self, base: Tensor) -> tuple[Tensor, Tensor]:
+        """Inverts :meth:`_to_base`; also the log-determinant ``(n,)``."""
+        latent, of_latent = self._target.to_latent(base)
+        u, ladj = self.log_joint.to_unconstrained(latent)
+        return u, of_latent + ladj
 
     @property
     def _has_many_dependent_sites(self) -> bool:
@@ -234,8 +243,15 @@ class AdaptiveChains:
             self._integrator,
         )
         if self._proposals is not None:
-            self._state = self._proposals.step(self._target, self._state)
+            given = self.symmetries, self.log_joint.latents, self._state.base
+            maps = [partial(self._mapped, image) for image in random_images(*given)]
+            self._state = self._proposals.step(self._target, self._state, *maps)
         return info
+
+    def _mapped(self, image: Callable[[Tensor], Tensor], state: State) -> State:
+        """States at the images of their points on the unconstrained space."""
+        u = self.log_joint.to_unconstrained(state.latent)[0]
+        return self._target(self._to_base(image(u)))
 
     def _rejoined(self, states: list[State]) -> State:
         """Restarts lost chains; returns the later states of all others."""

@@ -13,13 +13,13 @@ from torch import Tensor
 from .._base.arguments import warn_user
 from .._base.time_limit import abandonable
 from ..diagnostics.checks import CORNER, Check, FailedCheck, Verdict, about_draws, as_lines
+from ..diagnostics.mode_shares import ModeShares
 from ..diagnostics.result_io import SavedResult
 from ..model.rounding import find_rounding
 from ..model.symmetries import ROTATION, Symmetry
 from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
 from .ensemble import Ensemble, StopReason
-from .modes import APART
 from .trajectories import energy_bfmi, share_of_divergent
 
 _LOW_BFMI = 0.3  # Stan's threshold for E-BFMI
@@ -69,6 +69,7 @@ class Chains(SavedResult):
     #: the symmetries of the posterior, found by its density. Unless chains mix over all images, draws are
     #: those of one image, to which R-hat and effective sample sizes refer
     symmetries: tuple[Symmetry, ...] = ()
+    modes: ModeShares | None = None  #: the modes that chains found; ``None`` for one mode
     model: Any = None  #: the user's model; ``None`` after loading without it
 
     @property
@@ -223,6 +224,7 @@ def chains_of(
         stopped_because=reason or ensemble.end.value,
         one_at_a_time=ensemble.log_joint.reason,
         symmetries=ensemble.symmetries,
+        modes=ensemble.mode_shares(),
     )
 
 
@@ -231,14 +233,12 @@ def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[F
     convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
     max_rhat = float(convergence.rhat.max())
     is_apart = ensemble.end is StopReason.APART
-    if (modes := ensemble.modes) is not None:
-        between = "chains move between them, but may have missed others"
+    if (modes := ensemble.mode_shares()) is not None:
+        between = f"{ensemble.num_single} of them were reached from one start only"
         yield from Check.MODES.apply(
+            modes=str(modes),
             is_apart=is_apart,
-            other_share=float(modes.share[1:].sum()),
-            count=len(modes.share),
-            shares=[f"{100 * share:.2g} %" for share in modes.share.tolist()],
-            names=[latents.name_of(i) for i in (modes.differs > APART).nonzero()[:, 0].tolist()],
+            num_single=ensemble.num_single,
             between="chains do not move between them" if is_apart else between,
         )
     remedy, fewer = "Allow more time", ", or ask for fewer draws"
@@ -282,6 +282,8 @@ def _causes(ensemble: Ensemble) -> Iterable[FailedCheck]:
 def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:
     """Remarks that are not failed checks."""
     yield from _about_symmetries(ensemble)
+    if (modes := ensemble.mode_shares()) is not None and ensemble.convergence().has_mixed:
+        yield f"Chains move between {modes}; others may exist."
     if ensemble.left_out:
         yield (
             f"Some chains found other modes, with about {100 * ensemble.left_out:.1g} % of the posterior by "

@@ -15,6 +15,7 @@ of chains with a common start, agree on the distribution of each latent.
 
 import math
 from enum import Enum
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,21 +31,19 @@ from ..diagnostics.convergence import (
     nested_rhat,
     nested_rhat_of_values,
 )
+from ..diagnostics.mode_shares import ModeShares
 from ..model import LogJoint
-from ..model.density import CACHED
+from ..model.protocols import GuideOfModes
 from ..model.relabelling import Relabelling
 from ..model.replay.capture import ReplayError
 from .adaptive_chains import AdaptiveChains
 from .causes import jumps, undetermined
 from .conditional_gaussian import ConditionalGaussian
 from .images import images, with_functionals
-from .modes import IndependentProposals, Modes, groups_of
+from .modes import GuideProposal, IndependentProposals, Modes, groups_of
+from .starts import SUPERCHAINS, usual_num_chains
 from .trajectories import TrajectoryInfo, share_of_divergent
 
-#: superchains; most and fewest chains of a vectorized model; chains of a model that is looped over
-SUPERCHAINS, MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 8, 64, 16, 8
-# effective draws requested per chain; total coordinates up to which all gradients cost as much as one
-_DRAWS_BY_CHAIN, _CACHED_COORDINATES, _SHARE_OF_CACHE = 12, 2**15, 4
 # trajectories in the first block after the warm-up, and maximum in total
 _BLOCK, _MOST_TRAJECTORIES = 16, 3000
 # maximum number of gradients per chain
@@ -98,7 +97,7 @@ class Ensemble(AdaptiveChains):
                 "model: expected one that sees all its data, got one that subsamples them or has a random "
                 "density"
             )
-        count = num_chains or _num_chains(log_joint, num_samples)
+        count = num_chains or usual_num_chains(log_joint, num_samples)
         num_superchains = next((k for k in (SUPERCHAINS, 4) if count % k == 0), count)
         super().__init__(log_joint, count, num_superchains)
         self._blocks, self._infos = list[Tensor](), list[TrajectoryInfo]()
@@ -107,6 +106,7 @@ class Ensemble(AdaptiveChains):
         self._convergence: Convergence | None = None
         self._slowest = torch.zeros(0, dtype=torch.long, device=log_joint.start.device)
         self.modes: Modes | None = None  #: the modes, where chains are in several
+        self.num_single = 0  #: the number of modes that chains reached from one start only
         self.left_out = 0.0  #: approximate mass of the modes that were discarded
         self.end, self._num_halved = StopReason.TOO_MANY, 0
         self._images: tuple[Tensor, Relabelling | None] | None = None
@@ -182,6 +182,29 @@ class Ensemble(AdaptiveChains):
     def undetermined(self) -> list[int]:
         """The latents that neither prior nor data determine, see ``sampling.causes``."""
         return undetermined(self.log_joint, self.draws.flatten(0, 1))
+
+    @torch.no_grad()
+    def propose_from(self, guide: GuideOfModes, density: LogJoint) -> None:
+        """Begins the draws anew, with jumps to draws of a guide.
+
+        :param density: the log joint density in the coordinates of the guide.
+        """
+        self._proposals = IndependentProposals(
+            GuideProposal(guide, density, self._to_base, self._from_base)
+        )
+        self._forget()
+        self._extend(_BLOCK)
+
+    def parts(self) -> list[Tensor]:
+        """The draws of each mode, ``(n, D)``; of all, if chains found one only."""
+        return [self.draws.flatten(0, 1)] if self.modes is None else self.modes.parts(self._raw)
+
+    def mode_shares(self) -> ModeShares | None:
+        """The mass of the modes that chains found; ``None`` for one mode."""
+        if self.modes is None:
+            return None
+        name_of = self.log_joint.latents.name_of
+        return self.modes.mass(None if self.end is StopReason.APART else self._raw, name_of)
 
     def _is_centered(self, of_field: Tensor) -> bool:
         """Whether latents of a field are not in units of the scales of their prior."""
@@ -334,6 +357,8 @@ class Ensemble(AdaptiveChains):
         # log densities on the unconstrained space
         flat = self.log_joint.with_coordinates(None)(draws.flatten(0, 1)).reshape(draws.shape[:2])
         modes = Modes.of(draws, flat)
+        if (image := self.to_image) is not None:
+            modes = modes._replace(to_image=partial(image.of_latents, self.log_joint.latents))
         is_left_out = modes.is_negligible[modes.group]
         if bool(is_left_out.any()):
             self.left_out += float(modes.share[modes.is_negligible].sum())
@@ -343,6 +368,7 @@ class Ensemble(AdaptiveChains):
         elif self.modes is None:
             self._propose(modes.group[:, None].expand(draws.shape[:2]), modes.share)
             self.modes = modes
+            self.num_single = modes.num_single(self.num_superchains)
             self._forget()
         else:
             self.modes = modes
@@ -365,16 +391,3 @@ class Ensemble(AdaptiveChains):
 
 def _count(latents: Tensor) -> int:
     return min(_NUM_SLOWEST, len(latents))
-
-
-def _num_chains(log_joint: LogJoint, num_samples: float) -> int:
-    """The number of chains: more if many draws cost as much as one, and many are requested."""
-    if log_joint.strategy == "loop":
-        return CHAINS_BY_LOOP
-    fast = min(
-        log_joint.chunk_size // (_SHARE_OF_CACHE * CACHED),
-        _CACHED_COORDINATES // log_joint.latents.latent_dim,
-        num_samples / _DRAWS_BY_CHAIN,
-        MOST_CHAINS,
-    )
-    return max(int(fast) // SUPERCHAINS * SUPERCHAINS, FEWEST_CHAINS)

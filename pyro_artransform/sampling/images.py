@@ -3,7 +3,8 @@
 
 """Draws of a posterior with symmetries, in one image or in all, and their convergence."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor
 
@@ -23,7 +24,10 @@ _NUM_FOR_CENTER = 2000
 
 
 def images(
-    draws: Tensor, symmetries: tuple[Symmetry, ...], latents: Latents, num_superchains: int
+    draws: Tensor,
+    symmetries: tuple[Symmetry, ...],
+    latents: Latents,
+    num_superchains: int,
 ) -> tuple[Tensor, Relabelling | None]:
     """Images of unconstrained draws ``(C, n, D)``, and the map if they are in one image.
 
@@ -42,6 +46,23 @@ def images(
     some = {name: v[:: max(len(flat) // _NUM_FOR_CENTER, 1)] for name, v in values.items()}
     to_image = Relabelling.of(symmetries, some)
     return unconstrained_images(latents, to_image(values), flat).view_as(draws), to_image
+
+
+def random_images(
+    symmetries: Sequence[Symmetry], latents: Latents, draws: Tensor
+) -> list[Callable[[Tensor], Tensor]]:
+    """Maps as many unconstrained points as ``draws`` ``(C, D)`` to random images, and back; none without
+    symmetries."""
+    pairs = [(s, s.spread(len(draws), draws, is_random=True)) for s in symmetries]
+    inverse = [(symmetry, elements.mT) for symmetry, elements in reversed(pairs)]
+    return [partial(_image, latents, each) for each in (pairs, inverse) if each]
+
+
+def _image(latents: Latents, pairs: Sequence[tuple[Symmetry, Tensor]], u: Tensor) -> Tensor:
+    values = latents.constrain(u)
+    for symmetry, elements in pairs:
+        values = symmetry.applied(values, elements)
+    return unconstrained_images(latents, values, u)
 
 
 def with_functionals(

@@ -5,13 +5,16 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
+from ..diagnostics.convergence import mean_ess
+from ..diagnostics.mode_shares import ModeShares
+from ..model import LogJoint
+from ..model.protocols import GuideOfModes
 from .target import State
 
 #: distance between chains of different modes, in sds within chains
@@ -39,6 +42,7 @@ class Modes(NamedTuple):
     :param differs: the largest distance between groups in each coordinate, in sds, shape ``(D,)``.
     :param loc: the mean of each group, shape ``(num_groups, D)``.
     :param scale: the sds of each group, same shape.
+    :param to_image: maps points ``(n, D)`` to the image of the posterior in which these are.
     """
 
     group: Tensor
@@ -47,6 +51,7 @@ class Modes(NamedTuple):
     differs: Tensor
     loc: Tensor
     scale: Tensor
+    to_image: Callable[[Tensor], Tensor] = lambda points: points
 
     @property
     def is_negligible(self) -> Tensor:
@@ -81,12 +86,41 @@ class Modes(NamedTuple):
         )
         return cls(order.argsort()[group], share, gap, differs, loc, scale)
 
+    def parts(self, draws: Tensor) -> list[Tensor]:
+        """The draws ``(C, n, D)`` of each group, ``(m, D)``, without empty groups, in one image."""
+        points = self.to_image(draws.flatten(0, 1))
+        group = self.nearest(points)
+        return [points[group == k] for k in group.unique()]
+
+    def mass(self, draws: Tensor | None, name_of: Callable[[int], str]) -> ModeShares | None:
+        """The mass of each group in draws ``(C, n, D)`` of chains that move between groups.
+
+        :param draws: ``None`` for the approximation by Gaussians.
+        :return: ``None`` if the draws are of one group.
+        """
+        names = tuple(name_of(i) for i in (self.differs > APART).nonzero()[:, 0].tolist())
+        if draws is None:
+            return ModeShares(self.share, torch.full_like(self.share, torch.nan), names)
+        group = self.nearest(draws.flatten(0, 1)).view(draws.shape[:2])
+        is_in = torch.stack([(group == k).to(draws) for k in group.unique()], -1)
+        share, ess = is_in.mean((0, 1)), mean_ess(is_in).clamp_min(1)
+        return (
+            ModeShares(share, (share * (1 - share) / ess).sqrt(), names) if len(share) > 1 else None
+        )
+
+    def num_single(self, num_superchains: int) -> int:
+        """The number of groups reached by the chains of one superchain only."""
+        by_start = self.group.view(num_superchains, -1)
+        reached = [int((by_start == k).any(1).sum()) for k in range(len(self.share))]
+        return reached.count(1)
+
     def shares_of(self, points: Tensor) -> Tensor:
         """The share of points ``(n, D)`` nearest to each group: shape ``(num_groups,)``."""
         return self.nearest(points).bincount(minlength=len(self.loc)) / len(points)
 
     def nearest(self, points: Tensor) -> Tensor:
         """The group nearest to each point ``(n, D)``, in its sds, shape ``(n,)``."""
+        points = self.to_image(points)
         distances = [
             ((points - loc) / scale).square().sum(-1) for loc, scale in zip(self.loc, self.scale)
         ]
@@ -132,6 +166,18 @@ def lost_chains(states: Sequence[State], moves: Tensor) -> Tensor:
     return is_lost
 
 
+def _same(state: State) -> State:
+    return state
+
+
+class Proposal(Protocol):
+    """A distribution of points ``(n, D)`` of the base space."""
+
+    def sample(self, shape: tuple[int, ...]) -> Tensor: ...
+
+    def log_prob(self, value: Tensor) -> Tensor: ...
+
+
 class IndependentProposals:
     """Independence Metropolis proposals, which move chains between modes and into tails.
 
@@ -145,7 +191,7 @@ class IndependentProposals:
        https://arxiv.org/abs/1812.02609
     """
 
-    def __init__(self, distribution: Distribution) -> None:
+    def __init__(self, distribution: Proposal) -> None:
         self._distribution = distribution
 
     @classmethod
@@ -157,16 +203,53 @@ class IndependentProposals:
         of_mode = dist.MultivariateStudentT(torch.full_like(share, _DEGREES), loc, scale_tril)
         return cls(dist.MixtureSameFamily(dist.Categorical(share), of_mode))
 
-    def step(self, target: Callable[[Tensor], State], state: State) -> State:
-        """The next state of each chain, after a Metropolis-Hastings accept step."""
+    def step(
+        self,
+        target: Callable[[Tensor], State],
+        state: State,
+        to_image: Callable[[State], State] = _same,
+        back: Callable[[State], State] = _same,
+    ) -> State:
+        """The next state of each chain, after a Metropolis-Hastings accept step.
+
+        :param to_image: maps states to random images of a posterior with symmetries, and ``back`` from there.
+            Modes have different numbers of images, and proposals are near one of each.
+        """
         # Chi2 has PyTorch's default dtype
         points = self._distribution.sample((len(state.base),)).to(state.base)
         there = target(points)
         here_weight, there_weight = (
-            each.log_density - self._distribution.log_prob(each.base) for each in (state, there)
+            each.log_density - self._distribution.log_prob(each.base)
+            for each in (to_image(state), there)
         )
         is_accepted = torch.rand_like(here_weight).log() < there_weight - here_weight
+        there = back(there)
         return there.where(is_accepted & there.is_finite, state)
+
+
+class GuideProposal(NamedTuple):
+    """Draws of a guide as proposals.
+
+    :param density: the log joint density in the coordinates of the guide.
+    :param to_base: maps unconstrained points to the base space of chains, and ``from_base`` back, with the
+        log-determinant.
+    """
+
+    guide: GuideOfModes
+    density: LogJoint
+    to_base: Callable[[Tensor], Tensor]
+    from_base: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def sample(self, shape: tuple[int, ...]) -> Tensor:
+        """Points of the base space, ``(n, D)``."""
+        z, _ = self.guide.rsample_and_log_prob(shape[0])
+        return self.to_base(self.density.to_unconstrained(z)[0])
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log density of the guide at points of the base space, ``(n,)``."""
+        u, ladj = self.from_base(value)
+        z, of_guide = self.density.from_unconstrained(u)
+        return self.guide.log_density(z) + of_guide + ladj
 
 
 def _sds(draws: Tensor) -> Tensor:

@@ -17,11 +17,16 @@ from torch import Tensor
 
 from .._base.time_limit import until_deadline
 from ..model import LogJoint
+from ..model.density import CACHED
 from ..model.graphs.dependencies import value_and_gradient
 from .modes import NEGLIGIBLE, NEGLIGIBLE_BY_DIM
 from .preconditioning import Preconditioner
 from .target import State, TransformedDensity
 
+#: superchains; most and fewest chains of a vectorized model; chains of a model that is looped over
+SUPERCHAINS, MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 8, 64, 16, 8
+# effective draws requested per chain; total coordinates up to which all gradients cost as much as one
+_DRAWS_BY_CHAIN, _CACHED_COORDINATES, _SHARE_OF_CACHE = 12, 2**15, 4
 # spread of the starts in sds of the prior (benchmarks/tails.md)
 _SPREAD = 1.3
 # Adam steps, first and last learning rate in units of the spread, and number of last steps whose points give
@@ -33,6 +38,19 @@ _FALL, _STEEPEST = 1000.0, 1e15
 # Stan's initial values are uniform in (-2, 2) on the unconstrained space. Points without a finite density are
 # drawn anew: in units of the prior, from narrower uniform distributions, and near the model's start.
 _UNIFORM, _OF_PRIOR, _NARROWER, _NEAR = 2.0, (1.0, 0.5), (2.0, 0.5, 0.0), (0.1, 0.01, 0.0)
+
+
+def usual_num_chains(log_joint: LogJoint, num_samples: float) -> int:
+    """The number of chains: more if many draws cost as much as one, and many are requested."""
+    if log_joint.strategy == "loop":
+        return CHAINS_BY_LOOP
+    fast = min(
+        log_joint.chunk_size // (_SHARE_OF_CACHE * CACHED),
+        _CACHED_COORDINATES // log_joint.latents.latent_dim,
+        num_samples / _DRAWS_BY_CHAIN,
+        MOST_CHAINS,
+    )
+    return max(int(fast) // SUPERCHAINS * SUPERCHAINS, FEWEST_CHAINS)
 
 
 class Starts(NamedTuple):

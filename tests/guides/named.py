@@ -7,7 +7,13 @@ from pyro.distributions import transforms
 
 from pyro_artransform import affine_autoregressive, iaf, maf, spline_autoregressive
 from pyro_artransform.flows.transforms import chain
-from pyro_artransform.guides import AutoAutoregressive, AutoIAF, AutoMAF, AutoStructuredFlow
+from pyro_artransform.guides import (
+    AutoAutoregressive,
+    AutoIAF,
+    AutoMAF,
+    AutoStructuredFlow,
+    MixtureGuide,
+)
 from tests.guides import models
 
 GUIDES = {
@@ -26,6 +32,7 @@ GUIDES = {
     "two structured": lambda model, **o: AutoStructuredFlow(
         model, hidden_dim=4, num_transforms=2, **o
     ),
+    "mixture": lambda model, **o: MixtureGuide(model, num_transforms=1, hidden_dims=8, **o),
     "diagonal": lambda model, **o: AutoIAF(model, hidden_dims=8, full_rank=False, **o),
 }
 FOREIGN = {

@@ -22,7 +22,7 @@ from pyro.infer import (
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
 from pyro_artransform.flows.conditioners import Conditioner
-from pyro_artransform.guides import AutoIAF
+from pyro_artransform.guides import AutoIAF, MixtureGuide
 from tests.guides import models
 from tests.guides.named import FOREIGN, GUIDES, own_guides, own_pairs, pairs
 from tests.guides.training import parameters, redraw_after_call, train, trains, unmoved
@@ -39,6 +39,8 @@ def test_a_new_guide_is_the_normal(new, model):
     latent = loc + torch.randn(20, guide.latent_dim).to(loc.dtype)
     expected = dist.Normal(loc, 0.3).to_event(1).log_prob(latent)
     assert torch.allclose(guide.get_posterior().log_prob(latent), expected, atol=1e-6)
+    if isinstance(guide, MixtureGuide):  # without a transform
+        return
     x = guide.get_base_dist().sample((20,))
     assert torch.allclose(guide.get_transform()(x), loc + 0.3 * x, atol=1e-6)
 

@@ -14,7 +14,8 @@ from pyro.infer.autoguide import AutoNormal
 from pyro_artransform import fit
 from pyro_artransform.sampling import mcmc
 from tests.inference import doubtful
-from tests.inference.doubtful import DOUBTFUL, MODES
+from tests.inference.doubtful import DOUBTFUL
+from tests.sampling.densities import two_modes
 
 CASES = [
     pytest.param(name, marks=pytest.mark.slow) if target.is_slow else name
@@ -30,13 +31,25 @@ def test_draws_of_chains(name):
     assert any(each in chains.verdict for each in words)
 
 
-def test_draws_of_a_fit():
-    """Of the guide that is chosen, at moments of draws that are in two modes."""
-    result = fit(doubtful.labels, draws=400, seed=0, progress=False)
-    assert not result.trusted, result
-    assert not result.chains.trusted, result
-    assert result.verdict.startswith("Draws not trusted: ")
-    assert MODES in result.verdict
+@pytest.mark.parametrize(
+    ("model", "site", "share"),
+    [(two_modes(5, 8.0, 0.4), "z", 0.4), (doubtful.labels, "locs", 0.5)],
+    ids=["two modes", "labels"],
+)
+def test_modes_between_which_chains_move(model, site, share):
+    """Chains jump, so that each mode has its share; the guide has a flow for each."""
+    result = fit(model, seed=0, progress=False)
+    assert result.ok
+    assert result.trusted
+    below = (result.chains.by_chain[site][..., 0] < 0).double().mean()
+    assert float(below) == pytest.approx(share, abs=4 * (share * (1 - share) / 400) ** 0.5)
+    # of the chains where there are symmetries, of the flows otherwise
+    least = int(result.modes.share.argmin())
+    found, se = (float(each[least]) for each in (result.modes.share, result.modes.se))
+    assert found == pytest.approx(share, abs=4 * se)
+    assert "Chains move between 2 modes with" in result.verdict
+    draws = result.guide.sample_posterior(4000)[site][:, 0]
+    assert float((draws < 0).double().mean()) == pytest.approx(share, abs=0.04)
 
 
 @pytest.mark.slow
@@ -71,12 +84,16 @@ def test_a_direction(count):
         assert abs(phi.sin().mean() - sin) < 5 * phi.sin().std() / 20
 
 
-def test_a_direction_opposite_to_zero_is_not_trusted():
+def test_a_direction_opposite_to_zero_has_two_modes():
     """It is cut in two, at both ends of the turn."""
     y = math.pi + 0.2 * torch.randn(30)
+    cos, sin, _ = exact_moments(y)
     chains = mcmc(doubtful.direction, y, seed=0, progress=False, max_seconds=20)
-    assert not chains.trusted
-    assert "2 modes, which differ in phi" in chains.verdict
+    assert "2 modes with" in chains.verdict
+    assert chains.trusted
+    phi = chains.by_chain["phi"]
+    assert abs(phi.cos().mean() - cos) < 5 * phi.cos().std() / 20
+    assert abs(phi.sin().mean() - sin) < 5 * phi.sin().std() / 20
 
 
 def test_a_posterior_that_reaches_below_the_smallest_number_is_not_trusted():

@@ -14,7 +14,7 @@ from pyro_artransform.diagnostics.convergence import GOOD_RHAT, MANY_DIVERGENT
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.coordinates.centering import non_centered
 from pyro_artransform.model.replay.capture import ReplayError
-from pyro_artransform.sampling import Ensemble, StartError, StopReason, ensemble, target
+from pyro_artransform.sampling import Ensemble, StartError, StopReason, ensemble, starts, target
 from pyro_artransform.sampling.trajectories import share_of_divergent
 from tests.inference import models
 from tests.sampling.densities import (
@@ -118,7 +118,7 @@ def test_uses_that_no_function_of_torch_shows():
         (conjugate, 400, 24, (24, 8)),
         (conjugate, 400, 12, (12, 4)),
         (conjugate, 400, 6, (6, 6)),
-        (models.branching, 400, None, (ensemble.CHAINS_BY_LOOP, 8)),  # by a loop few
+        (models.branching, 400, None, (starts.CHAINS_BY_LOOP, 8)),  # by a loop few
     ],
 )
 def test_numbers_of_chains(model, num_samples, num_chains, expected):
@@ -135,7 +135,9 @@ def test_chains_of_a_superchain_begin_at_one_point():
 
 def test_modes_that_chains_do_not_move_between_end_them(monkeypatch):
     """With a share of each, and where they differ. Proposals are never accepted."""
-    monkeypatch.setattr(ensemble.IndependentProposals, "step", lambda self, target, state: state)
+    monkeypatch.setattr(
+        ensemble.IndependentProposals, "step", lambda self, target, state, *_: state
+    )
     found = ensemble_of(two_modes(2, 20.0, 0.3))
     convergence = found.run(400)
     assert found.end is StopReason.APART

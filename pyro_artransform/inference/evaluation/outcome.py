@@ -9,7 +9,9 @@ from typing import cast
 
 from ..._base.time_limit import INTERRUPTED, OUT_OF_TIME
 from ...diagnostics.checks import Check, FailedCheck
-from ...model.protocols import FlowGuide, MinibatchGuide, PriorGuide
+from ...diagnostics.importance_weights import NUM_DRAWS
+from ...diagnostics.mode_shares import ModeShares
+from ...model.protocols import FlowGuide, GuideOfModes, MinibatchGuide, PriorGuide
 from ..first_draws import FirstDraws
 from ..initialization.start import FAILED
 from ..optimization.schedule import LIMIT
@@ -90,7 +92,15 @@ def _result(
         no_sum=problem.no_sum,
         missing=problem.missing,
     )
+    weights = None
+    if isinstance(guide, GuideOfModes):  # chains may jump to its draws
+        weights = guide.weigh(subject.log_joint, NUM_DRAWS // problem.fewer)
     chains = None if draws is None else draws.finish()
+    modes = None if chains is None else chains.modes
+    # modes may have different numbers of images
+    if weights is not None and not (chains is not None and chains.symmetries):
+        modes = ModeShares(*weights, () if modes is None else modes.names)
+        status = status._replace(modes=modes)
     if not cut_short:  # depends on the final draws
         status = status._replace(remedy=_remedy(problem, draws, num_steps))
     problem.limit.enter_phase(1.0, has_grace=True)
@@ -120,4 +130,5 @@ def _result(
         coordinates=guide.coordinates.centered_by_site() if isinstance(guide, PriorGuide) else {},
         guide_class=type(guide).__name__,
         guide_reason=problem.guide_reason,
+        modes=modes,
     )

@@ -13,6 +13,7 @@ from ..._base.time_limit import abandonable
 from ...diagnostics import Importance, Marginals
 from ...diagnostics.checks import Check, FailedCheck, Verdict, about_draws
 from ...diagnostics.importance_sampling import GOOD_KHAT, GOOD_TAIL
+from ...diagnostics.mode_shares import ModeShares
 from ...diagnostics.psis import round_off_of
 from ...sampling import Ensemble
 from .elements import ElementWeights
@@ -62,6 +63,7 @@ class FitStatus(NamedTuple):
     #: the check that the density of mini-batches is a sum over rows, if it failed; ``None`` if not known
     no_sum: tuple[FailedCheck, ...] | None = ()
     no_chains: str = ""  #: why no chain could start, although chains were wanted; else empty
+    modes: ModeShares | None = None  #: the mass of the guide's components, if it is a mixture
     prior_only: str = ""  #: a sentence on why the posterior is the prior; empty if it is not
 
 
@@ -134,6 +136,8 @@ def _notes(status: FitStatus, has_failed: bool) -> Iterator[str]:
             "Initialization failed, since no Gaussian around a starting point has a finite ELBO: the guide "
             "started from its own initial values."
         )
+    if status.modes is not None:
+        yield f"The guide has a flow for each of {status.modes}; others may exist."
     if status.point_estimates:
         names = first_of(status.point_estimates)
         yield f"The model's own parameters are point estimates ({names}): the verdict is conditional on them."

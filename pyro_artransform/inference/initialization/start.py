@@ -22,7 +22,7 @@ from ...model import LogJoint
 from ...model.coordinates.centering import centered_by_draws
 from ...model.graphs.dependencies import MAX_HALVINGS, value_and_gradient
 from ...model.graphs.sparse_gaussian import SparseGaussian
-from ...model.protocols import FlowGuide, MinibatchGuide, PriorGuide, StructuredGuide
+from ...model.protocols import FlowGuide, GuideOfModes, MinibatchGuide, PriorGuide, StructuredGuide
 from ...sampling import Ensemble
 from ..loader import Batch
 from ..optimization.training import copies, copy_to
@@ -112,13 +112,26 @@ def _start_at_draws(
     density: LogJoint, guide: FlowGuide, ensemble: Ensemble, num_draws: int
 ) -> float:
     """Sets a guide to the best candidate Gaussian; returns its ELBO, or -inf if none has a finite one."""
-    flat = ensemble.draws.flatten(0, 1)
-    count = max(num_draws, DRAWS_BY_DIM * flat.shape[1])
-    u = flat[:: max(len(flat) // count, 1)]
+    u = _thinned(ensemble.draws.flatten(0, 1), num_draws)
     if isinstance(guide, PriorGuide) and guide.chooses_coordinates:
         coordinates = guide.coordinates
         unit = density.with_coordinates(coordinates.non_centered())
         coordinates.set_(centered_by_draws(unit, u), coordinates.unit)
+    if not isinstance(guide, GuideOfModes):
+        return _start_at(density, guide, u, num_draws)
+    for component, part in zip(guide.components, ensemble.parts()):
+        _start_at(density, component, _thinned(part, num_draws), num_draws)
+    guide.weigh(density, num_draws)
+    return _elbo_and_bound(density, guide, num_draws)[0]
+
+
+def _thinned(draws: Tensor, num_draws: int) -> Tensor:
+    """As many of the draws ``(n, D)`` as determine a Gaussian."""
+    return draws[:: max(len(draws) // max(num_draws, DRAWS_BY_DIM * draws.shape[1]), 1)]
+
+
+def _start_at(density: LogJoint, guide: FlowGuide, u: Tensor, num_draws: int) -> float:
+    """Sets a guide to the best Gaussian of unconstrained draws ``(n, D)``; returns as above."""
     z, _ = density.from_unconstrained(u)
     _, gradients = value_and_gradient(density, z)
     is_finite = (z.isfinite() & gradients.isfinite()).all(-1)

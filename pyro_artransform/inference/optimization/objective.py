@@ -21,7 +21,7 @@ from ...model import LogJoint
 from ...model.draw_plate import DrawPlate, GuideSampler
 from ...model.handlers import SiteLogProbs, traced_parameters
 from ...model.masked_latents import UnmaskedLatents
-from ...model.protocols import MinibatchGuide, ReparametrizedGuide
+from ...model.protocols import GuideOfModes, MinibatchGuide, ReparametrizedGuide
 from ...model.replay.capture import CapturedLoss
 from ...model.run_once import quietly, run_once
 from ...model.traces import plate_nesting
@@ -89,7 +89,10 @@ class Objective(Protocol):
 
 @dataclass
 class _PathTerms:
-    """log q - log p at draws of a guide, with the path gradient; apart, so that captures form no cycle."""
+    """log q - log p at draws of a guide, with the path gradient; apart, so that captures form no cycle.
+
+    Components of a guide of modes have as many draws each, and their own densities: each learns its mode.
+    """
 
     log_joint: LogJoint
     guide: ReparametrizedGuide
@@ -98,7 +101,11 @@ class _PathTerms:
         self.last = self.log_joint.start[None]  #: the last draws
 
     def __call__(self, num_particles: int) -> Tensor:
-        z, log_q = self.guide.rsample_and_log_prob(num_particles, path=True)
+        guide = self.guide
+        parts = guide.components if isinstance(guide, GuideOfModes) else [guide]
+        count = -(-num_particles // len(parts))
+        drawn = [part.rsample_and_log_prob(count, path=True) for part in parts]
+        z, log_q = drawn[0] if len(drawn) == 1 else map(torch.cat, zip(*drawn))
         self.last = z.detach()
         return log_q - self.log_joint(z)
 
