@@ -29,8 +29,10 @@ class FirstDraws:
         guide, ``None`` for 400, or 100 by loop.
     """
 
-    def __init__(self, problem: Problem, log_joint: LogJoint, requested: int | None) -> None:
-        self._problem, self._log_joint = problem, log_joint
+    def __init__(
+        self, problem: Problem, log_joint: LogJoint, requested: int | None, *, relabel: bool = True
+    ) -> None:
+        self._problem, self._log_joint, self._relabel = problem, log_joint, relabel
         self.is_requested, self.gives_draws = bool(requested), requested != 0
         is_loop = log_joint.strategy == "loop"
         usual = _NUM_FOR_START if is_loop or requested == 0 else _NUM_DRAWS
@@ -41,7 +43,7 @@ class FirstDraws:
         self._reason, self._seconds = "", 0.0
 
     @classmethod
-    def of_fit(cls, problem: Problem, requested: int | None) -> "FirstDraws | None":
+    def of_fit(cls, problem: Problem, requested: int | None, relabel: bool) -> "FirstDraws | None":
         """The chains of a fit, if the density is a deterministic function of all data.
 
         :raises ValueError: if draws are requested of another density.
@@ -57,7 +59,7 @@ class FirstDraws:
             return None
         if problem.point_estimates and requested is None:
             requested = 0
-        return cls(problem, problem.subject.log_joint, requested)
+        return cls(problem, problem.subject.log_joint, requested, relabel=relabel)
 
     @property
     def until(self) -> float:
@@ -106,4 +108,4 @@ class FirstDraws:
             self.ensemble.propose_from(guide, problem.subject.log_joint)
             self.ensemble.run(self._num_draws, **self._most)
         of_run = self._num_draws, self._seconds, self._reason
-        return chains_of(self.ensemble, *of_run, problem.prior_only)
+        return chains_of(self.ensemble, *of_run, problem.prior_only, relabel=self._relabel)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch.distributions import Distribution
 
-from .._base.arguments import check_callable, check_integer
+from .._base.arguments import check_callable, check_flag, check_integer
 from .._base.check_call import check_call
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
@@ -41,6 +41,7 @@ def fit(
     loader: Iterable[Any] | None = None,
     epochs: int | None = None,
     draws: int | None = None,
+    relabel: bool = True,
     max_seconds: float | None = None,
     **kwargs: Any,
 ) -> FitResult:
@@ -105,6 +106,7 @@ def fit(
         through its arguments, or 100 if it runs for one draw at a time, and fewer if the limit on
         trajectories is reached. With 0, shorter chains only initialize the guide, and no draws are returned.
         With a ``loader`` the default is none, since each gradient is a pass over it.
+    :param relabel: as for :func:`~pyro_artransform.mcmc`. The guide has one image in either case.
     :param max_seconds: the wall time of the whole fit. The verdict, and the graph search of
         ``AutoStructuredFlow``, may exceed it.
     :param kwargs: the keyword arguments of model and guide; with a loader, those of every batch.
@@ -173,6 +175,7 @@ def fit(
     for name, count in {**positive, "draws": draws, "seed": seed}.items():
         if count is not None:
             check_integer(name, count, least=int(name in positive))
+    check_flag("relabel", relabel)
     check_call(fit, model, args if loader is None else None, kwargs)
     if callback is not None:
         check_callable("callback", callback, "a function")
@@ -206,7 +209,7 @@ def fit(
             num_particles=num_particles,
         )
         bar.say("start")
-        first = FirstDraws.of_fit(problem, draws)
+        first = FirstDraws.of_fit(problem, draws, relabel)
         if resume is None:
             training = initial_training(problem, first)
         else:

@@ -20,6 +20,7 @@ from ..model.symmetries import ROTATION, Symmetry
 from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data
 from .ensemble import Ensemble, StopReason
+from .images import random_images
 from .trajectories import energy_bfmi, share_of_divergent
 
 _LOW_BFMI = 0.3  # Stan's threshold for E-BFMI
@@ -177,15 +178,24 @@ def known(model: Any) -> Any:
 
 
 def chains_of(
-    ensemble: Ensemble, num_samples: int, seconds: float, reason: str, prior_only: str
+    ensemble: Ensemble,
+    num_samples: int,
+    seconds: float,
+    reason: str,
+    prior_only: str,
+    *,
+    relabel: bool = True,
 ) -> Chains:
     """The draws of an ensemble with diagnostics and a verdict; ``reason`` is why time ran out, if so.
 
     :param prior_only: a sentence on why the posterior is the prior; empty if it is not.
+    :param relabel: whether draws of a posterior with symmetries are those of the ensemble, or random images.
     """
     convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
     count, size, dim = ensemble.draws.shape
     flat = ensemble.draws.reshape(-1, dim)
+    if not relabel and ensemble.symmetries:
+        flat = random_images(ensemble.symmetries, latents, flat)[0](flat)
     values = latents.constrain(flat)
     chosen = torch.randperm(len(flat), device=flat.device)[:num_samples]
     infos = ensemble.infos
@@ -199,7 +209,7 @@ def chains_of(
             f"{float(convergence.bulk.min()):,.0f} effective draws of the worst latent, R-hat at most "
             f"{float(convergence.rhat.max()):.3f}, from {count} chains of {size} draws."
         ),
-        notes=tuple(_notes(ensemble, median_bfmi)),
+        notes=tuple(_notes(ensemble, median_bfmi, relabel)),
         of="draws",
     )
     return Chains(
@@ -279,9 +289,9 @@ def _causes(ensemble: Ensemble) -> Iterable[FailedCheck]:
     return jumps or Check.UNDETERMINED.apply(names=[name_of(i) for i in ensemble.undetermined()])
 
 
-def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:
+def _notes(ensemble: Ensemble, bfmi: float, relabel: bool) -> Iterable[str]:
     """Remarks that are not failed checks."""
-    yield from _about_symmetries(ensemble)
+    yield from _about_symmetries(ensemble, relabel)
     if (modes := ensemble.mode_shares()) is not None and ensemble.convergence().has_mixed:
         yield f"Chains move between {modes}; others may exist."
     if ensemble.left_out:
@@ -299,7 +309,7 @@ def _notes(ensemble: Ensemble, bfmi: float) -> Iterable[str]:
         yield f"The median E-BFMI is {bfmi:.2f}: the chains explore the tails slowly."
 
 
-def _about_symmetries(ensemble: Ensemble) -> Iterable[str]:
+def _about_symmetries(ensemble: Ensemble, relabel: bool) -> Iterable[str]:
     """The symmetries of the posterior, and what draws and single components mean."""
     draws, latents = ensemble.draws.flatten(0, 1), ensemble.log_joint.latents
     uncertainties = [0.0] * len(ensemble.symmetries)
@@ -308,7 +318,7 @@ def _about_symmetries(ensemble: Ensemble) -> Iterable[str]:
     for symmetry, uncertainty in zip(ensemble.symmetries, uncertainties):
         shown = "chains move between all images, and draws are of all of them"
         if to_image is not None:
-            shown = "draws are shown in one image"
+            shown = f"draws are shown in {'one image' if relabel else 'random images'}"
         yield f"The posterior is the same under {symmetry}: {shown}."
         if symmetry.kind == ROTATION:
             names = " and ".join(name for name, _ in symmetry.slots)
@@ -316,7 +326,7 @@ def _about_symmetries(ensemble: Ensemble) -> Iterable[str]:
                 f"Single entries of {names} have no meaning, but products along that dimension have, and "
                 "R-hat is of these."
             )
-        elif uncertainty > _OVERLAP:
+        elif uncertainty > _OVERLAP and relabel:
             yield (
                 f"Components overlap, since {100 * uncertainty:.2g} % of their labels are uncertain: "
                 "marginals of single components mean little. Sorted components and predictions do not "

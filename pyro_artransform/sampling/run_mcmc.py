@@ -10,7 +10,7 @@ import torch
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
-from .._base.arguments import check_callable, check_integer
+from .._base.arguments import check_callable, check_flag, check_integer
 from .._base.check_call import check_call
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
@@ -30,6 +30,7 @@ def mcmc(
     draws: int = 400,
     init_loc_fn: Callable[[Any], Tensor] = init_to_median,
     num_chains: int | None = None,
+    relabel: bool = True,
     seed: int | None = None,
     progress: bool = True,
     max_seconds: float | None = None,
@@ -56,6 +57,9 @@ def mcmc(
     :param num_chains: the number of chains, at least 4. By default one per 12 draws, between 16 and 64, fewer
         if evaluating many draws at once is slow, and 8 if the model runs for one draw at a time. Superchains
         have 8 chains, or 4, if that divides the number; otherwise each chain is its own superchain.
+    :param relabel: whether draws of a posterior with symmetries, such as exchangeable components, are in one
+        of its images (``docs/chains.md``). Otherwise each draw is in a random one, so that draws are of the
+        whole posterior; R-hat and effective sample sizes are the same.
     :param seed: makes the draws reproducible and restores the generators afterwards.
     :param progress: whether to show a progress bar.
     :param max_seconds: the wall time after which chains end with the draws so far.
@@ -90,6 +94,7 @@ def mcmc(
     if seed is not None:
         check_integer("seed", seed, 0)
     check_callable("init_loc_fn", init_loc_fn, "a function of Pyro's autoguide initialization")
+    check_flag("relabel", relabel)
     check_call(mcmc, model, args, kwargs)
     with (
         alone("mcmc"),
@@ -105,7 +110,7 @@ def mcmc(
         ensemble.run(draws)
         reason = limit.reason
         limit.enter_phase(1.0, has_grace=True)
-        chains = chains_of(ensemble, draws, limit.seconds, reason, prior_only)
+        chains = chains_of(ensemble, draws, limit.seconds, reason, prior_only, relabel=relabel)
         return chains.with_model(model)
 
 

@@ -99,3 +99,28 @@ def test_the_evidence_is_of_one_image(tmp_path):
     assert "of one of 2 images: add 0.693 for all" in repr(result)
     result.chains.save(tmp_path / "chains.pt")
     assert Chains.load(tmp_path / "chains.pt").symmetries == result.symmetries
+
+
+@pytest.mark.parametrize("by", [mcmc, fit])
+def test_draws_of_the_whole_posterior(by):
+    """Each is in a random image, so that components have the same marginals."""
+    options = {"num_steps": 1, "progress": False} if by is fit else {}
+    model = mixture(4.0)
+    found = [by(model, draws=400, seed=0, relabel=each, **options) for each in (True, False)]
+    named, whole = (each.chains if by is fit else each for each in found)
+    assert "draws are shown in random images" in whole.verdict
+    assert (named.max_rhat, named.min_ess) == (whole.max_rhat, whole.min_ess)
+    mu = whole.by_chain["mu"].flatten(0, 1)
+    w = whole.by_chain["w"].flatten(0, 1)
+    is_first = mu[:, 0] < 0
+    # five standard errors of independent labels
+    assert float(is_first.double().mean()) == pytest.approx(0.5, abs=2.5 / len(mu) ** 0.5)
+    # the component of two thirds of the rows is below zero, with a weight above a half in 98 % of the draws
+    is_heavier = w[:, 0] > w[:, 1]
+    assert float((is_heavier == is_first).double().mean()) > 0.95
+    assert torch.allclose(mu.sort(-1).values, named.by_chain["mu"].flatten(0, 1).sort(-1).values)
+
+
+def test_relabel_is_a_flag():
+    with pytest.raises(ValueError, match="relabel: expected True or False, got 1"):
+        mcmc(exchangeable, relabel=1)
