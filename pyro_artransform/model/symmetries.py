@@ -22,8 +22,9 @@ from .sites import Latents
 
 # most sites of a candidate, and most candidates
 _MOST_SITES, _MOST_CANDIDATES = 6, 300
-# draws at which candidates are compared with the identity, and as many points elsewhere
-_NUM_DRAWS = 4
+# points anywhere at which candidates are compared with the identity, and draws: at least one of each start,
+# since near one mode a posterior may be symmetric although it has others
+_NUM_POINTS, _NUM_DRAWS = 4, 16
 # nats by which the median density of draws may change, if round-off of a large one is no tighter bound
 _MOST_NATS = 0.1
 # components up to which all permutations of a draw are compared; beyond, pairs are exchanged while that helps
@@ -79,12 +80,12 @@ class Symmetry:
             found += [*(identity - 2 * identity[:, :, None] * identity[:, None])]
         return torch.stack(found)
 
-    def spread(self, count: int, like: Tensor, *, is_random: bool = False) -> Tensor:
+    def spread(self, count: int, like: Tensor) -> Tensor:
         """Elements ``(count, K, K)`` among which each component has many places, or both signs.
 
-        They are the same in each call, unless they are to be random.
+        They are the same in each call.
         """
-        identity, own = self._identity(like), None if is_random else _own_numbers()
+        identity, own = self._identity(like), _own_numbers()
         if self.kind == ROTATION:
             normal = torch.randn(
                 (count, *identity.shape), generator=own, dtype=like.dtype, device="cpu"
@@ -99,6 +100,18 @@ class Symmetry:
             uniform = torch.rand(half, generator=own, dtype=like.dtype, device="cpu")
             signs = torch.where(uniform < 0.5, -1.0, 1.0).to(like)
             found = found * torch.stack([signs, -signs], 1).flatten(0, 1)[:count, :, None]
+        return found
+
+    def random(self, count: int, like: Tensor) -> Tensor:
+        """Independent elements ``(count, K, K)``, uniform in the group."""
+        found = self._identity(like).expand(count, -1, -1)
+        if self.kind == ROTATION:
+            factor, upper = torch.linalg.qr(torch.randn_like(found))
+            return factor * upper.diagonal(dim1=1, dim2=2).sign()[:, None]
+        if self.kind != SIGN:
+            found = found[0][torch.rand_like(found[..., 0]).argsort(1)]
+        if self.kind != PERMUTATION:
+            found = found * torch.rand_like(found[..., :1]).sub(0.5).sign()
         return found
 
     def _identity(self, like: Tensor) -> Tensor:
@@ -182,7 +195,7 @@ def find_symmetries(
     :return: symmetries none of which contains another one of its kind.
     """
     # near modes, components may be so far apart that their weights do not matter
-    shape = _NUM_DRAWS, latents.latent_dim
+    shape = _NUM_POINTS, latents.latent_dim
     uniform = torch.rand(shape, generator=_own_numbers(), dtype=u.dtype, device="cpu")
     anywhere = 4 * uniform.to(u.device) - 2
     compared = _Comparison(log_density, latents, torch.cat([anywhere, _some(u, _NUM_DRAWS)]))
@@ -216,7 +229,7 @@ def confirmed(
 
     A density of millions of nats, as where draws are spread out, has a round-off of nats.
     """
-    compared = _Comparison(log_density, latents, _some(u, 2 * _NUM_DRAWS))
+    compared = _Comparison(log_density, latents, _some(u, _NUM_DRAWS))
     return tuple(s for s in symmetries if compared.holds(s, _MOST_NATS))
 
 

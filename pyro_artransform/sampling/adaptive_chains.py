@@ -161,12 +161,12 @@ class AdaptiveChains:
         u = self.log_joint.to_unconstrained(usable.latent)[0].unique(dim=0)
         return self.log_joint.with_coordinates(None), self.log_joint.latents, u
 
-    def _move_to_one_image(self, to_image: Relabelling | None = None) -> None:
+    def _move_to_one_image(self) -> None:
         """Moves chains to images that are near to each other; during adaptation only, to stay exact."""
         if self.symmetries:
             u = self.log_joint.to_unconstrained(self._state.latent)[0]
             latents = self.log_joint.latents
-            to_image = to_image or Relabelling.of(self.symmetries, latents.constrain(u))
+            to_image = Relabelling.of(self.symmetries, latents.constrain(u))
             self._state = self._mapped(partial(to_image.of_latents, latents), self._state)
 
     def _to_base(self, u: Tensor) -> Tensor:
@@ -243,8 +243,10 @@ class AdaptiveChains:
             self._integrator,
         )
         if self._proposals is not None:
-            given = self.symmetries, self.log_joint.latents, self._state.base
-            maps = [partial(self._mapped, image) for image in random_images(*given)]
+            maps = list[Callable[[State], State]]()
+            if self._count % 2:  # modes that are their own images need no others
+                given = self.symmetries, self.log_joint.latents, self._state.base
+                maps = [partial(self._mapped, image) for image in random_images(*given)]
             self._state = self._proposals.step(self._target, self._state, *maps)
         return info
 

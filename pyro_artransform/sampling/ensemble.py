@@ -297,7 +297,7 @@ class Ensemble(AdaptiveChains):
         """A second warm-up, since the first one ended before chains were in the posterior."""
         self._has_adapted_again = True
         if self.modes is not None:
-            last = self.draws[:, -self._num_recent :].flatten(0, 1)
+            last = self._raw[:, -self._num_recent :].flatten(0, 1)
             group = self.modes.nearest(last).reshape(self.num_chains, -1)
             self._propose(group, self.modes.shares_of(last))
         before = self._blocks, self._infos
@@ -378,7 +378,7 @@ class Ensemble(AdaptiveChains):
 
     def _propose(self, group: Tensor, share: Tensor) -> None:
         """Lets chains jump between groups of the last draws ``(C, n)``, proposed by their shares."""
-        recent = self.draws[:, -self._num_recent :]
+        recent = self._raw[:, -self._num_recent :]
         group = group[:, -recent.shape[1] :]
         recent = self._to_base(recent.flatten(0, 1)).view_as(recent)
         groups = group.unique()
@@ -386,7 +386,6 @@ class Ensemble(AdaptiveChains):
         self._proposals = IndependentProposals.at_modes(
             parts, share[groups].clamp_min(_LEAST_SHARE)
         )
-        self._move_to_one_image(self.to_image)
 
 
 def _count(latents: Tensor) -> int:

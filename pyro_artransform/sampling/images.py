@@ -53,7 +53,7 @@ def random_images(
 ) -> list[Callable[[Tensor], Tensor]]:
     """Maps as many unconstrained points as ``draws`` ``(C, D)`` to random images, and back; none without
     symmetries."""
-    pairs = [(s, s.spread(len(draws), draws, is_random=True)) for s in symmetries]
+    pairs = [(s, s.random(len(draws), draws)) for s in symmetries]
     inverse = [(symmetry, elements.mT) for symmetry, elements in reversed(pairs)]
     return [partial(_image, latents, each) for each in (pairs, inverse) if each]
 

@@ -145,3 +145,20 @@ def test_a_symmetry_says_what_it_is():
     assert str(symmetry) == (
         "the 48 permutations and changes of sign of dimension -1 of w and dimensions -2 and -1 of rows"
     )
+
+
+@pytest.mark.parametrize("kind", ["permutation", "sign", "signed permutation", "rotation"])
+def test_random_elements_are_uniform(kind):
+    symmetry, like = Symmetry(kind, (("z", (-1,)),), 3), torch.zeros(1)
+    found = symmetry.random(6000, like)
+    identity = torch.eye(3)
+    assert torch.allclose(found @ found.mT, identity.expand(6000, 3, 3), atol=1e-5)
+    # uniform elements times another one are uniform: each entry of a product has the same mean square
+    square = 1 / 3 * torch.ones(3, 3) if kind != "sign" else identity
+    assert torch.allclose(found.square().mean(0), square, atol=0.03)
+    mean = square if kind == "permutation" else torch.zeros(3, 3)
+    assert torch.allclose(found.mean(0), mean, atol=0.06)
+    if kind == "permutation":
+        orders = (found @ torch.tensor([1.0, 10.0, 100.0])).unique(dim=0, return_counts=True)[1]
+        # five standard errors of a sixth of so many
+        assert orders.tolist() == pytest.approx([1000] * 6, abs=5 * (6000 * 5 / 36) ** 0.5)

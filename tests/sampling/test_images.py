@@ -101,6 +101,25 @@ def test_the_evidence_is_of_one_image(tmp_path):
     assert Chains.load(tmp_path / "chains.pt").symmetries == result.symmetries
 
 
+def test_symmetry_of_one_mode_is_none_of_the_posterior():
+    """A rotation leaves the larger of two modes as it is; chains must not be rotated out of the other one."""
+    locs, shares = torch.tensor([[0.0, 0.0], [14.0, 14.0]]), torch.tensor([0.7, 0.3])
+    parts = dist.MixtureSameFamily(
+        dist.Categorical(shares), dist.Normal(locs, 1.0).to_event(1), validate_args=False
+    )
+
+    def model():
+        prior = dist.Normal(torch.zeros(2), 10.0).to_event(1)
+        z = pyro.sample("z", prior)
+        pyro.factor("likelihood", parts.log_prob(z) - prior.log_prob(z))
+
+    for seed in range(3):
+        chains = mcmc(model, draws=400, seed=seed)
+        assert [s.kind for s in chains.symmetries] == ["permutation"]
+        share = float((chains.by_chain["z"][..., 0] > 7).double().mean())
+        assert share == pytest.approx(0.3, abs=4 * (0.21 / 400) ** 0.5)
+
+
 @pytest.mark.parametrize("by", [mcmc, fit])
 def test_draws_of_the_whole_posterior(by):
     """Each is in a random image, so that components have the same marginals."""
