@@ -296,7 +296,7 @@ class Ensemble(AdaptiveChains):
     def _adapt_again(self) -> None:
         """A second warm-up, since the first one ended before chains were in the posterior."""
         self._has_adapted_again = True
-        if self.modes is not None:
+        if self.modes is not None and not self.symmetries:  # otherwise draws are in several images
             last = self._raw[:, -self._num_recent :].flatten(0, 1)
             group = self.modes.nearest(last).reshape(self.num_chains, -1)
             self._propose(group, self.modes.shares_of(last))
