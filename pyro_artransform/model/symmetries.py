@@ -294,7 +294,11 @@ def _contains(slots: tuple[Slot, ...], kind: str, other: Symmetry) -> bool:
         return False
     if kind == SIGN and not slots[0][1]:  # all components at once
         return {name for name, _ in other.slots} <= {name for name, _ in slots}
-    return {*other.slots} <= {*slots}
+    return {*_dimensions(other.slots)} <= {*_dimensions(slots)}
+
+
+def _dimensions(slots: tuple[Slot, ...]) -> Iterator[tuple[str, int | None]]:
+    return ((name, dim) for name, dims in slots for dim in dims or (None,))
 
 
 def _assigned(gain: Tensor) -> Tensor:

@@ -59,11 +59,19 @@ def signs():
     pyro.factor("f", -((a[..., 0] ** 2 - 1) ** 2) - (a[..., 1] - 1) ** 2 - a[..., 3] ** 4)
 
 
+def cells():
+    pyro.sample("cells", dist.Gamma(torch.full((3, 3), 2.0), 1.0).to_event(2))
+
+
 def slot(name, *dims):
     return name, dims
 
 
 CASES = {
+    "rows and columns": (
+        cells,
+        {Symmetry(PERMUTATION, (slot("cells", dim),), 3) for dim in (-2, -1)},
+    ),
     "mixture": (mixture, {Symmetry(PERMUTATION, (slot("w", -1), slot("mu", -1)), 3)}),
     "rotation": (factors, {Symmetry(ROTATION, (slot("u", -1), slot("v", -1)), 2)}),
     "scales": (
