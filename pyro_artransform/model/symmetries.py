@@ -68,17 +68,18 @@ class Symmetry:
         count = "" if self.kind == ROTATION else f"{self.num_images:,} "
         return f"the {count}{_WORDS[self.kind]} {' and '.join(map(_named, self.slots))}"
 
-    def generators(self, like: Tensor) -> Tensor:
-        """Matrices ``(m, K, K)`` that generate the group; one rotation, as others would be no other test."""
+    def generators(self, like: Tensor) -> Iterator[Tensor]:
+        """Matrices ``(K, K)`` that generate the group; one rotation, as others would be no other test."""
         if self.kind == ROTATION:
-            return self.spread(1, like)
-        identity, found = self._identity(like), list[Tensor]()
+            yield from self.spread(1, like)
+            return
+        identity = self._identity(like)
         if self.kind != SIGN:
-            swapped = torch.cat([identity[:2].flip(0), identity[2:]])
-            found += [swapped, identity.roll(1, 0)]
+            yield torch.cat([identity[:2].flip(0), identity[2:]])
+            yield identity.roll(1, 0)
         if self.kind != PERMUTATION:
-            found += [*(identity - 2 * identity[:, :, None] * identity[:, None])]
-        return torch.stack(found)
+            for row in identity:
+                yield identity - 2 * row.diag()
 
     def spread(self, count: int, like: Tensor) -> Tensor:
         """Elements ``(count, K, K)`` among which each component has many places, or both signs.
@@ -263,19 +264,20 @@ class _Comparison:
             return ()
         first = {name: value[:1] for name, value in self._values.items()}
         like = self._expected
-        images = [c.applied(first, c.generators(like)[:1]) for c in candidates]
+        images = [c.applied(first, next(c.generators(like))[None]) for c in candidates]
         density = self._density({k: torch.cat([i[k] for i in images]) for k in first})
         is_same = (density - self._expected[0]).abs() <= self._slack[0]
         return itertools.compress(candidates, is_same.tolist())
 
     def holds(self, symmetry: Symmetry, most: float = math.inf) -> bool:
         """Whether all generators keep the density of all draws, and that of the median draw by nats."""
-        count, generators = len(self._expected), symmetry.generators(self._expected)
-        repeated = {
-            k: v.repeat(len(generators), *(1,) * (v.dim() - 1)) for k, v in self._values.items()
-        }
-        density = self._density(symmetry.applied(repeated, generators.repeat_interleave(count, 0)))
-        change = (density.view(-1, count) - self._expected).abs()
+        generators = symmetry.generators(self._expected)
+        return all(self._keeps_density(symmetry, generator, most) for generator in generators)
+
+    def _keeps_density(self, symmetry: Symmetry, element: Tensor, most: float) -> bool:
+        elements = element.expand(len(self._expected), -1, -1)
+        density = self._density(symmetry.applied(self._values, elements))
+        change = (density - self._expected).abs()
         return bool((change <= self._slack).all() and change.median() <= most)
 
 
@@ -307,7 +309,11 @@ def _contains(slots: tuple[Slot, ...], kind: str, other: Symmetry) -> bool:
         return False
     if kind == SIGN and not slots[0][1]:  # all components at once
         return {name for name, _ in other.slots} <= {name for name, _ in slots}
-    return {*other.slots} <= {*slots}
+    return {*_dimensions(other.slots)} <= {*_dimensions(slots)}
+
+
+def _dimensions(slots: tuple[Slot, ...]) -> Iterator[tuple[str, int | None]]:
+    return ((name, dim) for name, dims in slots for dim in dims or (None,))
 
 
 def _assigned(gain: Tensor) -> Tensor:

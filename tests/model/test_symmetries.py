@@ -59,11 +59,19 @@ def signs():
     pyro.factor("f", -((a[..., 0] ** 2 - 1) ** 2) - (a[..., 1] - 1) ** 2 - a[..., 3] ** 4)
 
 
+def cells():
+    pyro.sample("cells", dist.Gamma(torch.full((3, 3), 2.0), 1.0).to_event(2))
+
+
 def slot(name, *dims):
     return name, dims
 
 
 CASES = {
+    "rows and columns": (
+        cells,
+        {Symmetry(PERMUTATION, (slot("cells", dim),), 3) for dim in (-2, -1)},
+    ),
     "mixture": (mixture, {Symmetry(PERMUTATION, (slot("w", -1), slot("mu", -1)), 3)}),
     "rotation": (factors, {Symmetry(ROTATION, (slot("u", -1), slot("v", -1)), 2)}),
     "scales": (
@@ -102,6 +110,12 @@ def test_a_symmetry_up_to_the_round_off_of_a_large_density_is_not_confirmed():
     known = density_and_draws(model)
     assert find_symmetries(*known)
     assert confirmed(find_symmetries(*known), *known) == ()
+
+
+def test_many_components_are_compared_in_the_memory_of_one_matrix():
+    locs = torch.arange(2000.0)  # the sign of the first one may change
+    known = density_and_draws(lambda: pyro.sample("z", dist.Normal(locs, 1.0).to_event(1)))
+    assert find_symmetries(*known) == ()
 
 
 def test_permutations_with_signs_are_confirmed_by_both():
