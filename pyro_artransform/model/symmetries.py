@@ -25,8 +25,10 @@ _MOST_SITES, _MOST_CANDIDATES = 6, 300
 # points anywhere at which candidates are compared with the identity, and draws: at least one of each start,
 # since near one mode a posterior may be symmetric although it has others
 _NUM_POINTS, _NUM_DRAWS = 4, 16
-# nats by which the median density of draws may change, if round-off of a large one is no tighter bound
-_MOST_NATS = 0.1
+# nats by which the density of draws may change, and that of the median draw, unless round-off is larger
+_LEAST_NATS, _MOST_NATS = 1e-3, 0.1
+# relative rounding of values, such as entries of a simplex next to zero, above which a draw is not compared
+_ROUNDED = 1e-4
 # components up to which all permutations of a draw are compared; beyond, pairs are exchanged while that helps
 _ENUMERATED = 6
 _AT_ONCE = 2**22  # numbers in a table of costs
@@ -199,7 +201,7 @@ def find_symmetries(
     shape = _NUM_POINTS, latents.latent_dim
     uniform = torch.rand(shape, generator=_own_numbers(), dtype=u.dtype, device="cpu")
     anywhere = 4 * uniform.to(u.device) - 2
-    compared = _Comparison(log_density, latents, torch.cat([anywhere, _some(u, _NUM_DRAWS)]))
+    compared = _Comparison(log_density, latents, _some(u, _NUM_DRAWS), anywhere)
     found, left = list[Symmetry](), _MOST_CANDIDATES
     for count in range(1, _MOST_SITES + 1):
         candidates = [*itertools.islice(_candidates(latents, found, count), left)]
@@ -230,7 +232,7 @@ def confirmed(
 
     A density of millions of nats, as where draws are spread out, has a round-off of nats.
     """
-    compared = _Comparison(log_density, latents, _some(u, _NUM_DRAWS))
+    compared = _Comparison(log_density, latents, _some(u, _NUM_DRAWS), u[:0])
     return tuple(s for s in symmetries if compared.holds(s, _MOST_NATS))
 
 
@@ -240,23 +242,31 @@ def _some(u: Tensor, count: int) -> Tensor:
 
 
 class _Comparison:
-    """Compares the density of draws with that of their images, on the constrained space."""
+    """Compares the density of draws and other points with that of their images, on the constrained space."""
 
     def __init__(
-        self, log_density: Callable[[Tensor], Tensor], latents: Latents, u: Tensor
+        self,
+        log_density: Callable[[Tensor], Tensor],
+        latents: Latents,
+        draws: Tensor,
+        others: Tensor,
     ) -> None:
         self._log_density, self._latents = log_density, latents
-        values = latents.constrain(u)
-        expected = self._density(values)
-        is_usable = expected.isfinite()
+        values = latents.constrain(torch.cat([others, draws]))
+        expected, is_exact = self._density(values)
+        slack = torch.finfo(expected.dtype).eps ** (2 / 3) * (1 + expected.abs())
+        slack[len(others) :].clamp_(min=_LEAST_NATS)
+        is_usable = expected.isfinite() & is_exact
         self._values = {name: value[is_usable] for name, value in values.items()}
-        self._expected = expected[is_usable]
-        eps = torch.finfo(self._expected.dtype).eps ** (2 / 3)
-        self._slack = eps * (1 + self._expected.abs())
+        self._expected, self._slack = expected[is_usable], slack[is_usable]
 
-    def _density(self, values: Values) -> Tensor:
+    def _density(self, values: Values) -> tuple[Tensor, Tensor]:
+        """The log densities ``(n,)``, and whether values survive the map to the unconstrained space."""
         u = self._latents.unconstrain(values)
-        return self._log_density(u) - self._latents.constrain_with_ladj(u)[1]
+        again, ladj = self._latents.constrain_with_ladj(u)
+        errors = [(again[k] - v).abs() > _ROUNDED * v.abs() for k, v in values.items()]
+        is_exact = ~torch.stack([error.reshape(len(u), -1).any(1) for error in errors]).any(0)
+        return self._log_density(u) - ladj, is_exact
 
     def hold_at_first(self, candidates: Sequence[Symmetry]) -> Iterable[Symmetry]:
         """Those candidates whose first generator keeps the density of the first draw."""
@@ -265,7 +275,7 @@ class _Comparison:
         first = {name: value[:1] for name, value in self._values.items()}
         like = self._expected
         images = [c.applied(first, next(c.generators(like))[None]) for c in candidates]
-        density = self._density({k: torch.cat([i[k] for i in images]) for k in first})
+        density, _ = self._density({k: torch.cat([i[k] for i in images]) for k in first})
         is_same = (density - self._expected[0]).abs() <= self._slack[0]
         return itertools.compress(candidates, is_same.tolist())
 
@@ -276,9 +286,9 @@ class _Comparison:
 
     def _keeps_density(self, symmetry: Symmetry, element: Tensor, most: float) -> bool:
         elements = element.expand(len(self._expected), -1, -1)
-        density = self._density(symmetry.applied(self._values, elements))
-        change = (density - self._expected).abs()
-        return bool((change <= self._slack).all() and change.median() <= most)
+        density, is_exact = self._density(symmetry.applied(self._values, elements))
+        change, slack = (density - self._expected).abs()[is_exact], self._slack[is_exact]
+        return bool(len(change) and (change <= slack).all() and change.median() <= most)
 
 
 def _candidates(latents: Latents, found: Sequence[Symmetry], count: int) -> Iterator[Symmetry]:

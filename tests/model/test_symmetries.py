@@ -112,6 +112,17 @@ def test_a_symmetry_up_to_the_round_off_of_a_large_density_is_not_confirmed():
     assert confirmed(find_symmetries(*known), *known) == ()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_draws_next_to_the_edge_of_a_simplex_do_not_hide_a_symmetry(dtype):
+    """Rounding leaves nothing of entries of 1e-15, of which others become sums when they are permuted."""
+    torch.set_default_dtype(dtype)
+    log_joint, latents, u = density_and_draws(mixture)
+    u = torch.cat([20 * u, u])
+    found = find_symmetries(log_joint, latents, u)
+    assert {*found} == CASES["mixture"][1]
+    assert confirmed(found, log_joint, latents, u) == found
+
+
 def test_many_components_are_compared_in_the_memory_of_one_matrix():
     locs = torch.arange(2000.0)  # the sign of the first one may change
     known = density_and_draws(lambda: pyro.sample("z", dist.Normal(locs, 1.0).to_event(1)))
