@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
-PAGES = ("case_studies", "guide_by_hand")
+PAGES = ("case_studies", "guide_by_hand", "symmetric_posteriors")
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 

@@ -164,7 +164,8 @@ class MixtureGuide(AutoIAF):
         weights = share @ ratios
         flows.log_weights.copy_(weights.clamp_min(torch.finfo(weights.dtype).tiny).log())
         by_stratum = (ratios * (share - weights[:, None])).unflatten(1, (count, -1))
-        return weights, (by_stratum.shape[-1] * by_stratum.var(-1)).sum(1).sqrt()
+        se = (by_stratum.shape[-1] * by_stratum.var(-1)).sum(1).sqrt()
+        return weights, se.clamp_min(torch.finfo(se.dtype).eps ** 0.5)
 
     # Starts of a fit
 

@@ -68,7 +68,9 @@ class Symmetry:
 
     def __str__(self) -> str:
         count = "" if self.kind == ROTATION else f"{self.num_images:,} "
-        return f"the {count}{_WORDS[self.kind]} {' and '.join(map(_named, self.slots))}"
+        *others, last = map(_named, self.slots)
+        slots = f"{', '.join(others)} and {last}" if others else last
+        return f"the {count}{_WORDS[self.kind]} {slots}"
 
     def generators(self, like: Tensor) -> Iterator[Tensor]:
         """Matrices ``(K, K)`` that generate the group; one rotation, as others would be no other test."""
