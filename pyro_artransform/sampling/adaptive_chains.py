@@ -22,7 +22,7 @@ from ..model.symmetries import Symmetry, confirmed, find_symmetries
 from .adaptation import StepSize, TrajectoryLength
 from .conditional_gaussian import MOST_GLOBALS, ConditionalGaussian, LatentGaussianField
 from .images import random_images
-from .modes import IndependentProposals, lost_chains
+from .modes import MOVES, STUCK, IndependentProposals, lost_chains
 from .preconditioning import Preconditioner, fisher_divergence
 from .starts import StartError, check_has_gradient, initial_ascent, overdispersed, select_dispersed
 from .target import State, TransformedDensity, identity
@@ -68,6 +68,10 @@ class AdaptiveChains:
         self._has_begun = False
         self._field: tuple[LogJoint, LatentGaussianField] | None = None
         self._has_searched = self._has_adapted_again = False  # for a field; after a warm-up
+        #: of the step size of each chain, after a warm-up and in its rounds with one of its own for each
+        self._factor: Tensor
+        self._own_factor: Tensor
+        self._has_moved: Tensor
         self._proposals: IndependentProposals | None = None
         #: symmetries of the posterior: chains start in one of its images
         self.symmetries: tuple[Symmetry, ...] = ()
@@ -132,6 +136,7 @@ class AdaptiveChains:
             self._move_to_one_image()
         dim = self._state.base.shape[-1]
         self._step_size, self._length, self._count = StepSize(dim), TrajectoryLength(), 0
+        self._factor = torch.ones_like(self._state.base[:, 0])
         index, repeats = 0, _MOST_REPEATS
         while index < len(_WARM_UP):
             number, is_last = _WARM_UP[index], index >= len(_WARM_UP) - 2
@@ -139,7 +144,7 @@ class AdaptiveChains:
             if len(states) < number:
                 return
             if index < len(_WARM_UP) - 1:
-                self._learn(self._rejoined(states))
+                self._learn(self._rejoined(states, not is_last))
                 self._move_to_one_image()
             if index in _FIELD_AFTER:
                 self._try_field(states)
@@ -208,10 +213,10 @@ class AdaptiveChains:
         :param by_chain: whether to adapt a step size per chain, so that chains in narrow regions move.
         """
         states, self._moves = list[State](), torch.zeros_like(self._state.base[:, 0])
-        factor = torch.ones_like(self._moves)
+        factor, logs = torch.ones_like(self._moves), list[Tensor]()
         for _ in until_deadline(range(number)):
             start = self._state.base
-            info = self._step(most_steps, factor)
+            info = self._step(most_steps, factor if by_chain else self._factor)
             self._step_size.update(info)
             self._length.update(start, info, self._preconditioner)
             # a longer step, of nearly a whole period, would return to its start
@@ -223,17 +228,20 @@ class AdaptiveChains:
             if by_chain:
                 factor = torch.where(info.is_accepted, factor * _GROWTH, factor / _GROWTH)
                 factor = factor.clamp(_LEAST_FACTOR, 1.0)
+                logs.append(factor.log())
+        if logs:
+            self._has_moved = self._moves >= MOVES * number
+            self._own_factor = torch.stack(logs[len(logs) // 2 :]).mean(0).exp()
         self._step_size.settle()
         return states
 
     def _step(self, most_steps: int = _MANY_STEPS, factor: Tensor | None = None) -> TrajectoryInfo:
+        factor = self._factor if factor is None else factor
         self._count += 1
         stages, like = self._integrator.num_stages, self._state.base[:, :1]
         size = stages * self._step_size.value
         num_steps = math.ceil(self._length.next(self._count) / size)
-        sizes = size * (_SMALLEST + (1 - _SMALLEST) * torch.rand_like(like))
-        if factor is not None:
-            sizes = sizes * factor[:, None]
+        sizes = size * (_SMALLEST + (1 - _SMALLEST) * torch.rand_like(like)) * factor[:, None]
         self._state, info = trajectory(
             self._target,
             self._state,
@@ -255,8 +263,15 @@ class AdaptiveChains:
         u = self.log_joint.to_unconstrained(state.latent)[0]
         return self._target(self._to_base(image(u)))
 
-    def _rejoined(self, states: list[State]) -> State:
-        """Restarts lost chains; returns the later states of all others."""
+    def _rejoined(self, states: list[State], is_by_chain: bool) -> State:
+        """Restarts lost chains; returns the later states of all others.
+
+        Those that moved as long as chains had step sizes of their own keep them: they are in a narrow mode.
+        """
+        if not is_by_chain:
+            is_narrow = (self._moves < STUCK * len(states)) & self._has_moved
+            self._factor = torch.where(is_narrow, self._own_factor, 1.0)
+            self._moves = torch.where(is_narrow, len(states), self._moves)
         is_lost, states = lost_chains(states, self._moves), states[len(states) // 4 :]
         if bool(is_lost.all()):
             return State.cat(states)

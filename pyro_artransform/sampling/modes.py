@@ -28,7 +28,7 @@ NEGLIGIBLE, NEGLIGIBLE_BY_DIM = 10.0, 2.0
 _DEGREES = 5.0
 # A chain is lost if its acceptance rate is below the first bound and it is not _ABOVE nats above the chains
 # whose rate exceeds the second, or if it is _BELOW nats below these.
-_STUCK, _MOVES, _ABOVE, _BELOW, _BELOW_BY_ROOT_DIM = 0.15, 0.3, 5.0, 50.0, 5.0
+STUCK, MOVES, _ABOVE, _BELOW, _BELOW_BY_ROOT_DIM = 0.15, 0.3, 5.0, 50.0, 5.0
 # trajectories until chains have settled in modes
 _NUM_SETTLED = 12
 
@@ -150,11 +150,11 @@ def lost_chains(states: Sequence[State], moves: Tensor) -> Tensor:
     """
     number, dim = len(states), states[0].base.shape[-1]
     log_density = torch.stack([state.log_density for state in states[number // 2 :]]).mean(0)
-    is_moving = moves >= _MOVES * number
+    is_moving = moves >= MOVES * number
     typical = log_density[is_moving].median() if bool(is_moving.any()) else log_density.max()
     below = _BELOW + _BELOW_BY_ROOT_DIM * dim**0.5
     # chains stuck at far higher densities are in a narrow mode, which must be kept
-    is_stuck = (moves < _STUCK * number) & ~(log_density > typical + _ABOVE + dim**0.5)
+    is_stuck = (moves < STUCK * number) & ~(log_density > typical + _ABOVE + dim**0.5)
     is_lost = is_stuck | ~(log_density > typical - below)
     if number >= _NUM_SETTLED:
         later = states[number // 4 :]
