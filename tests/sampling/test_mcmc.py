@@ -219,6 +219,21 @@ def test_modes_reached_from_one_start_each_may_not_be_all():
     assert "of them were reached from one start only" in chains.verdict
 
 
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_narrow_mode_keeps_its_chains(seed):
+    """The common step size is too long for the steepest of three modes, which has 4.5 % of the posterior."""
+
+    def model():
+        z = pyro.sample("z", dist.Normal(0.5, 2.0))
+        pyro.sample("y", dist.Normal(z * (z - 2) * (z + 3), 0.5), obs=torch.tensor(-1.0))
+
+    chains = mcmc(model, draws=400, seed=seed)
+    assert len(chains.modes.share) == 3
+    share = float((chains.by_chain["z"] < -1.7).double().mean())
+    # by quadrature, within four standard errors
+    assert share == pytest.approx(0.0448, abs=4 * (0.0448 * 0.955 / 400) ** 0.5)
+
+
 def test_modes_with_different_numbers_of_images_have_their_mass():
     """A square of nine equal modes: one in the middle, four on edges and four in corners."""
     chains = mcmc(of_modes(grid_of_modes(), torch.ones(9)), draws=200)
