@@ -94,5 +94,4 @@ DOUBTFUL = {
     "Cauchy": Doubtful(cauchy, (APART,), is_slow=True),
     "angle": Doubtful(angle, (APART,), is_slow=True),
     "wall": Doubtful(wall, (MODES, APART)),
-    "two scales": Doubtful(two_scales, (MODES, APART)),
 }

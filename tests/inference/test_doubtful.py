@@ -52,6 +52,14 @@ def test_modes_between_which_chains_move(model, site, share):
     assert float((draws < 0).double().mean()) == pytest.approx(share, abs=0.04)
 
 
+def test_scales_of_two_sizes():
+    """Chains at the small one need a hundredth of the step size of the others."""
+    chains = mcmc(doubtful.two_scales, draws=400, seed=0, progress=False)
+    assert chains.trusted
+    small = float((chains.by_chain["log_scale"] < -2.3).double().mean())
+    assert small == pytest.approx(0.5, abs=4 * (0.25 / 400) ** 0.5)
+
+
 @pytest.mark.slow
 def test_a_fit_to_a_density_with_a_wall_says_so():
     found = fit(doubtful.wall, draws=400, seed=0, progress=False, max_seconds=60)

@@ -4,7 +4,6 @@
 """Draws by chains, beside moments that are known."""
 
 import math
-import re
 import signal
 from functools import cache
 
@@ -15,12 +14,11 @@ from pyro import distributions as dist
 
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.replay import capture
-from pyro_artransform.sampling import StopReason, modes
 from pyro_artransform.sampling import mcmc as run
 from pyro_artransform.sampling.chains import chains_of
 from pyro_artransform.sampling.run_mcmc import from_nothing
 from tests.inference import models
-from tests.sampling.densities import schools, schools_log_tau, schools_moments, two_modes
+from tests.sampling.densities import schools, schools_log_tau, schools_moments
 
 
 def mcmc(model, *args, **options):
@@ -173,79 +171,6 @@ def test_summary_has_constrained_names_with_their_convergence():
     assert "r_hat" in str(found)
 
 
-@pytest.mark.parametrize("share", [0.3, 0.02])
-def test_modes_are_named_with_their_mass(share):
-    """Chains jump between modes that trajectories cannot leave, by proposals from what chains have seen."""
-    chains = mcmc(two_modes(2, 20.0, share), draws=400)
-    assert chains.max_rhat <= 1.02
-    assert chains.trusted
-    left = (chains.by_chain["z"][..., 0] < 0).double()
-    found = chains.modes
-    assert float(found.share.min()) == pytest.approx(float(left.mean()), abs=1e-6)
-    # draws of modes are independent, since each proposal is accepted or not
-    assert float(found.se[0]) == pytest.approx(
-        (share * (1 - share) / chains.min_ess) ** 0.5, rel=0.5
-    )
-    # four standard errors
-    assert float(found.share.min()) == pytest.approx(share, abs=4 * float(found.se[0]))
-    assert found.names == ("z[0]", "z[1]")
-    words = r"between 2 modes with (\S+) ± \S+ %, (\S+) ± \S+ % .* differ in z\[0\], z\[1\]; others may exist"
-    numbers = re.search(words, chains.verdict).groups()
-    assert [*map(float, numbers)] == pytest.approx((100 * found.share).tolist(), abs=0.5)
-
-
-def of_modes(locs, shares):
-    """A model whose posterior has standard normal modes at locs ``(K, D)``."""
-    parts = dist.Independent(dist.Normal(locs, 1.0), 1)
-    mixture = dist.MixtureSameFamily(dist.Categorical(shares), parts)
-
-    def model():
-        prior = dist.Normal(torch.zeros(locs.shape[1]), 30.0).to_event(1)
-        z = pyro.sample("z", prior)
-        pyro.factor("likelihood", mixture.log_prob(z) - prior.log_prob(z))
-
-    return model
-
-
-def grid_of_modes():
-    return torch.cartesian_prod(*[30.0 * torch.arange(-1.0, 2.0)] * 2)
-
-
-def test_modes_reached_from_one_start_each_may_not_be_all():
-    """Nine modes, no images of each other, of which eight starts reach several only once."""
-    locs = grid_of_modes() + torch.tensor([3.0, 5.0])
-    chains = mcmc(of_modes(locs, torch.arange(4.0, 13.0)), draws=100)
-    assert not chains.trusted
-    assert "of them were reached from one start only" in chains.verdict
-
-
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_narrow_mode_keeps_its_chains(seed):
-    """The common step size is too long for the steepest of three modes, which has 4.5 % of the posterior."""
-
-    def model():
-        z = pyro.sample("z", dist.Normal(0.5, 2.0))
-        pyro.sample("y", dist.Normal(z * (z - 2) * (z + 3), 0.5), obs=torch.tensor(-1.0))
-
-    chains = mcmc(model, draws=400, seed=seed)
-    assert len(chains.modes.share) == 3
-    share = float((chains.by_chain["z"] < -1.7).double().mean())
-    # by quadrature, within four standard errors
-    assert share == pytest.approx(0.0448, abs=4 * (0.0448 * 0.955 / 400) ** 0.5)
-
-
-def test_modes_with_different_numbers_of_images_have_their_mass():
-    """A square of nine equal modes: one in the middle, four on edges and four in corners."""
-    chains = mcmc(of_modes(grid_of_modes(), torch.ones(9)), draws=200)
-    away = (chains.by_chain["z"].abs() > 15).sum(-1).flatten()
-    share = away.bincount(minlength=3) / len(away)
-    expected = torch.tensor([1.0, 4.0, 4.0]) / 9
-    # four standard errors of so many effective draws
-    bound = 4 * (expected * (1 - expected) / 200).sqrt()
-    assert ((share - expected).abs() < bound).all()
-    assert chains.modes.share.sort().values == pytest.approx(share.sort().values, abs=1e-3)
-
-
 def test_modes_that_are_left_out_are_a_note():
     ensemble = from_nothing(LogJoint(models.location), 50)
     ensemble.run(50)
@@ -396,12 +321,3 @@ def test_a_funnel_in_coordinates_of_the_prior():
     share = (v < -5).double().mean()
     expected = 0.5 * math.erfc(5 / 3 / 2**0.5)
     assert abs(share - expected) < 5 * (expected / float(chains.ess_tail["v"])) ** 0.5
-
-
-def test_chains_that_stay_in_modes_are_not_trusted_however_small_one_is(monkeypatch):
-    """A mode of 3 %, which proposals that are never accepted do not lead to and from."""
-    monkeypatch.setattr(modes.IndependentProposals, "step", lambda self, target, state, *_: state)
-    chains = mcmc(two_modes(2, 20.0, 0.03), draws=20)
-    assert chains.stopped_because == StopReason.APART.value
-    assert not chains.trusted
-    assert "chains found 2 modes" in chains.verdict
