@@ -161,7 +161,7 @@ class MixtureGuide(AutoIAF):
         log_q = by_component.logsumexp(0)
         ratios = (log_joint(z) - log_q).nan_to_num(-math.inf, -math.inf, -math.inf).softmax(0)
         share = (by_component - log_q).exp()
-        weights = share @ ratios
+        weights = (share @ ratios).nan_to_num(1 / count)  # without a finite density, equal ones
         flows.log_weights.copy_(weights.clamp_min(torch.finfo(weights.dtype).tiny).log())
         by_stratum = (ratios * (share - weights[:, None])).unflatten(1, (count, -1))
         se = (by_stratum.shape[-1] * by_stratum.var(-1)).sum(1).sqrt()
