@@ -11,6 +11,7 @@ from torch import nn
 
 from .._base import files
 from .._base.arguments import warn_user
+from ..model.protocols import GuideOfModes
 from .optimization.training import Training
 from .problem import Problem
 
@@ -20,7 +21,9 @@ _KIND = "a checkpoint of fit, format 11"
 def save(problem: Problem, training: Training, path: files.FilePath) -> bool:
     """Saves all that a fit needs to resume; if writing fails, warns and returns ``False``."""
     guide, stream = problem.subject.guide, problem.stream
+    of_modes: object = guide
     state = {
+        "num_modes": len(of_modes.components) if isinstance(of_modes, GuideOfModes) else 1,
         "guide": guide.state_dict() if isinstance(guide, nn.Module) else None,
         "options": _options(problem),
         "seconds": training.earlier_seconds + problem.limit.seconds,
@@ -56,6 +59,7 @@ def resume(problem: Problem, path: files.FilePath) -> Training:
         expected = state["options"][name]
         if got not in (expected, None):
             raise ValueError(f"resume: expected {name}={expected}, as before, got {got}")
+    problem.choose_for_modes(state.get("num_modes", 1))
     if state["guide"] is not None:
         guide: Any = problem.subject.guide
         try:

@@ -78,3 +78,12 @@ def test_chains_that_stay_in_modes_jump_by_the_flows(monkeypatch):
     left = float((result.chains.by_chain["z"][..., 0] < 0).double().mean())
     # four standard errors
     assert left == pytest.approx(0.3, abs=4 * (0.21 / 400) ** 0.5)
+
+
+def test_a_fit_of_several_modes_can_be_resumed(tmp_path):
+    path, y = tmp_path / "fit.pt", torch.tensor(2.0)
+    first = fit(square, y, num_steps=5, seed=0, checkpoint=path)
+    again = fit(square, y, num_steps=5, seed=0, resume=path)
+    assert isinstance(again.guide, MixtureGuide)
+    assert again.history == first.history
+    assert again.modes.share == pytest.approx(first.modes.share, abs=0.02)

@@ -79,8 +79,9 @@ def _initialize(problem: Problem, draws: FirstDraws | None) -> tuple[InitialGuid
     why_no_steps = "" if draws is None else draws.sample()
     if draws is not None and draws.ensemble is not None and not problem.point_estimates:
         problem.choose_for_modes(len(draws.ensemble.parts()))
-        guide = problem.subject.guide
-        density = whole = problem.subject.log_joint
+        if problem.subject.guide is not guide:
+            guide, density = problem.subject.guide, problem.subject.log_joint
+            whole = density
 
     def chains_of(density: LogJoint) -> Ensemble | None:
         of_start = FirstDraws(problem, density, 0)
