@@ -24,7 +24,7 @@ from .sites import Latents
 _MOST_SITES, _MOST_CANDIDATES = 6, 300
 # points anywhere at which candidates are compared with the identity, and draws: at least one of each start,
 # since near one mode a posterior may be symmetric although it has others
-_NUM_POINTS, _NUM_DRAWS = 4, 16
+_NUM_POINTS, _NUM_DRAWS = 4, 8
 # nats by which the density of draws may change, and that of the median draw, unless round-off is larger
 _LEAST_NATS, _MOST_NATS = 1e-3, 0.1
 # relative rounding of values, such as entries of a simplex next to zero, above which a draw is not compared
