@@ -17,7 +17,7 @@ from .._base.differentiation import sum_with_gradient
 from .density import Args, Kwargs, LogJoint
 from .graphs.dependencies import value_and_gradient
 from .handlers import FirstIndices
-from .vectorization import Checked
+from .vectorization import Checked, LargestTensor, draws_at_a_time
 
 
 class Anchor(NamedTuple):
@@ -78,6 +78,12 @@ class FullDataDensity(LogJoint):
                 one = self(self.start[None])
                 torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
                 self.is_random = not agree(self(self.start[None]), one, round_off)
+            if not self.is_random:
+                # apart from the indices that a plate draws, of the size of all data
+                run = self.bound_to(*largest._arguments)
+                with torch.no_grad(), LargestTensor() as tensor:
+                    run(self.start[None])
+                self.chunk_size = draws_at_a_time(tensor.num_values)
 
     def _of_largest(self) -> LogJoint:
         """The density of the largest mini-batch alone."""
@@ -107,9 +113,14 @@ class FullDataDensity(LogJoint):
     def __call__(self, z: Tensor) -> Tensor:
         return sum_with_gradient(self._parts, z)
 
-    def _parts(self) -> Iterator[Callable[[Tensor], Tensor]]:
+    def parts(self) -> Iterator[tuple[float, LogJoint]]:
+        """The weights and densities of all mini-batches, whose weighted sum this is."""
         for weight, batch in zip(self._weights, self._batches):
-            yield partial(_weighted, weight, self.bound_to(*batch))
+            yield weight, self.bound_to(*batch)
+
+    def _parts(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        for weight, part in self.parts():
+            yield partial(_weighted, weight, part)
 
     @torch.no_grad()
     def checked(self, z: Tensor, log_q: Tensor | None = None) -> Checked:

@@ -8,7 +8,8 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_artransform.inference.loader import AllBatches, BatchStream
+from pyro_artransform.inference.all_batches import AllBatches
+from pyro_artransform.inference.loader import BatchStream
 from tests.inference import loaders
 from tests.inference.loaders import KNOWN, rows, shuffled
 
@@ -249,7 +250,7 @@ def test_epochs_of_other_lengths():
 @pytest.mark.parametrize("limit", [0, 50, 2**20])
 def test_passes_over_all_batches(limit, monkeypatch):
     """The same ones each time, loaded once where they take little memory; else none are kept."""
-    monkeypatch.setattr("pyro_artransform.inference.loader._MOST_HELD", limit)
+    monkeypatch.setattr("pyro_artransform.inference.all_batches._MOST_HELD", limit)
     loaded = []
 
     class Watched(list):

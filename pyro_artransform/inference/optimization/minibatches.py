@@ -14,7 +14,8 @@ from torch import Tensor
 from ..._base.time_limit import until_deadline
 from ...model import FullDataDensity, LogJoint
 from ...model.full_data_density import Anchor, AnchoredLogJoint
-from ..loader import AllBatches, Batch, BatchStream
+from ..all_batches import full_data_density
+from ..loader import Batch, BatchStream
 from .objective import BatchObjective, Objective, PathObjective
 
 NUM_VALIDATION = 32  #: batches on which guides are compared
@@ -79,7 +80,7 @@ class MinibatchObjective(Objective):
         self.whole: FullDataDensity | None = None
         stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
         if stream.is_partition and structure.is_scaled and not structure.subsampled_latents:
-            whole = FullDataDensity(self.log_joint, AllBatches(stream))
+            whole = full_data_density(self.log_joint, stream)
             self.whole = whole if whole.is_of_all_data and not whole.is_random else None
         #: the objective on all data, which corrects that of each batch
         self.on_all: PathObjective | None = None
