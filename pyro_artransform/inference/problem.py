@@ -96,7 +96,9 @@ class Problem:
         #: the objective of this process alone
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
-            self.objective = MinibatchObjective(of_batch, self.stream, log_joint, batches)
+            self.objective = MinibatchObjective(
+                of_batch, self.stream, log_joint, batches, self.terms
+            )
             if (whole := self.objective.whole) is not None:
                 self.subject = self.subject._replace(log_joint=whole)
                 num_compared = min(NUM_COMMON_DRAWS, num_compared)

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ..._base.time_limit import until_deadline
 from ...model import FullDataDensity, LogJoint
+from ...model.elements import ElementTerms
+from ...model.expectations import expectation
 from ...model.full_data_density import Anchor, AnchoredLogJoint
 from ..all_batches import full_data_density
 from ..loader import Batch, BatchStream
@@ -21,6 +23,7 @@ from .objective import BatchObjective, Objective, PathObjective
 NUM_VALIDATION = 32  #: batches on which guides are compared
 #: draws of a pass if all batches use the same ones, and of a verdict on all data
 NUM_COMMON_DRAWS = 400
+_STEP = 0.1  # of differences for the second derivatives of all data, in sds
 _NUM_FOR_START = 8  # batches whose mean log density determines the initial guide
 # batches of the final pass, limited for time, their draws in all, and the fewest draws per batch
 _MAX_BATCHES, _NUM_DRAWS, _MIN_DRAWS = 500, 4000, 8
@@ -71,6 +74,7 @@ class MinibatchObjective(Objective):
     stream: BatchStream
     log_joint: LogJoint
     validation: list[Batch]
+    terms: ElementTerms | None = None
 
     def __post_init__(self) -> None:
         self._last = self.objective
@@ -109,6 +113,11 @@ class MinibatchObjective(Objective):
             with torch.no_grad():
                 draws, _ = on_all.guide.rsample_and_log_prob(NUM_COMMON_DRAWS)
             self._anchor = Anchor.of(on_all.log_joint, draws.median(0).values)
+            whole, terms = self.whole, self.terms
+            if whole is not None and terms is not None and whole.coordinates is None:
+                point, steps = self._anchor.point[None].double(), draws.std(0).double()
+                precision = expectation(whole, terms, point, _STEP * steps).precision
+                self._anchor = self._anchor._replace(precision=precision.to(draws))
         return self._anchor
 
     def parameters(self) -> dict[str, Tensor]:

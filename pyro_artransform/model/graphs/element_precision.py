@@ -92,6 +92,18 @@ class ElementPrecision:
         linked = torch.sparse.mm(self.between, v) + torch.sparse.mm(self._transposed, v)
         return self.per_element(self.blocks, v) + linked
 
+    def times(self, v: Tensor) -> Tensor:
+        """The precision times vectors ``(D, R)``."""
+        shared = self.groups.shared
+        found = self.product(v.index_fill(0, shared, 0.0)) + self.shared.T @ v[shared]
+        found[shared] = self.shared @ v
+        return found
+
+    def to(self, like: Tensor) -> "ElementPrecision":
+        """The same in another dtype."""
+        blocks, linked = ([v.to(like) for v in values] for values in (self.blocks, self.linked))
+        return ElementPrecision(self.groups, self.links, self.shared.to(like), blocks, linked)
+
     def solve(self, right: Tensor) -> Tensor:
         """The inverse of :meth:`product`, by preconditioned conjugate gradients."""
         right = right.index_fill(0, self.groups.shared, 0.0)
