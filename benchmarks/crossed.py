@@ -68,7 +68,7 @@ def loader_of(data: Ratings, batch: int) -> DataLoader[Any]:
 def of_all_data(model: Crossed, data: Ratings) -> Moments:
     """The moments of a fit to all data, in place of exact ones."""
     pyro.clear_param_store()
-    result = fit(model, *data, seed=100, draws=1000, progress=False)
+    result = fit(model, *data, seed=100, progress=False)
     values = {k: v.double() for k, v in result.draws.items()}
     mean, sd = (
         {k: f(v) for k, v in values.items()} for f in (lambda v: v.mean(0), lambda v: v.std(0))

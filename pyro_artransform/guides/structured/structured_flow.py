@@ -102,8 +102,11 @@ class StructuredFlow(ComposedTransform):
         sizes = torch.stack([size, torch.ones_like(size)], -1)
         for network in self._networks:
             found.update(network.step_scales(sizes))
-        for links in self._links:
-            found[links.weight] = size[links.child]
+        for links in self._links:  # of many parents that move together
+            found[links.weight] = size[links.child] / links.child.bincount()[links.child]
+        for update in self._updates:
+            own = torch.full_like(update.outer.detach(), len(update.outer) ** -0.5)
+            found.update({update.outer: own, update.inner: own})
         return found
 
     @torch.no_grad()

@@ -91,7 +91,7 @@ class MinibatchObjective(Objective):
         objective = self.objective
         if self.whole and isinstance(objective, PathObjective) and objective.is_guide_alone():
             self.on_all = replace(objective, log_joint=self.whole)
-        self.has_weights = self.on_all is not None
+        self.has_weights = self.is_noisy = self.on_all is not None
 
     def _weight(self, batch: Batch) -> float:
         """The rows of a batch relative to those of the largest validation batch; one without scales."""
