@@ -33,7 +33,7 @@ from ..elements import ElementGroups, Links
 #: the number of eigenvectors that approximate the links within a group
 RANK = 4
 _MOST_ITERATIONS, _TOLERANCE = 200, 1e-9  # of conjugate gradients
-_POWER_ITERATIONS, _EXTRA = 30, 8  # of the subspace iteration, and its additional vectors
+_POWER_ITERATIONS, _EXTRA = 10, 8  # of the subspace iteration, and its additional vectors
 # of a block with a unit diagonal: eigenvalues below the first are raised to the second
 _SINGULAR, _LEAST_EIGENVALUE = 1e-9, 0.01
 _MOST_CORRELATED = 0.9999  # the largest eigenvalue of the links of elements
