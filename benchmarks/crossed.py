@@ -7,8 +7,8 @@
 
 Prints seconds until the first step and in all, steps, the ELBO below the log evidence (nats), the worst
 global by its mean (sds) and by its sd (%), and a and b: rms errors of means (sds) and the mean ratio of sds
-(%). Exact values are those of a Gibbs sampler; for binary ratings, of chains with all data, and the evidence is
-that by the guide's weights.
+(%). Exact values are those of a Gibbs sampler; for binary ratings, of chains with all data, and the evidence
+is that by the guide's weights.
 """
 
 import argparse

@@ -81,7 +81,7 @@ class AllBatches:
     def _joined(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         group, is_first = list[Batch](), True
         for batch in batches:
-            rows = _num_rows(batch) * (len(group) + 1)
+            rows = sum(map(_num_rows, (*group, batch)))
             if group and (rows > self._num_rows or not _can_join(group[-1], batch)):
                 yield self._join(group, is_first)
                 group, is_first = [], False
