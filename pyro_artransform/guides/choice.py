@@ -27,14 +27,17 @@ def choose_guide(
     kwargs: Mapping[str, object] | None = None,
     *,
     is_minibatch: bool = False,
+    has_elements: bool = False,
 ) -> tuple[BaseGuide, str]:
     """Makes a guide for a model, and says why it is of this class.
 
     Chooses ``AutoAmortized`` if latents are in a subsampled plate, which no other guide supports;
     ``AutoIAF`` for few latents, and for subsampled data, since a mini-batch may lack dependencies of the
-    posterior; ``AutoStructuredFlow`` for many latents.
+    posterior; ``AutoStructuredFlow`` for many latents, also with mini-batches if elements of plates are
+    independent.
 
     :param is_minibatch: whether the arguments are one of many mini-batches.
+    :param has_elements: whether each row of these reads at most one element of each plate of latents.
     :raises ValueError: if there are no latents, or discrete ones that are not enumerated.
     """
     # at the initial values of guides, since prior draws may be extreme or impossible
@@ -47,6 +50,8 @@ def choose_guide(
         for plate in site.plates:
             if plate.name in parts:
                 return AutoAmortized(model), f"for latents in the subsampled plate '{plate.name}'"
+    if has_elements and latents.latent_dim > _MOST_FOR_IAF:
+        return AutoStructuredFlow(model), f"for {count} and subsampled data"
     if parts or is_minibatch:
         return AutoIAF(model), f"for {count} and subsampled data"
     is_small = latents.latent_dim <= _MOST_FOR_IAF

@@ -30,8 +30,6 @@ from ..model import LogJoint
 from ..model.protocols import MinibatchGuide, ReparametrizedGuide
 
 _END = object()
-# the most bytes of batches kept in memory between passes over all of them
-_MOST_HELD = 2**29
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 # containers and samplers with a fixed order, or one drawn from torch's generators
 _KNOWN = (list, tuple, range, SequentialSampler, DistributedSampler, *_SHUFFLED)
@@ -103,6 +101,7 @@ class BatchStream:
         own = {generator for generator in generators if isinstance(generator, torch.Generator)}
         self._generators = [*own | {torch.default_generator}]
         self.whole = self  #: the stream of all processes
+        self.all_batches: Any = None  #: those of a pass, for the density of all data
         self._iterator: Iterator[object] | None = None
         #: the initial states of torch's generator and of the loader's own ones
         self._origin = self._states()
@@ -278,32 +277,6 @@ def _with_batches(loader: Any, batches: Iterable[list[int]]) -> DataLoader[Any]:
     """A loader of the same data with other batches."""
     options = {name: getattr(loader, name) for name in _OPTIONS}
     return DataLoader(loader.dataset, batch_sampler=batches, **options)
-
-
-class AllBatches:
-    """The batches of a pass over a stream, the same each time; kept if they take little memory."""
-
-    def __init__(self, stream: BatchStream) -> None:
-        self._stream, self._held = stream, list[Batch]()
-
-    def __iter__(self) -> Iterator[Batch]:
-        if self._held:
-            yield from self._held
-            return
-        held, size = list[Batch](), 0.0
-        for batch in self._stream.one_pass(self._stream.num_batches):
-            for value in (*batch.args, *batch.kwargs.values()):
-                if isinstance(value, Tensor):
-                    size += value.nbytes
-                elif not isinstance(value, (int, float, str, type(None))):
-                    size = math.inf  # unknown
-            if size <= _MOST_HELD:
-                held.append(batch)
-            else:
-                held.clear()
-            yield batch
-        if len(held) == self._stream.num_batches:
-            self._held = held
 
 
 def check_use(stream: BatchStream, guide: object, log_joint: LogJoint, first: Batch) -> None:

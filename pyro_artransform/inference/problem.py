@@ -18,9 +18,11 @@ from .._base.time_limit import TimeLimit
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..guides.choice import choose_guide, choose_mixture
 from ..model import LogJoint
+from ..model.elements import ElementGroups, ElementTerms
 from ..model.handlers import traced_parameters
 from ..model.prior_only import warn_of_prior
-from ..model.protocols import FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
+from ..model.protocols import ElementGuide, FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
+from .all_batches import full_data_density
 from .loader import Batch, BatchStream, check_use
 from .minibatch_check import warn_of_no_sum
 from .optimization.minibatches import NUM_COMMON_DRAWS, NUM_VALIDATION, MinibatchObjective
@@ -31,6 +33,7 @@ from .optimization.training import Training
 from .parallel import Parallel
 
 # draws per step, and those of structured guides with this many latents or more: half the time, same ELBO
+_MOST_SHARED = 50  # latents outside of plates, each of which takes a gradient per pass
 _NUM_PARTICLES, _MANY_LATENTS, _NUM_PARTICLES_OF_MANY = 64, 200, 16
 
 Function = Callable[..., object]
@@ -62,9 +65,17 @@ class Problem:
             batches = list(stream.whole.one_pass(NUM_VALIDATION))
             check_call(*batches[0])
         is_minibatch = not (stream is None or stream.whole.is_all_data)
+        #: the elements of plates that rows of mini-batches read, for a guide that learns its graph from them
+        self.terms: ElementTerms | None = None
+        if stream is not None and is_minibatch and (guide is None or _is_new(guide)):
+            self.terms = _element_terms(model, batches[0], stream)
         if guide is None:
-            choice = choose_guide(model, *batches[0], is_minibatch=is_minibatch)
-            guide, self.guide_reason = choice
+            has_elements = self.terms is not None
+            guide, self.guide_reason = choose_guide(
+                model, *batches[0], is_minibatch=is_minibatch, has_elements=has_elements
+            )
+        if self.terms is not None and isinstance(guide, ElementGuide):
+            guide.set_up_on(self.terms, *batches[0].args, **batches[0].kwargs)
         self.subject = _run_once(model, guide, batches[0], stream)
         log_joint = self.subject.log_joint
         #: a sentence on why the posterior is the prior; empty if it is not
@@ -85,7 +96,9 @@ class Problem:
         #: the objective of this process alone
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
-            self.objective = MinibatchObjective(of_batch, self.stream, log_joint, batches)
+            self.objective = MinibatchObjective(
+                of_batch, self.stream, log_joint, batches, self.terms
+            )
             if (whole := self.objective.whole) is not None:
                 self.subject = self.subject._replace(log_joint=whole)
                 num_compared = min(NUM_COMMON_DRAWS, num_compared)
@@ -180,6 +193,29 @@ class Problem:
             if values.count(value) < len(values):
                 raise ValueError(f"fit: expected the same {name} in all processes, got {values}")
         self.parallel.copy_first(self.tensors)
+
+
+def _is_new(guide: object) -> bool:
+    """Whether a guide can learn its graph from mini-batches, and has none yet."""
+    is_new = isinstance(guide, AutoGuide) and guide.prototype_trace is None
+    return is_new and isinstance(guide, ElementGuide)
+
+
+def _element_terms(model: Function, batch: Batch, stream: BatchStream) -> ElementTerms | None:
+    """The elements that rows of all mini-batches read; ``None`` if a structured guide cannot use them."""
+    args, kwargs = batch
+    log_joint = LogJoint(model, args, kwargs)
+    structure = log_joint.structure(args, kwargs)
+    groups = ElementGroups.of(log_joint.latents)
+    is_known = stream.whole.is_partition and structure.is_scaled and log_joint.strategy != "loop"
+    if not is_known or structure.subsampled_latents or log_joint.is_enumerated:
+        return None
+    if not groups.members or len(groups.shared) > _MOST_SHARED:
+        return None
+    whole = full_data_density(log_joint, stream)
+    if not whole.is_of_all_data or whole.is_random:
+        return None
+    return ElementTerms.of(log_joint, (part for _, part in whole.parts()))
 
 
 def _warn_of_loop(

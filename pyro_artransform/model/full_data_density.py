@@ -16,16 +16,23 @@ from .._base.comparison import agree, round_off
 from .._base.differentiation import sum_with_gradient
 from .density import Args, Kwargs, LogJoint
 from .graphs.dependencies import value_and_gradient
+from .graphs.element_precision import ElementPrecision
 from .handlers import FirstIndices
-from .vectorization import Checked
+from .vectorization import Checked, LargestTensor, draws_at_a_time
+
+_STEP = 0.1  # of differences of gradients, relative to the distance of a draw
 
 
 class Anchor(NamedTuple):
-    """A log density ``()`` and its gradient ``(latent_dim,)`` at a point ``(latent_dim,)``."""
+    """A log density ``()`` and its gradient ``(latent_dim,)`` at a point ``(latent_dim,)``.
+
+    :param precision: minus its second derivative there, if known.
+    """
 
     point: Tensor
     value: Tensor
     gradient: Tensor
+    precision: ElementPrecision | None = None
 
     @classmethod
     def of(cls, log_density: Callable[[Tensor], Tensor], point: Tensor) -> "Anchor":
@@ -78,6 +85,12 @@ class FullDataDensity(LogJoint):
                 one = self(self.start[None])
                 torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
                 self.is_random = not agree(self(self.start[None]), one, round_off)
+            if not self.is_random:
+                # apart from the indices that a plate draws, of the size of all data
+                run = self.bound_to(*largest._arguments)
+                with torch.no_grad(), LargestTensor() as tensor:
+                    run(self.start[None])
+                self.chunk_size = draws_at_a_time(tensor.num_values)
 
     def _of_largest(self) -> LogJoint:
         """The density of the largest mini-batch alone."""
@@ -107,9 +120,14 @@ class FullDataDensity(LogJoint):
     def __call__(self, z: Tensor) -> Tensor:
         return sum_with_gradient(self._parts, z)
 
-    def _parts(self) -> Iterator[Callable[[Tensor], Tensor]]:
+    def parts(self) -> Iterator[tuple[float, LogJoint]]:
+        """The weights and densities of all mini-batches, whose weighted sum this is."""
         for weight, batch in zip(self._weights, self._batches):
-            yield partial(_weighted, weight, self.bound_to(*batch))
+            yield weight, self.bound_to(*batch)
+
+    def _parts(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        for weight, part in self.parts():
+            yield partial(_weighted, weight, part)
 
     @torch.no_grad()
     def checked(self, z: Tensor, log_q: Tensor | None = None) -> Checked:
@@ -135,7 +153,9 @@ class AnchoredLogJoint(LogJoint):
         f_b(z) - f_b(a) - f_b'(a) (z - a) + f(a) + f'(a) (z - a)
 
     Its mean over mini-batches is the density of all data, as for :math:`f_b`. A mini-batch differs from that
-    only from second order on, which is little in the bulk of the posterior.
+    only from second order on, which is little in the bulk of the posterior if a mini-batch has data for each
+    latent. With thousands of latents it has not: then the second derivative of all data is known, too, and
+    second-order terms are exchanged as well.
 
     **References**
 
@@ -154,4 +174,16 @@ class AnchoredLogJoint(LogJoint):
         return AnchoredLogJoint(self._of_batch.with_arguments(args, kwargs), self._of_all)
 
     def __call__(self, z: Tensor) -> Tensor:
-        return self._of_batch(z) + (self._of_all.expand(z) - self._own.expand(z))
+        linear = self._of_batch(z) + (self._of_all.expand(z) - self._own.expand(z))
+        precision = self._of_all.precision
+        return linear if precision is None else linear + self._second_order(z, precision)
+
+    def _second_order(self, z: Tensor, precision: ElementPrecision) -> Tensor:
+        """The quadratic term of all data less that of the mini-batch, by differences of its gradient."""
+        change = z - self._of_all.point
+        step = _STEP * change.detach()
+        ends = torch.cat([self._of_all.point + step, self._of_all.point - step])
+        forward, backward = value_and_gradient(self._of_batch, ends)[1].chunk(2)
+        slope = (backward - forward) / (2 * _STEP) - precision.times(change.detach().T).T
+        through = (slope * change).sum(-1)
+        return through - 0.5 * through.detach()

@@ -17,6 +17,8 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from .density import Args, Kwargs, LogJoint
+from .elements import ElementTerms
+from .graphs.element_precision import ElementGaussian
 from .graphs.markov_graph import MarkovGraph
 from .graphs.sparse_gaussian import SparseGaussian
 
@@ -90,6 +92,21 @@ class GuideOfModes(FlowGuide, Protocol):
 
     def log_density(self, z: Tensor) -> Tensor:
         """The log density ``(n,)`` at points ``(n, latent_dim)``."""
+
+
+@runtime_checkable
+class ElementGuide(StructuredGuide, Protocol):
+    """A structured guide of elements of plates that learns its graph from mini-batches."""
+
+    @property
+    def is_of_elements(self) -> bool:
+        """Whether it did so."""
+
+    def set_up_on(self, terms: ElementTerms, *args: object, **kwargs: object) -> None:
+        """Learns the graph from the terms of all mini-batches, and the latents from one."""
+
+    def start_at_elements(self, gaussian: ElementGaussian) -> None:
+        """Becomes a Gaussian with this graph."""
 
 
 @runtime_checkable

@@ -151,8 +151,9 @@ def test_weights_of_all_data_from_a_pass():
     result = fitted(loaders.regression, guide, shuffled(x, y), epochs=3, seed=0)
     check(result, 15)
     found = importance(loaders.regression, guide, 20_000, x, y)
-    assert abs(result.elbo - found.elbo) < 5 * math.hypot(result.elbo_se, found.elbo_se)
-    assert result.elbo_se < 3 * found.elbo_se * 20_000**0.5 / 1000**0.5
+    # both errors are zero if the start, which is exact, is better than the steps
+    assert abs(result.elbo - found.elbo) <= 5 * math.hypot(result.elbo_se, found.elbo_se) + 1e-6
+    assert result.elbo_se <= 3 * found.elbo_se * 20_000**0.5 / 1000**0.5 + 1e-6
     assert abs(result.log_evidence - found.log_evidence) < 0.2
     for loader in (shuffled(x, y, drop_last=True), loaders.weighted(x, y), loaders.Unknown(x, y)):
         result = fitted(loaders.regression, small(loaders.regression), loader, num_steps=3)
@@ -192,7 +193,8 @@ def test_arguments_of_all_kinds():
     for loader in (listed(x, y), by_name):
         seen.clear()
         check(fitted(model, small(model), loader, num_steps=7, size=43), 7)
-        assert set(seen) == {(10, 43), (3, 43)}
+        # passes over all data join batches
+        assert set(seen) == {(10, 43), (3, 43), (43, 43)}
 
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])

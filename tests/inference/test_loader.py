@@ -3,12 +3,16 @@
 
 import itertools
 
+import pyro
 import pytest
 import torch
+from pyro import distributions as dist
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
-from pyro_artransform.inference.loader import AllBatches, BatchStream
+from pyro_artransform.inference.all_batches import AllBatches, full_data_density
+from pyro_artransform.inference.loader import BatchStream
+from pyro_artransform.model import LogJoint
 from tests.inference import loaders
 from tests.inference.loaders import KNOWN, rows, shuffled
 
@@ -249,7 +253,7 @@ def test_epochs_of_other_lengths():
 @pytest.mark.parametrize("limit", [0, 50, 2**20])
 def test_passes_over_all_batches(limit, monkeypatch):
     """The same ones each time, loaded once where they take little memory; else none are kept."""
-    monkeypatch.setattr("pyro_artransform.inference.loader._MOST_HELD", limit)
+    monkeypatch.setattr("pyro_artransform.inference.all_batches._MOST_HELD", limit)
     loaded = []
 
     class Watched(list):
@@ -264,3 +268,33 @@ def test_passes_over_all_batches(limit, monkeypatch):
         assert torch.equal(torch.cat([batch.args[0] for batch in batches]), y)
     assert loaded == ([3] if limit == 2**20 else [3, 3, 3])
     assert len(batches._held) == (3 if limit == 2**20 else 0)
+
+
+def test_passes_join_batches_of_rows():
+    """Up to a number of rows, unless each batch has a constant, or the model a fixed number of rows."""
+    y, names = torch.arange(12.0), {"size": 12}
+    joined = AllBatches(BatchStream(y.split(5), names), num_rows=10)
+    assert [batch.args[0].tolist() for batch in joined] == [y[:10].tolist(), y[10:].tolist()]
+    assert all(batch.kwargs == names for batch in joined)
+    assert len(joined.first_parts) == 2
+    constant = torch.ones(5)
+    apart = AllBatches(BatchStream([(part, constant) for part in y[:10].split(5)]), num_rows=10)
+    assert len([*apart]) == 2
+
+    def fixed(part):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 12, subsample_size=4):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=part)
+
+    def flexible(part):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 12, subsample_size=len(part)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=part)
+
+    points, values = torch.randn(3, 1), []
+    for model, count in ((fixed, 3), (flexible, 1)):
+        stream = BatchStream(y.split(4))
+        density = full_data_density(LogJoint(model, (y[:4],)), stream)
+        assert len([*stream.all_batches]) == count
+        values.append(density(points))
+    assert torch.allclose(*values)

@@ -97,15 +97,17 @@ def test_dependencies_of_other_batches_that_are_off_at_the_start():
         x = pyro.sample("x", dist.Normal(0.0, 1.0))
         with pyro.plate("all", 3):
             z = pyro.sample("z", dist.Normal(0.0, 1.0))[..., i]
+        with pyro.plate("others", 4):
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))[..., i]
         with pyro.plate("data", 3, subsample_size=len(y)):
             # on for x > 2 only, where the search does not look
-            loc = torch.where(x > 2, z, 0.0 * z)
+            loc = z + torch.where(x > 2, 0.1 * w, 0.0 * w)
             pyro.sample("y", dist.Normal(loc + 3 * x, 0.1), obs=y)
 
     loader = [(torch.tensor([k]), torch.tensor([9.0])) for k in range(3)]
     result = fitted(switched, AutoStructuredFlow(switched, hidden_dim=2), loader, epochs=10)
     assert not result.trusted
-    assert "x and z[0], x and z[1], x and z[2]" in result.verdict
+    assert "w[0] and z[0], w[1] and z[1], w[2] and z[2]" in result.verdict
 
 
 def test_latents_of_a_short_last_batch():

@@ -109,7 +109,9 @@ def test_the_mean_at_the_arguments_of_a_batch_is_that_batch():
         for part in (mean.with_arguments(args, kwargs), mean.bound_to(args, kwargs)):
             assert torch.allclose(part(z), expected(z))
         part = mean.with_arguments(args, kwargs)
-        assert (part.is_random, part.chunk_size) == (expected.is_random, expected.chunk_size)
+        assert part.is_random == expected.is_random
+        # without the indices of all rows that a plate draws
+        assert part.chunk_size >= expected.chunk_size
     mean.strategy = "loop"
     assert mean.bound_to(*batches[0]).strategy == "loop"
 

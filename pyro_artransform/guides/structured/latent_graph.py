@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..._base.arguments import first_of
+from ...model.elements import ElementTerms
 from ...model.graphs.markov_graph import Elimination, MarkovGraph
 from ...model.sites import Site
 
@@ -81,12 +82,45 @@ class LatentGraph:
         ]
         return "LatentGraph(\n  " + "\n  ".join(lines) + "\n)"
 
+    @classmethod
+    def of_elements(cls, terms: ElementTerms, sites: Sequence[Site]) -> "LatentGraph":
+        """The graph of elements of plates, drawn given shared latents and linked earlier elements."""
+        groups, names = terms.groups, coordinate_names(sites)
+        shared = sorted(groups.shared.tolist())
+        linear: list[list[int]] = [[] for _ in names]
+        for link in terms.links:
+            for i, j in link.coordinates(groups).flatten(1).T.tolist():
+                linear[i].append(j)
+        parents = [[*shared, *own] for own in linear]
+        for i in shared:
+            parents[i] = []
+        for own in groups.members:
+            for element in own.tolist() if own.shape[1] > 1 else ():
+                for k, i in enumerate(element):
+                    parents[i] += element[:k]
+        neighbours: list[set[int]] = [set() for _ in names]
+        pairs = [(i, j) for i, own in enumerate(parents) for j in own]
+        for i, j in (*pairs, *product(shared, shared)):
+            if i != j:
+                neighbours[i].add(j)
+                neighbours[j].add(i)
+        earlier = {link.earlier for link in terms.links}
+        elimination = Elimination(
+            tuple(tuple(sorted(own)) for own in parents),
+            tuple(shared),
+            tuple(tuple(sorted(own)) for own in linear),
+            tuple(tuple(groups.members[k].flatten().tolist()) for k in sorted(earlier)),
+        )
+        return cls(names, MarkovGraph(tuple(map(frozenset, neighbours)), elimination))
+
     def to_plain(self) -> dict[str, Any]:
         """The graph as plain data, without names, which follow from the sites."""
         return {
             "edges": self.markov.edges,
             "parents": self.markov.elimination.parents,
             "root": self.markov.elimination.root,
+            "linear": self.markov.elimination.linear,
+            "updated": self.markov.elimination.updated,
         }
 
     @classmethod
@@ -105,7 +139,10 @@ class LatentGraph:
         for i, j in edges:
             neighbours[i].add(j)
             neighbours[j].add(i)
-        markov = MarkovGraph(tuple(map(frozenset, neighbours)), Elimination(parents, root))
+        # files of version 0.3.0 have no linear parents
+        others = (tuple(map(tuple, plain.get(name, ()))) for name in ("linear", "updated"))
+        elimination = Elimination(parents, root, *others)
+        markov = MarkovGraph(tuple(map(frozenset, neighbours)), elimination)
         return cls(coordinate_names(sites), markov)
 
 

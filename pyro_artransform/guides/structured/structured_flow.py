@@ -19,7 +19,9 @@ from ...flows.transforms import (
     PartitionTransform,
 )
 from ...flows.univariate import Standardizing
+from ...model.graphs.element_precision import RANK
 from ...model.graphs.markov_graph import Elimination
+from .linear_layers import LinearLinks, LowRankUpdate
 from .parents_mlp import ParentsMLP
 
 # networks of the root block, as in AutoIAF for many latents, with a maximum width
@@ -34,11 +36,12 @@ class StructuredFlow(ComposedTransform):
 
     .. math:: z_i = m_i(z_{\mathrm{pa}(i)}) + \exp(b(r_i(z_{\mathrm{pa}(i)}))) \, v_i
 
-    where m is linear, r a small network, and b bounds r to 3.
+    where m is linear, r a small network, and b bounds r to 3. Parents that are only linear are added last;
+    groups whose elements depend on each other given their parents have a low-rank update of their noise.
     """
 
     def __init__(self, elimination: Elimination, hidden_dim: int, num_transforms: int) -> None:
-        dim, root = len(elimination.parents), list(elimination.root)
+        dim, root, parents = len(elimination.parents), list(elimination.root), elimination.others
         members = set(root)
         rest = [i for i in range(dim) if i not in members]
         like = nn.Linear(1, 1).weight.detach()  # has PyTorch's default dtype and device
@@ -53,14 +56,19 @@ class StructuredFlow(ComposedTransform):
             scales["rest"] = rest, affine
             parts.append((rest, affine))
         networks, layers = [], []
-        if any(elimination.parents):
+        if any(parents):
             for _ in range(num_transforms):
-                networks.append(ParentsMLP(elimination.parents, 2, hidden_dim, bias=False))
+                networks.append(ParentsMLP(parents, 2, hidden_dim, bias=False))
                 meta = ConditionedUnivariate(networks[-1], Standardizing())
                 layers.append(AutoregressiveTransform(meta).inv)
-        super().__init__(hinged_marginals(dim), PartitionTransform(parts), *layers)
+        updates = [LowRankUpdate(own, RANK) for own in elimination.updated]
+        has_links = any(elimination.linear)
+        links = [LinearLinks(elimination.linear, elimination.level)] if has_links else []
+        partition = PartitionTransform(parts)
+        super().__init__(hinged_marginals(dim), *updates, partition, *layers, *links)
         # references to parts of the layers, where they are registered
-        self._scales, self._networks = scales, networks
+        self._scales, self._networks, self._partition = scales, networks, [partition]
+        self._updates, self._links = updates, links
 
     def start_at(
         self, sd: Tensor, coefficients: Sequence[Tensor], scale: Tensor, root_tril: Tensor
@@ -85,7 +93,7 @@ class StructuredFlow(ComposedTransform):
     def conditional_scale(self) -> Tensor:
         """Conditional sds given parents, or given earlier coordinates in the root block, in units."""
         log_scale = torch.cat([affine.log_scale.detach() for _, affine in self._scales.values()])
-        return log_scale[self.transforms[1].inverse_order].exp()
+        return log_scale[self._partition[0].inverse_order].exp()
 
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
         """Optimizer step sizes: parameters that move a coordinate step in units of its conditional sd."""
@@ -94,7 +102,30 @@ class StructuredFlow(ComposedTransform):
         sizes = torch.stack([size, torch.ones_like(size)], -1)
         for network in self._networks:
             found.update(network.step_scales(sizes))
+        for links in self._links:  # of many parents that move together
+            found[links.weight] = size[links.child] / links.child.bincount()[links.child]
+        for update in self._updates:
+            own = torch.full_like(update.outer.detach(), len(update.outer) ** -0.5)
+            found.update({update.outer: own, update.inner: own})
         return found
+
+    @torch.no_grad()
+    def set_links(self, sd: Tensor, slopes: Tensor) -> None:
+        """Sets the slopes of coordinates in their linear parents, a sparse matrix ``(D, D)``.
+
+        :param sd: the units, shape ``(D,)``.
+        """
+        for links in self._links:
+            pairs, dim = slopes.coalesce(), len(sd)
+            keys, order = (pairs.indices()[0] * dim + pairs.indices()[1]).sort()
+            place = torch.searchsorted(keys, links.child * dim + links.parent)
+            weight = pairs.values()[order][place]
+            links.weight.copy_(weight * sd[links.parent] / sd[links.child])
+
+    def set_updates(self, updates: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Sets the low-rank updates, see :meth:`~.linear_layers.LowRankUpdate.set_`."""
+        for own, (basis, factor) in zip(self._updates, updates):
+            own.set_(basis, factor)
 
 
 def _root_flow(dim: int, is_whole: bool) -> FlowModule:

@@ -17,7 +17,9 @@ from ...model import LogJoint
 from ...model.coordinates.centering import CoordinatesArgument
 from ...model.coordinates.coordinates import Coordinates
 from ...model.density import Args, Kwargs
+from ...model.elements import ElementGroups, ElementTerms, elements_read
 from ...model.graphs.dependencies import find_dependencies, missing_dependencies
+from ...model.graphs.element_precision import ElementGaussian
 from ...model.graphs.factorization import lower_factor
 from ...model.graphs.markov_graph import MarkovGraph
 from ...model.graphs.sparse_gaussian import SparseGaussian
@@ -93,6 +95,7 @@ class AutoStructuredFlow(AutoAutoregressive):
     """
 
     _graph: LatentGraph
+    _terms: ElementTerms | None = None  # of a set-up by mini-batches
     # files of version 0.3.0 have a maximum number of parents
     _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank", "max_parents")
 
@@ -127,12 +130,33 @@ class AutoStructuredFlow(AutoAutoregressive):
         """The dependencies of the posterior, and the order of an exact factorization."""
         return self.graph.markov
 
+    def set_up_on(self, terms: ElementTerms, *args: object, **kwargs: object) -> None:
+        """Like ``set_up`` with all data, by the terms of all mini-batches.
+
+        The guide is in the model's coordinates. Its graph has the shared latents as root block, and elements
+        of plates given these and the elements of smaller plates with which some row links them.
+
+        :param args: the model's arguments with one mini-batch, like ``kwargs``.
+        """
+        self._terms = terms
+        self.set_up(*args, **kwargs)
+        self._terms = None
+
+    @property
+    def is_of_elements(self) -> bool:
+        """Whether the graph was found by :meth:`set_up_on`."""
+        return self._spec is not None and bool(self._graph.elimination.linear)
+
     def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
         """The graph, in coordinates of the prior if these add few edges or are requested.
 
         A chain whose location is the previous state is dense in units of its prior; scaled only, without the
         location, it remains a chain.
         """
+        if self._terms is not None:
+            log_joint = self._log_joint(*args, **kwargs)
+            self._graph = LatentGraph.of_elements(self._terms, [*log_joint.latents.sites.values()])
+            return {**self._coordinate_arguments({}), "graph": self._graph.to_plain()}
         mapped = self._mapped_sites(args, kwargs, depends)
         log_joint = self._density or self._log_joint(*args, **kwargs)
         graph = self._find_graph(log_joint)
@@ -181,6 +205,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         :param batches: ``args`` and ``kwargs`` of some mini-batches, or of all data only.
         """
         graph, names = self.graph, self.graph.names
+        if self.is_of_elements:
+            return self._missing_elements(batches)
         most = _MOST_GRADIENTS // (graph.markov.coloring.num_colors * len(batches))
         count = max(2, min(_MOST_DRAWS, most))
         args, kwargs = batches[0]
@@ -192,6 +218,24 @@ class AutoStructuredFlow(AutoAutoregressive):
                 eps, neighbours = density.latents.eps, graph.markov.neighbours
                 pairs.update(missing_dependencies(density, eps, neighbours, draws))
         return [f"{describe(names[i])} and {describe(names[j])}" for i, j in sorted(pairs)]
+
+    def _missing_elements(
+        self, batches: Sequence[tuple[tuple[object, ...], Mapping[str, object]]]
+    ) -> list[str]:
+        names, neighbours = self.graph.names, self.graph.markov.neighbours
+        log_joint, found = self._log_joint(*batches[0][0], **batches[0][1]), set[str]()
+        groups = ElementGroups.of(log_joint.latents)
+        with torch.random.fork_rng(devices=[]), poutine.block():
+            draws, _ = self.rsample_and_log_prob(len(batches))
+            for batch, point in zip(batches, draws):
+                reads = elements_read(log_joint.with_arguments(*batch), groups, point)
+                if reads is None:
+                    return ["several elements of a plate"]
+                for link in ElementTerms(groups, [reads]).links:
+                    for i, j in link.coordinates(groups)[:, :, 0, 0].T.tolist():
+                        if j not in neighbours[i]:
+                            found.add(f"{describe(names[i])} and {describe(names[j])}")
+        return sorted(found)
 
     def _most_draws(self) -> int:
         elimination, arguments = self.graph.elimination, self.arguments
@@ -232,6 +276,23 @@ class AutoStructuredFlow(AutoAutoregressive):
         """Becomes a Gaussian along the elimination of :meth:`markov_graph`."""
         coefficients, scale = gaussian.given(self.graph.elimination.parents)
         self._become(gaussian.loc, gaussian.sd, coefficients, scale, gaussian.root_tril)
+
+    def start_at_elements(self, gaussian: ElementGaussian) -> None:
+        """Becomes a Gaussian of shared latents and elements of plates, after :meth:`set_up_on`."""
+        flow, _ = self._parts
+        sd, scale, direct, within = gaussian.sd, gaussian.scale, gaussian.direct, gaussian.within
+        shared = {i: k for k, i in enumerate(gaussian.precision.groups.shared.tolist())}
+        others, within_of = self.graph.elimination.others, dict[int, dict[int, Tensor]]()
+        for i, j, value in within:
+            within_of.setdefault(i, {})[j] = value
+        coefficients = []
+        for i, own in enumerate(others):
+            of_shared = direct[i]
+            parts = [of_shared[shared[j]] if j in shared else within_of[i][j] for j in own]
+            coefficients.append(torch.stack(parts) if parts else sd.new_zeros(0))
+        self._become(gaussian.loc, sd, coefficients, scale, gaussian.root_tril)
+        flow.set_updates([gaussian.leading[k] for k in gaussian.linked_groups])
+        flow.set_links(sd, gaussian.coupling)
 
     def _become(
         self, loc: Tensor, sd: Tensor, coefficients: list[Tensor], scale: Tensor, root_tril: Tensor

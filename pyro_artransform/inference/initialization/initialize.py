@@ -5,6 +5,7 @@
 
 import math
 from functools import partial
+from typing import cast
 
 import torch
 
@@ -12,7 +13,7 @@ from ..._base.arguments import first_of
 from ..._base.files import FilePath
 from ..._base.time_limit import abandonable
 from ...model import LogJoint
-from ...model.protocols import FlowGuide, MinibatchGuide
+from ...model.protocols import ElementGuide, FlowGuide, MinibatchGuide
 from ...sampling import Ensemble
 from ...sampling.starts import check_has_gradient
 from ..checkpoint import resume
@@ -26,6 +27,7 @@ from .start import (
     MinibatchDensity,
     find_initial_minibatch_guide,
     find_start,
+    find_start_of_elements,
 )
 
 _FOR_GUIDE = 0.1  # the share of max_seconds to find the guide's start after the draws
@@ -69,6 +71,10 @@ def _initialize(problem: Problem, draws: FirstDraws | None) -> tuple[InitialGuid
     density = whole = log_joint
     is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
     problem.limit.enter_phase(START_UNTIL)
+    has_gaussian = isinstance(guide, ElementGuide) and guide.is_of_elements
+    if has_gaussian and problem.terms is not None and minibatches and minibatches.whole:
+        of_elements = minibatches.whole, cast(ElementGuide, guide), problem.terms
+        return find_start_of_elements(*of_elements, fewer=problem.fewer), ""
     if is_flow and minibatches is not None:
         density = minibatches.mean_log_joint()
         whole = minibatches.whole or density

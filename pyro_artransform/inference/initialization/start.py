@@ -18,20 +18,30 @@ from torch import Tensor
 
 from ..._base.time_limit import abandonable, check_time
 from ...diagnostics.importance_sampling import CLEAR_IN_SE
-from ...model import LogJoint
+from ...model import FullDataDensity, LogJoint
 from ...model.coordinates.centering import centered_by_draws
+from ...model.elements import ElementTerms
 from ...model.graphs.dependencies import MAX_HALVINGS, value_and_gradient
 from ...model.graphs.sparse_gaussian import SparseGaussian
-from ...model.protocols import FlowGuide, GuideOfModes, MinibatchGuide, PriorGuide, StructuredGuide
+from ...model.protocols import (
+    ElementGuide,
+    FlowGuide,
+    GuideOfModes,
+    MinibatchGuide,
+    PriorGuide,
+    StructuredGuide,
+)
 from ...sampling import Ensemble
 from ..loader import Batch
 from ..optimization.training import copies, copy_to
 from .from_draws import DRAWS_BY_DIM, DenseGaussian, dense_gaussian, sparse_gaussian
+from .natural_gradient import fit_gaussian
 
 #: the name of the candidate that leaves the guide unchanged
 UNCHANGED = "initial guide"
 #: its name if chains found no Gaussian to compare it with
 FAILED = "initial guide, since no Gaussian fitted to the chains has a finite ELBO"
+BY_STEPS = "a Gaussian fitted by natural-gradient steps"
 AT_DRAWS = "a Gaussian fitted to the draws of the ensemble"
 _NUM_COMPARED = 1024  # draws to find the Gaussian and compare it with the guide
 _GAIN = 0.01  # nats by which the Gaussian must beat the guide, in addition to the margin for chance
@@ -71,6 +81,18 @@ def find_start(
         return found
     copy_to(_tensors(guide), before)
     return InitialGuide(UNCHANGED, math.nan)
+
+
+@torch.no_grad()
+def find_start_of_elements(
+    density: FullDataDensity, guide: ElementGuide, terms: ElementTerms, *, fewer: int = 1
+) -> InitialGuide:
+    """Sets a guide of elements of plates to the best Gaussian, by natural-gradient steps.
+
+    :param fewer: divides the number of draws that estimate its ELBO.
+    """
+    guide.start_at_elements(fit_gaussian(density, terms))
+    return InitialGuide(BY_STEPS, _elbo_and_bound(density, guide, _NUM_COMPARED // fewer)[0])
 
 
 def _tensors(guide: FlowGuide | MinibatchGuide) -> list[Tensor]:

@@ -13,13 +13,17 @@ from torch import Tensor
 
 from ..._base.time_limit import until_deadline
 from ...model import FullDataDensity, LogJoint
+from ...model.elements import ElementTerms
+from ...model.expectations import expectation
 from ...model.full_data_density import Anchor, AnchoredLogJoint
-from ..loader import AllBatches, Batch, BatchStream
+from ..all_batches import full_data_density
+from ..loader import Batch, BatchStream
 from .objective import BatchObjective, Objective, PathObjective
 
 NUM_VALIDATION = 32  #: batches on which guides are compared
 #: draws of a pass if all batches use the same ones, and of a verdict on all data
 NUM_COMMON_DRAWS = 400
+_STEP = 0.1  # of differences for the second derivatives of all data, in sds
 _NUM_FOR_START = 8  # batches whose mean log density determines the initial guide
 # batches of the final pass, limited for time, their draws in all, and the fewest draws per batch
 _MAX_BATCHES, _NUM_DRAWS, _MIN_DRAWS = 500, 4000, 8
@@ -70,6 +74,7 @@ class MinibatchObjective(Objective):
     stream: BatchStream
     log_joint: LogJoint
     validation: list[Batch]
+    terms: ElementTerms | None = None
 
     def __post_init__(self) -> None:
         self._last = self.objective
@@ -79,14 +84,14 @@ class MinibatchObjective(Objective):
         self.whole: FullDataDensity | None = None
         stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
         if stream.is_partition and structure.is_scaled and not structure.subsampled_latents:
-            whole = FullDataDensity(self.log_joint, AllBatches(stream))
+            whole = full_data_density(self.log_joint, stream)
             self.whole = whole if whole.is_of_all_data and not whole.is_random else None
         #: the objective on all data, which corrects that of each batch
         self.on_all: PathObjective | None = None
         objective = self.objective
         if self.whole and isinstance(objective, PathObjective) and objective.is_guide_alone():
             self.on_all = replace(objective, log_joint=self.whole)
-        self.has_weights = self.on_all is not None
+        self.has_weights = self.is_noisy = self.on_all is not None
 
     def _weight(self, batch: Batch) -> float:
         """The rows of a batch relative to those of the largest validation batch; one without scales."""
@@ -108,6 +113,11 @@ class MinibatchObjective(Objective):
             with torch.no_grad():
                 draws, _ = on_all.guide.rsample_and_log_prob(NUM_COMMON_DRAWS)
             self._anchor = Anchor.of(on_all.log_joint, draws.median(0).values)
+            whole, terms = self.whole, self.terms
+            if whole is not None and terms is not None and whole.coordinates is None:
+                point, steps = self._anchor.point[None].double(), draws.std(0).double()
+                precision = expectation(whole, terms, point, _STEP * steps).precision
+                self._anchor = self._anchor._replace(precision=precision.to(draws))
         return self._anchor
 
     def parameters(self) -> dict[str, Tensor]:

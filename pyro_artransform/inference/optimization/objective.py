@@ -55,6 +55,8 @@ class Objective(Protocol):
 
     #: whether :meth:`elbo_draws` returns log weights of single draws
     has_weights: bool = False
+    #: whether steps have the noise of mini-batches, and may end in a worse guide than they started from
+    is_noisy: bool = False
 
     @property
     def num_compared(self) -> int:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from ..._base.time_limit import OUT_OF_TIME
 from ...diagnostics.importance_sampling import GOOD_KHAT, KHAT_OF_VARIANCE
 from ...diagnostics.psis import fit_tail
 
@@ -30,6 +31,8 @@ _WARM_UP = 20
 _DECAY, _DECAY_FACTOR = 150, 0.3
 # the share of a fixed number of steps spent in decay, from the full step size: the guide may still be far off
 _DECAY_SHARE = 0.4
+# steps of the decay before a time limit, relative to those before
+_TIME_FOR_DECAY = 0.5
 # multiplies NUM_COMPARED for the last check: with 1,000 draws the standard error of k-hat is 0.15
 _TIMES_AT_END = 5
 # parameters are averaged over about the last 1/8 of all steps; 1/3 still included the climb of Pyro's
@@ -107,6 +110,15 @@ class Schedule:
         if step >= max(_MAX_CONSTANT, _MAX_EPOCHS * self.epoch):
             return self._decaying(step, LIMIT)
         return self
+
+    def within_time(self, step: int, left: float) -> "Schedule":
+        """The schedule whose decay fills the rest of the time, once that is a third of all steps.
+
+        :param left: the number of steps for which there is time.
+        """
+        if self.end is not None or left > _TIME_FOR_DECAY * step:
+            return self
+        return replace(self, decay_start=step, end=step + max(int(left), 1), reason=OUT_OF_TIME)
 
     def _decaying(self, step: int, reason: str) -> "Schedule":
         """The schedule whose decay starts at this step."""

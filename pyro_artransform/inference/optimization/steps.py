@@ -3,6 +3,7 @@
 
 """The third stage of a fit: the steps of a training."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -32,7 +33,7 @@ def take_steps(
     if parallel.rank > 0:
         checkpoint = None
     is_asked, is_late = parallel.any(False, limit.is_over())
-    is_saved = False
+    is_saved, began, first = False, limit.seconds, training.num_steps
     while not (training.is_over() or is_asked or is_late):
         loss: float | None = None
         with abandonable(parallel.size == 1):  # others would wait for the end
@@ -40,6 +41,10 @@ def take_steps(
         if loss is None:
             break
         step = training.num_steps
+        if parallel.size == 1 and math.isfinite(limit.end):
+            per_step = (limit.seconds - began) / (step - first)
+            left = (limit.end - limit.seconds) / per_step
+            training.schedule = training.schedule.within_time(step, left)
         place = () if stream is None else stream.place(training.schedule.end)
         bar.update(training.losses, training.schedule.expected_end(step), *place)
         if checkpoint and step % _CHECKPOINT_EVERY == 0:

@@ -92,6 +92,7 @@ class Training:
         # weights do not judge the parameters of a model
         self._has_checks = objective.has_weights and is_guide_alone
         self._num_stored = _num_stored()
+        self._initial: list[Tensor] = []
 
     @property
     def num_steps(self) -> int:
@@ -105,6 +106,8 @@ class Training:
     def check_start(self, name: str) -> None:
         """Ends the fit if the user set no number of steps and the initial guide is good enough."""
         self.start = name
+        if self._has_checks and self.objective.is_noisy:
+            self._initial = copies(self.trained)
         if self._has_checks and self.schedule.num_steps is None:
             self.schedule = self.schedule.after_check(0, self._log_weights)
 
@@ -217,9 +220,21 @@ class Training:
         return self.objective.loss(num_draws), num_draws
 
     def finish(self) -> None:
-        """Sets the parameters to their average, unless a decay determined them."""
+        """Sets the parameters to their average, unless a decay determined them, or to a better start."""
         if self.losses and self.num_steps <= self.schedule.decay_start:
             copy_to(self.trained, self._average)
+        if self.losses and self._initial:
+            trained = copies(self.trained)
+            if self._elbo_at(trained) >= self._elbo_at(self._initial):
+                copy_to(self.trained, trained)
+
+    def _elbo_at(self, parameters: list[Tensor]) -> float:
+        """The ELBO with common random numbers; -inf if it is not finite."""
+        copy_to(self.trained, parameters)
+        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+            torch.manual_seed(0)
+            elbo = float(self._log_weights(self.schedule.num_compared).mean())
+        return elbo if math.isfinite(elbo) else -math.inf
 
     def state(self) -> dict[str, Any]:
         """All mutable state, in tensors and plain data."""

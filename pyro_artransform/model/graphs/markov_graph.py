@@ -42,10 +42,24 @@ from ..._base.levels import graph_levels
 
 @dataclass(frozen=True)
 class Elimination:
-    """The sorted parents of each coordinate, and the root block, which has none and is drawn jointly."""
+    """The sorted parents of each coordinate, and the root block, which has none and is drawn jointly.
+
+    :param linear: the parents whose influence is linear, for each coordinate; none by default.
+    :param updated: groups of coordinates that are dependent given their parents, approximately.
+    """
 
     parents: tuple[tuple[int, ...], ...]
     root: tuple[int, ...]
+    linear: tuple[tuple[int, ...], ...] = ()
+    updated: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def others(self) -> tuple[tuple[int, ...], ...]:
+        """The parents of each coordinate without the linear ones."""
+        if not self.linear:
+            return self.parents
+        pairs = zip(self.parents, map(frozenset, self.linear))
+        return tuple(tuple(j for j in own if j not in linear) for own, linear in pairs)
 
     @property
     def num_edges(self) -> int:

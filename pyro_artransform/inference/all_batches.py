@@ -1,0 +1,127 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""All mini-batches of a loader, for passes over all data."""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._base.comparison import agree, round_off
+from ..model import FullDataDensity, LogJoint
+from .loader import Batch, BatchStream
+
+# the most bytes of batches kept in memory between passes, and the rows of merged ones
+_MOST_HELD, _ROWS = 2**29, 10_000
+_SPREAD = (
+    0.1  # of the points at which the density of merged batches is compared with that of its parts
+)
+
+
+def full_data_density(log_joint: LogJoint, stream: BatchStream) -> FullDataDensity:
+    """The log joint density of all batches of a stream, evaluated for several batches at once if possible."""
+    stream = stream.whole
+    if stream.all_batches is None:
+        stream.all_batches = joined = AllBatches(stream, num_rows=_ROWS)
+        is_same = False
+        with suppress(Exception):  # any error means that the model does not accept joined batches
+            is_same = _is_same(log_joint, joined)
+        if not is_same:
+            stream.all_batches = AllBatches(stream)
+    return FullDataDensity(log_joint, stream.all_batches)
+
+
+@torch.no_grad()
+def _is_same(log_joint: LogJoint, joined: "AllBatches") -> bool:
+    """Whether the density of the first joined batches is that of its parts, at several points."""
+    first = next(iter(joined))
+    if len(joined.first_parts) == 1:
+        return True
+    points = torch.stack([log_joint.start + _SPREAD * k for k in range(3)])
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        one, other = (
+            FullDataDensity(log_joint, batches)(points) for batches in ([first], joined.first_parts)
+        )
+    return agree(one.to(points), other.to(points), round_off)
+
+
+class AllBatches:
+    """The batches of a pass over a stream, the same each time; kept if they take little memory.
+
+    :param num_rows: batches are joined up to so many rows, if all their tensors have a row for each row of
+        data; by default they are not.
+    """
+
+    def __init__(self, stream: BatchStream, num_rows: int = 0) -> None:
+        self._stream, self._num_rows, self._held = stream.whole, num_rows, list[Batch]()
+        self.first_parts: list[Batch] = []  #: the batches that were joined to the first one
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self._held:
+            yield from self._held
+            return
+        held, size = list[Batch](), 0.0
+        for batch in self._joined(self._stream.one_pass(self._stream.num_batches)):
+            for value in (*batch.args, *batch.kwargs.values()):
+                if isinstance(value, Tensor):
+                    size += value.nbytes
+                elif not isinstance(value, (int, float, str, type(None))):
+                    size = math.inf  # unknown
+            held.append(batch)
+            if size > _MOST_HELD:
+                held.clear()
+            yield batch
+        if size <= _MOST_HELD:
+            self._held = held
+
+    def _joined(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        group, is_first = list[Batch](), True
+        for batch in batches:
+            rows = sum(map(_num_rows, (*group, batch)))
+            if group and (rows > self._num_rows or not _can_join(group[-1], batch)):
+                yield self._join(group, is_first)
+                group, is_first = [], False
+            group.append(batch)
+        if group:
+            yield self._join(group, is_first)
+
+    def _join(self, group: list[Batch], is_first: bool) -> Batch:
+        if is_first:
+            self.first_parts = group
+        if len(group) == 1:
+            return group[0]
+        args = tuple(map(_concatenated, zip(*(batch.args for batch in group))))
+        names = group[0].kwargs
+        return Batch(args, {k: _concatenated([b.kwargs[k] for b in group]) for k in names})
+
+
+def _values(batch: Batch) -> list[Any]:
+    return [*batch.args, *batch.kwargs.values()]
+
+
+def _num_rows(batch: Batch) -> float:
+    """The common length of all tensors; infinite if they differ, or there are none."""
+    rows = {len(value) for value in _values(batch) if isinstance(value, Tensor) and value.dim()}
+    return rows.pop() if len(rows) == 1 else math.inf
+
+
+def _can_join(one: Batch, other: Batch) -> bool:
+    """Whether all tensors are of rows, which differ, and all else is equal."""
+    if one.kwargs.keys() != other.kwargs.keys() or len(one.args) != len(other.args):
+        return False
+    return _num_rows(other) < math.inf and all(map(_are_parts, _values(one), _values(other)))
+
+
+def _are_parts(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor) and isinstance(other, Tensor) and one.dim():
+        is_alike = one.shape[1:] == other.shape[1:] and one.dtype == other.dtype
+        return is_alike and not (one.shape == other.shape and torch.equal(one, other))
+    return one is other or (isinstance(one, (int, float, str)) and one == other)
+
+
+def _concatenated(values: Any) -> Any:
+    return torch.cat([*values]) if isinstance(values[0], Tensor) else values[0]

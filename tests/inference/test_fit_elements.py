@@ -1,0 +1,132 @@
+# Copyright Contributors to the pyro_artransform project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fits by mini-batches of models with latents in crossed and nested plates."""
+
+import pyro
+import torch
+from pyro import distributions as dist
+from torch.utils.data import DataLoader, TensorDataset
+
+from pyro_artransform import AutoStructuredFlow
+from tests.inference.conftest import quick_fit as fit
+
+NUM_USERS, NUM_ITEMS, NUM_ROWS, NOISE = 20, 40, 300, 0.5
+
+
+def crossed(user, item, y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    with pyro.plate("users", NUM_USERS):
+        a = pyro.sample("a", dist.Normal(0.0, 0.7))
+    with pyro.plate("items", NUM_ITEMS):
+        b = pyro.sample("b", dist.Normal(0.0, 0.9))
+    with pyro.plate("rows", NUM_ROWS, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(mean + a[user] + b[item], NOISE), obs=y)
+
+
+def ratings():
+    generator = torch.Generator().manual_seed(0)
+    user = torch.randint(NUM_USERS, (NUM_ROWS,), generator=generator)
+    item = torch.randint(NUM_ITEMS, (NUM_ROWS,), generator=generator)
+    y = torch.randn(NUM_ROWS, generator=generator) + (user % 3 + item % 4) / 3
+    return user, item, y
+
+
+def exact(user, item, y):
+    """Mean and sds of all latents, and the log evidence."""
+    one_hot = torch.nn.functional.one_hot
+    design = torch.cat(
+        [torch.ones(len(y), 1), one_hot(user, NUM_USERS), one_hot(item, NUM_ITEMS)], 1
+    )
+    prior = torch.tensor([4.0, *[0.49] * NUM_USERS, *[0.81] * NUM_ITEMS])
+    covariance = (design.T @ design / NOISE**2 + prior.reciprocal().diag()).inverse()
+    marginal = NOISE**2 * torch.eye(len(y)) + design * prior @ design.T
+    evidence = dist.MultivariateNormal(torch.zeros(len(y)), marginal).log_prob(y)
+    return covariance @ design.T @ y / NOISE**2, covariance.diagonal().sqrt(), float(evidence)
+
+
+def loader_of(*tensors):
+    return DataLoader(TensorDataset(*tensors), batch_size=50, shuffle=True)
+
+
+def test_crossed_plates():
+    """The guide and its Gaussian start are found from batches, which are all that the fit sees."""
+    data = ratings()
+    mean, sd, evidence = exact(*data)
+    result = fit(crossed, loader=loader_of(*data), num_steps=1, seed=0, progress=False)
+    assert isinstance(result.guide, AutoStructuredFlow)
+    assert result.start == "a Gaussian fitted by natural-gradient steps"
+    assert result.khat < 0.7
+    # links of users through items beyond four eigenvectors are left out
+    assert evidence - 0.1 < result.elbo < evidence + 4 * result.elbo_se + 1e-6
+    draws = result.guide.sample_posterior(10_000)
+    flat = torch.cat([draws["mean"][:, None], draws["a"], draws["b"]], 1)
+    # five standard errors of 10,000 draws, and what is left out
+    assert ((flat.mean(0) - mean).abs() < 0.06 * sd).all()
+    assert ((flat.std(0) / sd - 1).abs() < 0.06).all()
+    graph = result.guide.graph
+    assert graph.root == (("mean",),)
+    assert graph.parents("a", 0) == (("mean",),)
+    linked = {("a", int(i)) for i in data[0][data[1] == 7]}
+    assert set(graph.parents("b", 7)) == {("mean",), *linked}
+
+
+def test_a_guide_of_elements_is_saved(tmp_path):
+    data, path = ratings(), tmp_path / "guide.pt"
+    guide = AutoStructuredFlow(crossed)
+    fit(crossed, guide, loader=loader_of(*data), num_steps=2, progress=False)
+    guide.save(path)
+    loaded = AutoStructuredFlow.load(path)
+    values = guide.sample_posterior(5)
+    assert torch.allclose(loaded.log_prob(values), guide.log_prob(values))
+    assert loaded.graph.elimination == guide.graph.elimination
+
+
+def test_nested_plates_with_unknown_scales():
+    """Classes in schools: a chain of conditionals without links that are left out."""
+    num_schools, num_classes, num_rows = 12, 60, 600
+    generator = torch.Generator().manual_seed(1)
+    school_of = torch.arange(num_classes) % num_schools
+    of_class = torch.randint(num_classes, (num_rows,), generator=generator)
+    effects = torch.randn(num_schools, generator=generator), torch.randn(60, generator=generator)
+    y = effects[0][school_of[of_class]] + 0.5 * effects[1][of_class]
+    y = y + torch.randn(num_rows, generator=generator)
+
+    def nested(index, y):
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        with pyro.plate("schools", num_schools):
+            u = pyro.sample("u", dist.Normal(0.0, 1.0))
+        with pyro.plate("classes", num_classes):
+            v = pyro.sample("v", dist.Normal(u[..., school_of], scale))
+        with pyro.plate("rows", num_rows, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(v[..., index], 1.0), obs=y)
+
+    options = {"num_steps": 200, "seed": 0, "progress": False}
+    result = fit(nested, loader=loader_of(of_class, y), **options)
+    assert isinstance(result.guide, AutoStructuredFlow)
+    assert result.khat < 0.7
+    whole = fit(nested, of_class, y, guide=AutoStructuredFlow(nested), **options)
+    errors = result.log_evidence_se + whole.log_evidence_se
+    assert abs(result.log_evidence - whole.log_evidence) < 4 * errors + 0.05
+    assert set(result.guide.graph.parents("v", 13)) == {("scale",), ("u", 1)}
+
+
+def test_models_whose_rows_read_several_elements_have_another_guide():
+    def paired(home, away, y):
+        with pyro.plate("teams", 60):
+            skill = pyro.sample("skill", dist.Normal(0.0, 1.0))
+        with pyro.plate("games", 100, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(skill[..., home] - skill[..., away], 1.0), obs=y)
+
+    home, away = torch.randint(60, (2, 100), generator=torch.Generator().manual_seed(0))
+    loader = loader_of(home, (home + 1 + away % 59) % 60, torch.zeros(100))
+    result = fit(paired, loader=loader, num_steps=1, progress=False)
+    assert result.rows()["guide"] == "AutoIAF, for 60 latents and subsampled data"
+
+
+def test_the_gaussian_so_far_at_a_time_limit():
+    data = ratings()
+    result = fit(crossed, loader=loader_of(*data), max_seconds=0.1, progress=False)
+    assert "the time limit was reached" in result.verdict
+    assert result.start == "a Gaussian fitted by natural-gradient steps"
+    assert -1e4 < result.elbo < exact(*data)[2]
