@@ -48,10 +48,10 @@ def fit(
     """Trains a guide for a model, with nothing to tune, and returns a verdict on the posterior.
 
     Call it as ``fit(model, guide, *args)``, or as ``fit(model, *args)`` to let it choose the guide. The
-    chosen guide is ``result.guide``, and ``print(result)`` gives the reason: ``AutoIAF`` for few latents and
-    for mini-batches, ``AutoStructuredFlow`` for many latents, ``AutoAmortized`` for latents in a subsampled
-    plate. A callable second positional argument is taken as the guide. If the model's own first argument is
-    callable, pass it by name, or pass the guide as ``guide=``.
+    chosen guide is ``result.guide``, and ``print(result)`` gives the reason: ``AutoIAF`` for few latents,
+    ``AutoStructuredFlow`` for many, ``AutoAmortized`` for latents in a subsampled plate. A callable second
+    positional argument is taken as the guide. If the model's own first argument is callable, pass it by name,
+    or pass the guide as ``guide=``.
 
     The fit first draws from the posterior with many short Hamiltonian chains, and the verdict begins with
     these draws (``docs/chains.md``). A guide of this package starts at its current parameters or at the
@@ -65,13 +65,13 @@ def fit(
     With ``draws=n`` there are no steps unless ``num_steps`` requests them or the model has parameters. If
     these were trained, new chains run at their final values.
 
-    With a ``loader`` each step sees the next mini-batch. The model then needs its rows in
-    ``pyro.plate(name, number of all rows, subsample_size=len(batch))``, which scales a batch up to all data,
-    except where every latent belongs to a row of the batch, as in a variational autoencoder. Per-row latents
-    need a guide that reads the batch, such as ``AutoAmortized``, and ``AutoStructuredFlow`` must be set up
-    beforehand, with ``guide.set_up(*all_data)``. The verdict makes another pass over the loader, for all
-    data, or for each element with latents of its own (``docs/minibatches.md``). A loader of one batch with
-    all data is equivalent to arguments. A short last batch is weighted by its number of rows.
+    With a ``loader`` each step sees the next mini-batch. The model then needs its rows in ``pyro.plate(name,
+    number of all rows, subsample_size=len(batch))``, which scales a batch up to all data, except where every
+    latent belongs to a row of the batch, as in a variational autoencoder. Per-row latents need a guide that
+    reads the batch, such as ``AutoAmortized``. Latents in plates that rows index, such as users and items,
+    have an ``AutoStructuredFlow``, which starts without chains. The verdict makes another pass over the
+    loader, for all data, or for each element with latents of its own (``docs/minibatches.md``). A loader of
+    one batch with all data is equivalent to arguments. A short last batch is weighted by its number of rows.
 
     Operations that are the same in each step are captured and replayed, so the model's Python code runs
     only occasionally: do not count steps in it. If such a run differs from the replay, for example because

@@ -11,6 +11,7 @@ from pyro import distributions as dist
 from pyro_artransform.model import FullDataDensity, LogJoint
 from pyro_artransform.model.elements import ElementGroups, ElementTerms, elements_read
 from pyro_artransform.model.expectations import expectation
+from pyro_artransform.model.full_data_density import Anchor, AnchoredLogJoint
 from pyro_artransform.model.graphs.element_precision import ElementGaussian
 
 USER, ITEM = torch.tensor([0, 1, 2, 2, 0, 1, 2, 0]), torch.tensor([0, 4, 1, 2, 2, 3, 4, 1])
@@ -137,3 +138,31 @@ def test_draws_of_the_gaussian():
     root = found.sample(identity) - found.sample(torch.zeros(1, 14))
     covariance = root.T @ root
     assert torch.allclose(covariance, matrix.inverse(), atol=0.01)
+
+
+def test_second_order_terms_of_a_batch_are_exchanged():
+    """A quadratic density of a batch becomes that of all data, as does its gradient."""
+
+    def quadratic(user, item, y):
+        with pyro.plate("users", 3):
+            level = pyro.sample("level", dist.Normal(0.0, 1.0))
+        with pyro.plate("items", 6):
+            effect = pyro.sample("effect", dist.Normal(0.0, 0.7))
+        with pyro.plate("rows", 8, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(level[..., user] + effect[..., item], 0.8), obs=y)
+
+    batches = [(batch, {}) for batch in zip(*(values.split(4) for values in (USER, ITEM, Y)))]
+    density = FullDataDensity(LogJoint(quadratic, batches[0][0]), batches)
+    terms = ElementTerms.of(density, (part for _, part in density.parts()))
+    point = torch.linspace(-1.0, 1.0, 9)
+    found = expectation(density, terms, point[None], torch.full((9,), 0.1))
+    anchor = Anchor.of(density, point)._replace(precision=found.precision)
+    z = torch.randn(5, 9, requires_grad=True)
+    (expected,) = torch.autograd.grad(density(z).sum(), z)
+    for _, part in density.parts():
+        corrected = AnchoredLogJoint(part, anchor)
+        (gradient,) = torch.autograd.grad(corrected(z).sum(), z)
+        assert torch.allclose(gradient, expected)
+        assert torch.allclose(corrected(z), density(z))
+        first_order = AnchoredLogJoint(part, anchor._replace(precision=None))
+        assert not torch.allclose(first_order(z), density(z), atol=0.1)

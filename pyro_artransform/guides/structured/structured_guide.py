@@ -55,10 +55,10 @@ class AutoStructuredFlow(AutoAutoregressive):
     chain of 1,000 latents has 10 levels, a plate 2. The number of parameters is proportional to that of
     parents.
 
-    ``print(guide.graph)`` summarizes the dependencies. A dependency that is inactive at the first call, such
-    as in a branch of ``torch.where``, is not in the graph; ``fit`` searches again at its end. A mini-batch
-    has only a part of the dependencies, so before training on mini-batches the guide must see all data once,
-    by ``guide.set_up(*all_data)``.
+    ``print(guide.graph)`` summarizes the dependencies. A dependency that is inactive at the first call,
+    such as in a branch of ``torch.where``, is not in the graph; ``fit`` searches again at its end. A
+    mini-batch has only a part of the dependencies: ``fit`` with a loader finds those of latents in plates
+    in a pass over it; for others the guide must see all data once before, by ``guide.set_up(*all_data)``.
 
     :param model: a Pyro model.
     :param hidden_dim: the number of hidden units of the network of each latent coordinate.

@@ -20,7 +20,7 @@ on opposite sides of the mean, so that a quadratic density is fitted exactly.
 """
 
 import math
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -45,41 +45,63 @@ _MOST_LOST, _MOST_HALVED = 1.0, 2  # nats of the ELBO that a step may lose, and 
 def fit_gaussian(density: FullDataDensity, terms: ElementTerms) -> ElementGaussian:
     """The Gaussian of the log joint density of all data, in unconstrained coordinates.
 
-    A step that lowers the ELBO is halved; ELBOs can be compared since passes use the same noise. The first
-    ones, until steps are small, use two of the draws. At the end of a phase it is the Gaussian so far.
+    At the end of a phase it is the Gaussian so far.
     """
-    start = density.start
-    unit = density.prior_scales(start).double().clamp_max(1.0)
-    generator = torch.Generator().manual_seed(0)
-    half = torch.randn(_NUM_PAIRS, len(start), generator=generator, dtype=unit.dtype, device="cpu")
-    half, count = half.to(start.device), 1
-    sd, draws = _FIRST_SD * unit, start + _FIRST_SD * unit * torch.cat([half[:1], -half[:1]])
-    gaussian, loc, step = None, start.double(), torch.zeros_like(unit)
-    elbo, num_halved = -math.inf, 0
+    ascent = _Ascent(density, terms)
     for index in until_deadline(range(_MOST_PASSES), at_least=2):
-        found = expectation(density, terms, draws, _STEP * sd)
-        new_elbo = -math.inf if gaussian is None else found.value + gaussian.entropy
-        if gaussian is not None and num_halved < _MOST_HALVED and not new_elbo > elbo - _MOST_LOST:
-            step, num_halved = 0.5 * step, num_halved + 1
-            gaussian.loc = loc + step
-        else:  # if halving does not help, the new precision is what lowers the ELBO
-            loc, elbo, num_halved = loc + step, new_elbo, 0
-            gaussian = ElementGaussian(loc, found.precision)
-            sd = gaussian.conditional_sd
-            # draws do not have the sds of elements until the third pass
-            most = _MOST_MOVED * unit * (index >= _NUM_FOR_ELEMENTS)
-            step = _limited(gaussian, found.gradient, most)
-            gaussian.loc = loc + step
-            moved = (step / sd).square()
-            largest = torch.cat([moved.mean()[None], moved[terms.groups.shared]]).max().sqrt()
-            if count == _NUM_PAIRS and largest < _SMALL:
-                break
-            if (
-                count == 1 and largest < 1 and index > _NUM_FOR_ELEMENTS
-            ):  # more draws, with another ELBO
-                count, elbo = _NUM_PAIRS, -math.inf
-        draws = gaussian.sample(torch.cat([half[:count], -half[:count]]))
-    return cast(ElementGaussian, gaussian)
+        # draws do not have the sds of elements until the third pass
+        if ascent.take_step(are_shared_fixed=index < _NUM_FOR_ELEMENTS):
+            break
+    return cast(ElementGaussian, ascent.gaussian)
+
+
+class _Ascent:
+    """Natural-gradient steps, halved if they lower the ELBO: all passes use the same noise.
+
+    The first passes, until steps are small, use two draws.
+    """
+
+    def __init__(self, density: FullDataDensity, terms: ElementTerms) -> None:
+        self._density, self._terms, self._shared = density, terms, terms.groups.shared
+        start, self._num_pairs = density.start, 1
+        self._unit = unit = density.prior_scales(start).double().clamp_max(1.0)
+        options: Any = {"generator": torch.Generator().manual_seed(0), "device": "cpu"}
+        half = torch.randn(_NUM_PAIRS, len(start), dtype=unit.dtype, **options)
+        self._half = half.to(start.device)
+        self._sd = _FIRST_SD * unit
+        self._draws = start + self._sd * self._noise()
+        self._loc, self._step = start.double(), torch.zeros_like(unit)
+        self._elbo, self._num_halved = -math.inf, 0
+        self.gaussian: ElementGaussian | None = None
+
+    def _noise(self) -> Tensor:
+        half = self._half[: self._num_pairs]
+        return torch.cat([half, -half])
+
+    def take_step(self, *, are_shared_fixed: bool) -> bool:
+        """Takes a step in one pass over all data; returns whether steps have converged."""
+        found = expectation(self._density, self._terms, self._draws, _STEP * self._sd)
+        elbo = -math.inf if self.gaussian is None else found.value + self.gaussian.entropy
+        # if halving does not help, the new precision is what lowers the ELBO
+        is_lower = not elbo > self._elbo - _MOST_LOST and self._num_halved < _MOST_HALVED
+        if self.gaussian is not None and is_lower:
+            self._step, self._num_halved = 0.5 * self._step, self._num_halved + 1
+            gaussian, largest = self.gaussian, math.inf
+        else:
+            self._loc, self._elbo, self._num_halved = self._loc + self._step, elbo, 0
+            self.gaussian = gaussian = ElementGaussian(self._loc, found.precision)
+            self._sd = gaussian.conditional_sd
+            most = _MOST_MOVED * self._unit * (not are_shared_fixed)
+            self._step = _limited(gaussian, found.gradient, most)
+            moved = (self._step / self._sd).square()
+            largest = float(torch.cat([moved.mean()[None], moved[self._shared]]).max().sqrt())
+        gaussian.loc = self._loc + self._step
+        if self._num_pairs == 1 and largest < 1 and not are_shared_fixed:
+            self._num_pairs, self._elbo = _NUM_PAIRS, -math.inf  # other draws have another ELBO
+        elif largest < _SMALL and not are_shared_fixed:
+            return True
+        self._draws = gaussian.sample(self._noise())
+        return False
 
 
 def _limited(gaussian: ElementGaussian, gradient: Tensor, most: Tensor) -> Tensor:
