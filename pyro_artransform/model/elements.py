@@ -142,7 +142,7 @@ class Links(NamedTuple):
 class ElementTerms:
     """The elements that the terms of all mini-batches read, and the pairs that they link.
 
-    :param reads: for each mini-batch, the result of :func:`elements_read`.
+    :param reads: for each mini-batch, the result of ``elements_read``.
     """
 
     def __init__(self, groups: ElementGroups, reads: Sequence[Sequence[Tensor]]) -> None:
