@@ -93,8 +93,9 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
     Example::
 
         >>> chain = [[1], [0, 2], [1, 3], [2]]
-        >>> eliminate(chain)
-        Elimination(parents=((1,), (), (), (2,)), root=(1, 2))
+        >>> found = eliminate(chain)
+        >>> found.parents, found.root
+        (((1,), (), (), (2,)), (1, 2))
     """
     around = [set(own) - {i} for i, own in enumerate(neighbours)]
     parents: list[tuple[int, ...]] = [()] * len(around)
