@@ -15,23 +15,22 @@ from .._base.comparison import agree, round_off
 from ..model import FullDataDensity, LogJoint
 from .loader import Batch, BatchStream
 
-# the most bytes of batches kept in memory between passes, and the rows of merged ones
+# the most bytes of batches kept in memory between passes, and the rows of joined ones
 _MOST_HELD, _ROWS = 2**29, 10_000
-_SPREAD = (
-    0.1  # of the points at which the density of merged batches is compared with that of its parts
-)
+# of the points at which the density of joined batches is compared with that of its parts
+_SPREAD = 0.1
+# errors of a model that is called with another number of rows; that time is over is none of them
+_REFUSALS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def full_data_density(log_joint: LogJoint, stream: BatchStream) -> FullDataDensity:
     """The log joint density of all batches of a stream, evaluated for several batches at once if possible."""
     stream = stream.whole
     if stream.all_batches is None:
-        stream.all_batches = joined = AllBatches(stream, num_rows=_ROWS)
-        is_same = False
-        with suppress(Exception):  # any error means that the model does not accept joined batches
+        joined, is_same = AllBatches(stream, num_rows=_ROWS), False
+        with suppress(*_REFUSALS):  # the model does not accept joined batches
             is_same = _is_same(log_joint, joined)
-        if not is_same:
-            stream.all_batches = AllBatches(stream)
+        stream.all_batches = joined if is_same else AllBatches(stream)
     return FullDataDensity(log_joint, stream.all_batches)
 
 
@@ -66,7 +65,7 @@ class AllBatches:
             return
         held, size = list[Batch](), 0.0
         for batch in self._joined(self._stream.one_pass(self._stream.num_batches)):
-            for value in (*batch.args, *batch.kwargs.values()):
+            for value in _values(batch):
                 if isinstance(value, Tensor):
                     size += value.nbytes
                 elif not isinstance(value, (int, float, str, type(None))):

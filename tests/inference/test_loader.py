@@ -10,6 +10,8 @@ from pyro import distributions as dist
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from pyro_artransform._base.time_limit import OutOfTimeError
+from pyro_artransform.inference import all_batches
 from pyro_artransform.inference.all_batches import AllBatches, full_data_density
 from pyro_artransform.inference.loader import BatchStream
 from pyro_artransform.model import LogJoint
@@ -298,3 +300,22 @@ def test_passes_join_batches_of_rows():
         assert len([*stream.all_batches]) == count
         values.append(density(points))
     assert torch.allclose(*values)
+
+
+def test_time_that_is_over_is_no_refusal_of_joined_batches(monkeypatch):
+    """Passes must not go on, nor with joined batches that were not compared with their parts."""
+
+    def over(*_):
+        raise OutOfTimeError
+
+    def model(part):
+        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+        with pyro.plate("rows", 12, subsample_size=len(part)):
+            pyro.sample("y", dist.Normal(loc, 1.0), obs=part)
+
+    y = torch.arange(12.0)
+    stream = BatchStream(y.split(4))
+    monkeypatch.setattr(all_batches, "_is_same", over)
+    with pytest.raises(OutOfTimeError):
+        full_data_density(LogJoint(model, (y[:4],)), stream)
+    assert stream.all_batches is None
