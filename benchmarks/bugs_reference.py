@@ -11,7 +11,6 @@ until the worst latent has 400 effective draws.
 """
 
 import argparse
-import json
 import math
 import os
 import time
@@ -25,6 +24,7 @@ import numpyro
 import torch
 from measuring.clock import Record
 from measuring.nuts import CHUNK, blocks, least_ess, long_run
+from measuring.references import Row, stored, write
 from models import bugs
 from models.library import in_numpyro
 from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
@@ -34,7 +34,6 @@ from torch import Tensor
 
 from pyro_artransform.model import LogJoint
 
-Row = dict[str, Any]
 REFERENCE = Path(__file__).parent / "bugs_reference.json"
 #: of the long runs
 NUM_CHAINS, NUM_WARM_UP, NUM_DRAWS = 4, 3000, 10_000
@@ -234,22 +233,10 @@ def errors(z: np.ndarray, log_joint: LogJoint, reference: Row) -> Row:
     return {"mean": round(float(mean.max()), 3), "sd": round(float(sd.max()), 3)}
 
 
-def stored() -> Row:
-    return json.loads(REFERENCE.read_text()) if REFERENCE.exists() else {}
-
-
 def store(name: str, row: Row) -> None:
-    rows = stored()
+    rows = stored(REFERENCE)
     rows[name] = rows.get(name, {}) | row
-    known = [other for other in bugs.EXAMPLES if other in rows]
-    REFERENCE.write_text(f"{{{','.join(as_text(other, rows[other]) for other in known)}\n}}\n")
-
-
-def as_text(name: str, row: Row) -> str:
-    """A line for what is said of a model, and for each site."""
-    said = json.dumps({key: value for key, value in row.items() if key != "sites"})
-    sites = (f'\n  "{site}": {json.dumps(values)}' for site, values in row["sites"].items())
-    return f'\n "{name}": {said[:-1]}, "sites": {{{",".join(sites)}}}}}'
+    write(REFERENCE, rows, bugs.EXAMPLES)
 
 
 def main() -> None:
@@ -264,11 +251,11 @@ def main() -> None:
         if "reference" in options.what:
             began = time.process_time()
             store(name, (by_quadrature if name in ("dyes", "equiv") else by_nuts)(name))
-            row = {key: value for key, value in stored()[name].items() if key != "sites"}
+            row = {key: value for key, value in stored(REFERENCE)[name].items() if key != "sites"}
             print(name, row, round(time.process_time() - began), "s", flush=True)
         if "nuts" in options.what:
-            store(name, {"nuts": timed(name, stored()[name])})
-            print(name, stored()[name]["nuts"], flush=True)
+            store(name, {"nuts": timed(name, stored(REFERENCE)[name])})
+            print(name, stored(REFERENCE)[name]["nuts"], flush=True)
 
 
 if __name__ == "__main__":

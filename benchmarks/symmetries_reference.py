@@ -15,7 +15,6 @@ draws of the posterior with the likelihood to the power of 0.7.
 """
 
 import argparse
-import json
 import os
 import time
 from collections.abc import Callable
@@ -31,6 +30,7 @@ import numpyro
 import torch
 from jax.scipy.special import logsumexp
 from measuring.nuts import long_run
+from measuring.references import Row, stored, write
 from models.symmetric import SYMMETRIC
 from models.symmetry import Center, Symmetry
 from numpyro import distributions as dist
@@ -41,7 +41,6 @@ from torch.linalg import cholesky
 
 from pyro_artransform.model import LogJoint
 
-Row = dict[str, Any]
 Draws = dict[str, Tensor]
 REFERENCE = Path(__file__).parent / "symmetries_reference.json"
 SIZES = {"num_chains": 4, "num_warmup": 2000, "num_samples": 10_000}
@@ -211,25 +210,14 @@ def weighted_moments(weights: Tensor, z: Tensor) -> Row:
     return found | {"center": mean, "center_sd": sd}
 
 
-def stored() -> Row:
-    return json.loads(REFERENCE.read_text()) if REFERENCE.exists() else {}
-
-
 def store(name: str, row: Row) -> None:
-    """Adds a model to the file: a line for what is said of it, and one for each site."""
-    rows = stored() | {name: row}
+    """Adds a model to the file, with all numbers rounded."""
+    rows = stored(REFERENCE) | {name: row}
     for of_model in rows.values():
         for site, columns in of_model["sites"].items():
             rounded = {k: [float(f"{x:.5g}") for x in v] for k, v in columns.items()}
             of_model["sites"][site] = rounded
-    lines = [as_text(other, rows[other]) for other in MODELS if other in rows]
-    REFERENCE.write_text(f"{{{','.join(lines)}\n}}\n")
-
-
-def as_text(name: str, row: Row) -> str:
-    said = json.dumps({key: value for key, value in row.items() if key != "sites"})
-    sites = (f'\n  "{site}": {json.dumps(values)}' for site, values in row["sites"].items())
-    return f'\n "{name}": {said[:-1]}, "sites": {{{",".join(sites)}}}}}'
+    write(REFERENCE, rows, MODELS)
 
 
 def main() -> None:
@@ -241,7 +229,7 @@ def main() -> None:
     for name in options.models or MODELS:
         began = time.process_time()
         store(name, (weighted if name in WEIGHTED else reference)(name))
-        row = {key: value for key, value in stored()[name].items() if key != "sites"}
+        row = {key: value for key, value in stored(REFERENCE)[name].items() if key != "sites"}
         print(name, row, round(time.process_time() - began), "s", flush=True)
 
 

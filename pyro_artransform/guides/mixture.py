@@ -17,7 +17,7 @@ from ..model import LogJoint
 from ..model.sites import Latents
 from .distributions import ToUnconstrained
 from .presets import AutoIAF
-from .unconstrained import LatentDistribution, density_through, draws_through
+from .unconstrained import LatentDistribution, density_through, draws_through, with_path_gradient
 
 
 class MixtureGuide(AutoIAF):
@@ -95,14 +95,12 @@ class MixtureGuide(AutoIAF):
             z, log_q = draws_through(flows[k], x, False)
             drawn.append((z, self._by_component(z, k, log_q).logsumexp(0)))
         z, log_q = (torch.cat(each)[order.argsort()] for each in zip(*drawn))
-        return (z, self._with_path_gradient(z, log_q)) if path else (z, log_q)
+        return (z, with_path_gradient(log_q, z, self._score(z.detach()))) if path else (z, log_q)
 
     @torch.enable_grad()
-    def _with_path_gradient(self, z: Tensor, log_q: Tensor) -> Tensor:
-        point = z.detach().requires_grad_()
-        (score,) = torch.autograd.grad(self.log_density(point).sum(), point)
-        through = (score * z).sum(-1)
-        return log_q.detach() + (through - through.detach())
+    def _score(self, z: Tensor) -> Tensor:
+        z = z.requires_grad_()
+        return torch.autograd.grad(self.log_density(z).sum(), z)[0]
 
     def log_density(self, z: Tensor) -> Tensor:
         return self._by_component(z).logsumexp(0)

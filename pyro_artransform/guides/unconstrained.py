@@ -331,8 +331,13 @@ def draws_through(transform: Any, x: Tensor, path: bool) -> tuple[Tensor, Tensor
         z, ladj = transform.call_and_ladj(x)
         return z, _normal_log_prob(x) - ladj
     z, ladj, score = transform.call_and_score(x, -x)
+    return z, with_path_gradient(_normal_log_prob(x) - ladj, z, score)
+
+
+def with_path_gradient(log_q: Tensor, z: Tensor, score: Tensor) -> Tensor:
+    """Log densities ``(n,)`` whose gradient flows through draws ``(n, D)`` only, by the score there."""
     through = (score * z).sum(-1)
-    return z, (_normal_log_prob(x) - ladj).detach() + (through - through.detach())
+    return log_q.detach() + (through - through.detach())
 
 
 def density_through(transform: FlowModule, z: Tensor) -> Tensor:

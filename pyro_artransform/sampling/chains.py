@@ -202,14 +202,15 @@ def chains_of(
     is_divergent = torch.stack([info.is_divergent for info in infos])
     bfmi = energy_bfmi(torch.stack([info.energy for info in infos], 1))
     median_bfmi = float(bfmi.median())
+    modes = ensemble.mode_shares()
     of_draws = about_draws(prior_only, *find_rounding(latents, flat))
     judged = Verdict(
-        failed=(*_objections(ensemble, num_samples, median_bfmi), *of_draws),
+        failed=(*_objections(ensemble, modes, num_samples, median_bfmi), *of_draws),
         praise=(
             f"{float(convergence.bulk.min()):,.0f} effective draws of the worst latent, R-hat at most "
             f"{float(convergence.rhat.max()):.3f}, from {count} chains of {size} draws."
         ),
-        notes=tuple(_notes(ensemble, median_bfmi, relabel)),
+        notes=tuple(_notes(ensemble, modes, median_bfmi, relabel)),
         of="draws",
     )
     return Chains(
@@ -234,16 +235,18 @@ def chains_of(
         stopped_because=reason or ensemble.end.value,
         one_at_a_time=ensemble.log_joint.reason,
         symmetries=ensemble.symmetries,
-        modes=ensemble.mode_shares(),
+        modes=modes,
     )
 
 
-def _objections(ensemble: Ensemble, num_samples: int, bfmi: float) -> Iterator[FailedCheck]:
+def _objections(
+    ensemble: Ensemble, modes: ModeShares | None, num_samples: int, bfmi: float
+) -> Iterator[FailedCheck]:
     """The failed checks of the draws, with their remedies."""
     convergence, latents = ensemble.convergence(), ensemble.log_joint.latents
     max_rhat = float(convergence.rhat.max())
     is_apart = ensemble.end is StopReason.APART
-    if (modes := ensemble.mode_shares()) is not None:
+    if modes is not None:
         between = f"{ensemble.num_single} of them were reached from one start only"
         yield from Check.MODES.apply(
             modes=str(modes),
@@ -289,10 +292,12 @@ def _causes(ensemble: Ensemble) -> Iterable[FailedCheck]:
     return jumps or Check.UNDETERMINED.apply(names=[name_of(i) for i in ensemble.undetermined()])
 
 
-def _notes(ensemble: Ensemble, bfmi: float, relabel: bool) -> Iterable[str]:
+def _notes(
+    ensemble: Ensemble, modes: ModeShares | None, bfmi: float, relabel: bool
+) -> Iterable[str]:
     """Remarks that are not failed checks."""
     yield from _about_symmetries(ensemble, relabel)
-    if (modes := ensemble.mode_shares()) is not None and ensemble.convergence().has_mixed:
+    if modes is not None and ensemble.convergence().has_mixed:
         yield f"Chains move between {modes}; others may exist."
     if ensemble.left_out:
         yield (

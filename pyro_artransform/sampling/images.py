@@ -24,10 +24,7 @@ _NUM_FOR_CENTER = 2000
 
 
 def images(
-    draws: Tensor,
-    symmetries: tuple[Symmetry, ...],
-    latents: Latents,
-    num_superchains: int,
+    draws: Tensor, symmetries: tuple[Symmetry, ...], latents: Latents, num_superchains: int
 ) -> tuple[Tensor, Relabelling | None]:
     """Images of unconstrained draws ``(C, n, D)``, and the map if they are in one image.
 
@@ -51,8 +48,10 @@ def images(
 def random_images(
     symmetries: Sequence[Symmetry], latents: Latents, draws: Tensor
 ) -> list[Callable[[Tensor], Tensor]]:
-    """Maps as many unconstrained points as ``draws`` ``(C, D)`` to random images, and back; none without
-    symmetries."""
+    """Maps as many unconstrained points as ``draws`` ``(C, D)`` to random images, and back.
+
+    There are none without symmetries.
+    """
     pairs = [(s, s.random(len(draws), draws)) for s in symmetries]
     inverse = [(symmetry, elements.mT) for symmetry, elements in reversed(pairs)]
     return [partial(_image, latents, each) for each in (pairs, inverse) if each]

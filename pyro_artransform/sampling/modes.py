@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, TypeVar
 
 import pyro.distributions as dist
 import torch
@@ -16,6 +16,8 @@ from ..diagnostics.mode_shares import ModeShares
 from ..model import LogJoint
 from ..model.protocols import GuideOfModes
 from .target import State
+
+Value = TypeVar("Value")
 
 #: distance between chains of different modes, in sds within chains
 APART = 6.0
@@ -31,6 +33,10 @@ _DEGREES = 5.0
 STUCK, MOVES, _ABOVE, _BELOW, _BELOW_BY_ROOT_DIM = 0.15, 0.3, 5.0, 50.0, 5.0
 # trajectories until chains have settled in modes
 _NUM_SETTLED = 12
+
+
+def _unchanged(value: Value) -> Value:
+    return value
 
 
 class Modes(NamedTuple):
@@ -51,7 +57,7 @@ class Modes(NamedTuple):
     differs: Tensor
     loc: Tensor
     scale: Tensor
-    to_image: Callable[[Tensor], Tensor] = lambda points: points
+    to_image: Callable[[Tensor], Tensor] = _unchanged
 
     @property
     def is_negligible(self) -> Tensor:
@@ -166,10 +172,6 @@ def lost_chains(states: Sequence[State], moves: Tensor) -> Tensor:
     return is_lost
 
 
-def _same(state: State) -> State:
-    return state
-
-
 class Proposal(Protocol):
     """A distribution of points ``(n, D)`` of the base space."""
 
@@ -207,8 +209,8 @@ class IndependentProposals:
         self,
         target: Callable[[Tensor], State],
         state: State,
-        to_image: Callable[[State], State] = _same,
-        back: Callable[[State], State] = _same,
+        to_image: Callable[[State], State] = _unchanged,
+        back: Callable[[State], State] = _unchanged,
     ) -> State:
         """The next state of each chain, after a Metropolis-Hastings accept step.
 
