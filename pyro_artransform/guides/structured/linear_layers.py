@@ -3,8 +3,10 @@
 
 """Linear layers of a structured flow: low-rank updates of a group, and links between elements of plates."""
 
-from collections.abc import Sequence
-from typing import Any
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,72 +70,114 @@ class LinearLinks(FlowModule):
 
     .. math:: y_i = x_i + \sum_{j \in \mathrm{pa}(i)} C_{ij} y_j
 
+    The coefficients are buffers: there are as many as pairs, and training them costs more than it gains
+    (benchmarks/crossed.md).
+
     :param parents: for each coordinate, those that it depends on, without a cycle.
+    :param level: for each coordinate, a number above those of its parents.
+    """
+
+    weight: Tensor
+
+    def __init__(self, parents: Sequence[Sequence[int]], level: Sequence[int]) -> None:
+        super().__init__()
+        pairs = sorted((level[i], i, j) for i, own in enumerate(parents) for j in own)
+        index = torch.tensor(pairs, dtype=torch.long, device="cpu").reshape(-1, 3)
+        counts: Any = torch.unique_consecutive(index[:, 0], return_counts=True)[1]
+        self._sizes = counts.tolist()
+        parts = index[:, 1:].split(self._sizes)
+        #: the pairs of each level, those of one level independent of each other
+        self.levels = nn.ModuleList([SparsePairs(*part.T, len(parents)) for part in parts])
+        like = nn.Linear(1, 1).weight.detach()  # has PyTorch's default dtype and device
+        self.register_buffer("weight", like.new_zeros(len(pairs)))
+
+    @property
+    def child(self) -> Tensor:
+        """The later coordinates of the pairs, in the order of the coefficients."""
+        return torch.cat([cast(SparsePairs, pairs).child for pairs in self.levels])
+
+    @property
+    def parent(self) -> Tensor:
+        """The earlier coordinates of the pairs."""
+        return torch.cat([cast(SparsePairs, pairs).parent for pairs in self.levels])
+
+    def _added(self) -> Iterator[Callable[[Tensor], Tensor]]:
+        """For each level, the function of all coordinates that is added."""
+        for pairs, weight in zip(self.levels, self.weight.split(self._sizes)):
+            yield partial(pairs, weight)
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        y = x
+        for added in self._added():
+            y = y + added(y)
+        return y, x.new_zeros(x.shape[:-1])
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        x = y
+        for added in self._added():
+            x = x - added(y)
+        return x, y.new_zeros(y.shape[:-1])
+
+    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            moved = [added(score, is_transposed=True) for added in self._added()]
+            score = score - torch.stack(moved).sum(0)
+        return *self.call_and_ladj(x), score
+
+
+class SparsePairs(nn.Module):
+    """The places of a sparse matrix ``(dim, dim)``, whose product with vectors has a gradient by these.
+
+    :param child: the rows, sorted, shape ``(E,)``.
+    :param parent: the columns, shape ``(E,)``.
     """
 
     child: Tensor
     parent: Tensor
+    order: Tensor
+    starts: Tensor
+    starts_of_parents: Tensor
 
-    def __init__(self, parents: Sequence[Sequence[int]], level: Sequence[int]) -> None:
+    def __init__(self, child: Tensor, parent: Tensor, dim: int) -> None:
         super().__init__()
-        pairs = [(level[i], i, j) for i, own in enumerate(parents) for j in own]
-        pairs.sort()
-        index = torch.tensor(pairs, dtype=torch.long, device="cpu").reshape(-1, 3)
-        self.register_buffer("child", index[:, 1].contiguous(), persistent=False)
-        self.register_buffer("parent", index[:, 2].contiguous(), persistent=False)
-        counts: Any = torch.unique_consecutive(index[:, 0], return_counts=True)[1]
-        self._sizes = counts.tolist()
-        like = nn.Linear(1, 1).weight.detach()
-        self.weight = nn.Parameter(like.new_zeros(len(pairs)))
+        self._dim, order = dim, parent.argsort(stable=True)
+        starts = [
+            torch.cat([index.new_zeros(1), index.bincount(minlength=dim).cumsum(0)])
+            for index in (child, parent)
+        ]
+        buffers = {"child": child, "parent": parent, "order": order, "starts": starts[0]}
+        for name, buffer in {**buffers, "starts_of_parents": starts[1]}.items():
+            self.register_buffer(name, buffer.contiguous(), persistent=False)
+        with warnings.catch_warnings():  # PyTorch says once that compressed rows are in beta state
+            warnings.simplefilter("ignore", UserWarning)
+            self._matrix(torch.zeros_like(child), is_transposed=False)
 
-    def _added(self, known: Tensor, rows: Sequence[Tensor]) -> Tensor:
-        child, parent, weight = rows
-        return _LinearMap.apply(weight, known, child, parent)
+    def forward(self, weight: Tensor, x: Tensor, is_transposed: bool = False) -> Tensor:
+        """The matrix with these entries ``(E,)``, or its transpose, times vectors ``(*, dim)``."""
+        matrix, other = (self._matrix(weight, flag) for flag in (is_transposed, not is_transposed))
+        return _Product.apply(x, matrix, other)
 
-    def _levels(self) -> list[tuple[Tensor, ...]]:
-        parts = (v.split(self._sizes) for v in (self.child, self.parent, self.weight))
-        return [*zip(*parts)]
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        y = x
-        for rows in self._levels():
-            y = y + self._added(y, rows)
-        return y, x.new_zeros(x.shape[:-1])
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        for_all = self.child, self.parent, self.weight
-        return y - self._added(y, for_all), y.new_zeros(y.shape[:-1])
-
-    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        with torch.no_grad():
-            moved = _matrix(self.weight, self.parent, self.child, score.shape[-1])
-            score = score - _times(moved, score)
-        return *self.call_and_ladj(x), score
+    def _matrix(self, weight: Tensor, is_transposed: bool) -> Tensor:
+        rows = self.starts, self.parent, weight
+        if is_transposed:
+            rows = self.starts_of_parents, self.child[self.order], weight[self.order]
+        size = (self._dim, self._dim)
+        return torch.sparse_csr_tensor(*rows, size, check_invariants=False)
 
 
-class _LinearMap(torch.autograd.Function):
-    """A sparse matrix times vectors ``(*, D)``, with gradients by its entries and by the vectors."""
+class _Product(torch.autograd.Function):
+    """A sparse matrix times vectors ``(*, D)``; the gradient uses the transposed matrix."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, x: Tensor, child: Tensor, parent: Tensor) -> Tensor:
-        ctx.save_for_backward(weight, x, child, parent)
-        return _times(_matrix(weight, child, parent, x.shape[-1]), x)
+    def forward(ctx: Any, x: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
+        ctx.transposed = transposed
+        return _times(matrix, x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        weight, x, child, parent = ctx.saved_tensors
-        rows, known = gradient.reshape(-1, x.shape[-1]), x.reshape(-1, x.shape[-1])
-        by_weight = (rows.T.index_select(0, child) * known.T.index_select(0, parent)).sum(-1)
-        by_x = _times(_matrix(weight, parent, child, x.shape[-1]), gradient)
-        return by_weight, by_x, None, None
-
-
-def _matrix(weight: Tensor, child: Tensor, parent: Tensor, dim: int) -> Tensor:
-    index = torch.stack([child, parent])
-    return torch.sparse_coo_tensor(index, weight, (dim, dim), check_invariants=False)
+        return _times(ctx.transposed, gradient), None, None
 
 
 def _times(matrix: Tensor, x: Tensor) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
-    return torch.sparse.mm(matrix, flat.T).T.reshape(x.shape)
+    return (matrix @ x.reshape(-1, x.shape[-1]).T.contiguous()).T.reshape(x.shape)

@@ -102,8 +102,6 @@ class StructuredFlow(ComposedTransform):
         sizes = torch.stack([size, torch.ones_like(size)], -1)
         for network in self._networks:
             found.update(network.step_scales(sizes))
-        for links in self._links:  # of many parents that move together
-            found[links.weight] = size[links.child] / links.child.bincount()[links.child]
         for update in self._updates:
             own = torch.full_like(update.outer.detach(), len(update.outer) ** -0.5)
             found.update({update.outer: own, update.inner: own})
@@ -118,9 +116,9 @@ class StructuredFlow(ComposedTransform):
         for links in self._links:
             pairs, dim = slopes.coalesce(), len(sd)
             keys, order = (pairs.indices()[0] * dim + pairs.indices()[1]).sort()
-            place = torch.searchsorted(keys, links.child * dim + links.parent)
-            weight = pairs.values()[order][place]
-            links.weight.copy_(weight * sd[links.parent] / sd[links.child])
+            child, parent = links.child, links.parent
+            place = torch.searchsorted(keys, child * dim + parent)
+            links.weight.copy_(pairs.values()[order][place] * sd[parent] / sd[child])
 
     def set_updates(self, updates: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Sets the low-rank updates, see :meth:`~.linear_layers.LowRankUpdate.set_`."""
