@@ -3,16 +3,14 @@
 
 """Linear layers of a structured flow: low-rank updates of a group, and links between elements of plates."""
 
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any, cast
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from ...flows.transforms import FlowModule
+from ...model.graphs.sparse_matrix import SparseMatrix
 
 
 class LowRankUpdate(FlowModule):
@@ -77,107 +75,40 @@ class LinearLinks(FlowModule):
     :param level: for each coordinate, a number above those of its parents.
     """
 
-    weight: Tensor
-
     def __init__(self, parents: Sequence[Sequence[int]], level: Sequence[int]) -> None:
         super().__init__()
         pairs = sorted((level[i], i, j) for i, own in enumerate(parents) for j in own)
         index = torch.tensor(pairs, dtype=torch.long, device="cpu").reshape(-1, 3)
         counts: Any = torch.unique_consecutive(index[:, 0], return_counts=True)[1]
-        self._sizes = counts.tolist()
-        parts = index[:, 1:].split(self._sizes)
+        parts = index[:, 1:].split(counts.tolist())
+        modules = [SparseMatrix(own[:, 0], own[:, 1], len(parents)) for own in parts]
         #: the pairs of each level, those of one level independent of each other
-        self.levels = nn.ModuleList([SparsePairs(*part.T, len(parents)) for part in parts])
-        like = nn.Linear(1, 1).weight.detach()  # has PyTorch's default dtype and device
-        self.register_buffer("weight", like.new_zeros(len(pairs)))
+        self.levels: Iterable[SparseMatrix] = nn.ModuleList(modules)  # type: ignore[assignment]
 
-    @property
-    def child(self) -> Tensor:
-        """The later coordinates of the pairs, in the order of the coefficients."""
-        return torch.cat([cast(SparsePairs, pairs).child for pairs in self.levels])
+    def pairs(self) -> Tensor:
+        """The later and the earlier coordinates of all pairs, shape ``(2, E)``."""
+        return torch.cat([torch.stack([own.row, own.column]) for own in self.levels], -1)
 
-    @property
-    def parent(self) -> Tensor:
-        """The earlier coordinates of the pairs."""
-        return torch.cat([cast(SparsePairs, pairs).parent for pairs in self.levels])
-
-    def _added(self) -> Iterator[Callable[[Tensor], Tensor]]:
-        """For each level, the function of all coordinates that is added."""
-        for pairs, weight in zip(self.levels, self.weight.split(self._sizes)):
-            yield partial(pairs, weight)
+    @torch.no_grad()
+    def set_(self, weight: Tensor) -> None:
+        """Sets the coefficients of all pairs, shape ``(E,)``."""
+        for own, part in zip(self.levels, weight.split([len(own.row) for own in self.levels])):
+            own.set_(part)
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         y = x
-        for added in self._added():
-            y = y + added(y)
+        for own in self.levels:
+            y = y + own(y)
         return y, x.new_zeros(x.shape[:-1])
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x = y
-        for added in self._added():
-            x = x - added(y)
+        for own in self.levels:
+            x = x - own(y)
         return x, y.new_zeros(y.shape[:-1])
 
     def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
-            moved = [added(score, is_transposed=True) for added in self._added()]
+            moved = [own(score, is_transposed=True) for own in self.levels]
             score = score - torch.stack(moved).sum(0)
         return *self.call_and_ladj(x), score
-
-
-class SparsePairs(nn.Module):
-    """The places of a sparse matrix ``(dim, dim)``, whose product with vectors has a gradient by these.
-
-    :param child: the rows, sorted, shape ``(E,)``.
-    :param parent: the columns, shape ``(E,)``.
-    """
-
-    child: Tensor
-    parent: Tensor
-    order: Tensor
-    starts: Tensor
-    starts_of_parents: Tensor
-
-    def __init__(self, child: Tensor, parent: Tensor, dim: int) -> None:
-        super().__init__()
-        self._dim, order = dim, parent.argsort(stable=True)
-        starts = [
-            torch.cat([index.new_zeros(1), index.bincount(minlength=dim).cumsum(0)])
-            for index in (child, parent)
-        ]
-        buffers = {"child": child, "parent": parent, "order": order, "starts": starts[0]}
-        for name, buffer in {**buffers, "starts_of_parents": starts[1]}.items():
-            self.register_buffer(name, buffer.contiguous(), persistent=False)
-        with warnings.catch_warnings():  # PyTorch says once that compressed rows are in beta state
-            warnings.simplefilter("ignore", UserWarning)
-            self._matrix(torch.zeros_like(child), is_transposed=False)
-
-    def forward(self, weight: Tensor, x: Tensor, is_transposed: bool = False) -> Tensor:
-        """The matrix with these entries ``(E,)``, or its transpose, times vectors ``(*, dim)``."""
-        matrix, other = (self._matrix(weight, flag) for flag in (is_transposed, not is_transposed))
-        return _Product.apply(x, matrix, other)
-
-    def _matrix(self, weight: Tensor, is_transposed: bool) -> Tensor:
-        rows = self.starts, self.parent, weight
-        if is_transposed:
-            rows = self.starts_of_parents, self.child[self.order], weight[self.order]
-        size = (self._dim, self._dim)
-        return torch.sparse_csr_tensor(*rows, size, check_invariants=False)
-
-
-class _Product(torch.autograd.Function):
-    """A sparse matrix times vectors ``(*, D)``; the gradient uses the transposed matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: Tensor, transposed: Tensor) -> Tensor:
-        ctx.transposed = transposed
-        return _times(matrix, x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return _times(ctx.transposed, gradient), None, None
-
-
-def _times(matrix: Tensor, x: Tensor) -> Tensor:
-    return (matrix @ x.reshape(-1, x.shape[-1]).T.contiguous()).T.reshape(x.shape)

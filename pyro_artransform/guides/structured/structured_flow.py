@@ -21,6 +21,7 @@ from ...flows.transforms import (
 from ...flows.univariate import Standardizing
 from ...model.graphs.element_precision import RANK
 from ...model.graphs.markov_graph import Elimination
+from ...model.graphs.sparse_matrix import SparseMatrix
 from .linear_layers import LinearLinks, LowRankUpdate
 from .parents_mlp import ParentsMLP
 
@@ -108,17 +109,16 @@ class StructuredFlow(ComposedTransform):
         return found
 
     @torch.no_grad()
-    def set_links(self, sd: Tensor, slopes: Tensor) -> None:
-        """Sets the slopes of coordinates in their linear parents, a sparse matrix ``(D, D)``.
+    def set_links(self, sd: Tensor, slopes: SparseMatrix) -> None:
+        """Sets the slopes of coordinates in their linear parents, a matrix ``(D, D)``.
 
         :param sd: the units, shape ``(D,)``.
         """
         for links in self._links:
-            pairs, dim = slopes.coalesce(), len(sd)
-            keys, order = (pairs.indices()[0] * dim + pairs.indices()[1]).sort()
-            child, parent = links.child, links.parent
-            place = torch.searchsorted(keys, child * dim + parent)
-            links.weight.copy_(pairs.values()[order][place] * sd[parent] / sd[child])
+            child, parent = links.pairs()
+            keys = slopes.row * len(sd) + slopes.column
+            place = torch.searchsorted(keys, child * len(sd) + parent)
+            links.set_(slopes.weight[place] * sd[parent] / sd[child])
 
     def set_updates(self, updates: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Sets the low-rank updates, see :meth:`~.linear_layers.LowRankUpdate.set_`."""

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..elements import ElementGroups, Links
+from .sparse_matrix import SparseMatrix
 
 #: the number of eigenvectors that approximate the links within a group
 RANK = 4
@@ -59,22 +60,17 @@ class ElementPrecision:
         self.dim = self.shared.shape[1]
 
     @cached_property
-    def between(self) -> Tensor:
-        """The linked blocks, rows of later and columns of earlier groups, a sparse ``(D, D)``."""
+    def between(self) -> SparseMatrix:
+        """The linked blocks, rows of later and columns of earlier groups."""
         return self.sparse(self.linked)
 
-    @cached_property
-    def _transposed(self) -> Tensor:
-        return self.between.T.coalesce()
-
-    def sparse(self, values: Sequence[Tensor]) -> Tensor:
-        """The values of all links as a sparse matrix."""
+    def sparse(self, values: Sequence[Tensor]) -> SparseMatrix:
+        """The values of all links as a sparse matrix ``(D, D)``."""
         none = torch.zeros(2, 0, dtype=torch.long, device=self.shared.device)
         index = [none, *(link.coordinates(self.groups).flatten(1) for link in self.links)]
         flat = torch.cat([self.shared.new_zeros(0), *map(torch.flatten, values)])
-        return torch.sparse_coo_tensor(
-            torch.cat(index, 1), flat, (self.dim,) * 2, check_invariants=False
-        ).coalesce()
+        row, column = torch.cat(index, 1)
+        return SparseMatrix.of(row, column, flat, self.dim)
 
     def per_element(self, matrices: Sequence[Tensor], v: Tensor) -> Tensor:
         """Block matrices of all groups, each ``(n, m, m)``, times vectors ``(D, R)``; zero for shared."""
@@ -89,8 +85,8 @@ class ElementPrecision:
 
     def product(self, v: Tensor) -> Tensor:
         """The precision of elements given shared latents, times vectors ``(D, R)``."""
-        linked = torch.sparse.mm(self.between, v) + torch.sparse.mm(self._transposed, v)
-        return self.per_element(self.blocks, v) + linked
+        linked = self.between(v.T) + self.between(v.T, is_transposed=True)
+        return self.per_element(self.blocks, v) + linked.T
 
     def times(self, v: Tensor) -> Tensor:
         """The precision times vectors ``(D, R)``."""
@@ -158,7 +154,7 @@ class ElementGaussian:
             )
             for link, values in zip(precision.links, precision.linked)
         ]
-        #: the same as a sparse matrix ``(D, D)``
+        #: the same as a matrix ``(D, D)``
         self.coupling = precision.sparse(self.coupled)
         #: for each group, orthonormal vectors ``(n m, r)`` of noise, and the factors on it, ``(r,)``
         self.leading = [self._leading(k) for k in range(len(groups.members))]
@@ -205,10 +201,10 @@ class ElementGaussian:
         x = torch.linalg.solve_triangular(lower, v.reshape(n, m, -1), upper=False)
         full = precision.shared.new_zeros(precision.dim, v.shape[-1])
         full[own] = x
-        later = torch.sparse.mm(precision.between, full)
+        later = precision.between(full.T).T
         inverses = [torch.cholesky_inverse(_cholesky(c)) for c in self.conditional]
         later = precision.per_element(inverses, later)
-        back = torch.sparse.mm(precision.between.T.coalesce(), later)[own]
+        back = precision.between(later.T, is_transposed=True).T[own]
         back = back + (self.conditional[k] - precision.blocks[k]) @ x
         return torch.linalg.solve_triangular(lower.mT, back, upper=True).reshape(v.shape)
 
@@ -223,7 +219,7 @@ class ElementGaussian:
             flat = flat + basis @ ((factor - 1)[:, None] * (basis.T @ flat))
             flat = flat.reshape(*own.shape, -1)
             scaled = torch.linalg.solve_triangular(self.lower[k], flat, upper=False)
-            z[own] = scaled + torch.sparse.mm(self.coupling, z)[own]
+            z[own] = scaled + self.coupling(z.T).T[own]
         root = self.root_tril @ noise[shared]
         z = z + self.slopes @ root
         z[shared] = root
@@ -251,7 +247,7 @@ class ElementGaussian:
     @cached_property
     def direct(self) -> Tensor:
         """The slopes in shared latents given earlier groups and coordinates of the element, ``(D, G)``."""
-        found = self.slopes - torch.sparse.mm(self.coupling, self.slopes)
+        found = self.slopes - self.coupling(self.slopes.T).T
         for own, lower in zip(self.precision.groups.members, self.lower):
             unit = lower / lower.diagonal(dim1=1, dim2=2)[..., None]
             found[own] = unit @ found[own]

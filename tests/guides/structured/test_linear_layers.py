@@ -15,9 +15,15 @@ def links():
     return LinearLinks(PARENTS, [0, 1, 2, 3, 0])
 
 
+def links_with_coefficients():
+    transform = links()
+    transform.set_(torch.tensor([0.5, -1.5, 2.0, 0.3, -0.7]))
+    return transform
+
+
 def test_contracts():
     check_transform(lambda: LowRankUpdate([1, 3, 4], 2), 5)
-    check_transform(links, 5)
+    check_transform(links_with_coefficients, 5)
 
 
 def test_identity_at_first():
@@ -31,8 +37,7 @@ def test_identity_at_first():
 def test_links_are_level_by_level():
     """A coordinate reads the values of its parents, not their noise."""
     transform = links()
-    with torch.no_grad():
-        transform.weight.fill_(1.0)
+    transform.set_(torch.ones(5))
     y, _ = transform.call_and_ladj(torch.ones(1, 5))
     assert y.tolist() == [[1.0, 2.0, 4.0, 7.0, 1.0]]
 
