@@ -14,7 +14,7 @@ from ...diagnostics.mode_shares import ModeShares
 from ...model.protocols import FlowGuide, GuideOfModes, MinibatchGuide, PriorGuide
 from ..first_draws import FirstDraws
 from ..initialization.start import FAILED
-from ..optimization.schedule import LIMIT
+from ..optimization.schedule import FILLED, LIMIT
 from ..optimization.steps import STOPPED
 from ..optimization.training import Training
 from ..problem import Problem
@@ -49,6 +49,8 @@ def _cut_short(training: Training, is_saved: bool) -> FailedCheck | None:
         return None
     elif schedule.num_steps is not None:
         remedy = "set a larger number, or none, so that fit chooses it"
+    elif reason == FILLED:
+        remedy = "increase max_seconds"
     elif reason == LIMIT:
         remedy = "set a larger num_steps"
     else:

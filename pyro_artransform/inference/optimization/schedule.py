@@ -9,13 +9,13 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..._base.time_limit import OUT_OF_TIME
 from ...diagnostics.importance_sampling import GOOD_KHAT, KHAT_OF_VARIANCE
 from ...diagnostics.psis import fit_tail
 
 PLATEAU = "the ELBO stopped improving"
 NOTHING_TO_WIN = "the importance weights show no difference between guide and posterior"
 LITTLE_TO_WIN = "the importance weights show that little could still be gained"
+FILLED = "the steps that max_seconds allows were taken"
 LIMIT = "the default maximum of steps was reached while the ELBO was still improving"
 NUM_COMPARED = 1000  #: draws for an estimate of the gap, every quarter of a window
 # steps whose mean ELBO is compared with that of the preceding window, and the longest phase of constant step
@@ -31,8 +31,9 @@ _WARM_UP = 20
 _DECAY, _DECAY_FACTOR = 150, 0.3
 # the share of a fixed number of steps spent in decay, from the full step size: the guide may still be far off
 _DECAY_SHARE = 0.4
-# steps of the decay before a time limit, relative to those before
-_TIME_FOR_DECAY = 0.5
+# steps of the decay before a time limit, relative to those before, and the share of the time left that they
+# fill: their seconds vary
+_TIME_FOR_DECAY, _FILLED_SHARE = 0.5, 0.9
 # multiplies NUM_COMPARED for the last check: with 1,000 draws the standard error of k-hat is 0.15
 _TIMES_AT_END = 5
 # parameters are averaged over about the last 1/8 of all steps; 1/3 still included the climb of Pyro's
@@ -118,7 +119,8 @@ class Schedule:
         """
         if self.end is not None or left > _TIME_FOR_DECAY * step:
             return self
-        return replace(self, decay_start=step, end=step + max(int(left), 1), reason=OUT_OF_TIME)
+        end = step + max(int(_FILLED_SHARE * left), 1)
+        return replace(self, decay_start=step, end=end, reason=FILLED)
 
     def _decaying(self, step: int, reason: str) -> "Schedule":
         """The schedule whose decay starts at this step."""
