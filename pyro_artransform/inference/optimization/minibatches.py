@@ -99,11 +99,13 @@ class MinibatchObjective(Objective):
 
     def loss(self, num_particles: int) -> Tensor:
         batch = self.stream.next()
-        self._last = self.objective.with_arguments(batch)
-        if self.on_all is not None and isinstance(self._last, PathObjective):
-            with torch.random.fork_rng(devices=[]):  # plates draw indices that are not used
-                corrected = AnchoredLogJoint(self._last.log_joint, self._anchor_of(self.on_all))
-            self._last = replace(self._last, log_joint=corrected)
+        if self.whole is not None and self.on_all is not None:
+            with torch.random.fork_rng(devices=[]):  # the anchor takes draws in the first step
+                anchor = self._anchor_of(self.on_all)
+                corrected = AnchoredLogJoint(self.whole.bound_to(*batch), anchor)
+            self._last = replace(self.on_all, log_joint=corrected, is_one=False)
+        else:
+            self._last = self.objective.with_arguments(batch)
         loss, weight = self._last.loss(num_particles), self._weight(batch)
         # only the gradient is weighted; the value stays that of the ELBO
         return loss if weight == 1 else loss.detach() + weight * (loss - loss.detach())
