@@ -106,7 +106,10 @@ def by_svi(model: Any, data: Ratings, exact: Moments, args: Any, _: int, name: s
             break
         for group in optimizer.optim_objs.values():
             group.param_groups[0]["lr"] = size * 40**-share
-        svi.step(*batch)
+        try:
+            svi.step(*batch)
+        except ValueError:  # Pyro's checks refuse parameters that are not finite
+            return ["0.0", f"{share * args.seconds:.0f}", f"not finite after {count}", *[""] * 6]
         count += 1
     whole = model, guide, data
     draws = [guide(*data) for _ in range(_DRAWS)]

@@ -18,6 +18,9 @@ from ...flows.conditioners.base import Blocks, Conditioner
 from ...flows.conditioners.masked_mlp import check_input, runs_only
 from ...model.graphs.markov_graph import PaddedGroup, padded_groups
 
+# with more inputs than this, steps of weights are smaller
+_FULL_STEPS = 8
+
 
 class Activations(NamedTuple):
     """The values in the networks of n coordinates at B points."""
@@ -146,7 +149,8 @@ class ParentsMLP(Conditioner):
         found: dict[nn.Parameter, Tensor] = {} if self.bias is None else {self.bias: sizes}
         for group in self.groups:
             own = sizes[group.coordinates, :, None]
-            found.update({group.outer: own, group.linear: own})
+            share = share_of_inputs(group.layout.is_parent.sum(-1).to(own))[:, None, None]
+            found.update({group.outer: own, group.linear: share * own, group.inner: share})
         return found
 
 
@@ -290,6 +294,15 @@ class ParentsBlocks:
             return None
         parts = [Activations(*map(torch.cat, zip(*levels))) for levels in self._parts]
         return ParentsLinearization(self._network, parts, self._known)
+
+
+def share_of_inputs(num_inputs: Tensor) -> Tensor:
+    """Step sizes of the weights of linear maps, by their numbers of inputs, at most 1.
+
+    Adam moves all weights by the same amount, and hence an output in proportion to the number of its inputs,
+    see Tensor Programs V (Yang et al., 2022), https://arxiv.org/abs/2203.03466.
+    """
+    return (_FULL_STEPS / num_inputs).clamp(max=1.0)
 
 
 def with_padding(rows: Tensor) -> Tensor:

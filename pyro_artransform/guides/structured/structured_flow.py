@@ -4,12 +4,13 @@
 """The flow of a structured guide, and its Gaussian starts."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ...flows.builders import hinged_marginals, iaf, spline_marginals
-from ...flows.conditioners import default_activation
+from ...flows.conditioners import MaskedLinear, default_activation
 from ...flows.transforms import (
     AutoregressiveTransform,
     ComposedTransform,
@@ -23,7 +24,7 @@ from ...model.graphs.element_precision import RANK
 from ...model.graphs.markov_graph import Elimination
 from ...model.graphs.sparse_matrix import SparseMatrix
 from .linear_layers import LinearLinks, LowRankUpdate
-from .parents_mlp import ParentsMLP
+from .parents_mlp import ParentsMLP, share_of_inputs
 
 # networks of the root block, as in AutoIAF for many latents, with a maximum width
 _ROOT_LAYERS, _MOST_WIDTH = 3, 800
@@ -97,9 +98,19 @@ class StructuredFlow(ComposedTransform):
         return log_scale[self._partition[0].inverse_order].exp()
 
     def step_scales(self) -> dict[nn.Parameter, Tensor]:
-        """Optimizer step sizes: parameters that move a coordinate step in units of its conditional sd."""
+        """Optimizer step sizes: parameters that move a coordinate step in units of its conditional sd.
+
+        Steps of the weights of many inputs are smaller.
+        """
         size = self.conditional_scale()
         found = {affine.loc: size[rows] for rows, affine in self._scales.values()}
+        for layer in self._partition[0].modules():
+            if isinstance(layer, LocationScale) and isinstance(layer.lower, nn.Parameter):
+                num_inputs = torch.arange(len(layer.lower), device=size.device)
+                found[layer.lower] = share_of_inputs(num_inputs.to(size))[:, None]
+            elif isinstance(layer, MaskedLinear):
+                share = share_of_inputs(layer.mask.sum(-1, keepdim=True))
+                found[cast(nn.Parameter, layer.weight)] = share
         sizes = torch.stack([size, torch.ones_like(size)], -1)
         for network in self._networks:
             found.update(network.step_scales(sizes))

@@ -12,6 +12,10 @@ from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
 from pyro_artransform.guides.structured.parents_mlp import ParentsMLP
+from pyro_artransform.inference.optimization.objective import PathObjective
+from pyro_artransform.inference.optimization.schedule import Schedule
+from pyro_artransform.inference.optimization.training import Training
+from pyro_artransform.model import LogJoint
 from pyro_artransform.model.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
 from pyro_artransform.testing import redraw
 from tests.guides import models
@@ -228,6 +232,34 @@ def test_steps_are_shares_of_conditional_sds():
     assert torch.allclose(scales[guide._parts[1].loc][leaf], torch.tensor(5.0).rsqrt())
     for parameter, scale in scales.items():
         torch.broadcast_shapes(parameter.shape, scale.shape)
+
+
+def test_steps_of_many_dependent_latents_do_not_diverge():
+    """A logistic regression on 100 columns, from its Laplace approximation, in single precision."""
+    dim, generator = 100, torch.Generator().manual_seed(0)
+    x = torch.randn(3 * dim, dim, generator=generator) * 2 / dim**0.5
+    y = torch.bernoulli((x @ torch.randn(dim, generator=generator)).sigmoid(), generator=generator)
+
+    def regression():
+        z = pyro.sample("z", dist.Normal(torch.zeros(dim), 1.0).to_event(1))
+        pyro.sample("y", dist.Bernoulli(logits=z @ x.T).to_event(1), obs=y)
+
+    loc, identity = torch.zeros(dim), torch.ones(dim).diag()
+    for _ in range(10):
+        p = (x @ loc).sigmoid()
+        precision = identity + x.T @ ((p * (1 - p))[:, None] * x)
+        loc = loc + torch.linalg.solve(precision, x.T @ (y - p) - loc)
+    torch.manual_seed(0)
+    guide = AutoStructuredFlow(regression)
+    guide.set_up()
+    assert len(guide.graph.root) == dim
+    guide.start_at(loc, torch.linalg.cholesky(torch.linalg.inv(precision)))
+    objective = PathObjective(LogJoint(regression, (), {}), guide)
+    before = objective.elbo_draws(1000).mean()
+    training = Training(objective, Schedule(1, dim, 100).of_length(40), 16, guide.step_scales)
+    for _ in range(40):
+        training.step()
+    assert objective.elbo_draws(1000).mean() > before
 
 
 @pytest.mark.slow
