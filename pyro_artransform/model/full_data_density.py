@@ -26,22 +26,20 @@ _STEP = 0.1  # of differences of gradients, relative to the distance of a draw
 class Anchor(NamedTuple):
     """A log density ``()`` and its gradient ``(latent_dim,)`` at a point ``(latent_dim,)``.
 
+    :param reach: the largest distance of each coordinate at which it is used, shape ``(latent_dim,)``.
     :param precision: minus its second derivative there, if known.
     """
 
     point: Tensor
     value: Tensor
     gradient: Tensor
+    reach: Tensor
     precision: ElementPrecision | None = None
 
     @classmethod
-    def of(cls, log_density: Callable[[Tensor], Tensor], point: Tensor) -> "Anchor":
+    def of(cls, log_density: Callable[[Tensor], Tensor], point: Tensor, reach: Tensor) -> "Anchor":
         value, gradient = value_and_gradient(log_density, point[None])
-        return cls(point.detach(), value[0], gradient[0])
-
-    def expand(self, z: Tensor) -> Tensor:
-        """The first-order expansion at points ``(n, latent_dim)``."""
-        return self.value + (z - self.point) @ self.gradient
+        return cls(point.detach(), value[0], gradient[0], reach)
 
 
 class FullDataDensity(LogJoint):
@@ -152,9 +150,10 @@ class AnchoredLogJoint(LogJoint):
 
         f_b(z) - f_b(a) - f_b'(a) (z - a) + f(a) + f'(a) (z - a)
 
-    Its mean over mini-batches is the density of all data, as for :math:`f_b`. A mini-batch differs from that
-    only from second order on, which is little in the bulk of the posterior if a mini-batch has data for each
-    latent. With thousands of latents it has not: then the second derivative of all data is known, too, and
+    Its mean over mini-batches is the density of all data, as for :math:`f_b`, also if the difference
+    :math:`z - a` is limited in these terms: far from a, an expansion may exceed any density. A mini-batch
+    differs from that only from second order on, which is little in the bulk of the posterior if a mini-batch
+    has data for each latent. With thousands of latents it has not: then the second derivative of all data is known, too, and
     second-order terms are exchanged as well.
 
     **References**
@@ -168,19 +167,20 @@ class AnchoredLogJoint(LogJoint):
     def __init__(self, of_batch: LogJoint, of_all: Anchor) -> None:
         self._like(of_batch)
         self._of_batch, self._of_all = of_batch, of_all
-        self._own = Anchor.of(of_batch, of_all.point)
+        self._own = Anchor.of(of_batch, of_all.point, of_all.reach)
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "AnchoredLogJoint":
         return AnchoredLogJoint(self._of_batch.with_arguments(args, kwargs), self._of_all)
 
     def __call__(self, z: Tensor) -> Tensor:
-        linear = self._of_batch(z) + (self._of_all.expand(z) - self._own.expand(z))
-        precision = self._of_all.precision
-        return linear if precision is None else linear + self._second_order(z, precision)
+        of_all, own = self._of_all, self._own
+        change = (z - of_all.point).clamp(-of_all.reach, of_all.reach)
+        offset = (of_all.value - own.value) + change @ (of_all.gradient - own.gradient)
+        linear, precision = self._of_batch(z) + offset, of_all.precision
+        return linear if precision is None else linear + self._second_order(change, precision)
 
-    def _second_order(self, z: Tensor, precision: ElementPrecision) -> Tensor:
+    def _second_order(self, change: Tensor, precision: ElementPrecision) -> Tensor:
         """The quadratic term of all data less that of the mini-batch, by differences of its gradient."""
-        change = z - self._of_all.point
         step = _STEP * change.detach()
         ends = torch.cat([self._of_all.point + step, self._of_all.point - step])
         forward, backward = value_and_gradient(self._of_batch, ends)[1].chunk(2)

@@ -164,7 +164,7 @@ def test_an_anchor_makes_batches_alike():
     batches = [((Y[:3],), {}), ((Y[3:5],), {}), ((Y[5:],), {})]
     log_joint = LogJoint(of_batch, (Y[:3],))
     whole = FullDataDensity(log_joint, batches)
-    anchor = Anchor.of(whole, torch.tensor([0.3, -0.2]))
+    anchor = Anchor.of(whole, torch.tensor([0.3, -0.2]), torch.tensor([1.0, 2.0]))
     near = anchor.point + 0.02 * torch.randn(6, 2)
     plain = [log_joint.with_arguments(*batch) for batch in batches]
     anchored = [AnchoredLogJoint(part, anchor) for part in plain]
@@ -172,6 +172,15 @@ def test_an_anchor_makes_batches_alike():
     found, noisy = (torch.stack([part(near) for part in parts]) for parts in (anchored, plain))
     assert torch.allclose((shares * found).sum(0), whole(near).to(found), atol=1e-4)
     assert (found - whole(near)).abs().max() < 0.1 * (noisy - whole(near)).abs().max()
+    far = 10 * torch.randn(
+        6, 2
+    )  # the corrections have mean zero, and are those at the edge of the reach
+    found, noisy = (torch.stack([part(far) for part in parts]) for parts in (anchored, plain))
+    assert torch.allclose((shares * found).sum(0), whole(far).to(found), rtol=1e-4)
+    edge = anchor.point + anchor.reach * (far - anchor.point).sign()
+    beyond = (far - anchor.point).abs() > anchor.reach
+    at_edge = torch.stack([one(edge) - two(edge) for one, two in zip(anchored, plain)])
+    assert torch.allclose((found - noisy)[:, beyond.all(1)], at_edge[:, beyond.all(1)], atol=1e-3)
     other = anchored[0].with_arguments(*batches[1])
     assert torch.allclose(other(near), anchored[1](near))
 

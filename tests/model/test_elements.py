@@ -156,7 +156,7 @@ def test_second_order_terms_of_a_batch_are_exchanged():
     terms = ElementTerms.of(density, (part for _, part in density.parts()))
     point = torch.linspace(-1.0, 1.0, 9)
     found = expectation(density, terms, point[None], torch.full((9,), 0.1))
-    anchor = Anchor.of(density, point)._replace(precision=found.precision)
+    anchor = Anchor.of(density, point, torch.full((9,), 1e3))._replace(precision=found.precision)
     z = torch.randn(5, 9, requires_grad=True)
     (expected,) = torch.autograd.grad(density(z).sum(), z)
     for _, part in density.parts():

@@ -19,6 +19,7 @@ on opposite sides of the mean, so that a quadratic density is fitted exactly.
 2. Conjugate-Computation Variational Inference (Khan, Lin, 2017), https://arxiv.org/abs/1703.04265
 """
 
+import copy
 import math
 from typing import Any, cast
 
@@ -42,17 +43,18 @@ _MOST_LOST, _MOST_HALVED = 1.0, 2  # nats of the ELBO that a step may lose, and 
 
 
 @torch.no_grad()
-def fit_gaussian(density: FullDataDensity, terms: ElementTerms) -> ElementGaussian:
+def fit_gaussian(density: FullDataDensity, terms: ElementTerms) -> list[ElementGaussian]:
     """The Gaussian of the log joint density of all data, in unconstrained coordinates.
 
-    At the end of a phase it is the Gaussian so far.
+    If steps have not converged, or at the end of a phase, there are two: the last one, whose ELBO is not
+    known, and the best of those before.
     """
     ascent = _Ascent(density, terms)
     for index in until_deadline(range(_MOST_PASSES), at_least=2):
         # draws do not have the sds of elements until the third pass
         if ascent.take_step(are_shared_fixed=index < _NUM_FOR_ELEMENTS):
-            break
-    return cast(ElementGaussian, ascent.gaussian)
+            return [cast(ElementGaussian, ascent.gaussian)]
+    return [cast(ElementGaussian, ascent.gaussian), cast(ElementGaussian, ascent.best)]
 
 
 class _Ascent:
@@ -73,6 +75,9 @@ class _Ascent:
         self._loc, self._step = start.double(), torch.zeros_like(unit)
         self._elbo, self._num_halved = -math.inf, 0
         self.gaussian: ElementGaussian | None = None
+        #: the best one of known ELBO
+        self.best: ElementGaussian | None = None
+        self._best_elbo = -math.inf
 
     def _noise(self) -> Tensor:
         half = self._half[: self._num_pairs]
@@ -82,6 +87,8 @@ class _Ascent:
         """Takes a step in one pass over all data; returns whether steps have converged."""
         found = expectation(self._density, self._terms, self._draws, _STEP * self._sd)
         elbo = -math.inf if self.gaussian is None else found.value + self.gaussian.entropy
+        if self.best is None or elbo > self._best_elbo:
+            self.best, self._best_elbo = copy.copy(self.gaussian), elbo
         # if halving does not help, the new precision is what lowers the ELBO
         is_lower = not elbo > self._elbo - _MOST_LOST and self._num_halved < _MOST_HALVED
         if self.gaussian is not None and is_lower:

@@ -91,8 +91,13 @@ def find_start_of_elements(
 
     :param fewer: divides the number of draws that estimate its ELBO.
     """
-    guide.start_at_elements(fit_gaussian(density, terms))
-    return InitialGuide(BY_STEPS, _elbo_and_bound(density, guide, _NUM_COMPARED // fewer)[0])
+    candidates, elbos = fit_gaussian(density, terms), list[float]()
+    for gaussian in candidates:
+        guide.start_at_elements(gaussian)
+        elbos.append(_elbo_and_bound(density, guide, _NUM_COMPARED // fewer)[0])
+    if elbos[-1] < max(elbos):
+        guide.start_at_elements(candidates[0])
+    return InitialGuide(BY_STEPS, max(elbos))
 
 
 def _tensors(guide: FlowGuide | MinibatchGuide) -> list[Tensor]:

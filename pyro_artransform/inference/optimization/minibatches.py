@@ -23,6 +23,7 @@ from .objective import BatchObjective, Objective, PathObjective
 NUM_VALIDATION = 32  #: batches on which guides are compared
 #: draws of a pass if all batches use the same ones, and of a verdict on all data
 NUM_COMMON_DRAWS = 400
+_REACH = 5.0  # sds of the first draws within which the control variate changes
 _STEP = 0.1  # of differences for the second derivatives of all data, in sds
 _NUM_FOR_START = 8  # batches whose mean log density determines the initial guide
 # batches of the final pass, limited for time, their draws in all, and the fewest draws per batch
@@ -114,7 +115,8 @@ class MinibatchObjective(Objective):
         if self._anchor is None:
             with torch.no_grad():
                 draws, _ = on_all.guide.rsample_and_log_prob(NUM_COMMON_DRAWS)
-            self._anchor = Anchor.of(on_all.log_joint, draws.median(0).values)
+            reach = _REACH * draws.std(0)
+            self._anchor = Anchor.of(on_all.log_joint, draws.median(0).values, reach)
             whole, terms = self.whole, self.terms
             if whole is not None and terms is not None and whole.coordinates is None:
                 point, steps = self._anchor.point[None].double(), draws.std(0).double()
