@@ -185,7 +185,8 @@ class Problem:
         """Checks that all processes run the same fit, and synchronizes their parameters."""
         same: dict[str, object] = {"num_steps": num_steps, "num_particles": num_particles}
         same["parameters"] = [tuple(tensor.shape) for tensor in self.tensors()]
-        if self.stream is None:
+        stream = self.stream
+        if stream is None or (self.has_all_data and stream.whole is not stream):
             data = filter(torch.is_tensor, (*batch.args, *batch.kwargs.values()))
             same["data (sums)"] = str([float(tensor.double().sum()) for tensor in data])
         for name, value in same.items():

@@ -129,7 +129,7 @@ def test_a_fit_with_a_share_of_all_data_for_each_process(run, name):
     pyro.clear_param_store()
     torch.manual_seed(0)
     alone = parallel_cases.CASES[name](None)
-    assert abs(found["elbo"] - alone["elbo"]) < 5 * (found["elbo_se"] + alone["elbo_se"])
+    assert abs(found["elbo"] - alone["elbo"]) < 1e-6 + 5 * found["elbo_se"]
     assert found["khat"] < 0.5
     assert found["start"] == alone["start"]
 
@@ -154,7 +154,8 @@ def test_errors_are_those_of_all_processes(run):
     first, second = (found["errors"] for found in run)
     expected = "ValueError: fit: expected the same num_steps in all processes, got [5, 6]"
     assert first["options"] == second["options"] == expected
-    assert "expected the same data (sums) in all processes" in first["data"]
+    for name in ("data", "order"):
+        assert "expected the same data (sums) in all processes" in first[name]
     assert first["checkpoint"].startswith("FileNotFoundError")
     assert second["checkpoint"].startswith("RuntimeError: fit: the first process has failed: File")
 
