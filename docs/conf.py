@@ -38,7 +38,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|contextlib|matplotlib|os|pyro|torch|typing)\..*"),
     (r"py:.*", "Tensor"),
-    (r"py:.*", r"pyro_artransform\.(plots|flows\.conditioners\.blocks)\..*"),
+    (r"py:.*", r"pyro_artransform\.(_base|plots|flows\.conditioners\.blocks)\..*"),
     (r"py:.*", r"pyro_artransform\.(guides\.(base|persistence)|diagnostics\.result_io)\..*"),
     (r"py:.*", r"pyro_artransform\.model\.coordinates\.latent_mapper\..*"),
 ]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._base.comparison import agree, round_off
+from .._base.processes import OneProcess
 from ..model import FullDataDensity, LogJoint
 from .loader import Batch, BatchStream
 
@@ -19,19 +20,26 @@ from .loader import Batch, BatchStream
 _MOST_HELD, _ROWS = 2**29, 10_000
 # of the points at which the density of joined batches is compared with that of its parts
 _SPREAD = 0.1
+_ALONE = OneProcess()
 # errors of a model that is called with another number of rows; that time is over is none of them
 _REFUSALS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def full_data_density(log_joint: LogJoint, stream: BatchStream) -> FullDataDensity:
-    """The log joint density of all batches of a stream, evaluated for several batches at once if possible."""
-    stream = stream.whole
+def full_data_density(
+    log_joint: LogJoint, stream: BatchStream, processes: OneProcess = _ALONE
+) -> FullDataDensity:
+    """The log joint density of all batches of a stream, evaluated for several batches at once if possible.
+
+    If processes share the stream, each evaluates its own batches.
+    """
+    if stream.whole is stream:
+        processes = _ALONE
     if stream.all_batches is None:
         joined, is_same = AllBatches(stream, num_rows=_ROWS), False
         with suppress(*_REFUSALS):  # the model does not accept joined batches
             is_same = _is_same(log_joint, joined)
         stream.all_batches = joined if is_same else AllBatches(stream)
-    return FullDataDensity(log_joint, stream.all_batches)
+    return FullDataDensity(log_joint, stream.all_batches, processes)
 
 
 @torch.no_grad()
@@ -49,14 +57,14 @@ def _is_same(log_joint: LogJoint, joined: "AllBatches") -> bool:
 
 
 class AllBatches:
-    """The batches of a pass over a stream, the same each time; kept if they take little memory.
+    """The batches of the first epoch of a stream, the same each time; kept if they take little memory.
 
     :param num_rows: batches are joined up to so many rows, if all their tensors have a row for each row of
         data; by default they are not.
     """
 
     def __init__(self, stream: BatchStream, num_rows: int = 0) -> None:
-        self._stream, self._num_rows, self._held = stream.whole, num_rows, list[Batch]()
+        self._stream, self._num_rows, self._held = stream, num_rows, list[Batch]()
         self.first_parts: list[Batch] = []  #: the batches that were joined to the first one
 
     def __iter__(self) -> Iterator[Batch]:

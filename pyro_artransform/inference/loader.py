@@ -143,6 +143,7 @@ class BatchStream:
                 f"loader: expected at least one batch for each of {size} processes, got {self.num_batches}"
             )
         stream, loader = copy.copy(self), self._loader
+        stream.all_batches = None
         part = EveryNth(loader, self.num_batches, rank, size, seed)
         stream._loader = stream._rows = part
         is_loader = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)

@@ -4,7 +4,8 @@
 """One fit in many processes, started by ``torchrun`` or in a process group of ``torch.distributed``.
 
 Each process has its own draws and mini-batches, and gradients are averaged. The first process initializes
-the guide, computes the verdict and writes files. All processes call the same methods in the same order.
+the guide, computes the verdict and writes files; if it needs a sum over all data, the others, which wait, add
+their shares. All processes call the same methods in the same order.
 """
 
 import logging
@@ -15,14 +16,15 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from functools import cache, reduce
+from functools import cache, partial, reduce
 from itertools import count
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import pyro
 import torch
 from torch import Tensor, distributed, nn
 
+from .._base.processes import OneProcess
 from .optimization.optimizers import Scales
 
 T = TypeVar("T")
@@ -97,32 +99,114 @@ def _wait_for(what: str, function: Callable[..., object], *args: object, hint: s
         timer.cancel()
 
 
-class Parallel:
+class _Share(NamedTuple):
+    """Stands for each process's own share in a request, by its position among all that are held."""
+
+    position: int
+
+
+class _Request(NamedTuple):
+    """A function whose sum over all processes the first one needs."""
+
+    function: Callable[..., Tensor]
+    args: list[object]
+
+
+def _words(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+class Parallel(OneProcess):
     """This process in the default group of ``torch.distributed``; the only one without a group."""
 
     def __init__(self, is_group: bool = False) -> None:
         #: the index of this process, from 0, and the number of processes
         self.rank = distributed.get_rank() if is_group else 0
         self.size = distributed.get_world_size() if is_group else 1
+        self._held = list[object]()
+        self._is_leading = False  # whether the others wait for requests of this process
 
     def share(self, num_draws: int) -> int:
         """The number of draws per process, rounded up."""
         return math.ceil(num_draws / self.size)
 
     def first(self, what: str, function: Callable[[], T]) -> T:
-        """Calls a function in the first process only; returns its value, or raises its error, in all."""
-        value, failure = None, ""
+        """Calls a function in the first process only; returns its value, or raises its error, in all.
+
+        Meanwhile the others compute their parts of the sums that the function needs, see :meth:`sum`.
+        """
+        if self.size == 1:
+            return function()
+        if self.rank > 0:
+            value, failure = self._serve(f"{what} by the first process")
+            if failure:
+                raise RuntimeError(f"fit: the first process has failed: {failure}")
+            return cast(T, value)
+        found, failure, self._is_leading = None, "", True
         try:
-            value = function() if self.rank == 0 else None
+            found = function()
+            return found
         except BaseException as error:
-            failure = f"{type(error).__name__}: {error}"
+            failure = _words(error)
             raise
         finally:
-            sent = self.gather_objects(f"{what} by the first process", (value, failure))
-            value, failure = sent[0]
-        if failure:
-            raise RuntimeError(f"fit: the first process has failed: {failure}")
-        return cast(T, value)
+            self._is_leading = False
+            self._broadcast(f"{what} by the first process", (found, failure))
+
+    def _serve(self, what: str) -> tuple[object, str]:
+        """Answers requests of the first process until it sends the value of its function, or an error."""
+        while isinstance(message := self._broadcast(what), _Request):
+            args = [self._held[a.position] if isinstance(a, _Share) else a for a in message.args]
+            _, error = self._sum_of(partial(message.function, *args))
+            if error is not None and not isinstance(error, Exception):
+                raise error
+        return cast(tuple[object, str], message)
+
+    def hold(self, share: object) -> None:
+        """Registers this process's share of an object; all processes hold the same in the same order."""
+        self._held.append(share)
+
+    def sum(self, function: Callable[..., Tensor], *args: object) -> Tensor:
+        """The sum of a function over all processes, for the first one, inside of :meth:`first`.
+
+        :param function: a function of a module, which returns tensors of the same shape in all processes.
+        :param args: each object that processes :meth:`hold` stands for their own shares; others are sent,
+            tensors to the CPU.
+        :raises RuntimeError: if the function fails in another process.
+        """
+        if self.size == 1:
+            return function(*args)
+        if not self._is_leading:
+            raise RuntimeError(
+                "fit: a sum over all processes was requested while the others do not wait"
+            )
+        positions = {id(share): _Share(k) for k, share in enumerate(self._held)}
+        on_cpu = (arg.to("cpu") if isinstance(arg, Tensor) else arg for arg in args)
+        sent = [positions.get(id(arg), other) for arg, other in zip(args, on_cpu)]
+        self._broadcast("the others", _Request(function, sent))
+        total, error = self._sum_of(partial(function, *args))
+        if error is not None:
+            raise error
+        return cast(Tensor, total)
+
+    def _sum_of(self, function: Callable[[], Tensor]) -> tuple[Tensor | None, BaseException | None]:
+        """The sum of a function's value over all processes, or the error of this one or of another."""
+        value, error, failure = None, None, ""
+        try:
+            value = function()
+        except BaseException as own:  # the others must not wait for this process
+            error, failure = own, _words(own)
+        words = max(self.gather_objects("the shares of all processes", failure))
+        if value is None or words:
+            return None, error or RuntimeError(f"fit: another process has failed: {words}")
+        _wait_for("the sum of all processes", distributed.all_reduce, value)
+        return value, None
+
+    def _broadcast(self, what: str, value: object = None) -> object:
+        """An object of the first process, in all."""
+        sent = [value]
+        _wait_for(what, distributed.broadcast_object_list, sent, 0)
+        return sent[0]
 
     def seed(self, seed: int | None = None) -> int:
         """Broadcasts the seed of the first process, by default a new one."""

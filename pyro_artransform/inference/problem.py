@@ -68,7 +68,7 @@ class Problem:
         #: the elements of plates that rows of mini-batches read, for a guide that learns its graph from them
         self.terms: ElementTerms | None = None
         if stream is not None and is_minibatch and (guide is None or _is_new(guide)):
-            self.terms = _element_terms(model, batches[0], stream)
+            self.terms = _element_terms(model, batches[0], stream, parallel)
         if guide is None:
             has_elements = self.terms is not None
             guide, self.guide_reason = choose_guide(
@@ -97,7 +97,7 @@ class Problem:
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
             self.objective = MinibatchObjective(
-                of_batch, self.stream, log_joint, batches, self.terms
+                of_batch, self.stream, log_joint, batches, self.terms, parallel
             )
             if (whole := self.objective.whole) is not None:
                 self.subject = self.subject._replace(log_joint=whole)
@@ -185,7 +185,8 @@ class Problem:
         """Checks that all processes run the same fit, and synchronizes their parameters."""
         same: dict[str, object] = {"num_steps": num_steps, "num_particles": num_particles}
         same["parameters"] = [tuple(tensor.shape) for tensor in self.tensors()]
-        if self.stream is None:
+        stream = self.stream
+        if stream is None or (self.has_all_data and stream.whole is not stream):
             data = filter(torch.is_tensor, (*batch.args, *batch.kwargs.values()))
             same["data (sums)"] = str([float(tensor.double().sum()) for tensor in data])
         for name, value in same.items():
@@ -201,7 +202,9 @@ def _is_new(guide: object) -> bool:
     return is_new and isinstance(guide, ElementGuide)
 
 
-def _element_terms(model: Function, batch: Batch, stream: BatchStream) -> ElementTerms | None:
+def _element_terms(
+    model: Function, batch: Batch, stream: BatchStream, parallel: Parallel
+) -> ElementTerms | None:
     """The elements that rows of all mini-batches read; ``None`` if a structured guide cannot use them."""
     args, kwargs = batch
     log_joint = LogJoint(model, args, kwargs)
@@ -212,10 +215,10 @@ def _element_terms(model: Function, batch: Batch, stream: BatchStream) -> Elemen
         return None
     if not groups.members or len(groups.shared) > _MOST_SHARED:
         return None
-    whole = full_data_density(log_joint, stream)
+    whole = full_data_density(log_joint, stream, parallel)
     if not whole.is_of_all_data or whole.is_random:
         return None
-    return ElementTerms.of(log_joint, (part for _, part in whole.parts()))
+    return ElementTerms.of(log_joint, (part for _, part in whole.parts()), parallel)
 
 
 def _warn_of_loop(

@@ -16,6 +16,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .._base.processes import OneProcess
 from .._base.time_limit import check_time
 from .density import LogJoint
 from .draw_plate import DrawPlate
@@ -25,6 +26,7 @@ from .vectorization import Draws, Terms, evaluate_many
 
 # a change of a term counts if it exceeds this multiple of round-off; changes are equal within this share
 _ROUND_OFF, _EQUAL = 1e3, 1e-2
+_ALONE = OneProcess()
 _SPREAD = 0.1  # of the point at which terms are compared
 
 
@@ -56,6 +58,10 @@ class ElementGroups(NamedTuple):
         counts = [len(index[own].unique()) for own in parts]
         grouped = [own.reshape(count, -1) for own, count in zip(members, counts)]
         return cls((group == 0).nonzero()[:, 0], tuple(sorted(grouped, key=len)))
+
+    def to(self, device: torch.device) -> "ElementGroups":
+        """The same on another device."""
+        return ElementGroups(self.shared.to(device), tuple(own.to(device) for own in self.members))
 
 
 def term_log_probs(log_joint: LogJoint, z: Tensor) -> Tensor:
@@ -131,6 +137,10 @@ class Links(NamedTuple):
     later: int
     elements: Tensor
 
+    def to(self, device: torch.device) -> "Links":
+        """The same on another device."""
+        return self._replace(elements=self.elements.to(device))
+
     def coordinates(self, groups: ElementGroups) -> Tensor:
         """The coordinates of the later and of the earlier elements, shape ``(2, E, m_later, m_earlier)``."""
         early, late = self.elements.T
@@ -142,12 +152,19 @@ class Links(NamedTuple):
 class ElementTerms:
     """The elements that the terms of all mini-batches read, and the pairs that they link.
 
-    :param reads: for each mini-batch, the result of ``elements_read``.
+    :param reads: for each mini-batch of this process, the result of ``elements_read``.
+    :param processes: those that have other mini-batches; the links are those of all.
     """
 
-    def __init__(self, groups: ElementGroups, reads: Sequence[Sequence[Tensor]]) -> None:
+    def __init__(
+        self,
+        groups: ElementGroups,
+        reads: Sequence[Sequence[Tensor]],
+        processes: OneProcess = _ALONE,
+    ) -> None:
         self.groups, self.links = groups, list[Links]()
-        #: for each pair of groups and each mini-batch, the linked terms and the positions of their pairs
+        processes.hold(self)
+        #: for each pair of groups and mini-batch of the process, linked terms and positions of their pairs
         self.places: list[list[tuple[Tensor, Tensor]]] = []
         for k, later in combinations(range(len(groups.members)), 2):
             count = len(groups.members[later])
@@ -156,7 +173,10 @@ class ElementTerms:
                 is_linked = (batch[k] >= 0) & (batch[later] >= 0)
                 terms.append(is_linked.nonzero()[:, 0])
                 keys.append((batch[k] * count + batch[later])[is_linked])
-            found, position = torch.cat(keys).unique(return_inverse=True)
+            own = torch.cat(keys)
+            parts = processes.gather_objects("linked elements", own.unique().to("cpu"))
+            found = torch.cat(parts).unique().to(own.device)
+            position = torch.searchsorted(found, own)
             if len(found):
                 pairs = torch.stack([found // count, found % count], -1)
                 self.links.append(Links(k, later, pairs))
@@ -164,12 +184,17 @@ class ElementTerms:
                 self.places.append([*zip(terms, position.split(sizes))])
 
     @classmethod
-    def of(cls, log_joint: LogJoint, parts: Iterable[LogJoint]) -> "ElementTerms | None":
+    def of(
+        cls, log_joint: LogJoint, parts: Iterable[LogJoint], processes: OneProcess = _ALONE
+    ) -> "ElementTerms | None":
         """The terms of all parts of a log density; ``None`` if one reads several elements of a group."""
-        groups, reads = ElementGroups.of(log_joint.latents), list[list[Tensor]]()
+        groups = ElementGroups.of(log_joint.latents).to(log_joint.start.device)
+        reads, is_known = list[list[Tensor]](), True
         for part in parts:
             check_time()
             if (found := elements_read(part, groups, log_joint.start)) is None:
-                return None
+                is_known = False
+                break
             reads.append(found)
-        return cls(groups, reads)
+        are_known = processes.gather_objects("elements of mini-batches", is_known)
+        return cls(groups, reads, processes) if all(are_known) else None

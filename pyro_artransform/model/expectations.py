@@ -7,6 +7,7 @@ Second derivatives are differences of gradients where all elements of a group of
 separates them, and differences of the terms that two elements share.
 """
 
+import math
 from itertools import product
 from typing import NamedTuple
 
@@ -28,56 +29,89 @@ class Expectation(NamedTuple):
     precision: ElementPrecision
 
 
+class _Moves(NamedTuple):
+    """The steps of a pass, each of all elements of a group, or of a shared latent.
+
+    :param slots: the groups and the coordinates of their elements.
+    :param single: no step, those of slots and those of shared latents, shape ``(1 + S + G, D)``.
+    :param pairs: for each pair of slots, the index of its links and of both slots.
+    :param for_terms: no step, those of slots and those of pairs, ``(1 + S + P, D)``.
+    """
+
+    slots: list[tuple[int, int]]
+    single: Tensor
+    pairs: list[tuple[int, int, int]]
+    for_terms: Tensor
+
+    @classmethod
+    def of(cls, terms: ElementTerms, steps: Tensor) -> "_Moves":
+        members = terms.groups.members
+        slots = [(k, s) for k, own in enumerate(members) for s in range(own.shape[1])]
+        by_slot = torch.stack([_only(steps, members[k][:, s]) for k, s in slots])
+        none = torch.zeros_like(steps)
+        single = torch.stack([none, *by_slot, *(_only(steps, k) for k in terms.groups.shared)])
+        pairs = [
+            (n, slots.index((link.later, t)), slots.index((link.earlier, s)))
+            for n, link in enumerate(terms.links)
+            for t, s in product(*map(range, _widths(terms, link)))
+        ]
+        both = [by_slot[i] + by_slot[j] for _, i, j in pairs]
+        return cls(slots, single, pairs, torch.stack([none, *by_slot, *both]))
+
+
 @torch.no_grad()
 def expectation(
     density: FullDataDensity, terms: ElementTerms, draws: Tensor, steps: Tensor
 ) -> Expectation:
     """The expectation over draws ``(M, D)`` in one pass, by differences with steps ``(D,)``."""
-    groups, dtype, count = terms.groups, density.start.dtype, len(draws)
-    slots = [(k, s) for k, own in enumerate(groups.members) for s in range(own.shape[1])]
-    by_slot = torch.stack([_only(steps, groups.members[k][:, s]) for k, s in slots])
-    of_shared = [_only(steps, coordinate) for coordinate in groups.shared]
-    moves = torch.stack([torch.zeros_like(steps), *by_slot, *of_shared])
-    points = (moves[:, None] + draws).flatten(0, 1).to(dtype)
-    pairs = [
-        (n, slots.index((link.later, t)), slots.index((link.earlier, s)))
-        for n, link in enumerate(terms.links)
-        for t, s in product(
-            *(range(groups.members[k].shape[1]) for k in (link.later, link.earlier))
-        )
-    ]
-    both = [by_slot[i] + by_slot[j] for _, i, j in pairs]
-    for_terms = torch.stack([*moves[: 1 + len(slots)], *both])[:, None] + draws
-    linked = [steps.new_zeros(len(link.elements), *_widths(terms, link)) for link in terms.links]
-    value, gradient = 0.0, torch.zeros_like(moves)
-    for b, (weight, part) in enumerate(density.parts()):
-        check_time()
-        values, gradients = value_and_gradient(part, points)
-        value += weight * float(values[:count].double().mean())
-        gradient += weight * gradients.double().unflatten(0, (-1, count)).mean(1)
-        if not pairs:
-            continue
-        of_terms = term_log_probs(part, for_terms.flatten(0, 1).to(dtype)).double()
-        of_terms = of_terms.unflatten(0, (-1, count)).mean(1)
-        base, one, two = of_terms[0], of_terms[1 : 1 + len(slots)], of_terms[1 + len(slots) :]
-        for (n, i, j), moved in zip(pairs, two):
-            own, position = terms.places[n][b]
-            second = (moved - one[i] - one[j] + base)[own]
-            linked[n][:, slots[i][1], slots[j][1]].index_add_(0, position, weight * second)
-    for link, total in zip(terms.links, linked):
+    groups, moves = terms.groups, _Moves.of(terms, steps)
+    total = density.total(_sums, terms, draws, steps).to(steps)
+    shapes = [(len(link.elements), *_widths(terms, link)) for link in terms.links]
+    sizes = [1, moves.single.numel(), *map(math.prod, shapes)]
+    value, flat, *parts = total.split(sizes)
+    linked = [part.reshape(shape) for part, shape in zip(parts, shapes)]
+    for link, part in zip(terms.links, linked):
         late, early = (steps[x] for x in link.coordinates(groups))
-        total /= -late * early
+        part /= -late * early
+    gradient, count = flat.reshape(moves.single.shape), len(moves.slots)
     change = gradient[:1] - gradient[1:]
     blocks = []
     for k, own in enumerate(groups.members):
-        rows = change[[i for i, slot in enumerate(slots) if slot[0] == k]]
+        rows = change[[i for i, slot in enumerate(moves.slots) if slot[0] == k]]
         block = rows[:, own].permute(1, 2, 0) / steps[own][:, None]
         blocks.append(0.5 * (block + block.mT))
-    shared = change[len(slots) :] / steps[groups.shared][:, None]
+    shared = change[count:] / steps[groups.shared][:, None]
     among = shared[:, groups.shared]
     shared[:, groups.shared] = 0.5 * (among + among.T)
     precision = ElementPrecision(groups, terms.links, shared, blocks, linked)
-    return Expectation(value, gradient[0], precision)
+    return Expectation(float(value), gradient[0], precision)
+
+
+@torch.no_grad()
+def _sums(density: FullDataDensity, terms: ElementTerms, draws: Tensor, steps: Tensor) -> Tensor:
+    """The sums over mini-batches of an :func:`expectation`, flat: value, gradients, and terms by link."""
+    start, count = density.start, len(draws)
+    draws, steps = draws.to(start.device), steps.to(start.device)
+    moves = _Moves.of(terms, steps)
+    points = (moves.single[:, None] + draws).flatten(0, 1).to(start)
+    for_terms = (moves.for_terms[:, None] + draws).flatten(0, 1).to(start)
+    linked = [steps.new_zeros(len(link.elements), *_widths(terms, link)) for link in terms.links]
+    value, gradient = steps.new_zeros(1), torch.zeros_like(moves.single)
+    for b, (weight, part) in enumerate(density.parts()):
+        check_time()
+        values, gradients = value_and_gradient(part, points)
+        value += weight * values[:count].double().mean()
+        gradient += weight * gradients.double().unflatten(0, (-1, count)).mean(1)
+        if not moves.pairs:
+            continue
+        of_terms = term_log_probs(part, for_terms).double().unflatten(0, (-1, count)).mean(1)
+        base, one, two = of_terms[0], of_terms[1:], of_terms[1 + len(moves.slots) :]
+        for (n, i, j), moved in zip(moves.pairs, two):
+            own, position = terms.places[n][b]
+            second = (moved - one[i] - one[j] + base)[own]
+            (_, t), (_, s) = moves.slots[i], moves.slots[j]
+            linked[n][:, t, s].index_add_(0, position, weight * second)
+    return torch.cat([value, gradient.flatten(), *map(torch.flatten, linked)])
 
 
 def _only(steps: Tensor, coordinates: Tensor) -> Tensor:

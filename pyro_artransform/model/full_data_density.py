@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from .._base.comparison import agree, round_off
-from .._base.differentiation import sum_with_gradient
+from .._base.differentiation import KnownGradients, sum_with_gradient
+from .._base.processes import OneProcess
 from .density import Args, Kwargs, LogJoint
 from .graphs.dependencies import value_and_gradient
 from .graphs.element_precision import ElementPrecision
 from .handlers import FirstIndices
 from .vectorization import Checked, LargestTensor, draws_at_a_time
 
+_ALONE = OneProcess()
 _STEP = 0.1  # of differences of gradients, relative to the distance of a draw
 
 
@@ -41,6 +43,12 @@ class Anchor(NamedTuple):
         value, gradient = value_and_gradient(log_density, point[None])
         return cls(point.detach(), value[0], gradient[0], reach)
 
+    def to(self, device: torch.device) -> "Anchor":
+        """The same on another device."""
+        point, value, gradient, reach = (part.to(device) for part in self[:4])
+        precision = None if self.precision is None else self.precision.to(point)
+        return Anchor(point, value, gradient, reach, precision)
+
 
 class FullDataDensity(LogJoint):
     """The log joint density of a model, as the mean over mini-batches weighted by their rows.
@@ -52,10 +60,17 @@ class FullDataDensity(LogJoint):
     :param log_joint: the log joint density for any arguments.
     :param batches: positional and keyword arguments of each mini-batch; each iteration must yield the same
         ones.
+    :param processes: those that share the density, each with other mini-batches; all create it, and the
+        first one evaluates it.
     :raises ValueError: if coordinates from the prior depend on the arguments.
     """
 
-    def __init__(self, log_joint: LogJoint, batches: Iterable[tuple[Args, Kwargs]]) -> None:
+    def __init__(
+        self,
+        log_joint: LogJoint,
+        batches: Iterable[tuple[Args, Kwargs]],
+        processes: OneProcess = _ALONE,
+    ) -> None:
         shares, ends, largest, is_even = list[float](), list[Tensor](), log_joint, True
         for args, kwargs in batches:
             part = log_joint.with_arguments(args, kwargs)
@@ -72,17 +87,22 @@ class FullDataDensity(LogJoint):
             )
         self._like(largest)
         self._largest = largest
+        own = math.fsum(shares), is_even
+        totals, are_even = zip(*processes.gather_objects("sizes of mini-batches", own))
         #: the share of all data in the mini-batches, by their scales
-        self.share = math.fsum(shares)
-        self._is_even = is_even
+        self.share = math.fsum(totals)
+        self._is_even = all(are_even)
         self._weights = [share / self.share for share in shares]
-        self._batches = batches
+        self._batches, self._processes, self._own = batches, processes, self
+        processes.hold(self)
         # a plate whose indices are not used draws them nevertheless, and looks random
         if self.is_random:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
-                one = self(self.start[None])
+                one = sum_with_gradient(self._parts, self.start[None])
                 torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
-                self.is_random = not agree(self(self.start[None]), one, round_off)
+                other = sum_with_gradient(self._parts, self.start[None])
+            is_random = not agree(other, one, round_off)
+            self.is_random = any(processes.gather_objects("equal densities", is_random))
             if not self.is_random:
                 # apart from the indices that a plate draws, of the size of all data
                 run = self.bound_to(*largest._arguments)
@@ -116,10 +136,24 @@ class FullDataDensity(LogJoint):
         return self._is_even and math.isclose(self.share, 1.0)
 
     def __call__(self, z: Tensor) -> Tensor:
-        return sum_with_gradient(self._parts, z)
+        if self._processes.size == 1:
+            return sum_with_gradient(self._parts, z)
+        u, log_det = self.to_unconstrained(z)  # other processes do not know the coordinates of now
+        has_gradient = torch.is_grad_enabled() and u.requires_grad
+        found = self.total(_with_gradient, self.strategy, u.detach(), has_gradient)
+        values = found[:, 0]
+        if has_gradient:
+            values = KnownGradients.apply(
+                values, [found[:, 1:].to(u)], _twice, torch.get_rng_state(), u
+            )
+        return values + log_det
+
+    def total(self, function: Callable[..., Tensor], *args: object) -> Tensor:
+        """The sum over processes of a function of their shares of this density, see ``Parallel.sum``."""
+        return self._processes.sum(function, self._own, *args)
 
     def parts(self) -> Iterator[tuple[float, LogJoint]]:
-        """The weights and densities of all mini-batches, whose weighted sum this is."""
+        """The weights and densities of this process's mini-batches; this density sums those of all."""
         for weight, batch in zip(self._weights, self._batches):
             yield weight, self.bound_to(*batch)
 
@@ -139,6 +173,24 @@ class FullDataDensity(LogJoint):
         return next(filter(None, found), [])
 
 
+def _with_gradient(
+    density: FullDataDensity, strategy: str, u: Tensor, has_gradient: bool
+) -> Tensor:
+    """The share of a process in the density at points ``(n, D)``; with its gradient, ``(n, 1 + D)``."""
+    share = copy.copy(density)
+    share.coordinates, share.strategy = None, strategy
+    with torch.set_grad_enabled(has_gradient):
+        u = u.to(share.start.device).requires_grad_(has_gradient)
+        found = [sum_with_gradient(share._parts, u)[:, None]]
+        if has_gradient:
+            found += torch.autograd.grad(found[0].sum(), u)
+    return torch.cat([part.detach().double() for part in found], 1)
+
+
+def _twice(u: Tensor) -> Tensor:
+    raise RuntimeError("the density of several processes cannot be differentiated twice")
+
+
 def _weighted(weight: float, part: LogJoint, z: Tensor) -> Tensor:
     return weight * part(z)
 
@@ -152,9 +204,9 @@ class AnchoredLogJoint(LogJoint):
 
     Its mean over mini-batches is the density of all data, as for :math:`f_b`, also if the difference
     :math:`z - a` is limited in these terms: far from a, an expansion may exceed any density. A mini-batch
-    differs from that only from second order on, which is little in the bulk of the posterior if a mini-batch
-    has data for each latent. With thousands of latents it has not: then the second derivative of all data is known, too, and
-    second-order terms are exchanged as well.
+    differs from that only from second order on, which is little in the bulk of the posterior if a
+    mini-batch has data for each latent. With thousands of latents it has not: then the second derivative of
+    all data is known, too, and second-order terms are exchanged as well.
 
     **References**
 

@@ -7,16 +7,28 @@ import os
 import sys
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyro
 import torch
+from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
-from torch import distributed
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoAmortized, AutoStructuredFlow
-from pyro_artransform.inference import parallel
+from pyro_artransform._base.processes import OneProcess
+from pyro_artransform.inference import all_batches, parallel
+from pyro_artransform.inference.all_batches import full_data_density
+from pyro_artransform.inference.initialization.natural_gradient import fit_gaussian
+from pyro_artransform.inference.loader import BatchStream
+from pyro_artransform.model import LogJoint
+from pyro_artransform.model.coordinates.centering import non_centered
+from pyro_artransform.model.elements import ElementTerms
+from pyro_artransform.model.graphs.dependencies import value_and_gradient
 from tests.inference import loaders, models
 from tests.inference.conftest import quick_fit, with_step_size
 from tests.inference.loaders import rows, shuffled, small
@@ -90,16 +102,15 @@ def other_guides(folder: Path) -> dict[str, Outcome]:
 
 
 def skipped(folder: Path) -> Outcome:
-    """The model of the second process fails twice."""
-    steps = [0]
+    """The model of the second process fails twice; it reads a tensor, also if its operations are replayed."""
+    odd = torch.zeros(())
 
     def model() -> None:
         models.location()
-        bad = RANK == 1 and steps[0] in (3, 5)
-        pyro.factor("odd", torch.tensor(math.nan if bad else 0.0))
+        pyro.factor("odd", 1 * odd)
 
     def callback(step: int, elbo: float) -> None:
-        steps[0] = step
+        odd.fill_(math.nan if RANK == 1 and step in (3, 5) else 0.0)
 
     with pyro.validation_enabled(False):
         options = {**SOME, "num_steps": 8, "seed": 1, "callback": callback}
@@ -118,8 +129,86 @@ def resumed(folder: Path) -> Outcome:
     return found
 
 
+ROWS, NUM_USERS, NUM_ITEMS = 400, 20, 35
+
+
+def ratings(user: Tensor, item: Tensor, y: Tensor) -> None:
+    """Users and items in crossed plates, with a scale of users."""
+    if RANK == 1 and AILMENT:
+        raise ZeroDivisionError(AILMENT[0])
+    mean = pyro.sample("mean", dist.Normal(0.0, 1.0))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("users", NUM_USERS):
+        a = pyro.sample("a", dist.Normal(mean, scale))
+    with pyro.plate("items", NUM_ITEMS):
+        b = pyro.sample("b", dist.Normal(0.0, 0.7))
+    with pyro.plate("rows", ROWS, subsample_size=len(y)):
+        pyro.sample("y", dist.Normal(a[..., user] + b[..., item], 0.5), obs=y)
+
+
+AILMENT: list[str] = []  # why the model fails in the second process
+
+
+def rated() -> DataLoader[Any]:
+    """Batches of 60 rows; the last has 40."""
+    generator = torch.Generator().manual_seed(0)
+    user = torch.randint(NUM_USERS, (ROWS,), generator=generator)
+    item = torch.randint(NUM_ITEMS, (ROWS,), generator=generator)
+    y = (user % 5 - item % 3) / 2 + 0.5 * torch.randn(ROWS, generator=generator)
+    return shuffled(user, item, y.double(), batch_size=60)
+
+
+def passes(log_joint: LogJoint, stream: BatchStream, processes: Any) -> Any:
+    """All that a fit needs of all data, to be computed in the first process."""
+    density = full_data_density(log_joint, stream, processes)
+    terms = ElementTerms.of(density, (part for _, part in density.parts()), processes)
+
+    def found() -> list[list[Any]]:
+        given = non_centered(density)
+        generator = torch.Generator().manual_seed(0)
+        z = 0.3 * torch.randn(6, density.latents.latent_dim, generator=generator)
+        gaussian = fit_gaussian(density, terms)
+        mapped = value_and_gradient(given, z)
+        values = density.checked(z).values, *value_and_gradient(density, z), *mapped
+        moments = gaussian.loc, gaussian.precision.times(z.T), gaussian.sd
+        return [value.tolist() for value in (*values, *moments)]
+
+    return found
+
+
+def shares(folder: Path) -> dict[str, Any]:
+    """Each of two processes evaluates its own batches; and one of them all."""
+    pyro.set_rng_seed(0)  # as a fit does
+    with parallel.open_parallel() as processes, patch(f"{all_batches.__name__}._ROWS", 100):
+        whole = BatchStream(rated())
+        log_joint = LogJoint(ratings, *next(whole.one_pass(1)))
+        by_one = passes(log_joint, whole, OneProcess())()
+        stream = whole.share(processes.rank, processes.size, 0)
+        by_two = passes(log_joint, stream, processes)
+        found = {"by one": by_one, "by two": processes.first("numbers", by_two)}
+        AILMENT.append("of the second process")
+        with suppress(RuntimeError):
+            processes.first("an error", by_two)
+        AILMENT.clear()
+        again = processes.first("numbers", by_two)
+        held = [len(batch.args[-1]) for batch in stream.all_batches]
+        return {**found, "again": again, "rows": processes.gather_objects("rows", held)}
+
+
+def crossed(folder: Path) -> Outcome:
+    """A guide that starts at the Gaussian of all data, and takes a few steps."""
+    return outcome(quick_fit(ratings, loader=rated(), num_steps=5, seed=1, progress=False))
+
+
+def chains(folder: Path) -> Outcome:
+    """Chains of the first process, with all data at each gradient."""
+    model, loader = loaders.regression, shuffled(*rows())
+    result = quick_fit(model, small(model), loader=loader, draws=50, progress=False)
+    return {**outcome(result), "draws": {k: v.tolist() for k, v in result.draws.items()}}
+
+
 def error_of(**options: Any) -> str:
-    model, args = models.regression, options.pop("args", ())
+    model, args = options.pop("model", models.regression), options.pop("args", ())
     try:
         quick_fit(model, small(model), *args, **{**SOME, "num_steps": 5, **options})
     except (OSError, RuntimeError, ValueError) as error:
@@ -128,15 +217,18 @@ def error_of(**options: Any) -> str:
 
 
 def errors(folder: Path) -> dict[str, str]:
+    order = shuffled(*rows(), generator=torch.Generator().manual_seed(RANK))
     return {
         "options": error_of(num_steps=5 + RANK),
         "data": error_of(args=(models.data() + RANK,)),
+        "order": error_of(model=loaders.regression, loader=order),
         "checkpoint": error_of(resume=folder / "missing.pt"),
     }
 
 
-MORE = {case.__name__: case for case in (hierarchy, other_guides, skipped, resumed, errors)}
-CASES = {"smoke": smoke, "fails": fails, **MORE}
+_MORE = (hierarchy, other_guides, skipped, resumed, errors, crossed, chains)
+MORE = {case.__name__: case for case in _MORE}
+CASES = {"smoke": smoke, "fails": fails, "shares": shares, **MORE}
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ import sys
 from datetime import timedelta
 from pathlib import Path
 
+import pyro
 import pytest
 import torch
 from pyro import distributions as dist
@@ -61,9 +62,17 @@ def same(a, b):
     return repr(a) == repr(b)
 
 
-def test_two_processes_share_a_fit_and_say_what_they_wait_for(tmp_path):
-    codes, wrote = launch(tmp_path, "smoke")
-    first, second = (found["smoke"] for found in outcomes(tmp_path, codes, wrote))
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory):
+    """What two processes returned, and what they wrote."""
+    folder = tmp_path_factory.mktemp("two processes")
+    codes, wrote = launch(folder, "smoke", "shares")
+    return outcomes(folder, codes, wrote), wrote
+
+
+def test_two_processes_share_a_fit_and_say_what_they_wait_for(quick_run):
+    found, wrote = quick_run
+    first, second = (by_case["smoke"] for by_case in found)
     assert same(first, second)
     assert first["told"] == [1, 2, 3, 4, 5]
     assert first["stopped_because"] == "the callback asked to stop"
@@ -73,6 +82,18 @@ def test_two_processes_share_a_fit_and_say_what_they_wait_for(tmp_path):
     assert waited in wrote[0]
     assert "5 steps" in wrote[0]
     assert "5 steps" not in wrote[1]  # only the first process shows its progress
+
+
+def test_two_processes_share_the_density_of_all_data(quick_run):
+    """Values, gradients and the Gaussian of the start are those of one process, also after an error."""
+    first, second = (by_case["shares"] for by_case in quick_run[0])
+    assert same(first["by two"], second["by two"])
+    assert same(first["by one"], second["by one"])
+    assert same(first["by two"], first["again"])
+    for one, two in zip(first["by one"], first["by two"]):
+        assert torch.allclose(torch.tensor(one), torch.tensor(two), rtol=1e-9, atol=1e-8)
+    assert sum(map(sum, first["rows"])) == parallel_cases.ROWS
+    assert [sum(rows) for rows in first["rows"]] == [220, 180]
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +122,19 @@ def test_a_hierarchy_by_a_loader(run):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["crossed", "chains"])
+def test_a_fit_with_a_share_of_all_data_for_each_process(run, name):
+    """The numbers are those of one process but for the noise of draws."""
+    found = run[0][name]
+    pyro.clear_param_store()
+    torch.manual_seed(0)
+    alone = parallel_cases.CASES[name](None)
+    assert abs(found["elbo"] - alone["elbo"]) < 1e-6 + 5 * found["elbo_se"]
+    assert found["khat"] < 0.5
+    assert found["start"] == alone["start"]
+
+
+@pytest.mark.slow
 def test_a_step_that_fails_in_one_process_is_skipped_by_all(run):
     found = run[0]["skipped"]
     assert found["num_skipped"] == 2
@@ -120,7 +154,8 @@ def test_errors_are_those_of_all_processes(run):
     first, second = (found["errors"] for found in run)
     expected = "ValueError: fit: expected the same num_steps in all processes, got [5, 6]"
     assert first["options"] == second["options"] == expected
-    assert "expected the same data (sums) in all processes" in first["data"]
+    for name in ("data", "order"):
+        assert "expected the same data (sums) in all processes" in first[name]
     assert first["checkpoint"].startswith("FileNotFoundError")
     assert second["checkpoint"].startswith("RuntimeError: fit: the first process has failed: File")
 

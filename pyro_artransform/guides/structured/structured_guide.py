@@ -224,7 +224,7 @@ class AutoStructuredFlow(AutoAutoregressive):
     ) -> list[str]:
         names, neighbours = self.graph.names, self.graph.markov.neighbours
         log_joint, found = self._log_joint(*batches[0][0], **batches[0][1]), set[str]()
-        groups = ElementGroups.of(log_joint.latents)
+        groups = ElementGroups.of(log_joint.latents).to(log_joint.start.device)
         with torch.random.fork_rng(devices=[]), poutine.block():
             draws, _ = self.rsample_and_log_prob(len(batches))
             for batch, point in zip(batches, draws):

@@ -5,7 +5,8 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,6 +19,7 @@ from ...model.expectations import expectation
 from ...model.full_data_density import Anchor, AnchoredLogJoint
 from ..all_batches import full_data_density
 from ..loader import Batch, BatchStream
+from ..parallel import Parallel
 from .objective import BatchObjective, Objective, PathObjective
 
 NUM_VALIDATION = 32  #: batches on which guides are compared
@@ -76,6 +78,7 @@ class MinibatchObjective(Objective):
     log_joint: LogJoint
     validation: list[Batch]
     terms: ElementTerms | None = None
+    parallel: Parallel = field(default_factory=Parallel)
 
     def __post_init__(self) -> None:
         self._last = self.objective
@@ -85,7 +88,7 @@ class MinibatchObjective(Objective):
         self.whole: FullDataDensity | None = None
         stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
         if stream.is_partition and structure.is_scaled and not structure.subsampled_latents:
-            whole = full_data_density(self.log_joint, stream)
+            whole = full_data_density(self.log_joint, self.stream, self.parallel)
             self.whole = whole if whole.is_of_all_data and not whole.is_random else None
         #: the objective on all data, which corrects that of each batch
         self.on_all: PathObjective | None = None
@@ -113,16 +116,23 @@ class MinibatchObjective(Objective):
 
     def _anchor_of(self, on_all: PathObjective) -> Anchor:
         if self._anchor is None:
-            with torch.no_grad():
-                draws, _ = on_all.guide.rsample_and_log_prob(NUM_COMMON_DRAWS)
-            reach = _REACH * draws.std(0)
-            self._anchor = Anchor.of(on_all.log_joint, draws.median(0).values, reach)
-            whole, terms = self.whole, self.terms
-            if whole is not None and terms is not None and whole.coordinates is None:
-                point, steps = self._anchor.point[None].double(), draws.std(0).double()
-                precision = expectation(whole, terms, point, _STEP * steps).precision
-                self._anchor = self._anchor._replace(precision=precision.to(draws))
+            new = partial(self._new_anchor, on_all)
+            found = self.parallel.first("the expansion of the density of all data", new)
+            self._anchor = found.to(self.log_joint.start.device)
         return self._anchor
+
+    def _new_anchor(self, on_all: PathObjective) -> Anchor:
+        """The expansion of the density of all data at the guide's median."""
+        with torch.no_grad():
+            draws, _ = on_all.guide.rsample_and_log_prob(NUM_COMMON_DRAWS)
+        sd = draws.std(0)
+        found = Anchor.of(on_all.log_joint, draws.median(0).values, _REACH * sd)
+        whole, terms = self.whole, self.terms
+        if whole is not None and terms is not None and whole.coordinates is None:
+            point, steps = found.point[None].double(), _STEP * sd.double()
+            precision = expectation(whole, terms, point, steps).precision
+            found = found._replace(precision=precision.to(draws))
+        return found
 
     def parameters(self) -> dict[str, Tensor]:
         return self.objective.parameters()

@@ -9,6 +9,7 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -113,6 +114,9 @@ class Training:
 
     def _log_weights(self, count: int) -> Tensor:
         """The log weights of at least ``count`` draws, from all processes."""
+        if self.objective.is_noisy:  # all processes evaluate each draw, with their own batches
+            found = partial(self.objective.elbo_draws, count)
+            return self._parallel.first("the density of all data", found)
         share = self._parallel.share(count)
         return self._parallel.gather(self.objective.elbo_draws(share))
 

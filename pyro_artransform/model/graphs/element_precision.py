@@ -96,9 +96,10 @@ class ElementPrecision:
         return found
 
     def to(self, like: Tensor) -> "ElementPrecision":
-        """The same in another dtype."""
+        """The same in another dtype or on another device."""
         blocks, linked = ([v.to(like) for v in values] for values in (self.blocks, self.linked))
-        return ElementPrecision(self.groups, self.links, self.shared.to(like), blocks, linked)
+        groups, links = self.groups.to(like.device), [link.to(like.device) for link in self.links]
+        return ElementPrecision(groups, links, self.shared.to(like), blocks, linked)
 
     def solve(self, right: Tensor) -> Tensor:
         """The inverse of :meth:`product`, by preconditioned conjugate gradients."""
