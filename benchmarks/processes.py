@@ -49,7 +49,7 @@ def first_pass(log_joint: LogJoint, stream: BatchStream, processes: Any) -> tupl
 
 def passes(density: Any, terms: Any) -> tuple[list[str], list[Tensor]]:
     """Seconds, and the mean, the product of the precision with scaled sds, and log densities of draws."""
-    of_gaussian, gaussian = timed(partial(fit_gaussian, density, terms))
+    of_gaussian, (gaussian, *_) = timed(partial(fit_gaussian, density, terms))
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(_NUM_DRAWS, len(gaussian.loc), generator=generator, dtype=torch.float64)
     draws = gaussian.loc + gaussian.conditional_sd * noise

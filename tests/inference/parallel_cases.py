@@ -167,7 +167,7 @@ def passes(log_joint: LogJoint, stream: BatchStream, processes: Any) -> Any:
         given = non_centered(density)
         generator = torch.Generator().manual_seed(0)
         z = 0.3 * torch.randn(6, density.latents.latent_dim, generator=generator)
-        gaussian = fit_gaussian(density, terms)
+        gaussian = fit_gaussian(density, terms)[0]
         mapped = value_and_gradient(given, z)
         values = density.checked(z).values, *value_and_gradient(density, z), *mapped
         moments = gaussian.loc, gaussian.precision.times(z.T), gaussian.sd
