@@ -111,7 +111,10 @@ def _result(
         fields = evaluate_minibatches(subject, passed, status, elements)
     else:
         ensemble = None if draws is None else draws.ensemble
-        fields = evaluate(subject, status, num_gradients, ensemble, is_loop=problem.is_loop)
+        terms = None if minibatches is None else minibatches.terms
+        fields = evaluate(
+            subject, status, num_gradients, ensemble, is_loop=problem.is_loop, terms=terms
+        )
     if chains is not None:
         words = f"{chains.verdict} About the guide alone: {fields['verdict']}"
         fields |= {"chains": chains, "draws": chains.draws, "verdict": words}
