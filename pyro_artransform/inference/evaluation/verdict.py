@@ -51,6 +51,7 @@ class FitStatus(NamedTuple):
     remedy: str = ""  #: the remedy if the guide is not the posterior, if known
     is_point: bool = False  #: whether the guide has a single value at some site
     is_random: bool = False  #: whether the model draws mini-batches itself, or is random otherwise
+    not_weighed: str = ""  #: why a pass over the indices of a subsampled plate found no weights
     mixes_draws: bool = False  #: whether the model turned out to mix draws evaluated at once
     draws_requested: bool = (
         False  #: whether draws were requested, so that the guide is not the answer
@@ -101,7 +102,8 @@ def judge(
         *(status.no_sum or ()),
     ]
     if status.is_point or status.is_random:
-        failed.append((Check.POINT if status.is_point else Check.SUBSAMPLED).failed())
+        why = f" ({status.not_weighed})" if status.not_weighed else ""
+        failed.append((Check.POINT if status.is_point else Check.SUBSAMPLED).failed(reason=why))
     elif weights is not None:
         own = None if status.cut_short else ""
         about_lost = Check.LOST_MODES.apply(
