@@ -142,7 +142,7 @@ def cases() -> dict[str, Callable[[], Case]]:
             **AMORTIZED,
         ),
         "subsampled schools with classes": lambda: inside(
-            nested.subsampled_schools, all_schools, y, num_steps=3000, num_particles=8
+            nested.subsampled_schools, all_schools, y, **AMORTIZED
         ),
         "subsampled rows of 20 subjects": lambda: inside(
             nested.subsampled_measures, all_measures, *few
