@@ -9,11 +9,13 @@ from .importance_sampling import Importance, importance
 from .importance_weights import log_weights
 from .marginals import Marginals
 from .mode_shares import ModeShares
-from .plates import PlateDiagnostics
+from .plates import ConditionalDiagnostics, ElementDiagnostics, PlateDiagnostics
 from .psis import ParetoTail, fit_tail, smooth_tail
 
 __all__ = [  # noqa: RUF022
     "Check",
+    "ConditionalDiagnostics",
+    "ElementDiagnostics",
     "FailedCheck",
     "Importance",
     "Marginals",

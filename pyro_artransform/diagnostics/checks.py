@@ -170,9 +170,10 @@ class Check(Enum):
     )
     SUBSAMPLED = CheckEntry(
         "the model subsamples its data or is random in another way, so the numbers below come from a noisy "
-        "density: the ELBO is correct up to noise, but k-hat and the evidence are meaningless",
+        "density: the ELBO is correct up to noise, but k-hat and the evidence are meaningless{reason}",
         "Run diagnostics.importance with a model that sees all data",
-        "the model draws its batches itself, or other random numbers that change its density",
+        "the model subsamples several plates, or draws other random numbers that change its density; in "
+        "parentheses, why no pass over a single subsampled plate could judge it",
     )
     DENSITY = CheckEntry(
         "the log density of the model is not finite at {count} of {num_samples} draws of the guide",

@@ -14,7 +14,7 @@ from .checks import Check, FailedCheck, Verdict
 from .importance_sampling import Importance
 from .marginals import Marginals
 from .mode_shares import ModeShares
-from .plates import PlateDiagnostics
+from .plates import ConditionalDiagnostics, PlateDiagnostics
 
 _KIND = "the draws and the verdict of class {}, format 1"
 _LEFT_OUT = ("model", "guide")
@@ -22,6 +22,7 @@ _LEFT_OUT = ("model", "guide")
 _CLASSES: dict[str, Any] = {
     each.__name__: each
     for each in (
+        ConditionalDiagnostics,
         Importance,
         Marginals,
         ModeShares,

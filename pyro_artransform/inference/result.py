@@ -15,7 +15,7 @@ from ..diagnostics import Importance, Marginals
 from ..diagnostics.checks import Check, FailedCheck, Verdict, as_lines
 from ..diagnostics.importance_sampling import GOOD_KHAT
 from ..diagnostics.mode_shares import ModeShares
-from ..diagnostics.plates import PlateDiagnostics
+from ..diagnostics.plates import ElementDiagnostics, PlateDiagnostics
 from ..diagnostics.result_io import SavedResult
 from ..model.density import Args, Kwargs
 from ..model.symmetries import Symmetry
@@ -66,9 +66,11 @@ class FitResult(SavedResult):
     #: ``None`` without such chains
     marginals_trusted: bool | None = None
     marginals: Marginals | None = None  #: errors of means and sds; ``None`` without such chains
-    #: how close the guide is to the posterior of each element of a plate, if mini-batches have latents of
-    #: their own; ``log_evidence``, ``khat``, ``ess`` and ``importance`` then concern the shared latents
-    elements: PlateDiagnostics | None = None
+    #: by plate, how close the guide is to the posterior of each element: by importance weights, if batches
+    #: have latents of their own; ``log_evidence``, ``khat``, ``ess`` and ``importance`` then concern the
+    #: shared latents. If rows of batches index latents in plates, it is given all other latents, which does
+    #: not show an error that all elements of a plate share
+    elements: dict[str, ElementDiagnostics] = field(default_factory=dict)
     #: by site, how centered the latents with coordinates from the prior are: 0 for non-centered, 1 for the
     #: model as written; empty if all latents are as written
     coordinates: dict[str, Tensor] = field(default_factory=dict)
@@ -180,7 +182,8 @@ class FitResult(SavedResult):
         if not math.isnan(self.khat):
             evidence = f"{self.log_evidence:.3f} ± {self.log_evidence_se:.3f}"
             khat, weights = f"{self.khat:.2f} ± {self.khat_se:.2f}", self.importance
-            of = "" if self.elements is None else ", for the shared latents"
+            has_own = any(isinstance(e, PlateDiagnostics) for e in self.elements.values())
+            of = ", for the shared latents" if has_own else ""
             if 1 < (count := self.num_images) < math.inf:
                 evidence += f" (of one of {count:,.0f} images: add {math.log(count):.3f} for all)"
             if any(failed.check is Check.LOST_MODES for failed in self.judged.failed):
@@ -196,6 +199,8 @@ class FitResult(SavedResult):
                 "k-hat": khat + of,
                 "ESS": f"{self.ess:.0f} of {self.num_samples}{of}",
             }
+        if self.elements:
+            rows["elements"] = "; ".join(element.count for element in self.elements.values())
         if about := self.judged.marginals:
             about = about.removeprefix("Marginals ")
             rows["marginals"] = about.removesuffix(".")

@@ -61,7 +61,9 @@ def test_everything_that_a_result_may_have(result, tmp_path):
     numbers = dict.fromkeys(("khat", "khat_se", "tail_share", "gap"), torch.zeros(()).expand(3))
     judged = Verdict((Check.POINT.failed(),), notes=("A note.",))
     elements = PlateDiagnostics(plate="class", index=torch.arange(3), **numbers)
-    odd = replace(result, elements=elements, judged=judged, culprits={"class": 2}, chains=None)
+    odd = replace(
+        result, elements={"class": elements}, judged=judged, culprits={"class": 2}, chains=None
+    )
     odd = replace(odd, draws=None, khat=float("nan"))
     odd.save(tmp_path / "odd.pt")
     found = FitResult.load(tmp_path / "odd.pt", models.regression)

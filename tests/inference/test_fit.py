@@ -181,12 +181,11 @@ def test_a_model_that_is_looped_over_says_how_long_a_step_takes():
 
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])
-def test_minibatches_are_never_trusted(kind):
+def test_minibatches_that_a_model_draws_are_judged_with_all_data(kind):
     result = fitted(models.subsampled, kind(models.subsampled), num_steps=30)
-    assert not result.trusted
-    assert "subsamples" in result.verdict
-    assert result.importance is None
-    assert math.isfinite(result.elbo)
+    assert "subsamples" not in result.verdict
+    assert result.importance.num_samples == 400
+    assert -1 < result.elbo - result.log_evidence < 4 * result.elbo_se
 
 
 def test_guide_that_lacks_a_latent():

@@ -120,12 +120,12 @@ def test_amortized_locals_and_globals():
     # the verdict by element
     assert result.trusted, result
     assert abs(result.log_evidence - evidence) < 0.1
-    assert len(result.elements.khat) == 43
+    assert len(result.elements["groups"].khat) == 43
     assert result.importance.num_samples == result.num_samples == 250
     assert "other modes were not searched for" in result.verdict
     part = fitted(loaders.groups, guide, shuffled(y[:20]), epochs=1)
     assert not part.trusted
-    assert part.elements is None
+    assert not part.elements
     assert "a pass over the loader covers 46.5 % of the data" in part.verdict
 
 

@@ -151,7 +151,7 @@ def test_what_went_wrong_is_shown(result):
     zero = torch.zeros(3)
     numbers = dict.fromkeys(("khat", "khat_se", "tail_share", "gap"), zero)
     elements = PlateDiagnostics(plate="rows", index=None, **numbers)
-    shared = replace(result, khat=0.6, elements=elements)
+    shared = replace(result, khat=0.6, elements={"rows": elements})
     assert shared.rows()["k-hat"].startswith("0.60 ± ")
     assert shared.rows()["k-hat"].endswith(", for the shared latents")
     odd = replace(result, khat=0.8, log_evidence=-3.0, log_evidence_se=0.5, importance=None)

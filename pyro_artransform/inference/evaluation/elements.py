@@ -10,7 +10,7 @@ Importance Sampling Squared for Bayesian Inference in Latent Variable Models (Tr
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -30,10 +30,11 @@ from ...model.traces import latent_nodes, plate_of_elements, unwrapped
 from ...model.vectorization import Draws, Evaluate, Terms, describe, evaluate_many, stack
 from ..loader import Batch
 from ..optimization.minibatches import MinibatchObjective, PassEstimate
-from ..optimization.objective import OF_LOG_DENSITIES, PyroObjective
+from ..optimization.objective import OF_LOG_DENSITIES, BatchObjective, PyroObjective
 
 # draws of the latents that all elements share, and the fewest and most draws of each element for each of them
 _NUM_SHARED, _MIN_INNER, _MAX_INNER = 250, 4, 16
+NOT_WEIGHED = "importance weights of elements could not be computed ({})"
 
 
 class ElementWeights(NamedTuple):
@@ -44,6 +45,7 @@ class ElementWeights(NamedTuple):
     shared: Importance | None
     noise: float  #: the variance of the shared log weights that is due to the draws of elements
     num_inner: int  #: the number of draws of each element per draw of the shared latents
+    elbo_draws: Tensor  #: of all data, one for each draw of the shared latents
 
 
 @torch.no_grad()
@@ -56,26 +58,49 @@ def weigh_elements(
     """
     try:
         with validation_enabled(False):
-            return passed.obstacle or _weigh(minibatches, num_gradients)
+            stream, objective = minibatches.stream.whole, minibatches.objective
+            wanted, batches = num_gradients // stream.num_batches, stream.one_pass_with_rows()
+            return passed.obstacle or weigh_batches(objective, batches, wanted)
     except Exception as error:  # the model or the guide may not support many draws of a batch
-        return f"importance weights of elements could not be computed ({describe(error)})"
+        return NOT_WEIGHED.format(describe(error))
 
 
-def _weigh(minibatches: MinibatchObjective, num_gradients: int) -> ElementWeights:
-    draws = _Draws(minibatches, num_gradients)
+def weigh_batches(
+    objective: BatchObjective,
+    batches: Iterable[tuple[Batch, Sequence[int] | None]],
+    num_wanted: int,
+) -> ElementWeights:
+    """Weighs draws of elements and of shared latents in a pass over batches with their rows, if known.
+
+    :param num_wanted: the wanted number of draws of each element, limited to 4 to 16 for each of 250 draws of
+        the shared latents.
+    :raises ValueError: if elements are not independent given the shared latents, among other reasons.
+    :raises TimeoutError: if the time limit is reached.
+    """
+    draws = _Draws(objective, num_wanted // _NUM_SHARED)
     total, parts, indices = draws.log_ratio_of_shared, list[Tensor](), list[Tensor]()
-    for batch, rows in minibatches.stream.whole.one_pass_with_rows():
+    elbo_draws = total
+    for batch, rows in batches:
         if is_out_of_time():
             raise TimeoutError("the time limit was reached before all elements were drawn")
         log_ratios, by_prior, index = draws.of_batch(batch, rows or [])
+        if len(index) == log_ratios.shape[-1]:  # batches may overlap
+            is_new = ~torch.isin(index, torch.cat([index[:0], *indices]))
+            log_ratios, by_prior, index = (
+                log_ratios[..., is_new],
+                by_prior[..., is_new],
+                index[is_new],
+            )
         total = total + (log_ratios.logsumexp(0) - math.log(draws.inner)).sum(-1)
+        elbo_draws = elbo_draws + log_ratios.mean(0).sum(-1)
         parts.append(_columns(log_ratios, by_prior))
         indices += [index] if len(index) == log_ratios.shape[-1] else []
     columns, is_known = torch.cat(parts, 1), len(indices) == len(parts)
     elements = _judged(draws.plate, columns, torch.cat(indices) if is_known else None)
     shared, noise = Importance.from_log_weights(total), float(columns[-1].sum())
     shared = replace(shared, elbo=min(shared.elbo + noise / 2, shared.log_evidence))
-    return ElementWeights(elements, shared if draws.names else None, noise, draws.inner)
+    own = shared if draws.names else None
+    return ElementWeights(elements, own, noise, draws.inner, elbo_draws)
 
 
 def _judged(plate: str, found: Tensor, index: Tensor | None) -> PlateDiagnostics:
@@ -121,16 +146,14 @@ def _columns(log_ratios: Tensor, by_prior: Tensor) -> Tensor:
 class _Draws:
     """Draws of a guide and their weights by element and batch, with common draws of shared latents."""
 
-    def __init__(self, minibatches: MinibatchObjective, num_gradients: int) -> None:
-        objective = minibatches.objective
+    def __init__(self, objective: BatchObjective, num_inner: int) -> None:
         if not (isinstance(objective, PyroObjective) and objective.is_vectorized):
             raise ValueError("model and guide do not vectorize over draws")
         if objective.log_joint.is_enumerated:
             raise ValueError("the model has discrete latents, which are summed out")
         guide, model = objective.traces()
         self._objective, self.plate = objective, plate_of_elements(model)
-        inner = num_gradients // (minibatches.stream.whole.num_batches * _NUM_SHARED)
-        self.inner = min(max(inner, _MIN_INNER), _MAX_INNER)
+        self.inner = min(max(num_inner, _MIN_INNER), _MAX_INNER)
         # sites outside the plate that are not determined by others
         nodes = [n for n in latent_nodes(guide) if not isinstance(unwrapped(n["fn"]), Delta)]
         stacks = {n["name"]: {frame.name for frame in n["cond_indep_stack"]} for n in nodes}

@@ -9,18 +9,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._base.time_limit import until_deadline
+from ..._base.time_limit import abandonable, until_deadline
 from ...diagnostics import Importance
 from ...diagnostics.checks import Check, Verdict
 from ...diagnostics.importance_sampling import CLEAR_IN_SE, GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
+from ...diagnostics.plates import ElementDiagnostics
 from ...model import FullDataDensity
+from ...model.elements import ElementTerms
 from ...model.rounding import Rounding, find_rounding
 from ...model.vectorization import draws_at_a_time
 from ...sampling import Ensemble, StopReason
 from ..optimization.minibatches import NUM_COMMON_DRAWS, PassEstimate
 from ..optimization.objective import FEWER
+from .conditionals import conditional_diagnostics
 from .elements import ElementWeights
 from .verdict import (
     NOT_SEARCHED,
@@ -29,6 +32,7 @@ from .verdict import (
     about_elements,
     about_good_elements,
     about_marginals,
+    about_plate,
     judge,
 )
 
@@ -81,12 +85,14 @@ def evaluate(
     ensemble: Ensemble | None = None,
     *,
     is_loop: bool = False,
+    terms: ElementTerms | None = None,
 ) -> dict[str, Any]:
     """Evaluates a guide with a density of all data, or with a model that draws mini-batches itself.
 
     :param num_gradients: the gradients of all steps, which limit the draws added if k-hat is in doubt.
     :param ensemble: chains whose draws the guide is compared with.
     :param is_loop: whether model or guide run for one draw at a time, so that draws are few.
+    :param terms: the elements of plates that rows of mini-batches read, if known.
     :return: fields of a ``FitResult``.
     """
     log_joint = subject.log_joint
@@ -103,11 +109,15 @@ def evaluate(
     weights = Importance.from_log_weights(log_weights)
     rounding = Rounding([], [])
     lost, marginals, num_images = NOT_SEARCHED, None, 1.0
+    elements = dict[str, ElementDiagnostics]()
     is_point = latents is not None and bool((latents == latents[:1]).all(0).any())
     if latents is not None and not is_point:
         draws, _ = log_joint.to_unconstrained(latents)
         rounding = find_rounding(log_joint.latents, draws)
         draws = draws[draws.isfinite().all(-1)]
+        if isinstance(log_joint, FullDataDensity) and len(draws) > 1:
+            with abandonable():
+                elements.update(conditional_diagnostics(log_joint, draws, terms))
         if ensemble is not None and len(draws) > 1:
             draws, num_images = _in_one_image(ensemble, draws)
             lost = lost_modes(ensemble, draws)
@@ -121,7 +131,9 @@ def evaluate(
         at_edge=rounding.at_edge,
     )
     about = about_marginals(marginals, ensemble)
-    fields = _fields(weights, judge(status, weights, lost)._replace(marginals=about))
+    about_others = [each for e in elements.values() for each in about_plate(e, status.remedy)]
+    verdict = judge(status, weights, lost, about_others=about_others)
+    fields = _fields(weights, verdict._replace(marginals=about), elements=elements)
     fields |= {"marginals": marginals, "num_images": num_images}
     fields["marginals_trusted"] = None if marginals is None else marginals.trusted
     if log_joint.is_random:  # weights have the noise of mini-batches
@@ -165,7 +177,7 @@ def evaluate_minibatches(
     :param by_element: these weights, or the reason why they are unknown.
     :return: fields of a ``FitResult``.
     """
-    weights, elements = None, None
+    weights, elements = None, dict[str, ElementDiagnostics]()
     values = next(subject.weighted_draws(8)).values  # a few draws show whether all are equal
     is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
     status = status._replace(is_point=is_point)
@@ -180,7 +192,7 @@ def evaluate_minibatches(
         )
         verdict = judge(status, about_others=[failed])
     else:
-        elements, weights = by_element.elements, by_element.shared
+        weights, elements = by_element.shared, {by_element.elements.plate: by_element.elements}
         praise = about_good_elements(by_element)
         about_others = about_elements(by_element, status.remedy)
         verdict = judge(status, about_others=about_others, praise=praise)

@@ -21,6 +21,7 @@ from ..problem import Problem
 from ..result import FitResult
 from .elements import weigh_elements
 from .evaluate import evaluate, evaluate_minibatches
+from .subsampled import evaluate_subsampled
 from .verdict import FitStatus
 
 
@@ -69,7 +70,7 @@ def _remedy(problem: Problem, draws: FirstDraws | None, num_steps: int) -> str:
         way = "an encoder with more informative features, or a more flexible local_flow"
     if draws is not None and draws.gives_draws:
         way = f"result.draws, or {way}" if draws.has_mixed else way
-    elif problem.has_all_data:
+    elif problem.has_all_data and not problem.subject.log_joint.is_random:
         way = f"draws=1000 (chains do not need a small k-hat), or {way}"
     return way if problem.schedule.num_steps is None else f"{way}, or more steps"
 
@@ -111,9 +112,14 @@ def _result(
         passed = minibatches.over_a_pass()
         elements = weigh_elements(minibatches, passed, num_gradients)
         fields = evaluate_minibatches(subject, passed, status, elements)
+    elif subject.log_joint.is_random:
+        fields = evaluate_subsampled(subject, status, num_gradients, is_loop=problem.is_loop)
     else:
         ensemble = None if draws is None else draws.ensemble
-        fields = evaluate(subject, status, num_gradients, ensemble, is_loop=problem.is_loop)
+        terms = None if minibatches is None else minibatches.terms
+        fields = evaluate(
+            subject, status, num_gradients, ensemble, is_loop=problem.is_loop, terms=terms
+        )
     if chains is not None:
         words = f"{chains.verdict} About the guide alone: {fields['verdict']}"
         fields |= {"chains": chains, "draws": chains.draws, "verdict": words}

@@ -14,6 +14,7 @@ from ...diagnostics import Importance, Marginals
 from ...diagnostics.checks import Check, FailedCheck, Verdict, about_draws
 from ...diagnostics.importance_sampling import GOOD_KHAT, GOOD_TAIL
 from ...diagnostics.mode_shares import ModeShares
+from ...diagnostics.plates import ElementDiagnostics
 from ...diagnostics.psis import round_off_of
 from ...sampling import Ensemble
 from .elements import ElementWeights
@@ -50,6 +51,7 @@ class FitStatus(NamedTuple):
     remedy: str = ""  #: the remedy if the guide is not the posterior, if known
     is_point: bool = False  #: whether the guide has a single value at some site
     is_random: bool = False  #: whether the model draws mini-batches itself, or is random otherwise
+    not_weighed: str = ""  #: why a pass over the indices of a subsampled plate found no weights
     mixes_draws: bool = False  #: whether the model turned out to mix draws evaluated at once
     draws_requested: bool = (
         False  #: whether draws were requested, so that the guide is not the answer
@@ -100,7 +102,8 @@ def judge(
         *(status.no_sum or ()),
     ]
     if status.is_point or status.is_random:
-        failed.append((Check.POINT if status.is_point else Check.SUBSAMPLED).failed())
+        why = f" ({status.not_weighed})" if status.not_weighed else ""
+        failed.append((Check.POINT if status.is_point else Check.SUBSAMPLED).failed(reason=why))
     elif weights is not None:
         own = None if status.cut_short else ""
         about_lost = Check.LOST_MODES.apply(
@@ -191,6 +194,11 @@ def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
     return f"Marginals not checked, since {reason}."
 
 
+def about_plate(found: ElementDiagnostics, remedy: str) -> tuple[FailedCheck, ...]:
+    """The failed check of the elements of a plate; none if all are trusted."""
+    return Check.ELEMENTS.apply(found=found.objection, remedy=remedy or None)
+
+
 def about_elements(found: ElementWeights, remedy: str) -> Iterator[FailedCheck]:
     """The failed checks of a fit with mini-batches and latents of their elements; none if all are trusted.
 
@@ -198,7 +206,7 @@ def about_elements(found: ElementWeights, remedy: str) -> Iterator[FailedCheck]:
     Implementation of Markov Chain Monte Carlo When Using an Unbiased Likelihood Estimator (Doucet, Pitt,
     Deligiannidis, Kohn, 2015), https://arxiv.org/abs/1210.1871
     """
-    failed = Check.ELEMENTS.apply(found=found.elements.objection, remedy=remedy or None)
+    failed = about_plate(found.elements, remedy)
     failed = failed or Check.ELEMENT_NOISE.apply(
         count=found.num_inner, noise=found.noise, remedy=remedy or None
     )

@@ -188,7 +188,7 @@ def test_the_largest_of_many_khats():
 )
 def test_why_a_large_khat_is_trusted(share, why):
     khat, zero = torch.linspace(0.2, 1.1, 1000), torch.zeros(1000)
-    found = ElementWeights(elements(khat, zero + 0.15, zero + share, zero), None, 0.0, 4)
+    found = ElementWeights(elements(khat, zero + 0.15, zero + share, zero), None, 0.0, 4, zero)
     assert not found.elements.objection
     assert f"the largest k-hat is {why}" in about_good_elements(found)
 
@@ -307,7 +307,7 @@ def test_an_error_is_no_end_of_a_fit(monkeypatch):
     def fails(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("pyro_artransform.inference.evaluation.elements._weigh", fails)
+    monkeypatch.setattr("pyro_artransform.inference.evaluation.elements.weigh_batches", fails)
     assert (
         "importance weights of elements could not be computed (RuntimeError: out of memory"
         in weighed(posterior)
