@@ -165,6 +165,13 @@ class LogJoint:
         # the largest intermediate tensor may exceed all sites together
         return draws_at_a_time(num_values * max(self._choice().num_values / self._num_values, 1.0))
 
+    def by_strategy(self, strategy: str) -> "LogJoint":
+        """The same density by a strategy that is not compared with single runs."""
+        other = copy.copy(self)
+        other.strategy, other.is_random = strategy, False
+        other.chunk_size = draws_at_a_time(self._num_values)
+        return other
+
     @property
     def reason(self) -> str:
         """Why draws are evaluated one at a time; empty if they are not."""
