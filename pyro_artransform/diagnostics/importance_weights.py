@@ -88,12 +88,16 @@ def weighted_draws(
     else:
         draw, is_point = _drawer(run_model, run_guide, log_joint)
     is_slow = log_joint is not None and log_joint.strategy == "loop"
-    chunk = _FEW if is_slow and has_limit() else _SMALL_CHUNK
-    if log_joint is not None and log_joint.strategy != "loop" and not has_limit():
-        chunk = draws_at_a_time(log_joint.latents.latent_dim)
-    for start in range(0, n, chunk):
+    chunk = most = _FEW if is_slow and has_limit() else _SMALL_CHUNK
+    if log_joint is not None and log_joint.strategy != "loop":
+        most = draws_at_a_time(log_joint.latents.latent_dim)
+        chunk = _SMALL_CHUNK if has_limit() else most
+    start = 0
+    while start < n:
         drawn = draw(min(chunk, n - start))
         yield drawn._replace(log_weights=drawn.log_weights - torch.inf) if is_point else drawn
+        # at a time limit, a chunk takes about as long as all before
+        start, chunk = start + chunk, min(2 * chunk, most)
 
 
 class ModelAndGuide(NamedTuple):

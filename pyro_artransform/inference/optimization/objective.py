@@ -44,8 +44,8 @@ _NUM_ESTIMATES = 4
 _NUM_TRACED = 16
 
 # the additional weight of deviating log weights in the tail loss, the squared deviation at its cap, and
-# the factor on draws per step: with factor 1 gp_regr, hmm_example and garch11 have k-hat 0.46 to 0.82
-_TAIL_WEIGHT, _MAX_DEVIATION, _TAIL_DRAWS = 2.0, 50.0, 4
+# the factor on draws per step (benchmarks/price.md)
+_TAIL_WEIGHT, _MAX_DEVIATION, _TAIL_DRAWS = 2.0, 50.0, 2
 # draws times latents in a step with the tail loss, limited for memory and time
 _MOST_TRAINED = 2**14
 

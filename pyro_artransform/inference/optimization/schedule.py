@@ -9,26 +9,30 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...diagnostics.importance_sampling import GOOD_KHAT, KHAT_OF_VARIANCE
+from ...diagnostics.importance_sampling import GOOD_KHAT
 from ...diagnostics.psis import fit_tail
 
 PLATEAU = "the ELBO stopped improving"
-NOTHING_TO_WIN = "the importance weights show no difference between guide and posterior"
+NOTHING_TO_WIN = "the importance weights show little difference between guide and posterior"
 LITTLE_TO_WIN = "the importance weights show that little could still be gained"
 FILLED = "the steps that max_seconds allows were taken"
 LIMIT = "the default maximum of steps was reached while the ELBO was still improving"
 NUM_COMPARED = 1000  #: draws for an estimate of the gap, every quarter of a window
 # steps whose mean ELBO is compared with that of the preceding window, and the longest phase of constant step
-# size; tuned by hand on the posteriors of benchmarks/flows.md, as are all numbers here without a source
-_WINDOW, _MAX_CONSTANT = 200, 3000
-# the improvement in nats between windows below which training stops, and the gap in nats at which the decay
-# starts: the cost of a mean that is off by 0.1 sd. With more than a hundred latents both are multiplied by
-# their number / 100
-_MIN_IMPROVEMENT, _SMALL_GAP, _FEW_LATENTS = 0.01, 0.005, 100
+# size; from benchmarks/price.md, as are all numbers here without a source
+_WINDOW, _MAX_CONSTANT = 100, 3000
+# the improvement in nats between windows below which training stops, multiplied by the number of latents per
+# hundred if there are more
+_MIN_IMPROVEMENT, _FEW_LATENTS = 0.01, 100
+# the gap in nats at which training stops: 0.02 after the first window, and as much more after each other one,
+# since a further nat costs more steps, up to 0.04; at most twice as much with more than a hundred latents
+_SMALL_GAP, _MOST_GAP, _MOST_SHARE = 0.02, 0.04, 2.0
 # steps over which the step size rises at the start
 _WARM_UP = 20
-# steps of the decay, and the fraction of the step size it starts from, as the tail gradient is noisier
-_DECAY, _DECAY_FACTOR = 150, 0.3
+# steps of the decay, of one that trains the tails, and the fraction of the step size it starts from
+_DECAY, _DECAY_OF_TAILS, _DECAY_FACTOR = 150, 100, 0.3
+# the largest k-hat, one standard error included, with which training stops without a decay
+_KHAT_AT_END = 0.55
 # the share of a fixed number of steps spent in decay, from the full step size: the guide may still be far off
 _DECAY_SHARE = 0.4
 # steps of the decay before a time limit, relative to those before, and the share of the time left that they
@@ -43,16 +47,16 @@ _AVERAGED_PARTS, _PARTS_OF_MINIBATCHES = 8, 3
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
 
-def remaining_gap(draws: Tensor, has_variance: bool = False) -> float:
+def remaining_gap(draws: Tensor, is_end: bool = False) -> float:
     """The gap between the ELBO and the evidence in nats, estimated from log weights ``(n,)``.
 
     It is inf if k-hat is too large to estimate it.
 
-    :param has_variance: whether to require weights with finite variance: a Gaussian guide of a heavy-tailed
-        posterior may have a gap of 0.001 nats and a k-hat of 0.9.
+    :param is_end: whether to require a smaller k-hat: a Gaussian guide of a heavy-tailed posterior may have a
+        gap of 0.001 nats and a k-hat of 0.9.
     """
     # heavy-tailed weights do not estimate the evidence reliably
-    bound, num_se = (KHAT_OF_VARIANCE, 1.0) if has_variance else (GOOD_KHAT, 0.0)
+    bound, num_se = (_KHAT_AT_END, 1.0) if is_end else (GOOD_KHAT, 0.0)
     tail, elbo = fit_tail(draws), draws.mean()
     if not math.isfinite(elbo) or tail.khat + num_se * tail.khat_se > bound:
         return math.inf
@@ -69,6 +73,7 @@ class Schedule:
     :param num_compared: the number of draws for an estimate of the gap.
     :param num_steps: the number of steps the user requested, or ``None``.
     :param end: the total number of steps, ``None`` while unknown.
+    :param is_for_tails: whether steps of the decay train the tails.
     """
 
     epoch: int = 1
@@ -78,6 +83,7 @@ class Schedule:
     end: int | None = None
     decay_start: int = 0
     reason: str = ""
+    is_for_tails: bool = False
 
     @property
     def _share(self) -> float:
@@ -122,9 +128,9 @@ class Schedule:
         end = step + max(int(_FILLED_SHARE * left), 1)
         return replace(self, decay_start=step, end=end, reason=FILLED)
 
-    def _decaying(self, step: int, reason: str) -> "Schedule":
+    def _decaying(self, step: int, reason: str, num_steps: int = _DECAY) -> "Schedule":
         """The schedule whose decay starts at this step."""
-        end = step + self.whole_epochs(_DECAY)
+        end = step + self.whole_epochs(num_steps)
         return replace(self, decay_start=step, end=end, reason=reason)
 
     def expected_end(self, step: int) -> int:
@@ -140,17 +146,28 @@ class Schedule:
     def after_check(self, step: int, log_weights: Callable[[int], Tensor]) -> "Schedule":
         """Checks the gap to the evidence: the decay starts if it is small enough.
 
-        Steps end if the weights also have a finite variance.
+        Steps end if k-hat is small, too; otherwise the decay trains the tails.
 
         :param log_weights: returns the log weights of a number of draws.
         """
-        small_gap = self._share * _SMALL_GAP
+        small_gap = min(max(step / _WINDOW, 1) * _SMALL_GAP, _MOST_GAP)
+        small_gap *= min(self._share, _MOST_SHARE)
         if remaining_gap(log_weights(self.num_compared)) > small_gap:
             return self
         more = log_weights(_TIMES_AT_END * self.num_compared)
-        if remaining_gap(more, has_variance=True) <= small_gap:
+        if remaining_gap(more, is_end=True) <= small_gap:
             return self.ending_at(step, NOTHING_TO_WIN)
-        return self._decaying(step, LITTLE_TO_WIN) if step else self
+        # a thousand draws may not see a tail
+        is_little = step > 0 and remaining_gap(more) <= small_gap
+        return self._decaying(step, LITTLE_TO_WIN, _DECAY_OF_TAILS) if is_little else self
+
+    def with_loss_of_decay(self, log_weights: Callable[[int], Tensor]) -> "Schedule":
+        """Chooses the loss of the decay: that for the tails if k-hat is not small.
+
+        :param log_weights: returns the log weights of a number of draws.
+        """
+        tail = fit_tail(log_weights(self.num_compared))
+        return replace(self, is_for_tails=not tail.khat + tail.khat_se <= _KHAT_AT_END)
 
     def whole_epochs(self, steps: int, min_epochs: int = 1) -> int:
         """A number of steps rounded up to whole epochs, at least ``min_epochs``."""

@@ -23,7 +23,7 @@ from .objective import Objective
 from .optimizers import Adam, Scales
 from .schedule import Schedule
 
-_END = ("decay_start", "end", "reason")
+_END = ("decay_start", "end", "reason", "is_for_tails")
 _COPIED = ("norms", "average")
 # step size of Adam, also if the model has parameters, such as networks: with 2e-2 an autoencoder ended 5 nats
 # per image lower (tutorials/vae_iaf.ipynb)
@@ -153,6 +153,8 @@ class Training:
             copy_to(self.trained, present)
         if self.schedule.end is not None and self.num_steps == self.schedule.decay_start:
             copy_to(self.trained, self._average)
+            if self._has_checks:
+                self.schedule = self.schedule.with_loss_of_decay(self._log_weights)
         return value
 
     def _take(self, loss: Tensor) -> float:
@@ -219,7 +221,7 @@ class Training:
 
     def _loss(self) -> tuple[Tensor, int]:
         num_draws = self._parallel.share(self.num_particles)
-        if self.schedule.end is not None and self.num_steps >= self.schedule.decay_start:
+        if self.schedule.is_for_tails and self.num_steps >= self.schedule.decay_start:
             return self.objective.tail_loss(num_draws)
         return self.objective.loss(num_draws), num_draws
 

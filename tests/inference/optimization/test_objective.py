@@ -331,7 +331,7 @@ def test_loss_for_the_tails():
     """The value is the negative ELBO, the gradient vanishes at the posterior, and only there."""
     guide = small(models.gaussian)
     objective = path(models.gaussian, guide)
-    assert objective.tail_loss(8)[1] == 32
+    assert objective.tail_loss(8)[1] == 16
     guide.start_at(torch.ones(3), torch.tensor(models.SCALE_TRIL))
     trained = list(objective.parameters().values())
     found = torch.autograd.grad(objective.tail_loss(16)[0], trained, allow_unused=True)
@@ -340,9 +340,9 @@ def test_loss_for_the_tails():
     state = torch.get_rng_state()
     losses = torch.stack([objective.tail_loss(16)[0].detach() for _ in range(50)])
     torch.set_rng_state(state)
-    assert torch.allclose(losses.mean(), objective.loss(50 * 64).detach(), atol=0.1)
+    assert torch.allclose(losses.mean(), objective.loss(50 * 32).detach(), atol=0.1)
     scale = guide.transform.transforms[1].log_scale
     (pulled,) = torch.autograd.grad(objective.tail_loss(1000)[0], scale)
-    (plain,) = torch.autograd.grad(objective.loss(4000), scale)
+    (plain,) = torch.autograd.grad(objective.loss(2000), scale)
     assert (pulled < 1.2 * plain).all()
     assert (plain < 0).all()
