@@ -100,8 +100,8 @@ def summary(rows: list[Row]) -> str:
     trusted = sum(row["trusted"] for row in right)
     return (
         f"Of {len(rows)} runs {len(right)} have trusted draws; of these the median ratio is "
-        f"{median(ratios):.1f}, the largest {max(ratios):.1f}, and {trusted} guides are trusted; the median gap "
-        f"is {median(row['gap'] for row in right):.3f} nats."
+        f"{median(ratios):.1f}, the largest {max(ratios):.1f}, and {trusted} guides are trusted; the "
+        f"median gap is {median(row['gap'] for row in right):.3f} nats."
     )
 
 
@@ -119,7 +119,11 @@ def main() -> None:
         {"model": name, "folder": options.folder, "seed": seed}
         for name, seed in product(names, options.seeds)
     )
-    rows = runs.collect(options.results, wanted, runs.in_processes(__file__))
+    found = runs.collect(options.results, wanted, runs.in_processes(__file__))
+    for row in found:
+        if "error" in row:
+            print(f"{row['model']}, seed {row['seed']}: {row['error']}", file=sys.stderr)
+    rows = [row for row in found if "error" not in row]
     parser.show("\n\n".join([table(rows), summary(rows)]), options)
 
 

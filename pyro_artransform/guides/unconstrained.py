@@ -79,6 +79,30 @@ class UnconstrainedGuide(BaseGuide, AutoContinuous):
     def _setup_prototype(self, *args: object, **kwargs: object) -> None:
         rng_state = torch.get_rng_state()
         try:
+            self._set_up_once(*args, **kwargs)
+        except ValueError:
+            torch.set_rng_state(rng_state)
+            if not self._is_rejected(*args, **kwargs):
+                raise
+            torch.set_rng_state(rng_state)
+            with pyro.validation_enabled(False):
+                self._set_up_once(*args, **kwargs)
+
+    def _is_rejected(self, *args: object, **kwargs: object) -> bool:
+        """Whether the model's distributions reject their parameters at the initial values.
+
+        They may at medians of vague priors. A fit or SVI says so if they do elsewhere, too.
+        """
+        try:
+            with poutine.block():
+                self.model(*args, **kwargs)
+        except ValueError:
+            return dist.is_validation_enabled()
+        return False
+
+    def _set_up_once(self, *args: object, **kwargs: object) -> None:
+        rng_state = torch.get_rng_state()
+        try:
             super()._setup_prototype(*args, **kwargs)
             first = self.prototype_trace
             run, plain = (partial(m, *args, **kwargs) for m in (self.model, self._model[1]))

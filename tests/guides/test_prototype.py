@@ -12,7 +12,7 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.distributions import transforms
 from pyro.infer import SVI, Trace_ELBO, config_enumerate, reparam
-from pyro.infer.autoguide import init_to_feasible
+from pyro.infer.autoguide import init_to_feasible, init_to_median
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.optim import Adam
 from torch import nn
@@ -310,3 +310,16 @@ def test_a_flow_that_preserves_volume():
     flow = partial(iaf, num_transforms=2, hidden_dims=8, univariate=Shift)
     guide = AutoAutoregressive(models.gaussian, flow=flow)
     assert all(math.isfinite(loss) for loss in train(guide, 3, models.gaussian))
+
+
+def test_initial_values_that_distributions_reject():
+    """Medians of vague priors may overflow; the model is fine elsewhere."""
+
+    def vague():
+        log_scale = pyro.sample("log_scale", dist.Normal(torch.full((2,), 900.0), 1e3).to_event(1))
+        pyro.sample("y", dist.Weibull((-log_scale).exp(), 1.0).to_event(1), obs=torch.ones(2))
+
+    with pytest.raises(ValueError, match="Expected parameter scale"):
+        poutine.trace(InitMessenger(init_to_median)(vague)).get_trace()
+    draws = AutoIAF(vague).sample_posterior(3)
+    assert draws["log_scale"].shape == (3, 2)

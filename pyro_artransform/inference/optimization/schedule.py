@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...diagnostics.importance_sampling import GOOD_KHAT
-from ...diagnostics.psis import fit_tail
+from ...diagnostics.importance_sampling import GOOD_KHAT, GOOD_TAIL
+from ...diagnostics.psis import fit_tail, share_above
 
 PLATEAU = "the ELBO stopped improving"
 NOTHING_TO_WIN = "the importance weights show little difference between guide and posterior"
@@ -21,12 +21,11 @@ NUM_COMPARED = 1000  #: draws for an estimate of the gap, every quarter of a win
 # steps whose mean ELBO is compared with that of the preceding window, and the longest phase of constant step
 # size; from benchmarks/price.md, as are all numbers here without a source
 _WINDOW, _MAX_CONSTANT = 100, 3000
-# the improvement in nats between windows below which training stops, multiplied by the number of latents per
-# hundred if there are more
-_MIN_IMPROVEMENT, _FEW_LATENTS = 0.01, 100
+# the improvement in nats between windows below which training stops
+_MIN_IMPROVEMENT = 0.01
 # the gap in nats at which training stops: 0.02 after the first window, and as much more after each other one,
-# since a further nat costs more steps, up to 0.04; at most twice as much with more than a hundred latents
-_SMALL_GAP, _MOST_GAP, _MOST_SHARE = 0.02, 0.04, 2.0
+# since a further nat costs more steps, up to 0.04
+_SMALL_GAP, _MOST_GAP = 0.02, 0.04
 # steps over which the step size rises at the start
 _WARM_UP = 20
 # steps of the decay, of one that trains the tails, and the fraction of the step size it starts from
@@ -50,7 +49,7 @@ _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 def remaining_gap(draws: Tensor, is_end: bool = False) -> float:
     """The gap between the ELBO and the evidence in nats, estimated from log weights ``(n,)``.
 
-    It is inf if k-hat is too large to estimate it.
+    It is inf if k-hat is too large to estimate it, and the tail has a share of the weights.
 
     :param is_end: whether to require a smaller k-hat: a Gaussian guide of a heavy-tailed posterior may have a
         gap of 0.001 nats and a k-hat of 0.9.
@@ -58,7 +57,10 @@ def remaining_gap(draws: Tensor, is_end: bool = False) -> float:
     # heavy-tailed weights do not estimate the evidence reliably
     bound, num_se = (_KHAT_AT_END, 1.0) if is_end else (GOOD_KHAT, 0.0)
     tail, elbo = fit_tail(draws), draws.mean()
-    if not math.isfinite(elbo) or tail.khat + num_se * tail.khat_se > bound:
+    is_heavy = tail.khat + num_se * tail.khat_se > bound
+    if is_heavy and share_above(draws, draws.new_tensor(tail.log_cutoff)) <= GOOD_TAIL:
+        is_heavy = False
+    if is_heavy or not math.isfinite(elbo):
         return math.inf
     return float(draws.logsumexp(0) - math.log(len(draws)) - elbo)
 
@@ -77,18 +79,12 @@ class Schedule:
     """
 
     epoch: int = 1
-    latent_dim: int = 1
     num_compared: int = NUM_COMPARED
     num_steps: int | None = None
     end: int | None = None
     decay_start: int = 0
     reason: str = ""
     is_for_tails: bool = False
-
-    @property
-    def _share(self) -> float:
-        """The factor on differences in nats."""
-        return max(self.latent_dim / _FEW_LATENTS, 1)
 
     def of_length(self, num_steps: int | None) -> "Schedule":
         """The schedule for a fixed number of steps; unchanged for ``None``."""
@@ -151,7 +147,6 @@ class Schedule:
         :param log_weights: returns the log weights of a number of draws.
         """
         small_gap = min(max(step / _WINDOW, 1) * _SMALL_GAP, _MOST_GAP)
-        small_gap *= min(self._share, _MOST_SHARE)
         if remaining_gap(log_weights(self.num_compared)) > small_gap:
             return self
         more = log_weights(_TIMES_AT_END * self.num_compared)
@@ -166,8 +161,8 @@ class Schedule:
 
         :param log_weights: returns the log weights of a number of draws.
         """
-        tail = fit_tail(log_weights(self.num_compared))
-        return replace(self, is_for_tails=not tail.khat + tail.khat_se <= _KHAT_AT_END)
+        is_heavy = remaining_gap(log_weights(self.num_compared), is_end=True) == math.inf
+        return replace(self, is_for_tails=is_heavy)
 
     def whole_epochs(self, steps: int, min_epochs: int = 1) -> int:
         """A number of steps rounded up to whole epochs, at least ``min_epochs``."""
@@ -186,7 +181,7 @@ class Schedule:
             before = [_mean_and_variance(before[k : k + self.epoch])[0] for k in starts]
             after = [_mean_and_variance(after[k : k + self.epoch])[0] for k in starts]
         (old, old_var), (new, new_var) = _mean_and_variance(before), _mean_and_variance(after)
-        return not old - new > max(self._share * _MIN_IMPROVEMENT, math.sqrt(old_var + new_var))
+        return not old - new > max(_MIN_IMPROVEMENT, math.sqrt(old_var + new_var))
 
     def is_over(self, step: int) -> bool:
         """Whether the fit is over after this number of steps."""

@@ -153,7 +153,7 @@ class Training:
             copy_to(self.trained, present)
         if self.schedule.end is not None and self.num_steps == self.schedule.decay_start:
             copy_to(self.trained, self._average)
-            if self._has_checks:
+            if self._has_checks and not self.objective.is_noisy:
                 self.schedule = self.schedule.with_loss_of_decay(self._log_weights)
         return value
 

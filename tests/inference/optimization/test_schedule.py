@@ -153,7 +153,7 @@ def near(count):
 def with_a_tail(count):
     """A thousand draws do not see the tail, whose index is 0.6."""
     exponential = -torch.linspace(0.5 / count, 1 - 0.5 / count, count).log()
-    return near(count) if count == NUM_COMPARED else 0.6 * (exponential - 3.0).clamp(min=0.0)
+    return near(count) if count == NUM_COMPARED else 0.6 * (exponential - 3.2).clamp(min=0.0)
 
 
 @pytest.mark.parametrize("step", [0, 100])
@@ -163,7 +163,7 @@ def test_a_fit_ends_where_nothing_is_left_to_win(step):
 
 
 def test_a_fit_with_little_left_to_win_goes_to_its_end():
-    plan = schedule(latent_dim=200).after_check(300, with_a_tail)
+    plan = schedule().after_check(300, with_a_tail)
     assert (plan.decay_start, plan.end, plan.reason) == (300, 300 + _DECAY_OF_TAILS, LITTLE_TO_WIN)
     assert not plan.is_for_check(350)
     # one that is far off goes on, and is checked again
@@ -190,22 +190,9 @@ def test_the_expected_end():
     # two windows, the decay
     assert plan.expected_end(1) == plan.expected_end(200) == 200 + _DECAY
     assert plan.expected_end(1000) == 1000 + _DECAY
-    assert (
-        schedule(latent_dim=200).after_check(300, with_a_tail).expected_end(350)
-        == 300 + _DECAY_OF_TAILS
-    )
+    assert schedule().after_check(300, with_a_tail).expected_end(350) == 300 + _DECAY_OF_TAILS
     assert schedule(50).expected_end(10) == 50
     assert schedule().ending_at(0, "now").expected_end(0) == 0
-
-
-def test_nats_are_in_proportion_to_many_latents():
-    """A gap of 0.03 nats, and an improvement of 0.04 between windows."""
-    draws = Weights(0.245).elbo_draws
-    slowly = [-0.04 * (step // _WINDOW) for step in range(2 * _WINDOW)]
-    for latent_dim, is_much in ((50, True), (1000, False)):
-        plan = schedule(latent_dim=latent_dim)
-        assert (plan.after_check(100, draws) == plan) == is_much
-        assert plan.is_still(slowly) != is_much
 
 
 def test_a_few_losses_do_not_tell_whether_they_fall():
