@@ -44,10 +44,10 @@ def test_the_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_first_fit_is_trusted(seed: int, dtype: torch.dtype) -> None:
     """As a newcomer runs it, in PyTorch's own default dtype, and in double precision."""
     torch.set_default_dtype(dtype)
-    first = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)[0]
-    assert "fit(model, seed=0)" in first
+    code = python_blocks(README)
+    assert "fit(model, seed=0)" in code
     names: dict[str, Any] = {}
-    exec(first.replace("seed=0", f"seed={seed}, progress=False"), names)
+    exec(code.replace("seed=0", f"seed={seed}, progress=False"), names)
     assert names["result"].ok, names["result"]
     assert names["result"].trusted, names["result"]
 
