@@ -64,4 +64,4 @@ def slope_of(nonlinearity: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         value = nonlinearity(x)
-        return torch.autograd.grad(value, x, torch.ones_like(value))[0]
+        return torch.autograd.grad(value.sum(), x)[0]

@@ -45,12 +45,13 @@ def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
         point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
         params = params if params.requires_grad else params.detach().requires_grad_()
         y, ladj = call_and_ladj(family(params), point)
+        totals = y.sum(), ladj.sum()  # gradients of others import SymPy, which takes 0.3 s
     options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
-    slope, by_params = torch.autograd.grad(y, [point, params], torch.ones_like(y), **options)
+    slope, by_params = torch.autograd.grad(totals[0], [point, params], **options)
     inverse = -by_params / slope[..., None]
     if not ladj.requires_grad:  # constant, as for a shift
         return Derivatives(y, ladj, inverse, None, None)
-    volume = torch.autograd.grad(ladj, [point, params], torch.ones_like(ladj), **options)
+    volume = torch.autograd.grad(totals[1], [point, params], **options)
     return Derivatives(y, ladj, inverse, *volume)
 
 
@@ -61,10 +62,11 @@ def _elementwise_score(
     with torch.enable_grad():
         point = x if x.requires_grad else x.detach().requires_grad_()
         y, ladj = call_and_ladj(meta(point), point)
+        total = ladj.sum()
     if ladj.shape != x.shape:
         return None
     if ladj.requires_grad:
         options = {"retain_graph": True, "materialize_grads": True}
-        (by_volume,) = torch.autograd.grad(ladj, point, torch.ones_like(ladj), **options)
+        (by_volume,) = torch.autograd.grad(total, point, **options)
         score = score - by_volume
     return y, ladj.sum(-1), score / ladj.detach().exp()

@@ -171,17 +171,26 @@ class Schedule:
         return self.epoch * max(math.ceil(steps / self.epoch), min_epochs)
 
     def is_still(self, losses: Sequence[float]) -> bool:
-        """Whether the mean loss fell by less than the minimal improvement or its standard error."""
-        window = self.whole_epochs(_WINDOW, _MIN_EPOCHS)
-        before, after = losses[-2 * window : -window], losses[-window:]
-        if len(losses) < 2 * window:
-            return False
+        """Whether the mean loss fell by less than the minimal improvement or its standard error.
+
+        If the standard error is the larger one, windows are twice as long.
+        """
+        for window in (self.whole_epochs(k * _WINDOW, _MIN_EPOCHS) for k in (1, 2)):
+            if len(losses) < 2 * window:
+                return False
+            fell, error = self._fall(losses[-2 * window : -window], losses[-window:])
+            if error <= _MIN_IMPROVEMENT:
+                break
+        return not fell > max(_MIN_IMPROVEMENT, error)
+
+    def _fall(self, before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
+        """By how much the mean loss of two windows fell, and the standard error of this."""
         if self.epoch > 1:  # differences between the batches of an epoch are not noise
             starts = range(0, len(before), self.epoch)
             before = [_mean_and_variance(before[k : k + self.epoch])[0] for k in starts]
             after = [_mean_and_variance(after[k : k + self.epoch])[0] for k in starts]
         (old, old_var), (new, new_var) = _mean_and_variance(before), _mean_and_variance(after)
-        return not old - new > max(_MIN_IMPROVEMENT, math.sqrt(old_var + new_var))
+        return old - new, math.sqrt(old_var + new_var)
 
     def is_over(self, step: int) -> bool:
         """Whether the fit is over after this number of steps."""
