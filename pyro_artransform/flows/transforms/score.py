@@ -7,6 +7,8 @@ It solves :math:`J^\top u = r` by substitution, where J is the triangular Jacobi
 minus the gradient of the log-determinant.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -46,7 +48,7 @@ def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
         params = params if params.requires_grad else params.detach().requires_grad_()
         y, ladj = call_and_ladj(family(params), point)
         totals = y.sum(), ladj.sum()  # gradients of others import SymPy, which takes 0.3 s
-    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
     slope, by_params = torch.autograd.grad(totals[0], [point, params], **options)
     inverse = -by_params / slope[..., None]
     if not ladj.requires_grad:  # constant, as for a shift
@@ -66,7 +68,7 @@ def _elementwise_score(
     if ladj.shape != x.shape:
         return None
     if ladj.requires_grad:
-        options = {"retain_graph": True, "materialize_grads": True}
+        options: Any = {"retain_graph": True, "materialize_grads": True}
         (by_volume,) = torch.autograd.grad(total, point, **options)
         score = score - by_volume
     return y, ladj.sum(-1), score / ladj.detach().exp()
