@@ -79,6 +79,11 @@ class ProgressBar:
             self.bar.bar_format = f"{{desc}} [{{elapsed}}{steps}{{postfix}}]"
             self.bar.set_description_str(what, refresh=self.is_live)
 
+    def tell(self, sentence: str) -> None:
+        """Writes a line above the bar, which stays."""
+        if self.bar is not None:
+            self.bar.write(sentence, file=sys.stderr)
+
     def tick(self) -> None:
         """Refreshes the elapsed time in phases without steps."""
         if self.bar is not None and time.time() - self.bar.last_print_t > self.bar.mininterval:

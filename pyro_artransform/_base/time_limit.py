@@ -30,6 +30,7 @@ class TimeLimit:
     :param max_seconds: the wall time of all phases; ``None`` for no limit.
     :param tick: called in each iteration of a loop.
     :param say: called with a description of the current activity.
+    :param tell: called with sentences that stay when the activity is over.
     """
 
     def __init__(
@@ -37,12 +38,13 @@ class TimeLimit:
         max_seconds: float | None = None,
         tick: Callable[[], object] = lambda: None,
         say: Callable[[str], object] = lambda _: None,
+        tell: Callable[[str], object] = lambda _: None,
     ) -> None:
         self._began, self._most = time.perf_counter(), math.inf
         if max_seconds is not None:
             self._most = check_positive("max_seconds", max_seconds)
         self._phase_end, self._grace, self._interrupted = self._most, 0.0, math.inf
-        self.tick, self.say = tick, say
+        self.tick, self.say, self.tell = tick, say, tell
         self.can_abandon = False  #: whether :func:`check_time` raises when the phase is over
 
     @property
@@ -55,7 +57,12 @@ class TimeLimit:
         """Why the current phase is over; empty if it is not."""
         if not self.is_over():
             return ""
-        return INTERRUPTED if math.isfinite(self._interrupted) else OUT_OF_TIME
+        return INTERRUPTED if self.was_interrupted else OUT_OF_TIME
+
+    @property
+    def was_interrupted(self) -> bool:
+        """Whether Ctrl-C ended a phase."""
+        return math.isfinite(self._interrupted)
 
     @property
     def end(self) -> float:
@@ -72,12 +79,12 @@ class TimeLimit:
         :param has_grace: whether the phase may run for a second after Ctrl-C, to make the result.
         """
         self._phase_end, self._grace = share * self._most, _GRACE if has_grace else 0.0
-        if math.isfinite(self._interrupted):
+        if self.was_interrupted:
             self._interrupted = self.seconds
 
     def interrupt(self, *_: object) -> None:
         """Ends all phases; a second call raises ``KeyboardInterrupt``."""
-        if math.isfinite(self._interrupted):
+        if self.was_interrupted:
             raise KeyboardInterrupt
         self._interrupted = self.seconds
 

@@ -3,6 +3,8 @@
 
 """The first stage of a fit: an ensemble of chains before the guide is trained."""
 
+from typing import cast
+
 from ..model import LogJoint
 from ..model.protocols import GuideOfModes
 from ..sampling import Ensemble, StartError, StopReason
@@ -10,14 +12,11 @@ from ..sampling.chains import Chains, chains_of
 from ..sampling.run_mcmc import CHAINS_UNTIL, from_nothing
 from .problem import Problem
 
-# effective draws of each latent, unless the user requests a number; if they only initialize the guide, or the
+# effective draws of each latent, unless the user gives a number; if they only initialize the guide, or the
 # model runs for one draw at a time; and the most trajectories per chain then
 _NUM_DRAWS, _NUM_FOR_START, _MOST_TRAJECTORIES = 400, 100, 125
-#: the share of max_seconds at which chains end, unless the user requests draws
+#: the share of max_seconds at which chains end
 START_UNTIL = 0.5
-
-#: the reason for a fit without steps
-DRAWS_ARE_THERE = "the chains gave the requested draws"
 
 
 class FirstDraws:
@@ -25,87 +24,105 @@ class FirstDraws:
 
     Chains before the training of such parameters only initialize the guide.
 
-    :param requested: the requested number of effective draws of each latent; 0 if they only initialize the
-        guide, ``None`` for 400, or 100 by loop.
+    :param num_draws: the number of effective draws of each latent; 0 if they only initialize the guide,
+        ``None`` for 400, or 100 by loop.
     """
 
     def __init__(
-        self, problem: Problem, log_joint: LogJoint, requested: int | None, *, relabel: bool = True
+        self, problem: Problem, log_joint: LogJoint, num_draws: int | None, *, relabel: bool = True
     ) -> None:
         self._problem, self._log_joint, self._relabel = problem, log_joint, relabel
-        self.is_requested, self.gives_draws = bool(requested), requested != 0
+        self.gives_draws = num_draws != 0
         is_loop = log_joint.strategy == "loop"
-        usual = _NUM_FOR_START if is_loop or requested == 0 else _NUM_DRAWS
-        self._num_draws = requested or usual
-        self._most = {"most": _MOST_TRAJECTORIES} if is_loop and not requested else {}
+        usual = _NUM_DRAWS if self.gives_draws and not is_loop else _NUM_FOR_START
+        self._num_draws = num_draws or usual
+        self._most = {"most": _MOST_TRAJECTORIES} if is_loop and not num_draws else {}
         self.ensemble: Ensemble | None = None
+        self.chains: Chains | None = None  #: the draws, if the fit returns any
         self.failure = ""  #: why no chain could start; empty if chains ran
         self._reason, self._seconds = "", 0.0
 
     @classmethod
-    def of_fit(cls, problem: Problem, requested: int | None, relabel: bool) -> "FirstDraws | None":
+    def of_fit(cls, problem: Problem, num_draws: int | None, relabel: bool) -> "FirstDraws | None":
         """The chains of a fit, if the density is a deterministic function of all data.
 
         :raises ValueError: if draws are requested of another density.
         """
         is_known = problem.has_all_data and not problem.subject.log_joint.is_random
-        if requested and not is_known:
+        if num_draws and not is_known:
             raise ValueError(
                 "draws: expected a model that sees all data, since chains need its density, got one that is "
                 "random, or sees mini-batches that may not be all data or have latents of their own: fit "
                 "without draws="
             )
-        if not (requested or (is_known and problem.minibatches is None)):
+        if not (num_draws or (is_known and problem.minibatches is None)):
             return None
-        if problem.point_estimates and requested is None:
-            requested = 0
-        return cls(problem, problem.subject.log_joint, requested, relabel=relabel)
+        if problem.point_estimates and num_draws is None:
+            num_draws = 0
+        return cls(problem, problem.subject.log_joint, num_draws, relabel=relabel)
 
-    @property
-    def until(self) -> float:
-        """The share of ``max_seconds`` at which the chains end."""
-        return CHAINS_UNTIL if self.is_requested else START_UNTIL
-
-    def sample(self) -> str:
-        """Runs the chains; returns why no steps are needed, empty if they are."""
-        problem, limit = self._problem, self._problem.limit
-        limit.enter_phase(self.until)
-        limit.say("chains")
-        began = limit.seconds
+    def sample(self, until: float = START_UNTIL) -> None:
+        """Runs the chains, up to a share of ``max_seconds``."""
+        self._problem.limit.enter_phase(until)
+        self._problem.limit.say("chains")
         ensemble = from_nothing(self._log_joint, self._num_draws)
         try:
-            ensemble.run(self._num_draws, **self._most)
+            self._run(ensemble)
         except StartError as error:
-            if self.is_requested:
-                raise
             self.failure = str(error)
-            return ""
+
+    def _run(self, ensemble: Ensemble) -> None:
+        limit = self._problem.limit
+        began = limit.seconds
+        ensemble.run(self._num_draws, **self._most)
         self.ensemble, self._reason = ensemble, limit.reason
         self._seconds += limit.seconds - began
-        if problem.point_estimates or not self.is_requested:
-            return ""
-        return DRAWS_ARE_THERE if ensemble.end is StopReason.ENOUGH else ""
+
+    def announce(self) -> None:
+        """Judges the draws and says what follows, unless parameters of the model are still to be trained."""
+        if self._problem.point_estimates or (chains := self._judged()) is None:
+            return
+        why = "" if chains.trusted else f": {chains.failed[0].sentence}"
+        rest = "Training the guide"
+        if self._will_go_on:
+            rest += " of these modes, between which chains then jump"
+        self._problem.limit.tell(f"{chains.answer}{why}. {rest} (Ctrl-C keeps the draws)")
+        self._problem.limit.enter_phase(START_UNTIL)
+
+    def _judged(self) -> Chains | None:
+        """The draws with their verdict, if there are any to return."""
+        if self.ensemble is None or not self.gives_draws:
+            return None
+        problem = self._problem
+        problem.limit.enter_phase(1.0, has_grace=True)
+        of_run = self._num_draws, self._seconds, self._reason
+        self.chains = chains_of(self.ensemble, *of_run, problem.prior_only, relabel=self._relabel)
+        return self.chains
 
     @property
     def has_mixed(self) -> bool:
         """Whether there are chains, and they have mixed."""
         return self.ensemble is not None and self.ensemble.convergence().has_mixed
 
+    @property
+    def _will_go_on(self) -> bool:
+        """Whether chains that stay in modes can jump to draws of a guide of these modes."""
+        is_apart = self.ensemble is not None and self.ensemble.end is StopReason.APART
+        return is_apart and isinstance(cast(object, self._problem.subject.guide), GuideOfModes)
+
     def finish(self) -> Chains | None:
         """Returns the draws; chains at the initial parameters of a model give way to new ones.
 
         Chains that stay in modes go on with jumps to draws of a guide of these modes.
         """
-        problem = self._problem
-        if problem.point_estimates:
+        subject = self._problem.subject
+        if self._problem.point_estimates:
             self.ensemble = None
-            if self.is_requested:
-                self.sample()
-        if self.ensemble is None or not self.gives_draws:
-            return None
-        guide: object = problem.subject.guide
-        if self.ensemble.end is StopReason.APART and isinstance(guide, GuideOfModes):
-            self.ensemble.propose_from(guide, problem.subject.log_joint)
-            self.ensemble.run(self._num_draws, **self._most)
-        of_run = self._num_draws, self._seconds, self._reason
-        return chains_of(self.ensemble, *of_run, problem.prior_only, relabel=self._relabel)
+            if self.gives_draws:
+                self.sample(CHAINS_UNTIL)
+        elif self.ensemble and self._will_go_on and not self._problem.limit.was_interrupted:
+            self.ensemble.propose_from(cast(GuideOfModes, subject.guide), subject.log_joint)
+            self._run(self.ensemble)
+        elif self.chains is not None:
+            return self.chains
+        return self._judged()

@@ -184,7 +184,7 @@ def fit(
         open_parallel() as parallel,
         seeded(seed if parallel.size == 1 else parallel.seed(seed)),
         progress_bar(progress and parallel.rank == 0) as bar,
-        TimeLimit(max_seconds, bar.tick, bar.say) as limit,
+        TimeLimit(max_seconds, bar.tick, bar.say, bar.tell) as limit,
         ExitStack() as stack,
     ):
         path = None if checkpoint is None else Path(checkpoint)

@@ -40,10 +40,9 @@ class Chains(SavedResult):
     the R-hat of single short chains is larger.
     """
 
-    #: draws of each site, ``(num_samples,) + site shape``, a random subset of ``by_chain`` in random order;
-    #: fewer if there are fewer in all
+    #: all draws of each site, ``(num_chains * n,) + site shape``, one chain after another
     draws: dict[str, Tensor]
-    #: all draws of each site, ``(num_chains, n) + site shape``; chains of a superchain are adjacent
+    #: the same draws, ``(num_chains, n) + site shape``; chains of a superchain are adjacent
     by_chain: dict[str, Tensor]
     ess: dict[str, Tensor]  #: bulk effective sample size, by site
     ess_tail: dict[str, Tensor]  #: effective sample size of the 5 and 95 % quantiles, by site
@@ -109,7 +108,7 @@ class Chains(SavedResult):
         ESS and R-hat are those of the unconstrained space. A site with another shape there, such as a
         simplex, has its smallest ESS and its largest R-hat.
         """
-        table = summary({name: value.flatten(0, 1) for name, value in self.by_chain.items()})
+        table = summary(self.draws)
         for name, columns in table.items():
             shape = columns["mean"].shape
             for key, values, worst in (
@@ -197,7 +196,6 @@ def chains_of(
     if not relabel and ensemble.symmetries:
         flat = random_images(ensemble.symmetries, latents, flat)[0](flat)
     values = latents.constrain(flat)
-    chosen = torch.randperm(len(flat), device=flat.device)[:num_samples]
     infos = ensemble.infos
     is_divergent = torch.stack([info.is_divergent for info in infos])
     bfmi = energy_bfmi(torch.stack([info.energy for info in infos], 1))
@@ -214,7 +212,7 @@ def chains_of(
         of="draws",
     )
     return Chains(
-        draws={name: value[chosen] for name, value in values.items()},
+        draws=values,
         by_chain={k: v.reshape(count, size, *v.shape[1:]) for k, v in values.items()},
         ess=latents.split(convergence.bulk),
         ess_tail=latents.split(convergence.tail),

@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits that are quick, for tests of what a fit does and not of how well it does it."""
 
+import io
+import signal
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -58,6 +60,15 @@ def quick_fit(*args: Any, numbers: Numbers = QUICK, **options: Any) -> FitResult
     """A fit with other ``numbers``; none for those of the package."""
     with with_numbers(numbers):
         return fit(*args, **options)
+
+
+class Interrupting(io.StringIO):
+    """A stream at whose first line on draws the user presses Ctrl-C."""
+
+    def write(self, text):
+        if text.startswith("Draws"):
+            signal.raise_signal(signal.SIGINT)
+        return super().write(text)
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@
 
 import math
 import signal
+import sys
 import time
 
 import pyro
@@ -17,10 +18,9 @@ from pyro_artransform import AutoIAF
 from pyro_artransform.diagnostics import importance
 from pyro_artransform.diagnostics.checks import Check
 from pyro_artransform.inference import first_draws
-from pyro_artransform.inference.first_draws import DRAWS_ARE_THERE
 from pyro_artransform.inference.initialization.start import AT_DRAWS, UNCHANGED
-from pyro_artransform.sampling import StartError
 from tests.inference import loaders, models
+from tests.inference.conftest import SOON, Interrupting
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
 from tests.sampling.densities import schools, schools_moments, two_modes
@@ -43,22 +43,27 @@ def are_right(chains):
     assert ((draws.std(1) / sd - 1).abs() < 5 / ess.sqrt()).all()
 
 
-def test_draws_take_no_step():
-    result = fitted(models.regression)
-    assert (result.num_steps, result.start) == (0, AT_DRAWS)
-    assert result.stopped_because == DRAWS_ARE_THERE
+def test_draws_say_how_many_and_nothing_else():
+    numbers = {**SOON, "first_draws._NUM_DRAWS": 50}
+    usual, same = (fitted(models.regression, draws=n, numbers=numbers) for n in (None, 50))
+    assert usual.num_steps == same.num_steps > 0
+    assert usual.history == same.history
+    assert usual.verdict == same.verdict
+    assert torch.equal(usual.draws["loc"], same.draws["loc"])
+
+
+def test_draws_are_all_that_chains_kept():
+    result = fitted(models.regression, num_steps=3)
+    assert result.start == AT_DRAWS
     assert result.chains.trusted, result
     are_right(result.chains)
-    assert {name: value.shape for name, value in result.draws.items()} == {
-        "loc": (400,),
-        "scale": (400,),
-    }
     assert result.draws is result.chains.draws
     assert result.chains.min_ess >= 400
     assert result.verdict.startswith("Draws trusted: ")
-    # its moments are those of the draws
-    assert result.marginals_trusted
-    assert "Marginals trusted: all means accurate to" in result.verdict
+    for name, value in result.draws.items():
+        assert torch.equal(value, result.chains.by_chain[name].flatten(0, 1))
+        assert torch.equal(value.mean(0), result.summary()[name]["mean"])
+    assert len(result.predict()["y"]) == len(result.draws["loc"])
 
 
 def bent():
@@ -67,15 +72,14 @@ def bent():
     pyro.sample("y", dist.Normal(z[..., 1] - z[..., 0] ** 2, 1.0), obs=torch.tensor(0.0))
 
 
-def test_a_gaussian_beside_trusted_draws_is_not_trusted():
-    result = fitted(bent)
+def test_a_poor_guide_beside_trusted_draws_is_not_trusted():
+    result = fitted(bent, AutoNormal(bent), numbers=SOON)
     assert result.verdict.startswith("Draws trusted: ")
     assert " About the guide alone: Not trusted: " in result.verdict
-    assert "Use num_steps=1000, since the guide was not trained" in result.verdict
     assert result.ok
     assert result.failed == ()
     about = repr(result).index("About the guide alone (the draws do not depend on it): not trusted")
-    assert repr(result).index("remedy        Use num_steps=1000") > about
+    assert repr(result).index("remedy        Use result.draws, or a flow guide") > about
 
 
 def test_the_guide_is_where_the_draws_are():
@@ -140,8 +144,8 @@ def test_a_guide_that_no_chain_could_check_is_not_trusted(is_written):
     assert result.verdict.startswith(words)
     assert "region is not finite" in result.verdict
     assert result.failed[0].check is Check.NO_CHAINS
-    with pytest.raises(StartError, match="region is not finite"):
-        fitted(narrow, guide, draws=100)
+    same = fitted(narrow, guide, draws=100, num_steps=1)
+    assert Check.NO_CHAINS in {each.check for each in same.failed}
     # without chains that check it: the guide alone
     result = fitted(narrow, guide, draws=0, numbers={})
     assert Check.NO_CHAINS not in {each.check for each in result.failed}
@@ -150,8 +154,7 @@ def test_a_guide_that_no_chain_could_check_is_not_trusted(is_written):
 def test_modes_that_the_draws_are_in():
     """Chains jump between them; a guide at their moments is not trusted."""
     model = two_modes(2, 20.0, 0.4)
-    result = fitted(model, small(model), draws=200)
-    assert result.num_steps == 0
+    result = fitted(model, small(model), draws=200, num_steps=1)
     assert "Chains move between 2 modes with" in result.verdict
     assert not result.trusted
     assert result.chains.trusted
@@ -171,7 +174,7 @@ def test_a_fit_has_draws_in_any_case():
     result = fitted(models.regression, guide, draws=None, num_steps=200, numbers={})
     assert (result.num_steps, result.start) == (200, AT_DRAWS)
     assert result.chains.trusted
-    assert len(result.draws["loc"]) == 400
+    assert len(result.draws["loc"]) == result.chains.by_chain["loc"].numel()
     again = fitted(models.regression, guide, draws=None, num_steps=1, seed=1)
     assert again.start == UNCHANGED
     assert abs(again.elbo - result.elbo) < 0.1
@@ -262,6 +265,30 @@ def test_interrupt_keeps_what_there_is():
     assert result.chains.trusted
 
 
+def test_the_verdict_on_draws_is_said_before_the_guide_is_trained(capsys):
+    seen = []
+
+    def look(step, elbo):
+        seen.append(capsys.readouterr().err)
+
+    result = fitted(models.regression, num_steps=2, callback=look, progress=True)
+    lines = [line for line in seen[0].splitlines() if line.startswith("Draws")]
+    assert lines == [f"{result.chains.answer}. Training the guide (Ctrl-C keeps the draws)"]
+    assert result.chains.answer == repr(result).splitlines()[0]
+    fitted(models.regression, num_steps=2, callback=look)
+    fitted(models.regression, num_steps=2, draws=0, callback=look, progress=True)
+    assert "Draws" not in "".join([*seen[1:], capsys.readouterr().err])
+
+
+def test_draws_are_kept_if_the_guide_is_not_wanted(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Interrupting())
+    result = fitted(models.regression, small(models.regression), draws=None, progress=True)
+    assert (result.num_steps, result.start) == (0, UNCHANGED)
+    assert result.ok, result
+    assert "it was interrupted after step 0" in result.verdict
+    assert torch.isfinite(result.draws["loc"]).all()
+
+
 def test_a_callback_that_ends_the_steps_leaves_the_chains():
     guide = small(models.regression)
     result = fitted(models.regression, guide, num_steps=50, callback=lambda step, elbo: step == 3)
@@ -330,9 +357,7 @@ def test_draws_are_those_at_the_parameters_that_were_trained():
 
 
 def test_a_model_with_parameters_is_trained_before_draws():
-    result = fitted(with_a_location)
-    assert result.num_steps > 0
-    assert result.stopped_because != DRAWS_ARE_THERE
+    assert fitted(with_a_location, numbers=SOON).num_steps > 0
 
 
 def test_chains_at_the_first_parameters_judge_no_trained_guide():

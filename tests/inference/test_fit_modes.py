@@ -2,6 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Posteriors with several modes, none of which is an image of another one."""
 
+import sys
+
 import pyro
 import pytest
 import torch
@@ -11,6 +13,7 @@ from pyro_artransform import AutoIAF, fit
 from pyro_artransform.guides import MixtureGuide
 from pyro_artransform.inference import FitResult
 from pyro_artransform.sampling import StopReason, mcmc, modes
+from tests.inference.conftest import Interrupting
 from tests.sampling.densities import two_modes
 
 
@@ -61,23 +64,41 @@ def test_a_guide_of_the_user_stays_as_it_is():
     assert result.modes.se[0] > 0.01  # those of the chains
 
 
-def test_chains_that_stay_in_modes_jump_by_the_flows(monkeypatch):
-    """Proposals from moments of draws are never near a mode, as if modes were strongly bent."""
+@pytest.fixture
+def apart(monkeypatch):
+    """A model whose chains stay in modes: proposals from moments of draws are never near one.
+
+    As if modes were strongly bent.
+    """
     moments = modes.IndependentProposals.at_modes
 
     def far(base, share):
         return moments([part + 1e3 for part in base], share)
 
     monkeypatch.setattr(modes.IndependentProposals, "at_modes", far)
-    model = two_modes(1, 40.0, 0.3)
-    assert mcmc(model, seed=0).stopped_because == StopReason.APART.value
-    result = fit(model, seed=0)
+    return two_modes(1, 40.0, 0.3)
+
+
+def test_chains_that_stay_in_modes_jump_by_the_flows(apart):
+    assert mcmc(apart, seed=0).stopped_because == StopReason.APART.value
+    result = fit(apart, seed=0)
     assert result.chains.stopped_because == StopReason.ENOUGH.value
     assert result.ok
     assert float(result.modes.share.min()) == pytest.approx(0.3, abs=0.01)
     left = float((result.chains.by_chain["z"][..., 0] < 0).double().mean())
     # four standard errors
     assert left == pytest.approx(0.3, abs=4 * (0.21 / 400) ** 0.5)
+
+
+def test_an_interrupt_keeps_draws_that_jumps_would_begin_anew(apart, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Interrupting())
+    result = fit(apart, seed=0, progress=True)
+    assert (
+        "Training the guide of these modes, between which chains then jump" in sys.stderr.getvalue()
+    )
+    assert result.chains.stopped_because == StopReason.APART.value
+    assert not result.ok
+    assert torch.isfinite(result.draws["z"]).all()
 
 
 def test_a_fit_of_several_modes_can_be_resumed(tmp_path):

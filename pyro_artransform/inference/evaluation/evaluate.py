@@ -40,9 +40,8 @@ _BY_WEIGHTS = (
     *("elbo", "elbo_se", "num_samples", "log_evidence", "log_evidence_se"),
     *("khat", "khat_se", "ess"),
 )
-# draws behind a verdict (as in Yao et al. 2018), if the user requested draws of the posterior, and if weights
-# have the noise of mini-batches
-_NUM_SAMPLES, _NUM_BESIDE_DRAWS, _NUM_NOISY = 10_000, 2_000, 500
+# draws behind a verdict (as in Yao et al. 2018), and if weights have the noise of mini-batches
+_NUM_SAMPLES, _NUM_NOISY = 10_000, 500
 # additional draws, at most as many as the gradients of the fit, if only k-hat is in doubt: its standard error
 # falls from 0.09 to 0.05
 _NUM_MORE = 90_000
@@ -100,8 +99,6 @@ def evaluate(
     num_samples = _NUM_SAMPLES // FEWER if is_loop else _NUM_SAMPLES
     if isinstance(log_joint, FullDataDensity):
         num_samples = NUM_COMMON_DRAWS
-    if status.draws_requested:
-        num_samples = min(num_samples, _NUM_BESIDE_DRAWS)
     if log_joint.is_random:  # draws are evaluated one at a time
         num_samples = _NUM_NOISY
     is_slow = is_loop or log_joint.is_random or isinstance(log_joint, FullDataDensity)

@@ -61,6 +61,8 @@ def _cut_short(training: Training, is_saved: bool) -> FailedCheck | None:
 
 def _remedy(problem: Problem, draws: FirstDraws | None, num_steps: int) -> str:
     """Remedies for a guide that differs from the posterior, the most reliable first."""
+    if problem.prior_only:
+        return ""
     if not num_steps:
         return "num_steps=1000, since the guide was not trained"
     guide, way = cast(object, problem.subject.guide), "a flow guide, such as AutoIAF"
@@ -83,11 +85,14 @@ def _result(
     guide: object = subject.guide
     num_steps, num_gradients = training.num_steps, training.num_gradients
     cut_short = _cut_short(training, is_saved)
+    weights = None
+    if isinstance(guide, GuideOfModes):  # chains may jump to its draws
+        weights = guide.weigh(subject.log_joint, NUM_DRAWS // problem.fewer)
+    chains = None if draws is None else draws.finish()
     status = FitStatus(
         training.num_skipped / max(num_steps, 1),
         training.schedule.reason in (INTERRUPTED, OUT_OF_TIME, STOPPED),
         cut_short=cut_short,
-        draws_requested=draws is not None and draws.is_requested,
         point_estimates=problem.point_estimates,
         start_failed=training.start == FAILED,
         prior_only=problem.prior_only,
@@ -95,10 +100,6 @@ def _result(
         no_sum=problem.no_sum,
         missing=problem.missing,
     )
-    weights = None
-    if isinstance(guide, GuideOfModes):  # chains may jump to its draws
-        weights = guide.weigh(subject.log_joint, NUM_DRAWS // problem.fewer)
-    chains = None if draws is None else draws.finish()
     modes = None if chains is None else chains.modes
     # modes may have different numbers of images
     if weights is not None and not (chains is not None and chains.symmetries):

@@ -53,9 +53,6 @@ class FitStatus(NamedTuple):
     is_random: bool = False  #: whether the model draws mini-batches itself, or is random otherwise
     not_weighed: str = ""  #: why a pass over the indices of a subsampled plate found no weights
     mixes_draws: bool = False  #: whether the model turned out to mix draws evaluated at once
-    draws_requested: bool = (
-        False  #: whether draws were requested, so that the guide is not the answer
-    )
     #: finds dependencies of the posterior that the guide's graph lacks, in words
     missing: Callable[[], Sequence[str]] = tuple
     coarse: Sequence[str] = ()  #: the sites whose draws are barely resolved by their dtype
@@ -115,12 +112,10 @@ def judge(
         if not status.cut_short:
             failed += Check.RESTARTS.apply(rhat=lost.rhat)
     failed += about_others
-    # chains are correct whatever the graph, so skip this slow check if another one has failed
-    if not (status.draws_requested and failed):
-        missing: Sequence[str] | None = None
-        with abandonable():
-            missing = status.missing()
-        failed += [_GRAPH_NOT_CHECKED] if missing is None else Check.GRAPH.apply(names=missing)
+    missing: Sequence[str] | None = None
+    with abandonable():
+        missing = status.missing()
+    failed += [_GRAPH_NOT_CHECKED] if missing is None else Check.GRAPH.apply(names=missing)
     # no other check judges the parameters of a model
     is_unfinished = failed or status.is_interrupted or status.point_estimates
     if status.cut_short and is_unfinished:

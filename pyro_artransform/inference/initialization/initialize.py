@@ -30,6 +30,8 @@ from .start import (
     find_start_of_elements,
 )
 
+#: the reason for a fit without steps
+NO_DATA = "the posterior is the prior, so there is nothing to learn"
 _FOR_GUIDE = 0.1  # the share of max_seconds to find the guide's start after the draws
 
 
@@ -38,27 +40,31 @@ def resumed_training(problem: Problem, draws: FirstDraws | None, path: FilePath)
     training = resume(problem, path)
     if draws is not None:  # steps continue with the random numbers of the checkpoint
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            problem.parallel.first("the ensemble", draws.sample)
+            problem.parallel.first("the ensemble", partial(_sample, draws))
     return training
 
 
 def initial_training(problem: Problem, draws: FirstDraws | None) -> Training:
     """Draws, and initializes the guide; the training may already be over."""
     parallel = problem.parallel
-    found = parallel.first("the initial guide", partial(_initialize, problem, draws))
-    initial, why_no_steps = found
+    initial = parallel.first("the initial guide", partial(_initialize, problem, draws))
     parallel.copy_first(problem.tensors)
     parallel.seed_apart()
     training = problem.new_training(problem.schedule)
     with abandonable(parallel.size == 1):  # others would wait for the end
         training.check_start(initial.name)
-    if why_no_steps and problem.schedule.num_steps is None:
-        training.schedule = training.schedule.ending_at(0, why_no_steps)
+    if problem.prior_only and problem.schedule.num_steps is None:
+        training.schedule = training.schedule.ending_at(0, NO_DATA)
     return training
 
 
-def _initialize(problem: Problem, draws: FirstDraws | None) -> tuple[InitialGuide, str]:
-    """Initializes the guide if it supports that; also returns why there are no steps, empty if there are."""
+def _sample(draws: FirstDraws) -> None:
+    draws.sample()
+    draws.announce()
+
+
+def _initialize(problem: Problem, draws: FirstDraws | None) -> InitialGuide:
+    """Draws, and initializes the guide if it supports that."""
     minibatches, log_joint = problem.minibatches, problem.subject.log_joint
     if minibatches is not None and (missing := problem.missing()):
         raise ValueError(
@@ -74,7 +80,7 @@ def _initialize(problem: Problem, draws: FirstDraws | None) -> tuple[InitialGuid
     has_gaussian = isinstance(guide, ElementGuide) and guide.is_of_elements
     if has_gaussian and problem.terms is not None and minibatches and minibatches.whole:
         of_elements = minibatches.whole, cast(ElementGuide, guide), problem.terms
-        return find_start_of_elements(*of_elements, fewer=problem.fewer), ""
+        return find_start_of_elements(*of_elements, fewer=problem.fewer)
     if is_flow and minibatches is not None:
         density = minibatches.mean_log_joint()
         whole = minibatches.whole or density
@@ -82,12 +88,15 @@ def _initialize(problem: Problem, draws: FirstDraws | None) -> tuple[InitialGuid
         density = whole = MinibatchDensity(log_joint)
     if is_flow:
         check_has_gradient(density)
-    why_no_steps = "" if draws is None else draws.sample()
+    if draws is not None:
+        draws.sample()
     if draws is not None and draws.ensemble is not None and not problem.point_estimates:
         problem.choose_for_modes(len(draws.ensemble.parts()))
         if problem.subject.guide is not guide:
             guide, density = problem.subject.guide, problem.subject.log_joint
             whole = density
+    if draws is not None:
+        draws.announce()
 
     def chains_of(density: LogJoint) -> Ensemble | None:
         of_start = FirstDraws(problem, density, 0)
@@ -96,13 +105,11 @@ def _initialize(problem: Problem, draws: FirstDraws | None) -> tuple[InitialGuid
 
     if isinstance(guide, FlowGuide) and is_flow and not density.is_random:
         ensemble = chains_of(density) if draws is None else draws.ensemble
-        until, failure = (draws.until, draws.failure) if draws else (START_UNTIL, "")
-        problem.limit.enter_phase(until + _FOR_GUIDE)
-        initial = find_start(whole, guide, ensemble, failure, fewer=problem.fewer)
-        return initial, why_no_steps
+        problem.limit.enter_phase(START_UNTIL + _FOR_GUIDE)
+        failure = "" if draws is None else draws.failure
+        return find_start(whole, guide, ensemble, failure, fewer=problem.fewer)
     if isinstance(guide, MinibatchGuide):
         elbo_draws = problem.objective.elbo_draws
         of_guide = log_joint, guide, problem.batch, elbo_draws, chains_of
-        initial = find_initial_minibatch_guide(*of_guide, fewer=problem.fewer)
-        return initial, why_no_steps
-    return InitialGuide(UNCHANGED, math.nan), why_no_steps
+        return find_initial_minibatch_guide(*of_guide, fewer=problem.fewer)
+    return InitialGuide(UNCHANGED, math.nan)

@@ -52,7 +52,7 @@ def trained(model, guide=None, num_steps=800):
 @pytest.mark.parametrize("kind", ["embeddings", "encoder"])
 def test_a_model_with_latents_of_its_subsample(kind):
     guide = amortized(groups, **({"encoder": encoder} if kind == "encoder" else {}))
-    result = trained(groups, guide)
+    result = trained(groups, guide, 1200)
     assert result.trusted, result
     assert result.log_evidence == pytest.approx(evidence(), abs=0.1)
     assert evidence() - 0.2 < result.elbo < evidence() + 4 * result.elbo_se
