@@ -73,7 +73,7 @@ def bent():
 
 
 def test_a_poor_guide_beside_trusted_draws_is_not_trusted():
-    result = fitted(bent, AutoNormal(bent), numbers=SOON)
+    result = fitted(bent, AutoNormal(bent))
     assert result.verdict.startswith("Draws trusted: ")
     assert " About the guide alone: Not trusted: " in result.verdict
     assert result.ok

@@ -276,7 +276,7 @@ def _with_known_gradient(
             weights: Any = torch.autograd.grad(ladj, params, g_ladj, **options)[0]
             if weights is not None:
                 right = right + linearization.pull_back(weights.reshape(shape))
-        (slopes,) = torch.autograd.grad(out.sum(), params, retain_graph=True)
+        (slopes,) = torch.autograd.grad(out, params, torch.ones_like(out), retain_graph=True)
         return linearization.solve_adjoint(slopes.reshape(shape), right).reshape(g_out.shape)
 
     return _Implicit.apply(out, ladj, *values, solve)
