@@ -62,8 +62,9 @@ def fit(
     model are trained too; the result then has no draws unless you ask for them. The verdict on the guide
     uses draws that were not used in training.
 
-    With ``draws=n`` there are no steps unless ``num_steps`` requests them or the model has parameters. If
-    these were trained, new chains run at their final values.
+    When the chains end, the verdict on the draws is printed (with ``progress``); Ctrl-C then keeps the draws
+    and the guide so far. If parameters of the model were trained, new chains run at their final values. If
+    the posterior is the prior, there are no steps unless ``num_steps`` requests them.
 
     With a ``loader`` each step sees the next mini-batch. The model then needs its rows in ``pyro.plate(name,
     number of all rows, subsample_size=len(batch))``, which scales a batch up to all data, except where every
