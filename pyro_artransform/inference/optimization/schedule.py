@@ -58,7 +58,8 @@ def remaining_gap(draws: Tensor, is_end: bool = False) -> float:
     bound, num_se = (_KHAT_AT_END, 1.0) if is_end else (GOOD_KHAT, 0.0)
     tail, elbo = fit_tail(draws), draws.mean()
     is_heavy = tail.khat + num_se * tail.khat_se > bound
-    if is_heavy and share_above(draws, draws.new_tensor(tail.log_cutoff)) <= GOOD_TAIL:
+    # with fewer draws the share of a tail is less certain than in the verdict
+    if is_heavy and share_above(draws, draws.new_tensor(tail.log_cutoff)) <= GOOD_TAIL / 4:
         is_heavy = False
     if is_heavy or not math.isfinite(elbo):
         return math.inf
@@ -161,7 +162,8 @@ class Schedule:
 
         :param log_weights: returns the log weights of a number of draws.
         """
-        is_heavy = remaining_gap(log_weights(self.num_compared), is_end=True) == math.inf
+        is_heavy = self.reason == LITTLE_TO_WIN
+        is_heavy |= remaining_gap(log_weights(self.num_compared), is_end=True) == math.inf
         return replace(self, is_for_tails=is_heavy)
 
     def whole_epochs(self, steps: int, min_epochs: int = 1) -> int:
