@@ -225,7 +225,7 @@ class Check(Enum):
     RESTARTS = CheckEntry(
         "chains from starting points spread over the prior have not mixed (R-hat is {rhat:.3f}), so the "
         "guide may miss modes or tails",
-        "Request draws (draws=400), or use tighter priors",
+        "Use tighter priors, or another parametrization",
         "superchains do not agree, although they ran for long enough: some may be where the guide has no "
         "draws",
         fails=lambda rhat: rhat > MODES_RHAT,

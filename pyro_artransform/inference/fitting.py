@@ -45,7 +45,7 @@ def fit(
     max_seconds: float | None = None,
     **kwargs: Any,
 ) -> FitResult:
-    """Trains a guide for a model, with nothing to tune, and returns a verdict on the posterior.
+    """Draws from a posterior, trains a guide, and judges both, with nothing to tune.
 
     Call it as ``fit(model, guide, *args)``, or as ``fit(model, *args)`` to let it choose the guide. The
     chosen guide is ``result.guide``, and ``print(result)`` gives the reason: ``AutoIAF`` for few latents,
@@ -59,11 +59,12 @@ def fit(
     is trained with the path gradient, unless its importance weights show that it already is the posterior.
     Any other Pyro guide is trained with Pyro's ELBO from its current parameters. Once the ELBO stops moving,
     or little is left to gain, smaller steps continue from the average of the parameters. Parameters of the
-    model are trained too; the result then has no draws unless you ask for them. The verdict on the guide
-    uses draws that were not used in training.
+    model are trained too; the result then has no draws unless you ask for them, by chains at the final
+    values. The verdict on the guide uses draws that were not used in training.
 
-    With ``draws=n`` there are no steps unless ``num_steps`` requests them or the model has parameters. If
-    these were trained, new chains run at their final values.
+    When the chains end, the progress bar prints the verdict on the draws. For draws alone use
+    :func:`~pyro_artransform.mcmc`, or Ctrl-C from there on. A model without data is not trained, unless
+    ``num_steps`` requests it.
 
     With a ``loader`` each step sees the next mini-batch. The model then needs its rows in ``pyro.plate(name,
     number of all rows, subsample_size=len(batch))``, which scales a batch up to all data, except where every
@@ -101,11 +102,11 @@ def fit(
         such as a list. A tuple or list holds the arguments of model and guide, a mapping their keyword
         arguments, a tensor is their only argument.
     :param epochs: the number of passes over the loader, instead of ``num_steps``.
-    :param draws: how many effective draws of each latent to return as ``result.draws``, from the chains of
-        :func:`~pyro_artransform.mcmc`. The default is 400 if the model sees all its data
-        through its arguments, or 100 if it runs for one draw at a time, and fewer if the limit on
-        trajectories is reached. With 0, shorter chains only initialize the guide, and no draws are returned.
-        With a ``loader`` the default is none, since each gradient is a pass over it.
+    :param draws: how many effective draws of each latent, as for :func:`~pyro_artransform.mcmc`: there are at
+        least as many of the worst latent, and ``result.draws`` has all draws that were kept. By default 400,
+        or 100 if the model runs for one draw at a time, and fewer if the limit on trajectories is reached.
+        With 0, shorter chains only initialize the guide, and no draws are returned. With a ``loader``, whose
+        passes gradients would need, and for a model with parameters, the default is 0.
     :param relabel: as for :func:`~pyro_artransform.mcmc`. The guide has one image in either case.
     :param max_seconds: the wall time of the whole fit. The verdict, and the graph search of
         ``AutoStructuredFlow``, may exceed it.

@@ -51,7 +51,8 @@ def mcmc(
     located there let chains jump between them. The first third of the draws is discarded.
 
     :param model: a Pyro model that sees all its data; ``args`` and ``kwargs`` are its arguments.
-    :param draws: the number of effective draws of each latent.
+    :param draws: the number of effective draws of the worst latent, at which chains end. Unlike the number
+        of samples of NUTS, it is not that of draws: ``chains.draws`` has all that were kept, usually more.
     :param init_loc_fn: a function of Pyro's ``pyro.infer.autoguide.initialization``, such as
         ``init_to_value(values=...)``, for a starting point.
     :param num_chains: the number of chains, at least 4. By default one per 12 draws, between 16 and 64, fewer
@@ -76,8 +77,8 @@ def mcmc(
         ...     z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         ...     pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
         >>> chains = mcmc(model, torch.ones(3), draws=100, seed=0, progress=False)
-        >>> chains.draws["z"].shape, chains.trusted
-        (torch.Size([100, 3]), True)
+        >>> chains.min_ess >= 100, chains.draws["z"].shape[1:], chains.trusted
+        (True, torch.Size([3]), True)
 
     **References**
 
