@@ -14,7 +14,7 @@ import torch
 from torch.distributions import Distribution
 
 from .._base.arguments import check_callable, check_flag, check_integer
-from .._base.check_call import check_call
+from .._base.check_call import check_call, explains_data
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from .evaluation.outcome import result_of
@@ -177,11 +177,13 @@ def fit(
         if count is not None:
             check_integer(name, count, least=int(name in positive))
     check_flag("relabel", relabel)
+    check_flag("progress", progress)
     check_call(fit, model, args if loader is None else None, kwargs)
     if callback is not None:
         check_callable("callback", callback, "a function")
     with (
         alone("fit"),
+        explains_data(args, kwargs),
         open_parallel() as parallel,
         seeded(seed if parallel.size == 1 else parallel.seed(seed)),
         progress_bar(progress and parallel.rank == 0) as bar,

@@ -11,7 +11,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
 from .._base.arguments import check_callable, check_flag, check_integer
-from .._base.check_call import check_call
+from .._base.check_call import check_call, explains_data
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from ..model import LogJoint
@@ -96,9 +96,11 @@ def mcmc(
         check_integer("seed", seed, 0)
     check_callable("init_loc_fn", init_loc_fn, "a function of Pyro's autoguide initialization")
     check_flag("relabel", relabel)
+    check_flag("progress", progress)
     check_call(mcmc, model, args, kwargs)
     with (
         alone("mcmc"),
+        explains_data(args, kwargs),
         seeded(seed),
         progress_bar(progress) as bar,
         TimeLimit(max_seconds, bar.tick, bar.say) as limit,
