@@ -16,8 +16,19 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+_LONGEST = 80  # characters of a value in an error
 # missing in the oldest versions of PyTorch that Pyro supports
 _is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
+
+
+def shown(value: Any) -> str:
+    """A value in an error: a large array by its type and shape, another long text by its beginning."""
+    text, shape = repr(value), getattr(value, "shape", None)
+    if len(text) <= _LONGEST:
+        return text
+    if shape is not None:
+        return f"a {type(value).__name__} of shape {tuple(shape)}"
+    return f"{text[:_LONGEST]}..."
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> int:
@@ -25,7 +36,7 @@ def check_integer(name: str, value: Any, least: int = 1) -> int:
     size = _as_index(value)
     if size is None or size < least:
         wanted = "a positive integer" if least == 1 else f"an integer of at least {least}"
-        raise ValueError(f"{name}: expected {wanted}, got {value!r}")
+        raise ValueError(f"{name}: expected {wanted}, got {shown(value)}")
     return size
 
 
@@ -33,28 +44,29 @@ def check_positive(name: str, value: Any) -> float:
     """Requires a positive finite number, also of NumPy, but no bool."""
     # comparisons only: torch.compile may make this number a symbol
     if not (_is_number(value) and 0 < value < math.inf):
-        raise ValueError(f"{name}: expected a positive finite number, got {value!r}")
+        raise ValueError(f"{name}: expected a positive finite number, got {shown(value)}")
     return float(value)
 
 
 def check_share(name: str, value: Any) -> float:
     """Requires a number from 0 to 1, also of NumPy, but no bool."""
     if not (_is_number(value) and 0 <= value <= 1):
-        raise ValueError(f"{name}: expected a number from 0 to 1, got {value!r}")
+        raise ValueError(f"{name}: expected a number from 0 to 1, got {shown(value)}")
     return float(value)
 
 
 def check_flag(name: str, value: Any) -> bool:
-    """Requires True or False, also of NumPy, but no number."""
-    if not isinstance(value, bool) and str(getattr(value, "dtype", "")) != "bool":
-        raise ValueError(f"{name}: expected True or False, got {value!r}")
+    """Requires True or False, also of NumPy, but no number or array."""
+    is_of_numpy = str(getattr(value, "dtype", "")) == "bool" and value.shape == ()
+    if not (isinstance(value, bool) or is_of_numpy):
+        raise ValueError(f"{name}: expected True or False, got {shown(value)}")
     return bool(value)
 
 
 def check_callable(name: str, value: T, wanted: str = "a callable") -> T:
     """Requires a callable that is not a class."""
     if isinstance(value, type) or not callable(value):
-        raise TypeError(f"{name}: expected {wanted}, got {value!r}")
+        raise TypeError(f"{name}: expected {wanted}, got {shown(value)}")
     return value
 
 
@@ -99,7 +111,9 @@ def to_tensor(name: str, value: Any, like: Tensor) -> Tensor:
     try:
         return torch.as_tensor(value, dtype=like.dtype, device=like.device)
     except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name}: expected an array of numbers, got {value!r}: {error}") from None
+        raise ValueError(
+            f"{name}: expected an array of numbers, got {shown(value)}: {error}"
+        ) from None
 
 
 def values_can_be_read(*tensors: Tensor) -> bool:

@@ -4,13 +4,16 @@
 """Checks that the arguments of a call of ``fit`` or ``mcmc`` fit the model."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from difflib import get_close_matches
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.utils.data import DataLoader
+
+from .arguments import first_of
 
 Function = Callable[..., Any]
 
@@ -69,3 +72,34 @@ def check_call(
             f"{verb.__name__}: expected the arguments that the model takes, {signature}, got {len(args)} by "
             f"position and {sorted(kwargs)} by keyword ({error}){hint}"
         ) from None
+
+
+@contextmanager
+def explains_data(args: tuple[object, ...], kwargs: Mapping[str, object]) -> Iterator[None]:
+    """Replaces errors of a model with data of pandas, or without rows, by ones that say what to do.
+
+    A model that converts its data itself raises none.
+
+    :raises TypeError: if arguments are objects of pandas, which it names.
+    :raises ValueError: if a plate has no elements.
+    """
+    try:
+        yield
+    except ZeroDivisionError as error:
+        if "size cannot be zero" not in str(error):  # the message of pyro.plate
+            raise
+        words = "expected at least one row of data, got none: a plate of the model has size 0"
+        raise ValueError(words) from error
+    except (TypeError, AttributeError) as error:
+        named = {**{f"argument {i + 1}": arg for i, arg in enumerate(args)}, **kwargs}
+        found = [
+            f"a {type(value).__name__} of pandas as {name}"
+            for name, value in named.items()
+            if type(value).__module__.partition(".")[0] == "pandas"
+        ]
+        if not found:
+            raise
+        raise TypeError(
+            f"expected tensors, got {first_of(found)}: pass torch.tensor(data.to_numpy()), or convert it in "
+            f"the model ({error})"
+        ) from error

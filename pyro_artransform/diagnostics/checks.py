@@ -118,7 +118,7 @@ class Check(Enum):
         fails=lambda ess, wanted, **_: not ess >= wanted,
     )
     DIVERGENCES = CheckEntry(
-        "{percent:.2g} % of the trajectories diverged: the step size is too large for a region of high "
+        "{percent:.3g} % of the trajectories diverged: the step size is too large for a region of high "
         "curvature, such as a scale near zero, and the draws underrepresent it",
         CORNER,
         f"more than {100 * MANY_DIVERGENT:g} % of the trajectories ended at a finite density with an energy "
@@ -129,7 +129,7 @@ class Check(Enum):
         fails=lambda percent, has_proposals: percent > 100 * MANY_DIVERGENT and not has_proposals,
     )
     TAIL = CheckEntry(
-        "the draws of {name} miss a tail: by a Laplace approximation, {percent:.2g} % of the posterior is "
+        "the draws of {name} miss a tail: by a Laplace approximation, {percent:.3g} % of the posterior is "
         "beyond their outer 1 % quantile",
         CORNER,
         "for the global parameters of a path without location and scale in its prior: more than "
@@ -225,7 +225,7 @@ class Check(Enum):
     RESTARTS = CheckEntry(
         "chains from starting points spread over the prior have not mixed (R-hat is {rhat:.3f}), so the "
         "guide may miss modes or tails",
-        "Request draws (draws=400), or use tighter priors",
+        "Use tighter priors, or another parametrization",
         "superchains do not agree, although they ran for long enough: some may be where the guide has no "
         "draws",
         fails=lambda rhat: rhat > MODES_RHAT,

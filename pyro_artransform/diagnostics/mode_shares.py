@@ -33,6 +33,6 @@ class ModeShares(NamedTuple):
 def _percent(share: float, se: float) -> str:
     """A share in percent, with as many digits as its standard error determines."""
     if math.isnan(se):
-        return f"about {100 * share:.2g} %"
+        return f"about {100 * share:.3g} %"
     digits = max(0, -math.floor(math.log10(max(100 * se, 1e-3))))
     return f"{100 * share:.{digits}f} ± {100 * se:.{digits}f} %"

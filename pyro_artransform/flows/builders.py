@@ -13,7 +13,7 @@ from typing import Any
 from pyro.distributions import ConditionalTransformModule
 from torch import Tensor
 
-from .._base.arguments import check_integer
+from .._base.arguments import check_integer, shown
 from .conditioners import MaskedMLP, Unconditional
 from .transforms import (
     AutoregressiveTransform,
@@ -246,7 +246,7 @@ def _metas(
     for k in range(check_integer("num_transforms", num_transforms)):
         family = univariate()
         if not isinstance(family, Univariate):
-            raise TypeError(f"univariate: expected it to return a Univariate, got {family!r}")
+            raise TypeError(f"univariate: expected it to return a Univariate, got {shown(family)}")
         order = range(input_dim - 1, -1, -1) if k % 2 else None
         metas.append(_meta(family, input_dim, hidden_dims, order=order, **options))
     return metas

@@ -16,6 +16,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Tensor
 from torch.distributions import biject_to
 
+from .._base.arguments import shown
 from ..model.coordinates.families import PriorScale
 from ..model.coordinates.priors import depend_on_latents
 from ..model.run_once import run_once
@@ -232,7 +233,7 @@ class ShiftedLatents(Messenger):
             latent = bijection.inv(node["value"])
             if not latent.isfinite().all():
                 wanted = "starting values" if node["cond_indep_stack"] else "a starting value"
-                got = f"inside its support, got {node['value'].tolist()}"
+                got = f"inside its support, got {shown(node['value'].tolist())}"
                 raise ValueError(f"site '{name}': expected {wanted} {got}")
             if not bijection(latent).isfinite().all():
                 wanted = "a support onto which the real numbers can be mapped"

@@ -14,7 +14,7 @@ import torch
 from torch.distributions import Distribution
 
 from .._base.arguments import check_callable, check_flag, check_integer
-from .._base.check_call import check_call
+from .._base.check_call import check_call, explains_data
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from .evaluation.outcome import result_of
@@ -45,7 +45,7 @@ def fit(
     max_seconds: float | None = None,
     **kwargs: Any,
 ) -> FitResult:
-    """Trains a guide for a model, with nothing to tune, and returns a verdict on the posterior.
+    """Draws from a posterior, trains a guide, and judges both, with nothing to tune.
 
     Call it as ``fit(model, guide, *args)``, or as ``fit(model, *args)`` to let it choose the guide. The
     chosen guide is ``result.guide``, and ``print(result)`` gives the reason: ``AutoIAF`` for few latents,
@@ -59,12 +59,12 @@ def fit(
     is trained with the path gradient, unless its importance weights show that it already is the posterior.
     Any other Pyro guide is trained with Pyro's ELBO from its current parameters. Once the ELBO stops moving,
     or little is left to gain, smaller steps continue from the average of the parameters. Parameters of the
-    model are trained too; the result then has no draws unless you ask for them. The verdict on the guide
-    uses draws that were not used in training.
+    model are trained too; the result then has no draws unless you ask for them, by chains at the final
+    values. The verdict on the guide uses draws that were not used in training.
 
-    When the chains end, the verdict on the draws is printed (with ``progress``); Ctrl-C then keeps the draws
-    and the guide so far. If parameters of the model were trained, new chains run at their final values. If
-    the posterior is the prior, there are no steps unless ``num_steps`` requests them.
+    When the chains end, the progress bar prints the verdict on the draws. For draws alone use
+    :func:`~pyro_artransform.mcmc`, or Ctrl-C from there on. A model without data is not trained, unless
+    ``num_steps`` requests it.
 
     With a ``loader`` each step sees the next mini-batch. The model then needs its rows in ``pyro.plate(name,
     number of all rows, subsample_size=len(batch))``, which scales a batch up to all data, except where every
@@ -102,11 +102,11 @@ def fit(
         such as a list. A tuple or list holds the arguments of model and guide, a mapping their keyword
         arguments, a tensor is their only argument.
     :param epochs: the number of passes over the loader, instead of ``num_steps``.
-    :param draws: how many effective draws of each latent to return as ``result.draws``, from the chains of
-        :func:`~pyro_artransform.mcmc`. The default is 400 if the model sees all its data
-        through its arguments, or 100 if it runs for one draw at a time, and fewer if the limit on
-        trajectories is reached. With 0, shorter chains only initialize the guide, and no draws are returned.
-        With a ``loader`` the default is none, since each gradient is a pass over it.
+    :param draws: how many effective draws of each latent, as for :func:`~pyro_artransform.mcmc`: there are at
+        least as many of the worst latent, and ``result.draws`` has all draws that were kept. By default 400,
+        or 100 if the model runs for one draw at a time, and fewer if the limit on trajectories is reached.
+        With 0, shorter chains only initialize the guide, and no draws are returned. With a ``loader``, whose
+        passes gradients would need, and for a model with parameters, the default is 0.
     :param relabel: as for :func:`~pyro_artransform.mcmc`. The guide has one image in either case.
     :param max_seconds: the wall time of the whole fit. The verdict, and the graph search of
         ``AutoStructuredFlow``, may exceed it.
@@ -177,11 +177,13 @@ def fit(
         if count is not None:
             check_integer(name, count, least=int(name in positive))
     check_flag("relabel", relabel)
+    check_flag("progress", progress)
     check_call(fit, model, args if loader is None else None, kwargs)
     if callback is not None:
         check_callable("callback", callback, "a function")
     with (
         alone("fit"),
+        explains_data(args, kwargs),
         open_parallel() as parallel,
         seeded(seed if parallel.size == 1 else parallel.seed(seed)),
         progress_bar(progress and parallel.rank == 0) as bar,

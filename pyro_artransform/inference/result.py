@@ -74,8 +74,8 @@ class FitResult(SavedResult):
     #: by site, how centered the latents with coordinates from the prior are: 0 for non-centered, 1 for the
     #: model as written; empty if all latents are as written
     coordinates: dict[str, Tensor] = field(default_factory=dict)
-    #: all kept draws of the posterior from chains, each ``(n,) + site shape``, for a model of all data. The
-    #: verdict begins with them. ``trusted`` is about the guide alone
+    #: all draws of the posterior that chains kept, each ``(n,) + site shape``, for a model of all data. The
+    #: verdict begins with them; ``trusted`` is about the guide alone
     draws: dict[str, Tensor] | None = None
     chains: Chains | None = None
     #: the number of images of a posterior with symmetries, if the guide has one of them: ``elbo`` and
@@ -134,7 +134,7 @@ class FitResult(SavedResult):
         """Converts ``draws``, or 1,000 draws of the guide without chains, to an ArviZ data set.
 
         See :func:`~pyro_artransform.posterior.to_inference_data` and
-        :meth:`~pyro_artransform.sampling.Chains.to_inference_data`, which uses all draws of the chains.
+        :meth:`~pyro_artransform.sampling.Chains.to_inference_data`.
 
         :param args: the arguments of the model.
         :raises ImportError: if ArviZ is missing.

@@ -18,7 +18,7 @@ from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import ComposeTransform, IndependentTransform, Transform, biject_to
 
-from .._base.arguments import to_tensor, values_can_be_read
+from .._base.arguments import shown, to_tensor, values_can_be_read
 from .traces import is_enumerated, latent_nodes, support_of_latent, unwrapped
 
 
@@ -238,7 +238,7 @@ class Latents:
                 if not inside.all():
                     raise ValueError(
                         f"values: expected '{name}' inside its support {site.support}, got "
-                        f"{value[~inside][0].tolist()}"
+                        f"{shown(value[~inside][0].tolist())}"
                     )
             z = site.bijection.inv(value)
             latents.append(z.reshape((*batch, -1)))

@@ -67,7 +67,7 @@ class Symmetry:
         return math.inf if self.kind == ROTATION else permutations * signs
 
     def __str__(self) -> str:
-        count = "" if self.kind == ROTATION else f"{self.num_images:,} "
+        count = "" if self.kind == ROTATION else f"{_count(self.num_images)} "
         *others, last = map(_named, self.slots)
         slots = f"{', '.join(others)} and {last}" if others else last
         return f"the {count}{_WORDS[self.kind]} {slots}"
@@ -180,6 +180,10 @@ class Symmetry:
 def _own_numbers() -> torch.Generator:
     """Random numbers that leave those of the user as they are."""
     return torch.Generator(device="cpu").manual_seed(0)
+
+
+def _count(number: float) -> str:
+    return f"{number:,}" if number < 1e6 else f"{number:.1e}"
 
 
 def _named(slot: Slot) -> str:

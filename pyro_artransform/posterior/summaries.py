@@ -9,6 +9,7 @@ from itertools import islice, product
 import torch
 from torch import Tensor
 
+from .._base.arguments import shown
 from ..model.vectorization import draws_at_a_time
 
 
@@ -71,7 +72,7 @@ def check_levels(name: str, levels: Sequence[float] | Tensor) -> Tensor:
     """Checks the quantile levels of the argument ``name``, and returns them as a vector."""
     vector = torch.as_tensor(levels, dtype=torch.float64).reshape(-1)
     if not len(vector) or not ((vector >= 0) & (vector <= 1)).all():
-        raise ValueError(f"{name}: expected numbers between 0 and 1, got {vector.tolist()}")
+        raise ValueError(f"{name}: expected numbers between 0 and 1, got {shown(vector.tolist())}")
     return vector
 
 

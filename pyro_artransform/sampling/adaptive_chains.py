@@ -117,6 +117,7 @@ class AdaptiveChains:
         """The message for a density that is not finite at any start."""
         latents, point = self.log_joint.latents, self.log_joint.to_unconstrained(latent[:1])[0]
         values = {k: v[0].flatten()[:4].tolist() for k, v in latents.constrain(point).items()}
+        points = [f"{k} = [{', '.join(f'{x:.4g}' for x in v)}]" for k, v in values.items()]
         sites = self.log_joint.nonfinite_sites(latent) or ["the gradient"]
         hint = "Give an init_loc_fn with values at which density and gradient are finite"
         if not latents.sites.keys() & {*sites}:
@@ -125,7 +126,7 @@ class AdaptiveChains:
             "expected a starting point with finite log density and gradient, got none of "
             f"{len(latent)}: {first_of(sites)} is not finite. Tried were the model's initial values, "
             "quantiles of the prior, the origin of the unconstrained space and points uniform in (-2, 2) "
-            f"there, such as {first_of([f'{k} = {v}' for k, v in values.items()])}. {hint}"
+            f"there, such as {first_of(points)}. {hint}"
         )
 
     def _warm_up(self) -> None:

@@ -299,12 +299,12 @@ def _notes(
         yield f"Chains move between {modes}; others may exist."
     if ensemble.left_out:
         yield (
-            f"Some chains found other modes, with about {100 * ensemble.left_out:.1g} % of the posterior by "
+            f"Some chains found other modes, with about {100 * ensemble.left_out:.3g} % of the posterior by "
             "a Gaussian approximation, and were restarted elsewhere."
         )
     if (outside := share_of_divergent(ensemble.infos, is_finite=False)) > _MANY_OUTSIDE:
         yield (
-            f"{100 * outside:.2g} % of the trajectories ended where the log density is not finite, such as "
+            f"{100 * outside:.3g} % of the trajectories ended where the log density is not finite, such as "
             "outside a support, or where numbers of the dtype overflow. If the model has a scale, use a "
             "prior on positive numbers, such as HalfNormal."
         )
@@ -331,7 +331,7 @@ def _about_symmetries(ensemble: Ensemble, relabel: bool) -> Iterable[str]:
             )
         elif uncertainty > _OVERLAP and relabel:
             yield (
-                f"Components overlap, since {100 * uncertainty:.2g} % of their labels are uncertain: "
+                f"Components overlap, since {100 * uncertainty:.3g} % of their labels are uncertain: "
                 "marginals of single components mean little. Sorted components and predictions do not "
                 "depend on labels."
             )

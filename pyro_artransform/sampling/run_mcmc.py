@@ -11,7 +11,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor
 
 from .._base.arguments import check_callable, check_flag, check_integer
-from .._base.check_call import check_call
+from .._base.check_call import check_call, explains_data
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from ..model import LogJoint
@@ -51,7 +51,8 @@ def mcmc(
     located there let chains jump between them. The first third of the draws is discarded.
 
     :param model: a Pyro model that sees all its data; ``args`` and ``kwargs`` are its arguments.
-    :param draws: the number of effective draws of each latent.
+    :param draws: the number of effective draws of the worst latent, at which chains end. Unlike the number
+        of samples of NUTS, it is not that of draws: ``chains.draws`` has all that were kept, usually more.
     :param init_loc_fn: a function of Pyro's ``pyro.infer.autoguide.initialization``, such as
         ``init_to_value(values=...)``, for a starting point.
     :param num_chains: the number of chains, at least 4. By default one per 12 draws, between 16 and 64, fewer
@@ -76,8 +77,8 @@ def mcmc(
         ...     z = pyro.sample("z", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         ...     pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
         >>> chains = mcmc(model, torch.ones(3), draws=100, seed=0, progress=False)
-        >>> chains.draws["z"].shape, chains.trusted
-        (torch.Size([100, 3]), True)
+        >>> chains.min_ess >= 100, chains.draws["z"].shape[1:], chains.trusted
+        (True, torch.Size([3]), True)
 
     **References**
 
@@ -95,9 +96,11 @@ def mcmc(
         check_integer("seed", seed, 0)
     check_callable("init_loc_fn", init_loc_fn, "a function of Pyro's autoguide initialization")
     check_flag("relabel", relabel)
+    check_flag("progress", progress)
     check_call(mcmc, model, args, kwargs)
     with (
         alone("mcmc"),
+        explains_data(args, kwargs),
         seeded(seed),
         progress_bar(progress) as bar,
         TimeLimit(max_seconds, bar.tick, bar.say) as limit,

@@ -79,7 +79,7 @@ def test_a_poor_guide_beside_trusted_draws_is_not_trusted():
     assert result.ok
     assert result.failed == ()
     about = repr(result).index("About the guide alone (the draws do not depend on it): not trusted")
-    assert repr(result).index("remedy        Use result.draws, or a flow guide") > about
+    assert repr(result).index("nats below the log evidence: the guide is not flexible") > about
 
 
 def test_the_guide_is_where_the_draws_are():

@@ -9,6 +9,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial, wraps
 
+import numpy as np
 import pyro
 import pytest
 import torch
@@ -19,9 +20,11 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoIAF, fit
+from pyro_artransform._base.arguments import check_flag
 from pyro_artransform._base.check_call import check_call
 from pyro_artransform._base.progress import ProgressBar
 from pyro_artransform.diagnostics.checks import Check
+from pyro_artransform.inference.initialization.initialize import NO_DATA
 from pyro_artransform.sampling import mcmc
 from tests.inference import models
 from tests.inference.conftest import QUICK, quick_fit, with_numbers
@@ -333,3 +336,66 @@ def test_max_seconds_are_those_of_the_whole_fit(draws):
     assert time.perf_counter() - began < 4.5  # a tenth more is promised on an idle machine
     assert 0 < result.num_steps < 10**6
     assert result.stopped_because == "the time limit was reached"
+
+
+@pytest.mark.parametrize("guide", [None, AutoIAF, AutoNormal])
+def test_data_without_rows(guide):
+    """For which Pyro's plate has a ZeroDivisionError."""
+    none = torch.zeros(0)
+    made = {} if guide is None else {"guide": guide(regression)}
+    with pytest.raises(
+        ValueError, match="at least one row of data, got none: a plate of the model"
+    ):
+        few(regression, none, none, **made)
+    with pytest.raises(ValueError, match="at least one row of data"):
+        mcmc(regression, none, none, progress=False)
+
+
+def test_another_division_by_zero_is_the_models_own():
+    with pytest.raises(ZeroDivisionError, match="division by zero"):
+        mcmc(lambda: 1 / 0)
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
+def test_data_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    table = pandas.DataFrame({"x": [1.0, 2.0], "y": [1.0, 2.0]})
+    words = "got a Series of pandas as argument 1, a Series of pandas as y: pass torch.tensor"
+    for run in (few, mcmc):
+        with pytest.raises(TypeError, match=words):
+            run(regression, table.x, y=table.y)
+
+    def converts(frame):
+        x, y = torch.tensor(frame.to_numpy()).T
+        regression(x, y)
+
+    assert few(converts, table, num_steps=1).draws["slope"].isfinite().all()
+
+
+@pytest.mark.parametrize("run", [few, mcmc])
+def test_flags(run):
+    for name in ("relabel", "progress"):
+        for value in (1.0, 1, np.ones(2, dtype=bool)):
+            with pytest.raises(ValueError, match=f"{name}: expected True or False, got "):
+                run(models.location, **{name: value})
+    assert check_flag("relabel", np.bool_(True)) is True
+
+
+def regression(x, y):
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
+
+
+def test_a_model_whose_data_were_forgotten_is_not_trained():
+    def model():
+        scale = pyro.sample("scale", dist.HalfNormal(1.0))
+        pyro.sample("y", dist.Normal(0.0, scale))
+
+    with pytest.warns(UserWarning, match="has no observed site"):
+        result = quick_fit(model, progress=False)
+    assert (result.num_steps, result.stopped_because) == (0, NO_DATA)
+    assert not result.ok
+    assert "num_steps" not in result.verdict
+    with pytest.warns(UserWarning, match="has no observed site"):
+        assert few(model, num_steps=3).num_steps == 3

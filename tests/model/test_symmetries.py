@@ -187,3 +187,9 @@ def test_random_elements_are_uniform(kind):
         orders = (found @ torch.tensor([1.0, 10.0, 100.0])).unique(dim=0, return_counts=True)[1]
         # five standard errors of a sixth of so many
         assert orders.tolist() == pytest.approx([1000] * 6, abs=5 * (6000 * 5 / 36) ** 0.5)
+
+
+def test_many_images_are_counted_in_few_digits():
+    slots = (slot("z", -1),)
+    assert str(Symmetry(PERMUTATION, slots, 4)).startswith("the 24 permutations")
+    assert str(Symmetry(PERMUTATION, slots, 30)).startswith("the 2.7e+32 permutations")

@@ -303,6 +303,8 @@ def test_why_no_chain_can_start_is_explained(model, words, is_of_data):
         return
     assert "Tried were the model's initial values, quantiles of the prior, the origin" in found
     assert re.search(r"points uniform in \(-2, 2\) there, such as (z|bound) = \[-?\d\.\d", found)
+    # numbers of four significant digits
+    assert not re.search(r"\d{8}", found)
     assert (EXCLUDES in found) == is_of_data
     assert found.endswith(
         "Give an init_loc_fn with values at which density and gradient are finite"

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ..._base.arguments import shown
 from ..._base.levels import graph_levels
 
 
@@ -46,7 +47,7 @@ def check_graph(
     order = natural if order is None else torch.as_tensor(order, device="cpu")
     if order.shape != natural.shape or not bool((order.sort().values == natural).all()):
         wanted = f"a permutation of 0 .. {input_dim - 1}"
-        raise ValueError(f"order: expected {wanted}, got {order.tolist()}")
+        raise ValueError(f"order: expected {wanted}, got {shown(order.tolist())}")
     rank = order.argsort()
     return order.long(), rank[:, None] > rank[None, :]
 

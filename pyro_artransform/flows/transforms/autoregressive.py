@@ -10,7 +10,7 @@ from pyro.distributions import is_validation_enabled
 from torch import Tensor
 from torch.distributions import Transform
 
-from ..._base.arguments import check_callable, check_integer, warn_user
+from ..._base.arguments import check_callable, check_integer, shown, warn_user
 from .conditioned import (
     AutoregressiveMeta,
     ContextMeta,
@@ -132,7 +132,7 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
     def condition(self, context: Tensor) -> AutoregressiveTransform:
         """The transform given a context ``(*, C)``, whose batch shape broadcasts with that of x."""
         if not isinstance(context, Tensor):
-            raise ValueError(f"context: expected a tensor of shape (*, C), got {context!r}")
+            raise ValueError(f"context: expected a tensor of shape (*, C), got {shown(context)}")
         conditioned = AutoregressiveTransform(ContextMeta(self.meta, context), self.passes)
         conditioned.structure = self.structure
         return conditioned

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
+from ..._base.arguments import shown
 from .flow_module import ConditionalFlowModule, FlowModule
 from .foreign import ForeignTransform, as_flow
 
@@ -161,7 +162,9 @@ class PermutationTransform(FlowModule):
         super().__init__()
         order = torch.as_tensor(order)
         if order.dim() != 1 or sorted(order.tolist()) != list(range(len(order))):
-            raise ValueError(f"order: expected a permutation of 0 .. D-1, got {order.tolist()}")
+            raise ValueError(
+                f"order: expected a permutation of 0 .. D-1, got {shown(order.tolist())}"
+            )
         self.register_buffer("order", order.long())
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:

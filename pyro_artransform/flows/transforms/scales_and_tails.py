@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.linalg import solve_triangular
 
+from ..._base.arguments import shown
 from .flow_module import FlowModule
 
 
@@ -89,12 +90,12 @@ def check_location_and_scale(loc: Tensor, scale_tril: Tensor, dim: int) -> None:
         if value.shape != shape:
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(value.shape)}")
         if not value.isfinite().all():
-            raise ValueError(f"{name}: expected finite numbers, got {value.tolist()}")
+            raise ValueError(f"{name}: expected finite numbers, got {shown(value.tolist())}")
     diagonal = scale_tril if is_vector else scale_tril.diagonal()
     if not (diagonal > 0).all() or (not is_vector and scale_tril.triu(1).any()):
         raise ValueError(
             "scale_tril: expected a lower-triangular matrix with a positive diagonal, "
-            f"got {scale_tril.tolist()}"
+            f"got {shown(scale_tril.tolist())}"
         )
 
 

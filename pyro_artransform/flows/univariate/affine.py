@@ -11,7 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..._base.arguments import check_broadcast, check_positive, is_tracing, values_can_be_read
+from ..._base.arguments import (
+    check_broadcast,
+    check_positive,
+    is_tracing,
+    shown,
+    values_can_be_read,
+)
 from ..._base.differentiation import gradients_with_graph
 from .base import Derivatives, ElementwiseTransform, Univariate
 
@@ -260,7 +266,7 @@ class Hinged(Univariate):
         super().__init__()
         self.knots = tuple(map(float, knots))
         if not self.knots or min(self.knots) < 0 or not math.isfinite(sum(self.knots)):
-            raise ValueError(f"knots: expected numbers of at least 0, got {knots!r}")
+            raise ValueError(f"knots: expected numbers of at least 0, got {shown(knots)}")
         self.width = check_positive("width", width)
         self.bound = 3.0 / len(self.knots)
         self.num_params = 2 * len(self.knots)

@@ -21,6 +21,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from ..._base.arguments import shown
 from ..graphs.dependencies import value_and_gradient
 from ..vectorization import fastest
 from .coordinates import Coordinates
@@ -158,7 +159,7 @@ def check_coordinates(requested: CoordinatesArgument) -> Any:
         return requested
     raise ValueError(
         "coordinates: expected 'prior', 'model', or a mapping from sites to degrees of centring, "
-        f"from 0 (non-centred) to 1 (as in the model), got {requested!r}"
+        f"from 0 (non-centred) to 1 (as in the model), got {shown(requested)}"
     )
 
 

@@ -8,6 +8,7 @@ import torch
 
 from pyro_artransform.diagnostics import Importance
 from pyro_artransform.diagnostics.checks import Check, Verdict
+from pyro_artransform.diagnostics.mode_shares import ModeShares
 from pyro_artransform.inference.evaluation.verdict import NOT_SEARCHED, FitStatus, LostModes, judge
 
 NOTHING = LostModes(0.0, 0, was_searched=True)
@@ -138,3 +139,11 @@ def test_a_remedy_is_told_once_after_all_that_it_is_for():
     names = [name for name, _ in verdict.rows()]
     assert names == ["failed", "failed", "remedy", "failed", "remedy", "note"]
     assert next(text for _, text in verdict.rows(without=[one, two])) == point.sentence
+
+
+def test_shares_near_one_have_no_exponent():
+    """As in "1e+02 %"."""
+    for check in (Check.DIVERGENCES, Check.TAIL):
+        assert "100 %" in check.failed(percent=100.0, name="z", has_proposals=False).sentence
+    shares, unknown = torch.tensor([0.998, 0.002]), torch.full((2,), torch.nan)
+    assert "2 modes with about 99.8 %, about 0.2 % of" in str(ModeShares(shares, unknown, ("z",)))
