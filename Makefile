@@ -44,7 +44,7 @@ wheel: $(READY) ## build the wheel into dist/, and try it in an environment with
 release: wheel ## what a release needs: wheel and source distribution, checked, and all tests; uploads nothing
 	$(BIN)/python -m twine check --strict dist/*
 	$(MAKE) test-all
-	@! grep -nE "example\.org|filled in by a maintainer" pyproject.toml CITATION.cff SECURITY.md || echo "Fill these in before an upload."
+	$(BIN)/python tools/missing.py
 
 demo: $(READY) ## fit the eight schools and draw tutorials/eight_schools.png
 	$(BIN)/python tutorials/eight_schools.py

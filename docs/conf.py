@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from sphinx.util.nodes import make_refnode
+
 DOCS = Path(__file__).resolve().parent
 ROOT = DOCS.parent
 sys.path[:0] = [str(ROOT), str(DOCS)]
@@ -75,6 +78,36 @@ def _from_the_root(app: Any, path: Path, parent: str, content: list[str]) -> Non
         content[0] = content[0].replace(f"]({at_root}", f"]({page}")
 
 
+def _to_gathered(app: Any, page: str, source: list[str]) -> None:
+    """Links between folders of the checkout, as links between their copies on the site."""
+    if "/" in page:
+        source[0] = source[0].replace("](../docs/", "](../")
+    else:
+        for folder in GATHERED:
+            source[0] = source[0].replace(f"](../{folder}/", f"]({folder}/")
+
+
+def _to_reference(app: Any, doctree: nodes.document, page: str) -> None:
+    """Links the first mention of a public name on a page to the reference.
+
+    That of a module only if it is dotted: `model` may be anything.
+    """
+    if "/" in page:
+        return
+    objects, linked = app.env.get_domain("py").objects, set[str]()
+    for literal in [*doctree.findall(nodes.literal)]:
+        name = literal.astext()
+        full = [f"{room}{name}" for room in ("", "pyro_artransform.", "pyro_artransform.flows.")]
+        found = next((objects[target] for target in full if target in objects), None)
+        if found is None or (found.objtype == "module" and "." not in name):
+            continue
+        if name in linked or isinstance(literal.parent, nodes.reference | nodes.title):
+            continue
+        linked.add(name)
+        to = make_refnode(app.builder, page, found.docname, found.node_id, literal.deepcopy(), name)
+        literal.replace_self(to)
+
+
 def _without_aliases(
     app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]
 ) -> None:
@@ -97,7 +130,9 @@ def _with_links(
 
 
 def setup(app: Any) -> None:
-    """Has Sphinx ask about each file that a page includes, and about docstrings and signatures."""
+    """Has Sphinx ask about pages, files that they include, docstrings and signatures."""
     app.connect("include-read", _from_the_root)
+    app.connect("source-read", _to_gathered)
+    app.connect("doctree-resolved", _to_reference)
     app.connect("autodoc-process-docstring", _without_aliases)
     app.connect("autodoc-process-signature", _with_links)

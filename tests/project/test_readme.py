@@ -91,13 +91,6 @@ def test_make_targets_exist(target: str) -> None:
     assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
 
 
-@pytest.mark.parametrize(
-    "link", sorted(set(re.findall(r"\]\((?!https?:|#)([^)#]+)", README + CONTRIBUTING)))
-)
-def test_links_lead_somewhere(link: str) -> None:
-    assert (ROOT / link).exists()
-
-
 def test_the_commands_install_what_the_project_declares() -> None:
     extras = set(re.findall(r"\.\[(\w+)\]", COMMANDS))
     declared = (ROOT / "pyproject.toml").read_text()

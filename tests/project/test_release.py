@@ -3,6 +3,7 @@
 """Version and date of a release are the same wherever they are written."""
 
 import re
+import runpy
 from pathlib import Path
 from types import ModuleType
 
@@ -46,3 +47,25 @@ def test_what_the_notes_on_upgrading_replace_is_gone(names: str, place: str) -> 
 
 def test_the_notes_on_upgrading_have_such_rows() -> None:
     assert len(REPLACED) > 10
+
+
+def test_addresses_are_filled_in_at_one_place() -> None:
+    paths = [path for pattern in ("*.md", "*.cff", "docs/*.md") for path in ROOT.glob(pattern)]
+    paths += (ROOT / "pyro_artransform").rglob("*.py")
+    placeholder = re.compile(r"example\.(org|com)|\bTODO\b|filled in by a maintainer")
+    assert not [path for path in paths if placeholder.search(path.read_text())]
+
+
+def test_what_is_missing_before_an_upload_is_said(tmp_path: Path) -> None:
+    missing = runpy.run_path(str(ROOT / "tools" / "missing.py"))["missing"]
+    project, changelog = tmp_path / "pyproject.toml", tmp_path / "CHANGELOG.md"
+    project.write_text(
+        '[project.urls]\nIssues = "https://example.org/x"\nSecurity = "https://pyro.ai"'
+    )
+    changelog.write_text("# Changelog\n\n## Unreleased\n\n### Added\n\n## 0.1.0 - 2026-01-01\n")
+    address, version = missing(tmp_path)
+    assert "Issues" in address
+    assert "CHANGELOG" in version
+    project.write_text(project.read_text().replace("example.org", "pyro.ai"))
+    changelog.write_text("# Changelog\n\n## Unreleased\n\n## 0.1.0 - 2026-01-01\n\n- All.\n")
+    assert not missing(tmp_path)
