@@ -109,7 +109,9 @@ def test_shapes_and_supports():
     chains = of_shapes()
     shapes = {"share": (3,), "z": (3, 2), "rate": ()}
     assert {name: value.shape[1:] for name, value in chains.draws.items()} == shapes
-    assert {len(value) for value in chains.draws.values()} == {300}
+    assert {len(value) for value in chains.draws.values()} == {
+        len(chains.by_chain["rate"].flatten())
+    }
     size = chains.by_chain["z"].shape[1]
     assert {name: value.shape for name, value in chains.by_chain.items()} == {
         name: (6, size, *shape) for name, shape in shapes.items()
