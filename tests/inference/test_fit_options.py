@@ -330,9 +330,8 @@ def test_ctrl_c_in_each_phase_gives_a_verdict(monkeypatch, phase, draws):
 @pytest.mark.parametrize("draws", [None, 1000])
 def test_max_seconds_are_those_of_the_whole_fit(draws):
     began = time.perf_counter()
-    result = fit(
-        models.regression, seed=0, num_steps=10**6, draws=draws, max_seconds=3.0, progress=False
-    )
+    limits = {"num_steps": 10**6, "draws": draws, "max_seconds": 3.0}
+    result = fit(models.regression, seed=0, progress=False, **limits)
     assert time.perf_counter() - began < 4.5  # a tenth more is promised on an idle machine
     assert 0 < result.num_steps < 10**6
     assert result.stopped_because == "the time limit was reached"
