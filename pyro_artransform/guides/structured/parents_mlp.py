@@ -3,36 +3,30 @@
 
 """Small networks that map each coordinate's parents to its parameters, evaluated level by level."""
 
-from collections.abc import Sequence
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding, silu
 
 from ..._base.arguments import check_integer
 from ..._base.levels import graph_levels
 from ...flows.conditioners.activations import slope_of
 from ...flows.conditioners.base import Blocks, Conditioner
 from ...flows.conditioners.masked_mlp import check_input, runs_only
-from ...model.graphs.markov_graph import PaddedGroup, padded_groups
+from ...model.graphs.markov_graph import padded_groups
+from .networks import Activations, ParentsGroup, SharedGroup
 
-# with more inputs than this, steps of weights are smaller
-_FULL_STEPS = 8
-
-
-class Activations(NamedTuple):
-    """The values in the networks of n coordinates at B points."""
-
-    x: Tensor  # the values of the parents, (n, k, B)
-    before: Tensor  # the hidden units before the activation, (n, h, B)
-    hidden: Tensor  # the hidden units after it
-    params: Tensor  # (n, P, B)
+# coordinates that share a network: at least so many and this share of those with parents, with as many times
+# the hidden units (benchmarks/crossed.md)
+_LEAST_ALIKE, _SHARE_ALIKE, _TIMES_HIDDEN = 8, 0.1, 4
 
 
 class ParentsMLP(Conditioner):
-    r"""A separate network for each coordinate, whose inputs are its parents.
+    r"""A network for each coordinate, or for many with the same parents, whose inputs are its parents.
 
     .. math:: \theta_i = b_i + L_i x_{\mathrm{pa}(i)} + V_i \, \sigma(W_i x_{\mathrm{pa}(i)} + a_i)
 
@@ -43,6 +37,7 @@ class ParentsMLP(Conditioner):
     :param num_params: the number P of parameters per coordinate.
     :param hidden_dim: the number of hidden units per coordinate.
     :param bias: whether to include the bias b.
+    :param shares: whether many coordinates with the same parents share W and a, with four times the units.
     :raises ValueError: if a size is not positive, the graph has a cycle, or parents are not
         coordinates.
 
@@ -68,6 +63,7 @@ class ParentsMLP(Conditioner):
         hidden_dim: int = 8,
         *,
         bias: bool = True,
+        shares: bool = True,
     ) -> None:
         super().__init__()
         self.input_dim = check_integer("the number of coordinates", len(parents))
@@ -78,14 +74,17 @@ class ParentsMLP(Conditioner):
         self.depth = max(level) + 1
         graph = [*map(len, parents), *(j for own in parents for j in own)]
         self.register_buffer("graph", _indices(graph))
-        sizes = self.num_params, self.hidden_dim
-        groups = (ParentsGroup(group, *sizes) for group in padded_groups(parents, level))
-        self.groups = nn.ModuleList(groups)
+        self.groups = nn.ModuleList(_groups(self.parents, level, num_params, hidden_dim, shares))
         self._arrange(level)
         like = nn.Linear(1, 1).weight  # has PyTorch's default dtype and device
         zeros = torch.zeros(self.input_dim, self.num_params, dtype=like.dtype, device=like.device)
         self.register_parameter("bias", nn.Parameter(zeros) if bias else None)
         self.to(like.device)
+
+    @property
+    def num_values(self) -> int:
+        """How many numbers an evaluation holds for each point."""
+        return sum(group.num_values for group in self.groups)
 
     def _arrange(self, level: list[int]) -> None:
         """Sorts coordinates by level, and by group within a level, and locates the outputs of groups."""
@@ -128,7 +127,10 @@ class ParentsMLP(Conditioner):
         self, x: Tensor, context: Tensor | None = None, *, in_place: bool = False
     ) -> Blocks | None:
         """None for a subclass with its own ``forward``, or with hooks, which blocks would skip."""
-        plain = [runs_only(group, ParentsGroup) for group in self.groups]
+        plain = [
+            any(runs_only(group, kind) for kind in (ParentsGroup, SharedGroup))
+            for group in self.groups
+        ]
         if not all(plain) or not runs_only(self, ParentsMLP):
             return None
         check_input(x, context, self.input_dim, 0, next(self.parameters(), x).dtype)
@@ -148,44 +150,8 @@ class ParentsMLP(Conditioner):
         """Optimizer step sizes by parameter of the network, from step sizes of its outputs, ``(D, P)``."""
         found: dict[nn.Parameter, Tensor] = {} if self.bias is None else {self.bias: sizes}
         for group in self.groups:
-            own = sizes[group.coordinates, :, None]
-            share = share_of_inputs(group.layout.is_parent.sum(-1).to(own))[:, None, None]
-            found.update({group.outer: own, group.linear: share * own, group.inner: share})
+            found.update(group.step_scales(sizes))
         return found
-
-
-class ParentsGroup(nn.Module):
-    """The networks of m coordinates with at most k parents each."""
-
-    coordinates: Tensor
-    parents: Tensor
-    ranks: Tensor  # the positions of the parents in the order of levels
-
-    def __init__(self, layout: PaddedGroup, num_params: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.layout = layout
-        m, k = layout.parents.shape
-        self.register_buffer("coordinates", _indices(layout.coordinates), persistent=False)
-        self.register_buffer("parents", layout.parents, persistent=False)
-        like = nn.Linear(k, hidden_dim)
-        options: dict[str, Any] = {"dtype": like.weight.dtype, "device": like.weight.device}
-        # as in PyTorch's linear layers, by the number of parents, excluding padding
-        bound = layout.is_parent.sum(-1).to(**options).rsqrt()[:, None, None]
-        self.inner = nn.Parameter((2 * torch.rand(m, hidden_dim, k, **options) - 1) * bound)
-        self.inner_bias = nn.Parameter((2 * torch.rand(m, hidden_dim, 1, **options) - 1) * bound)
-        self.outer = nn.Parameter(torch.zeros(m, num_params, hidden_dim, **options))
-        self.linear = nn.Parameter(torch.zeros(m, num_params, k, **options))
-
-    def forward(self, known: Tensor, index: Tensor, rows: slice) -> Activations:
-        """Evaluates the networks of some rows.
-
-        :param known: coordinates and padding, shape ``(*, B)``, with the parents at ``index``, ``(m, k)``.
-        """
-        x = embedding(index[rows], known)
-        before = torch.baddbmm(self.inner_bias[rows], self.inner[rows], x)
-        hidden = silu(before)
-        params = torch.baddbmm(self.linear[rows] @ x, self.outer[rows], hidden)
-        return Activations(x, before, hidden, params)
 
 
 class ParentsLinearization:
@@ -203,35 +169,28 @@ class ParentsLinearization:
         bias = self.network.bias
         return found if bias is None else found + bias
 
-    def by_group(self, weights: Tensor) -> list[tuple[Any, Tensor, Tensor]]:
-        """Each group, with its weights, ``(m, P, B)``, and their gradient in its units before activation."""
-        rows, found = weights.permute(1, 2, 0).contiguous(), []
-        for group, slope in zip(self.network.groups, self.slopes):
-            own = rows[group.coordinates]
-            found.append((group, own, (group.outer.mT @ own).mul_(slope)))
-        return found
-
-    def edges(self, weights: Tensor) -> list[tuple[Any, Tensor]]:
-        """Each group, with the gradient of the weighted sum of outputs in its parents, ``(m, k, B)``."""
-        return [
-            (group, torch.baddbmm(group.linear.mT @ own, group.inner.mT, moved))
-            for group, own, moved in self.by_group(weights)
-        ]
+    def by_group(self, weights: Tensor) -> Iterator[tuple[Any, Activations, Tensor, Tensor]]:
+        """Each group, with its activations, its weights, ``(m, P, B)``, and the slopes of hidden units."""
+        rows = weights.permute(1, 2, 0).contiguous()
+        for group, part, slope in zip(self.network.groups, self.parts, self.slopes):
+            yield group, part, rows[group.coordinates], slope
 
     def pull_back(self, weights: Tensor) -> Tensor:
         total = with_padding(torch.zeros_like(weights[..., 0].T))
-        for group, edge in self.edges(weights):
-            total.index_add_(0, group.parents.reshape(-1), edge.flatten(0, 1))
+        for group, _, own, slope in self.by_group(weights):
+            group.pull_back(own, slope).add_to(total)
         return total[:-1].T
 
     def solve_adjoint(self, slopes: Tensor, gradient: Tensor) -> Tensor:
         """See :class:`~.base.Linearization`; one sweep from the last level to the first."""
-        edges, v = self.edges(slopes), with_padding(gradient.T)
+        v = with_padding(gradient.T)
+        edges = [
+            (group, group.pull_back(own, slope)) for group, _, own, slope in self.by_group(slopes)
+        ]
         for level in range(self.network.depth - 1, 0, -1):
             for group, edge in edges:
                 if (rows := group.layout.slices.get(level)) is not None:
-                    moved = edge[rows] * v[group.coordinates[rows], None]
-                    v.index_add_(0, group.parents[rows].reshape(-1), moved.flatten(0, 1))
+                    edge.add_to(v, rows, v)
         return v[:-1].T
 
 
@@ -245,10 +204,9 @@ class _Params(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        found, linearization = [], ctx.linearization
-        for part, (_, own, moved) in zip(linearization.parts, linearization.by_group(weights)):
-            x = part.x.mT
-            found += [moved @ x, moved.sum(-1, keepdim=True), own @ part.hidden.mT, own @ x]
+        found = list[Tensor]()
+        for group, *given in ctx.linearization.by_group(weights):
+            found += group.gradients(*given)
         return None, *found
 
 
@@ -296,13 +254,23 @@ class ParentsBlocks:
         return ParentsLinearization(self._network, parts, self._known)
 
 
-def share_of_inputs(num_inputs: Tensor) -> Tensor:
-    """Step sizes of the weights of linear maps, by their numbers of inputs, at most 1.
-
-    Adam moves all weights by the same amount, and hence an output in proportion to the number of its inputs,
-    see Tensor Programs V (Yang et al., 2022), https://arxiv.org/abs/2203.03466.
-    """
-    return (_FULL_STEPS / num_inputs).clamp(max=1.0)
+def _groups(
+    parents: Sequence[tuple[int, ...]],
+    level: Sequence[int],
+    num_params: int,
+    hidden_dim: int,
+    shares: bool,
+) -> list[ParentsGroup]:
+    """The networks of all coordinates with parents; sets of parents of many coordinates have one each."""
+    counts = Counter(filter(None, parents))
+    least = max(_LEAST_ALIKE, _SHARE_ALIKE * counts.total()) if shares else math.inf
+    alike = {own for own, count in counts.items() if count >= least}
+    separate = padded_groups([() if own in alike else own for own in parents], level)
+    groups = [ParentsGroup(layout, num_params, hidden_dim) for layout in separate]
+    for same in sorted(alike):
+        (layout,) = padded_groups([own if own == same else () for own in parents], level)
+        groups.append(SharedGroup(layout, num_params, _TIMES_HIDDEN * hidden_dim))
+    return groups
 
 
 def with_padding(rows: Tensor) -> Tensor:

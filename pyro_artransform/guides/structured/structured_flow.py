@@ -24,7 +24,8 @@ from ...model.graphs.element_precision import RANK
 from ...model.graphs.markov_graph import Elimination
 from ...model.graphs.sparse_matrix import SparseMatrix
 from .linear_layers import LinearLinks, LowRankUpdate
-from .parents_mlp import ParentsMLP, share_of_inputs
+from .networks import share_of_inputs
+from .parents_mlp import ParentsMLP
 
 # networks of the root block, as in AutoIAF for many latents, with a maximum width
 _ROOT_LAYERS, _MOST_WIDTH = 3, 800
@@ -42,7 +43,14 @@ class StructuredFlow(ComposedTransform):
     groups whose elements depend on each other given their parents have a low-rank update of their noise.
     """
 
-    def __init__(self, elimination: Elimination, hidden_dim: int, num_transforms: int) -> None:
+    def __init__(
+        self,
+        elimination: Elimination,
+        hidden_dim: int,
+        num_transforms: int,
+        *,
+        shares_networks: bool = True,
+    ) -> None:
         dim, root, parents = len(elimination.parents), list(elimination.root), elimination.others
         members = set(root)
         rest = [i for i in range(dim) if i not in members]
@@ -60,7 +68,8 @@ class StructuredFlow(ComposedTransform):
         networks, layers = [], []
         if any(parents):
             for _ in range(num_transforms):
-                networks.append(ParentsMLP(parents, 2, hidden_dim, bias=False))
+                network = ParentsMLP(parents, 2, hidden_dim, bias=False, shares=shares_networks)
+                networks.append(network)
                 meta = ConditionedUnivariate(networks[-1], Standardizing())
                 layers.append(AutoregressiveTransform(meta).inv)
         updates = [LowRankUpdate(own, RANK) for own in elimination.updated]
@@ -71,6 +80,11 @@ class StructuredFlow(ComposedTransform):
         # references to parts of the layers, where they are registered
         self._scales, self._networks, self._partition = scales, networks, [partition]
         self._updates, self._links = updates, links
+
+    @property
+    def num_values(self) -> int:
+        """How many numbers the networks hold for each draw, at least one."""
+        return max([1, *(network.num_values for network in self._networks)])
 
     def start_at(
         self, sd: Tensor, coefficients: Sequence[Tensor], scale: Tensor, root_tril: Tensor

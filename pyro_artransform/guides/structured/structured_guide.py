@@ -50,7 +50,8 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     with few parents pa(i): at most 5 for a volatility path of any length with three unknown parameters. Each
     factor is a location and a scale that depend on the parents by a linear function and a small network, with
-    hinges for skewness and tails; the root block R, which is fully dependent, has the flow of
+    hinges for skewness and tails; elements of a plate with the same parents share its hidden units;
+    the root block R, which is fully dependent, has the flow of
     :class:`~pyro_artransform.AutoIAF`. Coordinates that do not depend on each other are drawn in parallel: a
     chain of 1,000 latents has 10 levels, a plate 2. The number of parameters is proportional to that of
     parents.
@@ -61,7 +62,8 @@ class AutoStructuredFlow(AutoAutoregressive):
     in a pass over it; for others the guide must see all data once before, by ``guide.set_up(*all_data)``.
 
     :param model: a Pyro model.
-    :param hidden_dim: the number of hidden units of the network of each latent coordinate.
+    :param hidden_dim: the number of hidden units of the network of each latent coordinate, and a quarter of
+        those of a network that many coordinates share.
     :param num_transforms: the number of layers with networks of the parents.
     :param init_loc_fn: see :class:`~pyro_artransform.AutoAutoregressive`, also for ``init_scale``.
     :param coordinates: as for :class:`~pyro_artransform.AutoAutoregressive`. With "prior" they include the
@@ -97,7 +99,10 @@ class AutoStructuredFlow(AutoAutoregressive):
     _graph: LatentGraph
     _terms: ElementTerms | None = None  # of a set-up by mini-batches
     # files of version 0.3.0 have a maximum number of parents
-    _found_arguments = (*AutoAutoregressive._found_arguments, "graph", "full_rank", "max_parents")
+    _found_arguments = (
+        *(*AutoAutoregressive._found_arguments, "graph", "full_rank", "max_parents"),
+        "shares_networks",
+    )
 
     def __init__(
         self,
@@ -156,7 +161,7 @@ class AutoStructuredFlow(AutoAutoregressive):
         if self._terms is not None:
             log_joint = self._log_joint(*args, **kwargs)
             self._graph = LatentGraph.of_elements(self._terms, [*log_joint.latents.sites.values()])
-            return {**self._coordinate_arguments({}), "graph": self._graph.to_plain()}
+            return self._arguments_of(self._graph, {})
         mapped = self._mapped_sites(args, kwargs, depends)
         log_joint = self._density or self._log_joint(*args, **kwargs)
         graph = self._find_graph(log_joint)
@@ -164,14 +169,20 @@ class AutoStructuredFlow(AutoAutoregressive):
             sites = {name: with_location or not mapped[name] for name in mapped}
             self._graph = self._graph_in(log_joint, sites)
             if self._requested != "prior" or _size(self._graph) <= _MOST_FILL_IN * _size(graph):
-                return {**self._coordinate_arguments(sites), "graph": self._graph.to_plain()}
-        return {**self._coordinate_arguments({}), "graph": graph.to_plain()}
+                return self._arguments_of(self._graph, sites)
+        return self._arguments_of(graph, {})
+
+    def _arguments_of(self, graph: LatentGraph, sites: dict[str, bool]) -> Arguments:
+        found = self._coordinate_arguments(sites)
+        return {**found, "graph": graph.to_plain(), "shares_networks": True}
 
     def build(self, latents: Latents, start: Tensor) -> nn.Module:
         arguments = self.arguments
         self._graph = LatentGraph.from_plain(arguments["graph"], tuple(latents.sites.values()))
         given = self._graph.elimination, arguments["hidden_dim"], arguments["num_transforms"]
-        self._make_flow = lambda _: StructuredFlow(*given)
+        # files of version 0.3.0 have a network for each coordinate
+        shares = arguments.get("shares_networks", False)
+        self._make_flow = lambda _: StructuredFlow(*given, shares_networks=shares)
         return super().build(latents, start)
 
     def _graph_in(self, log_joint: LogJoint, sites: dict[str, bool]) -> LatentGraph:
@@ -238,9 +249,8 @@ class AutoStructuredFlow(AutoAutoregressive):
         return sorted(found)
 
     def _most_draws(self) -> int:
-        elimination, arguments = self.graph.elimination, self.arguments
-        numbers = elimination.num_edges + (arguments["hidden_dim"] + 2) * len(elimination.parents)
-        return max(_MOST_NUMBERS // numbers, 1)
+        self._checked_spec()
+        return max(_MOST_NUMBERS // self._parts[0].num_values, 1)
 
     # Starts of a fit
 

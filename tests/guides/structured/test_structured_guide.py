@@ -151,6 +151,27 @@ def test_file_loads_without_the_model(tmp_path):
     assert svi.step(Y) < 1e6
 
 
+def test_a_file_without_shared_networks_loads(tmp_path, monkeypatch):
+    """Files of version 0.3.0 have a network for each coordinate."""
+    shared, file, of_graph = (
+        redraw(new(), 0.3),
+        tmp_path / "guide.pt",
+        AutoStructuredFlow._arguments_of,
+    )
+
+    def of_old_graph(*args):
+        return {k: v for k, v in of_graph(*args).items() if k != "shares_networks"}
+
+    monkeypatch.setattr(AutoStructuredFlow, "_arguments_of", of_old_graph)
+    guide = redraw(new(), 0.3)
+    guide.save(file)
+    monkeypatch.undo()
+    loaded, draws = AutoStructuredFlow.load(file), guide.sample_posterior(5)
+    assert torch.equal(loaded.log_prob(draws), guide.log_prob(draws))
+    sizes = [sum(p.numel() for p in each.parameters()) for each in (loaded, shared)]
+    assert sizes[0] != sizes[1]
+
+
 def test_a_loaded_guide_starts_without_the_model(tmp_path):
     guide, file = AutoStructuredFlow(hierarchy, hidden_dim=4), tmp_path / "guide.pt"
     guide.set_up(Y)
