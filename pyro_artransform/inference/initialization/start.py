@@ -128,7 +128,9 @@ def _better_start(
         return InitialGuide(UNCHANGED if gaussian_elbo > -math.inf else FAILED, elbo)
     if why_no_chains:
         raise ValueError(why_no_chains)
-    sites = ", ".join(density.nonfinite_sites(density.start[None])) or "the sum of its sites"
+    z, _ = guide.rsample_and_log_prob(num_draws)
+    worst = z[~density(z).isfinite()][:1]
+    sites = ", ".join(density.nonfinite_sites(worst)) or "the sum of its sites"
     raise ValueError(
         f"expected a finite log density near the initial values, got none: {sites} is not finite there. Give "
         "the guide an init_loc_fn with values at which the log density is finite"
