@@ -146,6 +146,14 @@ class Check(Enum):
         "or tails",
         fails=lambda reason: reason,
     )
+    FAILED = CheckEntry(
+        "an error ended the start, the training or the evaluation of the guide: {error}",
+        "Mend what the error names. Draws that are trusted need no guide",
+        "the log density is not finite at the guide's initial values, or model or guide fail at its draws. "
+        "The draws of chains, which ran before, do not depend on it; the guide keeps its last parameters, "
+        "and its numbers are `nan`",
+        fails=lambda error: error,
+    )
     CUT_SHORT = CheckEntry("{reason}", "{remedy}")
     SKIPPED = CheckEntry(
         "{percent:.0f} % of the steps were skipped, since the loss or its gradient was not finite: "

@@ -15,6 +15,8 @@ from .problem import Problem
 # effective draws of each latent, unless the user gives a number; if they only initialize the guide, or the
 # model runs for one draw at a time; and the most trajectories per chain then
 _NUM_DRAWS, _NUM_FOR_START, _MOST_TRAJECTORIES = 400, 100, 125
+#: errors of a guide or of its training that leave the draws: of numerics, or a lack of memory
+_GUIDE_FAILURES = (ArithmeticError, RuntimeError, ValueError)
 #: the share of max_seconds at which chains end
 START_UNTIL = 0.5
 
@@ -108,6 +110,7 @@ class FirstDraws:
     def _will_go_on(self) -> bool:
         """Whether chains that stay in modes can jump to draws of a guide of these modes."""
         is_apart = self.ensemble is not None and self.ensemble.end is StopReason.APART
+        is_apart &= not self._problem.guide_failure
         return is_apart and isinstance(cast(object, self._problem.subject.guide), GuideOfModes)
 
     def finish(self) -> Chains | None:
@@ -126,3 +129,28 @@ class FirstDraws:
         elif self.chains is not None:
             return self.chains
         return self._judged()
+
+
+class keeping:
+    """A block of the guide: if it fails, draws that do not depend on it are the result of the fit.
+
+    The error becomes ``problem.guide_failure``. It is raised if there are no such draws, and with several
+    processes, since the others would not know.
+    """
+
+    def __init__(self, draws: FirstDraws | None, problem: Problem) -> None:
+        self._draws, self._problem = draws, problem
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> bool:
+        has_draws = self._draws is not None and self._draws.chains is not None
+        is_kept = (
+            isinstance(error, _GUIDE_FAILURES) and has_draws and self._problem.parallel.size == 1
+        )
+        # parameters of the model that appear late were not in the density of the draws
+        if not is_kept or not self._problem.objective.is_guide_alone():
+            return False
+        self._problem.guide_failure = f"{type(error).__name__}: {error}"
+        return True

@@ -74,6 +74,9 @@ def fit(
     loader, for all data, or for each element with latents of its own (``docs/minibatches.md``). A loader of
     one batch with all data is equivalent to arguments. A short last batch is weighted by its number of rows.
 
+    An error in the start, the training or the verdict of the guide, such as a density that is not finite
+    there, leaves draws of chains as they are: the verdict names it, and the guide is not trusted.
+
     Operations that are the same in each step are captured and replayed, so the model's Python code runs
     only occasionally: do not count steps in it. If such a run differs from the replay, for example because
     a callback changed something, training goes back to the last run that agreed.
@@ -114,11 +117,11 @@ def fit(
     :raises TypeError: if the arguments do not fit the model, or an option has the wrong type.
     :raises ValueError: if the model has no continuous latent, or a parameter named like an option; if
         model, guide, loader and checkpoint are incompatible, or the processes of a fit
-        differ; if no initial guide has a finite density, or an option is out of range.
+        differ; if an option is out of range, or, without draws, no initial guide has a finite density.
     :raises RuntimeError: in ``torch.inference_mode``, inside one of Pyro's handlers, or if another process
         of the fit does not respond.
-    :raises FitError: if the loss is not finite for many steps in a row, or the model has parameters that its
-        first run did not have.
+    :raises FitError: if, without draws, the loss is not finite for many steps in a row, or the model has
+        parameters that its first run did not have.
 
     Example::
 
@@ -218,6 +221,6 @@ def fit(
         else:
             training = resumed_training(problem, first, resume)
         bar.say("fit")
-        is_saved = take_steps(problem, training, path, callback, bar)
+        is_saved = take_steps(problem, first, training, path, callback, bar)
         bar.say("verdict")
         return result_of(problem, first, training, is_saved)

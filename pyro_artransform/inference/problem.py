@@ -60,6 +60,8 @@ class Problem:
         num_particles: int | None,
     ) -> None:
         self.parallel, self.limit, self.guide_reason = parallel, limit, ""
+        #: the error that ended the guide's start or training, if the fit has draws nevertheless; else empty
+        self.guide_failure = ""
         batches = [arguments]
         if stream is not None:
             batches = list(stream.whole.one_pass(NUM_VALIDATION))

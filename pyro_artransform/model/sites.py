@@ -9,12 +9,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta, is_validation_enabled
 from pyro.distributions.constraints import Constraint
 from pyro.distributions.util import broadcast_shape
 from pyro.poutine.indep_messenger import CondIndepStackFrame
+from pyro.poutine.runtime import _PYRO_STACK
 from torch import Tensor
 from torch.distributions import ComposeTransform, IndependentTransform, Transform, biject_to
 
@@ -297,13 +299,25 @@ def initial_value(init_loc_fn: Callable[[Any], Tensor], site: Any) -> Tensor:
     if is_enumerated(site) or site["fn"].support.is_discrete:
         return torch.as_tensor(site["fn"].sample())
     try:
-        return init_loc_fn(site)
+        return _rows_of_minibatch(init_loc_fn(site), site)
     except NotImplementedError:  # an improper prior has no median either
         bijection = bijection_onto(support_of_latent(site["fn"]), site["name"])
         shape = bijection.inverse_shape(site["fn"].shape())
         # None: PyTorch 2.9 and older cannot name the default device after a reset
         origin = torch.zeros(shape, dtype=torch.get_default_dtype(), device=None)
         return torch.as_tensor(bijection(origin))
+
+
+def _rows_of_minibatch(value: Tensor, site: Any) -> Tensor:
+    """Selects the mini-batch from a value that has a row for each element of a subsampled plate."""
+    entered = {each.name: each for each in _PYRO_STACK if isinstance(each, pyro.plate)}
+    event_dim = site["fn"].event_dim
+    for frame in site["cond_indep_stack"]:
+        dim = (frame.dim or 0) - event_dim
+        is_whole = value.dim() >= -dim and value.shape[dim] == frame.full_size != frame.size
+        if is_whole and frame.name in entered:
+            value = value.index_select(dim, entered[frame.name].indices.to(value.device))
+    return value
 
 
 def map_bounds(support: Constraint, fn: Callable[[Tensor], Tensor]) -> Constraint:

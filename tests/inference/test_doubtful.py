@@ -62,9 +62,12 @@ def test_scales_of_two_sizes():
 
 @pytest.mark.slow
 def test_a_fit_to_a_density_with_a_wall_says_so():
+    """No Gaussian avoids the wall, so that the guide cannot start."""
     found = fit(doubtful.wall, draws=400, seed=0, progress=False, max_seconds=60)
     assert not found.chains.trusted
     assert not found.trusted
+    assert found.draws["z"].shape[1:] == (2,)
+    assert "wall is not finite there" in found.verdict
 
 
 def exact_moments(y):

@@ -34,6 +34,7 @@ from .plates import (
     compare_elements,
     complete_plates,
     entered,
+    initial_rows,
     latents_of_one_element,
     plate_sizes,
     plates_of_user,
@@ -63,8 +64,8 @@ class AutoAmortized(BaseGuide):
     in one plate share a flow; those in nested plates also depend on those in the outer plates. Plates may be
     subsampled, so the guide can train on mini-batches.
 
-    On the unconstrained space, a new guide is ``Normal(init_loc, init_scale)`` for the global latents, and
-    ``Normal(m, init_scale)`` for each element, where m is the mean of all elements' initial values.
+    On the unconstrained space, a new guide is ``Normal(init_loc, init_scale)``. Elements of a plate start at
+    their mean, or, with embeddings, each at its own value, if ``init_to_value`` has one for all of the plate.
 
     The guide creates the plates, and the model uses their indices, as with Pyro's autoguides. If mini-batches
     of data are passed as the model's arguments, embeddings need ``create_plates``.
@@ -156,7 +157,7 @@ class AutoAmortized(BaseGuide):
         self._make_flow = flow, local_flow
         # in a tuple, like the model, as its parameters become the guide's only at set-up
         self._encoder = (encoder,)
-        self._sizes: PlateSizes = {}
+        self._initial_rows, self._sizes = Vectors(), PlateSizes()
         self._sizes_by_shapes: dict[Hashable, PlateSizes] = {}
 
     @property
@@ -173,11 +174,10 @@ class AutoAmortized(BaseGuide):
         observed, dependent, _ = refuse_moving_structure(self.prototype_trace, run, rng_state)
         sizes = plate_sizes(latents.sites.values())
         given.refuse(sizes, self, args, kwargs)
-        (encoder,), units = self._encoder, {}
+        (encoder,), units, layout = self._encoder, {}, LatentLayout(latents)
         if encoder is not None:
             plates = partial(complete_plates, {}, sizes, start.device)
-            groups = LatentLayout(latents).local_groups
-            units = first_feature_units(encoder, plates, groups, args, kwargs)
+            units = first_feature_units(encoder, plates, layout.local_groups, args, kwargs)
         feature_dims = {name: len(loc) for name, (loc, _) in units.items()}
         arguments = {**self.arguments, "feature_dims": feature_dims, "feature_units": units}
         arguments |= self._found_in_model(args, kwargs, bool(dependent))
@@ -188,7 +188,10 @@ class AutoAmortized(BaseGuide):
             center_elements_at_start(coordinates, self._requested, density, share)
             return mean_start(coordinates, density)
 
+        self._initial_rows = initial_rows(self.prototype_trace, layout, start, self._model[2])
         self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start, locate)
+        if self._initial_rows:
+            self._locate_rows(self._bind(args, kwargs))
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
@@ -287,7 +290,14 @@ class AutoAmortized(BaseGuide):
         """See ``MinibatchGuide``. Resets the location to the initial values in the new coordinates."""
         change = center_elements(self.coordinates, u, log_joint, share)
         self._posterior.locate_at(mean_start(self.coordinates, log_joint))
+        self._locate_rows(log_joint)
         return change
+
+    def _locate_rows(self, log_joint: LogJoint) -> None:
+        """Moves embeddings to the known initial values of their elements."""
+        if self._initial_rows:
+            of_map = self._initial_rows, self.coordinates, log_joint, self._posterior.layout
+            self._posterior.locate_rows(ElementMap.into_coordinates(*of_map))
 
     @contextmanager
     def path_gradient(self) -> Iterator[None]:

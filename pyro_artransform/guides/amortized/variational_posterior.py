@@ -235,6 +235,20 @@ class AmortizedPosterior(nn.Module):
             loc = torch.cat([parts[name].flatten() for name in group.latents.sites])
             self._factors[group.name].affine.loc.copy_(loc)
 
+    @torch.no_grad()
+    def locate_rows(self, vectors: Vectors) -> None:
+        """Moves embeddings to locations by element, and other elements to the mean.
+
+        :param vectors: by group, shape ``(1, 1, ...) + batch shape + (D,)``.
+        """
+        for group, factor in self.local_factors:
+            rows = vectors[group.name]
+            loc = rows.flatten(0, -2).mean(0)
+            factor.affine.loc.copy_(loc)
+            if factor.table is not None:
+                offsets = factor.table.narrow(-1, factor.feature_dim, len(loc))
+                offsets.copy_((rows - loc).reshape(offsets.shape))
+
     @property
     def local_factors(self) -> list[tuple[Group, Any]]:
         return [(group, self._factors[group.name]) for group in self.layout.local_groups]

@@ -138,6 +138,17 @@ def evaluate(
     return fields
 
 
+def not_evaluated(failure: str, status: FitStatus) -> dict[str, Any]:
+    """The fields of a guide that failed; its numbers are ``nan``.
+
+    :param failure: the error.
+    """
+    verdict = judge(
+        status._replace(missing=tuple), about_others=[Check.FAILED.failed(error=failure)]
+    )
+    return _fields(None, verdict) | {"num_samples": 0}
+
+
 def _in_one_image(ensemble: Ensemble, draws: Tensor) -> tuple[Tensor, float]:
     """A guide's draws ``(n, D)`` in the image of the ensemble's, and the number of images like theirs."""
     if ensemble.to_image is None:

@@ -5,14 +5,14 @@
 
 from dataclasses import replace
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from ..._base.time_limit import INTERRUPTED, OUT_OF_TIME
 from ...diagnostics.checks import Check, FailedCheck
 from ...diagnostics.importance_weights import NUM_DRAWS
 from ...diagnostics.mode_shares import ModeShares
 from ...model.protocols import FlowGuide, GuideOfModes, MinibatchGuide, PriorGuide
-from ..first_draws import FirstDraws
+from ..first_draws import FirstDraws, keeping
 from ..initialization.start import FAILED
 from ..optimization.schedule import FILLED, LIMIT
 from ..optimization.steps import STOPPED
@@ -20,7 +20,7 @@ from ..optimization.training import Training
 from ..problem import Problem
 from ..result import FitResult
 from .elements import weigh_elements
-from .evaluate import evaluate, evaluate_minibatches
+from .evaluate import evaluate, evaluate_minibatches, not_evaluated
 from .subsampled import evaluate_subsampled
 from .verdict import FitStatus
 
@@ -32,7 +32,9 @@ def result_of(
     problem.limit.enter_phase(1.0, has_grace=True)
     if problem.stream is not None:
         problem.stream.close()
-    training.finish()
+    if not problem.guide_failure:
+        with keeping(draws, problem):
+            training.finish()
     problem.parallel.copy_first(problem.tensors)
     judged = partial(_result, problem, draws, training, is_saved)
     model, guide, *_ = problem.subject
@@ -77,6 +79,22 @@ def _remedy(problem: Problem, draws: FirstDraws | None, num_steps: int) -> str:
     return way if problem.schedule.num_steps is None else f"{way}, or more steps"
 
 
+def _evaluated(
+    problem: Problem, draws: FirstDraws | None, status: FitStatus, num_gradients: int
+) -> dict[str, Any]:
+    """The fields of the result about the guide."""
+    subject, minibatches, is_loop = problem.subject, problem.minibatches, problem.is_loop
+    if minibatches is not None and not problem.has_all_data:
+        passed = minibatches.over_a_pass()
+        elements = weigh_elements(minibatches, passed, num_gradients)
+        return evaluate_minibatches(subject, passed, status, elements)
+    if subject.log_joint.is_random:
+        return evaluate_subsampled(subject, status, num_gradients, is_loop=is_loop)
+    ensemble = None if draws is None else draws.ensemble
+    terms = None if minibatches is None else minibatches.terms
+    return evaluate(subject, status, num_gradients, ensemble, is_loop=is_loop, terms=terms)
+
+
 def _result(
     problem: Problem, draws: FirstDraws | None, training: Training, is_saved: bool
 ) -> FitResult:
@@ -84,10 +102,13 @@ def _result(
     subject = problem.subject
     guide: object = subject.guide
     num_steps, num_gradients = training.num_steps, training.num_gradients
-    cut_short = _cut_short(training, is_saved)
+    cut_short = None if problem.guide_failure else _cut_short(training, is_saved)
     weights = None
-    if isinstance(guide, GuideOfModes):  # chains may jump to its draws
-        weights = guide.weigh(subject.log_joint, NUM_DRAWS // problem.fewer)
+    if (
+        isinstance(guide, GuideOfModes) and not problem.guide_failure
+    ):  # chains may jump to its draws
+        with keeping(draws, problem):
+            weights = guide.weigh(subject.log_joint, NUM_DRAWS // problem.fewer)
     chains = None if draws is None else draws.finish()
     status = FitStatus(
         training.num_skipped / max(num_steps, 1),
@@ -108,19 +129,11 @@ def _result(
     if not cut_short:  # depends on the final draws
         status = status._replace(remedy=_remedy(problem, draws, num_steps))
     problem.limit.enter_phase(1.0, has_grace=True)
-    minibatches = problem.minibatches
-    if minibatches is not None and not problem.has_all_data:
-        passed = minibatches.over_a_pass()
-        elements = weigh_elements(minibatches, passed, num_gradients)
-        fields = evaluate_minibatches(subject, passed, status, elements)
-    elif subject.log_joint.is_random:
-        fields = evaluate_subsampled(subject, status, num_gradients, is_loop=problem.is_loop)
-    else:
-        ensemble = None if draws is None else draws.ensemble
-        terms = None if minibatches is None else minibatches.terms
-        fields = evaluate(
-            subject, status, num_gradients, ensemble, is_loop=problem.is_loop, terms=terms
-        )
+    fields = dict[str, Any]()
+    if not problem.guide_failure:
+        with keeping(draws, problem):
+            fields = _evaluated(problem, draws, status, num_gradients)
+    fields = fields or not_evaluated(problem.guide_failure, status)
     if chains is not None:
         words = f"{chains.verdict} About the guide alone: {fields['verdict']}"
         fields |= {"chains": chains, "draws": chains.draws, "verdict": words}

@@ -17,7 +17,7 @@ from ...model.protocols import ElementGuide, FlowGuide, MinibatchGuide
 from ...sampling import Ensemble
 from ...sampling.starts import check_has_gradient
 from ..checkpoint import resume
-from ..first_draws import START_UNTIL, FirstDraws
+from ..first_draws import START_UNTIL, FirstDraws, keeping
 from ..optimization.objective import PyroObjective
 from ..optimization.training import Training
 from ..problem import Problem
@@ -51,7 +51,8 @@ def initial_training(problem: Problem, draws: FirstDraws | None) -> Training:
     parallel.copy_first(problem.tensors)
     parallel.seed_apart()
     training = problem.new_training(problem.schedule)
-    with abandonable(parallel.size == 1):  # others would wait for the end
+    # other processes would wait for the end
+    with keeping(draws, problem), abandonable(parallel.size == 1):
         training.check_start(initial.name)
     if problem.prior_only and problem.schedule.num_steps is None:
         training.schedule = training.schedule.ending_at(0, NO_DATA)
@@ -97,19 +98,33 @@ def _initialize(problem: Problem, draws: FirstDraws | None) -> InitialGuide:
             whole = density
     if draws is not None:
         draws.announce()
+    with keeping(draws, problem):
+        return _start_guide(problem, draws, density if is_flow else None, whole)
+    return InitialGuide(UNCHANGED, math.nan)
+
+
+def _start_guide(
+    problem: Problem, draws: FirstDraws | None, density: LogJoint | None, whole: LogJoint
+) -> InitialGuide:
+    """Initializes the guide near draws, if it supports that.
+
+    :param density: the log joint density of chains for the start; ``None`` if the guide has no flow.
+    :param whole: the log joint density of all data, if it is known, otherwise the same as ``density``.
+    """
+    guide: object = problem.subject.guide
 
     def chains_of(density: LogJoint) -> Ensemble | None:
         of_start = FirstDraws(problem, density, 0)
         of_start.sample()
         return of_start.ensemble
 
-    if isinstance(guide, FlowGuide) and is_flow and not density.is_random:
+    if isinstance(guide, FlowGuide) and density is not None and not density.is_random:
         ensemble = chains_of(density) if draws is None else draws.ensemble
         problem.limit.enter_phase(START_UNTIL + _FOR_GUIDE)
         failure = "" if draws is None else draws.failure
         return find_start(whole, guide, ensemble, failure, fewer=problem.fewer)
     if isinstance(guide, MinibatchGuide):
         elbo_draws = problem.objective.elbo_draws
-        of_guide = log_joint, guide, problem.batch, elbo_draws, chains_of
+        of_guide = problem.subject.log_joint, guide, problem.batch, elbo_draws, chains_of
         return find_initial_minibatch_guide(*of_guide, fewer=problem.fewer)
     return InitialGuide(UNCHANGED, math.nan)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
 from ..._base.time_limit import abandonable, check_time
@@ -128,7 +129,9 @@ def _better_start(
         return InitialGuide(UNCHANGED if gaussian_elbo > -math.inf else FAILED, elbo)
     if why_no_chains:
         raise ValueError(why_no_chains)
-    sites = ", ".join(density.nonfinite_sites(density.start[None])) or "the sum of its sites"
+    z, _ = guide.rsample_and_log_prob(num_draws)
+    worst = z[~density(z).isfinite()][:1]
+    sites = ", ".join(density.nonfinite_sites(worst)) or "the sum of its sites"
     raise ValueError(
         f"expected a finite log density near the initial values, got none: {sites} is not finite there. Give "
         "the guide an init_loc_fn with values at which the log density is finite"
@@ -229,27 +232,31 @@ def _common_noise() -> Iterator[None]:
 
 
 class MinibatchDensity(LogJoint):
-    """The unscaled log joint density of a mini-batch, with its share of the density of global latents.
+    """The unscaled log joint density of a mini-batch, as if there were no other data.
 
-    The mini-batch is the same in each run and is a ``share`` of all data; ``elements`` names its own latents.
+    It is the same mini-batch in each run, a ``share`` of all data; ``shared`` names the global latents.
     """
 
     def __init__(
-        self, log_joint: LogJoint, share: float = 1.0, elements: Collection[str] = ()
+        self, log_joint: LogJoint, share: float = 1.0, shared: Collection[str] = ()
     ) -> None:
         self._like(log_joint)
-        self._share, self._elements = share, elements
+        self.run = _Unscaled(share, shared)(log_joint.run)
         if log_joint.is_random:
-            self.run = partial(_run_from, torch.get_rng_state(), log_joint.run)
+            self.run = partial(_run_from, torch.get_rng_state(), self.run)
             self.is_random = False
 
-    def __call__(self, z: Tensor) -> Tensor:
-        # the scale of an element multiplies its density but not its Jacobian
-        u, ladj = self.to_unconstrained(z)
-        parts = self.latents.split(u)
-        for name in self._elements:
-            ladj = ladj + self.latents.sites[name].constrain_with_ladj(parts[name], z.shape[:-1])[1]
-        return self._share * super().__call__(z) + (1 - self._share) * ladj
+
+class _Unscaled(Messenger):
+    """Scales all sites but the global latents, whose priors alone make their posterior proper."""
+
+    def __init__(self, share: float, shared: Collection[str]) -> None:
+        super().__init__()
+        self._share, self._shared = share, shared
+
+    def _pyro_sample(self, message: Any) -> None:
+        if message["name"] not in self._shared:
+            message["scale"] = message["scale"] * self._share
 
 
 def _run_from(state: Tensor, run: Callable[[], object]) -> None:
@@ -279,8 +286,7 @@ def find_initial_minibatch_guide(
     if not structure.global_latents or is_large or log_joint.strategy == "loop":
         return InitialGuide(UNCHANGED, math.nan)
     share = 1 / structure.scale
-    elements = log_joint.latents.sites.keys() - set(structure.global_latents)
-    shared = MinibatchDensity(log_joint, share, elements)
+    shared = MinibatchDensity(log_joint, share, structure.global_latents)
 
     def candidate(name: str) -> InitialGuide:
         with _common_noise():

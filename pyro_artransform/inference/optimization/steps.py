@@ -11,17 +11,20 @@ from ..._base.files import FilePath
 from ..._base.progress import ProgressBar
 from ..._base.time_limit import OUT_OF_TIME, abandonable
 from ..checkpoint import save
+from ..first_draws import FirstDraws, keeping
 from ..problem import Problem
 from .training import Training
 
 #: the reason for the end of a fit
 STOPPED = "the callback asked to stop"
+FAILED_GUIDE = "an error ended the training of the guide"
 _STEPS_UNTIL = 0.75  # the share of max_seconds at which steps end
 _CHECKPOINT_EVERY = 100  # steps between two checkpoints
 
 
 def take_steps(
     problem: Problem,
+    draws: FirstDraws | None,
     training: Training,
     checkpoint: FilePath | None,
     callback: Callable[[int, float], object] | None,
@@ -34,9 +37,10 @@ def take_steps(
         checkpoint = None
     is_asked, is_late = parallel.any(False, limit.is_over())
     is_saved, began, first = False, limit.seconds, training.num_steps
-    while not (training.is_over() or is_asked or is_late):
+    while not (training.is_over() or is_asked or is_late or problem.guide_failure):
         loss: float | None = None
-        with abandonable(parallel.size == 1):  # others would wait for the end
+        # other processes would wait for the end
+        with keeping(draws, problem), abandonable(parallel.size == 1):
             loss = training.step()
         if loss is None:
             break
@@ -53,10 +57,11 @@ def take_steps(
         # True may also be a scalar of NumPy or PyTorch
         is_asked = (answer.item() if hasattr(answer, "item") else answer) is True
         is_asked, is_late = parallel.any(is_asked, limit.is_over())
-    if checkpoint is not None:
+    if checkpoint is not None and not problem.guide_failure:
         is_saved |= save(problem, training, checkpoint)
-    if is_asked or not training.is_over():
+    if is_asked or problem.guide_failure or not training.is_over():
         # another process may reach the time limit before this one
         reason = STOPPED if is_asked else limit.reason or OUT_OF_TIME
+        reason = FAILED_GUIDE if problem.guide_failure else reason
         training.schedule = training.schedule.ending_at(training.num_steps, reason)
     return is_saved

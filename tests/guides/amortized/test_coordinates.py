@@ -180,7 +180,7 @@ def test_the_density_of_a_mini_batch_in_coordinates():
     """It is the same density in all coordinates: the Jacobian of these counts once."""
     guide = set_up(hierarchy, data())
     log_joint = LogJoint(poutine.condition(hierarchy, {"groups": torch.arange(5)}), (data(),))
-    density = MinibatchDensity(log_joint, 5 / SIZE, ["local", "child"])
+    density = MinibatchDensity(log_joint, 5 / SIZE, ["mean", "scale", "slopes"])
     coordinates = guide.coordinates.for_elements(log_joint.latents)
     mapped = density.with_coordinates(coordinates)
     x = 0.3 * torch.randn(6, log_joint.latents.latent_dim).double()

@@ -283,14 +283,16 @@ def test_of_a_plate_that_draws_its_mini_batch():
 
 
 def test_shared_prior():
-    """The density of the mini-batch's own elements, with its share of that of the globals."""
+    """The density of the mini-batch alone: the prior of the globals counts once."""
     y = torch.randn(BATCH)
     log_joint = LogJoint(hierarchy, (y,))
     z = torch.randn(7, 1 + BATCH)
-    prior = dist.Normal(0.0, 1e3).log_prob(z[:, 0]) * BATCH / SIZE
+    prior = dist.Normal(0.0, 1e3).log_prob(z[:, 0])
     local = dist.Normal(z[:, :1], 1.0).log_prob(z[:, 1:]).sum(-1)
     data = dist.Normal(z[:, 1:], 0.5).log_prob(y).sum(-1)
-    assert torch.allclose(MinibatchDensity(log_joint, BATCH / SIZE, ["z"])(z), prior + local + data)
+    assert torch.allclose(
+        MinibatchDensity(log_joint, BATCH / SIZE, ["mean"])(z), prior + local + data
+    )
 
 
 def test_shared_prior_of_elements_that_are_positive():
@@ -301,13 +303,13 @@ def test_shared_prior_of_elements_that_are_positive():
             pyro.sample("rate", dist.LogNormal(0.0, 1.0))
 
     u = torch.randn(5, BATCH)
-    density = MinibatchDensity(LogJoint(model), BATCH / SIZE, ["rate"])
+    density = MinibatchDensity(LogJoint(model), BATCH / SIZE)
     assert torch.allclose(density(u), dist.Normal(0.0, 1.0).log_prob(u).sum(-1))
 
 
 def test_shared_prior_of_a_plate_that_draws_is_a_function():
     log_joint = LogJoint(drawing, (torch.randn(SIZE),))
-    density, z = MinibatchDensity(log_joint, BATCH / SIZE, ["z"]), torch.randn(3, 1 + BATCH)
+    density, z = MinibatchDensity(log_joint, BATCH / SIZE, ["mean"]), torch.randn(3, 1 + BATCH)
     state = torch.get_rng_state()
     assert torch.equal(density(z), density(z))
     assert torch.equal(state, torch.get_rng_state())
