@@ -112,7 +112,7 @@ class Problem:
         epoch = 1
         if self.minibatches is not None and self.minibatches.on_all is None:
             epoch = self.minibatches.stream.num_batches
-        self.schedule = Schedule(epoch, num_compared).of_length(num_steps)
+        self.schedule = Schedule(epoch, num_compared, dim=latent_dim).of_length(num_steps)
         is_structured = isinstance(cast(object, guide), StructuredGuide)
         usual = _NUM_PARTICLES // FEWER if self.is_loop else _NUM_PARTICLES
         if not self.is_loop and is_structured and latent_dim >= _MANY_LATENTS:

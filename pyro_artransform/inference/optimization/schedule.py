@@ -28,6 +28,8 @@ _MIN_IMPROVEMENT = 0.01
 _SMALL_GAP, _MOST_GAP = 0.02, 0.04
 # steps over which the step size rises at the start
 _WARM_UP = 20
+# the largest step as a share of the distance from the optimum (benchmarks/price.md)
+_SHARE_OF_DISTANCE = 0.5
 # steps of the decay, of one that trains the tails, and the fraction of the step size it starts from
 _DECAY, _DECAY_OF_TAILS, _DECAY_FACTOR = 150, 100, 0.3
 # the largest k-hat, one standard error included, with which training stops without a decay
@@ -77,6 +79,8 @@ class Schedule:
     :param num_steps: the number of steps the user requested, or ``None``.
     :param end: the total number of steps, ``None`` while unknown.
     :param is_for_tails: whether steps of the decay train the tails.
+    :param dim: the number of latents.
+    :param gap: the last estimate of the gap in nats; inf if there is none.
     """
 
     epoch: int = 1
@@ -86,6 +90,8 @@ class Schedule:
     decay_start: int = 0
     reason: str = ""
     is_for_tails: bool = False
+    dim: int = 1
+    gap: float = math.inf
 
     def of_length(self, num_steps: int | None) -> "Schedule":
         """The schedule for a fixed number of steps; unchanged for ``None``."""
@@ -148,14 +154,15 @@ class Schedule:
         :param log_weights: returns the log weights of a number of draws.
         """
         small_gap = min(max(step / _WINDOW, 1) * _SMALL_GAP, _MOST_GAP)
-        if remaining_gap(log_weights(self.num_compared)) > small_gap:
-            return self
+        if (gap := remaining_gap(log_weights(self.num_compared))) > small_gap:
+            return replace(self, gap=gap)
         more = log_weights(_TIMES_AT_END * self.num_compared)
         if remaining_gap(more, is_end=True) <= small_gap:
             return self.ending_at(step, NOTHING_TO_WIN)
         # a thousand draws may not see a tail
         is_little = step > 0 and remaining_gap(more) <= small_gap
-        return self._decaying(step, LITTLE_TO_WIN, _DECAY_OF_TAILS) if is_little else self
+        found = replace(self, gap=gap)
+        return found._decaying(step, LITTLE_TO_WIN, _DECAY_OF_TAILS) if is_little else found
 
     def with_loss_of_decay(self, log_weights: Callable[[int], Tensor]) -> "Schedule":
         """Chooses the loss of the decay: that for the tails if k-hat is not small.
@@ -205,6 +212,15 @@ class Schedule:
         share = (step - self.decay_start) / (self.end - self.decay_start)
         size = _DECAY_FACTOR if self.num_steps is None else 1.0
         return size * 0.5 * (1 + math.cos(math.pi * share))
+
+    def step_size(self, largest: float) -> float:
+        """A step size in sds of the latents: at most ``largest``, and half the distance from the optimum.
+
+        A gap of g nats of D latents is a distance of about sqrt(2 g / D) sds in each, and the random walk of
+        longer steps would first increase it.
+        """
+        distance = math.sqrt(2 * max(self.gap, _SMALL_GAP) / self.dim)
+        return min(largest, _SHARE_OF_DISTANCE * distance)
 
     def average_weight(self, step: int) -> float:
         """The weight of the current parameters in the polynomial-decay average.

@@ -75,8 +75,8 @@ class Training:
             raise ValueError("there is nothing to train: neither guide nor model has parameters")
         self.trained = list(self.parameters.values())
         is_guide_alone = objective.is_guide_alone()
-        step_size = _STEP_SIZE if is_guide_alone else _MODEL_STEP_SIZE
-        self.optimizer = Adam(self.trained, step_size, scales)
+        self._step_size = _STEP_SIZE if is_guide_alone else _MODEL_STEP_SIZE
+        self.optimizer = Adam(self.trained, self._step_size, scales)
         #: the loss of each step, NaN if the step was skipped
         self.losses: list[float] = []
         #: the sites that caused steps to be skipped, with the number of steps
@@ -141,7 +141,8 @@ class Training:
         self.num_gradients += num_draws * self._parallel.size
         if not loss.requires_grad:
             raise FitError("there is nothing to train: neither guide nor model has parameters")
-        self.optimizer.factor = self.schedule.factor(self.num_steps)
+        share = self.schedule.step_size(self._step_size) / self._step_size
+        self.optimizer.factor = share * self.schedule.factor(self.num_steps)
         value = self._take(loss)
         weight = self.schedule.average_weight(self.num_steps)
         torch._foreach_lerp_(self._average, [*map(Tensor.detach, self.trained)], weight)
