@@ -11,6 +11,7 @@ from typing import cast
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
+from pyro.util import get_rng_state
 from torch import Tensor, nn
 
 from .._base.arguments import first_of, warn_user
@@ -60,6 +61,8 @@ class Problem:
         num_particles: int | None,
     ) -> None:
         self.parallel, self.limit, self.guide_reason = parallel, limit, ""
+        #: the state of all generators at the beginning, with which chains start
+        self.generators = get_rng_state()
         batches = [arguments]
         if stream is not None:
             batches = list(stream.whole.one_pass(NUM_VALIDATION))
