@@ -54,6 +54,17 @@ def seeded(seed: int | None) -> Iterator[None]:
         set_rng_state(state)
 
 
+@contextmanager
+def generators_at(state: dict[str, Any]) -> Iterator[None]:
+    """Sets the generators to a state that ``pyro.util.get_rng_state`` gave, and restores them at the end."""
+    now = get_rng_state()
+    set_rng_state(state)
+    try:
+        yield
+    finally:
+        set_rng_state(now)
+
+
 class _Lines:
     """A stream that writes each state of a progress bar as a line of a log."""
 

@@ -13,8 +13,10 @@ import torch
 from pyro import poutine
 from pyro.distributions import Delta
 from pyro.infer.autoguide import AutoGuide
+from pyro.util import get_rng_state
 from torch import Tensor
 
+from .._base.progress import generators_at
 from .._base.time_limit import has_limit
 from ..model import LogJoint
 from ..model.density import Args, Kwargs
@@ -115,6 +117,7 @@ class ModelAndGuide(NamedTuple):
 
         The run sets up the guide for the latents of its model, and registers its parameters in Pyro's store.
         """
+        generators = get_rng_state()
         with torch.no_grad(), hidden_sites():
             _refuse_stale_parameters(guide, args, kwargs)
             guide(*args, **kwargs)
@@ -123,7 +126,9 @@ class ModelAndGuide(NamedTuple):
         is_flow = isinstance(offered, FlowGuide)
         if known is not None and is_flow:
             log_joint = known.log_joint_of(model, args, kwargs)
-        log_joint = log_joint or LogJoint(model, args, kwargs)
+        if log_joint is None:
+            with generators_at(generators):  # its start does not depend on the guide
+                log_joint = LogJoint(model, args, kwargs)
         if known is not None:
             log_joint.maps_priors = known.maps_priors
             if is_flow:

@@ -5,6 +5,7 @@
 
 from typing import cast
 
+from .._base.progress import generators_at
 from ..model import LogJoint
 from ..model.protocols import GuideOfModes
 from ..sampling import Ensemble, StartError, StopReason
@@ -24,7 +25,8 @@ START_UNTIL = 0.5
 class FirstDraws:
     """An ensemble of chains before the guide is trained, and another one if parameters of the model are.
 
-    Chains before the training of such parameters only initialize the guide.
+    They are those of :func:`~pyro_artransform.mcmc`, with the same seed the same draws. Chains before the
+    training of such parameters only initialize the guide.
 
     :param num_draws: the number of effective draws of each latent; 0 if they only initialize the guide,
         ``None`` for 400, or 100 by loop.
@@ -69,7 +71,8 @@ class FirstDraws:
         self._problem.limit.say("chains")
         ensemble = from_nothing(self._log_joint, self._num_draws)
         try:
-            self._run(ensemble)
+            with generators_at(self._problem.generators):
+                self._run(ensemble)
         except StartError as error:
             self.failure = str(error)
 

@@ -11,6 +11,7 @@ from typing import cast
 import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
+from pyro.util import get_rng_state
 from torch import Tensor, nn
 
 from .._base.arguments import first_of, warn_user
@@ -62,6 +63,8 @@ class Problem:
         self.parallel, self.limit, self.guide_reason = parallel, limit, ""
         #: the error that ended the guide's start or training, if the fit has draws nevertheless; else empty
         self.guide_failure = ""
+        #: the state of all generators at the beginning, with which chains start
+        self.generators = get_rng_state()
         batches = [arguments]
         if stream is not None:
             batches = list(stream.whole.one_pass(NUM_VALIDATION))

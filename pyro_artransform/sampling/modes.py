@@ -180,6 +180,42 @@ class Proposal(Protocol):
     def log_prob(self, value: Tensor) -> Tensor: ...
 
 
+class StudentTMixture(NamedTuple):
+    """A mixture of K Student's t distributions that solves for all points at once, unlike PyTorch's.
+
+    :param log_share: log weights, shape ``(K,)``.
+    :param loc: locations, shape ``(K, D)``.
+    :param scale_tril: their lower-triangular scales, each ``(D, D)``.
+    """
+
+    log_share: Tensor
+    loc: Tensor
+    scale_tril: list[Tensor]
+
+    def sample(self, shape: tuple[int, ...]) -> Tensor:
+        """Points ``(n, D)``."""
+        index = torch.multinomial(self.log_share.exp(), shape[0], replacement=True)
+        points = torch.randn(
+            (shape[0], self.loc.shape[1]), dtype=self.loc.dtype, device=self.loc.device
+        )
+        halves = torch.full_like(points[:, :1], _DEGREES / 2)
+        points = points * dist.Gamma(halves, halves).sample().rsqrt()
+        for k, root in enumerate(self.scale_tril):
+            points = torch.where(index[:, None] == k, self.loc[k] + points @ root.T, points)
+        return points
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log density at points ``(n, D)``, shape ``(n,)``."""
+        found, dim = list[Tensor](), self.loc.shape[1]
+        for loc, root in zip(self.loc, self.scale_tril):
+            z = torch.linalg.solve_triangular(root, (value - loc).T, upper=False)
+            width = root.diagonal().log().sum()
+            found.append(-(_DEGREES + dim) / 2 * (z.square().sum(0) / _DEGREES).log1p() - width)
+        constant = math.lgamma((_DEGREES + dim) / 2) - math.lgamma(_DEGREES / 2)
+        constant -= dim / 2 * math.log(_DEGREES * math.pi)
+        return (torch.stack(found, -1) + self.log_share).logsumexp(-1) + constant
+
+
 class IndependentProposals:
     """Independence Metropolis proposals, which move chains between modes and into tails.
 
@@ -200,10 +236,9 @@ class IndependentProposals:
     def at_modes(cls, base: Sequence[Tensor], share: Tensor) -> "IndependentProposals":
         """Proposes from a mixture of Student's t distributions fitted to draws ``(n, D)`` of each mode."""
         loc = torch.stack([part.mean(0) for part in base])
-        share = share.to(loc)  # densities are double where data are, whatever the dtype of latents
-        scale_tril = torch.stack([_scale_tril(part) for part in base])
-        of_mode = dist.MultivariateStudentT(torch.full_like(share, _DEGREES), loc, scale_tril)
-        return cls(dist.MixtureSameFamily(dist.Categorical(share), of_mode))
+        # densities are double where data are, whatever the dtype of latents
+        log_share = (share / share.sum()).to(loc).log()
+        return cls(StudentTMixture(log_share, loc, [*map(_scale_tril, base)]))
 
     def step(
         self,
@@ -217,8 +252,7 @@ class IndependentProposals:
         :param to_image: maps states to random images of a posterior with symmetries, and ``back`` from there.
             Modes have different numbers of images, and proposals are near one of each.
         """
-        # Chi2 has PyTorch's default dtype
-        points = self._distribution.sample((len(state.base),)).to(state.base)
+        points = self._distribution.sample((len(state.base),))
         there = target(points)
         here_weight, there_weight = (
             each.log_density - self._distribution.log_prob(each.base)

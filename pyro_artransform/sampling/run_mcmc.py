@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from pyro.infer.autoguide.initialization import init_to_median
+from pyro.util import get_rng_state
 from torch import Tensor
 
 from .._base.arguments import check_callable, check_flag, check_integer
 from .._base.check_call import check_call, explains_data
-from .._base.progress import alone, progress_bar, seeded
+from .._base.progress import alone, generators_at, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from ..model import LogJoint
 from ..model.coordinates.centering import non_centered
@@ -107,10 +108,12 @@ def mcmc(
     ):
         limit.enter_phase(CHAINS_UNTIL)
         bar.say("chains")
+        generators = get_rng_state()
         log_joint = LogJoint(model, args, kwargs, init_loc_fn=init_loc_fn)
         ensemble = from_nothing(log_joint, draws, num_chains)
         prior_only = warn_of_prior(log_joint)
-        ensemble.run(draws)
+        with generators_at(generators):  # as in a fit, whose guide takes other random numbers
+            ensemble.run(draws)
         reason = limit.reason
         limit.enter_phase(1.0, has_grace=True)
         chains = chains_of(ensemble, draws, limit.seconds, reason, prior_only, relabel=relabel)

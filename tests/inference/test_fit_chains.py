@@ -19,6 +19,7 @@ from pyro_artransform.diagnostics import importance
 from pyro_artransform.diagnostics.checks import Check
 from pyro_artransform.inference import first_draws
 from pyro_artransform.inference.initialization.start import AT_DRAWS, UNCHANGED
+from pyro_artransform.sampling import mcmc
 from tests.inference import loaders, models
 from tests.inference.conftest import SOON, Interrupting
 from tests.inference.conftest import quick_fit as fit
@@ -235,6 +236,14 @@ def test_a_model_that_is_run_by_loop():
 def test_a_seed_makes_draws_repeatable():
     one, same = (fitted(models.regression, draws=50, seed=5) for _ in range(2))
     assert torch.equal(one.draws["loc"], same.draws["loc"])
+
+
+@pytest.mark.parametrize("guides", [[], [AutoIAF(models.regression)]])
+def test_draws_are_those_of_mcmc(guides):
+    """With the same seed, whatever random numbers the guide takes."""
+    found = fitted(models.regression, *guides, draws=50, num_steps=1, seed=5)
+    chains = mcmc(models.regression, draws=50, seed=5, progress=False)
+    assert torch.equal(found.draws["loc"], chains.draws["loc"])
 
 
 def test_max_seconds_ends_steps_and_chains():
