@@ -126,11 +126,11 @@ def _check_bijection(transform: Any, x: Tensor) -> None:
     for way, function in {"map": transform, "inverse": transform.inv}.items():
         require(function(nan * x).isnan(), f"a NaN must remain NaN in the {way}", x=nan * x)
     both = {"call_and_ladj": (x, y, ladj), "inverse_and_ladj": (y, back, back_ladj)}
-    for method, (at, *expected) in both.items():
+    for method, (argument, *expected) in both.items():
         wanted = f"{method} must agree with the methods of torch, such as log_abs_det_jacobian"
-        found = getattr(transform, method)(at) if hasattr(transform, method) else ()
+        found = getattr(transform, method)(argument) if hasattr(transform, method) else ()
         for one, other in zip(found, expected):
-            equal(one, other, wanted, 10 * round_off, at=at)
+            equal(one, other, wanted, 10 * round_off, argument=argument)
 
 
 def _check_independence(family: Univariate, dtype: torch.dtype, way: str) -> None:

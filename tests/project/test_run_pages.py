@@ -4,6 +4,8 @@
 
 import copy
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,8 @@ import pyro
 import pytest
 import torch
 
-from tests.project.test_docs import DOCS, PAGES, script_of_the_site
-from tests.shortened_code import python_blocks
+from tests.project.test_docs import DOCS, PAGES, ROOT, script_of_the_site
+from tests.shortened_code import python_blocks, shortened
 
 RUN_PAGES = script_of_the_site("run_pages")
 every_page = pytest.mark.parametrize("name", RUN_PAGES.PAGES)
@@ -56,6 +58,47 @@ def test_a_guide_by_hand_vectorizes_and_loads(tmp_path: Path) -> None:
     store.load(tmp_path / "store.pt")
     assert abs(trained - by_particle) > 2
     assert loss(vectorize_particles=True) == pytest.approx(trained, abs=0.5)
+
+
+DENSITY = """
+def density():
+    z, u = torch.tensor([4.0, 1.0]), torch.linspace(-5.0, 20.0, 8)[:, None]
+    at = pyro.condition(schools_guide, data={"z": z, "u": u})
+    return pyro.poutine.trace(at).get_trace(errors, effects).log_prob_sum().item()
+"""
+IN_A_NEW_PROCESS = """
+new = density()
+pyro.clear_param_store()
+pyro.get_param_store().load(path)
+print(new, density())
+"""
+
+
+def test_a_guide_with_a_conditional_flow_vectorizes_and_loads_in_a_new_process(
+    tmp_path: Path,
+) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["guide_by_hand.md"], re.DOTALL)
+    recipe = next(block for block in blocks if "def schools_guide" in block)
+    definitions = blocks[0] + recipe.split("loss = ")[0] + DENSITY
+    names: dict[str, Any] = {}
+    exec(definitions + shortened(recipe[recipe.index("loss = ") :]), names)
+    losses = [
+        pyro.infer.Trace_ELBO(1000, max_plate_nesting=1, vectorize_particles=vectorized).loss(
+            names["schools"], names["schools_guide"], names["errors"], names["effects"]
+        )
+        for vectorized in (False, True)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=0.3)  # shapes that broadcast: times 1,000
+    path = tmp_path / "store.pt"
+    pyro.get_param_store().save(path)
+    script = definitions + f"path = {str(path)!r}" + IN_A_NEW_PROCESS
+    done = subprocess.run(
+        [sys.executable, "-c", script], check=True, cwd=ROOT, capture_output=True, text=True
+    )
+    new, loaded = map(float, done.stdout.split())
+    trained = names["density"]()
+    assert abs(new - trained) > 0.1
+    assert loaded == pytest.approx(trained, rel=1e-12)
 
 
 @pytest.mark.slow
