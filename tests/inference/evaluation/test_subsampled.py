@@ -74,7 +74,7 @@ def test_one_element_that_is_wrong_is_named():
 
 def test_a_model_whose_latents_are_shared():
     """All passes go round until each row is in ten batches."""
-    result = trained(rows, num_steps=1000)
+    result = trained(rows, num_steps=1500)
     assert result.trusted, result
     assert result.log_evidence == pytest.approx(evidence(), abs=4 * result.log_evidence_se)
     assert result.log_evidence_se < 0.02
