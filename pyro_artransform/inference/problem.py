@@ -32,9 +32,9 @@ from .optimization.schedule import NUM_COMPARED, Schedule
 from .optimization.training import Training
 from .parallel import Parallel
 
-# draws per step, and those of structured guides with this many latents or more: half the time, same ELBO
+# draws per step, and those of structured guides with this many latents or more (benchmarks/price.md)
 _MOST_SHARED = 50  # latents outside of plates, each of which takes a gradient per pass
-_NUM_PARTICLES, _MANY_LATENTS, _NUM_PARTICLES_OF_MANY = 64, 200, 16
+_NUM_PARTICLES, _MANY_LATENTS, _NUM_PARTICLES_OF_MANY = 128, 200, 64
 
 Function = Callable[..., object]
 
