@@ -33,9 +33,10 @@ from .optimization.schedule import NUM_COMPARED, Schedule
 from .optimization.training import Training
 from .parallel import Parallel
 
-# draws per step, and those of structured guides with this many latents or more: half the time, same ELBO
 _MOST_SHARED = 50  # latents outside of plates, each of which takes a gradient per pass
-_NUM_PARTICLES, _MANY_LATENTS, _NUM_PARTICLES_OF_MANY = 64, 200, 16
+# draws per step, and those of structured guides with this many latents or more (benchmarks/price.md), which are
+# fewer with mini-batches, whose rows are the larger noise
+_NUM_PARTICLES, _MANY_LATENTS, _OF_MANY, _OF_MANY_IN_BATCHES = 128, 200, 64, 16
 
 Function = Callable[..., object]
 
@@ -119,7 +120,7 @@ class Problem:
         is_structured = isinstance(cast(object, guide), StructuredGuide)
         usual = _NUM_PARTICLES // FEWER if self.is_loop else _NUM_PARTICLES
         if not self.is_loop and is_structured and latent_dim >= _MANY_LATENTS:
-            usual = _NUM_PARTICLES_OF_MANY
+            usual = _OF_MANY if self.stream is None else _OF_MANY_IN_BATCHES
         wanted = num_particles or usual
         # processes share no batch, so that each takes all draws for its own
         per_process = wanted if self.stream is not None else parallel.share(wanted)

@@ -43,6 +43,8 @@ _NUM_ESTIMATES = 4
 # runs of the model in the search for a site that is not finite
 _NUM_TRACED = 16
 
+# the deviation of log weights, in units of its median, beyond which the robust loss bounds their gradients
+_BOUND = 3.0
 # the additional weight of deviating log weights in the tail loss, the squared deviation at its cap, and
 # the factor on draws per step (benchmarks/price.md)
 _TAIL_WEIGHT, _MAX_DEVIATION, _TAIL_DRAWS = 2.0, 50.0, 2
@@ -68,6 +70,10 @@ class Objective(Protocol):
 
         :raises ReplayError: if losses since the last comparison were wrong; the next call is correct.
         """
+
+    def robust_loss(self, num_particles: int) -> Tensor:
+        """A loss like :meth:`loss` whose gradient is less noisy, for a guide alone."""
+        return self.loss(num_particles)
 
     def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:
         """A loss like :meth:`loss` whose gradient covers the tails better, and its number of draws."""
@@ -114,15 +120,32 @@ class _PathTerms:
     def mean(self, num_particles: int) -> Tensor:
         return self(num_particles).mean()
 
+    def robust(self, num_particles: int) -> Tensor:
+        """See :meth:`PathObjective.robust_loss`."""
+        terms = self(num_particles)
+        deviation = _deviation(terms)
+        bound = _BOUND * deviation.median() + torch.finfo(terms.dtype).tiny
+        return _weighted(terms, (bound / deviation).clamp(max=1.0))
+
     def for_tails(self, num_particles: int) -> Tensor:
         """See :meth:`PathObjective.tail_loss`."""
         terms = self(num_particles)
-        value = terms.detach()
-        deviation = (value - value.median()).abs()
+        deviation = _deviation(terms)
         spread = deviation.square().mean().sqrt() + torch.finfo(terms.dtype).tiny
-        weights = 1 + _TAIL_WEIGHT * (deviation / spread).square().clamp(max=_MAX_DEVIATION)
-        weighted = (weights * terms).mean()
-        return value.mean() + (weighted - weighted.detach())
+        squared = (deviation / spread).square().clamp(max=_MAX_DEVIATION)
+        return _weighted(terms, 1 + _TAIL_WEIGHT * squared)
+
+
+def _deviation(terms: Tensor) -> Tensor:
+    """The distances of log weights ``(n,)`` from their median."""
+    value = terms.detach()
+    return (value - value.median()).abs()
+
+
+def _weighted(terms: Tensor, weights: Tensor) -> Tensor:
+    """The mean of terms ``(n,)``, with weights of their gradients."""
+    weighted = (weights * terms).mean()
+    return terms.detach().mean() + (weighted - weighted.detach())
 
 
 @dataclass
@@ -163,13 +186,23 @@ class PathObjective(Objective):
             self._captured[key] = CapturedLoss(partial(loss, num_particles))
         return self._captured[key]()
 
+    def robust_loss(self, num_particles: int) -> Tensor:
+        r"""The ELBO with the gradient of another divergence, to which extreme draws contribute less noise.
+
+        With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path gradient of the ELBO
+        with weights :math:`w^2 f''(w)`, which are one for the ELBO. Here they are :math:`\min(1, c / d)`,
+        where d is the deviation of :math:`\log w` from its median in units of the median of all d, as in
+        robust regression. The minimum is still at the posterior.
+
+        See Robust Estimation of a Location Parameter (Huber, 1964).
+        """
+        return self._replayed(self._terms.robust, num_particles)
+
     def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:
         r"""The ELBO with the gradient of another divergence, which covers the tails better.
 
-        With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path gradient of the ELBO
-        with weights :math:`w^2 f''(w)`, which are one for the ELBO. Here the weights are
-        :math:`1 + \lambda \min(d^2, c)`, where d is the deviation of :math:`\log w` from its median in
-        units of its spread. The minimum is still at the posterior.
+        The weights of :meth:`robust_loss` here are :math:`1 + \lambda \min(d^2, c)`, with d in units of
+        its root mean square.
 
         See Doubly Reparameterized Gradient Estimators for Monte Carlo Objectives (Tucker et al., 2019),
         https://arxiv.org/abs/1810.04152, and Variational Inference via chi Upper Bound Minimization

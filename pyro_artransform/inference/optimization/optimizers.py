@@ -49,8 +49,8 @@ class Adam:
         moved, gradients, means, squares, counts = map(list, zip(*present))
         options: Any = {"weight_decay": 0.0, "amsgrad": False, "maximize": False, **self._kind}
         options.update(lr=self._step_size * self.factor, eps=1e-8)
-        # beta2 is small since steps are few
-        adam(moved, gradients, means, squares, [], counts, beta1=0.9, beta2=0.99, **options)
+        # both are small since steps are few (benchmarks/price.md)
+        adam(moved, gradients, means, squares, [], counts, beta1=0.8, beta2=0.99, **options)
         for parameter, scale, before in scaled:
             parameter.copy_(torch.addcmul(before, scale, parameter - before))
 

@@ -224,7 +224,9 @@ class Training:
         num_draws = self._parallel.share(self.num_particles)
         if self.schedule.is_for_tails and self.num_steps >= self.schedule.decay_start:
             return self.objective.tail_loss(num_draws)
-        return self.objective.loss(num_draws), num_draws
+        # weights of draws would move the parameters of a model to other values
+        loss = self.objective.robust_loss if self._has_checks else self.objective.loss
+        return loss(num_draws), num_draws
 
     def finish(self) -> None:
         """Sets the parameters to their average, unless a decay determined them, or to a better start."""

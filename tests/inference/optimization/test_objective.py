@@ -346,3 +346,25 @@ def test_loss_for_the_tails():
     (plain,) = torch.autograd.grad(objective.loss(2000), scale)
     assert (pulled < 1.2 * plain).all()
     assert (plain < 0).all()
+
+
+def test_robust_loss(monkeypatch):
+    """The value is the negative ELBO; the gradient vanishes at the posterior, draws far out count less."""
+    guide = small(models.gaussian)
+    objective = path(models.gaussian, guide)
+    guide.start_at(torch.ones(3), torch.tensor(models.SCALE_TRIL))
+    trained = list(objective.parameters().values())
+    found = torch.autograd.grad(objective.robust_loss(16), trained, allow_unused=True)
+    assert max(g.abs().max() for g in found if g is not None) < 1e-8
+    guide.start_at(torch.ones(3), 0.7 * torch.tensor(models.SCALE_TRIL))
+    (pulled,) = torch.autograd.grad(
+        objective.robust_loss(1000), guide.transform.transforms[1].log_scale
+    )
+    assert (pulled < 0).all()
+    # distances 2, 1, 0, 1 and 99 from the median, whose median is 1
+    terms = torch.tensor([-1.0, 0.0, 1.0, 2.0, 100.0], requires_grad=True)
+    monkeypatch.setattr(type(objective._terms), "__call__", lambda *_: terms)
+    loss = objective._terms.robust(5)
+    assert loss.item() == pytest.approx(20.4)
+    (weights,) = torch.autograd.grad(loss, terms)
+    torch.testing.assert_close(5 * weights, torch.tensor([1.0, 1.0, 1.0, 1.0, 3 / 99]))
