@@ -91,8 +91,8 @@ def fit(
     :param guide: any Pyro guide for the model. :mod:`pyro_artransform.model.protocols` describes what a
         guide may offer beyond Pyro's interface.
     :param num_steps: the number of steps; by default the fit decides when to stop.
-    :param num_particles: draws per step; by default 128, or for ``AutoStructuredFlow`` with 200 latents
-        or more 64, and 16 with a ``loader``.
+    :param num_particles: draws per step; by default 128, or 64 for ``AutoStructuredFlow`` with 200 latents or
+        more; with a ``loader`` 64 and 16.
     :param seed: makes the fit reproducible and restores the generators afterwards. This includes the order
         of a ``DataLoader(shuffle=True)``, unless the loader has a generator of its own.
     :param progress: whether to show a progress bar.

@@ -34,9 +34,9 @@ from .optimization.training import Training
 from .parallel import Parallel
 
 _MOST_SHARED = 50  # latents outside of plates, each of which takes a gradient per pass
-# draws per step, and those of structured guides with this many latents or more (benchmarks/price.md), which are
-# fewer with mini-batches, whose rows are the larger noise
-_NUM_PARTICLES, _MANY_LATENTS, _OF_MANY, _OF_MANY_IN_BATCHES = 128, 200, 64, 16
+# draws per step, and those of structured guides with this many latents or more (benchmarks/price.md); with
+# mini-batches, whose rows are the larger noise, there are fewer
+_MANY_LATENTS, _NUM_PARTICLES, _NUM_IN_BATCHES = 200, (128, 64), (64, 16)
 
 Function = Callable[..., object]
 
@@ -118,9 +118,10 @@ class Problem:
             epoch = self.minibatches.stream.num_batches
         self.schedule = Schedule(epoch, num_compared, dim=latent_dim).of_length(num_steps)
         is_structured = isinstance(cast(object, guide), StructuredGuide)
-        usual = _NUM_PARTICLES // FEWER if self.is_loop else _NUM_PARTICLES
+        few, fewest = _NUM_PARTICLES if self.stream is None else _NUM_IN_BATCHES
+        usual = few // FEWER if self.is_loop else few
         if not self.is_loop and is_structured and latent_dim >= _MANY_LATENTS:
-            usual = _OF_MANY if self.stream is None else _OF_MANY_IN_BATCHES
+            usual = fewest
         wanted = num_particles or usual
         # processes share no batch, so that each takes all draws for its own
         per_process = wanted if self.stream is not None else parallel.share(wanted)
