@@ -18,7 +18,7 @@ from .._base.arguments import first_of, warn_user
 from .._base.time_limit import TimeLimit
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..guides.choice import choose_guide, choose_mixture
-from ..model import LogJoint
+from ..model import FullDataDensity, LogJoint
 from ..model.elements import ElementGroups, ElementTerms
 from ..model.handlers import traced_parameters
 from ..model.prior_only import warn_of_prior
@@ -73,8 +73,9 @@ class Problem:
         is_minibatch = not (stream is None or stream.whole.is_all_data)
         #: the elements of plates that rows of mini-batches read, for a guide that learns its graph from them
         self.terms: ElementTerms | None = None
+        whole: FullDataDensity | None = None
         if stream is not None and is_minibatch and (guide is None or _is_new(guide)):
-            self.terms = _element_terms(model, batches[0], stream, parallel)
+            whole, self.terms = _element_terms(model, batches[0], stream, parallel)
         if guide is None:
             has_elements = self.terms is not None
             guide, self.guide_reason = choose_guide(
@@ -82,6 +83,8 @@ class Problem:
             )
         if self.terms is not None and isinstance(guide, ElementGuide):
             guide.set_up_on(self.terms, *batches[0].args, **batches[0].kwargs)
+        else:
+            whole = None  # the guide may have coordinates of its own
         self.subject = _run_once(model, guide, batches[0], stream)
         log_joint = self.subject.log_joint
         #: a sentence on why the posterior is the prior; empty if it is not
@@ -103,7 +106,7 @@ class Problem:
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
             self.objective = MinibatchObjective(
-                of_batch, self.stream, log_joint, batches, self.terms, parallel
+                of_batch, self.stream, log_joint, batches, self.terms, parallel, whole
             )
             if (whole := self.objective.whole) is not None:
                 self.subject = self.subject._replace(log_joint=whole)
@@ -211,21 +214,24 @@ def _is_new(guide: object) -> bool:
 
 def _element_terms(
     model: Function, batch: Batch, stream: BatchStream, parallel: Parallel
-) -> ElementTerms | None:
-    """The elements that rows of all mini-batches read; ``None`` if a structured guide cannot use them."""
+) -> tuple[FullDataDensity | None, ElementTerms | None]:
+    """The density of all data, and the elements that rows of all mini-batches read.
+
+    The terms are ``None`` if a structured guide cannot use them, and the density if it is not known.
+    """
     args, kwargs = batch
     log_joint = LogJoint(model, args, kwargs)
     structure = log_joint.structure(args, kwargs)
     groups = ElementGroups.of(log_joint.latents)
     is_known = stream.whole.is_partition and structure.is_scaled and log_joint.strategy != "loop"
     if not is_known or structure.subsampled_latents or log_joint.is_enumerated:
-        return None
+        return None, None
     if not groups.members or len(groups.shared) > _MOST_SHARED:
-        return None
+        return None, None
     whole = full_data_density(log_joint, stream, parallel)
     if not whole.is_of_all_data or whole.is_random:
-        return None
-    return ElementTerms.of(log_joint, (part for _, part in whole.parts()), parallel)
+        return None, None
+    return whole, ElementTerms.of(log_joint, (part for _, part in whole.parts()), parallel)
 
 
 def _warn_of_loop(

@@ -79,23 +79,28 @@ class MinibatchObjective(Objective):
     validation: list[Batch]
     terms: ElementTerms | None = None
     parallel: Parallel = field(default_factory=Parallel)
+    #: the log joint density of all data, if a pass over the stream has them and they share all latents
+    whole: FullDataDensity | None = None
 
     def __post_init__(self) -> None:
         self._last = self.objective
         self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
         self._anchor: Anchor | None = None
-        #: the log joint density of all data, if a pass over the stream has them and they share all latents
-        self.whole: FullDataDensity | None = None
-        stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
-        if stream.is_partition and structure.is_scaled and not structure.subsampled_latents:
-            whole = full_data_density(self.log_joint, self.stream, self.parallel)
-            self.whole = whole if whole.is_of_all_data and not whole.is_random else None
+        if self.whole is None:
+            self.whole = self._density_of_all()
         #: the objective on all data, which corrects that of each batch
         self.on_all: PathObjective | None = None
         objective = self.objective
         if self.whole and isinstance(objective, PathObjective) and objective.is_guide_alone():
             self.on_all = replace(objective, log_joint=self.whole)
         self.has_weights = self.is_noisy = self.on_all is not None
+
+    def _density_of_all(self) -> FullDataDensity | None:
+        stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
+        if not stream.is_partition or not structure.is_scaled or structure.subsampled_latents:
+            return None
+        whole = full_data_density(self.log_joint, self.stream, self.parallel)
+        return whole if whole.is_of_all_data and not whole.is_random else None
 
     def _weight(self, batch: Batch) -> float:
         """The rows of a batch relative to those of the largest validation batch; one without scales."""
