@@ -26,6 +26,7 @@ class Adam:
     def __init__(
         self, parameters: Sequence[Tensor], step_size: float, scales: Scales | None = None
     ) -> None:
+        self.beta1 = 0.9  #: the share that the mean of gradients keeps
         self._step_size, self._scales = step_size, scales
         #: the schedule's factor on the step size
         self.factor = 1.0
@@ -49,8 +50,8 @@ class Adam:
         moved, gradients, means, squares, counts = map(list, zip(*present))
         options: Any = {"weight_decay": 0.0, "amsgrad": False, "maximize": False, **self._kind}
         options.update(lr=self._step_size * self.factor, eps=1e-8)
-        # both are small since steps are few (benchmarks/price.md)
-        adam(moved, gradients, means, squares, [], counts, beta1=0.8, beta2=0.99, **options)
+        # beta2 is small since steps are few
+        adam(moved, gradients, means, squares, [], counts, beta1=self.beta1, beta2=0.99, **options)
         for parameter, scale, before in scaled:
             parameter.copy_(torch.addcmul(before, scale, parameter - before))
 

@@ -65,7 +65,7 @@ def test_own_adam_scales_steps():
 
 def test_own_adam_is_pytorchs():
     ours, theirs = parameters(), parameters()
-    optimizer, other = own(ours), torch.optim.Adam(theirs, lr=0.1, betas=(0.8, 0.99))
+    optimizer, other = own(ours), torch.optim.Adam(theirs, lr=0.1, betas=(0.9, 0.99))
     for _ in range(5):
         step(optimizer, ours)
         step(other, theirs)
