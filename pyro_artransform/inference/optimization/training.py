@@ -23,11 +23,14 @@ from .objective import Objective
 from .optimizers import Adam, Scales
 from .schedule import Schedule
 
-_END = ("decay_start", "end", "reason", "is_for_tails")
+_END = ("decay_start", "end", "reason", "is_for_tails", "gap")
 _COPIED = ("norms", "average")
 # step size of Adam, also if the model has parameters, such as networks: with 2e-2 an autoencoder ended 5 nats
 # per image lower (tutorials/vae_iaf.ipynb)
 _STEP_SIZE, _MODEL_STEP_SIZE = 2e-2, 5e-3
+# Adam's average of gradients is short since steps are few (benchmarks/price.md), but not with mini-batches
+# that all data do not correct, whose noise is larger
+_BETA1, _BETA1_OF_MINIBATCHES = 0.8, 0.9
 # gradients are clipped to 3 times their median norm over the last 100 steps; a fit gives up if none of its
 # last 100 steps is finite
 _CLIP_FACTOR, _MAX_SKIPS = 3.0, 100

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -158,6 +159,15 @@ def test_state(at):
     assert whole.culprits == second.culprits
     assert torch.equal(whole.objective.x, second.objective.x)
     assert all(map(torch.equal, whole._average, second._average))
+
+
+def test_state_has_the_estimate_of_the_gap():
+    """Step sizes depend on it."""
+    first, second = (training_of(Bowl(), None, dim=1000) for _ in range(2))
+    first.schedule = replace(first.schedule, gap=0.1)
+    assert second.schedule != first.schedule
+    second.restore(first.state())
+    assert second.schedule == first.schedule
 
 
 def test_state_of_other_parameters():
