@@ -70,7 +70,7 @@ class StructuredFlow(ComposedTransform):
             for _ in range(num_transforms):
                 network = ParentsMLP(parents, 2, hidden_dim, bias=False, shares=shares_networks)
                 networks.append(network)
-                meta = ConditionedUnivariate(networks[-1], Standardizing())
+                meta = ConditionedUnivariate(network, Standardizing())
                 layers.append(AutoregressiveTransform(meta).inv)
         updates = [LowRankUpdate(own, RANK) for own in elimination.updated]
         has_links = any(elimination.linear)
@@ -83,8 +83,13 @@ class StructuredFlow(ComposedTransform):
 
     @property
     def num_values(self) -> int:
-        """How many numbers the networks hold for each draw, at least one."""
-        return max([1, *(network.num_values for network in self._networks)])
+        """How many numbers the largest layer holds for each draw."""
+        return max(
+            [
+                len(self._partition[0].inverse_order),
+                *(network.num_values for network in self._networks),
+            ]
+        )
 
     def start_at(
         self, sd: Tensor, coefficients: Sequence[Tensor], scale: Tensor, root_tril: Tensor

@@ -130,7 +130,7 @@ def _better_start(
     if why_no_chains:
         raise ValueError(why_no_chains)
     z, _ = guide.rsample_and_log_prob(num_draws)
-    worst = z[~density(z).isfinite()][:1]
+    worst = torch.cat([z[~density(z).isfinite()], density.start[None]])[:1]
     sites = ", ".join(density.nonfinite_sites(worst)) or "the sum of its sites"
     raise ValueError(
         f"expected a finite log density near the initial values, got none: {sites} is not finite there. Give "
