@@ -46,12 +46,9 @@ def seeded(seed: int | None) -> Iterator[None]:
     if seed is None:
         yield
         return
-    state = get_rng_state()
-    pyro.set_rng_seed(seed)
-    try:
+    with generators_at(get_rng_state()):
+        pyro.set_rng_seed(seed)
         yield
-    finally:
-        set_rng_state(state)
 
 
 @contextmanager

@@ -42,6 +42,20 @@ def full_data_density(
     return FullDataDensity(log_joint, stream.all_batches, processes)
 
 
+def density_of_all_rows(
+    log_joint: LogJoint, stream: BatchStream, batch: Batch, processes: OneProcess = _ALONE
+) -> FullDataDensity | None:
+    """The same, if a pass over the stream has all data, and they share all latents; otherwise ``None``.
+
+    :param batch: one of the batches.
+    """
+    structure = log_joint.structure(*batch)
+    if not (stream.whole.is_partition and structure.is_scaled) or structure.subsampled_latents:
+        return None
+    whole = full_data_density(log_joint, stream, processes)
+    return whole if whole.is_of_all_data and not whole.is_random else None
+
+
 @torch.no_grad()
 def _is_same(log_joint: LogJoint, joined: "AllBatches") -> bool:
     """Whether the density of the first joined batches is that of its parts, at several points."""

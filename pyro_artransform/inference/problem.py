@@ -23,7 +23,7 @@ from ..model.elements import ElementGroups, ElementTerms
 from ..model.handlers import traced_parameters
 from ..model.prior_only import warn_of_prior
 from ..model.protocols import ElementGuide, FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
-from .all_batches import full_data_density
+from .all_batches import density_of_all_rows
 from .loader import Batch, BatchStream, check_use
 from .minibatch_check import warn_of_no_sum
 from .optimization.minibatches import NUM_COMMON_DRAWS, NUM_VALIDATION, MinibatchObjective
@@ -219,17 +219,14 @@ def _element_terms(
 
     The terms are ``None`` if a structured guide cannot use them, and the density if it is not known.
     """
-    args, kwargs = batch
-    log_joint = LogJoint(model, args, kwargs)
-    structure = log_joint.structure(args, kwargs)
+    log_joint = LogJoint(model, *batch)
     groups = ElementGroups.of(log_joint.latents)
-    is_known = stream.whole.is_partition and structure.is_scaled and log_joint.strategy != "loop"
-    if not is_known or structure.subsampled_latents or log_joint.is_enumerated:
-        return None, None
     if not groups.members or len(groups.shared) > _MOST_SHARED:
         return None, None
-    whole = full_data_density(log_joint, stream, parallel)
-    if not whole.is_of_all_data or whole.is_random:
+    if log_joint.strategy == "loop" or log_joint.is_enumerated:
+        return None, None
+    whole = density_of_all_rows(log_joint, stream, batch, parallel)
+    if whole is None:
         return None, None
     return whole, ElementTerms.of(log_joint, (part for _, part in whole.parts()), parallel)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ...flows.transforms import FlowModule
 from ...model.graphs.sparse_matrix import SparseMatrix
+from .networks import indices
 
 
 class LowRankUpdate(FlowModule):
@@ -26,8 +27,7 @@ class LowRankUpdate(FlowModule):
 
     def __init__(self, coordinates: Sequence[int], rank: int) -> None:
         super().__init__()
-        index = torch.tensor(coordinates, dtype=torch.long, device="cpu")
-        self.register_buffer("coordinates", index, persistent=False)
+        self.register_buffer("coordinates", indices(coordinates), persistent=False)
         like = nn.Linear(1, 1).weight.detach()  # has PyTorch's default dtype and device
         self.outer = nn.Parameter(like.new_zeros(len(coordinates), rank))
         self.inner = nn.Parameter(like.new_zeros(len(coordinates), rank))
@@ -78,7 +78,7 @@ class LinearLinks(FlowModule):
     def __init__(self, parents: Sequence[Sequence[int]], level: Sequence[int]) -> None:
         super().__init__()
         pairs = sorted((level[i], i, j) for i, own in enumerate(parents) for j in own)
-        index = torch.tensor(pairs, dtype=torch.long, device="cpu").reshape(-1, 3)
+        index = indices(pairs).reshape(-1, 3)
         counts: Any = torch.unique_consecutive(index[:, 0], return_counts=True)[1]
         parts = index[:, 1:].split(counts.tolist())
         modules = [SparseMatrix(own[:, 0], own[:, 1], len(parents)) for own in parts]

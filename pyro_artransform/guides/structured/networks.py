@@ -3,6 +3,7 @@
 
 """Groups of networks of coordinates and their parents, with closed-form gradients."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -35,11 +36,7 @@ class ParentsGroup(nn.Module):
         super().__init__()
         self.layout = layout
         m, k = layout.parents.shape
-        self.register_buffer(
-            "coordinates",
-            torch.tensor(layout.coordinates, dtype=torch.long, device="cpu"),
-            persistent=False,
-        )
+        self.register_buffer("coordinates", indices(layout.coordinates), persistent=False)
         self.register_buffer("parents", layout.parents, persistent=False)
         like = nn.Linear(k, hidden_dim)
         options: dict[str, Any] = {"dtype": like.weight.dtype, "device": like.weight.device}
@@ -158,6 +155,11 @@ class SharedEdges(Edges):
         total.index_add_(
             0, group.parents[0], torch.addmm(direct, group.inner[0].T, moved * self._slope[0])
         )
+
+
+def indices(values: Sequence[Any]) -> Tensor:
+    """A tensor of integers on the CPU, whatever the default device is."""
+    return torch.tensor(values, dtype=torch.long, device="cpu")
 
 
 def share_of_inputs(num_inputs: Tensor) -> Tensor:

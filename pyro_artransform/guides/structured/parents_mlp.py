@@ -18,10 +18,10 @@ from ...flows.conditioners.activations import slope_of
 from ...flows.conditioners.base import Blocks, Conditioner
 from ...flows.conditioners.masked_mlp import check_input, runs_only
 from ...model.graphs.markov_graph import padded_groups
-from .networks import Activations, ParentsGroup, SharedGroup
+from .networks import Activations, ParentsGroup, SharedGroup, indices
 
-# coordinates that share a network: at least so many and this share of those with parents, with as many times
-# the hidden units (benchmarks/crossed.md)
+# coordinates that share a network: at least so many, and this share of those with parents, so that there are
+# ten at most; and its hidden units, relative to those of one coordinate (benchmarks/crossed.md)
 _LEAST_ALIKE, _SHARE_ALIKE, _TIMES_HIDDEN = 8, 0.1, 4
 
 
@@ -73,7 +73,7 @@ class ParentsMLP(Conditioner):
         level = graph_levels(parents)
         self.depth = max(level) + 1
         graph = [*map(len, parents), *(j for own in parents for j in own)]
-        self.register_buffer("graph", _indices(graph))
+        self.register_buffer("graph", indices(graph))
         self.groups = nn.ModuleList(_groups(self.parents, level, num_params, hidden_dim, shares))
         self._arrange(level)
         like = nn.Linear(1, 1).weight  # has PyTorch's default dtype and device
@@ -96,10 +96,10 @@ class ParentsMLP(Conditioner):
         # the outputs of all groups in turn, then a row of zeros
         rows = {i: row for row, i in enumerate(of_group)}
         place = [rows.get(i, len(rows)) for i in range(self.input_dim)]
-        self.register_buffer("order", _indices(order), persistent=False)
-        self.register_buffer("place", _indices(place), persistent=False)
+        self.register_buffer("order", indices(order), persistent=False)
+        self.register_buffer("place", indices(place), persistent=False)
         # padding reads the first row
-        ranks = torch.cat([self.order.argsort() + 1, _indices([0])])
+        ranks = torch.cat([self.order.argsort() + 1, indices([0])])
         for group in self.groups:
             group.register_buffer("ranks", ranks[group.parents], persistent=False)
 
@@ -276,8 +276,3 @@ def _groups(
 def with_padding(rows: Tensor) -> Tensor:
     """Appends a row of zeros, which padding reads, to coordinates of shape ``(D, B)``."""
     return torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-
-
-def _indices(values: Sequence[int]) -> Tensor:
-    """A tensor of integers on the CPU, whatever the default device is."""
-    return torch.tensor(values, dtype=torch.long, device="cpu")

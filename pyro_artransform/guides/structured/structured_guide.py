@@ -50,8 +50,8 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     with few parents pa(i): at most 5 for a volatility path of any length with three unknown parameters. Each
     factor is a location and a scale that depend on the parents by a linear function and a small network, with
-    hinges for skewness and tails; elements of a plate with the same parents share its hidden units;
-    the root block R, which is fully dependent, has the flow of
+    hinges for skewness and tails; many coordinates with the same parents, such as the elements of a plate,
+    share its hidden units. The root block R, which is fully dependent, has the flow of
     :class:`~pyro_artransform.AutoIAF`. Coordinates that do not depend on each other are drawn in parallel: a
     chain of 1,000 latents has 10 levels, a plate 2. The number of parameters is proportional to that of
     parents.
@@ -100,8 +100,8 @@ class AutoStructuredFlow(AutoAutoregressive):
     _terms: ElementTerms | None = None  # of a set-up by mini-batches
     # files of version 0.3.0 have a maximum number of parents
     _found_arguments = (
-        *(*AutoAutoregressive._found_arguments, "graph", "full_rank", "max_parents"),
-        "shares_networks",
+        *AutoAutoregressive._found_arguments,
+        *("graph", "shares_networks", "full_rank", "max_parents"),
     )
 
     def __init__(

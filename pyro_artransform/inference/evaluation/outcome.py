@@ -104,9 +104,8 @@ def _result(
     num_steps, num_gradients = training.num_steps, training.num_gradients
     cut_short = None if problem.guide_failure else _cut_short(training, is_saved)
     weights = None
-    if (
-        isinstance(guide, GuideOfModes) and not problem.guide_failure
-    ):  # chains may jump to its draws
+    # chains may jump to its draws
+    if isinstance(guide, GuideOfModes) and not problem.guide_failure:
         with keeping(draws, problem):
             weights = guide.weigh(subject.log_joint, NUM_DRAWS // problem.fewer)
     chains = None if draws is None else draws.finish()

@@ -17,7 +17,7 @@ from ...model import FullDataDensity, LogJoint
 from ...model.elements import ElementTerms
 from ...model.expectations import expectation
 from ...model.full_data_density import Anchor, AnchoredLogJoint
-from ..all_batches import full_data_density
+from ..all_batches import density_of_all_rows
 from ..loader import Batch, BatchStream
 from ..parallel import Parallel
 from .objective import BatchObjective, Objective, PathObjective
@@ -87,20 +87,14 @@ class MinibatchObjective(Objective):
         self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
         self._anchor: Anchor | None = None
         if self.whole is None:
-            self.whole = self._density_of_all()
+            of_all = self.log_joint, self.stream, self.validation[0], self.parallel
+            self.whole = density_of_all_rows(*of_all)
         #: the objective on all data, which corrects that of each batch
         self.on_all: PathObjective | None = None
         objective = self.objective
         if self.whole and isinstance(objective, PathObjective) and objective.is_guide_alone():
             self.on_all = replace(objective, log_joint=self.whole)
         self.has_weights = self.is_noisy = self.on_all is not None
-
-    def _density_of_all(self) -> FullDataDensity | None:
-        stream, structure = self.stream.whole, self.log_joint.structure(*self.validation[0])
-        if not stream.is_partition or not structure.is_scaled or structure.subsampled_latents:
-            return None
-        whole = full_data_density(self.log_joint, self.stream, self.parallel)
-        return whole if whole.is_of_all_data and not whole.is_random else None
 
     def _weight(self, batch: Batch) -> float:
         """The rows of a batch relative to those of the largest validation batch; one without scales."""

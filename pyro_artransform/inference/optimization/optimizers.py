@@ -24,10 +24,14 @@ class Adam:
     """
 
     def __init__(
-        self, parameters: Sequence[Tensor], step_size: float, scales: Scales | None = None
+        self,
+        parameters: Sequence[Tensor],
+        step_size: float,
+        scales: Scales | None = None,
+        *,
+        beta1: float = 0.9,
     ) -> None:
-        self.beta1 = 0.9  #: the share that the mean of gradients keeps
-        self._step_size, self._scales = step_size, scales
+        self._step_size, self._scales, self._beta1 = step_size, scales, beta1
         #: the schedule's factor on the step size
         self.factor = 1.0
         has_kernel = all(p.device.type in ("cpu", "cuda") for p in parameters)
@@ -51,7 +55,7 @@ class Adam:
         options: Any = {"weight_decay": 0.0, "amsgrad": False, "maximize": False, **self._kind}
         options.update(lr=self._step_size * self.factor, eps=1e-8)
         # beta2 is small since steps are few
-        adam(moved, gradients, means, squares, [], counts, beta1=self.beta1, beta2=0.99, **options)
+        adam(moved, gradients, means, squares, [], counts, beta1=self._beta1, beta2=0.99, **options)
         for parameter, scale, before in scaled:
             parameter.copy_(torch.addcmul(before, scale, parameter - before))
 

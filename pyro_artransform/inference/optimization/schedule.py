@@ -154,14 +154,14 @@ class Schedule:
         :param log_weights: returns the log weights of a number of draws.
         """
         small_gap = min(max(step / _WINDOW, 1) * _SMALL_GAP, _MOST_GAP)
-        if (gap := remaining_gap(log_weights(self.num_compared))) > small_gap:
-            return replace(self, gap=gap)
+        found = replace(self, gap=remaining_gap(log_weights(self.num_compared)))
+        if found.gap > small_gap:
+            return found
         more = log_weights(_TIMES_AT_END * self.num_compared)
         if remaining_gap(more, is_end=True) <= small_gap:
-            return self.ending_at(step, NOTHING_TO_WIN)
+            return found.ending_at(step, NOTHING_TO_WIN)
         # a thousand draws may not see a tail
         is_little = step > 0 and remaining_gap(more) <= small_gap
-        found = replace(self, gap=gap)
         return found._decaying(step, LITTLE_TO_WIN, _DECAY_OF_TAILS) if is_little else found
 
     def with_loss_of_decay(self, log_weights: Callable[[int], Tensor]) -> "Schedule":

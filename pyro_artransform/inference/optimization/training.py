@@ -79,9 +79,8 @@ class Training:
         self.trained = list(self.parameters.values())
         is_guide_alone = objective.is_guide_alone()
         self._step_size = _STEP_SIZE if is_guide_alone else _MODEL_STEP_SIZE
-        self.optimizer = Adam(self.trained, self._step_size, scales)
-        if schedule.epoch == 1:  # there is no noise of mini-batches (benchmarks/price.md)
-            self.optimizer.beta1 = 0.8
+        beta1 = _BETA1 if schedule.epoch == 1 else _BETA1_OF_MINIBATCHES
+        self.optimizer = Adam(self.trained, self._step_size, scales, beta1=beta1)
         #: the loss of each step, NaN if the step was skipped
         self.losses: list[float] = []
         #: the sites that caused steps to be skipped, with the number of steps

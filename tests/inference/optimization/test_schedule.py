@@ -167,8 +167,9 @@ def test_a_fit_with_little_left_to_win_goes_to_its_end():
     assert (plan.decay_start, plan.end, plan.reason) == (300, 300 + _DECAY_OF_TAILS, LITTLE_TO_WIN)
     assert not plan.is_for_check(350)
     # one that is far off goes on, and is checked again
-    assert schedule().after_check(0, with_a_tail).end is None
-    assert schedule().after_check(100, Weights(1.0).elbo_draws).end is None
+    for step, log_weights in ((0, with_a_tail), (100, Weights(1.0).elbo_draws)):
+        after = schedule().after_check(step, log_weights)
+        assert after == schedule(gap=after.gap)
     assert [step for step in range(120) if schedule().is_for_check(step)] == [50, 75, 100]
 
 
