@@ -230,6 +230,13 @@ class Check(Enum):
         "more draws will help",
         fails=lambda percent, **_: percent > 100 * GOOD_LOST_MASS,
     )
+    MARGINALS = CheckEntry(
+        "means or standard deviations of the guide clearly differ from those of the chains' draws",
+        "{remedy}",
+        "chains have mixed, so the guide is wrong, although its own draws may not show it: it may have only "
+        "one of two modes. The row *marginals* has the largest [errors](#marginals)",
+        fails=lambda found, **_: found is not None and found.is_off,
+    )
     RESTARTS = CheckEntry(
         "chains from starting points spread over the prior have not mixed (R-hat is {rhat:.3f}), so the "
         "guide may miss modes or tails",

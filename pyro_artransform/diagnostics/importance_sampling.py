@@ -35,8 +35,10 @@ class Importance:
 
     :param elbo: the evidence lower bound, in nats, with standard error ``elbo_se``.
     :param log_evidence: the log of the mean weight.
-    :param log_evidence_se: its standard error, too small if ``khat`` exceeds 0.5; above 0.7 the
-        evidence rests on a few draws and is usually too small, by more than its standard error.
+    :param log_evidence_se: its standard error. If ``khat`` exceeds 0.5, weights have no variance, and
+        the error of their mean falls with ``S ** (khat - 1)`` in place of ``S ** -0.5`` (Vehtari et al.
+        2024): the standard error is multiplied by the ratio. Infinite if ``khat`` exceeds 1. Above 0.7
+        the evidence rests on a few draws and is usually too small.
     :param khat: the Pareto index of the weights' tail, with standard error ``khat_se``: up to 0.5
         the weights have finite variance, up to 0.7 estimates with them are reliable (see
         :func:`~pyro_artransform.diagnostics.fit_tail`).
@@ -75,7 +77,9 @@ class Importance:
             weights = (smoothed - smoothed.max()).exp()
             log_evidence = (smoothed.max() + weights.mean().log()).item()
             ess = (weights.sum() ** 2 / weights.square().sum()).item()
-            log_evidence_se = sqrt(max(1 / ess - 1 / len(weights), 0.0))
+            if tail.khat < 1:
+                log_evidence_se = sqrt(max(1 / ess - 1 / len(weights), 0.0))
+                log_evidence_se *= len(weights) ** max(tail.khat - KHAT_OF_VARIANCE, 0.0)
         return cls(
             elbo=elbo,
             elbo_se=elbo_se,
@@ -151,6 +155,8 @@ def importance(
 
     1. Yes, but Did It Work?: Evaluating Variational Inference (Yao, Vehtari, Simpson, Gelman,
        2018), https://arxiv.org/abs/1802.02538
+    2. Pareto Smoothed Importance Sampling (Vehtari, Simpson, Gelman, Yao, Gabry, 2024),
+       https://arxiv.org/abs/1507.02646
     """
     check_integer("num_samples", num_samples)
     chunks = weighted_draws(model, guide, num_samples, args, kwargs, None)

@@ -190,6 +190,19 @@ def test_draws_of_no_weight_are_rejected(value):
     assert "5 draws without a finite weight" in repr(result)
 
 
+@pytest.mark.parametrize("khat", [0.3, 0.6, 0.7])
+def test_standard_errors_of_the_evidence_without_a_variance(khat):
+    """Of 60 Gaussian guides of a Gaussian; one of a finite variance gives a mean square of 3 at 0.7."""
+    scale = (1 - khat) ** 0.5
+    squares = []
+    for _ in range(60):
+        half = torch.randn(10_000, dtype=torch.float64).square() / 2
+        found = Importance.from_log_weights(math.log(scale) + (1 - scale**2) * half)
+        squares.append((found.log_evidence / found.log_evidence_se) ** 2)
+    # the mean of 60 squares has a standard error of 0.18 if they are normal; k-hat is 0.05 too small
+    assert 0.5 < sum(squares) / 60 < 2
+
+
 @pytest.mark.parametrize("scale", [0.01, 0.3, 0.9, 3.0])
 def test_a_gaussian_guide_of_a_gaussian(scale):
     """k is 1 - (its sd / the posterior's) squared; no estimate is above the evidence by four errors."""

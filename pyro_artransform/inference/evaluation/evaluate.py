@@ -129,7 +129,7 @@ def evaluate(
     )
     about = about_marginals(marginals, ensemble)
     about_others = [each for e in elements.values() for each in about_plate(e, status.remedy)]
-    verdict = judge(status, weights, lost, about_others=about_others)
+    verdict = judge(status, weights, lost, marginals, about_others=about_others)
     fields = _fields(weights, verdict._replace(marginals=about), elements=elements)
     fields |= {"marginals": marginals, "num_images": num_images}
     fields["marginals_trusted"] = None if marginals is None else marginals.trusted

@@ -82,6 +82,7 @@ def judge(
     status: FitStatus,
     weights: Importance | None = None,
     lost: LostModes = NOT_SEARCHED,
+    marginals: Marginals | None = None,
     *,
     about_others: Iterable[FailedCheck] = (),
     praise: str = "",
@@ -89,6 +90,7 @@ def judge(
     """The verdict on a fit; if steps were cut short, that comes first.
 
     :param weights: the importance weights of the guide's draws; ``None`` with mini-batches.
+    :param marginals: errors of the guide's means and sds, if chains have mixed.
     :param about_others: failed checks on mini-batches.
     :param praise: the sentence if no check failed; by default it is about the weights.
     """
@@ -108,7 +110,8 @@ def judge(
         )
         # neither another guide nor more draws help against lost modes
         failed += about_weights(weights, "" if about_lost else status.remedy)
-        failed += about_lost
+        off = Check.MARGINALS.apply(found=marginals, remedy=_use(status.remedy))
+        failed += about_lost or off
         if not status.cut_short:
             failed += Check.RESTARTS.apply(rhat=lost.rhat)
     failed += about_others
@@ -160,12 +163,16 @@ def about_weights(found: Importance, remedy: str) -> Iterator[FailedCheck]:
         elbo=found.elbo,
         remedy="tighter priors" if dtype == torch.float64 else "float64",
     )
-    use = f"Use {remedy}" if remedy and not rounded else None
+    use = None if rounded else _use(remedy)
     yield from rounded or Check.KHAT.apply(
         **khat, has_heavy_tail=found.has_heavy_tail, borderline=_borderline(found), remedy=use
     )
     yield from Check.ELBO_NOISE.apply(elbo_se=found.elbo_se, remedy=use)
     yield from Check.GAP.apply(gap=found.log_evidence - found.elbo, remedy=use)
+
+
+def _use(remedy: str) -> str | None:
+    return f"Use {remedy}" if remedy else None
 
 
 def _borderline(found: Importance) -> str:
@@ -177,9 +184,8 @@ def _borderline(found: Importance) -> str:
 def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
     """A sentence on the marginals, or on why they were not checked."""
     if found is not None:
-        unclear = "Marginals not trusted" if found.is_off else "Marginals inconclusive"
-        head = "Marginals trusted" if found.trusted else unclear
-        return f"{head}: {found.words}."
+        unclear = "not trusted" if found.is_off else "inconclusive"
+        return f"Marginals {'trusted' if found.trusted else unclear}: {found.words}."
     reason = "there are no chains"
     if ensemble is not None:
         has_mixed = ensemble.convergence().has_mixed
