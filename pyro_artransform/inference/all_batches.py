@@ -16,8 +16,8 @@ from .._base.processes import OneProcess
 from ..model import FullDataDensity, LogJoint
 from .loader import Batch, BatchStream
 
-# the most bytes of batches kept in memory between passes, and the rows of joined ones
-_MOST_HELD, _ROWS = 2**29, 10_000
+# the most bytes of batches kept in memory between passes, and the rows of joined ones (benchmarks/crossed.md)
+_MOST_HELD, _ROWS = 2**29, 50_000
 # of the points at which the density of joined batches is compared with that of its parts
 _SPREAD = 0.1
 _ALONE = OneProcess()

@@ -81,7 +81,7 @@ def _initialize(problem: Problem, draws: FirstDraws | None) -> InitialGuide:
     has_gaussian = isinstance(guide, ElementGuide) and guide.is_of_elements
     if has_gaussian and problem.terms is not None and minibatches and minibatches.whole:
         of_elements = minibatches.whole, cast(ElementGuide, guide), problem.terms
-        return find_start_of_elements(*of_elements, fewer=problem.fewer)
+        return find_start_of_elements(*of_elements)
     if is_flow and minibatches is not None:
         density = minibatches.mean_log_joint()
         whole = minibatches.whole or density

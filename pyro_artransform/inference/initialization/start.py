@@ -45,6 +45,7 @@ FAILED = "initial guide, since no Gaussian fitted to the chains has a finite ELB
 BY_STEPS = "a Gaussian fitted by natural-gradient steps"
 AT_DRAWS = "a Gaussian fitted to the draws of the ensemble"
 _NUM_COMPARED = 1024  # draws to find the Gaussian and compare it with the guide
+_NUM_OF_ELEMENTS = 64  # draws that compare Gaussians of elements, each evaluated on all rows
 _GAIN = 0.01  # nats by which the Gaussian must beat the guide, in addition to the margin for chance
 _MOST_LATENTS = 1000  # of a mini-batch, limited for memory
 
@@ -86,16 +87,13 @@ def find_start(
 
 @torch.no_grad()
 def find_start_of_elements(
-    density: FullDataDensity, guide: ElementGuide, terms: ElementTerms, *, fewer: int = 1
+    density: FullDataDensity, guide: ElementGuide, terms: ElementTerms
 ) -> InitialGuide:
-    """Sets a guide of elements of plates to the best Gaussian, by natural-gradient steps.
-
-    :param fewer: divides the number of draws that estimate its ELBO.
-    """
+    """Sets a guide of elements of plates to the best Gaussian, by natural-gradient steps."""
     candidates, elbos = fit_gaussian(density, terms), list[float]()
     for gaussian in candidates:
         guide.start_at_elements(gaussian)
-        elbos.append(_elbo_and_bound(density, guide, _NUM_COMPARED // fewer)[0])
+        elbos.append(_elbo_and_bound(density, guide, _NUM_OF_ELEMENTS)[0])
     if elbos[-1] < max(elbos):
         guide.start_at_elements(candidates[0])
     return InitialGuide(BY_STEPS, max(elbos))

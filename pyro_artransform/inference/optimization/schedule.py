@@ -39,6 +39,9 @@ _DECAY_SHARE = 0.4
 # steps of the decay before a time limit, relative to those before, and the share of the time left that they
 # fill: their seconds vary
 _TIME_FOR_DECAY, _FILLED_SHARE = 0.5, 0.9
+# the part of NUM_COMPARED that a check draws first: the gap of normal log weights is half of their variance,
+# and if that is several times the gap at which training stops, there is no need for more
+_FIRST_PART, _CLEARLY = 8, 3.0
 # multiplies NUM_COMPARED for the last check: with 1,000 draws the standard error of k-hat is 0.15
 _TIMES_AT_END = 5
 # parameters are averaged over about the last 1/8 of all steps; 1/3 still included the climb of Pyro's
@@ -146,6 +149,11 @@ class Schedule:
         every = _WINDOW // 4
         return self.end is None and step >= 2 * every and step % every == 0
 
+    @property
+    def num_few(self) -> int:
+        """The number of draws that show whether a gap is far from small, and compare guides on all data."""
+        return self.num_compared // _FIRST_PART
+
     def after_check(self, step: int, log_weights: Callable[[int], Tensor]) -> "Schedule":
         """Checks the gap to the evidence: the decay starts if it is small enough.
 
@@ -154,6 +162,9 @@ class Schedule:
         :param log_weights: returns the log weights of a number of draws.
         """
         small_gap = min(max(step / _WINDOW, 1) * _SMALL_GAP, _MOST_GAP)
+        few = log_weights(self.num_few)
+        if (clear := float(few.var()) / 2) > _CLEARLY * small_gap:
+            return replace(self, gap=clear)
         found = replace(self, gap=remaining_gap(log_weights(self.num_compared)))
         if found.gap > small_gap:
             return found

@@ -17,6 +17,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ...diagnostics.importance_sampling import CLEAR_IN_SE
 from ...model.replay.capture import ReplayError
 from ..parallel import Gradients, Parallel
 from .objective import Objective
@@ -236,18 +237,26 @@ class Training:
         """Sets the parameters to their average, unless a decay determined them, or to a better start."""
         if self.losses and self.num_steps <= self.schedule.decay_start:
             copy_to(self.trained, self._average)
-        if self.losses and self._initial:
-            trained = copies(self.trained)
-            if self._elbo_at(trained) >= self._elbo_at(self._initial):
-                copy_to(self.trained, trained)
+        if self.losses and self._initial and self._is_worse():
+            copy_to(self.trained, self._initial)
 
-    def _elbo_at(self, parameters: list[Tensor]) -> float:
-        """The ELBO with common random numbers; -inf if it is not finite."""
+    def _is_worse(self) -> bool:
+        """Whether the ELBO is lower than at the start, by as few draws as show it."""
+        trained, worse = copies(self.trained), False
+        for count in (self.schedule.num_few, self.schedule.num_compared):
+            gain = self._elbo_draws_at(trained, count) - self._elbo_draws_at(self._initial, count)
+            worse = not gain.mean() >= 0
+            if not gain.mean().abs() <= CLEAR_IN_SE * gain.std() / len(gain) ** 0.5:
+                break
+        copy_to(self.trained, trained)
+        return worse
+
+    def _elbo_draws_at(self, parameters: list[Tensor], count: int) -> Tensor:
+        """Estimates of the ELBO with common random numbers."""
         copy_to(self.trained, parameters)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             torch.manual_seed(0)
-            elbo = float(self._log_weights(self.schedule.num_compared).mean())
-        return elbo if math.isfinite(elbo) else -math.inf
+            return self._log_weights(count).nan_to_num(-math.inf)
 
     def state(self) -> dict[str, Any]:
         """All mutable state, in tensors and plain data."""
