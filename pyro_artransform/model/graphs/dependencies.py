@@ -91,17 +91,19 @@ def find_dependencies(
         one coordinate of every element is moved at once, which takes only as many gradients as an element
         has coordinates; the graph is the same.
     """
-    search = _Search(log_density, eps)
+    search, start = _Search(log_density, eps), log_density.start
     generator = search.generator
-    point = _finite_point(log_density, 0.1, generator)
+    point = _finite_point(log_density, start, 0.1, generator)
     _refuse_randomness(log_density, point)
     other = point + 0.1 * _steps(point, generator)
     left = torch.arange(len(point), device=point.device)
     if elements is not None:
         left = search.move_elements(point, other, elements.to(point.device))
     search.move_one_by_one(point, other, left)
-    for k, spread in ((1, 1.0), (2, 2.0)):  # as wide as priors
-        points = _finite_point(log_density, spread, generator).expand(_NUM_GROUPINGS, -1)
+    # as wide as priors; and near the origin, since medians of vague priors saturate a logit
+    for k, center, spread in ((1, start, 1.0), (2, start, 2.0), (3, torch.zeros_like(start), 1.0)):
+        found = _finite_point(log_density, center, spread, generator)
+        points = found.expand(_NUM_GROUPINGS, -1)
         search.move_groups(points, points + spread * _steps(points, generator), seed=k)
     pairs = torch.tensor([*search.second], dtype=torch.long, device=point.device).reshape(-1, 2)
     second = point.new_tensor([*search.second.values()])
@@ -295,13 +297,13 @@ def _steps(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _finite_point(
-    log_density: LogDensityOfRows, spread: float, generator: torch.Generator
+    log_density: LogDensityOfRows, center: Tensor, spread: float, generator: torch.Generator
 ) -> Tensor:
-    """A point near the start with a finite gradient."""
+    """A point around a center, or between that and the start, with a finite gradient."""
     start = log_density.start
     noise = torch.randn(len(start), generator=generator, **_ON_CPU).to(start)
     for k in range(MAX_HALVINGS):
-        point = start + spread * 0.5**k * noise
+        point = start + 0.5**k * (center + spread * noise - start)
         if bool(value_and_gradient(log_density, point[None])[1].isfinite().all()):
             return point
     names = log_density.nonfinite_sites(start[None]) or ["the gradient of a site"]

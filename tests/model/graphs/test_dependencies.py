@@ -46,6 +46,16 @@ def mixture(y):
         pyro.sample("y", dist.Normal(locs[..., kind], 1.0), obs=y)
 
 
+def saturated(y):
+    """At the medians of these priors, logits are so large that the likelihood is constant."""
+    with pyro.plate("questions", len(y), dim=-2):
+        alpha = pyro.sample("alpha", dist.Normal(100.0, 30.0))
+    with pyro.plate("students", y.shape[1], dim=-1):
+        theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+        with pyro.plate("answers", len(y), dim=-2):
+            pyro.sample("y", dist.Bernoulli(logits=theta - alpha), obs=y)
+
+
 def edges(model, *args):
     log_joint = LogJoint(model, args)
     return {(i, j) for i, own in enumerate(found(log_joint).neighbours) for j in own if i < j}
@@ -61,6 +71,11 @@ CASES = {
     "crossed plates": (
         crossed,
         (torch.randn(3, 4),),
+        {(i, 3 + j) for i in range(3) for j in range(4)},
+    ),
+    "saturated": (
+        saturated,
+        ((torch.rand(3, 4) < 0.5).double(),),
         {(i, 3 + j) for i in range(3) for j in range(4)},
     ),
     "enumerated": (mixture, (torch.randn(6),), {(0, 1)}),
