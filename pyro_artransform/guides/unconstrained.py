@@ -28,7 +28,7 @@ from .base import BaseGuide
 from .distributions import SiteDelta, ToUnconstrained
 from .persistence.spec import GuideSpec
 
-# the values of draws evaluated at once without gradients, which the processor's cache holds: with 1,006 latents
+# the values of draws evaluated at once without gradients, which a processor cache holds: with 1,006 latents
 # a draw then takes half of the time; and the fewest draws
 _MOST_VALUES, _FEWEST_DRAWS = 2**18, 16
 
