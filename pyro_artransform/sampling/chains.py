@@ -73,6 +73,11 @@ class Chains(SavedResult):
     model: Any = None  #: the user's model; ``None`` after loading without it
 
     @property
+    def ok(self) -> bool:
+        """The same as ``trusted``, under the name that a :class:`~pyro_artransform.FitResult` has for it."""
+        return self.trusted
+
+    @property
     def failed(self) -> tuple[FailedCheck, ...]:
         """The failed checks, each with a sentence and a remedy."""
         return self.judged.failed

@@ -140,6 +140,7 @@ def test_a_seed_makes_draws_repeatable_and_leaves_the_generators(capsys):
 def test_what_it_says():
     chains = of_regression()
     assert chains.verdict.startswith("Draws trusted: ")
+    assert chains.ok
     assert "effective draws of the worst latent, R-hat at most 1.0" in chains.verdict
     text = repr(chains)
     assert text.startswith(
@@ -188,6 +189,7 @@ def test_draws_of_divergent_trajectories_are_not_trusted():
     chains = mcmc(model, draws=100)
     assert chains.num_divergent > 0.01 * chains.by_chain["z"][..., 0].numel()
     assert not chains.trusted
+    assert not chains.ok
     assert "% of the trajectories diverged" in chains.verdict
     assert (chains.by_chain["z"][..., 0] >= 0).all()
 
