@@ -57,11 +57,10 @@ def starting_value(
         return site["fn"].sample()
     if site["fn"].support.is_discrete:
         raise ValueError(
-            f"site '{site['name']}' is discrete, and a flow guide covers continuous latents only: expected "
-            "it to be enumerated, hidden, marginalized or observed. If it is observed in training and to be "
-            "predicted, call the guide with the data first. Otherwise pass "
-            "pyro.infer.config_enumerate(model) to the guide and to TraceEnum_ELBO; or hide the site from "
-            f"this guide by poutine.block(model, hide=['{site['name']}']) and use another guide for it in an "
+            f"site '{site['name']}' is a discrete latent; if it is data, pass it as obs=, and if it is to be "
+            "predicted, call the guide with the data first. A flow guide covers continuous latents only: "
+            "pass pyro.infer.config_enumerate(model) to the guide and to TraceEnum_ELBO; or hide it by "
+            f"poutine.block(model, hide=['{site['name']}']) and use another guide for it in an "
             "AutoGuideList; or write the model without it, as a mixture"
         )
     for frame in site["cond_indep_stack"]:

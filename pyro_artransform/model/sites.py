@@ -132,8 +132,8 @@ class Latents:
                 )
             if node["fn"].support.is_discrete:
                 raise ValueError(
-                    f"site '{node['name']}' is discrete: expected continuous latents, and discrete "
-                    "ones marked by pyro.infer.config_enumerate(model), to be summed out"
+                    f"site '{node['name']}' is a discrete latent; if it is data, pass it as obs=, otherwise "
+                    "mark it by pyro.infer.config_enumerate(model), to be summed out"
                 )
             check_continuous(node)
             sites.append(Site.from_node(node))

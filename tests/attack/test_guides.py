@@ -29,7 +29,7 @@ REFUSALS = (
     "depends on other latents",
     "no continuous latent",
     "no latent variables",
-    "is discrete",
+    "is a discrete latent",
     "in the sequential plate",
     "can be mapped",
 )

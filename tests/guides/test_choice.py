@@ -67,7 +67,9 @@ def test_a_mini_batch_may_lack_dependencies_and_leaves_no_trace():
 def test_models_that_no_guide_covers():
     with pytest.raises(ValueError, match="no continuous latent: expected at least one"):
         choose_guide(lambda: None)
-    with pytest.raises(ValueError, match="site 'k' is discrete: expected continuous latents"):
+    with pytest.raises(
+        ValueError, match="site 'k' is a discrete latent; if it is data, pass it as obs="
+    ):
         choose_guide(lambda: pyro.sample("k", dist.Bernoulli(0.5)))
 
 

@@ -82,9 +82,9 @@ def draw(fn):
 BAD_MODELS = [
     (
         draw(dist.Categorical(torch.ones(3))),
-        r"'z' is discrete.* with the data first.*\(model\).*hide=\['z'",
+        r"'z' is a discrete latent; if it is data, pass it as obs=.* with the data first.*hide=\['z'",
     ),
-    (draw(dist.Bernoulli(torch.full((2,), 0.5)).to_event(1)), "'z' is discrete"),
+    (draw(dist.Bernoulli(torch.full((2,), 0.5)).to_event(1)), "'z' is a discrete latent"),
     (of_another_support, "(?i)support of site 'b' depends on other latents: .*interval.* a fixed"),
     (of_another_support_in_an_event, "support of site 'b' depends on other latents: .*Independent"),
     (comes_and_goes, "site 'b' exists only for some values of the other latents"),

@@ -117,7 +117,9 @@ def test_refuses():
 
     with pytest.raises(ValueError, match="no continuous latent"):
         LogJoint(lambda: pyro.sample("y", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0)))
-    with pytest.raises(ValueError, match=r"'kind' is discrete: expected continuous latents"):
+    with pytest.raises(
+        ValueError, match=r"'kind' is a discrete latent; if it is data, pass it as obs="
+    ):
         LogJoint(discrete)
     matrix = dist.ImproperUniform(dist.constraints.positive_definite, (), (2, 2))
     with pytest.raises(ValueError, match=r"'S': expected a support with a bijection.*got Positive"):

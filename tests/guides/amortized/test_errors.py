@@ -58,7 +58,7 @@ def without_a_size(y):
     ("model", "message"),
     [
         (no_locals, r"no latents in a plate.*\['mean'\]\. Use AutoIAF"),
-        (in_groups("kind", lambda y: dist.Bernoulli(0.5)), "site 'kind' is discrete"),
+        (in_groups("kind", lambda y: dist.Bernoulli(0.5)), "site 'kind' is a discrete latent"),
         (
             in_groups("z", lambda y: dist.Uniform(y - 1, y + 1)),
             r"support of site 'z' differs between the elements of its plates \['groups'\]",
