@@ -272,10 +272,18 @@ def check_data(trace: poutine.Trace, *, all_shapes: bool = True) -> None:
     for node in trace.nodes.values():
         if node["type"] != "sample" or site_is_subsample(node):
             continue
-        if has_data(node):
-            _check_support(node)
-        if all_shapes or node["cond_indep_stack"]:
-            _check_plates(node)
+        try:
+            if has_data(node):
+                _check_support(node)
+            if all_shapes or node["cond_indep_stack"]:
+                _check_plates(node)
+        except RuntimeError as error:  # what PyTorch says of other shapes or dtypes
+            fn, value = node["fn"], node["value"]
+            raise ValueError(
+                f"site '{node['name']}': {type(unwrapped(fn)).__name__} of shape {tuple(fn.shape())} has no "
+                f"log density of data of shape {tuple(value.shape)} and {value.dtype}: {error}. Give data "
+                "the shape of their plates, and counts and labels as y.float() where integers are refused"
+            ) from error
         if has_data(node):
             _check_shape(node)
 

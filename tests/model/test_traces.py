@@ -86,6 +86,34 @@ def test_data_that_may_be_outside():
     LogJoint(likelihood(lambda z: dist.Uniform(0.0, z.exp()), torch.tensor([0.1, 50.0])))
 
 
+@pytest.mark.parametrize(
+    ("fn", "y", "words"),
+    [
+        (lambda z: dist.Normal(z, 1.0), torch.zeros(4), r"Normal of shape \(5,\).* \(4,\)"),
+        (
+            lambda z: dist.Binomial(torch.full((5,), 3.0), logits=z),
+            torch.ones(4),
+            r"Binomial .*\(4,\)",
+        ),
+        (
+            lambda z: dist.Bernoulli(logits=z),
+            torch.ones(5, dtype=torch.long),
+            "torch.int64.*y.float",
+        ),
+        (lambda z: dist.Bernoulli(logits=z), torch.ones(5, dtype=torch.bool), "torch.bool"),
+    ],
+)
+def test_shapes_and_dtypes_that_pytorch_refuses(fn, y, words):
+    def model():
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 5):
+            pyro.sample("y", fn(z), obs=y)
+
+    with pytest.raises(ValueError, match=f"site 'y': .*{words}") as caught:
+        LogJoint(model)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
 def test_sites_that_broadcast_against_their_plates():
     """Twenty-five terms in place of five, of another posterior."""
 
