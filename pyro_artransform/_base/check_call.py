@@ -4,11 +4,11 @@
 """Checks that the arguments of a call of ``fit`` or ``mcmc`` fit the model."""
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
-from functools import partial
-from typing import Any
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
 
 from torch import nn
 from torch.utils.data import DataLoader
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from .arguments import first_of
 
 Function = Callable[..., Any]
+Constructor = TypeVar("Constructor", bound=Function)
 
 _STEP_SIZE = ". fit chooses the step size itself; to set it, train the guide with pyro.infer.SVI"
 _CHAINS = ". For the number of effective draws, use draws=; fit chooses the number and length of its chains"
@@ -65,13 +66,36 @@ def check_call(
     except TypeError as error:
         hint = _CALLABLE if args and "guide" in options and "missing" in str(error) else ""
         for name in sorted(kwargs.keys() - names):
-            near = "".join(get_close_matches(name, options, 1))
-            near = near and f". Did you mean {near}=, an option of {verb.__name__}?"
-            hint = _OF_OTHERS.get(name, near)
+            hint = _OF_OTHERS.get(name, _near(name, options, verb.__name__))
         raise TypeError(
             f"{verb.__name__}: expected the arguments that the model takes, {signature}, got {len(args)} by "
             f"position and {sorted(kwargs)} by keyword ({error}){hint}"
         ) from None
+
+
+def explains_options(constructor: Constructor) -> Constructor:
+    """Decorates a constructor, to list its options in the error of arguments that it does not take."""
+    signature = inspect.signature(constructor)
+    options = [p.name for p in signature.parameters.values() if p.kind is p.KEYWORD_ONLY]
+
+    @wraps(constructor)
+    def checked(self: object, *args: object, **kwargs: object) -> None:
+        kind = type(self).__name__
+        try:
+            signature.bind(self, *args, **kwargs)
+        except TypeError as error:
+            hint = "".join(_near(name, options, kind) for name in kwargs.keys() - {*options})
+            words = f"{kind}: {error}; its options are {', '.join(options)}{hint}"
+            raise TypeError(words) from None
+        constructor(self, *args, **kwargs)
+
+    return cast(Constructor, checked)
+
+
+def _near(name: str, options: Sequence[str], of: str) -> str:
+    """A question whether an option of a similar name was meant; empty if there is none."""
+    near = "".join(get_close_matches(name, options, 1))
+    return near and f". Did you mean {near}=, an option of {of}?"
 
 
 @contextmanager
