@@ -207,7 +207,7 @@ class FitResult(SavedResult):
             chains = self.chains
             rows["chains"] = (
                 f"at least {chains.min_ess:,.0f} effective draws, R-hat at most {chains.max_rhat:.3f}, "
-                f"{chains.num_gradients:,} gradients"
+                f"{chains.cost}"
             )
         rows["steps"] = f"{self.num_steps} in {self.seconds:.1f} s: {self.stopped_because}"
         rows["start"] = self.start

@@ -92,14 +92,22 @@ class Chains(SavedResult):
             f"{self.max_rhat:.3f}"
         )
 
+    @property
+    def cost(self) -> str:
+        """The number of gradients, and that of divergent trajectories if there are any, in words."""
+        words = f"{self.num_gradients:,} gradients"
+        if self.num_divergent:
+            total = self.num_chains * next(iter(self.by_chain.values())).shape[1]
+            words += f", {self.num_divergent:,} of {total:,} trajectories diverged"
+        return words
+
     def rows(self) -> dict[str, str]:
         """The formatted numbers, by name."""
         size = next(iter(self.by_chain.values())).shape[1]
         rows = {
             "chains": f"{self.num_superchains} superchains of {self.num_chains // self.num_superchains} "
-            f"chains, {size} draws each, {self.num_gradients:,} gradients",
-            "steps": f"acceptance {self.acceptance:.2f}, {self.num_divergent} divergent, E-BFMI at least "
-            f"{float(self.bfmi.min()):.2f}",
+            f"chains, {size} draws each, {self.cost}",
+            "steps": f"acceptance {self.acceptance:.2f}, E-BFMI at least {float(self.bfmi.min()):.2f}",
             "time": f"{self.seconds:.1f} s: {self.stopped_because}",
         }
         return rows | slow_row(self.one_at_a_time)

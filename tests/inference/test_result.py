@@ -144,6 +144,13 @@ def test_an_arviz_data_set(result):
 
 
 def test_what_went_wrong_is_shown(result):
+    total = result.chains.by_chain["loc"].numel()
+    for count, told in (
+        (0, " gradients"),
+        (65, f" gradients, 65 of {total:,} trajectories diverged"),
+    ):
+        shown = replace(result, chains=replace(result.chains, num_divergent=count))
+        assert shown.rows()["chains"].endswith(told)
     odd = replace(result, num_skipped=2, culprits={"y": 2}, one_at_a_time="a branch")
     assert "2 steps, because of y (2)" in repr(odd)
     assert "one draw at a time (a branch)" in repr(odd)

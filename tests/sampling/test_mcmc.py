@@ -149,7 +149,8 @@ def test_what_it_says():
     assert "8 superchains of 4 chains, " in text
     assert "there are enough effective draws" in text
     assert chains.num_gradients > 32 * chains.by_chain["loc"].shape[1]
-    assert f"acceptance {chains.acceptance:.2f}, {chains.num_divergent} divergent" in text
+    assert f"acceptance {chains.acceptance:.2f}, E-BFMI at least" in text
+    assert "diverged" not in text
     assert 0.6 < chains.acceptance < 0.95
     assert 0.1 < chains.step_size < 3
     # momenta of two dimensions are half of the energy
@@ -191,6 +192,9 @@ def test_draws_of_divergent_trajectories_are_not_trusted():
     assert not chains.trusted
     assert not chains.ok
     assert "% of the trajectories diverged" in chains.verdict
+    total = chains.by_chain["z"][..., 0].numel()
+    told = f"gradients, {chains.num_divergent:,} of {total:,} trajectories diverged"
+    assert told in chains.rows()["chains"]
     assert (chains.by_chain["z"][..., 0] >= 0).all()
 
 
