@@ -117,7 +117,7 @@ class ProgressBar:
 
 @contextmanager
 def progress_bar(shown: bool) -> Iterator[ProgressBar]:
-    """A progress bar, closed at the end."""
+    """A progress bar, which stays if the block ends well, and is cleared for the message of an error."""
     if not shown:
         yield ProgressBar(None)
         return
@@ -129,5 +129,7 @@ def progress_bar(shown: bool) -> Iterator[ProgressBar]:
     is_live = is_notebook or sys.stderr.isatty()
     # without a delay the bar is shown when it is made, and with a longer one not at its end
     wait = {"mininterval": _SECONDS_OF_LINE, "delay": 1e-9, "file": _Lines()}
-    with tqdm(unit=" step", dynamic_ncols=is_live, **({} if is_live else wait)) as bar:
+    options = {"leave": False, **({} if is_live else wait)}
+    with tqdm(unit=" step", dynamic_ncols=is_live, **options) as bar:
         yield ProgressBar(bar, is_live)
+        bar.leave = True

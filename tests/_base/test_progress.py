@@ -100,6 +100,16 @@ def test_a_line_every_half_minute_in_a_log(capsys, monkeypatch):
     assert all("start" in line and "\r" not in line for line in lines)
 
 
+@pytest.mark.parametrize("is_live", [False, True])
+def test_an_error_leaves_no_unfinished_bar(monkeypatch, is_live):
+    shown = type("Stream", (io.StringIO,), {"isatty": lambda _: is_live})()
+    monkeypatch.setattr(sys, "stderr", shown)
+    with suppress(ZeroDivisionError), progress_bar(True) as bar:
+        bar.say("start")
+        _ = 1 / 0
+    assert not shown.getvalue().split("\r")[-1].strip()
+
+
 @pytest.mark.parametrize("is_notebook", [False, True])
 def test_is_live_on_a_terminal_and_in_a_notebook_without_widgets(monkeypatch, is_notebook):
     """What a kernel has for ``stderr`` is not a terminal, and is shown as it is written."""
