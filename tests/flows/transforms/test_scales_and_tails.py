@@ -122,3 +122,9 @@ def test_nothing_overflows(dtype):
         assert all(value.isfinite().all() for value in (y, ladj, gradient))
     assert all(value.isfinite().all() for value in t.call_and_score(far, torch.ones_like(far)))
     assert t(torch.full((1,), math.nan, dtype=dtype)).isnan()
+
+
+@pytest.mark.parametrize("scale", [torch.ones(3), 0.0, -1.0, "wide"])
+def test_a_scale_that_is_no_positive_number(scale):
+    with pytest.raises(ValueError, match="scale: expected a positive finite number, got"):
+        LocationScale(torch.zeros(3), scale, full_rank=True)
