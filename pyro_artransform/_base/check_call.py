@@ -10,6 +10,7 @@ from difflib import get_close_matches
 from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
+from pyro.infer.autoguide import AutoGuide
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -40,6 +41,11 @@ def check_call(
 
     :param verb: ``fit`` or ``mcmc``, whose keyword-only arguments are options.
     """
+    if isinstance(model, AutoGuide):
+        raise TypeError(
+            f"{verb.__name__}(model, ...): the first argument is the model, got the guide "
+            f"{type(model).__name__}. To fit a guide, use fit(model, guide, *args)"
+        )
     called = model.forward if isinstance(model, nn.Module) else model
     try:
         # the wrapper of a decorated model decides which arguments it accepts
