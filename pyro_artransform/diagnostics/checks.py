@@ -329,13 +329,14 @@ class Verdict(NamedTuple):
         parts = (*heads, f"{words}: {text}", *self.notes, self.marginals)
         return " ".join(filter(None, parts))
 
-    def rows(self, without: Iterable[FailedCheck] = ()) -> Iterator[tuple[str, str]]:
+    def rows(self, after: Iterable[FailedCheck] = ()) -> Iterator[tuple[str, str]]:
         """The failed checks with their remedies, and the notes, as rows of a table.
 
-        :param without: failed checks to leave out.
+        :param after: failed checks that the table has already, to which rows refer.
         """
-        omitted = {*without}
-        shown = (failed for failed in self.failed if failed not in omitted)
+        known = {*after}
+        same = "the same as of the draws, above"
+        shown = (FailedCheck(f.check, same) if f in known else f for f in self.failed)
         for remedy, failed in groupby(shown, attrgetter("remedy")):
             yield from (("failed", each.sentence.removesuffix(".")) for each in failed)
             if remedy:

@@ -233,5 +233,5 @@ class FitResult(SavedResult):
             answer = "trusted" if self.trusted else f"not trusted, {judged.num_failed}"
             lines.append(f"About the guide alone{rest}: {answer}")
         why = [("why", judged.praise.removesuffix("."))] if self.trusted else []
-        rows = [*why, *judged.rows(without=shown), *self.rows().items()]
+        rows = [*why, *judged.rows(after=shown), *self.rows().items()]
         return "\n".join([*lines, *as_lines(rows)])
