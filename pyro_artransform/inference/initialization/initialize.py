@@ -22,6 +22,8 @@ from ..optimization.objective import PyroObjective
 from ..optimization.training import Training
 from ..problem import Problem
 from .start import (
+    AT_BATCHES,
+    AT_DRAWS,
     UNCHANGED,
     InitialGuide,
     MinibatchDensity,
@@ -122,7 +124,9 @@ def _start_guide(
         ensemble = chains_of(density) if draws is None else draws.ensemble
         problem.limit.enter_phase(START_UNTIL + _FOR_GUIDE)
         failure = "" if draws is None else draws.failure
-        return find_start(whole, guide, ensemble, failure, fewer=problem.fewer)
+        found = find_start(whole, guide, ensemble, failure, fewer=problem.fewer)
+        is_of_batches = draws is None and found.name == AT_DRAWS
+        return found._replace(name=AT_BATCHES) if is_of_batches else found
     if isinstance(guide, MinibatchGuide):
         elbo_draws = problem.objective.elbo_draws
         of_guide = problem.subject.log_joint, guide, problem.batch, elbo_draws, chains_of

@@ -44,6 +44,7 @@ UNCHANGED = "initial guide"
 FAILED = "initial guide, since no Gaussian fitted to the chains has a finite ELBO"
 BY_STEPS = "a Gaussian fitted by natural-gradient steps"
 AT_DRAWS = "a Gaussian fitted to the draws of the ensemble"
+AT_BATCHES = "a Gaussian fitted to short chains on mini-batches, which only start the guide"
 _NUM_COMPARED = 1024  # draws to find the Gaussian and compare it with the guide
 _NUM_OF_ELEMENTS = 64  # draws that compare Gaussians of elements, each evaluated on all rows
 _GAIN = 0.01  # nats by which the Gaussian must beat the guide, in addition to the margin for chance
@@ -300,7 +301,7 @@ def find_initial_minibatch_guide(
         z, _ = shared.with_coordinates(coordinates).from_unconstrained(u)
         with suppress(torch.linalg.LinAlgError):  # the covariance may be singular at a boundary
             guide.start_near(log_joint.latents.constrain(z), share)
-        moved = candidate(AT_DRAWS)
+        moved = candidate(AT_BATCHES)
         if moved.elbo > initial.elbo:
             return moved
     copy_to(_tensors(guide), before)
