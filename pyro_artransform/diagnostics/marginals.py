@@ -89,9 +89,9 @@ def bounds_in_words(mean: float, sd: float) -> str:
     """Words for bounds on errors of means, in sds, and on relative errors of sds, both rounded up."""
     means = sds = "not all known"
     if math.isfinite(mean):
-        means = f"accurate to {math.ceil(round(100 * mean, 3)) / 100:.2f} posterior sd"
+        means = f"within {math.ceil(round(100 * mean, 3)) / 100:.2f} posterior sd"
     if math.isfinite(sd):
-        sds = f"to {math.ceil(round(100 * sd, 3))} %"
+        sds = f"within {math.ceil(round(100 * sd, 3))} %"
     return f"means {means}, sds {sds}"
 
 

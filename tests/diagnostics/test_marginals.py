@@ -56,7 +56,7 @@ def test_guides_of_a_correlated_path(dim):
     model, ensemble = partial(path, dim), of_path(dim, max(1000, 2 * dim))
     exact = judged(ensemble, model, PathGuide(dim))
     assert max(exact.mean_bound, exact.sd_bound) < 0.25
-    assert exact.words.startswith("all means accurate to 0.")
+    assert exact.words.startswith("all means within 0.")
     assert exact.mean_shift["z"].shape == exact.sd_ratio_se["z"].shape == (dim,)
     for guide, is_good in (
         (PathGuide(dim), True),
@@ -88,7 +88,7 @@ def test_few_draws_know_too_little():
     draws, _ = PathGuide(20).rsample_and_log_prob(60)
     found = marginals_of(ensemble.log_joint, ensemble.draws, draws)
     assert not found.trusted
-    assert "but the bounds are wide (means accurate to" in found.words
+    assert "but the bounds are wide (means within" in found.words
 
 
 def test_of_constrained_sites():

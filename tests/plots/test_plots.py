@@ -116,7 +116,7 @@ def known_marginals(size=40):
 def test_marginals(ax):
     found = known_marginals()
     assert plots.plot_marginals(found, ax=ax) is ax
-    assert ax.get_title() == "means accurate to 0.55 posterior sd, sds to 45 %"
+    assert ax.get_title() == "means within 0.55 posterior sd, sds within 45 %"
     m, z = ax.containers
     assert (m.get_label(), z.get_label()) == ("m", "z")
     x, y = (torch.as_tensor(list(values)) for values in z.lines[0].get_data())

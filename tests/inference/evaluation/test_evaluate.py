@@ -191,7 +191,7 @@ def test_single_latents_are_right_where_the_joint_is_not():
     found = judged(model, PathGuide(100, distort=alternating), chains_of(model, 1000))
     assert found.keys() < set(FitResult.__dataclass_fields__)
     assert found["verdict"].startswith("Not trusted: ")
-    assert " Marginals trusted: all means accurate to 0." in found["verdict"]
+    assert " Marginals trusted: all means within 0." in found["verdict"]
     assert found["trusted"] is False
     assert found["marginals_trusted"] is True
 
