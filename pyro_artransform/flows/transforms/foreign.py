@@ -6,6 +6,7 @@
 from typing import Any, Protocol, runtime_checkable
 
 import torch
+from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
@@ -87,6 +88,8 @@ class ForeignTransform(FlowModule):
 
 def _wrong_source(source: object) -> str:
     kind = type(source).__name__
+    if isinstance(source, ConditionalTransform):
+        return f"{kind} needs a context; condition the flow first: flow.condition(context)"
     if isinstance(source, nn.Module):
         kind = f"the module {kind}"
     return (

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Transforms from elsewhere: their densities, their gradients, and what they cannot do."""
 
+import math
 from functools import partial
 
 import pyro.distributions as dist
@@ -125,6 +126,14 @@ def test_draws_and_densities_of_zukos_own_distribution(name):
         torch.testing.assert_close(source().log_prob(draw), q.log_prob(draw))
 
 
+def test_a_flow_of_angles_with_a_base_of_angles():
+    source = zuko_flow("NCSF", DIM).double()
+    q = FlowDistribution(dist.Uniform(-math.pi, math.pi).expand([DIM]).to_event(1), source)
+    draw = q.rsample((50,)).detach()
+    assert draw.abs().max() < math.pi
+    torch.testing.assert_close(q.log_prob(draw), source().log_prob(draw), atol=1e-4, rtol=1e-4)
+
+
 def test_transforms_without_parameters():
     q = FlowDistribution(dist.Normal(torch.zeros(3), 1.0), ExpTransform())
     draw = q.rsample((2,))
@@ -146,8 +155,6 @@ class Returns(nn.Module):
     ("source", "message"),
     [
         (nn.Linear(3, 3), "got the module Linear"),
-        (conditional_iaf(3, 2), "got the module ConditionalComposedTransform"),
-        (transforms.conditional_planar(3, 2), "got the module ConditionalPlanar"),
         (Returns(dist.Normal(0.0, 1.0)), "got the module Returns"),
         (base(), "got Independent"),
         (3, "got int"),
@@ -158,3 +165,10 @@ def test_what_is_no_flow(source, message):
     for use in (ForeignTransform, partial(FlowDistribution, base())):
         with pytest.raises(TypeError, match=f"expected a transform, or a module that .* {message}"):
             use(source)
+
+
+@pytest.mark.parametrize("make", [conditional_iaf, transforms.conditional_planar])
+def test_a_flow_without_its_context(make):
+    for use in (as_flow, partial(FlowDistribution, base())):
+        with pytest.raises(TypeError, match=r"Conditional.* first: flow\.condition\(context\)"):
+            use(make(3, 2))
