@@ -21,7 +21,7 @@ from .conditioned import (
 from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj_over_vectors
 from .inversion import at_solution, invert, invert_with_score
 from .score import score_by_substitution
-from .structure_check import StructureCheck
+from .structure_check import StructureCheck, warn_of_hidden_parameters
 
 
 class AutoregressiveTransform(FlowModule):
@@ -41,7 +41,8 @@ class AutoregressiveTransform(FlowModule):
 
     With Pyro's validation on, the first call checks a ``meta`` that is not autoregressive by construction,
     as a :class:`~pyro_artransform.flows.conditioners.MaskedMLP` is. It warns if the ``meta`` is not
-    autoregressive, is random, or mixes the rows of a batch. An inverse that did not converge warns with its
+    autoregressive, is random, or mixes the rows of a batch. A function that uses a module warns, since its
+    parameters are not those of the transform. An inverse that did not converge warns with its
     residual.
 
     Example::
@@ -60,6 +61,7 @@ class AutoregressiveTransform(FlowModule):
     def __init__(self, meta: Meta, passes: int | None = None, *, cache_size: int = 1) -> None:
         super().__init__(cache_size=cache_size)
         self.meta = check_callable("meta", meta, "a callable of x")
+        warn_of_hidden_parameters(meta)
         self.passes = None if passes is None else check_integer("passes", passes)
         #: None if the meta is autoregressive by construction, and needs no check
         self.structure = None if is_right_by_construction(meta) else StructureCheck()
@@ -126,6 +128,7 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
     ) -> None:
         super().__init__()
         self.meta = check_callable("meta", meta, "a callable of x and a context")
+        warn_of_hidden_parameters(meta)
         self.passes = None if passes is None else check_integer("passes", passes)
         self.structure = None if is_right_by_construction(meta) else StructureCheck()
 

@@ -9,13 +9,16 @@ other symptom.
 
 import copy
 import functools
+import inspect
 from collections.abc import Iterator
+from contextlib import suppress
 
 import torch
+from pyro.distributions import is_validation_enabled
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..._base.arguments import values_can_be_read
+from ..._base.arguments import values_can_be_read, warn_user
 from .conditioned import AutoregressiveMeta, Meta, check_returned
 
 _RANDOM = (
@@ -114,6 +117,28 @@ def fault_of_rows(meta: Meta, x: Tensor) -> str:
             if not torch.allclose(first[:1], mixed[:1], rtol=near, atol=near, equal_nan=True):
                 return _MIXES_ROWS
     return ""
+
+
+def warn_of_hidden_parameters(meta: object) -> None:
+    """Warns, with Pyro's validation on, of a function or partial that uses a module with parameters to train.
+
+    The ``self`` of a method is left out: a module that makes its transform this way has the parameters.
+    """
+    used = list[object]()
+    if isinstance(meta, functools.partial):
+        used = [meta.func, *meta.args, *meta.keywords.values()]
+    elif inspect.isfunction(meta):
+        with suppress(ValueError):  # a variable may be bound later
+            names = inspect.getclosurevars(meta)
+            named = {**names.globals, **names.nonlocals, "self": None}
+            used = [*named.values()]
+    parameters = (p for part in used if isinstance(part, nn.Module) for p in part.parameters())
+    if is_validation_enabled() and any(p.requires_grad for p in parameters):
+        warn_user(
+            "meta: the parameters of a module that this function uses are not those of the transform. Pass "
+            "an nn.Module as meta, so that its parameters are trained",
+            UserWarning,
+        )
 
 
 def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:

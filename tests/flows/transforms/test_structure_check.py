@@ -3,6 +3,7 @@
 """Networks and nonlinearities that the check at the first call finds, and those that it lets pass."""
 
 import warnings
+from functools import partial
 
 import pyro
 import pytest
@@ -155,10 +156,48 @@ def test_batch_normalization_is_checked_on_a_copy():
     assert found_at_a_call(with_affine(wrapped.eval()), torch.randn(5, 3)) == []
 
 
+NET = nn.Linear(2, 2)
+
+
+def by(net, x, context=None):
+    return MonotonicAffineTransform(net(x), 0 * x)
+
+
+def test_a_function_that_hides_parameters_is_reported():
+    """They are those of a variable around it, of a global one, or of an argument bound."""
+    net = nn.Linear(2, 2)
+    hidden = (lambda x: by(net, x), lambda x: by(NET, x), partial(by, net), partial(by, net=net))
+    for meta in hidden:
+        for make in (AutoregressiveTransform, ConditionalAutoregressiveTransform):
+            with pytest.warns(UserWarning, match="Pass an nn.Module as meta, so that") as caught:
+                assert not [*make(meta).parameters()]
+            assert caught[0].filename == __file__
+        with pyro.validation_enabled(False):
+            AutoregressiveTransform(meta)
+
+
+def test_functions_that_hide_nothing():
+    """Nor is a network that the surrounding module trains, or one that is not trained, or comes later."""
+
+    class Flow(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Linear(2, 2)
+            self.transform = AutoregressiveTransform(lambda x: by(self.net, x))
+
+    assert len([*Flow().parameters()]) == 2
+    weight, frozen = torch.ones(2), nn.Linear(2, 2).requires_grad_(False)
+    metas = (lambda x: AffineTransform(weight, 1.0), partial(by, frozen), lambda x: by(later, x))
+    for meta in metas:
+        AutoregressiveTransform(meta)
+    later = nn.Identity()
+
+
 def test_hidden_network_with_a_last_layer_of_zeros_is_found_later():
     net = nn.Linear(3, 3)
     nn.init.zeros_(net.weight)
-    t = AutoregressiveTransform(lambda x: MonotonicAffineTransform(0 * x, net(x)))
+    with pytest.warns(UserWarning, match="nn.Module as meta"):
+        t = AutoregressiveTransform(lambda x: MonotonicAffineTransform(0 * x, net(x)))
     x = torch.randn(5, 3)
     assert found_at_a_call(t, x) == []
     nn.init.normal_(net.weight)
