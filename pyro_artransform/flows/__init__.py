@@ -3,8 +3,6 @@
 
 """Autoregressive transforms: univariate families, conditioners, the transform of both, and builders."""
 
-from typing import Any
-
 from . import conditioners, transforms, univariate
 from .builders import (
     affine_autoregressive,
@@ -42,11 +40,3 @@ __all__ = [
     "transforms",
     "univariate",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    """Names what there is, as for users of ``zuko.flows``."""
-    raise AttributeError(
-        f"module {__name__!r} has no attribute {name!r}, but {', '.join(__all__)}; docs/coming_from.md lists "
-        "what replaces the names of Zuko and others, such as maf(input_dim) for zuko.flows.MAF"
-    )

@@ -113,9 +113,10 @@ def conditional_affine_autoregressive(
     adjacency: Tensor | None = None,
 ) -> ConditionalAutoregressiveTransform:
     """An :func:`affine_autoregressive` that also depends on a context of size ``context_dim``."""
-    options: Any = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
-    options["context_dim"] = check_integer("context_dim", context_dim)
-    return ConditionalAutoregressiveTransform(_meta(Affine(), input_dim, hidden_dims, **options))
+    options = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
+    context_dim = check_integer("context_dim", context_dim)
+    meta = _meta(Affine(), input_dim, hidden_dims, context_dim=context_dim, **options)
+    return ConditionalAutoregressiveTransform(meta)
 
 
 def conditional_spline_autoregressive(
@@ -130,10 +131,11 @@ def conditional_spline_autoregressive(
     adjacency: Tensor | None = None,
 ) -> ConditionalAutoregressiveTransform:
     """A :func:`spline_autoregressive` that also depends on a context of size ``context_dim``."""
-    options: Any = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
-    options["context_dim"] = check_integer("context_dim", context_dim)
+    options = {"nonlinearity": nonlinearity, "order": order, "adjacency": adjacency}
+    context_dim = check_integer("context_dim", context_dim)
     family = RationalQuadraticSpline(count_bins=count_bins, bound=bound)
-    return ConditionalAutoregressiveTransform(_meta(family, input_dim, hidden_dims, **options))
+    meta = _meta(family, input_dim, hidden_dims, context_dim=context_dim, **options)
+    return ConditionalAutoregressiveTransform(meta)
 
 
 def iaf(

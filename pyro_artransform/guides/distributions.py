@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.distributions import Transform, register_kl
 
 from .._base.arguments import warn_user
-from ..flows.transforms import FlowModule
-from ..flows.transforms.autoregressive import check_structure
+from ..flows.transforms import AutoregressiveTransform, FlowModule
 from ..flows.transforms.flow_distribution import FlowDistribution
 from ..flows.transforms.foreign import ForeignTransform, as_flow
 from ..model.density import LogJoint
@@ -102,6 +101,19 @@ def _check_foreign(name: str, flow: ForeignTransform, like: Tensor) -> None:
                 f"are off by {worst:.2g} at standard normal draws, where its densities are wrong",
                 UserWarning,
             )
+
+
+def check_structure(module: nn.Module, x: Tensor) -> None:
+    """Checks all autoregressive transforms in a module, as a first call at x ``(*, D)`` does.
+
+    :raises ValueError: if one is not autoregressive (the message names the coordinates), is random, or
+        mixes the rows of a batch.
+    """
+    for part in module.modules():
+        if not isinstance(part, AutoregressiveTransform) or part.structure is None:
+            continue
+        if fault := part.structure.fault(part.meta, x):
+            raise ValueError(fault)
 
 
 class ToUnconstrained(FlowModule):

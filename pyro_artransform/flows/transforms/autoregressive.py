@@ -34,15 +34,14 @@ class AutoregressiveTransform(FlowModule):
     to sample, expensive to evaluate at given points), and ``t.inv`` a masked autoregressive flow.
 
     :param meta: a function that returns, for x of shape ``(*, D)``, a bijective torch transform, elementwise
-        (event_dim 0) or of vectors (event_dim 1). A module is registered.
+        (event_dim 0) or of vectors (event_dim 1). A module is registered; a function that uses one warns.
     :param passes: the maximum number of fixed-point passes of the inverse, which is exact if this is at least
         the depth of the dependency graph (D for a full graph, 2 for a coupling); ``None`` means exact.
     :param cache_size: as for :class:`~pyro_artransform.flows.transforms.FlowModule`.
 
     With Pyro's validation on, the first call checks a ``meta`` that is not autoregressive by construction,
     as a :class:`~pyro_artransform.flows.conditioners.MaskedMLP` is. It warns if the ``meta`` is not
-    autoregressive, is random, or mixes the rows of a batch. A function that uses a module warns, since its
-    parameters are not those of the transform. An inverse that did not converge warns with its
+    autoregressive, is random, or mixes the rows of a batch. An inverse that did not converge warns with its
     residual.
 
     Example::
@@ -139,16 +138,3 @@ class ConditionalAutoregressiveTransform(ConditionalFlowModule):
         conditioned = AutoregressiveTransform(ContextMeta(self.meta, context), self.passes)
         conditioned.structure = self.structure
         return conditioned
-
-
-def check_structure(module: torch.nn.Module, x: Tensor) -> None:
-    """Checks all autoregressive transforms in a module, as a first call at x ``(*, D)`` does.
-
-    :raises ValueError: if one is not autoregressive (the message names the coordinates), is random, or
-        mixes the rows of a batch.
-    """
-    for part in module.modules():
-        if not isinstance(part, AutoregressiveTransform) or part.structure is None:
-            continue
-        if fault := part.structure.fault(part.meta, x):
-            raise ValueError(fault)

@@ -6,7 +6,6 @@
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Distribution, Transform
 
@@ -88,13 +87,11 @@ class ForeignTransform(FlowModule):
 
 def _wrong_source(source: object) -> str:
     kind = type(source).__name__
-    if isinstance(source, ConditionalTransform):
-        return f"{kind} needs a context; condition the flow first: flow.condition(context)"
     if isinstance(source, nn.Module):
         kind = f"the module {kind}"
     return (
         "expected a transform, or a module that returns one when called without arguments, as Zuko's flows "
-        f"do, got {kind}"
+        f"do, got {kind}. If it needs a context, condition the flow first: flow.condition(context)"
     )
 
 

@@ -21,9 +21,8 @@ class LocationScale(FlowModule):
     A is strictly lower triangular and starts at zero.
 
     :param loc: the initial location, shape ``(D,)``, which determines dtype and device.
-    :param scale: the initial standard deviation, a number.
+    :param scale: the initial standard deviation, a positive number.
     :param full_rank: whether to include A.
-    :raises ValueError: if ``scale`` is not a positive number. For one of each coordinate, use :meth:`set_`.
     """
 
     lower: Tensor | None
@@ -31,9 +30,8 @@ class LocationScale(FlowModule):
     def __init__(self, loc: Tensor, scale: float, *, full_rank: bool) -> None:
         super().__init__()
         self.loc = nn.Parameter(loc.detach().clone())
-        self.log_scale = nn.Parameter(
-            torch.full_like(loc, math.log(check_positive("scale", scale)))
-        )
+        log_scale = math.log(check_positive("scale", scale))
+        self.log_scale = nn.Parameter(torch.full_like(loc, log_scale))
         # for D = 1 there are no off-diagonal entries, so A would have no effect
         lower = nn.Parameter(loc.new_zeros(2 * loc.shape)) if full_rank and len(loc) > 1 else None
         self.register_parameter("lower", lower)

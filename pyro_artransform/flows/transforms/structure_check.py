@@ -10,7 +10,7 @@ other symptom.
 import copy
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 
 import torch
@@ -30,6 +30,10 @@ _MIXES_ROWS = (
     "the meta mixes the rows of a batch: the transform of a row depends on other rows, so densities are "
     "wrong. Use layers and nonlinearities that act on each row alone, or call .eval() if they mix rows only "
     "in training, like batch normalization"
+)
+_HIDDEN = (
+    "the parameters of a module that this function uses are not those of the transform: pass an nn.Module "
+    "as meta, so that its parameters are trained"
 )
 
 
@@ -98,6 +102,7 @@ def dependencies(meta: Meta, x: Tensor) -> Tensor:
     return depends
 
 
+@torch.no_grad()
 def fault_of_rows(meta: Meta, x: Tensor) -> str:
     """Describes whether the transform of a row is random or depends on other rows; empty if neither."""
     generator = torch.Generator().manual_seed(0)
@@ -105,7 +110,7 @@ def fault_of_rows(meta: Meta, x: Tensor) -> str:
     rows = [2 if size == 1 else size for size in batch] or [2] * max(x.dim() - 1, 1)
     shape = torch.Size((*rows, x.shape[-1]))
     near = 1e2 * torch.finfo(x.dtype).eps
-    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []), torch.no_grad():
+    with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
         as_it_is = copy.deepcopy(meta) if isinstance(meta, nn.Module) else meta
         for candidate in _candidates(as_it_is, generator):
             point, other = _normal(shape, x, generator), _normal(shape, x, generator)
@@ -120,25 +125,18 @@ def fault_of_rows(meta: Meta, x: Tensor) -> str:
 
 
 def warn_of_hidden_parameters(meta: object) -> None:
-    """Warns, with Pyro's validation on, of a function or partial that uses a module with parameters to train.
-
-    The ``self`` of a method is left out: a module that makes its transform this way has the parameters.
-    """
-    used = list[object]()
+    """Warns, with Pyro's validation on, of a function that uses a module to train, unless it is ``self``."""
+    used: Iterable[object] = ()
     if isinstance(meta, functools.partial):
-        used = [meta.func, *meta.args, *meta.keywords.values()]
+        used = (*meta.args, *meta.keywords.values())
     elif inspect.isfunction(meta):
         with suppress(ValueError):  # a variable may be bound later
-            names = inspect.getclosurevars(meta)
-            named = {**names.globals, **names.nonlocals, "self": None}
-            used = [*named.values()]
-    parameters = (p for part in used if isinstance(part, nn.Module) for p in part.parameters())
-    if is_validation_enabled() and any(p.requires_grad for p in parameters):
-        warn_user(
-            "meta: the parameters of a module that this function uses are not those of the transform. Pass "
-            "an nn.Module as meta, so that its parameters are trained",
-            UserWarning,
-        )
+            found = inspect.getclosurevars(meta)
+            used = {**found.globals, **found.nonlocals, "self": None}.values()
+    modules = [part for part in used if isinstance(part, nn.Module)]
+    is_trained = any(p.requires_grad for module in modules for p in module.parameters())
+    if is_trained and is_validation_enabled():
+        warn_user(f"meta: {_HIDDEN}", UserWarning)
 
 
 def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:

@@ -170,5 +170,7 @@ def test_what_is_no_flow(source, message):
 @pytest.mark.parametrize("make", [conditional_iaf, transforms.conditional_planar])
 def test_a_flow_without_its_context(make):
     for use in (as_flow, partial(FlowDistribution, base())):
-        with pytest.raises(TypeError, match=r"Conditional.* first: flow\.condition\(context\)"):
+        with pytest.raises(
+            TypeError, match=r"Conditional.* the flow first: flow\.condition\(context\)"
+        ):
             use(make(3, 2))

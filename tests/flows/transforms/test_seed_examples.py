@@ -62,11 +62,6 @@ def test_basic_example_is_exact_with_a_masked_input():
     assert torch.allclose(transform.inv(y.detach()), x, atol=1e-12)
 
 
-def test_names_of_zuko_that_are_not_here():
-    with pytest.raises(AttributeError, match=r"no attribute 'NSF', but .* maf, .*coming_from\.md"):
-        zuko.flows.NSF(3, 2)
-
-
 def test_multi_layer_flow():
     flow = AutoregressiveFlow(features=10, layers=3)
     x = torch.randn(64, 10)

@@ -18,8 +18,8 @@ from pyro_artransform.flows.transforms import (
     ConditionalAutoregressiveTransform,
     ConditionedUnivariate,
 )
-from pyro_artransform.flows.transforms.autoregressive import check_structure
 from pyro_artransform.flows.univariate import Affine, MonotonicAffineTransform
+from pyro_artransform.guides.distributions import check_structure
 from pyro_artransform.testing import redraw
 from tests.flows.transforms.metas import CumulativeConditioner, Dense, DenseTransform
 from tests.guides.models import gaussian
@@ -169,7 +169,7 @@ def test_a_function_that_hides_parameters_is_reported():
     hidden = (lambda x: by(net, x), lambda x: by(NET, x), partial(by, net), partial(by, net=net))
     for meta in hidden:
         for make in (AutoregressiveTransform, ConditionalAutoregressiveTransform):
-            with pytest.warns(UserWarning, match="Pass an nn.Module as meta, so that") as caught:
+            with pytest.warns(UserWarning, match="pass an nn.Module as meta, so that") as caught:
                 assert not [*make(meta).parameters()]
             assert caught[0].filename == __file__
         with pyro.validation_enabled(False):
