@@ -11,7 +11,7 @@ Each pass makes the next level of the graph exact. With :math:`M = \partial u / 
 triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`, and is the limit of
 :math:`v \leftarrow g + M^\top v`. Both are exact after as many passes as the depth of the graph.
 
-By blocks of levels of the graph, an exact inverse costs about one evaluation.
+By blocks of levels of the graph, an exact inverse takes the arithmetic of about one evaluation.
 
 **References**
 
