@@ -43,8 +43,9 @@ _NUM_ESTIMATES = 4
 # runs of the model in the search for a site that is not finite
 _NUM_TRACED = 16
 
-# the deviation of log weights, in units of its median, beyond which the robust loss bounds their gradients
-_BOUND = 3.0
+# the deviation of log weights, in units of its median, and the least in nats, beyond which the robust loss
+# bounds their gradients: near the optimum only tails deviate, and are to be learned (benchmarks/price.md)
+_BOUND, _LEAST_BOUND = 3.0, 0.5
 # the additional weight of deviating log weights in the tail loss, the squared deviation at its cap, and
 # the factor on draws per step (benchmarks/price.md)
 _TAIL_WEIGHT, _MAX_DEVIATION, _TAIL_DRAWS = 2.0, 50.0, 2
@@ -124,7 +125,7 @@ class _PathTerms:
         """See :meth:`PathObjective.robust_loss`."""
         terms = self(num_particles)
         deviation = _deviation(terms)
-        bound = _BOUND * deviation.median() + torch.finfo(terms.dtype).tiny
+        bound = (_BOUND * deviation.median()).clamp(min=_LEAST_BOUND)
         return _weighted(terms, (bound / deviation).clamp(max=1.0))
 
     def for_tails(self, num_particles: int) -> Tensor:
@@ -191,8 +192,8 @@ class PathObjective(Objective):
 
         With :math:`w = p / q`, every f-divergence :math:`E_q[f(w)]` has the path gradient of the ELBO
         with weights :math:`w^2 f''(w)`, which are one for the ELBO. Here they are :math:`\min(1, c / d)`,
-        where d is the deviation of :math:`\log w` from its median in units of the median of all d, as in
-        robust regression. The minimum is still at the posterior.
+        where d is the deviation of :math:`\log w` from its median, as in robust regression, and c three
+        times the median of all d, but at least half a nat. The minimum is still at the posterior.
 
         See Robust Estimation of a Location Parameter (Huber, 1964).
         """

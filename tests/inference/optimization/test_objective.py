@@ -368,3 +368,7 @@ def test_robust_loss(monkeypatch):
     assert loss.item() == pytest.approx(20.4)
     (weights,) = torch.autograd.grad(loss, terms)
     torch.testing.assert_close(5 * weights, torch.tensor([1.0, 1.0, 1.0, 1.0, 3 / 99]))
+    # near the optimum no draw is far out
+    terms = (0.004 * terms.detach()).requires_grad_()
+    (weights,) = torch.autograd.grad(objective._terms.robust(5), terms)
+    torch.testing.assert_close(5 * weights, torch.ones(5))
