@@ -45,7 +45,8 @@ FAILED = "initial guide, since no Gaussian fitted to the chains has a finite ELB
 BY_STEPS = "a Gaussian fitted by natural-gradient steps"
 AT_DRAWS = "a Gaussian fitted to the draws of the ensemble"
 AT_BATCHES = "a Gaussian fitted to short chains on mini-batches, which only start the guide"
-_NUM_COMPARED = 1024  # draws to find the Gaussian and compare it with the guide
+# draws to find the Gaussian and compare it with the guide, their values in all, and the fewest draws
+_NUM_COMPARED, _VALUES_COMPARED, _FEWEST_COMPARED = 1024, 2**18, 128
 _NUM_OF_ELEMENTS = 64  # draws that compare Gaussians of elements, each evaluated on all rows
 _GAIN = 0.01  # nats by which the Gaussian must beat the guide, in addition to the margin for chance
 _MOST_LATENTS = 1000  # of a mini-batch, limited for memory
@@ -78,8 +79,10 @@ def find_start(
     :raises ValueError: if neither has a finite ELBO.
     """
     before, found = copies(_tensors(guide)), None
+    most = max(_VALUES_COMPARED // density.latents.latent_dim, _FEWEST_COMPARED)
+    count = min(_NUM_COMPARED // fewer, most)
     with abandonable():
-        found = _better_start(density, guide, ensemble, why_no_chains, _NUM_COMPARED // fewer)
+        found = _better_start(density, guide, ensemble, why_no_chains, count)
     if found is not None:
         return found
     copy_to(_tensors(guide), before)

@@ -165,11 +165,13 @@ def _with_hubs(neighbours: Sequence[Set[int]], hubs: frozenset[int], seed: int) 
     others = list(near)
     random.Random(seed).shuffle(others)
     color, count = dict[int, int](), 0
+    around = {i: set[int]() for i in near}  # the colors of each column and its neighbours
     for i in others:
-        at_most_two_away = near[i].union(*(near[j] for j in near[i]))
-        taken = {color.get(k) for k in at_most_two_away}
+        taken = set[int]().union(*(around[j] for j in near[i]))
         color[i] = next(k for k in range(count + 1) if k not in taken)
         count = max(count, color[i] + 1)
+        for j in (i, *near[i]):
+            around[j].add(color[i])
     color.update((i, count + k) for k, i in enumerate(sorted(hubs)))
     colors = tuple(color[i] for i in range(len(neighbours)))
     return Coloring(colors, count + len(hubs), len(hubs))
