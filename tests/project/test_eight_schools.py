@@ -91,14 +91,13 @@ def test_the_picture_says_over_how_many_steps_it_averages(steps: int, label: str
 def test_demo_in_full(tmp_path: Path, seed: int) -> None:
     """Four standard errors, since no ELBO is above the evidence but by chance.
 
-    A fit ends where the weights show at most 0.005 nats to gain, up to their noise, so that the ELBO is that
-    far below the evidence, or a little more, as in the table of the README.
+    A fit ends where the weights of 5,000 draws show at most 0.02 nats to gain, with an error of 0.005.
     """
     out = str(tmp_path / "eight_schools.png")
     printed = run("--out", out, "--seed", str(seed))
     found = elbos(printed)
     assert all(mean <= LOG_EVIDENCE + 4 * error for mean, error in found.values())
-    assert found["AutoIAF"][0] >= LOG_EVIDENCE - 0.01
+    assert found["AutoIAF"][0] >= LOG_EVIDENCE - 0.03
     assert found["AutoIAF"][0] > max(found["AutoNormal"][0], found["AutoMultivariateNormal"][0]) + 1
     trusted = verdicts(printed)
     assert trusted["AutoNormal"] == trusted["AutoMultivariateNormal"] == "Not trusted"
