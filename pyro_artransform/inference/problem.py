@@ -5,6 +5,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import cast
 
@@ -29,7 +30,7 @@ from .minibatch_check import warn_of_no_sum
 from .optimization.minibatches import NUM_COMMON_DRAWS, NUM_VALIDATION, MinibatchObjective
 from .optimization.objective import FEWER, BatchObjective, PathObjective, PyroObjective
 from .optimization.optimizers import Scales
-from .optimization.schedule import NUM_COMPARED, Schedule
+from .optimization.schedule import GAP_OF_BATCHES, NUM_COMPARED, Schedule
 from .optimization.training import Training
 from .parallel import Parallel
 
@@ -116,10 +117,12 @@ class Problem:
         self.has_all_data = self.minibatches is None or self.minibatches.whole is not None
         latent_dim = log_joint.latents.latent_dim
         # if all data correct a batch, the noise of batches is too small to need averaging over an epoch
-        epoch = 1
+        schedule = Schedule(1, num_compared, dim=latent_dim)
         if self.minibatches is not None and self.minibatches.on_all is None:
-            epoch = self.minibatches.stream.num_batches
-        self.schedule = Schedule(epoch, num_compared, dim=latent_dim).of_length(num_steps)
+            schedule = replace(schedule, epoch=self.minibatches.stream.num_batches)
+        elif self.minibatches is not None:
+            schedule = replace(schedule, small_gap=GAP_OF_BATCHES)
+        self.schedule = schedule.of_length(num_steps)
         is_structured = isinstance(cast(object, guide), StructuredGuide)
         few, fewest = _NUM_PARTICLES if self.stream is None else _NUM_IN_BATCHES
         usual = few // FEWER if self.is_loop else few

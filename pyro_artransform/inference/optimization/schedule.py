@@ -26,6 +26,9 @@ _MIN_IMPROVEMENT = 0.01
 # the gap in nats at which training stops: 0.02 after the first window, and as much more after each other one,
 # since a further nat costs more steps, up to 0.04
 _SMALL_GAP, _MOST_GAP = 0.02, 0.04
+#: that of steps on mini-batches whose checks see all data: thousands of latents take 300 steps and 25 s from
+#: 0.07 to 0.04 nats (benchmarks/crossed.md)
+GAP_OF_BATCHES = 0.05
 # steps over which the step size rises at the start
 _WARM_UP = 20
 # the largest step as a share of the distance from the optimum (benchmarks/price.md)
@@ -84,6 +87,7 @@ class Schedule:
     :param is_for_tails: whether steps of the decay train the tails.
     :param dim: the number of latents.
     :param gap: the last estimate of the gap in nats; inf if there is none.
+    :param small_gap: the gap at which training stops in the first window.
     """
 
     epoch: int = 1
@@ -95,6 +99,7 @@ class Schedule:
     is_for_tails: bool = False
     dim: int = 1
     gap: float = math.inf
+    small_gap: float = _SMALL_GAP
 
     def of_length(self, num_steps: int | None) -> "Schedule":
         """The schedule for a fixed number of steps; unchanged for ``None``."""
@@ -161,7 +166,8 @@ class Schedule:
 
         :param log_weights: returns the log weights of a number of draws.
         """
-        small_gap = min(max(step / _WINDOW, 1) * _SMALL_GAP, _MOST_GAP)
+        later = min(max(step / _WINDOW, 1) * _SMALL_GAP, _MOST_GAP)
+        small_gap = max(self.small_gap, later)
         few = log_weights(self.num_few)
         if (clear := float(few.var()) / 2) > _CLEARLY * small_gap:
             return replace(self, gap=clear)
