@@ -37,8 +37,8 @@ class Importance:
     :param log_evidence: the log of the mean weight.
     :param log_evidence_se: its standard error. If ``khat`` exceeds 0.5, weights have no variance, and
         the error of their mean falls with ``S ** (khat - 1)`` in place of ``S ** -0.5`` (Vehtari et al.
-        2024): the standard error is multiplied by the ratio. Infinite if ``khat`` exceeds 1. Above 0.7
-        the evidence rests on a few draws and is usually too small.
+        2024): the standard error is multiplied by the ratio, unless the tail is negligible. Infinite if
+        ``khat`` exceeds 1. Above 0.7 the evidence rests on a few draws and is usually too small.
     :param khat: the Pareto index of the weights' tail, with standard error ``khat_se``: up to 0.5
         the weights have finite variance, up to 0.7 estimates with them are reliable (see
         :func:`~pyro_artransform.diagnostics.fit_tail`).
@@ -67,6 +67,7 @@ class Importance:
         tail = fit_tail(log_weights)
         known = log_weights.detach().to("cpu", torch.float64)
         finite = known[known.isfinite()]
+        tail_share = float(share_above(known, known.new_tensor(tail.log_cutoff)))
         elbo, elbo_se, log_evidence, log_evidence_se, ess = -inf, inf, -inf, inf, 0.0
         if len(finite):
             share = len(finite) / len(log_weights)
@@ -77,9 +78,10 @@ class Importance:
             weights = (smoothed - smoothed.max()).exp()
             log_evidence = (smoothed.max() + weights.mean().log()).item()
             ess = (weights.sum() ** 2 / weights.square().sum()).item()
-            if tail.khat < 1:
+            khat = tail.khat if tail_share > GOOD_TAIL else 0.0
+            if khat < 1:
                 log_evidence_se = sqrt(max(1 / ess - 1 / len(weights), 0.0))
-                log_evidence_se *= len(weights) ** max(tail.khat - KHAT_OF_VARIANCE, 0.0)
+                log_evidence_se *= len(weights) ** max(khat - KHAT_OF_VARIANCE, 0.0)
         return cls(
             elbo=elbo,
             elbo_se=elbo_se,
@@ -90,7 +92,7 @@ class Importance:
             ess=ess,
             num_samples=len(log_weights),
             num_nonfinite=len(log_weights) - len(finite),
-            tail_share=float(share_above(known, known.new_tensor(tail.log_cutoff))),
+            tail_share=tail_share,
             log_weights=log_weights.detach(),
         )
 

@@ -189,7 +189,7 @@ class FitResult(SavedResult):
                 evidence += " (only of the modes that the guide covers)"
             if self.khat > GOOD_KHAT:
                 if weights is None or weights.has_heavy_tail:
-                    evidence += f" (probably too small: k-hat is above {GOOD_KHAT})"
+                    evidence += f" (unreliable: k-hat is above {GOOD_KHAT})"
                 else:
                     share = f"{100 * weights.tail_share:.1g} % of the weight"
                     khat += f" (its tail has {share}, which is negligible)"

@@ -163,7 +163,7 @@ def test_what_went_wrong_is_shown(result):
     assert shared.rows()["k-hat"].startswith("0.60 ± ")
     assert shared.rows()["k-hat"].endswith(", for the shared latents")
     odd = replace(result, khat=0.8, log_evidence=-3.0, log_evidence_se=0.5, importance=None)
-    assert odd.rows()["log evidence"] == "-3.000 ± 0.500 (probably too small: k-hat is above 0.7)"
+    assert odd.rows()["log evidence"] == "-3.000 ± 0.500 (unreliable: k-hat is above 0.7)"
 
 
 def test_ok_is_about_the_draws_where_there_are_some(result):
