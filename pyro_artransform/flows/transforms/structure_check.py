@@ -133,9 +133,8 @@ def warn_of_hidden_parameters(meta: object) -> None:
         with suppress(ValueError):  # a variable may be bound later
             found = inspect.getclosurevars(meta)
             used = {**found.globals, **found.nonlocals, "self": None}.values()
-    modules = [part for part in used if isinstance(part, nn.Module)]
-    is_trained = any(p.requires_grad for module in modules for p in module.parameters())
-    if is_trained and is_validation_enabled():
+    parameters = (p for part in used if isinstance(part, nn.Module) for p in part.parameters())
+    if is_validation_enabled() and any(p.requires_grad for p in parameters):
         warn_user(f"meta: {_HIDDEN}", UserWarning)
 
 
