@@ -31,10 +31,6 @@ _MIXES_ROWS = (
     "wrong. Use layers and nonlinearities that act on each row alone, or call .eval() if they mix rows only "
     "in training, like batch normalization"
 )
-_HIDDEN = (
-    "the parameters of a module that this function uses are not those of the transform: pass an nn.Module "
-    "as meta, so that its parameters are trained"
-)
 
 
 class StructureCheck:
@@ -133,9 +129,10 @@ def warn_of_hidden_parameters(meta: object) -> None:
         with suppress(ValueError):  # a variable may be bound later
             found = inspect.getclosurevars(meta)
             used = {**found.globals, **found.nonlocals, "self": None}.values()
-    parameters = (p for part in used if isinstance(part, nn.Module) for p in part.parameters())
-    if is_validation_enabled() and any(p.requires_grad for p in parameters):
-        warn_user(f"meta: {_HIDDEN}", UserWarning)
+    modules = nn.ModuleList(part for part in used if isinstance(part, nn.Module))
+    if is_validation_enabled() and any(p.requires_grad for p in modules.parameters()):
+        why = "a function hides its module from the transform: pass an nn.Module"
+        warn_user(f"meta: {why} as meta, so that its parameters are trained", UserWarning)
 
 
 def _candidates(meta: Meta, generator: torch.Generator) -> Iterator[Meta]:
