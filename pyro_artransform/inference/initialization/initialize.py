@@ -82,6 +82,7 @@ def _initialize(problem: Problem, draws: FirstDraws | None) -> InitialGuide:
     problem.limit.enter_phase(START_UNTIL)
     has_gaussian = isinstance(guide, ElementGuide) and guide.is_of_elements
     if has_gaussian and problem.terms is not None and minibatches and minibatches.whole:
+        problem.limit.enter_phase(START_UNTIL + _FOR_GUIDE)  # there are no chains
         of_elements = minibatches.whole, cast(ElementGuide, guide), problem.terms
         return find_start_of_elements(*of_elements)
     if is_flow and minibatches is not None:

@@ -95,6 +95,9 @@ class MinibatchObjective(Objective):
         if self.whole and isinstance(objective, PathObjective) and objective.is_guide_alone():
             self.on_all = replace(objective, log_joint=self.whole)
         self.has_weights = self.is_noisy = self.on_all is not None
+        # passes over all data join so many batches, and evaluate fewer draws at once
+        shares = [share for share, _ in self.whole.parts()] if self.whole else []
+        self._num_joined = max(self._least_scale * max(shares, default=1.0), 1.0)
 
     def _weight(self, batch: Batch) -> float:
         """The rows of a batch relative to those of the largest validation batch; one without scales."""
@@ -104,8 +107,9 @@ class MinibatchObjective(Objective):
         batch = self.stream.next()
         if self.whole is not None and self.on_all is not None:
             with torch.random.fork_rng(devices=[]):  # the anchor takes draws in the first step
-                anchor = self._anchor_of(self.on_all)
-                corrected = AnchoredLogJoint(self.whole.bound_to(*batch), anchor)
+                anchor, of_batch = self._anchor_of(self.on_all), self.whole.bound_to(*batch)
+                of_batch.chunk_size = int(self.whole.chunk_size * self._num_joined)
+                corrected = AnchoredLogJoint(of_batch, anchor)
             self._last = replace(self.on_all, log_joint=corrected, is_one=False)
         else:
             self._last = self.objective.with_arguments(batch)
