@@ -87,7 +87,7 @@ class Schedule:
     :param is_for_tails: whether steps of the decay train the tails.
     :param dim: the number of latents.
     :param gap: the last estimate of the gap in nats; inf if there is none.
-    :param small_gap: the gap at which training stops in the first window.
+    :param small_gap: a gap at which training stops in any window; -inf if there is none.
     """
 
     epoch: int = 1
@@ -99,7 +99,7 @@ class Schedule:
     is_for_tails: bool = False
     dim: int = 1
     gap: float = math.inf
-    small_gap: float = _SMALL_GAP
+    small_gap: float = -math.inf
 
     def of_length(self, num_steps: int | None) -> "Schedule":
         """The schedule for a fixed number of steps; unchanged for ``None``."""
