@@ -5,6 +5,8 @@
 
 import math
 import re
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -259,3 +261,20 @@ def test_a_fit_goes_on_from_the_one_before():
     second = fitted(models.regression, guide, num_steps=5)
     assert second.start == "initial guide"
     assert second.elbo > first.elbo - 0.3
+
+
+WITHOUT_SYMPY = """
+import sys
+
+from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
+from tests.inference.models import regression
+
+for kind in (AutoStructuredFlow, AutoIAF):
+    fit(regression, kind(regression), num_steps=2, progress=False)
+    assert "sympy" not in sys.modules, kind
+"""
+
+
+def test_sympy_is_not_imported():
+    """PyTorch imports it for gradients of tensors that are no scalars, which takes up to two seconds."""
+    subprocess.run([sys.executable, "-c", WITHOUT_SYMPY], check=True, timeout=120)

@@ -20,6 +20,7 @@ By blocks of levels of the graph, an exact inverse takes the arithmetic of about
 2. Deep Equilibrium Models (Bai, Kolter, Koltun, 2019), https://arxiv.org/abs/1909.01377
 """
 
+from collections.abc import Iterable
 from math import nan
 from typing import Any
 
@@ -236,14 +237,11 @@ def _with_gradient(
         """The adjoint of the fixed point, by vector-Jacobian products until convergence."""
         v = g_out
         for _ in range(out.shape[-1]):
-            weighted = [(t, g) for t, g in ((out, v), (ladj, g_ladj)) if t.requires_grad]
-            weighted = [(t, g) for t, g in weighted if g is not None]
+            pairs = (out, v), (ladj, g_ladj)
+            weighted = [(t, g) for t, g in pairs if t.requires_grad and g is not None]
             if not weighted:
                 break
-            ends, weights = zip(*weighted)
-            options = {"retain_graph": True, "allow_unused": True}
-            pulled: Any = torch.autograd.grad(ends, point, weights, **options)[0]
-            if pulled is None:
+            if (pulled := _pulled(weighted, point)) is None:
                 break
             previous, v = v, g_out + pulled
             # relative to the row, since gradients scale with the loss
@@ -271,15 +269,19 @@ def _with_known_gradient(
         """The adjoint of the fixed point, by substitution along the graph."""
         shape = (-1, *params.shape[-2:])
         right = g_out.reshape(-1, g_out.shape[-1])
-        if ladj.requires_grad and g_ladj is not None:
-            options = {"retain_graph": True, "allow_unused": True}
-            weights: Any = torch.autograd.grad(ladj, params, g_ladj, **options)[0]
-            if weights is not None:
-                right = right + linearization.pull_back(weights.reshape(shape))
-        (slopes,) = torch.autograd.grad(out, params, torch.ones_like(out), retain_graph=True)
+        known = [(ladj, g_ladj)] if ladj.requires_grad and g_ladj is not None else []
+        if known and (weights := _pulled(known, params)) is not None:
+            right = right + linearization.pull_back(weights.reshape(shape))
+        slopes: Any = _pulled([(out, torch.ones_like(out))], params)
         return linearization.solve_adjoint(slopes.reshape(shape), right).reshape(g_out.shape)
 
     return _Implicit.apply(out, ladj, *values, solve)
+
+
+def _pulled(weighted: Iterable[tuple[Tensor, Tensor]], point: Tensor) -> Tensor | None:
+    with torch.enable_grad():  # gradients of others than scalars import SymPy
+        total: Any = sum((value * weight).sum() for value, weight in weighted)
+    return torch.autograd.grad(total, point, retain_graph=True, allow_unused=True)[0]
 
 
 class _Implicit(torch.autograd.Function):

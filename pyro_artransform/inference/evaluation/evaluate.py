@@ -42,8 +42,8 @@ _BY_WEIGHTS = (
 )
 # draws behind a verdict (as in Yao et al. 2018), and if weights have the noise of mini-batches
 _NUM_SAMPLES, _NUM_NOISY = 10_000, 500
-# additional draws, at most as many as the gradients of the fit, if only k-hat is in doubt: its standard error
-# falls from 0.09 to 0.05
+# additional draws, as many as before each time, while only k-hat is in doubt, at most as many as the
+# gradients of the fit: its standard error falls from 0.09 to 0.05
 _NUM_MORE = 90_000
 # the least share of a mode that matters; a guide has lost a mode if it has less than this part of its share
 _MIN_SHARE, _MIN_PART = 0.01, 0.1
@@ -61,12 +61,15 @@ def draw(
         parts.append(chunk.log_weights)
         if chunk.latent is not None and sum(map(len, latents)) < most:
             latents.append(chunk.latent.clone())
-    more = min(_NUM_MORE, max_more_draws)
-    if more >= count:
+    left = min(_NUM_MORE, max_more_draws)
+    while left >= count:
         weights = Importance.from_log_weights(torch.cat(parts))
+        if not weights.is_close or weights.khat + CLEAR_IN_SE * weights.khat_se < GOOD_KHAT:
+            break
         # only k-hat is in doubt: it is not clearly below its threshold
-        if weights.is_close and weights.khat + CLEAR_IN_SE * weights.khat_se >= GOOD_KHAT:
-            parts += [chunk.log_weights for chunk in until_deadline(subject.weighted_draws(more))]
+        more = min(weights.num_samples, left)
+        left -= more
+        parts += [chunk.log_weights for chunk in until_deadline(subject.weighted_draws(more))]
     return torch.cat(parts), torch.cat(latents) if latents else None
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ...diagnostics.importance_sampling import GOOD_KHAT, GOOD_TAIL
+from ...diagnostics.importance_sampling import GOOD_GAP, GOOD_KHAT, GOOD_TAIL
 from ...diagnostics.psis import fit_tail, share_above
 
 PLATEAU = "the ELBO stopped improving"
@@ -21,11 +21,11 @@ NUM_COMPARED = 1000  #: draws for an estimate of the gap, every quarter of a win
 # steps whose mean ELBO is compared with that of the preceding window, and the longest phase of constant step
 # size; from benchmarks/price.md, as are all numbers here without a source
 _WINDOW, _MAX_CONSTANT = 100, 3000
-# the improvement in nats between windows below which training stops
-_MIN_IMPROVEMENT = 0.01
+# the improvement between windows below which training stops: in nats, and as a share of the gap
+_MIN_IMPROVEMENT, _MIN_SHARE = 0.01, 0.1
 # the gap in nats at which training stops: 0.02 after the first window, and as much more after each other one,
-# since a further nat costs more steps, up to 0.04
-_SMALL_GAP, _MOST_GAP = 0.02, 0.04
+# since a further nat costs more steps, up to 0.045
+_SMALL_GAP, _MOST_GAP = 0.02, 0.045
 #: that of steps on mini-batches whose checks see all data: thousands of latents take 300 steps and 25 s from
 #: 0.07 to 0.04 nats (benchmarks/crossed.md)
 GAP_OF_BATCHES = 0.05
@@ -34,9 +34,9 @@ _WARM_UP = 20
 # the largest step as a share of the distance from the optimum (benchmarks/price.md)
 _SHARE_OF_DISTANCE = 0.5
 # steps of the decay, of one that trains the tails, and the fraction of the step size it starts from
-_DECAY, _DECAY_OF_TAILS, _DECAY_FACTOR = 150, 100, 0.3
-# the largest k-hat, one standard error included, with which training stops without a decay
-_KHAT_AT_END = 0.55
+_DECAY, _DECAY_OF_TAILS, _DECAY_FACTOR = 150, 50, 0.3
+# the largest k-hat with which training stops without a decay
+_KHAT_AT_END = 0.6
 # the share of a fixed number of steps spent in decay, from the full step size: the guide may still be far off
 _DECAY_SHARE = 0.4
 # steps of the decay before a time limit, relative to those before, and the share of the time left that they
@@ -54,24 +54,23 @@ _AVERAGED_PARTS, _PARTS_OF_MINIBATCHES = 8, 3
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
 
-def remaining_gap(draws: Tensor, is_end: bool = False) -> float:
+def remaining_gap(draws: Tensor, most_khat: float = GOOD_KHAT) -> float:
     """The gap between the ELBO and the evidence in nats, estimated from log weights ``(n,)``.
 
-    It is inf if k-hat is too large to estimate it, and the tail has a share of the weights.
-
-    :param is_end: whether to require a smaller k-hat: a Gaussian guide of a heavy-tailed posterior may have a
-        gap of 0.001 nats and a k-hat of 0.9.
+    It is inf if k-hat is larger than ``most_khat``, so that the weights do not estimate it, and the tail has
+    a share of the weights. A Gaussian guide of a heavy-tailed posterior may have a gap of 0.001 nats and a
+    k-hat of 0.9.
     """
-    # heavy-tailed weights do not estimate the evidence reliably
-    bound, num_se = (_KHAT_AT_END, 1.0) if is_end else (GOOD_KHAT, 0.0)
-    tail, elbo = fit_tail(draws), draws.mean()
-    is_heavy = tail.khat + num_se * tail.khat_se > bound
+    tail = fit_tail(draws)
+    share = float(share_above(draws, draws.new_tensor(tail.log_cutoff)))
     # with fewer draws the share of a tail is less certain than in the verdict
-    if is_heavy and share_above(draws, draws.new_tensor(tail.log_cutoff)) <= GOOD_TAIL / 4:
-        is_heavy = False
-    if is_heavy or not math.isfinite(elbo):
-        return math.inf
-    return float(draws.logsumexp(0) - math.log(len(draws)) - elbo)
+    return math.inf if tail.khat > most_khat and share > GOOD_TAIL / 4 else _gap(draws)
+
+
+def _gap(draws: Tensor) -> float:
+    """The log of the mean weight less the mean log weight; inf if that is not finite."""
+    found = float(draws.logsumexp(0) - math.log(len(draws)) - draws.mean())
+    return found if math.isfinite(found) else math.inf
 
 
 @dataclass(frozen=True)
@@ -169,13 +168,13 @@ class Schedule:
         later = min(max(step / _WINDOW, 1) * _SMALL_GAP, _MOST_GAP)
         small_gap = max(self.small_gap, later)
         few = log_weights(self.num_few)
-        if (clear := float(few.var()) / 2) > _CLEARLY * small_gap:
+        if (clear := _gap(few)) > _CLEARLY * small_gap:
             return replace(self, gap=clear)
         found = replace(self, gap=remaining_gap(log_weights(self.num_compared)))
         if found.gap > small_gap:
             return found
         more = log_weights(_TIMES_AT_END * self.num_compared)
-        if remaining_gap(more, is_end=True) <= small_gap:
+        if remaining_gap(more, _KHAT_AT_END) <= small_gap:
             return found.ending_at(step, NOTHING_TO_WIN)
         # a thousand draws may not see a tail
         is_little = step > 0 and remaining_gap(more) <= small_gap
@@ -184,11 +183,18 @@ class Schedule:
     def with_loss_of_decay(self, log_weights: Callable[[int], Tensor]) -> "Schedule":
         """Chooses the loss of the decay: that for the tails if k-hat is not small.
 
+        Otherwise steps end on a plateau: the average is as good as the end of a decay. They also do at a
+        large gap, to which training of the tails would add.
+
         :param log_weights: returns the log weights of a number of draws.
         """
         is_heavy = self.reason == LITTLE_TO_WIN
-        is_heavy |= remaining_gap(log_weights(self.num_compared), is_end=True) == math.inf
-        return replace(self, is_for_tails=is_heavy)
+        is_heavy |= remaining_gap(log_weights(self.num_compared), _KHAT_AT_END) == math.inf
+        found, start = replace(self, is_for_tails=is_heavy), self.decay_start
+        if self.reason in (PLATEAU, LIMIT):
+            end = start + (_DECAY_OF_TAILS if is_heavy and self.gap <= GOOD_GAP else 0)
+            found = replace(found, end=end)
+        return found
 
     def whole_epochs(self, steps: int, min_epochs: int = 1) -> int:
         """A number of steps rounded up to whole epochs, at least ``min_epochs``."""
@@ -199,15 +205,18 @@ class Schedule:
     def is_still(self, losses: Sequence[float]) -> bool:
         """Whether the mean loss fell by less than the minimal improvement or its standard error.
 
-        If the standard error is the larger one, windows are twice as long.
+        The minimal improvement is a share of the gap, if that is large. If the standard error is the larger
+        one, windows are twice as long.
         """
+        gap = self.gap if math.isfinite(self.gap) else 0.0
+        least = max(_MIN_IMPROVEMENT, _MIN_SHARE * gap)
         for window in (self.whole_epochs(k * _WINDOW, _MIN_EPOCHS) for k in (1, 2)):
             if len(losses) < 2 * window:
                 return False
             fell, error = self._fall(losses[-2 * window : -window], losses[-window:])
-            if error <= _MIN_IMPROVEMENT:
+            if error <= least:
                 break
-        return not fell > max(_MIN_IMPROVEMENT, error)
+        return not fell > max(least, error)
 
     def _fall(self, before: Sequence[float], after: Sequence[float]) -> tuple[float, float]:
         """By how much the mean loss of two windows fell, and the standard error of this."""

@@ -14,6 +14,7 @@ from pyro_artransform.inference.optimization.schedule import (
     _DECAY,
     _DECAY_FACTOR,
     _DECAY_OF_TAILS,
+    _KHAT_AT_END,
     _WINDOW,
     LIMIT,
     LITTLE_TO_WIN,
@@ -140,10 +141,10 @@ def test_weights_with_a_heavy_tail_or_not_finite_know_no_gap(sd):
 def test_a_guide_is_taken_as_it_is_where_its_weights_have_a_variance():
     """Weights exp(a x) of exponential x have the index a: no variance from 0.5 on, and no mean from 1 on."""
     draws = torch.randn(1000) * 0.01
-    assert remaining_gap(draws, is_end=True) < 0.001
-    heavy = 0.6 * torch.distributions.Exponential(1.0).sample((1000,))
+    assert remaining_gap(draws, _KHAT_AT_END) < 0.001
+    heavy = -0.65 * torch.linspace(1e-4, 1 - 1e-4, 5000).log()
     assert math.isfinite(remaining_gap(heavy))
-    assert remaining_gap(heavy, is_end=True) == math.inf
+    assert remaining_gap(heavy, _KHAT_AT_END) == math.inf
 
 
 def near(count):
@@ -151,9 +152,9 @@ def near(count):
 
 
 def with_a_tail(count):
-    """A thousand draws do not see the tail, whose index is 0.6."""
+    """A thousand draws do not see the tail, whose index is 0.65."""
     exponential = -torch.linspace(0.5 / count, 1 - 0.5 / count, count).log()
-    return near(count) if count == NUM_COMPARED else 0.6 * (exponential - 3.2).clamp(min=0.0)
+    return near(count) if count == NUM_COMPARED else 0.65 * (exponential - 3.2).clamp(min=0.0)
 
 
 @pytest.mark.parametrize("step", [0, 100])
@@ -190,8 +191,17 @@ def test_steps_are_no_longer_than_the_distance_from_the_optimum():
 def test_the_decay_trains_tails_if_k_hat_is_not_small():
     heavy = partial(with_a_tail, NUM_COMPARED + 1)
     for log_weights, is_for_tails in ((near, False), (lambda _: heavy(), True)):
-        plan = schedule().ending_at(300, PLATEAU).with_loss_of_decay(log_weights)
-        assert plan.is_for_tails == is_for_tails
+        for gap, most in ((0.05, _DECAY_OF_TAILS), (0.2, 0)):  # no tail is worth training far off
+            plan = schedule(gap=gap).ending_at(300, PLATEAU).with_loss_of_decay(log_weights)
+            assert plan.is_for_tails == is_for_tails
+            assert plan.end == 300 + most * is_for_tails
+
+
+def test_a_plateau_is_relative_to_the_gap():
+    """A loss that falls by 0.02 nats in 100 steps is still where 0.3 are left, and is not where 0.05 are."""
+    losses = [0.1 * x - 0.0002 * step for step, x in enumerate(noise(400))]
+    for gap, is_still in ((0.05, False), (0.3, True), (math.inf, False)):
+        assert schedule(gap=gap).is_still(losses) == is_still
 
 
 def test_the_expected_end():
