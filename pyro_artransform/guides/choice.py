@@ -33,11 +33,11 @@ def choose_guide(
 
     Chooses ``AutoAmortized`` if latents are in a subsampled plate, which no other guide supports;
     ``AutoIAF`` for few latents, and for subsampled data, since a mini-batch may lack dependencies of the
-    posterior; ``AutoStructuredFlow`` for many latents, also with mini-batches if elements of plates are
-    independent.
+    posterior; ``AutoStructuredFlow`` for many latents, also with mini-batches if it is
+    known which elements of plates depend on each other.
 
     :param is_minibatch: whether the arguments are one of many mini-batches.
-    :param has_elements: whether each row of these reads at most one element of each plate of latents.
+    :param has_elements: whether it is known which elements of plates their rows read.
     :raises ValueError: if there are no latents, or discrete ones that are not enumerated.
     """
     # at the initial values of guides, since prior draws may be extreme or impossible

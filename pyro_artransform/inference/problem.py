@@ -34,7 +34,6 @@ from .optimization.schedule import GAP_OF_BATCHES, NUM_COMPARED, Schedule
 from .optimization.training import Training
 from .parallel import Parallel
 
-_MOST_SHARED = 50  # latents outside of plates, each of which takes a gradient per pass
 # draws per step, and those of structured guides with this many latents or more (benchmarks/price.md); with
 # mini-batches, whose rows are the larger noise, there are fewer
 _MANY_LATENTS, _NUM_PARTICLES, _NUM_IN_BATCHES = 200, (128, 64), (64, 16)
@@ -223,15 +222,14 @@ def _element_terms(
     The terms are ``None`` if a structured guide cannot use them, and the density if it is not known.
     """
     log_joint = LogJoint(model, *batch)
-    groups = ElementGroups.of(log_joint.latents)
-    if not groups.members or len(groups.shared) > _MOST_SHARED:
+    if not ElementGroups.of(log_joint.latents).members:
         return None, None
     if log_joint.strategy == "loop" or log_joint.is_enumerated:
         return None, None
     whole = density_of_all_rows(log_joint, stream, batch, parallel)
     if whole is None:
         return None, None
-    return whole, ElementTerms.of(log_joint, (part for _, part in whole.parts()), parallel)
+    return whole, ElementTerms.of(log_joint, lambda: (part for _, part in whole.parts()), parallel)
 
 
 def _warn_of_loop(

@@ -9,7 +9,7 @@ second derivatives by elements of two groups are sums over the terms that read b
 reads does not depend on how the model is written: they are found by moving latents.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import combinations
 from typing import NamedTuple, cast
 
@@ -28,6 +28,7 @@ from .vectorization import Draws, Terms, evaluate_many
 _ROUND_OFF, _EQUAL = 1e3, 1e-2
 _ALONE = OneProcess()
 _SPREAD = 0.1  # of the point at which terms are compared
+_MOST_SHARED = 200  # shared latents, each of which takes a gradient per pass
 
 
 class ElementGroups(NamedTuple):
@@ -59,6 +60,12 @@ class ElementGroups(NamedTuple):
         grouped = [own.reshape(count, -1) for own, count in zip(members, counts)]
         return cls((group == 0).nonzero()[:, 0], tuple(sorted(grouped, key=len)))
 
+    def sharing(self, groups: set[int]) -> "ElementGroups":
+        """The same with the latents of some groups among the shared ones."""
+        parts = [self.members[k].flatten() for k in sorted(groups)]
+        kept = tuple(own for k, own in enumerate(self.members) if k not in groups)
+        return ElementGroups(torch.cat([self.shared, *parts]).sort().values, kept)
+
     def to(self, device: torch.device) -> "ElementGroups":
         """The same on another device."""
         return ElementGroups(self.shared.to(device), tuple(own.to(device) for own in self.members))
@@ -84,11 +91,15 @@ def term_log_probs(log_joint: LogJoint, z: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def elements_read(log_joint: LogJoint, groups: ElementGroups, point: Tensor) -> list[Tensor] | None:
+def elements_read(
+    log_joint: LogJoint, groups: ElementGroups, point: Tensor
+) -> list[Tensor | None] | None:
     """The element of each group that each term reads at a point ``(D,)``, shape ``(T,)``; -1 for none.
 
-    ``None`` if a term reads several elements of a group, or is not finite.
+    ``None`` for a group if a term reads several of its elements, and for all if a term is not finite.
     """
+    if not groups.members:
+        return []
     generator = torch.Generator().manual_seed(0)
     noise = torch.rand(2, len(point), generator=generator, dtype=torch.float64, device="cpu")
     noise = noise.to(point)
@@ -107,8 +118,7 @@ def elements_read(log_joint: LogJoint, groups: ElementGroups, point: Tensor) -> 
         return None
     least = _ROUND_OFF * log_joint.latents.eps * values.abs().amax(0)
     both = (values[1:] - values[0]).unflatten(0, (2, -1)).split(counts, 1)
-    found = [_index(changes, least) for changes in both]
-    return None if any(index is None for index in found) else cast(list[Tensor], found)
+    return [_index(changes, least) for changes in both]
 
 
 def _index(changes: Tensor, least: Tensor) -> Tensor | None:
@@ -185,16 +195,34 @@ class ElementTerms:
 
     @classmethod
     def of(
-        cls, log_joint: LogJoint, parts: Iterable[LogJoint], processes: OneProcess = _ALONE
+        cls,
+        log_joint: LogJoint,
+        parts: Callable[[], Iterable[LogJoint]],
+        processes: OneProcess = _ALONE,
     ) -> "ElementTerms | None":
-        """The terms of all parts of a log density; ``None`` if one reads several elements of a group."""
+        """The terms of all parts of a log density.
+
+        If a term reads several elements of a group, such as the two teams of a match, the latents of the
+        group count as shared. ``None`` if there are many shared latents, or a term is not finite.
+
+        :param parts: returns the parts, each time the same.
+        """
         groups = ElementGroups.of(log_joint.latents).to(log_joint.start.device)
-        reads, is_known = list[list[Tensor]](), True
-        for part in parts:
-            check_time()
-            if (found := elements_read(part, groups, log_joint.start)) is None:
-                is_known = False
-                break
-            reads.append(found)
-        are_known = processes.gather_objects("elements of mini-batches", is_known)
-        return cls(groups, reads, processes) if all(are_known) else None
+        while len(groups.shared) <= _MOST_SHARED:
+            reads, several, are_finite = list[list[Tensor]](), set[int](), True
+            for part in parts():
+                check_time()
+                found = elements_read(part, groups, log_joint.start)
+                are_finite = found is not None
+                several = {k for k, index in enumerate(found or ()) if index is None}
+                if several or not are_finite:
+                    break
+                reads.append(cast(list[Tensor], found))
+            are_known = processes.gather_objects("elements of mini-batches", (several, are_finite))
+            several = set().union(*(own for own, _ in are_known))
+            if not all(finite for _, finite in are_known):
+                return None
+            if not several:
+                return cls(groups, reads, processes)
+            groups = groups.sharing(several)
+        return None

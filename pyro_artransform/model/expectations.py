@@ -47,7 +47,7 @@ class _Moves(NamedTuple):
     def of(cls, terms: ElementTerms, steps: Tensor) -> "_Moves":
         members = terms.groups.members
         slots = [(k, s) for k, own in enumerate(members) for s in range(own.shape[1])]
-        by_slot = torch.stack([_only(steps, members[k][:, s]) for k, s in slots])
+        by_slot = [_only(steps, members[k][:, s]) for k, s in slots]
         none = torch.zeros_like(steps)
         single = torch.stack([none, *by_slot, *(_only(steps, k) for k in terms.groups.shared)])
         pairs = [
@@ -62,10 +62,15 @@ class _Moves(NamedTuple):
 @torch.no_grad()
 def expectation(
     density: FullDataDensity, terms: ElementTerms, draws: Tensor, steps: Tensor
-) -> Expectation:
-    """The expectation over draws ``(M, D)`` in one pass, by differences with steps ``(D,)``."""
+) -> Expectation | None:
+    """The expectation over draws ``(M, D)`` in one pass, by differences with steps ``(D,)``.
+
+    ``None`` if it is not finite.
+    """
     groups, moves = terms.groups, _Moves.of(terms, steps)
     total = density.total(_sums, terms, draws, steps).to(steps)
+    if not bool(total.isfinite().all()):
+        return None
     shapes = [(len(link.elements), *_widths(terms, link)) for link in terms.links]
     sizes = [1, moves.single.numel(), *map(math.prod, shapes)]
     value, flat, *parts = total.split(sizes)

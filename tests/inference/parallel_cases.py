@@ -161,7 +161,7 @@ def rated() -> DataLoader[Any]:
 def passes(log_joint: LogJoint, stream: BatchStream, processes: Any) -> Any:
     """All that a fit needs of all data, to be computed in the first process."""
     density = full_data_density(log_joint, stream, processes)
-    terms = ElementTerms.of(density, (part for _, part in density.parts()), processes)
+    terms = ElementTerms.of(density, lambda: (part for _, part in density.parts()), processes)
 
     def found() -> list[list[Any]]:
         given = non_centered(density)

@@ -4,6 +4,7 @@
 """Fits by mini-batches of models with latents in crossed and nested plates."""
 
 import pyro
+import pytest
 import torch
 from pyro import distributions as dist
 from torch.utils.data import DataLoader, TensorDataset
@@ -111,17 +112,17 @@ def test_nested_plates_with_unknown_scales():
     assert set(result.guide.graph.parents("v", 13)) == {("scale",), ("u", 1)}
 
 
-def test_models_whose_rows_read_several_elements_have_another_guide():
+def test_many_elements_that_rows_read_in_pairs_have_another_guide():
     def paired(home, away, y):
-        with pyro.plate("teams", 60):
+        with pyro.plate("teams", 210):
             skill = pyro.sample("skill", dist.Normal(0.0, 1.0))
         with pyro.plate("games", 100, subsample_size=len(y)):
             pyro.sample("y", dist.Normal(skill[..., home] - skill[..., away], 1.0), obs=y)
 
-    home, away = torch.randint(60, (2, 100), generator=torch.Generator().manual_seed(0))
-    loader = loader_of(home, (home + 1 + away % 59) % 60, torch.zeros(100))
+    home, away = torch.randint(210, (2, 100), generator=torch.Generator().manual_seed(0))
+    loader = loader_of(home, (home + 1 + away % 209) % 210, torch.zeros(100))
     result = fit(paired, loader=loader, num_steps=1, progress=False)
-    assert result.rows()["guide"] == "AutoIAF, for 60 latents and subsampled data"
+    assert result.rows()["guide"] == "AutoIAF, for 210 latents and subsampled data"
 
 
 def test_the_gaussian_so_far_at_a_time_limit():
@@ -130,3 +131,63 @@ def test_the_gaussian_so_far_at_a_time_limit():
     assert "the time limit was reached" in result.verdict
     assert result.start == "a Gaussian fitted by natural-gradient steps"
     assert -1e4 < result.elbo < exact(*data)[2]
+
+
+NUM_GAMES = 400
+
+
+def matches(home, away, y):
+    sd = pyro.sample("sd", dist.HalfNormal(1.0))
+    with pyro.plate("teams", NUM_USERS):
+        skill = pyro.sample("skill", dist.Normal(0.0, sd))
+    with pyro.plate("games", NUM_GAMES, subsample_size=len(y)):
+        won = dist.Bernoulli(logits=skill[..., home] - skill[..., away])
+        pyro.sample("y", won, obs=y)
+
+
+def test_rows_that_read_two_elements_of_a_plate():
+    """Teams that have met depend on each other: they are shared latents, fully dependent."""
+    generator = torch.Generator().manual_seed(0)
+    home = torch.randint(NUM_USERS, (NUM_GAMES,), generator=generator)
+    away = (home + 1 + torch.randint(NUM_USERS - 1, (NUM_GAMES,), generator=generator)) % NUM_USERS
+    y = (home > away).float()
+    guide = AutoStructuredFlow(matches)
+    loader = loader_of(home, away, y)
+    result = fit(matches, guide, loader=loader, num_steps=1, seed=0, progress=False)
+    assert result.start == "a Gaussian fitted by natural-gradient steps"
+    assert len(guide.graph.root) == 1 + NUM_USERS
+    # of the Gaussian of the start, in nats: the posterior is skewed, since better teams always win
+    assert result.log_evidence - result.elbo < 1.5
+
+
+def counts(user, item, y):
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    sd = pyro.sample("sd", dist.HalfNormal(1.0))
+    with pyro.plate("users", NUM_USERS):
+        a = pyro.sample("a", dist.Normal(0.0, sd))
+    with pyro.plate("items", NUM_ITEMS):
+        b = pyro.sample("b", dist.Normal(0.0, 0.9))
+    with pyro.plate("rows", NUM_ROWS, subsample_size=len(y)):
+        pyro.sample("y", dist.Poisson((mean + a[..., user] + b[..., item]).exp()), obs=y)
+
+
+def with_outliers(user, item, y):
+    freedom = pyro.sample("freedom", dist.Gamma(2.0, 0.1))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    with pyro.plate("users", NUM_USERS):
+        a = pyro.sample("a", dist.Normal(0.0, 0.7))
+    with pyro.plate("items", NUM_ITEMS):
+        b = pyro.sample("b", dist.Normal(0.0, 0.9))
+    with pyro.plate("rows", NUM_ROWS, subsample_size=len(y)):
+        pyro.sample("y", dist.StudentT(freedom, a[..., user] + b[..., item], scale), obs=y)
+
+
+@pytest.mark.parametrize("model", [counts, with_outliers])
+def test_the_start_far_from_normal_data(model):
+    """A full Newton step from the medians of the prior overshoots by hundreds of nats."""
+    user, item, y = ratings()
+    y = (y.exp() + 5).round() if model is counts else torch.where(user == 3, 30 * y, y)
+    result = fit(model, loader=loader_of(user, item, y), num_steps=1, seed=0, progress=False)
+    assert result.start == "a Gaussian fitted by natural-gradient steps"
+    # of a Gaussian, in nats; full steps ended in a singular matrix, and 140 nats lower
+    assert result.log_evidence - result.elbo < 10

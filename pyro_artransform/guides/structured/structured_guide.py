@@ -238,13 +238,19 @@ class AutoStructuredFlow(AutoAutoregressive):
         names, neighbours = self.graph.names, self.graph.markov.neighbours
         log_joint, found = self._log_joint(*batches[0][0], **batches[0][1]), set[str]()
         groups = ElementGroups.of(log_joint.latents).to(log_joint.start.device)
+        root = set(self.graph.elimination.root)
+        in_root = {
+            k for k, own in enumerate(groups.members) if root.issuperset(own.flatten().tolist())
+        }
+        groups = groups.sharing(in_root)
         with torch.random.fork_rng(devices=[]), poutine.block():
             draws, _ = self.rsample_and_log_prob(len(batches))
             for batch, point in zip(batches, draws):
                 reads = elements_read(log_joint.with_arguments(*batch), groups, point)
-                if reads is None:
+                known = [index for index in reads or () if index is not None]
+                if len(known) < len(groups.members):
                     return ["several elements of a plate"]
-                for link in ElementTerms(groups, [reads]).links:
+                for link in ElementTerms(groups, [known]).links:
                     for i, j in link.coordinates(groups)[:, :, 0, 0].T.tolist():
                         if j not in neighbours[i]:
                             found.add(f"{describe(names[i])} and {describe(names[j])}")

@@ -44,16 +44,16 @@ def conditional_diagnostics(
     :return: empty if there are no latents in plates, or elements of a plate depend on each other.
     """
     density = cast(FullDataDensity, density.with_coordinates(None))
-    groups = ElementGroups.of(density.latents)
-    if density.is_enumerated or density.strategy == "loop" or not groups.members:
-        return {}
-    if terms is None and ElementTerms.of(density, (part for _, part in density.parts())) is None:
+    is_known = not density.is_enumerated and density.strategy != "loop"
+    if terms is None and is_known and ElementGroups.of(density.latents).members:
+        terms = ElementTerms.of(density, lambda: (part for _, part in density.parts()))
+    if terms is None:
         return {}
     # steps to either side in turn, so that third derivatives cancel
     signs = torch.where(torch.arange(len(draws), device=draws.device) % 2 == 0, 1.0, -1.0)
     steps = _STEP * draws.std(0) * signs[:, None].to(draws)
     score, found = value_and_gradient(density, draws)[1], dict[str, ConditionalDiagnostics]()
-    for own in groups.members:
+    for own in terms.groups.members:
         columns = []
         for slot in own.T:
             moved = draws.clone()

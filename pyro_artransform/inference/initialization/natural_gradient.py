@@ -28,7 +28,7 @@ from torch import Tensor
 
 from ..._base.time_limit import until_deadline
 from ...model.elements import ElementTerms
-from ...model.expectations import expectation
+from ...model.expectations import Expectation, expectation
 from ...model.full_data_density import FullDataDensity
 from ...model.graphs.element_precision import ElementGaussian
 
@@ -36,10 +36,14 @@ _NUM_PAIRS = 4  # of draws on opposite sides of the mean
 _MOST_PASSES, _NUM_FOR_ELEMENTS = 30, 2  # in all, and those in which elements move alone
 _FIRST_SD = 0.1  # the sds of the first draws, in units of the prior at most 1
 _STEP = 0.5  # of differences, in conditional sds
-_MOST_MOVED = 1.0  # the longest step of a shared latent, in units of its prior
+# the longest step of a latent at first, and the largest distance of a draw from the mean, in units of the
+# prior that are at most 1
+_FIRST_RADIUS, _MOST_DISTANT = 1.0, 3.0
 # changes of means in sds: steps end below the first, and elements move alone if theirs is above the second
 _SMALL, _FAR = 0.05, 3.0
-_MOST_LOST, _MOST_HALVED = 1.0, 2  # nats of the ELBO that a step may lose, and halvings of a step
+# nats of the ELBO that a step may lose, times that it is taken back, and the first and the least damping
+# then, in units of the precision of the prior
+_MOST_LOST, _MOST_BACK, _DAMPING, _LEAST_DAMPING = 1.0, 3, 0.1, 0.05
 
 
 @torch.no_grad()
@@ -47,20 +51,22 @@ def fit_gaussian(density: FullDataDensity, terms: ElementTerms) -> list[ElementG
     """The Gaussian of the log joint density of all data, in unconstrained coordinates.
 
     If steps have not converged, or at the end of a phase, there are two: the last one, whose ELBO is not
-    known, and the best of those before.
+    known, and the best of those before; there are none if the density is not finite near its start.
     """
-    ascent = _Ascent(density, terms)
+    ascent, num_first = _Ascent(density, terms), _NUM_FOR_ELEMENTS * bool(terms.groups.members)
     for index in until_deadline(range(_MOST_PASSES), at_least=2):
         # draws do not have the sds of elements until the third pass
-        if ascent.take_step(are_shared_fixed=index < _NUM_FOR_ELEMENTS):
+        if ascent.take_step(are_shared_fixed=index < num_first):
             return [cast(ElementGaussian, ascent.gaussian)]
-    return [cast(ElementGaussian, ascent.gaussian), cast(ElementGaussian, ascent.best)]
+    return [found for found in (ascent.gaussian, ascent.best) if found is not None]
 
 
 class _Ascent:
-    """Natural-gradient steps, halved if they lower the ELBO: all passes use the same noise.
+    """Natural-gradient steps, taken back if they lower the ELBO: all passes use the same noise.
 
-    The first passes, until steps are small, use two draws.
+    Steps are within a radius, in units of the prior, that grows while steps reach it. From a step that was
+    taken back, a shorter one is tried, with a precision that is damped as by Levenberg and Marquardt: far
+    from the posterior it may have no finite Gaussian. The first passes, until steps are small, use two draws.
     """
 
     def __init__(self, density: FullDataDensity, terms: ElementTerms) -> None:
@@ -73,7 +79,10 @@ class _Ascent:
         self._sd = _FIRST_SD * unit
         self._draws = start + self._sd * self._noise()
         self._loc, self._step = start.double(), torch.zeros_like(unit)
-        self._elbo, self._num_halved = -math.inf, 0
+        self._elbo, self._num_back = -math.inf, 0
+        self._radius, self._damping, self._most = _FIRST_RADIUS, 0.0, unit
+        #: the gradient and the precision at the mean
+        self._found: Expectation | None = None
         self.gaussian: ElementGaussian | None = None
         #: the best one of known ELBO
         self.best: ElementGaussian | None = None
@@ -86,41 +95,56 @@ class _Ascent:
     def take_step(self, *, are_shared_fixed: bool) -> bool:
         """Takes a step in one pass over all data; returns whether steps have converged."""
         found = expectation(self._density, self._terms, self._draws, _STEP * self._sd)
-        elbo = -math.inf if self.gaussian is None else found.value + self.gaussian.entropy
+        elbo = -math.inf
+        if found is not None and self.gaussian is not None:
+            elbo = found.value + self.gaussian.entropy
         if self.best is None or elbo > self._best_elbo:
             self.best, self._best_elbo = copy.copy(self.gaussian), elbo
-        # if halving does not help, the new precision is what lowers the ELBO
-        is_lower = not elbo > self._elbo - _MOST_LOST and self._num_halved < _MOST_HALVED
-        if self.gaussian is not None and is_lower:
-            self._step, self._num_halved = 0.5 * self._step, self._num_halved + 1
-            gaussian, largest = self.gaussian, math.inf
+        # if shorter steps do not help, the new precision is what lowers the ELBO
+        gained = math.inf
+        is_lower = not elbo > self._elbo - _MOST_LOST and self._num_back < _MOST_BACK
+        if found is None or (self._found is not None and is_lower):
+            self._num_back, self._radius = self._num_back + 1, 0.5 * self._radius
+            self._damping = max(10 * self._damping, _DAMPING)
         else:
-            self._loc, self._elbo, self._num_halved = self._loc + self._step, elbo, 0
-            self.gaussian = gaussian = ElementGaussian(self._loc, found.precision)
-            self._sd = gaussian.conditional_sd
-            most = _MOST_MOVED * self._unit * (not are_shared_fixed)
-            self._step = _limited(gaussian, found.gradient, most)
-            moved = (self._step / self._sd).square()
-            largest = float(torch.cat([moved.mean()[None], moved[self._shared]]).max().sqrt())
+            gained, self._elbo = elbo - self._elbo, elbo
+            self._loc, self._num_back = self._loc + self._step, 0
+            self._found, is_short = found, bool((self._step.abs() < self._most).all())
+            self._radius = 2 * self._radius if not is_short or self._radius < 1 else self._radius
+            self._damping *= 0.1 * (self._damping > _LEAST_DAMPING)
+        if self._found is None:
+            self._draws = self._loc + _FIRST_SD * (self._draws - self._loc)
+            return False
+        precision = self._found.precision.damped(self._damping / self._unit**2)
+        self.gaussian = gaussian = ElementGaussian(self._loc, precision)
+        self._sd, self._most = gaussian.conditional_sd, self._radius * self._unit
+        if are_shared_fixed:
+            self._most = self._most.index_fill(0, self._shared, 0.0)
+        self._step = _limited(gaussian, self._found.gradient, self._most)
+        moved = (self._step / self._sd).square()
+        largest = float(torch.cat([moved.mean()[None], moved[self._shared]]).max().sqrt())
         gaussian.loc = self._loc + self._step
-        if self._num_pairs == 1 and largest < 1 and not are_shared_fixed:
-            self._num_pairs, self._elbo = _NUM_PAIRS, -math.inf  # other draws have another ELBO
-        elif largest < _SMALL and not are_shared_fixed:
-            return True
-        self._draws = gaussian.sample(self._noise())
+        if not (are_shared_fixed or self._num_back or self._damping):
+            if self._num_pairs == 1 and (largest < 1 or abs(gained) < _MOST_LOST):
+                self._num_pairs, self._elbo = _NUM_PAIRS, -math.inf  # other draws have another ELBO
+            elif largest < _SMALL:
+                return True
+        most = _MOST_DISTANT * self._radius * self._unit
+        distance = gaussian.sample(self._noise()) - gaussian.loc
+        self._draws = gaussian.loc + distance.clamp(-most, most)
         return False
 
 
 def _limited(gaussian: ElementGaussian, gradient: Tensor, most: Tensor) -> Tensor:
     """A natural-gradient step, of elements alone if they are far from their best values.
 
-    Shared latents move at most by ``most``, and elements to their best values given these.
+    Latents move at most by ``most``, and elements to their best values given shared latents.
     """
     shared, step = gaussian.precision.groups.shared, gaussian.solve(gradient)
     given = gaussian.precision.solve(gradient[:, None])[:, 0]
     excess = float((step[shared].abs() / most[shared]).max()) if len(shared) else 0.0
     if excess == math.inf or (given / gaussian.conditional_sd).square().mean() > _FAR**2:
-        return given
-    if excess > 1:
+        step = given
+    elif excess > 1:
         step = given + (step - given) / excess
-    return step
+    return step.clamp(-most, most)

@@ -93,8 +93,10 @@ def find_start(
 def find_start_of_elements(
     density: FullDataDensity, guide: ElementGuide, terms: ElementTerms
 ) -> InitialGuide:
-    """Sets a guide of elements of plates to the best Gaussian, by natural-gradient steps."""
+    """Sets a guide of elements of plates to the best Gaussian, by natural-gradient steps, if there is one."""
     candidates, elbos = fit_gaussian(density, terms), list[float]()
+    if not candidates:
+        return InitialGuide(UNCHANGED, math.nan)
     for gaussian in candidates:
         guide.start_at_elements(gaussian)
         elbos.append(_elbo_and_bound(density, guide, _NUM_OF_ELEMENTS)[0])

@@ -133,8 +133,8 @@ class MinibatchObjective(Objective):
         whole, terms = self.whole, self.terms
         if whole is not None and terms is not None and whole.coordinates is None:
             point, steps = found.point[None].double(), _STEP * sd.double()
-            precision = expectation(whole, terms, point, steps).precision
-            found = found._replace(precision=precision.to(draws))
+            if (at_point := expectation(whole, terms, point, steps)) is not None:
+                found = found._replace(precision=at_point.precision.to(draws))
         return found
 
     def parameters(self) -> dict[str, Tensor]:

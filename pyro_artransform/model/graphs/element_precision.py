@@ -95,6 +95,14 @@ class ElementPrecision:
         found[shared] = self.shared @ v
         return found
 
+    def damped(self, added: Tensor) -> "ElementPrecision":
+        """The same with numbers ``(D,)`` added to the diagonal."""
+        members, shared = self.groups.members, self.shared.clone()
+        rows = torch.arange(len(shared), device=shared.device)
+        shared[rows, self.groups.shared] += added[self.groups.shared]
+        blocks = [block + added[own].diag_embed() for own, block in zip(members, self.blocks)]
+        return ElementPrecision(self.groups, self.links, shared, blocks, self.linked)
+
     def to(self, like: Tensor) -> "ElementPrecision":
         """The same in another dtype or on another device."""
         blocks, linked = ([v.to(like) for v in values] for values in (self.blocks, self.linked))
