@@ -138,13 +138,13 @@ class _Ascent:
 def _limited(gaussian: ElementGaussian, gradient: Tensor, most: Tensor) -> Tensor:
     """A natural-gradient step, of elements alone if they are far from their best values.
 
-    Latents move at most by ``most``, and elements to their best values given shared latents.
+    Shared latents move at most by ``most``, and so do elements to their best values given these; what they
+    move along with shared latents is not limited, since that keeps their sum.
     """
     shared, step = gaussian.precision.groups.shared, gaussian.solve(gradient)
     given = gaussian.precision.solve(gradient[:, None])[:, 0]
     excess = float((step[shared].abs() / most[shared]).max()) if len(shared) else 0.0
+    alone = given.clamp(-most, most)
     if excess == math.inf or (given / gaussian.conditional_sd).square().mean() > _FAR**2:
-        step = given
-    elif excess > 1:
-        step = given + (step - given) / excess
-    return step.clamp(-most, most)
+        return alone
+    return alone + (step - given) / max(excess, 1.0)
