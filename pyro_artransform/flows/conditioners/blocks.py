@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-# coordinates per adjoint solve: as fast as 10, 12 and 20 for D of 10 to 200 (benchmarks/steps.md)
-_SIZE = 16
+# coordinates per adjoint solve: in replays of 128 draws and D of 12 to 47 up to a fifth faster than 16, and
+# faster than 4 (benchmarks/price.md)
+_SIZE = 8
 
 
 class BlockLayout(NamedTuple):

@@ -23,6 +23,7 @@ from .networks import Activations, ParentsGroup, SharedGroup, indices
 # coordinates that share a network: at least so many, and this share of those with parents, so that there are
 # ten at most; and its hidden units, relative to those of one coordinate (benchmarks/crossed.md)
 _LEAST_ALIKE, _SHARE_ALIKE, _TIMES_HIDDEN = 8, 0.1, 4
+_FEW_LEVELS = 32  # see ParentsBlocks (benchmarks/price.md)
 
 
 class ParentsMLP(Conditioner):
@@ -220,8 +221,10 @@ class ParentsBlocks:
         self.levels = network.levels
         self._network, self._in_place = network, in_place
         self._parts: list[list[Activations]] = [[] for _ in network.groups]
+        # with few levels copies cost less than writes, which keep replays from being simplified
+        self._writes = in_place and len(network.levels) > _FEW_LEVELS
         # padding reads the first row
-        self._known = like.new_zeros(like.shape[1] + 1 if in_place else 1, like.shape[0])
+        self._known = like.new_zeros(like.shape[1] + 1 if self._writes else 1, like.shape[0])
 
     def open(self, start: int, stop: int) -> None:
         self._level, self._own = start, slice(self.levels[start], self.levels[stop])
@@ -242,7 +245,7 @@ class ParentsBlocks:
         return params.permute(2, 0, 1)
 
     def close(self, x: Tensor, levels: int) -> None:
-        if self._in_place:
+        if self._writes:
             self._known[self._own.start + 1 : self._own.stop + 1] = x.T
         else:
             self._known = torch.cat([self._known, x.T])

@@ -21,7 +21,7 @@ import torch
 
 from .program import Call, Program, Value, identity, mapped
 from .recurrences import RECURRENCE, join_recurrences, scanned
-from .tape import FEWEST, SUM_OF_PARTS, SUM_OF_TERMS, Tape
+from .tape import ELEMENTWISE, FEWEST, SUM_OF_PARTS, SUM_OF_TERMS, Tape
 from .writing import Writer
 
 _ATEN = torch.ops.aten
@@ -96,19 +96,9 @@ class Rule(NamedTuple):
     batch: Callable[[Writer, Sequence[Call]], Value]
 
 
-#: elementwise functions of tensors that broadcast
-_POINTWISE = (
-    *("abs", "add", "bitwise_and", "bitwise_not", "clamp", "clamp_max", "clamp_min", "cos"),
-    *("digamma", "div", "eq", "erf", "erfc", "erfinv", "exp", "expm1", "ge", "gt", "isfinite"),
-    *("isinf", "isnan", "le", "lgamma", "log", "log1p", "logical_and", "logical_not", "logical_or"),
-    *("lt", "masked_fill", "maximum", "minimum", "mul", "ne", "neg", "pow", "reciprocal", "rsqrt"),
-    *("rsub", "sgn", "sigmoid", "sigmoid_backward", "sign", "sin", "softplus"),
-    *("softplus_backward", "special_erfcx", "special_log_ndtr", "special_ndtri", "sqrt", "square"),
-    *("sub", "tanh", "tanh_backward", "where", "xlogy", "_to_copy"),
-)
 #: the operations that can be batched, by name; another one needs an entry here
 BATCHED = {
-    **dict.fromkeys(_POINTWISE, Rule(_alike, _pointwise)),
+    **dict.fromkeys(ELEMENTWISE, Rule(_alike, _pointwise)),
     **dict.fromkeys(("_unsafe_view", "squeeze", "unsqueeze", "view"), Rule(_alike, _view)),
     "expand": Rule(_alike, _expand),
     "sum": Rule(_alike_over_dims, _sum),

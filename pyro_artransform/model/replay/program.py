@@ -3,7 +3,7 @@
 
 """Programs: lists of operations on tensors, which are recorded, rewritten and run."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -51,9 +51,7 @@ class Call(NamedTuple):
     @property
     def values(self) -> list[Value]:
         """All values among the inputs."""
-        found = list[Value]()
-        mapped(lambda each: found.append(each) if isinstance(each, Value) else None, self.inputs)
-        return found
+        return [each for each in _flat(self.inputs) if isinstance(each, Value)]
 
     @classmethod
     def made(cls, function: Any, *inputs: Any) -> "Call":
@@ -74,8 +72,18 @@ class Program(NamedTuple):
 def mapped(function: Callable[[Any], Any], argument: Any) -> Any:
     """Applies a function to an argument, or to all members of a tuple."""
     if isinstance(argument, tuple):
-        return tuple(mapped(function, each) for each in argument)
+        return tuple(
+            [mapped(function, e) if isinstance(e, tuple) else function(e) for e in argument]
+        )
     return function(argument)
+
+
+def _flat(arguments: tuple[Any, ...]) -> Iterator[Any]:
+    for each in arguments:
+        if isinstance(each, tuple):
+            yield from _flat(each)
+        else:
+            yield each
 
 
 def identity(argument: Any) -> Any:

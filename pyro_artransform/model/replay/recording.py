@@ -32,11 +32,14 @@ _ATEN = torch.ops.aten
 # operations whose output depends on values, and one that raises an error because of them
 _READ_BY = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _CHECK_ERRORS = _ATEN._linalg_check_errors.default
-# operations of backward passes that write into their first input, and what they write, of the same dtype
+# operations that write into their first input, and what they write, of the same dtype
 _OUT_OF_PLACE = {
     _ATEN.bitwise_and_.Tensor: _ATEN.bitwise_and.Tensor,
+    _ATEN.index_add_.default: _ATEN.index_add.default,
+    _ATEN.index_copy_.default: _ATEN.index_copy.default,
     _ATEN.logical_and_.default: _ATEN.logical_and.default,
     _ATEN.masked_fill_.Scalar: _ATEN.masked_fill.Scalar,
+    _ATEN.mul_.Tensor: _ATEN.mul.Tensor,
     _ATEN.relu_.default: _ATEN.relu.default,
     _ATEN.scatter_.value: _ATEN.scatter.value,
 }
@@ -143,6 +146,8 @@ class _Recording(TorchDispatchMode):
         # tensors are identified by id and memory by address, so references must be kept
         self._held, self._values = list[Tensor](), dict[int, Value]()
         self._calls, self._random, self._is_pure = list[Call](), set[Value](), True
+        # calls that write into memory, by number, and the other values that share it
+        self._writes = list[tuple[int, list[Value]]]()
         self._outside = list[Tensor]()  # tensors that existed before, other than inputs
         self._constants = dict[Value, Tensor]()
         self._failures = list[Value]()  # error codes of linear algebra and changed reads
@@ -195,10 +200,8 @@ class _Recording(TorchDispatchMode):
             self.refuse(f"{func} modifies a tensor that existed before the call")
         found = func(*args, **kwargs)
         is_random = torch.Tag.nondeterministic_seeded in func.tags
-        if written and func in _OUT_OF_PLACE and self._is_alone(written[0]):
-            func = _OUT_OF_PLACE[func]
-        else:
-            self._is_pure &= not written
+        if written:
+            self._note_write(func, written[0], arguments)
         if func is _CHECK_ERRORS:
             self._failures += given[:1]
         elif torch.Tag.data_dependent_output not in func.tags:
@@ -211,10 +214,29 @@ class _Recording(TorchDispatchMode):
         self.has_lifted |= func is _ATEN.lift_fresh.default
         return found
 
-    def _is_alone(self, written: Tensor) -> bool:
-        """Whether no other tensor so far shares the memory of this one."""
-        memory = _memory(written)
-        return memory > 0 and all(t is written for t in self._held if _memory(t) == memory)
+    def _note_write(self, func: Any, written: Tensor, arguments: Sequence[Any]) -> None:
+        """Notes which values share the memory that an operation writes into."""
+        memory, others = _memory(written), list[Value]()
+        self._is_pure &= func in _OUT_OF_PLACE and memory > 0
+        for value in _tensors(arguments):  # the result has the dtype of what is written
+            self._is_pure &= not value.is_floating_point() or value.dtype == written.dtype
+        if self._is_pure:
+            shared = (t for t in self._held if _memory(t) == memory and t is not written)
+            others = [self._values[id(each)] for each in shared]
+        self._writes.append((len(self._calls), others))
+
+    def _without_writes(self, outputs: Sequence[Value]) -> list[Call] | None:
+        """The operations without writes; ``None`` if a value is used after another one's memory changed."""
+        if not self._is_pure:
+            return None
+        last = dict[Value, int]()
+        for k, call in enumerate(self._calls):
+            last.update(dict.fromkeys(call.values, k))
+        last.update(dict.fromkeys(outputs, len(self._calls)))
+        for k, others in self._writes:
+            if any(last.get(value, -1) > k for value in others):
+                return None
+        return [c._replace(function=_OUT_OF_PLACE.get(c.function, c.function)) for c in self._calls]
 
     def read(self, func: Any, values: Iterable[Tensor]) -> None:
         """Refuses a read of varying values; makes replays fail if other values have changed."""
@@ -276,8 +298,8 @@ class _Recording(TorchDispatchMode):
         """Programs that return these results, the fastest first."""
         outputs = [*map(self._value_of, results), *self._failures]
         program = Program(self._inputs, self._constants, self._calls, outputs)
-        if self._is_pure:
-            yield batched(program, self._random)
+        if (calls := self._without_writes(outputs)) is not None:
+            yield batched(program._replace(calls=calls), self._random)
         yield program
 
     def replay(self, program: Program, num_results: int) -> Replay:

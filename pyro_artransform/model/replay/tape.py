@@ -12,7 +12,7 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from graphlib import TopologicalSorter
-from itertools import pairwise
+from itertools import pairwise, zip_longest
 from typing import Any
 
 import torch
@@ -24,6 +24,16 @@ _ATEN = torch.ops.aten
 _VALUELESS = {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"}
 # identities where there are no gradients
 _SAME = {"detach", "lift_fresh"}
+#: elementwise functions of tensors that broadcast
+ELEMENTWISE = {
+    *("abs", "add", "bitwise_and", "bitwise_not", "clamp", "clamp_max", "clamp_min", "cos"),
+    *("digamma", "div", "eq", "erf", "erfc", "erfinv", "exp", "expm1", "ge", "gt", "isfinite"),
+    *("isinf", "isnan", "le", "lgamma", "log", "log1p", "logical_and", "logical_not", "logical_or"),
+    *("lt", "masked_fill", "maximum", "minimum", "mul", "ne", "neg", "pow", "reciprocal", "rsqrt"),
+    *("rsub", "sgn", "sigmoid", "sigmoid_backward", "sign", "sin", "softplus"),
+    *("softplus_backward", "special_erfcx", "special_log_ndtr", "special_ndtri", "sqrt", "square"),
+    *("sub", "tanh", "tanh_backward", "where", "xlogy", "_to_copy"),
+}
 #: minimum number of operations in a batch, and of terms in a sum
 FEWEST = 8
 #: calls of several operations: the sum of terms, and the sum of parts of a tensor that is zero elsewhere
@@ -31,24 +41,49 @@ SUM_OF_TERMS, SUM_OF_PARTS = "sum of terms", "sum of parts"
 
 
 class Tape:
-    """The calls of a program, without duplicates, and with chains of additions joined into sums."""
+    """The calls of a program, without duplicates, and with chains of additions joined into sums.
+
+    Elementwise functions of expanded tensors are evaluated before the expansion.
+    """
 
     def __init__(self, program: Program, random: Container[Value]) -> None:
         self._random, self._same = random, dict[Value, Value]()
         self.calls = list[Call]()
-        seen = dict[Any, Call]()
+        self._seen, self._expanded = dict[Any, Call](), dict[Value, Value]()
         for call in program.calls:
-            call = call._replace(inputs=mapped(self._known, call.inputs))
-            key = self._key(call)
-            if self._is_identity(call):
-                self._same[call.outputs[0]] = call.inputs[0]
-            elif key in seen:
-                self._same.update(zip(call.outputs, seen[key].outputs))
-            else:
-                self.calls.append(call)
-                seen[key] = call
+            self._append(call._replace(inputs=mapped(self._known, call.inputs)))
         self.results: list[Value] = [*map(self._known, program.results)]
         self._join_sums()
+
+    def _append(self, call: Call) -> None:
+        call = self._before_expansion(call)
+        key = self._key(call)
+        if self._is_identity(call):
+            self._same[call.outputs[0]] = call.inputs[0]
+        elif key in self._seen:
+            self._same.update(zip(call.outputs, self._seen[key].outputs))
+        else:
+            self.calls.append(call)
+            self._seen[key] = call
+            if call.name == "expand":
+                self._expanded[call.outputs[0]] = call.inputs[0]
+
+    def _before_expansion(self, call: Call) -> Call:
+        """An elementwise function of expanded tensors as the expansion of one of smaller tensors."""
+        values = call.values
+        is_elementwise = call.name in ELEMENTWISE and len({value.dtype for value in values}) == 1
+        if not is_elementwise or self._expanded.keys().isdisjoint(values):
+            return call
+        sources, result = {v: self._expanded.get(v, v) for v in values}, call.outputs[0]
+        sizes = [source.shape[::-1] for source in sources.values()]
+        shape = tuple(map(max, zip_longest(*sizes, fillvalue=1)))[::-1]  # broadcast
+        if math.prod(shape) >= math.prod(result.shape):
+            return call
+        small = Value(shape, result.dtype, result.device)
+        inputs = mapped(lambda x: sources.get(x, x) if isinstance(x, Value) else x, call.inputs)
+        self._append(Call(call.function, inputs, (small,)))
+        expansion = self._known(small), result.shape, False
+        return Call(_ATEN.expand.default, expansion, call.outputs)
 
     def _known(self, argument: Any) -> Any:
         return self._same.get(argument, argument) if isinstance(argument, Value) else argument

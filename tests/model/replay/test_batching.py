@@ -182,6 +182,85 @@ def test_what_writes_into_tensors_is_left_as_it_is(monkeypatch):
     torch.testing.assert_close(found(x), function(x))
 
 
+def written_alone(x):
+    """As gradients of this package do: nothing else reads what is written into."""
+    order = torch.arange(len(x) - 1, -1, -1)
+    total = torch.empty_like(x).detach().index_copy_(0, order, x.exp())
+    return (total.index_add_(0, order, x.detach().exp().mul_(2.0)),)
+
+
+def read_before(x):
+    """A view whose values were used before the write that changes them, and a copy of them."""
+    total = x.exp()
+    once = total[1:].detach().sin()
+    return (total.mul_(2.0), once, once.detach())
+
+
+def read_after(x):
+    """A view that shows what was written later."""
+    total = x.exp()
+    part = total[1:]
+    total.mul_(2.0)
+    return total.detach().sin(), part.detach().sin()
+
+
+def returned(x):
+    """The same where the view is a result."""
+    total = x.exp()
+    part = total[1:]
+    return total.mul_(2.0).sin(), part
+
+
+def of_another_dtype(x):
+    """What is written keeps its dtype."""
+    return (x.exp().mul_(x.double()).detach(),)
+
+
+@pytest.mark.parametrize(
+    ("function", "is_simplified"),
+    [
+        (written_alone, True),
+        (read_before, True),
+        (read_after, False),
+        (returned, False),
+        (of_another_dtype, False),
+    ],
+)
+def test_writes_are_replaced_where_nothing_reads_the_memory_later(
+    monkeypatch, function, is_simplified
+):
+    x = torch.randn(5, dtype=torch.float32)
+    found, plain = both(monkeypatch, function, x)
+    assert (num_nodes(found) < num_nodes(plain)) is is_simplified
+    y = torch.randn(5, dtype=torch.float32)
+    for actual, expected in zip(found(y), function(y), strict=True):
+        torch.testing.assert_close(actual, expected)
+        assert actual.dtype == expected.dtype
+
+
+def test_functions_of_expanded_data_are_evaluated_once(monkeypatch):
+    """Counts in a likelihood are expanded to all draws, and so are functions of them."""
+    counts = torch.arange(6.0)
+
+    def function(x):
+        value, rate = torch.broadcast_tensors(counts, x.exp()[:, None])
+        log_prob = value.xlogy(rate) - rate - (value + 1).lgamma()
+        return log_prob.sum(-1), (value > 2) * x[:, None]
+
+    x = torch.randn(4)
+    found, _ = both(monkeypatch, function, x)
+    shapes = [
+        call.outputs[0].shape
+        for call in found.program.calls
+        if call.name in ("add", "lgamma", "exp", "gt")
+    ]
+    assert sorted(shapes) == [(4,), (6,), (6,), (6,)]
+    counts.add_(1.0)
+    y = torch.randn(4)
+    for actual, expected in zip(found(y), function(y), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_inputs_of_two_dtypes_are_not_stacked(monkeypatch):
     """A number of double precision without dimensions leaves the dtype of others as it is."""
     weights = torch.linspace(0, 1, NUM, dtype=torch.float64)
