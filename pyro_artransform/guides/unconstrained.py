@@ -28,9 +28,9 @@ from .base import BaseGuide
 from .distributions import SiteDelta, ToUnconstrained
 from .persistence.spec import GuideSpec
 
-# the values of draws evaluated at once without gradients, which a processor cache holds: with 1,006 latents
-# a draw then takes half of the time; and the fewest draws
-_MOST_VALUES, _FEWEST_DRAWS = 2**18, 16
+# the values of draws evaluated at once without gradients, which a processor cache holds: with 303 latents
+# a draw takes two thirds of the time that it takes with 2**18 (benchmarks/price.md); and the fewest draws
+_MOST_VALUES, _FEWEST_DRAWS = 2**15, 16
 
 
 class UnconstrainedGuide(BaseGuide, AutoContinuous):

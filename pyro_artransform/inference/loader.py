@@ -18,11 +18,14 @@ from torch import Tensor
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
+    Dataset,
     IterableDataset,
     RandomSampler,
     SequentialSampler,
     SubsetRandomSampler,
+    TensorDataset,
     WeightedRandomSampler,
+    default_collate,
 )
 from torch.utils.data.distributed import DistributedSampler
 
@@ -86,6 +89,7 @@ class BatchStream:
                 "loader: expected a DataLoader or another iterable of batches that restarts in each epoch, "
                 f"got {type(loader).__name__}. A list works, such as [(x, y)], or x.split(100)"
             )
+        loader = _by_batch(loader)
         self._loader, self._kwargs = loader, dict(kwargs or {})
         #: the samplers of batches and of rows, if known
         self._batches: Any = None
@@ -274,10 +278,36 @@ class BatchStream:
                 generator.set_state(state)
 
 
-def _with_batches(loader: Any, batches: Iterable[list[int]]) -> DataLoader[Any]:
-    """A loader of the same data with other batches."""
-    options = {name: getattr(loader, name) for name in _OPTIONS}
-    return DataLoader(loader.dataset, batch_sampler=batches, **options)
+class _RowsOfTensors(Dataset[list[Tensor]]):
+    """Rows of tensors that are indexed once for a batch, in place of once for each row."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self._tensors[0])
+
+    def __getitems__(self, rows: list[int]) -> list[Tensor]:
+        return [tensor[rows] for tensor in self._tensors]
+
+
+def _by_batch(loader: Iterable[object]) -> Iterable[object]:
+    """The same batches, but those of a plain ``TensorDataset`` without the collation of single rows."""
+    if type(loader) is not DataLoader or type(loader.dataset) is not TensorDataset:
+        return loader
+    if loader.batch_sampler is None or loader.collate_fn is not default_collate:
+        return loader
+    data = _RowsOfTensors(loader.dataset.tensors)
+    return _with_batches(loader, loader.batch_sampler, data, collate_fn=list)
+
+
+def _with_batches(
+    loader: Any, batches: Iterable[list[int]], data: Any = None, **others: Any
+) -> DataLoader[Any]:
+    """A loader of the same data, or of other data, with other batches and options."""
+    options = {name: getattr(loader, name) for name in _OPTIONS} | others
+    data = loader.dataset if data is None else data
+    return DataLoader(data, batch_sampler=batches, **options)
 
 
 def check_use(stream: BatchStream, guide: object, log_joint: LogJoint, first: Batch) -> None:

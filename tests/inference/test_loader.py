@@ -252,6 +252,45 @@ def test_epochs_of_other_lengths():
         taken(batches, 3)
 
 
+@pytest.mark.parametrize("with_generator", [True, False])
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize("options", [{"shuffle": True}, {"drop_last": True}, {"batch_size": 1}])
+def test_rows_of_tensors_are_those_of_the_loader(with_generator, num_workers, options):
+    """In its order, and with its random numbers, without a call for each row."""
+    data = TensorDataset(torch.randn(11, 2), torch.arange(11))
+    generator = torch.Generator() if with_generator else None
+    options = {"batch_size": 4, "num_workers": num_workers, "generator": generator, **options}
+    loader, found = DataLoader(data, **options), []
+
+    def start():
+        torch.manual_seed(1)
+        if generator is not None:
+            generator.manual_seed(2)
+
+    start()
+    expected, state = [[*batch] for _ in range(2) for batch in loader], torch.get_rng_state()
+    start()
+    stream = BatchStream(loader)
+    assert not hasattr(stream._loader.dataset, "tensors")
+    found = [[*stream.next().args] for _ in range(2 * len(loader))]
+    for one, other in zip(found, expected, strict=True):
+        assert all(map(torch.equal, one, other))
+        assert [value.dtype for value in one] == [value.dtype for value in other]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rows_that_are_collated_in_another_way_stay_as_they_are():
+    data = TensorDataset(numbers())
+    for loader in (
+        DataLoader(
+            data, batch_size=4, collate_fn=lambda rows: torch.cat([x[None] for (x,) in rows])
+        ),
+        DataLoader(data, batch_size=None),
+        DataLoader([*range(10)], batch_size=4),
+    ):
+        assert BatchStream(loader)._loader is loader
+
+
 @pytest.mark.parametrize("limit", [0, 50, 2**20])
 def test_passes_over_all_batches(limit, monkeypatch):
     """The same ones each time, loaded once where they take little memory; else none are kept."""

@@ -210,21 +210,23 @@ class _Bend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # factors are (exp(a) - 1) / 2 of each hinge, (n, *, D); ctx is None if autograd differentiates
         y, _ = torch.broadcast_tensors(x, factors[0])
-        large, width_of_all = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width)
+        large, width_squared = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width**2)
         arguments, roots = [], []
         for factor, (knot, side) in zip(factors.unbind(), hinges):
             # clamped, so that infinity is kept
             arguments.append((y - knot if side > 0 else -knot - y).clamp(-large, large))
-            # several times faster than the root of a sum of squares
-            roots.append(torch.hypot(arguments[-1], width_of_all))
+            # several times faster than hypot
+            roots.append(torch.addcmul(width_squared, arguments[-1], arguments[-1]).sqrt())
             y = torch.addcmul(y, factor, arguments[-1] + roots[-1], value=side)
+        # a single logarithm, which costs more than the rest of a hinge
+        if ctx is None or not any(ctx.needs_input_grad):  # parts that fit the cache
+            slopes = (1 + f * (1 + u / r) for f, u, r in zip(factors.unbind(), arguments, roots))
+            return y, reduce(torch.mul, slopes).log()
         root = torch.stack(roots)
         derivative = 1 + torch.stack(arguments) / root  # of 2h
         slope = 1 + factors * derivative
-        if ctx is not None:
-            ctx.save_for_backward(x, factors, slope, root, derivative)
-            ctx.hinges, ctx.width = hinges, width
-        # a single logarithm, which costs more than the rest of a hinge
+        ctx.save_for_backward(x, factors, slope, root, derivative)
+        ctx.hinges, ctx.width = hinges, width
         return y, reduce(torch.mul, slope.unbind()).log()
 
     @staticmethod

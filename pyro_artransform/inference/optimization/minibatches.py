@@ -17,6 +17,7 @@ from ...model import FullDataDensity, LogJoint
 from ...model.elements import ElementTerms
 from ...model.expectations import expectation
 from ...model.full_data_density import Anchor, AnchoredLogJoint
+from ...model.replay.capture import CapturedLoss
 from ..all_batches import density_of_all_rows
 from ..loader import Batch, BatchStream
 from ..parallel import Parallel
@@ -30,6 +31,7 @@ _STEP = 0.1  # of differences for the second derivatives of all data, in sds
 _NUM_FOR_START = 8  # batches whose mean log density determines the initial guide
 # batches of the final pass, limited for time, their draws in all, and the fewest draws per batch
 _MAX_BATCHES, _NUM_DRAWS, _MIN_DRAWS = 500, 4000, 8
+_PLAIN = (bool, int, float, str, type(None))  # arguments of a model that are no tensors, and stay
 
 
 class PassEstimate(NamedTuple):
@@ -84,6 +86,7 @@ class MinibatchObjective(Objective):
 
     def __post_init__(self) -> None:
         self._last = self.objective
+        self._captured: dict[object, CapturedLoss] = {}
         self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
         self._anchor: Anchor | None = None
         if self.whole is None:
@@ -103,19 +106,56 @@ class MinibatchObjective(Objective):
         """The rows of a batch relative to those of the largest validation batch; one without scales."""
         return self._least_scale / self.log_joint.structure(*batch).scale
 
+    @property
+    def num_compared(self) -> int:
+        return sum(captured.num_compared for captured in self._captured.values())
+
     def loss(self, num_particles: int) -> Tensor:
         batch = self.stream.next()
         if self.whole is not None and self.on_all is not None:
             with torch.random.fork_rng(devices=[]):  # the anchor takes draws in the first step
-                anchor, of_batch = self._anchor_of(self.on_all), self.whole.bound_to(*batch)
-                of_batch.chunk_size = int(self.whole.chunk_size * self._num_joined)
-                corrected = AnchoredLogJoint(of_batch, anchor)
-            self._last = replace(self.on_all, log_joint=corrected, is_one=False)
+                anchor = self._anchor_of(self.on_all)
+            corrected = partial(self._corrected, self.on_all, self.whole, anchor, num_particles)
+            loss = self._replayed(corrected, batch)
         else:
             self._last = self.objective.with_arguments(batch)
-        loss, weight = self._last.loss(num_particles), self._weight(batch)
+            loss = self._last.loss(num_particles)
+        weight = self._weight(batch)
         # only the gradient is weighted; the value stays that of the ELBO
         return loss if weight == 1 else loss.detach() + weight * (loss - loss.detach())
+
+    def _replayed(self, loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
+        """Evaluates a loss, replaying operations captured with another batch of the same shapes."""
+        values = [*batch.args, *batch.kwargs.values()]
+        others = [value for value in values if not isinstance(value, Tensor)]
+        if self.log_joint.strategy == "loop" or not all(isinstance(v, _PLAIN) for v in others):
+            return loss(batch)
+
+        def of_tensors(*tensors: Tensor) -> Tensor:
+            left = iter(tensors)
+            given = [next(left) if isinstance(value, Tensor) else value for value in values]
+            count = len(batch.args)
+            return loss(Batch((*given[:count],), dict(zip(batch.kwargs, given[count:]))))
+
+        is_tensor = [isinstance(value, Tensor) for value in values]
+        key = len(batch.args), (*batch.kwargs,), (*is_tensor,), repr(others)
+        captured = self._captured.setdefault(key, CapturedLoss(of_tensors))
+        return captured(*(value for value in values if isinstance(value, Tensor)))
+
+    def _corrected(
+        self,
+        on_all: PathObjective,
+        whole: FullDataDensity,
+        anchor: Anchor,
+        num_particles: int,
+        batch: Batch,
+    ) -> Tensor:
+        """The loss of a batch with the control variate."""
+        of_batch = whole.bound_to(*batch)
+        of_batch.chunk_size = int(whole.chunk_size * self._num_joined)
+        corrected = AnchoredLogJoint(of_batch, anchor)
+        self._last = replace(on_all, log_joint=corrected, is_one=False)
+        return self._last.loss(num_particles)
 
     def _anchor_of(self, on_all: PathObjective) -> Anchor:
         if self._anchor is None:

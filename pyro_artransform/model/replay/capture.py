@@ -145,25 +145,28 @@ class Captured:
 
 
 class CapturedLoss(Captured):
-    """Captures a scalar loss, which may be random, together with its gradients by all parameters."""
+    """Captures a scalar loss, which may be random, together with its gradients by all parameters.
 
-    def __init__(self, loss: Callable[[], Tensor]) -> None:
+    :param loss: a function of tensors that do not require gradients, if any.
+    """
+
+    def __init__(self, loss: Callable[..., Tensor]) -> None:
         super().__init__()
         self._loss = loss
         self._parameters = list[Tensor]()  # leaves with a gradient
         # leaves of the last call, and ids of those that the call before reached, too
         self._reached, self._lasting = list[Tensor](), set[int]()
 
-    def __call__(self) -> Tensor:  # type: ignore[override]  # a scalar with a graph
+    def __call__(self, *inputs: Tensor) -> Tensor:  # type: ignore[override]  # a scalar with a graph
         if not self.can_replay:
-            return self._loss()
-        value, *gradients = super().__call__()
+            return self._loss(*inputs)
+        value, *gradients = super().__call__(*inputs)
         found: Tensor = KnownGradients.apply(value, gradients, None, None, *self._parameters)
         return found
 
-    def _evaluate(self, *_: Tensor) -> tuple[Tensor, ...]:
+    def _evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         with torch.enable_grad():
-            value = self._loss()
+            value = self._loss(*inputs)
             reached = [*leaves([value])]
             found = torch.autograd.grad(value, reached, allow_unused=True) if reached else ()
         # the call itself creates some leaves

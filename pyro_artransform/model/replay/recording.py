@@ -34,21 +34,20 @@ _READ_BY = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 _CHECK_ERRORS = _ATEN._linalg_check_errors.default
 # operations that write into their first input, and what they write, of the same dtype
 _OUT_OF_PLACE = {
-    _ATEN.bitwise_and_.Tensor: _ATEN.bitwise_and.Tensor,
-    _ATEN.index_add_.default: _ATEN.index_add.default,
-    _ATEN.index_copy_.default: _ATEN.index_copy.default,
-    _ATEN.logical_and_.default: _ATEN.logical_and.default,
-    _ATEN.masked_fill_.Scalar: _ATEN.masked_fill.Scalar,
-    _ATEN.mul_.Tensor: _ATEN.mul.Tensor,
-    _ATEN.relu_.default: _ATEN.relu.default,
-    _ATEN.scatter_.value: _ATEN.scatter.value,
+    getattr(getattr(_ATEN, f"{name}_"), overload): getattr(getattr(_ATEN, name), overload)
+    for name, overload in (
+        *(("add", "Tensor"), ("bitwise_and", "Tensor"), ("copy", "default"), ("div", "Tensor")),
+        *(("exp", "default"), ("fill", "Scalar"), ("index_add", "default"), ("log", "default")),
+        *(("index_copy", "default"), ("index_put", "default"), ("logical_and", "default")),
+        *(("masked_fill", "Scalar"), ("mul", "Tensor"), ("neg", "default"), ("relu", "default")),
+        *(("scatter", "value"), ("sub", "Tensor")),
+    )
 }
-# maximum number of elements of all tensors of a call, which capture keeps alive; with more, arithmetic
-# dominates the overhead that a replay saves
-_MOST_NUMBERS = 2**25
-_CLOCK_EVERY = (
-    32  # operations between looks at the clock of the process, which takes longer than one
-)
+# maximum memory in bytes of the tensors of a call, which capture keeps alive; with more, arithmetic dominates
+# the overhead that a replay saves
+_MOST_BYTES = 2**29
+# operations between looks at the clock of the process, which takes longer than one
+_CLOCK_EVERY = 32
 _MASKS = (torch.bool, torch.uint8)  # dtypes of indices that select entries
 # functions that only return Python numbers
 _READS = {
@@ -142,7 +141,7 @@ class _Recording(TorchDispatchMode):
 
     def __init__(self, inputs: Sequence[Tensor], end: float) -> None:
         super().__init__()
-        self._end, self._num_numbers = end, 0
+        self._end, self._num_bytes = end, 0
         # tensors are identified by id and memory by address, so references must be kept
         self._held, self._values = list[Tensor](), dict[int, Value]()
         self._calls, self._random, self._is_pure = list[Call](), set[Value](), True
@@ -207,7 +206,11 @@ class _Recording(TorchDispatchMode):
         elif torch.Tag.data_dependent_output not in func.tags:
             outputs = self._call(func, given, found)
             self._random |= {*outputs} if is_random else set()
-        new = {*map(_memory, _tensors((found, written)))} - {0}
+        sizes = {_memory(tensor): _size(tensor) for tensor in _tensors((found, written))}
+        new = sizes.keys() - {0}
+        self._num_bytes += sum(sizes[memory] for memory in new - self._made - self._given)
+        if self._num_bytes > _MOST_BYTES:
+            self.refuse(f"the tensors of a call take more than {_MOST_BYTES} bytes")
         self._made |= new - self._given
         if is_random or not self._varying.isdisjoint(map(_memory, _tensors(arguments))):
             self._varying |= new
@@ -278,9 +281,6 @@ class _Recording(TorchDispatchMode):
         """Makes a new value stand for a tensor from now on."""
         value = self._values[id(tensor)] = Value.like(tensor)
         self._held.append(tensor)
-        self._num_numbers += tensor.numel()
-        if self._num_numbers > _MOST_NUMBERS:
-            self.refuse(f"the tensors of a call have more than {_MOST_NUMBERS} elements in total")
         return value
 
     def _call(self, func: OpOverload, given: Sequence[Any], found: Any) -> tuple[Value, ...]:
@@ -376,3 +376,8 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 def _memory(value: Tensor) -> int:
     """The address of a tensor's memory: 0 if it is empty, -1 if unknown."""
     return value.untyped_storage().data_ptr() if torch._C._has_storage(value) else -1
+
+
+def _size(value: Tensor) -> int:
+    """The size of a tensor's memory in bytes, 0 if unknown."""
+    return value.untyped_storage().nbytes() if torch._C._has_storage(value) else 0

@@ -244,6 +244,46 @@ def test_the_steps_of_an_epoch_add_up(kind, make_loader):
     assert torch.allclose(found, gradient_of(objective, parameters), rtol=1e-9, atol=1e-9)
 
 
+def test_losses_of_batches_are_replayed():
+    """With other batches and at other parameters, also for a short one, they are those of calls."""
+    by_batch, _ = objectives(make_loader=loaders.shuffled)
+    called, _ = objectives(make_loader=loaders.shuffled)
+    called._replayed = lambda loss, batch: loss(batch)
+    losses, gradients = [], []
+    for k in range(30):
+        for objective in (by_batch, called):
+            parameters = list(objective.parameters().values())
+            torch.manual_seed(k)
+            losses.append(objective.loss(4))
+            gradients.append(torch.autograd.grad(losses[-1], parameters, allow_unused=True))
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients[-1]):
+                    parameter -= 0 if gradient is None else 1e-3 * gradient
+    assert len({loss.item() for loss in losses[::2]}) == 30
+    assert torch.allclose(torch.stack(losses[::2]), torch.stack(losses[1::2]), rtol=1e-6)
+    (captured,) = by_batch._captured.values()
+    assert len(captured._replays) == 2  # batches of 10 rows and the last one of 3
+    assert by_batch.num_compared >= 4
+
+
+def test_arguments_that_are_no_tensors_are_not_replayed():
+    """A list or an array of numbers may change, and a replay would not see it."""
+    x, y = loaders.rows()
+    batches = [(x[:20], y[:20].numpy()), (x[20:40], y[20:40].numpy())]
+
+    def model(x, y):
+        loaders.regression(x, torch.as_tensor(y))
+
+    guide = loaders.small(model)
+    guide(*batches[0])
+    log_joint = LogJoint(model, batches[0])
+    stream = BatchStream(batches)
+    objective = PathObjective(log_joint, guide)
+    by_batch = MinibatchObjective(objective, stream, log_joint, [*stream.one_pass(2)])
+    assert len({by_batch.loss(4).item() for _ in range(4)}) == 4
+    assert not by_batch._captured
+
+
 @pytest.mark.parametrize("kind", [loaders.small, AutoNormal])
 def test_comparisons_see_the_same_batches(kind):
     by_batch, _ = objectives(kind, loaders.shuffled)

@@ -149,11 +149,14 @@ def test_a_capture_ends_in_time():
 
 @pytest.mark.parametrize("count", [10**3, 10**4])
 def test_large_tensors_are_not_held(count, monkeypatch):
-    monkeypatch.setattr(recording, "_MOST_NUMBERS", 10**4)
+    """What shares memory counts once."""
+    monkeypatch.setattr(recording, "_MOST_BYTES", 10**5)
     replay = recording.record(
-        lambda x: (x.expand(count, 3).exp().mean(0),), (torch.ones(3),), 100.0
+        lambda x: (x.double().expand(count, 3).exp().view(3, count).sum(1),),
+        (torch.ones(3),),
+        100.0,
     )
-    assert (replay is None) == (3 * count > 10**4)
+    assert (replay is None) == (8 * 3 * count > 10**5)
 
 
 def test_what_data_alone_decide_is_recorded_and_compared():
