@@ -8,6 +8,7 @@ value, or if it does anything that is not known to replay exactly. This module l
 is forbidden.
 """
 
+import logging
 import random
 import sys
 import time
@@ -121,7 +122,8 @@ def record(
             replays = (recording.replay(each, len(found)) for each in recording.programs(found))
             # the first run compiles it
             replay = next((each for each in replays if each(*inputs) is not None), None)
-    except Exception:  # any error means that the call cannot be replayed
+    except Exception as error:  # any error means that the call cannot be replayed
+        logging.getLogger(__name__).debug("a call is not replayed: %r", error)
         return None
     is_random = _python_random_state() != state
     return None if recording.is_refused or is_random else replay
