@@ -78,8 +78,9 @@ def fit(
     there, leaves draws of chains as they are: the verdict names it, and the guide is not trusted.
 
     Operations that are the same in each step are captured and replayed, also with other mini-batches of the
-    same shapes, so the model's Python code runs only occasionally: do not count steps in it. If such a run differs from the replay, for example because
-    a callback changed something, training goes back to the last run that agreed.
+    same shapes, so the model's Python code runs only occasionally: do not count steps in it. If such a run
+    differs from the replay, for example because a callback changed something, training goes back to the last
+    run that agreed.
 
     Ctrl-C, like ``max_seconds``, ends chains and steps; a verdict on the fit so far follows within a second.
     A quarter of ``max_seconds`` is reserved for the verdict. A second Ctrl-C interrupts.
