@@ -173,7 +173,9 @@ class Schedule:
         found = replace(self, gap=remaining_gap(log_weights(self.num_compared)))
         if found.gap > small_gap:
             return found
-        more = log_weights(_TIMES_AT_END * self.num_compared)
+        # with mini-batches, whose draws are passes over all data, the verdict has no more either
+        times = 1 if self.small_gap > 0 else _TIMES_AT_END
+        more = log_weights(times * self.num_compared)
         if remaining_gap(more, _KHAT_AT_END) <= small_gap:
             return found.ending_at(step, NOTHING_TO_WIN)
         # a thousand draws may not see a tail
