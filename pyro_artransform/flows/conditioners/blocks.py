@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-# coordinates per adjoint solve: in replays of 128 draws and D of 12 to 47 up to a fifth faster than 16, and
-# faster than 4 (benchmarks/price.md)
-_SIZE = 8
+_SIZE = 8  # coordinates per adjoint solve (benchmarks/capture.md)
 
 
 class BlockLayout(NamedTuple):

@@ -210,17 +210,15 @@ class _Bend(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         # factors are (exp(a) - 1) / 2 of each hinge, (n, *, D); ctx is None if autograd differentiates
         y, _ = torch.broadcast_tensors(x, factors[0])
-        large, width_squared = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width**2)
+        large, square = torch.finfo(x.dtype).max ** 0.4, x.new_full((), width**2)
         arguments, roots = [], []
         for factor, (knot, side) in zip(factors.unbind(), hinges):
-            # clamped, so that infinity is kept
-            arguments.append((y - knot if side > 0 else -knot - y).clamp(-large, large))
-            # several times faster than hypot
-            roots.append(torch.addcmul(width_squared, arguments[-1], arguments[-1]).sqrt())
+            arguments.append((y - knot if side > 0 else -knot - y).clamp(-large, large))  # not inf
+            roots.append(torch.addcmul(square, arguments[-1], arguments[-1]).sqrt())
             y = torch.addcmul(y, factor, arguments[-1] + roots[-1], value=side)
-        # a single logarithm, which costs more than the rest of a hinge
-        if ctx is None or not any(ctx.needs_input_grad):  # parts that fit the cache
-            slopes = (1 + f * (1 + u / r) for f, u, r in zip(factors.unbind(), arguments, roots))
+        if ctx is None or not any(ctx.needs_input_grad):  # stacks would not fit the cache
+            parts = zip(factors.unbind(), arguments, roots)
+            slopes = (1 + f * (1 + u / r) for f, u, r in parts)
             return y, reduce(torch.mul, slopes).log()
         root = torch.stack(roots)
         derivative = 1 + torch.stack(arguments) / root  # of 2h
