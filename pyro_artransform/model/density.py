@@ -24,7 +24,7 @@ from .coordinates.latent_mapper import LatentMapper
 from .coordinates.priors import compare_priors, find_mapped, priors_of, scales_of
 from .draw_plate import DRAWS, DrawPlate
 from .enumeration import marginal_log_prob
-from .handlers import FoundScale, SiteLogProbs, hidden_sites
+from .handlers import FirstIndices, FoundScale, SiteLogProbs, hidden_sites
 from .initial_point import InitialPoint, usable_point
 from .masked_latents import UnmaskedLatents, improper_sites
 from .run_once import aside, nonfinite_sites, run_once
@@ -231,7 +231,7 @@ class LogJoint:
         if key not in self._structures:
             # a cache miss must not change the random numbers that follow
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-                run = (scale := FoundScale())(self.model)
+                run = FirstIndices()((scale := FoundScale())(self.model))
                 trace = run_once(run, args, kwargs, init_loc_fn=self._known_or_initial)
             if (shapes := argument_signature(arguments)) not in self._checked:
                 check_data(trace)

@@ -247,6 +247,20 @@ def test_model_structures_go_by_numbers_too():
         assert log_joint.structure((Y, size)).scale == size / SIZE
 
 
+def test_a_structure_permutes_no_rows(monkeypatch):
+    """A step on a batch asks for it; a permutation of a million rows takes longer than the step."""
+
+    def sized(y):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("data", 10**6, subsample_size=len(y)):
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    log_joint, permute, sizes = LogJoint(sized, (Y[:3],)), torch.randperm, list[int]()
+    monkeypatch.setattr(torch, "randperm", lambda n, **k: sizes.append(n) or permute(n, **k))
+    assert log_joint.structure((Y[:2],)).scale == 10**6 / 2
+    assert not sizes
+
+
 REPARAMETRIZERS = {
     "transform": (dist.LogNormal(1.0, 2.0), TransformReparam()),
     "vector": (dist.Normal(torch.zeros(2), 1.0).to_event(1), LocScaleReparam()),

@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, product
+from itertools import chain, islice, product
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from ..._base.arguments import first_of
 from ...model.elements import ElementTerms
 from ...model.graphs.markov_graph import Elimination, MarkovGraph
 from ...model.sites import Site
+from .networks import indices
 
 #: a site, followed by the index of a coordinate in its unconstrained value
 Name = tuple[Any, ...]
@@ -86,32 +87,24 @@ class LatentGraph:
     def of_elements(cls, terms: ElementTerms, sites: Sequence[Site]) -> "LatentGraph":
         """The graph of elements of plates, drawn given shared latents and linked earlier elements."""
         groups, names = terms.groups, coordinate_names(sites)
-        shared = sorted(groups.shared.tolist())
-        linear: list[list[int]] = [[] for _ in names]
-        for link in terms.links:
-            for i, j in link.coordinates(groups).flatten(1).T.tolist():
-                linear[i].append(j)
-        parents = [[*shared, *own] for own in linear]
-        for i in shared:
-            parents[i] = []
-        for own in groups.members:
-            for element in own.tolist() if own.shape[1] > 1 else ():
-                for k, i in enumerate(element):
-                    parents[i] += element[:k]
-        neighbours: list[set[int]] = [set() for _ in names]
-        pairs = [(i, j) for i, own in enumerate(parents) for j in own]
-        for i, j in (*pairs, *product(shared, shared)):
-            if i != j:
-                neighbours[i].add(j)
-                neighbours[j].add(i)
+        shared, dim = groups.shared.sort().values.to("cpu"), len(names)
+        links = [link.coordinates(groups).flatten(1).to("cpu") for link in terms.links]
+        linear = torch.cat([indices([[], []]), *links], -1)
+        rest = torch.cat([shared[:0], *(own.flatten().to("cpu") for own in groups.members)])
+        within = [
+            own[:, pair].T.to("cpu") for own in groups.members for pair in _pairs(own.shape[1])
+        ]
+        pairs = torch.cat([torch.cartesian_prod(rest, shared).T, *within, linear], -1)
+        among = torch.cartesian_prod(shared, shared).T
+        both = torch.cat([pairs, pairs.flip(0), among[:, among[0] != among[1]]], -1)
         earlier = {link.earlier for link in terms.links}
         elimination = Elimination(
-            tuple(tuple(sorted(own)) for own in parents),
-            tuple(shared),
-            tuple(tuple(sorted(own)) for own in linear),
+            _by_row(pairs, dim),
+            tuple(shared.tolist()),
+            _by_row(linear, dim),
             tuple(tuple(groups.members[k].flatten().tolist()) for k in sorted(earlier)),
         )
-        return cls(names, MarkovGraph(tuple(map(frozenset, neighbours)), elimination))
+        return cls(names, MarkovGraph(tuple(map(frozenset, _by_row(both, dim))), elimination))
 
     def to_plain(self) -> dict[str, Any]:
         """The graph as plain data, without names, which follow from the sites."""
@@ -129,21 +122,32 @@ class LatentGraph:
         parents, edges = tuple(map(tuple, plain["parents"])), plain["edges"]
         root = tuple(plain["root"])
         dim = sum(site.size for site in sites)
-        unknown = set(chain(root, *parents, *edges)).difference(range(len(parents)))
+        pairs = indices([*edges]).reshape(-1, 2).T
+        unknown = set(chain(root, *parents)).union(pairs.unique().tolist()).difference(range(dim))
         if unknown or len(parents) != dim:
             raise ValueError(
                 f"graph: expected the parents and edges of {dim} coordinates, got parents of "
                 f"{len(parents)}, and coordinates {first_of([*map(str, sorted(unknown))])}"
             )
-        neighbours: list[set[int]] = [set() for _ in parents]
-        for i, j in edges:
-            neighbours[i].add(j)
-            neighbours[j].add(i)
+        neighbours = _by_row(torch.cat([pairs, pairs.flip(0)], -1), dim)
         # files of version 0.3.0 have no linear parents
         others = (tuple(map(tuple, plain.get(name, ()))) for name in ("linear", "updated"))
         elimination = Elimination(parents, root, *others)
         markov = MarkovGraph(tuple(map(frozenset, neighbours)), elimination)
         return cls(coordinate_names(sites), markov)
+
+
+def _pairs(count: int) -> list[list[int]]:
+    """The positions of later and earlier coordinates of an element."""
+    return [[late, early] for late in range(count) for early in range(late)]
+
+
+def _by_row(pairs: Tensor, dim: int) -> tuple[tuple[int, ...], ...]:
+    """The sorted second coordinates of different pairs ``(2, E)``, for each of ``dim`` first ones."""
+    key = (pairs[0] * dim + pairs[1]).unique()
+    columns, counts = (key % dim).tolist(), (key // dim).bincount(minlength=dim).tolist()
+    left = iter(columns)
+    return tuple(tuple(islice(left, count)) for count in counts)
 
 
 def coordinate_names(sites: Iterable[Site]) -> tuple[Name, ...]:

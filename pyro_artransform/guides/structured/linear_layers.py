@@ -4,6 +4,7 @@
 """Linear layers of a structured flow: low-rank updates of a group, and links between elements of plates."""
 
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -77,10 +78,13 @@ class LinearLinks(FlowModule):
 
     def __init__(self, parents: Sequence[Sequence[int]], level: Sequence[int]) -> None:
         super().__init__()
-        pairs = sorted((level[i], i, j) for i, own in enumerate(parents) for j in own)
-        index = indices(pairs).reshape(-1, 3)
-        counts: Any = torch.unique_consecutive(index[:, 0], return_counts=True)[1]
-        parts = index[:, 1:].split(counts.tolist())
+        column = indices([*chain.from_iterable(map(sorted, parents))])
+        row = torch.arange(len(parents), device="cpu").repeat_interleave(
+            indices([*map(len, parents)])
+        )
+        by_level, order = indices(level)[row].sort(stable=True)
+        counts: Any = by_level.unique_consecutive(return_counts=True)[1]
+        parts = torch.stack([row, column], -1)[order].split(counts.tolist())
         modules = [SparseMatrix(own[:, 0], own[:, 1], len(parents)) for own in parts]
         #: the pairs of each level, those of one level independent of each other
         self.levels: Iterable[SparseMatrix] = nn.ModuleList(modules)  # type: ignore[assignment]

@@ -176,11 +176,14 @@ class AutoStructuredFlow(AutoAutoregressive):
 
     def _arguments_of(self, graph: LatentGraph, sites: dict[str, bool]) -> Arguments:
         found = self._coordinate_arguments(sites)
-        return {**found, "graph": graph.to_plain(), "shares_networks": True}
+        self._graph, self._plain_graph = graph, graph.to_plain()
+        return {**found, "graph": self._plain_graph, "shares_networks": True}
 
     def build(self, latents: Latents, start: Tensor) -> nn.Module:
         arguments = self.arguments
-        self._graph = LatentGraph.from_plain(arguments["graph"], tuple(latents.sites.values()))
+        # a graph that was just found is not read again
+        if arguments["graph"] is not vars(self).pop("_plain_graph", None):
+            self._graph = LatentGraph.from_plain(arguments["graph"], tuple(latents.sites.values()))
         given = self._graph.elimination, arguments["hidden_dim"], arguments["num_transforms"]
         # files of version 0.3.0 have a network for each coordinate
         shares = arguments.get("shares_networks", False)

@@ -17,6 +17,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from ..._base.time_limit import is_out_of_time
 from ...diagnostics.importance_sampling import CLEAR_IN_SE
 from ...model.replay.capture import ReplayError
 from ..parallel import Gradients, Parallel
@@ -241,12 +242,14 @@ class Training:
             copy_to(self.trained, self._initial)
 
     def _is_worse(self) -> bool:
-        """Whether the ELBO is lower than at the start, by as few draws as show it."""
+        """Whether the ELBO is lower than at the start, by as few draws as show it or time allows."""
         trained, worse = copies(self.trained), False
         for count in (self.schedule.num_few, self.schedule.num_compared):
             gain = self._elbo_draws_at(trained, count) - self._elbo_draws_at(self._initial, count)
             worse = not gain.mean() >= 0
-            if not gain.mean().abs() <= CLEAR_IN_SE * gain.std() / len(gain) ** 0.5:
+            is_clear = not gain.mean().abs() <= CLEAR_IN_SE * gain.std() / len(gain) ** 0.5
+            (is_late,) = self._parallel.any(is_out_of_time())
+            if is_clear or is_late:
                 break
         copy_to(self.trained, trained)
         return worse

@@ -144,25 +144,20 @@ class ElementGaussian:
         self.root_tril = _cholesky(self.root_covariance) if len(shared) else root
         #: the conditional precisions of elements given earlier groups, ``(n, m, m)``
         self.conditional = [block.clone() for block in precision.blocks]
+        #: their inverses
+        self.covariances = [*self.conditional]
+        #: the slopes of later elements in earlier ones, like ``precision.linked``
+        self.coupled = [*precision.linked]
         for k in reversed(range(len(groups.members))):
-            for link, values in zip(precision.links, precision.linked):
-                if link.earlier == k:
-                    # the block of the later group is final
+            for n, (link, values) in enumerate(zip(precision.links, precision.linked)):
+                if link.earlier == k:  # the block of the later group is final
                     early, late = link.elements.T
-                    solved = torch.cholesky_solve(
-                        values, _cholesky(self.conditional[link.later])[late]
-                    )
-                    self.conditional[k].index_add_(0, early, values.mT @ solved, alpha=-1)
+                    self.coupled[n] = slopes = -self.covariances[link.later][late] @ values
+                    self.conditional[k].index_add_(0, early, values.mT @ slopes)
             self.conditional[k] = _raised(self.conditional[k])
+            self.covariances[k] = torch.cholesky_inverse(_cholesky(self.conditional[k]))
         #: lower-triangular factors B with B' B = conditional, which map elements to noise
         self.lower = [_lower(block) for block in self.conditional]
-        #: the slopes of later elements in earlier ones, like ``precision.linked``
-        self.coupled = [
-            -torch.cholesky_solve(
-                values, _cholesky(self.conditional[link.later])[link.elements[:, 1]]
-            )
-            for link, values in zip(precision.links, precision.linked)
-        ]
         #: the same as a matrix ``(D, D)``
         self.coupling = precision.sparse(self.coupled)
         #: for each group, orthonormal vectors ``(n m, r)`` of noise, and the factors on it, ``(r,)``
@@ -211,8 +206,7 @@ class ElementGaussian:
         full = precision.shared.new_zeros(precision.dim, v.shape[-1])
         full[own] = x
         later = precision.between(full.T).T
-        inverses = [torch.cholesky_inverse(_cholesky(c)) for c in self.conditional]
-        later = precision.per_element(inverses, later)
+        later = precision.per_element(self.covariances, later)
         back = precision.between(later.T, is_transposed=True).T[own]
         back = back + (self.conditional[k] - precision.blocks[k]) @ x
         return torch.linalg.solve_triangular(lower.mT, back, upper=True).reshape(v.shape)
@@ -277,8 +271,8 @@ class ElementGaussian:
         """The sds of elements given shared latents and earlier groups, and those of shared latents."""
         found = self.loc.new_zeros(len(self.loc))
         found[self.precision.groups.shared] = self.root_covariance.diagonal().sqrt()
-        for own, block in zip(self.precision.groups.members, self.conditional):
-            found[own] = torch.linalg.inv(block).diagonal(dim1=1, dim2=2).sqrt()
+        for own, covariance in zip(self.precision.groups.members, self.covariances):
+            found[own] = covariance.diagonal(dim1=1, dim2=2).sqrt()
         return found
 
 

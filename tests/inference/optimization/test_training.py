@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from pyro_artransform._base.time_limit import TimeLimit
 from pyro_artransform.inference.optimization import training as trainings
 from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.optimizers import Adam
@@ -225,6 +226,20 @@ def test_a_fit_that_is_cut_short_ends_with_the_average():
     assert not torch.equal(training.objective.x, training._average[0])
     training.finish()
     assert torch.equal(training.objective.x, training._average[0])
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_comparison_with_the_start_ends_with_the_time(is_late):
+    """Draws of a million rows take minutes, and few of them show nothing of a step that gained nothing."""
+    objective, counts = Bowl(), list[int]()
+    training = run(training_of(objective), 1)
+    training._initial = [value + 0 for value in training._average]
+    objective.elbo_draws = lambda count: counts.append(count) or torch.randn(count)
+    few, most = training.schedule.num_few, training.schedule.num_compared
+    with TimeLimit(1e-6 if is_late else 100.0) as limit:
+        limit.enter_phase(1.0)
+        training.finish()
+    assert counts == ([few, few] if is_late else [few, few, most, most])
 
 
 def test_parameters_of_a_model_take_smaller_steps(monkeypatch):
