@@ -156,8 +156,10 @@ def test_rows_that_read_two_elements_of_a_plate():
     result = fit(matches, guide, loader=loader, num_steps=1, seed=0, progress=False)
     assert result.start == "a Gaussian fitted by natural-gradient steps"
     assert len(guide.graph.root) == 1 + NUM_USERS
-    # of the Gaussian of the start, in nats: the posterior is skewed, since better teams always win
-    assert result.log_evidence - result.elbo < 1.5
+    # The Gaussian of the start is 0.7 to 1.7 nats below, since the posterior is skewed: better teams always
+    # win. Independent teams would cost 2.8 more. The median, since the mean of weights of a k-hat of 0.8
+    # varies by two nats.
+    assert result.log_evidence - result.importance.log_weights.median() < 2.5
 
 
 def counts(user, item, y):
