@@ -49,10 +49,11 @@ release: wheel ## what a release needs: wheel and source distribution, checked, 
 demo: $(READY) ## fit the eight schools and draw tutorials/eight_schools.png
 	$(BIN)/python tutorials/eight_schools.py
 
-lint: $(READY) ## check style, format and annotations
+lint: $(READY) ## check style, format and annotations, and the budgets of lines and words
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/python tools/budgets.py
 
 format: $(READY) ## put every file into the house format
 	$(BIN)/ruff check --fix
