@@ -3,7 +3,7 @@
 """
 One fit on many processes, started by PyTorch's torchrun::
 
-    torchrun --nproc-per-node 2 tutorials/many_processes.py --checkpoint fit.pt
+    torchrun --nproc-per-node 2 tutorials/many_processes.py
 
 The model is a hierarchy of many groups, fitted with mini-batches::
 
@@ -13,13 +13,10 @@ Only the printing depends on processes: ``fit`` finds the others from the enviro
 torchrun sets. Each process has its own batches, and the gradients are averaged, so that all processes end
 with the same guide and result. Started with ``python``, the script is a fit in one process.
 
-The posterior is known in closed form, so that the fit can be checked. If the script is run again, it
-continues from the checkpoint.
+The posterior is known in closed form, so that the fit can be checked.
 """
 
-import argparse
 import os
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -59,9 +56,6 @@ def exact(y: Tensor) -> tuple[float, float, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--checkpoint", type=Path, help="the file to save to and to resume from")
-    path = parser.parse_args().checkpoint
     torch.set_default_dtype(torch.float64)
     y = data()
     guide = AutoAmortized(model, encoder=lambda y: y[:, None], local_flow=None)
@@ -73,8 +67,6 @@ def main() -> None:
         num_particles=4,
         seed=0,
         progress=False,
-        checkpoint=path,
-        resume=path if path is not None and path.exists() else None,
     )
     draws = guide.sample_posterior(1000, y)["mean"]
     if IS_FIRST:

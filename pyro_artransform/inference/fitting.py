@@ -3,11 +3,9 @@
 
 """Fits a guide to a model and judges the posterior."""
 
-import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from .evaluation.outcome import result_of
 from .first_draws import FirstDraws
-from .initialization.initialize import initial_training, resumed_training
+from .initialization.initialize import initial_training
 from .loader import Batch, BatchStream
 from .optimization.steps import take_steps
 from .parallel import open_parallel
@@ -36,8 +34,6 @@ def fit(
     seed: int | None = None,
     progress: bool = True,
     callback: Callable[[int, float], Any] | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    resume: str | os.PathLike[str] | None = None,
     loader: Iterable[Any] | None = None,
     epochs: int | None = None,
     draws: int | None = None,
@@ -98,10 +94,8 @@ def fit(
         of a ``DataLoader(shuffle=True)``, unless the loader has a generator of its own.
     :param progress: whether to show a progress bar.
     :param callback: called after each step with its number, starting at 1, and its ELBO in nats, which is
-        not finite if the step was skipped. The fit ends when it returns ``True``.
-    :param checkpoint: a file to save the fit to while it runs; a full disk only causes a warning.
-    :param resume: a file of an earlier fit of the same model and guide, which continues with the same
-        steps as without the interruption, or, with a loader, from the next epoch.
+        not finite if the step was skipped. The fit ends when it returns ``True``. It may save the guide now
+        and then, from whose parameters a later fit starts.
     :param loader: a ``DataLoader``, or another iterable of mini-batches that can be iterated repeatedly,
         such as a list. A tuple or list holds the arguments of model and guide, a mapping their keyword
         arguments, a tensor is their only argument.
@@ -117,8 +111,8 @@ def fit(
     :param kwargs: the keyword arguments of model and guide; with a loader, those of every batch.
     :raises TypeError: if the arguments do not fit the model, or an option has the wrong type.
     :raises ValueError: if the model has no continuous latent, or a parameter named like an option; if
-        model, guide, loader and checkpoint are incompatible, or the processes of a fit
-        differ; if an option is out of range, or, without draws, no initial guide has a finite density.
+        model, guide and loader are incompatible, or the processes of a fit differ; if an option is out of
+        range, or, without draws, no initial guide has a finite density.
     :raises RuntimeError: in ``torch.inference_mode``, inside one of Pyro's handlers, or if another process
         of the fit does not respond.
     :raises FitError: if, without draws, the loss is not finite for many steps in a row, or the model has
@@ -194,9 +188,6 @@ def fit(
         TimeLimit(max_seconds, bar.tick, bar.say, bar.tell) as limit,
         ExitStack() as stack,
     ):
-        path = None if checkpoint is None else Path(checkpoint)
-        if path is not None and (path.is_dir() or not path.parent.is_dir()):
-            raise ValueError(f"checkpoint: expected a file in an existing directory, got {path}")
         stream = None
         if loader is not None:
             stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
@@ -217,11 +208,8 @@ def fit(
         )
         bar.say("start")
         first = FirstDraws.of_fit(problem, draws, relabel)
-        if resume is None:
-            training = initial_training(problem, first)
-        else:
-            training = resumed_training(problem, first, resume)
+        training = initial_training(problem, first)
         bar.say("fit")
-        is_saved = take_steps(problem, first, training, path, callback, bar)
+        take_steps(problem, first, training, callback, bar)
         bar.say("verdict")
-        return result_of(problem, first, training, is_saved)
+        return result_of(problem, first, training)

@@ -156,19 +156,6 @@ class BatchStream:
         stream.num_batches, stream.whole = math.ceil(self.num_batches / size), self
         return stream
 
-    @property
-    def next_epoch(self) -> int:
-        """The epoch at which a resumed fit begins: the one after the current one."""
-        return self.epoch + (self.position > 0)
-
-    def go_on(self, num_batches: int, epoch: int) -> None:
-        """Continues at an epoch of an earlier fit's stream."""
-        if num_batches != self.num_batches:
-            raise ValueError(
-                f"resume: expected a loader of {num_batches} batches, as before, got {self.num_batches}"
-            )
-        self.epoch = epoch
-
     def close(self) -> None:
         """Drops the current epoch and its worker processes."""
         self._iterator = None

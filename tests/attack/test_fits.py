@@ -3,13 +3,10 @@
 """Short fits with random options, stopped by anything at any time, on loaders of every kind."""
 
 import math
-import shutil
 import signal
-import tempfile
 import time
 import warnings
 from functools import cache, partial
-from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -25,7 +22,6 @@ from tests.attack.effort import attack
 from tests.inference import loaders, models
 from tests.inference.conftest import QUICK, quick_fit
 
-OFTEN = {**QUICK, "optimization.steps._CHECKPOINT_EVERY": 3}
 GUIDES = {
     "iaf": models.small,
     "maf": partial(AutoMAF, num_transforms=1, hidden_dims=4),
@@ -40,7 +36,7 @@ def parameters():
 def fitted(guide, model=models.regression, **options):
     """A fit in an empty store, as in a new process."""
     pyro.clear_param_store()
-    options = {"num_particles": 4, "progress": False, "numbers": OFTEN, **options}
+    options = {"num_particles": 4, "progress": False, "numbers": QUICK, **options}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return quick_fit(model, GUIDES[guide](model), **options)
@@ -51,11 +47,6 @@ def uninterrupted(guide, num_steps, seed):
     began = time.perf_counter()
     result = fitted(guide, num_steps=num_steps, seed=seed)
     return result, parameters(), time.perf_counter() - began
-
-
-def same(one, other):
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 every_guide = st.sampled_from(sorted(GUIDES))
@@ -71,10 +62,10 @@ class Stop(Exception):
     guide=every_guide,
     num_steps=steps,
     at=st.integers(1, 40),
-    how=st.sampled_from(["raise", "stop", "interrupt", "no folder", "truncate"]),
+    how=st.sampled_from(["raise", "stop", "interrupt"]),
 )
 def test_callbacks_that_do_anything(guide, num_steps, at, how):
-    whole, expected, _ = uninterrupted(guide, num_steps, 0)
+    whole, *_ = uninterrupted(guide, num_steps, 0)
 
     def callback(step, elbo):
         if step != at:
@@ -83,33 +74,21 @@ def test_callbacks_that_do_anything(guide, num_steps, at, how):
             raise Stop
         if how == "interrupt":
             signal.raise_signal(signal.SIGINT)
-        if how == "no folder":
-            shutil.rmtree(path.parent)
-        if how == "truncate" and path.exists():
-            path.write_bytes(path.read_bytes()[:100])
         return how == "stop"
 
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "inner" / "fit"
-        path.parent.mkdir()
-        before = signal.signal(signal.SIGINT, signal.default_int_handler)
-        options = {"num_steps": num_steps, "seed": 0, "checkpoint": path, "callback": callback}
-        try:
-            if how == "raise" and at <= num_steps:
-                with pytest.raises(Stop):
-                    fitted(guide, **options)
-            else:
-                result = fitted(guide, **options)
-                assert result.history == whole.history[: len(result.history)]
-                ended = how in ("stop", "interrupt") and at <= num_steps
-                assert result.num_steps == (at if ended else num_steps)
-        finally:
-            signal.signal(signal.SIGINT, before)
-        assert all(p.isfinite().all() for p in parameters().values())
-        if path.exists():
-            rest = fitted(guide, resume=path)
-            assert rest.history == whole.history
-            assert same(expected, parameters())
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = {"num_steps": num_steps, "seed": 0, "callback": callback}
+    try:
+        if how == "raise" and at <= num_steps:
+            with pytest.raises(Stop):
+                fitted(guide, **options)
+        else:
+            result = fitted(guide, **options)
+            assert result.history == whole.history[: len(result.history)]
+            assert result.num_steps == min(at, num_steps)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert all(p.isfinite().all() for p in parameters().values())
 
 
 class Faulty:
@@ -193,7 +172,7 @@ LOADERS = {
     at=st.one_of(st.none(), st.integers(1, 25)),
 )
 def test_loaders(kind, guide, epochs, at):
-    """The same steps twice, and again from a checkpoint: from the next epoch, where it was in the middle."""
+    """The same steps twice, also if a callback ends the second fit."""
 
     def run(**options):
         return fitted(
@@ -205,17 +184,10 @@ def test_loaders(kind, guide, epochs, at):
             run(epochs=epochs)
         return
     whole = run(epochs=epochs, seed=1)
-    expected = parameters()
     assert not whole.trusted or kind in (*loaders.KNOWN, "one batch")
     length = len(loaders.listed(*loaders.rows()))
     counts = {"one batch": 1, "drop last": length - 1}
     assert whole.num_steps == epochs * counts.get(kind, length)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "fit"
-        part = run(epochs=epochs, seed=1, checkpoint=path, callback=lambda step, _: step == at)
-        assert part.history == whole.history[: part.num_steps]
-        rest = run(resume=path)
-    if kind in loaders.KNOWN and part.num_steps % length == 0:
-        assert rest.history == whole.history
-        assert same(expected, parameters())
-    assert rest.history[: part.num_steps] == part.history
+    part = run(epochs=epochs, seed=1, callback=lambda step, _: step == at)
+    assert part.num_steps == min(at or whole.num_steps, whole.num_steps)
+    assert part.history == whole.history[: part.num_steps]

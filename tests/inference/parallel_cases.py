@@ -117,18 +117,6 @@ def skipped(folder: Path) -> Outcome:
         return outcome(quick_fit(model, small(model), **options))
 
 
-def resumed(folder: Path) -> Outcome:
-    """A fit that was stopped at the end of an epoch goes on from the file of the first process."""
-    found, path = {}, folder / "fit.pt"
-    stop = {"callback": lambda step, elbo: step == 3, "checkpoint": path}
-    for name, options in {"part": stop, "rest": {"resume": path}}.items():
-        pyro.clear_param_store()
-        model, loader = loaders.regression, shuffled(*rows())
-        given = {**SOME, "num_steps": 12, "loader": loader, **options}
-        found[name] = outcome(quick_fit(model, small(model), **given))
-    return found
-
-
 ROWS, NUM_USERS, NUM_ITEMS = 400, 20, 35
 
 
@@ -222,11 +210,10 @@ def errors(folder: Path) -> dict[str, str]:
         "options": error_of(num_steps=5 + RANK),
         "data": error_of(args=(models.data() + RANK,)),
         "order": error_of(model=loaders.regression, loader=order),
-        "checkpoint": error_of(resume=folder / "missing.pt"),
     }
 
 
-_MORE = (hierarchy, other_guides, skipped, resumed, errors, crossed, chains)
+_MORE = (hierarchy, other_guides, skipped, errors, crossed, chains)
 MORE = {case.__name__: case for case in _MORE}
 CASES = {"smoke": smoke, "fails": fails, "shares": shares, **MORE}
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Fits by mini-batches: what they reach, see and say, and how they go on from a file."""
+"""Fits by mini-batches: what they reach, see and say."""
 
 import math
 import time
@@ -22,7 +22,11 @@ from tests.inference.conftest import SOON
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.loaders import DIM, KNOWN, Autoencoder, listed, rows, shuffled, small
 from tests.inference.test_fit import parameters
-from tests.inference.test_fit_resume import fresh, same, stop_at
+
+
+def same(a, b):
+    assert a.keys() == b.keys()
+    return all(torch.equal(a[name], b[name]) for name in a)
 
 
 def fitted(model, guide, loader, **kwargs):
@@ -261,33 +265,3 @@ def test_seed(name):
     assert other[0] != a[0]
     torch.manual_seed(3)
     assert torch.equal(a[3], torch.rand(3))
-
-
-@pytest.mark.parametrize("kind", [small, AutoNormal])
-@pytest.mark.parametrize("at", [8, 10])
-def test_goes_on_from_the_next_epoch(kind, at, tmp_path):
-    path = tmp_path / "fit.pt"
-
-    def run(**options):
-        model, guide = fresh(loaders.regression, kind)
-        return fitted(model, guide, shuffled(*rows()), **options)
-
-    part = run(epochs=4, seed=3, checkpoint=path, callback=stop_at(at))
-    rest = run(resume=path)
-    assert rest.num_steps == 20
-    assert rest.history[:at] == part.history
-
-
-def test_checkpoints_of_another_loader(tmp_path):
-    path, (x, y) = tmp_path / "fit.pt", rows()
-
-    def run(loader, **options):
-        return fitted(*fresh(loaders.regression, small), loader, **options)
-
-    run(shuffled(x, y), epochs=2, checkpoint=path, callback=stop_at(3))
-    with pytest.raises(ValueError, match="expected a loader of 5 batches, as before, got 3"):
-        run(shuffled(x, y, batch_size=20), num_steps=10, resume=path)
-    with pytest.raises(ValueError, match="num_steps=10, as before, got 15"):
-        run(shuffled(x, y), epochs=3, resume=path)
-    with pytest.raises(ValueError, match="loader=one, as before, got none"):
-        run([(x, y)], resume=path)

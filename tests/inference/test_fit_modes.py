@@ -99,12 +99,3 @@ def test_an_interrupt_keeps_draws_that_jumps_would_begin_anew(apart, monkeypatch
     assert result.chains.stopped_because == StopReason.APART.value
     assert not result.ok
     assert torch.isfinite(result.draws["z"]).all()
-
-
-def test_a_fit_of_several_modes_can_be_resumed(tmp_path):
-    path, y = tmp_path / "fit.pt", torch.tensor(2.0)
-    first = fit(square, y, num_steps=5, seed=0, checkpoint=path)
-    again = fit(square, y, num_steps=5, seed=0, resume=path)
-    assert isinstance(again.guide, MixtureGuide)
-    assert again.history == first.history
-    assert again.modes.share == pytest.approx(first.modes.share, abs=0.02)

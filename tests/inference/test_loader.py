@@ -157,15 +157,6 @@ def test_one_pass_is_spread_over_the_epoch():
     assert len(list(BatchStream(shuffled(numbers(100), batch_size=1)).one_pass(4))) == 4
 
 
-@pytest.mark.parametrize(("count", "epoch"), [(0, 0), (3, 1), (5, 1), (7, 2)])
-def test_goes_on_from_the_next_epoch(count, epoch):
-    batches, fresh = (BatchStream(shuffled(numbers())) for _ in range(2))
-    taken(batches, count)
-    fresh.go_on(batches.num_batches, batches.next_epoch)
-    assert (fresh.epoch, fresh.position) == (epoch, 0)
-    assert sorted(seen(taken(fresh, 5))) == numbers().tolist()
-
-
 def test_rows_that_come_once():
     x = numbers()
     assert not BatchStream(loaders.Unknown(x)).is_partition

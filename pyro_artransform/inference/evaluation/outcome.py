@@ -25,9 +25,7 @@ from .subsampled import evaluate_subsampled
 from .verdict import FitStatus
 
 
-def result_of(
-    problem: Problem, draws: FirstDraws | None, training: Training, is_saved: bool
-) -> FitResult:
+def result_of(problem: Problem, draws: FirstDraws | None, training: Training) -> FitResult:
     """Finishes training and returns the result of the fit."""
     problem.limit.enter_phase(1.0, has_grace=True)
     if problem.stream is not None:
@@ -36,16 +34,19 @@ def result_of(
         with keeping(draws, problem):
             training.finish()
     problem.parallel.copy_first(problem.tensors)
-    judged = partial(_result, problem, draws, training, is_saved)
+    judged = partial(_result, problem, draws, training)
     model, guide, *_ = problem.subject
     return replace(problem.parallel.first("the verdict", judged), guide=guide).with_model(model)
 
 
-def _cut_short(training: Training, is_saved: bool) -> FailedCheck | None:
+def _cut_short(training: Training) -> FailedCheck | None:
     """The failed check if steps ended early or before the ELBO settled, with a remedy; else ``None``."""
     schedule, reason = training.schedule, training.schedule.reason
-    again = "resume from the checkpoint" if is_saved else "fit again"
-    hints = {INTERRUPTED: again, OUT_OF_TIME: "increase max_seconds", STOPPED: "let it continue"}
+    hints = {
+        INTERRUPTED: "fit again",
+        OUT_OF_TIME: "increase max_seconds",
+        STOPPED: "let it continue",
+    }
     if reason in hints:
         reason, remedy = f"{reason} after step {training.num_steps:,}", hints[reason]
     elif schedule.is_still(training.losses[: schedule.decay_start]):
@@ -95,14 +96,12 @@ def _evaluated(
     return evaluate(subject, status, num_gradients, ensemble, is_loop=is_loop, terms=terms)
 
 
-def _result(
-    problem: Problem, draws: FirstDraws | None, training: Training, is_saved: bool
-) -> FitResult:
+def _result(problem: Problem, draws: FirstDraws | None, training: Training) -> FitResult:
     """The result of the fit without its model and guide."""
     subject = problem.subject
     guide: object = subject.guide
     num_steps, num_gradients = training.num_steps, training.num_gradients
-    cut_short = None if problem.guide_failure else _cut_short(training, is_saved)
+    cut_short = None if problem.guide_failure else _cut_short(training)
     weights = None
     # chains may jump to its draws
     if isinstance(guide, GuideOfModes) and not problem.guide_failure:
@@ -142,7 +141,7 @@ def _result(
         num_steps=num_steps,
         num_skipped=training.num_skipped,
         num_gradients=num_gradients,
-        seconds=training.earlier_seconds + problem.limit.seconds,
+        seconds=problem.limit.seconds,
         stopped_because=training.schedule.reason,
         start=training.start,
         culprits=dict(training.culprits),

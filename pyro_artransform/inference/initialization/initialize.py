@@ -1,22 +1,18 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The second stage of a fit: the guide is put where the draws are, or restored from a checkpoint."""
+"""The second stage of a fit: the guide is put where the draws are."""
 
 import math
 from functools import partial
 from typing import cast
 
-import torch
-
 from ..._base.arguments import first_of
-from ..._base.files import FilePath
 from ..._base.time_limit import abandonable
 from ...model import LogJoint
 from ...model.protocols import ElementGuide, FlowGuide, MinibatchGuide
 from ...sampling import Ensemble
 from ...sampling.starts import check_has_gradient
-from ..checkpoint import resume
 from ..first_draws import START_UNTIL, FirstDraws, keeping
 from ..optimization.objective import PyroObjective
 from ..optimization.training import Training
@@ -37,15 +33,6 @@ NO_DATA = "the posterior is the prior, so there is nothing to learn"
 _FOR_GUIDE = 0.1  # the share of max_seconds to find the guide's start after the draws
 
 
-def resumed_training(problem: Problem, draws: FirstDraws | None, path: FilePath) -> Training:
-    """Restores the training from a checkpoint, and then draws."""
-    training = resume(problem, path)
-    if draws is not None:  # steps continue with the random numbers of the checkpoint
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            problem.parallel.first("the ensemble", partial(_sample, draws))
-    return training
-
-
 def initial_training(problem: Problem, draws: FirstDraws | None) -> Training:
     """Draws, and initializes the guide; the training may already be over."""
     parallel = problem.parallel
@@ -59,11 +46,6 @@ def initial_training(problem: Problem, draws: FirstDraws | None) -> Training:
     if problem.prior_only and problem.schedule.num_steps is None:
         training.schedule = training.schedule.ending_at(0, NO_DATA)
     return training
-
-
-def _sample(draws: FirstDraws) -> None:
-    draws.sample()
-    draws.announce()
 
 
 def _initialize(problem: Problem, draws: FirstDraws | None) -> InitialGuide:

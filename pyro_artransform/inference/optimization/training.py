@@ -91,7 +91,6 @@ class Training:
         #: gradients of the model's log density, one per draw
         self.num_gradients = 0
         self.start = ""  #: the name of the initial guide
-        self.earlier_seconds = 0.0  #: the wall time of the fit before it was resumed
         self._average = copies(self.trained)
         # the state at the last verified replay, to return to
         self._num_compared = 0
@@ -265,25 +264,21 @@ class Training:
         """All mutable state, in tensors and plain data."""
         return {
             **{name: copy.deepcopy(getattr(self, f"_{name}")) for name in _COPIED},
-            "parameters": dict(zip(self.parameters, copies(self.trained))),
+            "parameters": copies(self.trained),
             "optimizer": self.optimizer.state_dict(),
             "schedule": {name: getattr(self.schedule, name) for name in _END},
-            "losses": torch.tensor(self.losses, dtype=torch.float64, device="cpu"),
+            "losses": [*self.losses],
             "num_gradients": self.num_gradients,
             "start": self.start,
             "culprits": dict(self.culprits),
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Restores what :meth:`state` returned; raises a ``ValueError`` if the parameters differ."""
-        expected = {name: tuple(p.shape) for name, p in self.parameters.items()}
-        got = {name: tuple(p.shape) for name, p in state["parameters"].items()}
-        if expected != got:
-            raise ValueError(f"checkpoint: expected the parameters {expected}, got {got}")
-        copy_to(self.trained, state["parameters"].values())
+        """Restores what :meth:`state` returned."""
+        copy_to(self.trained, state["parameters"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule = replace(self.schedule, **state["schedule"])
-        self.losses = state["losses"].tolist()
+        self.losses = [*state["losses"]]
         self.num_gradients, self.culprits = state["num_gradients"], Counter(state["culprits"])
         self.start = state["start"]
         for name in _COPIED:

@@ -171,15 +171,6 @@ def test_state_has_the_estimate_of_the_gap():
     assert second.schedule == first.schedule
 
 
-def test_state_of_other_parameters():
-    class Other(Bowl):
-        def parameters(self):
-            return {"x": self.x}
-
-    with pytest.raises(ValueError, match="checkpoint: expected the parameters"):
-        training_of(Bowl()).restore(training_of(Other()).state())
-
-
 class Transposed(Bowl):
     """A matrix whose gradient comes in the layout of its transpose, from a broadcast product."""
 
