@@ -8,7 +8,6 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform._base.comparison import agree
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.draw_plate import GuideSampler
 from pyro_artransform.model.vectorization import STRATEGIES, choose_strategy, evaluate_many
@@ -77,15 +76,6 @@ def test_random_numbers_are_the_same_for_all_draws():
         found = evaluate_many(noisy, {"x": torch.zeros(4)}, strategy)["x"]
         assert (found == found[0]).all()
     assert choose_strategy(noisy, {"x": torch.zeros(4)})[0] == "plate"
-
-
-def test_agree():
-    x = torch.tensor([1.0, torch.nan])
-    assert agree({"x": x}, {"x": x + 1e-10})
-    assert not agree({"x": x}, {"x": x + 1e-5})
-    assert agree({"x": x.float()}, {"x": x.float() + 1e-5})
-    assert not agree({"x": x}, {"x": x[:1]})
-    assert not agree({"x": x}, {"y": x})
 
 
 def local_guide():

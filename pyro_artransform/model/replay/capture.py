@@ -15,6 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from ..._base.comparison import agree, of_reordered_sums
 from ..._base.differentiation import KnownGradients, leaves
 from .recording import Replay, record
 
@@ -25,8 +26,6 @@ Function = Callable[..., tuple[Tensor, ...]]
 _PATIENCE, _MOST_SECONDS = 2, 20.0
 # one in this many replays is compared with a call; more often at first
 _CHECK_EVERY = 256
-# allowed difference in units in the last place
-_SLACK = 64.0
 
 
 class ReplayError(RuntimeError):
@@ -117,9 +116,12 @@ class Captured:
     ) -> None:
         was_used = self._last is not None
         self._last = None
-        is_right = self.can_replay and found is not None and agree(found, expected)
-        # results may be more sensitive to round-off than their own
-        if is_right or (found is not None and self._agree_nearby(inputs, found, expected)):
+        is_right = found is not None and (
+            (self.can_replay and agree(found, expected, 0.0, of_reordered_sums))
+            # results may be more sensitive to round-off than their own
+            or self._agree_nearby(inputs, found, expected)
+        )
+        if is_right:
             self.num_compared += 1
             return
         self.can_replay = False
@@ -141,7 +143,7 @@ class Captured:
         is_same = all(
             torch.equal(one.nan_to_num(), other.nan_to_num()) for one, other in zip(again, expected)
         )
-        return is_same and agree(found, expected, *nearby)
+        return is_same and agree(found, expected, 0.0, of_reordered_sums, nearby)
 
 
 class CapturedLoss(Captured):
@@ -185,31 +187,3 @@ def _nudged(value: Tensor, ulps: int) -> Tensor:
         return value
     up = torch.arange(value.numel(), device=value.device).reshape(value.shape) % 2 * 2 - 1
     return value * (1 + ulps * torch.finfo(value.dtype).eps * up.to(value.dtype))
-
-
-def agree(found: Sequence[Tensor], expected: Sequence[Tensor], *nearby: Sequence[Tensor]) -> bool:
-    """Whether results agree elementwise up to round-off, with equal non-finite elements.
-
-    Round-off is relative to the largest of the element, the median of its column and the maximum of its row,
-    since terms of that size may cancel: the gradient of a draw is a sum over data, in any order.
-
-    :param nearby: results at inputs that differ by round-off, whose differences are allowed, too.
-    """
-    same_number = len(found) == len(expected)
-    return same_number and all(map(_is_close, found, expected, *nearby))
-
-
-def _is_close(found: Tensor, expected: Tensor, *nearby: Tensor) -> bool:
-    if found.shape != expected.shape or found.dtype != expected.dtype:
-        return False
-    if not (expected.is_floating_point() and expected.numel()):
-        return torch.equal(found, expected)
-    eps = torch.finfo(expected.dtype).eps
-    slack, size = _SLACK * eps, expected.abs().nan_to_num(0.0, 0.0)
-    for other in nearby:
-        size = torch.maximum(size, ((other - expected).abs() / eps).nan_to_num(0.0, 0.0))
-    unit = torch.maximum(size, size.median(0).values) if size.dim() else size
-    unit = torch.maximum(unit, size.amax(-1, keepdim=True)) if size.dim() > 1 else unit
-    is_close = (found - expected).abs() <= slack * unit
-    same = (found == expected) | (found.isnan() & expected.isnan())
-    return bool((is_close & expected.isfinite() | same).all())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
 from pyro_artransform.model.replay import capture
-from pyro_artransform.model.replay.capture import Captured, CapturedLoss, ReplayError, agree
+from pyro_artransform.model.replay.capture import Captured, CapturedLoss, ReplayError
 
 _MANY = 36
 
@@ -214,20 +214,6 @@ def test_what_was_replayed_last_can_be_confirmed():
     captured.confirm()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_numbers_are_compared_one_by_one(dtype):
-    """3 nats are none of round-off beside a draw of 1e27, nor is one that is not finite."""
-    expected = torch.randn(64, dtype=dtype)
-    expected[0], expected[1], expected[2] = 1e27, torch.nan, -torch.inf
-    assert agree([expected.clone()], [expected])
-    assert agree([expected * (1 + 4 * torch.finfo(dtype).eps)], [expected])
-    for row in range(1, 6):
-        found = expected.clone()
-        found[row] = 3.0 if row in (1, 2) else found[row] + 3e-3
-        assert not agree([found], [expected])
-    assert not agree([expected[:-1]], [expected])
-
-
 def test_a_failure_of_the_captured_call_is_not_replayed():
     """One row has no solution then, and is NaN; others have one later."""
 
@@ -357,5 +343,4 @@ def test_the_page_has_the_numbers_of_the_code():
     page = " ".join((Path(__file__).parents[3] / "benchmarks" / "capture.md").read_text().split())
     assert f"in the {capture._PATIENCE}nd call" in page
     assert f"given up after {capture._MOST_SECONDS:.0f} seconds of CPU" in page
-    assert f"to {capture._SLACK:.0f} units in the last place" in page
     assert f"after every {capture._CHECK_EVERY}," in page
