@@ -228,23 +228,6 @@ def f43_prior_trusted(subject: Subject) -> None:
         assert any("prior" in str(each.message) for each in caught), "nobody is warned"
 
 
-def f44_no_sum_over_rows(subject: Subject) -> None:
-    """A model that centers its data by the mini-batch is warned of, and not trusted."""
-
-    def model(y):
-        loc = pyro.sample("loc", dist.Normal(torch.zeros(()), 1.0))
-        with pyro.plate("rows", 40, subsample_size=len(y)):
-            pyro.sample("y", dist.Normal(loc, 1.0), obs=y - y.mean())
-
-    prepare()
-    batches, guide = torch.linspace(-2.0, 5.0, 40).split(10), subject.guide(model)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        trusted = subject.trusts_batches(model, guide, batches, 50)
-    assert not trusted, "another density than that of all data is trusted"
-    assert any("rows" in str(each.message) for each in caught), "nobody is warned"
-
-
 def f45_silent_loop(subject: Subject) -> None:
     """Where a model runs for one draw after the other, the seconds to come are said once, at the start."""
 

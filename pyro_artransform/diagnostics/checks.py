@@ -162,14 +162,6 @@ class Check(Enum):
         "the model overflows at draws from the guide",
         fails=lambda percent: percent > _MOST_SKIPPED,
     )
-    NO_SUM = CheckEntry(
-        "the log density of a mini-batch is not a sum over its rows: the total of two batches changes from "
-        "{before:.6g} to {after:.6g} when they exchange every other row, as if the model centred (y - "
-        "y.mean()), standardized or normalized within the batch",
-        "Compute such statistics from all data, and pass them to the model",
-        "the model centers, standardizes or normalizes (`nn.BatchNorm1d`) within the batch, so that the "
-        "density of all data does not factorize over the batches; a warning when the fit begins says so, too",
-    )
     POINT = CheckEntry(
         "the guide has a point mass at some site, like AutoDelta (or AutoLaplaceApproximation before "
         "laplace_approximation): a point estimate, not a posterior",

@@ -26,7 +26,6 @@ from ..model.prior_only import warn_of_prior
 from ..model.protocols import ElementGuide, FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
 from .all_batches import density_of_all_rows
 from .loader import Batch, BatchStream, check_use
-from .minibatch_check import warn_of_no_sum
 from .optimization.minibatches import NUM_COMMON_DRAWS, NUM_VALIDATION, MinibatchObjective
 from .optimization.objective import FEWER, BatchObjective, PathObjective, PyroObjective
 from .optimization.optimizers import Scales
@@ -89,8 +88,6 @@ class Problem:
         log_joint = self.subject.log_joint
         #: a sentence on why the posterior is the prior; empty if it is not
         self.prior_only = warn_of_prior(log_joint, (LogJoint(model, *b) for b in batches[1:]))
-        #: the check that the density of mini-batches is a sum over rows, if it failed; ``None`` if not known
-        self.no_sum = warn_of_no_sum(model, batches) if is_minibatch else ()
         self.stream = stream if is_minibatch or log_joint.is_random else None
         of_batch = _objective_of_batch(self.subject)
         #: why the model runs for one draw at a time; empty if it does not

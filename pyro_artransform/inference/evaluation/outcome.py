@@ -116,7 +116,6 @@ def _result(problem: Problem, draws: FirstDraws | None, training: Training) -> F
         start_failed=training.start == FAILED,
         prior_only=problem.prior_only,
         no_chains=draws.failure if draws is not None and draws.gives_draws else "",
-        no_sum=problem.no_sum,
         missing=problem.missing,
     )
     modes = None if chains is None else chains.modes

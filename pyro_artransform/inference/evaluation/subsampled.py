@@ -19,7 +19,6 @@ from ...model.run_once import run_once
 from ...model.traces import subsampled_plates
 from ...model.vectorization import ModelFailures, describe
 from ..loader import Batch
-from ..minibatch_check import warn_of_no_sum
 from ..optimization.minibatches import PassEstimate
 from ..optimization.objective import PyroObjective
 from .elements import NOT_WEIGHED, ElementWeights, weigh_batches
@@ -27,7 +26,6 @@ from .evaluate import evaluate, evaluate_minibatches
 from .verdict import FitStatus
 
 _MOST_BATCHES = 500  # of a pass that has all elements equally often
-_NUM_SUMS = 8  # batches of which two exchange rows
 # errors of a model whose indices are set
 _REFUSALS = (LookupError, RuntimeError, TypeError, *ModelFailures)
 
@@ -116,8 +114,6 @@ def evaluate_subsampled(
             whole = passes.of_all_data()
     if passes is None:
         return evaluate(subject, status, num_gradients, is_loop=is_loop)
-    batches = [batch for batch, _ in passes.batches()][:_NUM_SUMS]
-    status = status._replace(no_sum=warn_of_no_sum(passes.log_joint.model, batches))
     if whole is not None:
         on_all = subject._replace(log_joint=whole)
         return evaluate(on_all, status, num_gradients, is_loop=is_loop)

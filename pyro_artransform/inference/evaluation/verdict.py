@@ -23,10 +23,6 @@ _ELSEWHERE = {
     True: ", and restarts found no other modes.",
     False: ", but other modes were not searched for.",
 }
-_SUM_NOT_CHECKED = (
-    "The verdict assumes that the log density of a mini-batch is a sum over its rows, which could not be "
-    "checked."
-)
 _MIXES_DRAWS = (
     "The model has a different density for many draws at once than for one at a time: the guide was trained "
     "with the former, and the numbers here use the latter. Write it without branches on values of latents "
@@ -59,8 +55,6 @@ class FitStatus(NamedTuple):
     at_edge: Sequence[str] = ()  #: the sites whose draws reach the edge of what their dtype holds
     point_estimates: Sequence[str] = ()  #: the trained parameters of the model
     start_failed: bool = False  #: whether initialization failed and left the guide unchanged
-    #: the check that the density of mini-batches is a sum over rows, if it failed; ``None`` if not known
-    no_sum: tuple[FailedCheck, ...] | None = ()
     no_chains: str = ""  #: why no chain could start, although chains were wanted; else empty
     modes: ModeShares | None = None  #: the mass of the guide's components, if it is a mixture
     prior_only: str = ""  #: a sentence on why the posterior is the prior; empty if it is not
@@ -98,7 +92,6 @@ def judge(
         *Check.SKIPPED.apply(percent=100 * status.skipped_share),
         *Check.NO_CHAINS.apply(reason=status.no_chains),
         *about_draws(status.prior_only, status.coarse, status.at_edge),
-        *(status.no_sum or ()),
     ]
     if status.is_point or status.is_random:
         why = f" ({status.not_weighed})" if status.not_weighed else ""
@@ -125,10 +118,10 @@ def judge(
         failed.insert(0, status.cut_short)
     if not (failed or praise):
         praise = _about_success(cast(Importance, weights), lost)
-    return Verdict(tuple(failed), praise, tuple(_notes(status, bool(failed))))
+    return Verdict(tuple(failed), praise, tuple(_notes(status)))
 
 
-def _notes(status: FitStatus, has_failed: bool) -> Iterator[str]:
+def _notes(status: FitStatus) -> Iterator[str]:
     """Remarks that are not failed checks."""
     if status.mixes_draws:
         yield _MIXES_DRAWS
@@ -142,8 +135,6 @@ def _notes(status: FitStatus, has_failed: bool) -> Iterator[str]:
     if status.point_estimates:
         names = first_of(status.point_estimates)
         yield f"The model's own parameters are point estimates ({names}): the verdict is conditional on them."
-    if status.no_sum is None and not has_failed:
-        yield _SUM_NOT_CHECKED
 
 
 def about_weights(found: Importance, remedy: str) -> Iterator[FailedCheck]:

@@ -81,33 +81,6 @@ def test_a_model_whose_latents_are_shared():
     assert result.importance is not None
 
 
-def test_centring_within_the_subsample():
-    def centred(y):
-        mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
-        with pyro.plate("groups", SIZE, subsample_size=BATCH) as index:
-            own = y[index]
-            z = pyro.sample("z", dist.Normal(mean, 1.0))
-            pyro.sample("y", dist.Normal(z, 0.5), obs=own - own.mean())
-
-    with pytest.warns(UserWarning, match="sum over"):
-        result = trained(centred, amortized(centred, encoder=encoder), num_steps=10)
-    assert not result.trusted
-    assert "sum over" in result.verdict
-
-
-def test_elements_that_depend_on_each_other():
-    def joined(y):
-        mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
-        with pyro.plate("groups", SIZE, subsample_size=BATCH) as index:
-            z = pyro.sample("z", dist.Normal(mean, 1.0))
-            pyro.sample("y", dist.Normal(z.cumsum(-1), 0.5), obs=y[index])
-
-    with pytest.warns(UserWarning, match="sum over"):
-        result = trained(joined, amortized(joined), num_steps=10)
-    assert not result.trusted
-    assert "elements of plate 'groups' depend on each other" in result.verdict
-
-
 def test_two_subsampled_plates_are_not_judged():
     def two(y):
         mean = pyro.sample("mean", dist.Normal(0.0, 3.0))
