@@ -1,9 +1,8 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Diagnostics of a posterior: importance sampling, calibration, errors of marginals, evidence."""
+"""Diagnostics of a posterior: importance sampling, errors of marginals, evidence."""
 
-from .calibration import SBC, sbc, uniformity_pvalue
 from .checks import Check, FailedCheck, Verdict
 from .importance_sampling import Importance, importance
 from .importance_weights import log_weights
@@ -12,7 +11,7 @@ from .mode_shares import ModeShares
 from .plates import ConditionalDiagnostics, ElementDiagnostics, PlateDiagnostics
 from .psis import ParetoTail, fit_tail, smooth_tail
 
-__all__ = [  # noqa: RUF022
+__all__ = [
     "Check",
     "ConditionalDiagnostics",
     "ElementDiagnostics",
@@ -22,12 +21,9 @@ __all__ = [  # noqa: RUF022
     "ModeShares",
     "ParetoTail",
     "PlateDiagnostics",
-    "SBC",
     "Verdict",
     "fit_tail",
     "importance",
     "log_weights",
-    "sbc",
     "smooth_tail",
-    "uniformity_pvalue",
 ]

@@ -249,7 +249,7 @@ class Check(Enum):
         "the guide was trained on mini-batches: the ELBO {of} is {elbo:.3f} ± {elbo_se:.3f} ({num_batches} "
         "batches), but k-hat and the evidence are unknown, since {reason}",
         "If all data fit into memory, run diagnostics.importance on them with a model that does not "
-        "subsample; otherwise run diagnostics.sbc on simulated data",
+        "subsample; otherwise check the method on simulated data (docs/verdict.md, calibration)",
         "importance weights from mini-batches are too noisy, or a pass over the loader does not cover all "
         "data; the sentence says which",
     )

@@ -153,15 +153,6 @@ class ModelStructure(NamedTuple):
         return not math.isclose(self.scale, 1.0)
 
 
-def in_shape_of_site(draws: Tensor, shape: torch.Size) -> Tensor:
-    """Removes dimensions of size 1 for other plates from draws of a site, to ``(n,) + shape``.
-
-    Pyro's ``Predictive`` and plates left of all others add such. Draws that differ otherwise are unchanged.
-    """
-    got, expected = ([size for size in each if size != 1] for each in (draws.shape[1:], shape))
-    return draws.reshape(len(draws), *shape) if got == expected else draws
-
-
 def count_values(trace: poutine.Trace) -> int:
     """The number of values or log densities of all sites of a trace, data included."""
     return sum(

@@ -131,7 +131,7 @@ def test_a_pass_over_a_loader():
     assert not found["trusted"]
     assert "the ELBO of all data is -3.000 ± 0.100" in found["verdict"]
     assert "unknown, since of noise. " in found["verdict"]
-    assert "diagnostics.sbc" in found["verdict"]
+    assert "check the method on simulated data" in found["verdict"]
     assert (found["elbo"], found["num_samples"]) == (-3.0, 500)
     assert math.isnan(found["khat"])
     assert found["importance"] is None
