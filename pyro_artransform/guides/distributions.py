@@ -106,8 +106,7 @@ def _check_foreign(name: str, flow: ForeignTransform, like: Tensor) -> None:
 def check_structure(module: nn.Module, x: Tensor) -> None:
     """Checks all autoregressive transforms in a module, as a first call at x ``(*, D)`` does.
 
-    :raises ValueError: if one is not autoregressive (the message names the coordinates), is random, or
-        mixes the rows of a batch.
+    :raises ValueError: if one is not autoregressive; the message names the coordinates.
     """
     for part in module.modules():
         if not isinstance(part, AutoregressiveTransform) or part.structure is None:

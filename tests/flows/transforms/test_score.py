@@ -95,7 +95,6 @@ METAS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:meta. a function hides its module")
 @pytest.mark.parametrize("make", METAS.values(), ids=METAS.keys())
 def test_the_score_by_iteration_is_that_of_the_jacobian(make):
     net = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 24), nn.Unflatten(-1, (4, 6)))
