@@ -169,11 +169,11 @@ class Check(Enum):
         "such guides give an estimate of the mode",
     )
     SUBSAMPLED = CheckEntry(
-        "the model subsamples its data or is random in another way, so the numbers below come from a noisy "
-        "density: the ELBO is correct up to noise, but k-hat and the evidence are meaningless{reason}",
-        "Run diagnostics.importance with a model that sees all data",
-        "the model subsamples several plates, or draws other random numbers that change its density; in "
-        "parentheses, why no pass over a single subsampled plate could judge it",
+        "not judged, since the model subsamples its data or is random in another way, so that only a noisy "
+        "ELBO is known",
+        "pass loader=, with the rows of a batch as the arguments of the model",
+        "the density of a model that draws its own mini-batches, or other random numbers, is not known; "
+        "`khat`, `ess` and `log_evidence` are `nan`",
     )
     DENSITY = CheckEntry(
         "the log density of the model is not finite at {count} of {num_samples} draws of the guide",

@@ -60,7 +60,7 @@ class FitResult(SavedResult):
     culprits: dict[str, int] = field(default_factory=dict)
     point_estimates: tuple[str, ...] = ()  #: the trained parameters of the model
     one_at_a_time: str = ""  #: why the model ran for one draw at a time; empty if it did not
-    #: the importance weights; ``None`` for a model that subsamples its data
+    #: the importance weights; ``None`` if the density of all data is not known
     importance: Importance | None = None
     #: whether the mean and the sd of each latent can be trusted, judged by draws of chains that have mixed;
     #: ``None`` without such chains

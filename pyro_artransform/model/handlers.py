@@ -154,16 +154,3 @@ class FirstIndices(Messenger):
             drawn = message["fn"]
             size = min(drawn.subsample_size or drawn.size, drawn.size)
             message["value"] = torch.arange(size, device=drawn.device)
-
-
-class GivenSubsample(Messenger):
-    """Sets the indices of a subsampled plate, unless the model sets them itself."""
-
-    def __init__(self, plate: str, index: Tensor) -> None:
-        super().__init__()
-        self._plate, self._index = plate, index
-
-    def _pyro_sample(self, message: Any) -> None:
-        is_it = site_is_subsample(message) and message["name"] == self._plate
-        if is_it and message["value"] is None:
-            message["value"] = self._index

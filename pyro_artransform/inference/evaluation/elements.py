@@ -34,7 +34,6 @@ from ..optimization.objective import OF_LOG_DENSITIES, BatchObjective, PyroObjec
 
 # draws of the latents that all elements share, and the fewest and most draws of each element for each of them
 _NUM_SHARED, _MIN_INNER, _MAX_INNER = 250, 4, 16
-NOT_WEIGHED = "importance weights of elements could not be computed ({})"
 
 
 class ElementWeights(NamedTuple):
@@ -45,7 +44,6 @@ class ElementWeights(NamedTuple):
     shared: Importance | None
     noise: float  #: the variance of the shared log weights that is due to the draws of elements
     num_inner: int  #: the number of draws of each element per draw of the shared latents
-    elbo_draws: Tensor  #: of all data, one for each draw of the shared latents
 
 
 @torch.no_grad()
@@ -62,7 +60,7 @@ def weigh_elements(
             wanted, batches = num_gradients // stream.num_batches, stream.one_pass_with_rows()
             return passed.obstacle or weigh_batches(objective, batches, wanted)
     except Exception as error:  # the model or the guide may not support many draws of a batch
-        return NOT_WEIGHED.format(describe(error))
+        return f"importance weights of elements could not be computed ({describe(error)})"
 
 
 def weigh_batches(
@@ -79,7 +77,6 @@ def weigh_batches(
     """
     draws = _Draws(objective, num_wanted // _NUM_SHARED)
     total, parts, indices = draws.log_ratio_of_shared, list[Tensor](), list[Tensor]()
-    elbo_draws = total
     for batch, rows in batches:
         if is_out_of_time():
             raise TimeoutError("the time limit was reached before all elements were drawn")
@@ -92,7 +89,6 @@ def weigh_batches(
                 index[is_new],
             )
         total = total + (log_ratios.logsumexp(0) - math.log(draws.inner)).sum(-1)
-        elbo_draws = elbo_draws + log_ratios.mean(0).sum(-1)
         parts.append(_columns(log_ratios, by_prior))
         indices += [index] if len(index) == log_ratios.shape[-1] else []
     columns, is_known = torch.cat(parts, 1), len(indices) == len(parts)
@@ -100,7 +96,7 @@ def weigh_batches(
     shared, noise = Importance.from_log_weights(total), float(columns[-1].sum())
     shared = replace(shared, elbo=min(shared.elbo + noise / 2, shared.log_evidence))
     own = shared if draws.names else None
-    return ElementWeights(elements, own, noise, draws.inner, elbo_draws)
+    return ElementWeights(elements, own, noise, draws.inner)
 
 
 def _judged(plate: str, found: Tensor, index: Tensor | None) -> PlateDiagnostics:

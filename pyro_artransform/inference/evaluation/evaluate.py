@@ -89,7 +89,7 @@ def evaluate(
     is_loop: bool = False,
     terms: ElementTerms | None = None,
 ) -> dict[str, Any]:
-    """Evaluates a guide with a density of all data, or with a model that draws mini-batches itself.
+    """Evaluates a guide with a density of all data; of a random model only a noisy ELBO is known.
 
     :param num_gradients: the gradients of all steps, which limit the draws added if k-hat is in doubt.
     :param ensemble: chains whose draws the guide is compared with.
@@ -98,13 +98,13 @@ def evaluate(
     :return: fields of a ``FitResult``.
     """
     log_joint = subject.log_joint
+    if log_joint.is_random:
+        return _not_judged(subject, status)
     strategy = log_joint.strategy
     num_samples = _NUM_SAMPLES // FEWER if is_loop else _NUM_SAMPLES
     if isinstance(log_joint, FullDataDensity):
         num_samples = NUM_COMMON_DRAWS
-    if log_joint.is_random:  # draws are evaluated one at a time
-        num_samples = _NUM_NOISY
-    is_slow = is_loop or log_joint.is_random or isinstance(log_joint, FullDataDensity)
+    is_slow = is_loop or isinstance(log_joint, FullDataDensity)
     log_weights, latents = draw(subject, num_samples, 0 if is_slow else num_gradients)
     weights = Importance.from_log_weights(log_weights)
     rounding = Rounding([], [])
@@ -125,7 +125,6 @@ def evaluate(
                 marginals = marginals_of(log_joint, ensemble.draws, draws)
     status = status._replace(
         is_point=is_point,
-        is_random=log_joint.is_random,
         mixes_draws=log_joint.strategy != strategy,
         coarse=rounding.coarse,
         at_edge=rounding.at_edge,
@@ -136,9 +135,21 @@ def evaluate(
     fields = _fields(weights, verdict._replace(marginals=about), elements=elements)
     fields |= {"marginals": marginals, "num_images": num_images}
     fields["marginals_trusted"] = None if marginals is None else marginals.trusted
-    if log_joint.is_random:  # weights have the noise of mini-batches
-        fields["importance"] = None
     return fields
+
+
+def _not_judged(subject: ModelAndGuide, status: FitStatus) -> dict[str, Any]:
+    """The fields of a model that subsamples its data itself: an ELBO with the noise of its batches."""
+    chunks = list(until_deadline(subject.weighted_draws(_NUM_NOISY), at_least=1))
+    noisy = Importance.from_log_weights(torch.cat([chunk.log_weights for chunk in chunks]))
+    values = chunks[0].values
+    status = status._replace(
+        is_random=True,
+        is_point=has_point({name: values[name] for name in subject.log_joint.latents.sites}),
+    )
+    verdict = judge(status)._replace(marginals=about_marginals(None, None))
+    found = {"elbo": noisy.elbo, "elbo_se": noisy.elbo_se, "num_samples": noisy.num_samples}
+    return _fields(None, verdict, **found)
 
 
 def not_evaluated(failure: str, status: FitStatus) -> dict[str, Any]:

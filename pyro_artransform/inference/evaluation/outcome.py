@@ -21,7 +21,6 @@ from ..problem import Problem
 from ..result import FitResult
 from .elements import weigh_elements
 from .evaluate import evaluate, evaluate_minibatches, not_evaluated
-from .subsampled import evaluate_subsampled
 from .verdict import FitStatus
 
 
@@ -89,8 +88,6 @@ def _evaluated(
         passed = minibatches.over_a_pass()
         elements = weigh_elements(minibatches, passed, num_gradients)
         return evaluate_minibatches(subject, passed, status, elements)
-    if subject.log_joint.is_random:
-        return evaluate_subsampled(subject, status, num_gradients, is_loop=is_loop)
     ensemble = None if draws is None else draws.ensemble
     terms = None if minibatches is None else minibatches.terms
     return evaluate(subject, status, num_gradients, ensemble, is_loop=is_loop, terms=terms)

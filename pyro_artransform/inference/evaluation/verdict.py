@@ -47,7 +47,6 @@ class FitStatus(NamedTuple):
     remedy: str = ""  #: the remedy if the guide is not the posterior, if known
     is_point: bool = False  #: whether the guide has a single value at some site
     is_random: bool = False  #: whether the model draws mini-batches itself, or is random otherwise
-    not_weighed: str = ""  #: why a pass over the indices of a subsampled plate found no weights
     mixes_draws: bool = False  #: whether the model turned out to mix draws evaluated at once
     #: finds dependencies of the posterior that the guide's graph lacks, in words
     missing: Callable[[], Sequence[str]] = tuple
@@ -94,8 +93,7 @@ def judge(
         *about_draws(status.prior_only, status.coarse, status.at_edge),
     ]
     if status.is_point or status.is_random:
-        why = f" ({status.not_weighed})" if status.not_weighed else ""
-        failed.append((Check.POINT if status.is_point else Check.SUBSAMPLED).failed(reason=why))
+        failed.append((Check.POINT if status.is_point else Check.SUBSAMPLED).failed())
     elif weights is not None:
         own = None if status.cut_short else ""
         about_lost = Check.LOST_MODES.apply(

@@ -188,7 +188,7 @@ def test_the_largest_of_many_khats():
 )
 def test_why_a_large_khat_is_trusted(share, why):
     khat, zero = torch.linspace(0.2, 1.1, 1000), torch.zeros(1000)
-    found = ElementWeights(elements(khat, zero + 0.15, zero + share, zero), None, 0.0, 4, zero)
+    found = ElementWeights(elements(khat, zero + 0.15, zero + share, zero), None, 0.0, 4)
     assert not found.elements.objection
     assert f"the largest k-hat is {why}" in about_good_elements(found)
 
