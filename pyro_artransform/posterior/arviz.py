@@ -14,7 +14,6 @@ from .._base.arguments import check_integer, warn_user
 from ..model.density import Args, Kwargs
 from ..model.traces import is_deterministic
 from ..model.vectorization import Draws, Terms
-from .marginal_likelihood import MarginalLikelihood
 from .pointwise import Likelihood
 from .predictive import draws_of_guide
 
@@ -31,8 +30,9 @@ def to_inference_data(
 
     The groups are ``posterior`` (including deterministic sites, computed from the draws and the data,
     and sites computed by reparametrizers), ``posterior_predictive`` (the model runs once per draw),
-    ``log_likelihood`` (see :func:`~pyro_artransform.posterior.log_likelihood`; discrete latents are summed
-    out, and a warning says what is left out, because data share them, or a factor) and ``observed_data``.
+    ``log_likelihood`` (see :func:`~pyro_artransform.posterior.log_likelihood`; with discrete latents that are
+    summed out, or a factor that belongs to no datum, it is left out, and a warning says so) and
+    ``observed_data``.
 
     If the guide has no draws of a site without data, as when the model is called with new predictors
     and ``y=None``, the site is drawn given each draw of the others, in the group ``predictions``. This
@@ -97,23 +97,14 @@ def _data_set(likelihood: Likelihood, draws: Draws, num_chains: int) -> Any:
 
 
 def _log_likelihood(likelihood: Likelihood, draws: Draws) -> Terms:
-    """The log likelihood, with undrawn discrete latents summed out; a warning says what is left out."""
-    if likelihood.incomplete:
-        warn_user(f"log_likelihood is left out because of {likelihood.incomplete}", UserWarning)
-        return {}
+    """The log likelihood; empty if there are no terms of each datum, and a warning says why."""
     undrawn = likelihood.latents.keys() - draws.keys()
-    if not undrawn:
-        return likelihood(draws)
-    if not undrawn <= likelihood.enumerated:
-        return {}
-    marginal = MarginalLikelihood(likelihood.run)
-    if marginal.left_out:
-        names = ", ".join(marginal.left_out)
-        warn_user(
-            f"log_likelihood is left out for {names}: with discrete latents ({', '.join(sorted(undrawn))}) "
-            "summed out, it has no term for each observation, since several observations, or continuous "
-            "latents, depend on the same ones. Draw them by pyro.infer.infer_discrete, and pass all draws to "
-            "log_likelihood",
-            UserWarning,
+    reason = likelihood.incomplete
+    if not reason and undrawn & likelihood.enumerated:
+        reason = (
+            f"discrete latents that are summed out ({', '.join(sorted(undrawn))}). Draw them by "
+            "pyro.infer.infer_discrete, and pass all draws to log_likelihood"
         )
-    return marginal(draws) if len(marginal.left_out) < len(likelihood.observed) else {}
+    if reason:
+        warn_user(f"log_likelihood is left out because of {reason}", UserWarning)
+    return {} if reason or undrawn else likelihood(draws)

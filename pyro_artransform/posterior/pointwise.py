@@ -100,12 +100,11 @@ class Likelihood:
         }
         #: why data have no terms of their own; empty if they have
         self.incomplete = _about_factors([name for name, site in self._site_of.items() if not site])
-        self._needed = {*self.latents}  # the sites that need draws
         self.has_deterministic = any(map(is_deterministic, observed))
 
     def __call__(self, draws: Draws) -> Terms:
         """The log likelihoods of each site with data, of shape ``(n,) + batch shape``."""
-        if undrawn := sorted(self._needed - draws.keys()):
+        if undrawn := sorted(self.latents.keys() - draws.keys()):
             raise ValueError(f"draws: expected those of all latents, got none of {undrawn}")
         if self.incomplete:
             raise ValueError(
