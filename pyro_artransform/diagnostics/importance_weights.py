@@ -22,7 +22,7 @@ from ..model import LogJoint
 from ..model.density import Args, Kwargs
 from ..model.draw_plate import GuideSampler
 from ..model.handlers import hidden_sites
-from ..model.protocols import FlowGuide, PriorGuide, ReparametrizedGuide, SetUpGuide
+from ..model.protocols import FlowGuide, MinibatchGuide
 from ..model.run_once import run_once
 from ..model.traces import check_data, latent_nodes, runs_model, subsampled_plates
 from ..model.vectorization import NUM_COMPARED, draws_at_a_time, stack
@@ -77,11 +77,8 @@ def weighted_draws(
     """
     offered: object = guide
     run_model, run_guide = partial(model, *args, **kwargs), partial(guide, *args, **kwargs)
-    if isinstance(offered, ReparametrizedGuide):
-        if isinstance(offered, SetUpGuide):
-            offered.set_up(*args, **kwargs)
-        else:
-            run_once(run_guide, validated=True)
+    if isinstance(offered, FlowGuide):
+        offered.set_up(*args, **kwargs)
         log_joint = log_joint or LogJoint(run_model)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             check_same_latents(log_joint, run_guide)
@@ -122,17 +119,15 @@ class ModelAndGuide(NamedTuple):
             _refuse_stale_parameters(guide, args, kwargs)
             guide(*args, **kwargs)
         offered, log_joint = cast(object, guide), None
-        known = offered if isinstance(offered, PriorGuide) else None
-        is_flow = isinstance(offered, FlowGuide)
-        if known is not None and is_flow:
-            log_joint = known.log_joint_of(model, args, kwargs)
+        if isinstance(offered, FlowGuide):
+            log_joint = offered.log_joint_of(model, args, kwargs)
         if log_joint is None:
             with generators_at(generators):  # its start does not depend on the guide
                 log_joint = LogJoint(model, args, kwargs)
-        if known is not None:
-            log_joint.maps_priors = known.maps_priors
-            if is_flow:
-                log_joint = log_joint.with_coordinates(known.coordinates)
+        if isinstance(offered, (FlowGuide, MinibatchGuide)):
+            log_joint.maps_priors = offered.maps_priors
+        if isinstance(offered, FlowGuide) and offered.coordinates is not None:
+            log_joint = log_joint.with_coordinates(offered.coordinates)
         return cls(model, guide, args, kwargs, log_joint)
 
     def weighted_draws(self, count: int) -> Iterator[Weighted]:
@@ -145,7 +140,7 @@ class ModelAndGuide(NamedTuple):
 
 def _refuse_stale_parameters(guide: Any, args: Args, kwargs: Kwargs) -> None:
     """Rejects entries of other shapes in the param store, which a new guide of Pyro takes for its own."""
-    if not isinstance(guide, AutoGuide) or isinstance(guide, SetUpGuide):
+    if not isinstance(guide, AutoGuide) or isinstance(guide, (FlowGuide, MinibatchGuide)):
         return
     prefix, stored = f"{guide._pyro_name}.", dict(pyro.get_param_store().named_parameters())
     if guide.prototype_trace is not None or not any(key.startswith(prefix) for key in stored):
@@ -166,10 +161,10 @@ def has_point(values: Values) -> bool:
     return any(value.numel() and bool((value == value[:1]).all()) for value in values.values())
 
 
-def _draw_unconstrained(guide: ReparametrizedGuide, log_joint: LogJoint, n: int) -> Weighted:
+def _draw_unconstrained(guide: FlowGuide, log_joint: LogJoint, n: int) -> Weighted:
     """Draws with the density computed by the guide, in the coordinates of the log joint density."""
     density = log_joint
-    if isinstance(guide, PriorGuide) and log_joint.coordinates is None:
+    if guide.coordinates is not None and log_joint.coordinates is None:
         density = log_joint.with_coordinates(guide.coordinates)
     latent, log_q = guide.rsample_and_log_prob(n)
     expected = (n, log_joint.latents.latent_dim)

@@ -15,13 +15,14 @@ from .._base.arguments import check_flag, check_positive, to_tensor
 from .._base.check_call import explains_options
 from ..flows.transforms import ComposedTransform, LocationScale
 from ..model.coordinates.centering import CoordinatesArgument
+from ..model.protocols import FlowGuide
 from ..model.sites import Latents
 from .distributions import check_flow_argument, make_flow
 from .persistence.spec import Arguments
 from .unconstrained import UnconstrainedGuide
 
 
-class AutoAutoregressive(UnconstrainedGuide):
+class AutoAutoregressive(UnconstrainedGuide, FlowGuide):
     r"""A guide with a flow on the unconstrained space of all latents of a model.
 
     .. math::

@@ -74,6 +74,10 @@ class BaseGuide(RegisteredGuide):
         RegisteredGuide.__init__(self, model)
         #: the constructor's arguments, and what set-up found out about the model
         self.arguments, self._requested = arguments, check_coordinates(coordinates)
+        #: whether a fit may change lambda, in place
+        self.chooses_coordinates = False
+        #: whether chains may use other coordinates than the model's
+        self.maps_priors = self._requested != "model"
         self._density: LogJoint | None = None
         self._last_call: Any = None  # its positional and keyword arguments
         self._spec: GuideSpec | None = None
@@ -129,16 +133,6 @@ class BaseGuide(RegisteredGuide):
         self._checked_spec()
         found: Coordinates = self.coordinates
         return found if found.with_location else None
-
-    @property
-    def chooses_coordinates(self) -> bool:
-        """Whether a fit may change lambda, in place."""
-        return bool(self._spec and self._spec.arguments.get("chooses_coordinates"))
-
-    @property
-    def maps_priors(self) -> bool:
-        """Whether chains may use other coordinates than the model's: not with ``coordinates="model"``."""
-        return self._spec is None or self._spec.arguments.get("coordinates") != {}
 
     def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
         """The log density of the model, run without effects on outer handlers or the random state."""
@@ -226,6 +220,8 @@ class BaseGuide(RegisteredGuide):
         with torch.inference_mode(False):
             self.arguments = spec.arguments
             self.transform = self.build(spec.latents, of_build.detach().clone())
+            self.chooses_coordinates = bool(spec.arguments.get("chooses_coordinates"))
+            self.maps_priors = spec.arguments.get("coordinates") != {}
             self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
         if self._model is not None:
             # from now on, other latents of the model are predictions

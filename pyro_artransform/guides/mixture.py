@@ -4,7 +4,7 @@
 """The guide for posteriors with several modes: a mixture of flows."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import pyro.distributions as dist
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .._base.arguments import check_integer
 from ..flows.transforms import ComposedTransform
 from ..model import LogJoint
+from ..model.protocols import FlowGuide
 from ..model.sites import Latents
 from .distributions import ToUnconstrained
 from .presets import AutoIAF
@@ -83,7 +84,7 @@ class MixtureGuide(AutoIAF):
         return weights
 
     @property
-    def components(self) -> "list[MixtureComponent]":
+    def components(self) -> Sequence[FlowGuide]:
         """The components, as guides that a fit can initialize."""
         return [MixtureComponent(self, flow) for flow in self._flows]
 
@@ -176,7 +177,7 @@ class MixtureGuide(AutoIAF):
         return {a.loc: a.log_scale.detach().exp() for a in (f.transforms[1] for f in self._flows)}
 
 
-class MixtureComponent:
+class MixtureComponent(FlowGuide):
     """One component of a mixture, which a fit initializes like a guide."""
 
     def __init__(self, guide: MixtureGuide, flow: Any) -> None:

@@ -7,7 +7,7 @@ from typing import cast
 
 from .._base.progress import generators_at
 from ..model import LogJoint
-from ..model.protocols import GuideOfModes
+from ..model.protocols import FlowGuide
 from ..sampling import Ensemble, StartError, StopReason
 from ..sampling.chains import Chains, chains_of
 from ..sampling.run_mcmc import CHAINS_UNTIL, from_nothing
@@ -114,7 +114,8 @@ class FirstDraws:
         """Whether chains that stay in modes can jump to draws of a guide of these modes."""
         is_apart = self.ensemble is not None and self.ensemble.end is StopReason.APART
         is_apart &= not self._problem.guide_failure
-        return is_apart and isinstance(cast(object, self._problem.subject.guide), GuideOfModes)
+        guide = cast(object, self._problem.subject.guide)
+        return is_apart and isinstance(guide, FlowGuide) and len(guide.components) > 1
 
     def finish(self) -> Chains | None:
         """Returns the draws; chains at the initial parameters of a model give way to new ones.
@@ -127,7 +128,7 @@ class FirstDraws:
             if self.gives_draws:
                 self.sample(CHAINS_UNTIL)
         elif self.ensemble and self._will_go_on and not self._problem.limit.was_interrupted:
-            self.ensemble.propose_from(cast(GuideOfModes, subject.guide), subject.log_joint)
+            self.ensemble.propose_from(cast(FlowGuide, subject.guide), subject.log_joint)
             self._run(self.ensemble)
         elif self.chains is not None:
             return self.chains

@@ -30,7 +30,7 @@ from torch.utils.data import (
 from torch.utils.data.distributed import DistributedSampler
 
 from ..model import LogJoint
-from ..model.protocols import MinibatchGuide, ReparametrizedGuide
+from ..model.protocols import FlowGuide, MinibatchGuide
 
 _END = object()
 _SHUFFLED = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -315,7 +315,7 @@ def check_use(stream: BatchStream, guide: object, log_joint: LogJoint, first: Ba
             "function of a batch that returns the plate with the indices of its rows (subsample=)"
         )
     common = structure.global_latents
-    if all(isinstance(part, ReparametrizedGuide) or _is_stock(part) for part in parts):
+    if all(isinstance(part, FlowGuide) or _is_stock(part) for part in parts):
         common = list(structure.shapes)  # these guides have the same latents for all arguments
     if common and not structure.is_scaled:
         raise ValueError(

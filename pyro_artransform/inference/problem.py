@@ -23,7 +23,7 @@ from ..model import FullDataDensity, LogJoint
 from ..model.elements import ElementGroups, ElementTerms
 from ..model.handlers import traced_parameters
 from ..model.prior_only import warn_of_prior
-from ..model.protocols import ElementGuide, FlowGuide, ScaledSteps, StoredGuide, StructuredGuide
+from ..model.protocols import FlowGuide, MinibatchGuide, StructuredGuide
 from .all_batches import density_of_all_rows
 from .loader import Batch, BatchStream, check_use
 from .optimization.minibatches import NUM_COMMON_DRAWS, NUM_VALIDATION, MinibatchObjective
@@ -80,8 +80,9 @@ class Problem:
             guide, self.guide_reason = choose_guide(
                 model, *batches[0], is_minibatch=is_minibatch, has_elements=has_elements
             )
-        if self.terms is not None and isinstance(guide, ElementGuide):
-            guide.set_up_on(self.terms, *batches[0].args, **batches[0].kwargs)
+        offered: object = guide
+        if self.terms is not None and isinstance(offered, StructuredGuide):
+            offered.set_up_on(self.terms, *batches[0].args, **batches[0].kwargs)
         else:
             whole = None  # the guide may have coordinates of its own
         self.subject = _run_once(model, guide, batches[0], stream)
@@ -151,7 +152,9 @@ class Problem:
     def new_training(self, schedule: Schedule) -> Training:
         """A training that starts at the current parameters."""
         guide: object = self.subject.guide
-        scales: Scales | None = guide.step_scales if isinstance(guide, ScaledSteps) else None
+        scales: Scales | None = None
+        if isinstance(guide, (FlowGuide, MinibatchGuide)):
+            scales = guide.step_scales
         if self.parallel.size > 1 and scales is not None and self.stream is not None:
             scales = partial(self.parallel.scales_of_first, scales)
         return Training(self.objective, schedule, self.num_particles, scales, self.parallel)
@@ -208,7 +211,7 @@ class Problem:
 def _is_new(guide: object) -> bool:
     """Whether a guide can learn its graph from mini-batches, and has none yet."""
     is_new = isinstance(guide, AutoGuide) and guide.prototype_trace is None
-    return is_new and isinstance(guide, ElementGuide)
+    return is_new and isinstance(guide, StructuredGuide)
 
 
 def _element_terms(
@@ -260,7 +263,8 @@ def _run_once(
 ) -> ModelAndGuide:
     """Runs model and guide, so that errors in them are raised before the fit starts."""
     (args, kwargs), offered = batch, cast(object, guide)
-    if isinstance(offered, StoredGuide):  # a new guide must not start from an earlier one's values
+    # a new guide must not start from an earlier one's values
+    if isinstance(offered, (FlowGuide, MinibatchGuide)):
         offered.drop_orphans()
     left_over = _left_over(offered)
     subject = ModelAndGuide.of(model, guide, args, kwargs)
@@ -278,7 +282,9 @@ def _run_once(
 
 def _left_over(guide: object) -> list[str]:
     """The parameters in the store that a guide of Pyro's, while new, takes for its own."""
-    if isinstance(guide, StoredGuide) or not isinstance(guide, AutoGuide) or guide.prototype_trace:
+    if isinstance(guide, (FlowGuide, MinibatchGuide)) or not isinstance(guide, AutoGuide):
+        return []
+    if guide.prototype_trace:
         return []
     return [name for name in pyro.get_param_store() if name.startswith(f"{guide._pyro_name}.")]
 

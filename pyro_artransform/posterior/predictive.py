@@ -12,7 +12,6 @@ from torch import Tensor
 
 from .._base.arguments import first_of
 from ..model.density import Args, Kwargs
-from ..model.protocols import PosteriorGuide
 from ..model.run_once import run_once
 from ..model.traces import is_deterministic, latent_nodes
 from ..model.vectorization import stack
@@ -64,13 +63,10 @@ def predict(
 
 
 @torch.no_grad()
-def draws_of_guide(
-    guide: Callable[..., object], n: int, args: Args, kwargs: Kwargs
-) -> dict[str, Tensor]:
+def draws_of_guide(guide: Any, n: int, args: Args, kwargs: Kwargs) -> dict[str, Tensor]:
     """Draws all sites of a guide, ``(n,) + site shape``, with its ``sample_posterior`` or one by one."""
-    offered: object = guide
-    if isinstance(offered, PosteriorGuide):
-        return offered.sample_posterior(n, *args, **kwargs)
+    if hasattr(guide, "sample_posterior"):
+        return dict(guide.sample_posterior(n, *args, **kwargs))
     rows = []
     for _ in range(n):
         trace = run_once(guide, args, kwargs, validated=True)

@@ -33,7 +33,7 @@ from ..diagnostics.convergence import (
 )
 from ..diagnostics.mode_shares import ModeShares
 from ..model import LogJoint
-from ..model.protocols import GuideOfModes
+from ..model.protocols import FlowGuide
 from ..model.relabelling import Relabelling
 from ..model.replay.capture import ReplayError
 from .adaptive_chains import AdaptiveChains
@@ -184,7 +184,7 @@ class Ensemble(AdaptiveChains):
         return undetermined(self.log_joint, self.draws.flatten(0, 1))
 
     @torch.no_grad()
-    def propose_from(self, guide: GuideOfModes, density: LogJoint) -> None:
+    def propose_from(self, guide: FlowGuide, density: LogJoint) -> None:
         """Begins the draws anew, with jumps to draws of a guide.
 
         :param density: the log joint density in the coordinates of the guide.

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..diagnostics.convergence import mean_ess
 from ..diagnostics.mode_shares import ModeShares
 from ..model import LogJoint
-from ..model.protocols import GuideOfModes
+from ..model.protocols import FlowGuide
 from .target import State
 
 Value = TypeVar("Value")
@@ -271,7 +271,7 @@ class GuideProposal(NamedTuple):
         log-determinant.
     """
 
-    guide: GuideOfModes
+    guide: FlowGuide
     density: LogJoint
     to_base: Callable[[Tensor], Tensor]
     from_base: Callable[[Tensor], tuple[Tensor, Tensor]]

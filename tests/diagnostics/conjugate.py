@@ -11,6 +11,7 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 
 from pyro_artransform.flows.transforms import FlowModule
+from pyro_artransform.model.protocols import FlowGuide
 
 COUNTS = (3.0, 1.0, 4.0, 2.0, 2.0)
 REALS = (0.4, 1.9, 1.1)
@@ -112,7 +113,7 @@ def alternating(x):
     return scale * x, scale.log().sum().expand(len(x))
 
 
-class PathGuide:
+class PathGuide(FlowGuide):
     """The posterior of :func:`path`, wider by a factor and shifted: a guide by protocol only.
 
     :param shift: as the factor a number or shape ``(dim,)``; in sds of the posterior.

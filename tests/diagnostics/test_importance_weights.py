@@ -22,6 +22,7 @@ from pyro_artransform import AutoIAF, fit
 from pyro_artransform.diagnostics import fit_tail, importance
 from pyro_artransform.diagnostics.importance_weights import log_weights
 from pyro_artransform.diagnostics.psis import WORST_KHAT, fit_tails, smooth_tail
+from pyro_artransform.model.protocols import FlowGuide
 from tests.diagnostics import conjugate
 
 
@@ -58,7 +59,7 @@ def test_a_guide_first_met_here_trains(make):
 # Guides that are not of the model
 
 
-class _ThreeNumbers:
+class _ThreeNumbers(FlowGuide):
     def __call__(self):
         pass
 

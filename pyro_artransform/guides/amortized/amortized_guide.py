@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ..._base.arguments import check_callable, check_integer, check_positive, is_tracing
 from ...model.coordinates.centering import CoordinatesArgument
 from ...model.density import MOST_SIGNATURES, Args, Kwargs, LogJoint
+from ...model.protocols import MinibatchGuide
 from ...model.sites import Latents
 from ...model.traces import argument_signature
 from ..base import BaseGuide, Model
@@ -52,7 +53,7 @@ from .variational_posterior import (
 _CHUNK = 2**16
 
 
-class AutoAmortized(BaseGuide):
+class AutoAmortized(BaseGuide, MinibatchGuide):
     r"""A guide for models with plates: a flow for the global latents, and one for each element.
 
     .. math::

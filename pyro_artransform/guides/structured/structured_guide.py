@@ -24,6 +24,7 @@ from ...model.graphs.element_precision import ElementGaussian
 from ...model.graphs.factorization import lower_factor
 from ...model.graphs.markov_graph import MarkovGraph
 from ...model.graphs.sparse_gaussian import SparseGaussian
+from ...model.protocols import StructuredGuide
 from ...model.sites import Latents
 from ..autoregressive import AutoAutoregressive
 from ..persistence.spec import Arguments
@@ -39,7 +40,7 @@ _MOST_NUMBERS = 5_000_000
 _MOST_FILL_IN = 3.0
 
 
-class AutoStructuredFlow(AutoAutoregressive):
+class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
     r"""A guide for hundreds or thousands of latents: a flow with the posterior's graph.
 
     At the first call the guide detects which latents depend on each other given all others, by finite

@@ -11,7 +11,7 @@ from ..._base.time_limit import INTERRUPTED, OUT_OF_TIME
 from ...diagnostics.checks import Check, FailedCheck
 from ...diagnostics.importance_weights import NUM_DRAWS
 from ...diagnostics.mode_shares import ModeShares
-from ...model.protocols import FlowGuide, GuideOfModes, MinibatchGuide, PriorGuide
+from ...model.protocols import FlowGuide, MinibatchGuide
 from ..first_draws import FirstDraws, keeping
 from ..initialization.start import FAILED
 from ..optimization.schedule import FILLED, LIMIT
@@ -101,9 +101,10 @@ def _result(problem: Problem, draws: FirstDraws | None, training: Training) -> F
     cut_short = None if problem.guide_failure else _cut_short(training)
     weights = None
     # chains may jump to its draws
-    if isinstance(guide, GuideOfModes) and not problem.guide_failure:
+    is_mixture = isinstance(guide, FlowGuide) and len(guide.components) > 1
+    if is_mixture and not problem.guide_failure:
         with keeping(draws, problem):
-            weights = guide.weigh(subject.log_joint, NUM_DRAWS // problem.fewer)
+            weights = cast(FlowGuide, guide).weigh(subject.log_joint, NUM_DRAWS // problem.fewer)
     chains = None if draws is None else draws.finish()
     status = FitStatus(
         training.num_skipped / max(num_steps, 1),
@@ -131,6 +132,7 @@ def _result(problem: Problem, draws: FirstDraws | None, training: Training) -> F
     if chains is not None:
         words = f"{chains.verdict} About the guide alone: {fields['verdict']}"
         fields |= {"chains": chains, "draws": chains.draws, "verdict": words}
+    given = guide.coordinates if isinstance(guide, (FlowGuide, MinibatchGuide)) else None
     return FitResult(
         **fields,
         history=[-loss for loss in training.losses],
@@ -143,7 +145,7 @@ def _result(problem: Problem, draws: FirstDraws | None, training: Training) -> F
         culprits=dict(training.culprits),
         point_estimates=tuple(problem.point_estimates),
         one_at_a_time=problem.looped_because or subject.log_joint.reason,
-        coordinates=guide.coordinates.centered_by_site() if isinstance(guide, PriorGuide) else {},
+        coordinates={} if given is None else given.centered_by_site(),
         guide_class=type(guide).__name__,
         guide_reason=problem.guide_reason,
         modes=modes,

@@ -10,7 +10,7 @@ from typing import cast
 from ..._base.arguments import first_of
 from ..._base.time_limit import abandonable
 from ...model import LogJoint
-from ...model.protocols import ElementGuide, FlowGuide, MinibatchGuide
+from ...model.protocols import FlowGuide, MinibatchGuide, StructuredGuide
 from ...sampling import Ensemble
 from ...sampling.starts import check_has_gradient
 from ..first_draws import START_UNTIL, FirstDraws, keeping
@@ -62,10 +62,10 @@ def _initialize(problem: Problem, draws: FirstDraws | None) -> InitialGuide:
     density = whole = log_joint
     is_flow = isinstance(guide, FlowGuide) and not isinstance(of_batch, PyroObjective)
     problem.limit.enter_phase(START_UNTIL)
-    has_gaussian = isinstance(guide, ElementGuide) and guide.is_of_elements
+    has_gaussian = isinstance(guide, StructuredGuide) and guide.is_of_elements
     if has_gaussian and problem.terms is not None and minibatches and minibatches.whole:
         problem.limit.enter_phase(START_UNTIL + _FOR_GUIDE)  # there are no chains
-        of_elements = minibatches.whole, cast(ElementGuide, guide), problem.terms
+        of_elements = minibatches.whole, cast(StructuredGuide, guide), problem.terms
         return find_start_of_elements(*of_elements)
     if is_flow and minibatches is not None:
         density = minibatches.mean_log_joint()

@@ -24,14 +24,7 @@ from ...model.coordinates.centering import centered_by_draws
 from ...model.elements import ElementTerms
 from ...model.graphs.dependencies import MAX_HALVINGS, value_and_gradient
 from ...model.graphs.sparse_gaussian import SparseGaussian
-from ...model.protocols import (
-    ElementGuide,
-    FlowGuide,
-    GuideOfModes,
-    MinibatchGuide,
-    PriorGuide,
-    StructuredGuide,
-)
+from ...model.protocols import FlowGuide, MinibatchGuide, StructuredGuide
 from ...sampling import Ensemble
 from ..loader import Batch
 from ..optimization.training import copies, copy_to
@@ -91,7 +84,7 @@ def find_start(
 
 @torch.no_grad()
 def find_start_of_elements(
-    density: FullDataDensity, guide: ElementGuide, terms: ElementTerms
+    density: FullDataDensity, guide: StructuredGuide, terms: ElementTerms
 ) -> InitialGuide:
     """Sets a guide of elements of plates to the best Gaussian, by natural-gradient steps, if there is one."""
     candidates, elbos = fit_gaussian(density, terms), list[float]()
@@ -108,7 +101,7 @@ def find_start_of_elements(
 def _tensors(guide: FlowGuide | MinibatchGuide) -> list[Tensor]:
     """The tensors of a guide that a start sets: its parameters, and lambda of its coordinates."""
     found: list[Tensor] = [*guide.parameters()]
-    given = guide.coordinates if isinstance(guide, PriorGuide) else None
+    given = guide.coordinates
     return found if given is None else [*found, *given.buffers()]
 
 
@@ -147,11 +140,11 @@ def _start_at_draws(
 ) -> float:
     """Sets a guide to the best candidate Gaussian; returns its ELBO, or -inf if none has a finite one."""
     u = _thinned(ensemble.draws.flatten(0, 1), num_draws)
-    if isinstance(guide, PriorGuide) and guide.chooses_coordinates:
+    if guide.chooses_coordinates:
         coordinates = guide.coordinates
         unit = density.with_coordinates(coordinates.non_centered())
         coordinates.set_(centered_by_draws(unit, u), coordinates.unit)
-    if not isinstance(guide, GuideOfModes):
+    if len(guide.components) == 1:
         return _start_at(density, guide, u, num_draws)
     for component, part in zip(guide.components, ensemble.parts()):
         _start_at(density, component, _thinned(part, num_draws), num_draws)

@@ -21,7 +21,7 @@ from ...model import LogJoint
 from ...model.draw_plate import DrawPlate, GuideSampler
 from ...model.handlers import SiteLogProbs, traced_parameters
 from ...model.masked_latents import UnmaskedLatents
-from ...model.protocols import GuideOfModes, MinibatchGuide, ReparametrizedGuide
+from ...model.protocols import FlowGuide, MinibatchGuide
 from ...model.replay.capture import CapturedLoss
 from ...model.run_once import quietly, run_once
 from ...model.traces import plate_nesting
@@ -104,14 +104,13 @@ class _PathTerms:
     """
 
     log_joint: LogJoint
-    guide: ReparametrizedGuide
+    guide: FlowGuide
 
     def __post_init__(self) -> None:
         self.last = self.log_joint.start[None]  #: the last draws
 
     def __call__(self, num_particles: int) -> Tensor:
-        guide = self.guide
-        parts = guide.components if isinstance(guide, GuideOfModes) else [guide]
+        parts = self.guide.components
         count = -(-num_particles // len(parts))
         drawn = [part.rsample_and_log_prob(count, path=True) for part in parts]
         z, log_q = drawn[0] if len(drawn) == 1 else map(torch.cat, zip(*drawn))
@@ -159,7 +158,7 @@ class PathObjective(Objective):
     """
 
     log_joint: LogJoint
-    guide: ReparametrizedGuide
+    guide: FlowGuide
     is_one: bool = True
     has_weights = True
 
