@@ -134,14 +134,14 @@ def importance(
 ) -> Importance:
     """Importance sampling with a guide: ELBO, evidence, k-hat and effective sample size.
 
-    Any Pyro guide will do. Discrete latents marked for enumeration are summed out; others need a
-    guide that draws them. If the model subsamples its data, or its density is random otherwise, each
+    Any Pyro guide of continuous latents will do. Discrete latents marked for enumeration are summed out. If
+    the model subsamples its data, or its density is random otherwise, each
     draw sees another mini-batch, whose noise enters the weights: the ELBO is still correct, but k-hat
     and the evidence are meaningless.
 
     :param num_samples: the number of draws; model and guide both take ``args`` and ``kwargs``.
-    :raises ValueError: if the guide lacks a latent of the model or was made for another model, or
-        ``num_samples`` is not a positive integer.
+    :raises ValueError: if the guide lacks a latent of the model, draws a discrete one or was made for another
+        model, or ``num_samples`` is not a positive integer.
 
     Example::
 

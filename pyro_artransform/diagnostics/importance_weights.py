@@ -8,14 +8,13 @@ from collections.abc import Callable, Container, Iterable, Iterator
 from functools import partial
 from typing import Any, NamedTuple, cast
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions import Delta
-from pyro.infer.autoguide import AutoGuide
 from pyro.util import get_rng_state
 from torch import Tensor
 
+from .._base.arguments import first_of
 from .._base.progress import generators_at
 from .._base.time_limit import has_limit
 from ..model import LogJoint
@@ -59,9 +58,7 @@ def log_weights(
     chunks = list(weighted_draws(model, guide, num_samples, args, kwargs or {}, log_joint))
     latents = [chunk.latent for chunk in chunks if chunk.latent is not None]
     if len(latents) < len(chunks):
-        raise ValueError(
-            "guide: expected no discrete sites and no latents of a mini-batch, got some"
-        )
+        raise ValueError("guide: expected no latents of a mini-batch, got some")
     return torch.cat(latents), torch.cat([chunk.log_weights for chunk in chunks])
 
 
@@ -69,7 +66,7 @@ def log_weights(
 def weighted_draws(
     model: Model, guide: Model, n: int, args: Args, kwargs: Kwargs, log_joint: LogJoint | None
 ) -> Iterator[Weighted]:
-    """Yields draws of a guide with their weights, in chunks; discrete sites are allowed.
+    """Yields draws of a guide with their weights, in chunks.
 
     A guide with ``rsample_and_log_prob`` computes its density in its coordinates; any other guide is
     traced. A guide that is a point at some site, such as ``AutoDelta``, has an infinite density there,
@@ -116,7 +113,6 @@ class ModelAndGuide(NamedTuple):
         """
         generators = get_rng_state()
         with torch.no_grad(), hidden_sites():
-            _refuse_stale_parameters(guide, args, kwargs)
             guide(*args, **kwargs)
         offered, log_joint = cast(object, guide), None
         if isinstance(offered, FlowGuide):
@@ -136,24 +132,6 @@ class ModelAndGuide(NamedTuple):
     def draws(self, count: int) -> Tensor:
         """Draws ``(count, latent_dim)`` of the guide, in the coordinates of the density."""
         return log_weights(self.model, self.guide, count, self.args, self.kwargs, self.log_joint)[0]
-
-
-def _refuse_stale_parameters(guide: Any, args: Args, kwargs: Kwargs) -> None:
-    """Rejects entries of other shapes in the param store, which a new guide of Pyro takes for its own."""
-    if not isinstance(guide, AutoGuide) or isinstance(guide, (FlowGuide, MinibatchGuide)):
-        return
-    prefix, stored = f"{guide._pyro_name}.", dict(pyro.get_param_store().named_parameters())
-    if guide.prototype_trace is not None or not any(key.startswith(prefix) for key in stored):
-        return
-    guide._setup_prototype(*args, **kwargs)
-    for name, parameter in guide.named_parameters():
-        key = prefix + name.removesuffix("_unconstrained")
-        expected, got = (tuple(each.shape) for each in (parameter, stored.get(key, parameter)))
-        if expected != got:
-            raise ValueError(
-                f"guide: expected '{key}' of shape {expected}, got {got} from an earlier guide of this name "
-                "in Pyro's param store: call pyro.clear_param_store() before making a new guide"
-            )
 
 
 def has_point(values: Values) -> bool:
@@ -184,12 +162,15 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> tuple[Drawer,
     """A function that makes n draws of a guide that is traced, and whether the guide is a point."""
     trace = run_once(guide, validated=True)
     check_data(trace)
-    is_discrete = {node["name"]: node["fn"].support.is_discrete for node in latent_nodes(trace)}
-    if any(is_discrete.values()) or subsampled_plates(trace):
+    if discrete := [n["name"] for n in latent_nodes(trace) if n["fn"].support.is_discrete]:
+        raise ValueError(
+            f"guide: expected continuous latents, got draws of the discrete {first_of(discrete)}: enumerate "
+            "discrete latents of the model by pyro.infer.config_enumerate, and leave them out of the guide"
+        )
+    if subsampled_plates(trace):
         draw = partial(_draw_replayed, model, guide)
         values = draw(NUM_COMPARED).values
         _check_auxiliary(trace, values)
-        values = {name: value for name, value in values.items() if not is_discrete[name]}
     else:
         log_joint = log_joint or LogJoint(model)
         guide_draws, sites = GuideSampler(guide, log_joint.num_plates), log_joint.latents.sites
@@ -226,7 +207,7 @@ def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
-    """Draws with discrete sites, or for a mini-batch: the model is replayed at each draw of the guide."""
+    """Draws with latents of a mini-batch: the model is replayed at each draw of the guide."""
     rows, log_weights = [], []
     for _ in range(n):
         drawn = run_once(guide, validated=True)

@@ -82,14 +82,6 @@ def mixture_evidence():
     return torch.trapezoid(log_joint.exp(), loc[:, 0]).log().item()
 
 
-def mixture_guide(data):
-    """With a draw of each discrete latent, as the posterior has it."""
-    loc = pyro.sample("loc", dist.Normal(0.4, 0.7))
-    with pyro.plate("data", len(data)):
-        odds = dist.Normal(loc + 2, 1.0).log_prob(data) - dist.Normal(loc, 1.0).log_prob(data)
-        pyro.sample("kind", dist.Bernoulli(logits=odds + math.log(0.3 / 0.7)))
-
-
 # A stationary Gaussian path of any length, and guides that are wrong as wanted
 
 SLOPE = 0.95

@@ -110,10 +110,16 @@ def test_enumerated_latents_are_summed_out(guide):
     assert_evidence(result, conjugate.mixture_evidence(), 0.05)
 
 
-def test_discrete_latents_of_the_guide():
-    model = poutine.infer_config(conjugate.mixture, lambda site: {})
-    result = importance(model, conjugate.mixture_guide, 400, torch.tensor(conjugate.REALS))
-    assert_evidence(result, conjugate.mixture_evidence(), 0.05)
+def test_a_guide_that_draws_discrete_latents_is_refused():
+    def mixture_guide(data):
+        pyro.sample("loc", dist.Normal(0.4, 0.7))
+        with pyro.plate("data", len(data)):
+            pyro.sample("kind", dist.Bernoulli(0.3))
+
+    data = torch.tensor(conjugate.REALS)
+    for model in (conjugate.mixture, poutine.infer_config(conjugate.mixture, lambda site: {})):
+        with pytest.raises(ValueError, match="got draws of the discrete kind: enumerate"):
+            importance(model, mixture_guide, 10, data)
 
 
 def test_the_posterior_itself():
