@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._base.arguments import warn_user
 from .._base.time_limit import abandonable
 from ..diagnostics.checks import CORNER, Check, FailedCheck, Verdict, about_draws, as_lines
 from ..diagnostics.mode_shares import ModeShares
@@ -153,27 +152,16 @@ class Chains(SavedResult):
         Each ArviZ chain is a superchain, the concatenation of its chains: single chains are too short for
         ArviZ's R-hat.
 
-        .. deprecated:: 0.4.0
-            The model as the first argument.
-
         :param args: the arguments of the model.
         :return: the type that :func:`~pyro_artransform.posterior.to_inference_data` returns.
         :raises ImportError: if ArviZ is missing.
         :raises ValueError: if the model is missing, as after loading without it.
         """
-        model = self.model
-        if args and callable(args[0]) and model in (None, args[0]):
-            warn_user(
-                "to_inference_data: the chains know their model, so give its arguments only; version 0.5.0 "
-                "will no longer accept the model",
-                FutureWarning,
-            )
-            model, args = args[0], args[1:]
         by_superchain = {
             name: value.unflatten(0, (self.num_superchains, -1)).flatten(1, 2)
             for name, value in self.by_chain.items()
         }
-        return chains_to_inference_data(known(model), by_superchain, args, kwargs)
+        return chains_to_inference_data(known(self.model), by_superchain, args, kwargs)
 
 
 def slow_row(one_at_a_time: str) -> dict[str, str]:

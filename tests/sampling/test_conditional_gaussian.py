@@ -196,7 +196,10 @@ def log_likelihood_by_kalman(y, q, r):
     return total
 
 
-@pytest.mark.parametrize(("scale", "seeds", "most_untrusted"), [(0.3, [1], 0), (0.02, [1, 2], 1)])
+@pytest.mark.parametrize(
+    ("scale", "seeds", "most_untrusted"),
+    [(0.3, [1], 0), pytest.param(0.02, [1, 2], 1, marks=pytest.mark.slow)],
+)
 def test_tails_of_a_scale_are_those_of_quadrature(scale, seeds, most_untrusted):
     """Shares of effective draws below exact quantiles, to four standard errors of 400 independent ones.
 

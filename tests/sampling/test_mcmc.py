@@ -284,8 +284,6 @@ def test_predictions_of_chains_for_new_rows():
     pytest.importorskip("arviz")
     found = chains.to_inference_data(x := torch.tensor([2.0, 3.0])).predictions["y"].values
     assert torch.allclose(torch.tensor(found), chains.by_chain["slope"][..., None] * x, atol=0.1)
-    with pytest.warns(FutureWarning, match="the chains know their model"):
-        chains.to_inference_data(model, x)
 
 
 def of_draws(draws):
