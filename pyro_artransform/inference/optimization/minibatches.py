@@ -4,10 +4,10 @@
 """The negative ELBO on mini-batches and over a pass."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,6 +32,8 @@ _NUM_FOR_START = 8  # batches whose mean log density determines the initial guid
 # batches of the final pass, limited for time, their draws in all, and the fewest draws per batch
 _MAX_BATCHES, _NUM_DRAWS, _MIN_DRAWS = 500, 4000, 8
 _PLAIN = (bool, int, float, str, type(None))  # arguments of a model that are no tensors, and stay
+
+Shapes = tuple[torch.Size, ...]
 
 
 class PassEstimate(NamedTuple):
@@ -86,7 +88,8 @@ class MinibatchObjective(Objective):
 
     def __post_init__(self) -> None:
         self._last = self.objective
-        self._captured: dict[object, CapturedLoss] = {}
+        # by the structure of arguments: those that are no tensors, by the shapes of the others, and a capture
+        self._captured: dict[object, tuple[dict[Shapes, list[Any]], CapturedLoss]] = {}
         self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
         self._anchor: Anchor | None = None
         if self.whole is None:
@@ -108,7 +111,7 @@ class MinibatchObjective(Objective):
 
     @property
     def num_compared(self) -> int:
-        return sum(captured.num_compared for captured in self._captured.values())
+        return sum(captured.num_compared for _, captured in self._captured.values())
 
     def loss(self, num_particles: int) -> Tensor:
         batch = self.stream.next()
@@ -116,7 +119,7 @@ class MinibatchObjective(Objective):
             with torch.random.fork_rng(devices=[]):  # the anchor takes draws in the first step
                 anchor = self._anchor_of(self.on_all)
             corrected = partial(self._corrected, self.on_all, self.whole, anchor, num_particles)
-            loss = self._replayed(corrected, batch)
+            loss = self._replayed(corrected, batch, num_particles)
         else:
             self._last = self.objective.with_arguments(batch)
             loss = self._last.loss(num_particles)
@@ -124,23 +127,37 @@ class MinibatchObjective(Objective):
         # only the gradient is weighted; the value stays that of the ELBO
         return loss if weight == 1 else loss.detach() + weight * (loss - loss.detach())
 
-    def _replayed(self, loss: Callable[[Batch], Tensor], batch: Batch) -> Tensor:
-        """Evaluates a loss, replaying operations captured with another batch of the same shapes."""
-        values = [*batch.args, *batch.kwargs.values()]
-        others = [value for value in values if not isinstance(value, Tensor)]
-        if self.log_joint.strategy == "loop" or not all(isinstance(v, _PLAIN) for v in others):
+    def _replayed(
+        self, loss: Callable[[Batch], Tensor], batch: Batch, num_particles: int
+    ) -> Tensor:
+        """Evaluates a loss, replaying operations captured with another batch of the same shapes.
+
+        Arguments that are no tensors are constants of a capture, which is given up if they change.
+        """
+        values, names, count = (
+            [*batch.args, *batch.kwargs.values()],
+            [*batch.kwargs],
+            len(batch.args),
+        )
+        constants = [None if isinstance(value, Tensor) else value for value in values]
+        if self.log_joint.strategy == "loop" or not all(isinstance(c, _PLAIN) for c in constants):
             return loss(batch)
-
-        def of_tensors(*tensors: Tensor) -> Tensor:
-            left = iter(tensors)
-            given = [next(left) if isinstance(value, Tensor) else value for value in values]
-            count = len(batch.args)
-            return loss(Batch((*given[:count],), dict(zip(batch.kwargs, given[count:]))))
-
         is_tensor = [isinstance(value, Tensor) for value in values]
-        key = len(batch.args), (*batch.kwargs,), (*is_tensor,), repr(others)
-        captured = self._captured.setdefault(key, CapturedLoss(of_tensors))
-        return captured(*(value for value in values if isinstance(value, Tensor)))
+        key = count, (*names,), (*is_tensor,), num_particles
+        if key not in self._captured:
+            by_shapes: dict[Shapes, list[Any]] = {}
+
+            def of_tensors(*tensors: Tensor) -> Tensor:
+                pairs, left = zip(is_tensor, by_shapes[_shapes(tensors)]), iter(tensors)
+                given = [next(left) if is_given else value for is_given, value in pairs]
+                return loss(Batch((*given[:count],), dict(zip(names, given[count:]))))
+
+            self._captured[key] = by_shapes, CapturedLoss(of_tensors)
+        known, captured = self._captured[key]
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        if repr(known.setdefault(_shapes(tensors), constants)) != repr(constants):
+            captured.give_up()
+        return captured(*tensors) if captured.can_replay else loss(batch)
 
     def _corrected(
         self,
@@ -238,6 +255,10 @@ class MinibatchObjective(Objective):
             num_draws = len(total)
             elbo_se = math.hypot(total.double().std().item() / num_draws**0.5, elbo_se)
         return PassEstimate(elbo, elbo_se, num_draws, num_batches, share, loader_share)
+
+
+def _shapes(tensors: Iterable[Tensor]) -> Shapes:
+    return tuple(tensor.shape for tensor in tensors)
 
 
 def _mean_and_error(

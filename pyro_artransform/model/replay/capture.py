@@ -98,6 +98,11 @@ class Captured:
             inputs, found = self._last
             self._judge(inputs, found, self._evaluate(*inputs))
 
+    def give_up(self) -> None:
+        """From now on the function is only called."""
+        self.can_replay = False
+        self._replays.clear()
+
     def _compared(self, replay: Replay, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         devices = {value.device.index for value in inputs if value.is_cuda}
         with torch.random.fork_rng(devices=devices):
@@ -124,8 +129,7 @@ class Captured:
         if is_right:
             self.num_compared += 1
             return
-        self.can_replay = False
-        self._replays.clear()
+        self.give_up()
         if was_used:
             raise ReplayError("expected replays that agree with calls, got different values")
 

@@ -60,7 +60,7 @@ def test_losses_of_batches_are_replayed():
         torch.manual_seed(0)
         pair.append(objectives(make_loader=loaders.shuffled)[0])
     by_batch, called = pair
-    called._replayed = lambda loss, batch: loss(batch)
+    called._replayed = lambda loss, batch, num_particles: loss(batch)
     losses, gradients = [], []
     for k in range(30):
         for objective in pair:
@@ -73,7 +73,7 @@ def test_losses_of_batches_are_replayed():
                     parameter -= 0 if gradient is None else 1e-3 * gradient
     assert len({loss.item() for loss in losses[::2]}) == 30
     assert torch.allclose(torch.stack(losses[::2]), torch.stack(losses[1::2]), rtol=1e-6)
-    (captured,) = by_batch._captured.values()
+    ((_, captured),) = by_batch._captured.values()
     assert len(captured._replays) == 2  # batches of 10 rows and the last one of 3
     assert by_batch.num_compared >= 4
 
@@ -94,6 +94,49 @@ def test_arguments_that_are_no_tensors_are_not_replayed():
     by_batch = MinibatchObjective(objective, stream, log_joint, [*stream.one_pass(2)])
     assert len({by_batch.loss(4).item() for _ in range(4)}) == 4
     assert not by_batch._captured
+
+
+def with_numbers(number):
+    """An objective on batches of two sizes with a number each, and those that the model saw."""
+    x, y = loaders.rows()
+    seen = []
+
+    def model(x, y, number):
+        seen.append(number)
+        loaders.regression(x, y)
+
+    batches = [(x[k::10], y[k::10], number(k, len(x[k::10]))) for k in range(10)]
+    guide = loaders.small(model)
+    guide(*batches[0])
+    log_joint = LogJoint(model, batches[0])
+    stream = BatchStream(batches)
+    objective = PathObjective(log_joint, guide)
+    return MinibatchObjective(objective, stream, log_joint, [*stream.one_pass(2)]), seen
+
+
+def test_a_number_that_changes_is_no_constant_of_a_capture():
+    """Captures of each number would grow without end, and each would keep its first batch."""
+    by_batch, seen = with_numbers(lambda k, size: k)
+    for _ in range(10):
+        by_batch.loss(4)
+    seen.clear()
+    for _ in range(30):
+        by_batch.loss(4)
+    assert len(by_batch._captured) == 1
+    assert {*seen} == {*range(10)}
+
+
+def test_a_number_that_depends_on_the_shape_is_a_constant():
+    by_batch, seen = with_numbers(lambda k, size: size)
+    for _ in range(50):
+        by_batch.loss(4)
+    seen.clear()
+    for _ in range(10):
+        by_batch.loss(4)
+    assert len(seen) < 5  # a comparison runs the model
+    assert by_batch.num_compared
+    first = next(iter(by_batch._captured.values()))[0]
+    assert {*map(str, first.values())} == {"[None, None, 4]", "[None, None, 5]"}
 
 
 @pytest.mark.parametrize("kind", [loaders.small, AutoNormal])
