@@ -11,7 +11,6 @@ until the worst latent has 400 effective draws.
 """
 
 import argparse
-import math
 import os
 import time
 from pathlib import Path
@@ -207,7 +206,7 @@ def given_precisions(
 def timed(name: str, reference: Row) -> Row:
     """NUTS of one chain with its own settings, until the worst latent has enough effective draws."""
     log_joint, data = subject(name)
-    record, draws = Record(math.nan, LIMIT), list[dict[str, Any]]()
+    record, draws = Record(LIMIT), list[dict[str, Any]]()
     for number, block in enumerate(blocks(peer(name), data, 0, WARM_UP, EVERY)):
         if number * EVERY < WARM_UP:
             continue

@@ -104,7 +104,7 @@ def make(name: str, folder: Path | None) -> Problem:
     if folder:
         subject = given.make(name)
     elif name in posteriors.BOUND:
-        subject = posteriors.BOUND[name].bind(PYRO), ()
+        subject = posteriors.BOUND[name](PYRO), ()
     else:
         subject = posteriors.LARGE[name]()
     has_score = folder and (folder / "score.py").exists()
@@ -192,7 +192,7 @@ class Looks:
         self._flat: list[np.ndarray] = []
         self._at_goal: int | None = None
         self._next, self.gradients, self.ess = 0, 0, 0.0
-        self.record = Record(math.nan, limit)
+        self.record = Record(limit)
 
     def is_over(self) -> bool:
         return self.ess >= self._goal or self.record.seconds > self.record.limit

@@ -8,19 +8,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-#: nats from the log evidence, and effective draws of the worst coordinate, that a run ends with
-GAP, ESS = 0.05, 400
+#: effective draws of the worst coordinate that a run ends with
+ESS = 400
 
 
 @dataclass
 class Record:
     """What a run has to show, and its clock, which stands still while it is looked at.
 
-    :param evidence: the log evidence, from which the gap is taken.
     :param limit: CPU seconds after which the run ends.
     """
 
-    evidence: float
     limit: float
     rows: list[tuple[int, float, float]] = field(default_factory=list)
     paused_for: float = 0.0
@@ -45,11 +43,6 @@ class Record:
         self.rows.append((step, seconds, value))
         return value
 
-    def note_gap(self, step: int, elbo: Callable[[], Any]) -> bool:
-        """Adds a row, and says whether the run is at its end."""
-        gap = self.note(step, lambda: self.evidence - float(elbo()))
-        return gap <= GAP or self.seconds > self.limit
-
     def note_ess(self, draws: int, ess: Callable[[], Any]) -> bool:
-        """The same for a chain."""
+        """Adds a row of a chain, and says whether the run is at its end."""
         return self.note(draws, ess) >= ESS or self.seconds > self.limit

@@ -85,7 +85,7 @@ def peer(posterior: str, model_name: str) -> Model:
     if posterior == "schools, centred":
         return schools_centred
     if posterior in BOUND:
-        return BOUND[posterior].bind(in_numpyro())
+        return BOUND[posterior](in_numpyro())
     if model_name not in PEERS:
         raise ValueError(f"expected a model among {list(PEERS)}, got {model_name}")
     return PEERS[model_name]

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What models are written with: Pyro, or Pyro and NumPyro at once."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -63,15 +62,6 @@ def in_numpyro() -> Library:
     numpyro.enable_x64()
     names = numpyro.sample, numpyro.plate, numpyro.factor, numpyro.distributions
     return Library(*names, jnp, jnp.asarray)
-
-
-@dataclass(frozen=True)
-class Posterior:
-    """A model for either library, its number of latents, and its log evidence if it is known."""
-
-    bind: Callable[[Library], Model]
-    dim: int
-    evidence: Callable[[], float] = lambda: math.nan
 
 
 class Simulator:

@@ -8,12 +8,10 @@ from typing import Any
 
 import numpy as np
 import pyro
-import torch
 from pyro import distributions as dist
 from torch import Tensor
 
 from models.library import PYRO, Library, Model, Simulator, Subject, tensors
-from models.regressions import gaussian
 
 #: how strongly a node of the field is drawn to its neighbours
 ALPHA = 0.95
@@ -31,13 +29,6 @@ def chain_data() -> np.ndarray:
     while len(path) < LENGTH:
         path.append(PERSISTENCE * path[-1] + STEP * rng.normal())
     return np.array(path) + NOISE * rng.normal(size=LENGTH)
-
-
-def chain_evidence() -> float:
-    """That of a Gaussian of all data, which a Kalman filter would find as well."""
-    times = np.arange(LENGTH)
-    covariance = stationary_sd() ** 2 * PERSISTENCE ** abs(times[:, None] - times)
-    return gaussian(chain_data(), covariance + NOISE**2 * np.eye(LENGTH))
 
 
 def chain(
@@ -84,16 +75,6 @@ def volatility(num_days: int = 1_000) -> Subject:
     rng = np.random.default_rng(2)
     h = simulated_path(rng, 0.95, 0.25, num_days) - 0.2
     return stochastic_volatility, tensors(np.exp(h / 2) * rng.normal(size=num_days))
-
-
-def simulate(num_days: int, seed: int = 0) -> Tensor:
-    """Returns of so many days: a log-variance about 0, a persistence of 0.97, steps of 0.2."""
-    generator = torch.Generator().manual_seed(seed)
-    shocks, noise = torch.randn(2, num_days, generator=generator, dtype=torch.float64)
-    path = [0.2 / (1 - 0.97**2) ** 0.5 * shocks[0]]
-    for shock in shocks[1:]:
-        path.append(0.97 * path[-1] + 0.2 * shock)
-    return ((torch.stack(path) / 2).exp() * noise).to(torch.get_default_dtype())
 
 
 def precision(rows: int, columns: int) -> np.ndarray:

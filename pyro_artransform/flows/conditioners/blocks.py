@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-_SIZE = 8  # coordinates per adjoint solve (benchmarks/capture.md)
+_SIZE = 8  # coordinates per adjoint solve
 
 
 class BlockLayout(NamedTuple):

@@ -42,7 +42,7 @@ _FIRST_RADIUS, _MOST_DISTANT = 1.0, 3.0
 # changes of means in sds: steps end below the first, and elements move alone if theirs is above the second
 _SMALL, _FAR = 0.05, 3.0
 # nats of the ELBO that a step may lose, times that it is taken back, and the first and the least damping
-# then, in units of the precision of the prior (benchmarks/likelihoods.md)
+# then, in units of the precision of the prior
 _MOST_LOST, _MOST_BACK, _DAMPING, _LEAST_DAMPING = 1.0, 3, 0.1, 0.05
 
 

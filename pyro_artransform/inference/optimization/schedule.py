@@ -48,7 +48,7 @@ _FIRST_PART, _CLEARLY = 8, 3.0
 # multiplies NUM_COMPARED for the last check: with 1,000 draws the standard error of k-hat is 0.15
 _TIMES_AT_END = 5
 # parameters are averaged over about the last 1/8 of all steps; 1/3 still included the climb of Pyro's
-# Gaussian guides (benchmarks/fit.md)
+# Gaussian guides
 _AVERAGED_PARTS, _PARTS_OF_MINIBATCHES = 8, 3
 # epochs in a window, and in the longest constant phase if that is more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
