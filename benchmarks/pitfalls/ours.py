@@ -53,7 +53,7 @@ class Ours(Subject):
         return flow.inv.call_and_ladj(y)
 
     def inverse_module(self, flow):
-        return transforms.inverse(flow)
+        return flow.inv
 
     def graph_flow(self, adjacency, passes):
         net = conditioners.MaskedMLP(len(adjacency), 2, HIDDEN, adjacency=adjacency)
@@ -106,7 +106,6 @@ class Ours(Subject):
             "a layer": affine,
             "a spline layer": spline,
             ".inv": lambda dim: affine(dim).inv,
-            "inverse(t)": lambda dim: transforms.inverse(affine(dim)),
             "iaf": lambda dim: art.iaf(dim, 2, HIDDEN),
             "maf": lambda dim: art.maf(dim, 2, HIDDEN),
             "chain": lambda dim: transforms.chain([affine(dim), spline(dim).inv]),

@@ -14,7 +14,7 @@ from .composition import (
 )
 from .conditioned import AutoregressiveMeta, ConditionedUnivariate
 from .flow_distribution import FlowDistribution
-from .flow_module import FlowModule, InverseTransformModule, inverse
+from .flow_module import FlowModule, InverseTransformModule
 from .scales_and_tails import CompressedTails, LocationScale
 
 __all__ = [
@@ -34,5 +34,4 @@ __all__ = [
     "PartitionTransform",
     "PermutationTransform",
     "chain",
-    "inverse",
 ]

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Compositions of transforms that, like their inverses, register all parameters."""
+"""Transforms of torch, Pyro and Zuko as flows, and compositions that register all parameters."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -14,10 +14,86 @@ from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
 from ..._base.arguments import shown
-from .flow_module import ConditionalFlowModule, FlowModule
-from .foreign import ForeignTransform, as_flow
+from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj
 
 AnyTransform = Transform | ConditionalTransform
+
+
+class ForeignTransform(FlowModule):
+    """Wraps any other transform, such as those of torch, Pyro and Zuko.
+
+    Some transforms of Pyro have no inverse: their draws have densities with gradients, but the inverse
+    raises a ``NotImplementedError``.
+
+    :param source: a torch transform; or a module that, called without arguments, returns one, or a flow as
+        Zuko's do, with the ``transform`` of its values to a base, which is used in the direction of draws.
+    :raises TypeError: if it is neither.
+    """
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.source = source
+        made = self._make_transform()
+        self.domain, self.codomain = made.domain, made.codomain
+        self.bijective = made.bijective
+
+    def _make_transform(self) -> Transform:
+        """The transform, made by the source in each call if it is not the source itself."""
+        if isinstance(self.source, Transform):
+            return self.source
+        cause = None
+        try:
+            made = self.source()
+            made = made if isinstance(made, Transform) else made.transform.inv
+            if isinstance(made, Transform):
+                return made
+        except (AttributeError, TypeError, NotImplementedError) as error:
+            cause = error
+        raise TypeError(
+            "expected a transform, or a module that returns one when called without arguments, as Zuko's "
+            f"flows do, got {type(self.source).__name__}. If it needs a context, condition the flow first: "
+            "flow.condition(context)"
+        ) from cause
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return call_and_ladj(self._make_transform(), x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return call_and_ladj(self._make_transform().inv, y)
+        except (KeyError, NotImplementedError) as error:  # Pyro's ways of saying so
+            raise NotImplementedError(
+                f"{type(self.source).__name__} has no inverse, so only the densities of its own draws are "
+                "known. For those of other values use a flow with an inverse, such as an autoregressive one "
+                "of affine layers or splines"
+            ) from error
+
+    def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        try:
+            return self.inverse_and_ladj(y)
+        except NotImplementedError:
+            # a step of Newton's method, which at a solution has the value and the gradients of the inverse
+            with torch.enable_grad():
+                point = x.detach().requires_grad_()
+                known, _ = self.call_and_ladj(point)
+                slopes = [
+                    torch.autograd.grad(known[..., i].sum(), point, retain_graph=True)[0]
+                    for i in range(known.shape[-1])
+                ]
+            step = torch.linalg.solve(torch.stack(slopes, -2), (y - known)[..., None])[..., 0]
+            new = x.detach() + step
+            return new, -self.call_and_ladj(new)[1]
+
+    def forward_shape(self, shape: torch.Size) -> torch.Size:
+        return self._make_transform().forward_shape(shape)
+
+    def inverse_shape(self, shape: torch.Size) -> torch.Size:
+        return self._make_transform().inverse_shape(shape)
+
+
+def as_flow(transform: Any) -> FlowModule:
+    """A transform, or a module that makes one, as a :class:`FlowModule`."""
+    return transform if isinstance(transform, FlowModule) else ForeignTransform(transform)
 
 
 def _as_modules(parts: Sequence[Any], *kinds: type) -> Any:
@@ -149,9 +225,7 @@ def chain(transforms: Sequence[AnyTransform]) -> ComposedTransform | Conditional
 
 
 class PermutationTransform(FlowModule):
-    r"""Reorders the coordinates.
-
-    .. math:: y_k = x_{\mathrm{order}_k}
+    r"""Reorders the coordinates, :math:`y_k = x_{\mathrm{order}_k}`.
 
     :param order: a permutation of 0 .. D-1, shape ``(D,)``, which is saved as a buffer.
     """
@@ -160,21 +234,15 @@ class PermutationTransform(FlowModule):
 
     def __init__(self, order: Tensor | Sequence[int]) -> None:
         super().__init__()
-        order = torch.as_tensor(order)
-        if order.dim() != 1 or sorted(order.tolist()) != list(range(len(order))):
-            raise ValueError(
-                f"order: expected a permutation of 0 .. D-1, got {shown(order.tolist())}"
-            )
-        self.register_buffer("order", order.long())
+        self.register_buffer("order", torch.as_tensor(order).long())
+        if self.order.dim() != 1 or sorted(self.order.tolist()) != list(range(len(self.order))):
+            raise ValueError(f"order: expected a permutation of 0 .. D-1, got {shown(order)}")
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._pick(x, self.order)
 
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         return self._pick(y, self.order.argsort())
-
-    def call_and_score(self, x: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return *self.call_and_ladj(x), score[..., self.order]
 
     def _pick(self, x: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         if x.shape[-1:] != index.shape:

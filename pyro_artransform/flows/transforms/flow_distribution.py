@@ -10,8 +10,8 @@ import torch
 from pyro.distributions.util import sum_rightmost
 from torch import Tensor
 
+from .composition import as_flow
 from .flow_module import FlowModule
-from .foreign import as_flow
 
 
 def standard_normal(zeros: Tensor) -> Any:

@@ -156,19 +156,6 @@ class ConditionalFlowModule(ConditionalTransformModule):
         raise TypeError("a conditional transform has no value by itself: call .condition(context)")
 
 
-def inverse(transform: FlowModule) -> FlowModule:
-    """The inverse ``transform.inv``, a module with the same parameters.
-
-    :raises TypeError: if the transform is not a :class:`FlowModule`.
-    """
-    if not isinstance(transform, FlowModule):
-        raise TypeError(
-            f"expected a FlowModule, got {type(transform).__name__}: ComposedTransform(transform) makes one "
-            "of any torch transform; if it is conditional, condition it first"
-        )
-    return transform.inv
-
-
 @runtime_checkable
 class WithLadj(Protocol):
     """A transform that evaluates value and log-determinant together, as Zuko's do."""

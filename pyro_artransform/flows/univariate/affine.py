@@ -67,23 +67,17 @@ class GivenLocationScale(ElementwiseTransform):
 
 
 class MonotonicAffineTransform(GivenLocationScale):
-    r"""An affine transform whose scale is positive and bounded.
-
-    .. math:: y = x \exp(b(\text{scale})) + \text{shift}
-
-    where :math:`b` is :func:`~pyro_artransform.flows.univariate.soft_bound`. ``x`` and the parameters
-    broadcast.
+    r"""An affine transform :math:`y = x e^{b(\mathrm{scale})} + \mathrm{shift}` with a bounded log-scale.
 
     :param shift: the shift, shape ``(*, D)``.
     :param scale: the unconstrained scale, shape ``(*, D)``; 0 gives a scale of 1.
-    :param bound: the bound of the log-scale.
+    :param bound: the bound of :func:`~pyro_artransform.flows.univariate.soft_bound`, which is b.
     :raises ValueError: if the shapes do not broadcast, or the bound is not positive and finite.
     """
 
     def __init__(self, shift: Tensor, scale: Tensor, *, bound: float = 3.0) -> None:
         check_broadcast("shift and scale", shift.shape, scale.shape)
-        self.shift, self.scale, self.bound = shift, scale, check_positive("bound", bound)
-        super().__init__(shift, soft_bound(scale, self.bound))
+        super().__init__(shift, soft_bound(scale, check_positive("bound", bound)))
 
 
 class Affine(Univariate):

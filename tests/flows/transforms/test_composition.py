@@ -23,7 +23,6 @@ from pyro_artransform.flows.transforms import (
     PartitionTransform,
     PermutationTransform,
     chain,
-    inverse,
 )
 from pyro_artransform.testing import check_transform, redraw
 
@@ -137,7 +136,7 @@ class HalfContext(ConditionalTransform):
 def test_bad_parts():
     hides = torch.distributions.IndependentTransform(affine_autoregressive(3), 0)
     for part, message in (
-        (torch.nn.Linear(3, 3), "called without arguments, .* got the module Linear"),
+        (torch.nn.Linear(3, 3), "called without arguments, .* got Linear"),
         (HalfContext(), "expected a conditional transform that is a module, got HalfContext"),
         (hides, "IndependentTransform holds the module Autoregressive"),
     ):
@@ -145,10 +144,6 @@ def test_bad_parts():
             chain([part])
     with pytest.raises(ValueError, match="at least one transform, got none"):
         ComposedTransform()
-    with pytest.raises(TypeError, match="expected a FlowModule, got ExpTransform"):
-        inverse(ExpTransform())
-    with pytest.raises(TypeError, match="condition it first"):
-        inverse(conditional_affine_autoregressive(3, 2))
     with pytest.raises(TypeError, match="expected a sequence of transforms, got one"):
         chain(affine_autoregressive(3))
     with pytest.raises(TypeError, match=r"call \.condition\(context\)"):
@@ -201,16 +196,15 @@ def test_what_is_not_a_permutation_or_partition_is_refused():
         PartitionTransform([([0], ExpTransform())])
 
 
-@pytest.mark.parametrize("make", [lambda t: t.inv, inverse], ids=["inv", "inverse"])
-def test_inverses_leave_nothing_behind(make):
+def test_inverses_leave_nothing_behind():
     flow = affine_autoregressive(3, 8)
-    make(flow)
+    _ = flow.inv
     gc.collect()
     gc.disable()
     try:
         before = len(gc.get_objects())
         for _ in range(1000):
-            make(flow)
+            _ = flow.inv
         assert len(gc.get_objects()) - before < 500
     finally:
         gc.enable()
