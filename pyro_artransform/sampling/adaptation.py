@@ -23,7 +23,6 @@ from .trajectories import TrajectoryInfo
 _ACCEPTANCE = 0.8
 # learning rate of Adam on the log length, and decay of its second moment (both from reference 2)
 _RATE, _DECAY = 0.025, 0.95
-_SHORTEST, _LONGEST = 0.3, 60.0
 _GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
@@ -92,4 +91,4 @@ class TrajectoryLength:
         size = math.sqrt(self._second / (1 - _DECAY**self._count))
         if size > 0:
             longer = self.value * math.exp(_RATE * gradient / size)
-            self.value = min(max(longer, _SHORTEST), _LONGEST)
+            self.value = min(max(longer, 0.3), 60.0)

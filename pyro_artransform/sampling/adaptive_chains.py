@@ -30,27 +30,18 @@ from .trajectories import TrajectoryInfo, integrator_of, trajectory
 
 # trajectories in each warm-up round
 _WARM_UP = (8, 12, 20, 30, 10, 8)
-# the rounds after which other coordinates are tried: those of a field, which are refitted once, Gaussian
-# sites, and the model as it is written
-_FIELD_AFTER, _REFIT_AFTER = (1, 2), 3
-_GAUSSIAN_SITES_AFTER, _AS_WRITTEN_AFTER = (1, 2, 3), 3
-# factors by which other coordinates have to lower the Fisher divergence, at the median draw and at the 95 %
-# quantile; without coordinates from the prior, chains may miss the neck of a funnel (benchmarks/tails.md)
-_AT_MEDIAN, _CLEARLY = (1.0, math.inf), (0.5, 0.5)
-# a round is repeated while the density rises by more nats than this times the root of the dimension, the sd
-# of a normal log density being 0.7 times that; the maximum number of repeats
-_SETTLED, _MOST_REPEATS = 0.5, 6
+# the round after which the model as it is written is tried, and a field is fitted again; a field is looked
+# for, and Gaussian sites are tried, after earlier ones, except for the first
+_LAST_TRIED = 3
 # Fisher divergence above which a field is looked for (in benchmarks/chains.md 0.4 for a linear state space
 # model, which is faster without, and 1.3 for stochastic volatility)
 _FAR = 0.5
 # maximum number of steps of a trajectory, in the first round and after the warm-up
 _FEW_STEPS, _MANY_STEPS = 10, 500
-# maximum step size as a multiple of the mean integration time
-_MOST_OF_LENGTH = 2.0
 # step sizes of chains are jittered down to this share, as otherwise some chains stay stuck
 _SMALLEST = 0.35
-# in warm-up a chain's step size grows by this factor when accepted, shrinks when rejected; its lower bound
-_GROWTH, _LEAST_FACTOR = 1.5, 0.01
+# in warm-up a chain's step size grows by this factor when accepted, and shrinks when rejected
+_GROWTH = 1.5
 
 
 class AdaptiveChains:
@@ -138,7 +129,7 @@ class AdaptiveChains:
         dim = self._state.base.shape[-1]
         self._step_size, self._length, self._count = StepSize(dim), TrajectoryLength(), 0
         self._factor = torch.ones_like(self._state.base[:, 0])
-        index, repeats = 0, _MOST_REPEATS
+        index, repeats = 0, 6
         while index < len(_WARM_UP):
             number, is_last = _WARM_UP[index], index >= len(_WARM_UP) - 2
             states = self._adapt(number, _FEW_STEPS * (4 if index else 1), not is_last)
@@ -147,15 +138,16 @@ class AdaptiveChains:
             if index < len(_WARM_UP) - 1:
                 self._learn(self._rejoined(states, not is_last))
                 self._move_to_one_image()
-            if index in _FIELD_AFTER:
+            if 1 <= index < _LAST_TRIED:
                 self._try_field(states)
-            if index and repeats and _rise(states) > _SETTLED * dim**0.5:
+            # the sd of a normal log density is 0.7 times the root of the dimension
+            if index and repeats and _rise(states) > 0.5 * dim**0.5:
                 repeats -= 1
                 continue
             if self._target.to_latent is not identity:
-                if index == _REFIT_AFTER:
+                if index == _LAST_TRIED:
                     self._transform_field(states)  # refit at draws closer to the posterior
-            elif index != _AS_WRITTEN_AFTER or not self._go_on_as_written(states):
+            elif index != _LAST_TRIED or not self._go_on_as_written(states):
                 self._approximate_likelihood(states, index)
             index += 1
         if self.symmetries:
@@ -221,14 +213,12 @@ class AdaptiveChains:
             self._step_size.update(info)
             self._length.update(start, info, self._preconditioner)
             # a longer step, of nearly a whole period, would return to its start
-            self._step_size.limit(
-                _MOST_OF_LENGTH * self._length.value / self._integrator.num_stages
-            )
+            self._step_size.limit(2 * self._length.value / self._integrator.num_stages)
             self._moves += info.is_accepted
             states.append(self._state)
             if by_chain:
                 factor = torch.where(info.is_accepted, factor * _GROWTH, factor / _GROWTH)
-                factor = factor.clamp(_LEAST_FACTOR, 1.0)
+                factor = factor.clamp(0.01, 1.0)
                 logs.append(factor.log())
         if logs:
             self._has_moved = self._moves >= MOVES * number
@@ -296,7 +286,7 @@ class AdaptiveChains:
 
     def _approximate_likelihood(self, states: list[State], index: int) -> None:
         """Tries Gaussian sites, see ``model.coordinates.gaussian_sites``, after some rounds."""
-        if index not in _GAUSSIAN_SITES_AFTER or self._has_many_dependent_sites:
+        if not 1 <= index <= _LAST_TRIED or self._has_many_dependent_sites:
             return
         known = State.cat(states[len(states) // 2 :])
         known = known.at(known.is_usable)
@@ -314,7 +304,8 @@ class AdaptiveChains:
         if self.log_joint.coordinates is None:
             return False
         target = TransformedDensity(self.log_joint.with_coordinates(None), before=self._target)
-        self._go_on_in(target, states, _CLEARLY)
+        # without coordinates from the prior, chains may miss the neck of a funnel (benchmarks/tails.md)
+        self._go_on_in(target, states, (0.5, 0.5))
         return self._target is target
 
     def _find_field(self) -> tuple[LogJoint, LatentGaussianField] | None:
@@ -351,9 +342,12 @@ class AdaptiveChains:
         self,
         target: TransformedDensity,
         states: list[State],
-        factor: tuple[float, float] = _AT_MEDIAN,
+        factor: tuple[float, float] = (1.0, math.inf),
     ) -> None:
-        """Moves chains to other coordinates if these lower the Fisher divergence by a factor."""
+        """Moves chains to other coordinates if these lower the Fisher divergence by a factor.
+
+        :param factor: at the median draw, and at the 95 % quantile.
+        """
         # lost chains have been restarted since the last of these
         states = [*_last(states), self._state]
         before = State.cat(states)

@@ -18,16 +18,6 @@ from .preconditioning import Preconditioner
 from .target import State, TransformedDensity
 from .trajectories import Integrator, integrate
 
-# steps of a trajectory, the shares by which its step size is reduced, and the error in nats that still occurs
-# at a smaller step size if the density jumps
-_NUM_STEPS, _SHARES, _ERROR = 10, (1.0, 0.02), 0.5
-# the share of chains that must show it
-_MOST = 0.1
-# draws at which gradients are evaluated, and their least number per dimension; product of the variances of
-# draws and gradients, one for a normal density, below which a direction is not determined; sds by which its
-# latents move
-_NUM_DRAWS, _DRAWS_BY_DIM, _UNDETERMINED, _MOST_MOVED = 200, 4, 0.01, 0.5
-
 
 def jumps(
     target: TransformedDensity,
@@ -37,16 +27,15 @@ def jumps(
 ) -> bool:
     """Whether the error of the energy does not shrink with the step size: the density has jumps.
 
-    Trajectories have the same length at each step size.
+    A tenth of the chains has an error of half a nat after ten steps, and after 500 that are as long together.
     """
     momentum, shares = torch.randn_like(state.base), []
     energy = momentum.square().sum(-1) / 2 - state.log_density
-    for share in _SHARES:
-        number = round(_NUM_STEPS / share)
-        end, last = integrate(target, state, momentum, share * step_size, number, *kernel)
+    for number in (10, 500):
+        end, last = integrate(target, state, momentum, 10 / number * step_size, number, *kernel)
         error = last.square().sum(-1) / 2 - end.log_density - energy
-        shares.append(float((~(error.abs() < _ERROR)).double().mean()))
-    return min(shares) > _MOST
+        shares.append(float((~(error.abs() < 0.5)).double().mean()))
+    return min(shares) > 0.1
 
 
 def undetermined(log_joint: LogJoint, draws: Tensor) -> list[int]:
@@ -57,18 +46,18 @@ def undetermined(log_joint: LogJoint, draws: Tensor) -> list[int]:
 
     :param draws: on the unconstrained space, shape ``(n, D)``.
     """
-    z = draws[:: max(len(draws) // _NUM_DRAWS, 1)]
+    z = draws[:: max(len(draws) // 200, 1)]
     _, gradient = value_and_gradient(log_joint.with_coordinates(None), z)
     is_finite = gradient.isfinite().all(-1)
     z, gradient = z[is_finite].double(), gradient[is_finite].double()
-    if len(z) < _DRAWS_BY_DIM * z.shape[1]:
+    if len(z) < 4 * z.shape[1]:
         return []
     scale = z.std(0).clamp_min(torch.finfo(z.dtype).tiny)
     z, gradient = (z - z.mean(0)) / scale, gradient * scale
     variances, axes = torch.linalg.eigh(torch.cov(z.T).reshape(z.shape[1], -1))
     root = axes * variances.clamp_min(0.0).sqrt()
     curvature, directions = torch.linalg.eigh(root.T @ (gradient.T @ gradient / len(z)) @ root)
-    if not bool(curvature[0] < _UNDETERMINED):
+    if not bool(curvature[0] < 0.01):  # one for a normal density
         return []
     moved = (root @ directions[:, 0]).abs()
-    return (moved > _MOST_MOVED).nonzero()[:, 0].tolist()
+    return (moved > 0.5).nonzero()[:, 0].tolist()

@@ -49,13 +49,10 @@ _LEAST_DIM, MOST_GLOBALS, _MOST_LEVELS, _MOST_PARENTS = 50, 16, 16, 8
 # draws between which conditionals are interpolated, the factor by which these are spread out, and how far
 # beyond them, in units of their range, the interpolation goes on
 _NUM_KNOTS, _WIDER, _REACH = 40, 2.0, 0.5
-# distance in sds between the 10 % and 90 % quantiles of a normal distribution
-_BETWEEN_TENTHS = 2.563
-# tail probability of an outer quantile of the draws; reach of the density grid beyond it, in sds and cells
-_OUTER, _BEYOND, _PARTS = 0.01, 6.0, 8
-# most Newton steps to a mode given the globals, of which so many use one curvature; rms length of the last
-# one, and step of finite differences, both in sds
-_MOST_NEWTON, _SAME_CURVATURE, _CLOSE, _DIFFERENCE = 12, 3, 0.01, 1e-3
+# cells of the grid for the density beyond an outer quantile of the draws
+_PARTS = 8
+# most Newton steps to a mode given the globals, of which so many use one curvature
+_MOST_NEWTON, _SAME_CURVATURE = 12, 3
 
 
 class LatentGaussianField(NamedTuple):
@@ -142,7 +139,7 @@ class LatentGaussianField(NamedTuple):
         """
         of_pattern = self.of_pattern
         step = points.new_zeros(int(self.color.max()) + 1, points.shape[1])
-        size = _DIFFERENCE * unit[of_pattern]
+        size = 1e-3 * unit[of_pattern]
         step[self.color, of_pattern] = size
         ends = torch.stack([points[:, None] + step, points[:, None] - step])
         _, gradients = value_and_gradient(log_joint, ends.flatten(0, 2))
@@ -167,9 +164,9 @@ class LatentGaussianField(NamedTuple):
             _, gradients = value_and_gradient(log_joint, points)
             moves = [g.solve(row) for g, row in zip(gaussians, gradients[:, of_pattern])]
             move = torch.stack(moves)
-            # the Newton decrement, the length of the move in conditional sds
+            # the Newton decrement, the rms length of the move in conditional sds
             squares = (move * gradients[:, of_pattern]).mean(1)
-            is_found = squares.abs() < _CLOSE**2
+            is_found = squares.abs() < 0.01**2
             points[:, of_pattern] += move.nan_to_num(0.0, 0.0, 0.0)
             if bool(is_found.all()):
                 break
@@ -243,7 +240,7 @@ class ConditionalGaussian:
         ordered, count = globals_.sort(0).values, len(globals_)
         low, middle, high = (ordered[count * k // 10] for k in (1, 5, 9))
         tiny = torch.finfo(globals_.dtype).tiny ** 0.5
-        self._spread = ((high - low) / _BETWEEN_TENTHS).clamp_min(tiny)
+        self._spread = ((high - low) / 2.563).clamp_min(tiny)  # in sds, if they are normal
         number = min(_NUM_KNOTS, count)
         # for each global, draws at evenly spaced ranks, its minimum and maximum included
         rank, each = globals_.argsort(0), max(math.ceil(number / len(middle)), 2)
@@ -269,8 +266,8 @@ class ConditionalGaussian:
         """
         globals_ = latents[:, self.of_globals]
         middle, covariance = globals_.median(0).values, torch.atleast_2d(globals_.T.cov())
-        reach = _BEYOND * covariance.diagonal().sqrt()
-        low, high = globals_.quantile(latents.new_tensor([_OUTER, 1 - _OUTER]), 0)
+        reach = 6 * covariance.diagonal().sqrt()
+        low, high = globals_.quantile(latents.new_tensor([0.01, 0.99]), 0)
         part = torch.linspace(0, 1, _PARTS + 1, dtype=low.dtype, device=low.device)[:, None]
         grid = [low + reach * (part[:-1] - 1), low + (high - low) * part, high + reach * part[1:]]
         found = []

@@ -50,17 +50,13 @@ _BLOCK, _MOST_TRAJECTORIES = 16, 3000
 _MOST_GRADIENTS = 40_000
 # share of draws discarded as a transient
 _TRANSIENT = 1 / 3
-# slowest latents, which are checked before all the others
-_NUM_SLOWEST = 32
 # draws per chain before modes are looked for; mass outside the first mode below which slow chains do not
 # count as modes; minimum share of the proposals in a mode
 _NUM_FOR_MODES, _LEAST_SHARE_OF_OTHERS, _LEAST_SHARE = 24, 0.01, 0.05
 # maximum number of times that the step size is halved because of divergences
 _MOST_HALVED = 3
-# trajectories before chains may stop because far more would be needed, and because of divergences
-_PATIENCE, _ENOUGH_DIVERGENT = 96, 48
-# trajectories, as a multiple of those so far, above which the kernel is adapted a second time
-_FAR_MORE = 2
+# trajectories before chains may stop because far more would be needed, and half of those for divergences
+_PATIENCE = 96
 
 
 class StopReason(Enum):
@@ -252,7 +248,7 @@ class Ensemble(AdaptiveChains):
                     self._forget()
                     number = _BLOCK
                     continue
-                if size >= _ENOUGH_DIVERGENT:
+                if size >= _PATIENCE // 2:
                     return StopReason.DIVERGENT
             rhat, ess = self._worst(num_samples)
             if rhat <= GOOD_RHAT and ess >= num_samples:
@@ -266,7 +262,7 @@ class Ensemble(AdaptiveChains):
                 number = math.ceil(size / 3)
             if rhat > MODES_RHAT and self.draws.shape[1] >= _NUM_FOR_MODES and self._are_apart():
                 return StopReason.APART
-            is_slow = rhat > GOOD_RHAT and size >= _PATIENCE and more > _FAR_MORE * size
+            is_slow = rhat > GOOD_RHAT and size >= _PATIENCE and more > 2 * size
             if self._blocks and is_slow and not self._has_adapted_again:
                 self._adapt_again()
             if not self._blocks:
@@ -389,4 +385,5 @@ class Ensemble(AdaptiveChains):
 
 
 def _count(latents: Tensor) -> int:
-    return min(_NUM_SLOWEST, len(latents))
+    """How many of the slowest latents are checked before all the others."""
+    return min(32, len(latents))

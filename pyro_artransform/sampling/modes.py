@@ -5,7 +5,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import pyro.distributions as dist
 import torch
@@ -22,8 +22,8 @@ Value = TypeVar("Value")
 #: distance between chains of different modes, in sds within chains
 APART = 6.0
 _MOST_MODES = 8
-# draws per dimension needed to estimate a covariance, and the ridge added to its correlations
-_DRAWS_BY_DIM, _RIDGE = 4, 1e-6
+# draws per dimension needed to estimate a covariance
+_DRAWS_BY_DIM = 4
 #: a mode is negligible if its evidence is this many nats below that of the first, plus nats per dimension
 NEGLIGIBLE, NEGLIGIBLE_BY_DIM = 10.0, 2.0
 # degrees of freedom of Student's t proposals
@@ -31,8 +31,6 @@ _DEGREES = 5.0
 # A chain is lost if its acceptance rate is below the first bound and it is not _ABOVE nats above the chains
 # whose rate exceeds the second, or if it is _BELOW nats below these.
 STUCK, MOVES, _ABOVE, _BELOW, _BELOW_BY_ROOT_DIM = 0.15, 0.3, 5.0, 50.0, 5.0
-# trajectories until chains have settled in modes
-_NUM_SETTLED = 12
 
 
 def _unchanged(value: Value) -> Value:
@@ -162,7 +160,7 @@ def lost_chains(states: Sequence[State], moves: Tensor) -> Tensor:
     # chains stuck at far higher densities are in a narrow mode, which must be kept
     is_stuck = (moves < STUCK * number) & ~(log_density > typical + _ABOVE + dim**0.5)
     is_lost = is_stuck | ~(log_density > typical - below)
-    if number >= _NUM_SETTLED:
+    if number >= 12:  # chains have settled in modes
         later = states[number // 4 :]
         base, log_density = (
             torch.stack(part, 1) for part in zip(*((s.base, s.log_density) for s in later))
@@ -170,14 +168,6 @@ def lost_chains(states: Sequence[State], moves: Tensor) -> Tensor:
         modes = Modes.of(base, log_density)
         is_lost |= modes.is_negligible[modes.group]
     return is_lost
-
-
-class Proposal(Protocol):
-    """A distribution of points ``(n, D)`` of the base space."""
-
-    def sample(self, shape: tuple[int, ...]) -> Tensor: ...
-
-    def log_prob(self, value: Tensor) -> Tensor: ...
 
 
 class StudentTMixture(NamedTuple):
@@ -229,7 +219,7 @@ class IndependentProposals:
        https://arxiv.org/abs/1812.02609
     """
 
-    def __init__(self, distribution: Proposal) -> None:
+    def __init__(self, distribution: "StudentTMixture | GuideProposal") -> None:
         self._distribution = distribution
 
     @classmethod
@@ -297,7 +287,7 @@ def _scale_tril(draws: Tensor) -> Tensor:
     scale = _sds(draws)
     if draws.shape[1] == 1 or len(draws) < _DRAWS_BY_DIM * draws.shape[1]:
         return scale.diag()
-    correlation = torch.corrcoef(draws.T) + _RIDGE * torch.ones_like(scale).diag()
+    correlation = torch.corrcoef(draws.T) + 1e-6 * torch.ones_like(scale).diag()
     return scale[:, None] * torch.linalg.cholesky(correlation)
 
 

@@ -29,7 +29,6 @@ _NEAR = 1.2
 # points with gradients this many times the lower quartile are left out, and so are coordinates for which the
 # sd of draws times that of gradients, one for a Gaussian, is out of bounds by this factor
 _TOO_STEEP, _TOO_UNEQUAL = 1e6, 1e4
-_QUANTILES = (0.5, 0.95)  # of the Fisher divergence
 
 
 class Preconditioner(NamedTuple):
@@ -108,7 +107,7 @@ def fisher_divergence(draws: Tensor, gradients: Tensor) -> Tensor:
         found.transposed(gradients - gradients.mean(0)),
     )
     z = z + (z @ found.directions * (1 / found.factors - 1)) @ found.directions.T
-    return (z + score).square().mean(1).quantile(z.new_tensor(_QUANTILES))
+    return (z + score).square().mean(1).quantile(z.new_tensor([0.5, 0.95]))
 
 
 def _covariance(values: Tensor) -> Tensor:

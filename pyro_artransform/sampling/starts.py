@@ -21,36 +21,30 @@ from ..model.density import CACHED
 from ..model.graphs.dependencies import value_and_gradient
 from .modes import NEGLIGIBLE, NEGLIGIBLE_BY_DIM
 from .preconditioning import Preconditioner
-from .target import State, TransformedDensity
+from .target import TOO_FAR, State, TransformedDensity
 
-#: superchains; most and fewest chains of a vectorized model; chains of a model that is looped over
-SUPERCHAINS, MOST_CHAINS, FEWEST_CHAINS, CHAINS_BY_LOOP = 8, 64, 16, 8
-# effective draws requested per chain; total coordinates up to which all gradients cost as much as one
-_DRAWS_BY_CHAIN, _CACHED_COORDINATES, _SHARE_OF_CACHE = 12, 2**15, 4
+SUPERCHAINS = 8  #: of one chain each, if the model is looped over
+_MOST_CHAINS, _FEWEST_CHAINS = 64, 16  # of a vectorized model
 # spread of the starts in sds of the prior (benchmarks/tails.md)
 _SPREAD = 1.3
+# half-width of the uniform distribution of starts on the unconstrained space, as that of Stan's
+_UNIFORM = 2.0
 # Adam steps, first and last learning rate in units of the spread, and number of last steps whose points give
 # the first preconditioner
 _CLIMB, _FIRST, _SMALLEST, _LAST = 60, 0.3, 0.003, 10
-# a step after which the density is lower by so many nats, or not finite, is taken back, and later ones are a
-# quarter as long; largest gradient, whose square is finite
-_FALL, _STEEPEST = 1000.0, 1e15
-# Stan's initial values are uniform in (-2, 2) on the unconstrained space. Points without a finite density are
-# drawn anew: in units of the prior, from narrower uniform distributions, and near the model's start.
-_UNIFORM, _OF_PRIOR, _NARROWER, _NEAR = 2.0, (1.0, 0.5), (2.0, 0.5, 0.0), (0.1, 0.01, 0.0)
 
 
 def usual_num_chains(log_joint: LogJoint, num_samples: float) -> int:
     """The number of chains: more if many draws cost as much as one, and many are requested."""
     if log_joint.strategy == "loop":
-        return CHAINS_BY_LOOP
+        return SUPERCHAINS
     fast = min(
-        log_joint.chunk_size // (_SHARE_OF_CACHE * CACHED),
-        _CACHED_COORDINATES // log_joint.latents.latent_dim,
-        num_samples / _DRAWS_BY_CHAIN,
-        MOST_CHAINS,
+        log_joint.chunk_size // (4 * CACHED),
+        2**15 // log_joint.latents.latent_dim,  # so many coordinates cost as much as one
+        num_samples / 12,
+        _MOST_CHAINS,
     )
-    return max(int(fast) // SUPERCHAINS * SUPERCHAINS, FEWEST_CHAINS)
+    return max(int(fast) // SUPERCHAINS * SUPERCHAINS, _FEWEST_CHAINS)
 
 
 class Starts(NamedTuple):
@@ -151,17 +145,24 @@ def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> S
 
 
 def _others(log_joint: LogJoint, start: Tensor, wide: Tensor, num_points: int) -> Iterator[Tensor]:
-    """Points to replace those without a finite density, ``(num_points, D)``."""
-    for spread in _OF_PRIOR:
+    """Points to replace those without a finite density, ``(num_points, D)``.
+
+    In units of the prior, from narrower uniform distributions, and near the model's start.
+    """
+    for spread in (1.0, 0.5):
         yield start + spread * wide * wide_normal(num_points, start)
-    for half_width in _NARROWER:
+    for half_width in (_UNIFORM, 0.5, 0.0):
         yield uniform(log_joint, latin_hypercube(num_points, start), half_width)
-    for spread in _NEAR:
+    for spread in (0.1, 0.01, 0.0):
         yield log_joint.start + spread * wide_normal(num_points, start)
 
 
 def initial_ascent(target: TransformedDensity, starts: Starts) -> tuple[State, Preconditioner]:
-    """Ascends from starts, short of a mode; returns the states and a first preconditioner."""
+    """Ascends from starts, short of a mode; returns the states and a first preconditioner.
+
+    A step after which the density is lower by 1,000 nats, or not finite, is taken back, and later ones are a
+    quarter as long.
+    """
     base, unit, is_held, _ = starts
     first, second = torch.zeros_like(base), torch.zeros_like(base)
     states, share = list[State](), torch.ones_like(base[:, 0])
@@ -173,7 +174,7 @@ def initial_ascent(target: TransformedDensity, starts: Starts) -> tuple[State, P
             first = first.masked_fill(has_fallen[:, None], 0.0)
         states = [*states[1 - _LAST :], state]
         gradient = (unit * state.gradient).nan_to_num(0.0, 0.0, 0.0).masked_fill(is_held, 0.0)
-        gradient = gradient.clamp(-_STEEPEST, _STEEPEST)
+        gradient = gradient.clamp(-1e15, 1e15)  # whose square is finite
         first, second = 0.9 * first + 0.1 * gradient, 0.95 * second + 0.05 * gradient.square()
         size = (second / (1 - 0.95**step)).sqrt().clamp_min(1e-8)
         rate = _FIRST * (_SMALLEST / _FIRST) ** (step / _CLIMB) * share[:, None]
@@ -188,7 +189,7 @@ def initial_ascent(target: TransformedDensity, starts: Starts) -> tuple[State, P
 
 def _taken_back(state: State, before: State) -> tuple[State, Tensor]:
     """The states without steps after which the density has fallen, and which steps these are, ``(C,)``."""
-    is_lower = ~(state.log_density > before.log_density - _FALL)
+    is_lower = ~(state.log_density > before.log_density - TOO_FAR)
     has_fallen = is_lower & before.log_density.isfinite()
     return before.where(has_fallen, state), has_fallen
 

@@ -15,8 +15,8 @@ from ..model import LogJoint
 from ..model.coordinates.gaussian_sites import GaussianSites
 from ..model.replay.capture import Captured, Function
 
-# nats below the upper quartile of the densities at which a point is of no use, and nats per dimension
-_FAR_BELOW, _FAR_BELOW_BY_DIM = 1000.0, 10.0
+#: nats by which no density or energy may fall, as in Stan
+TOO_FAR = 1000.0
 
 ToLatent = Callable[[Tensor], tuple[Tensor, Tensor]]  #: points to values and log-determinants
 
@@ -53,7 +53,7 @@ class State(NamedTuple):
         is_finite = self.is_finite
         if not bool(is_finite.any()):
             return is_finite
-        most_below = _FAR_BELOW + _FAR_BELOW_BY_DIM * self.base.shape[-1]
+        most_below = TOO_FAR + 10 * self.base.shape[-1]
         return is_finite & (
             self.log_density >= self.log_density[is_finite].quantile(0.75) - most_below
         )

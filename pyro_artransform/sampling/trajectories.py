@@ -19,10 +19,8 @@ import torch
 from torch import Tensor
 
 from .preconditioning import Preconditioner
-from .target import State
+from .target import TOO_FAR, State
 
-# energy error above which a trajectory is divergent, as in Stan
-_DIVERGENT = 1000.0
 # maximum dimension for leapfrog steps, which are stable at larger sizes there (benchmarks/chains.md)
 _MOST_BY_LEAPFROG = 50
 
@@ -106,7 +104,7 @@ def trajectory(
         target, state, momentum, step_size, num_steps, preconditioner, integrator
     )
     gain = energy - (momentum.square().sum(-1) / 2 - end.log_density)
-    is_divergent = ~(gain > -_DIVERGENT)
+    is_divergent = ~(gain > -TOO_FAR)
     gain = torch.where(is_divergent, -torch.inf, gain)
     is_accepted = torch.rand_like(gain).log() < gain
     info = TrajectoryInfo(

@@ -118,7 +118,7 @@ def test_uses_that_no_function_of_torch_shows():
         (conjugate, 400, 24, (24, 8)),
         (conjugate, 400, 12, (12, 4)),
         (conjugate, 400, 6, (6, 6)),
-        (models.branching, 400, None, (starts.CHAINS_BY_LOOP, 8)),  # by a loop few
+        (models.branching, 400, None, (starts.SUPERCHAINS, 8)),  # by a loop few
     ],
 )
 def test_numbers_of_chains(model, num_samples, num_chains, expected):
