@@ -3,17 +3,20 @@
 
 """Checks of arguments, which return the checked value, and warnings."""
 
+import inspect
 import math
 import operator
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from numbers import Real
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from pyro.infer.autoguide import AutoGuide
+from torch import Tensor, nn
 
 T = TypeVar("T")
 _LONGEST = 80  # characters of a value in an error
@@ -135,6 +138,48 @@ def asks_for_data(args: Sequence[Any], kwargs: Mapping[str, Any], words: str) ->
         if args or kwargs or " missing " not in str(error):
             raise
         raise TypeError(f"{words} ({error})") from error
+
+
+def check_call(
+    verb: Callable[..., Any],
+    model: Callable[..., Any],
+    args: tuple[object, ...] | None,
+    kwargs: Mapping[str, object],
+) -> None:
+    """Checks that a model accepts its arguments (``None`` with a loader), and none has an option's name.
+
+    :param verb: ``fit`` or ``mcmc``, whose keyword-only arguments are options.
+    """
+    if isinstance(model, AutoGuide):
+        raise TypeError(
+            f"{verb.__name__}(model, ...): the first argument is the model, got the guide "
+            f"{type(model).__name__}. To fit a guide, use fit(model, guide, *args)"
+        )
+    called = model.forward if isinstance(model, nn.Module) else model
+    try:
+        # the wrapper of a decorated model decides which arguments it accepts
+        signature = inspect.signature(called, follow_wrapped=False)
+        names = inspect.signature(called).parameters.keys()
+    except (TypeError, ValueError):
+        return
+    bound = model.keywords.keys() if isinstance(model, partial) else set()
+    parameters = inspect.signature(verb).parameters.values()
+    options = sorted(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+    for name in sorted((names - bound) & {*options}):
+        raise ValueError(
+            f"the model has a parameter '{name}', which is also an option of {verb.__name__}: expected "
+            f"another name, or bind it first, as in functools.partial(model, {name}=...)"
+        )
+    if args is None:
+        return
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{verb.__name__}: expected the arguments that the model takes, {signature}, got {len(args)} by "
+            f"position and {sorted(kwargs)} by keyword ({error}). The options of {verb.__name__} are "
+            f"{', '.join(options)}"
+        ) from None
 
 
 def _is_number(value: Any) -> bool:

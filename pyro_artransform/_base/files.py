@@ -15,14 +15,6 @@ import torch
 FilePath = str | os.PathLike[str]
 
 
-# before format 9 a guide's file held a number in place of its kind
-_OLDER = (
-    "a guide from an older version. With version 0.2.0 (pip install pyro_artransform==0.2.0), save its draws "
-    "by torch.save(AutoIAF.load(path).sample_posterior(10_000), 'draws.pt'), with the class of the guide, "
-    "and its flow, model and data if required"
-)
-
-
 def write(path: FilePath, kind: str, content: dict[str, Any]) -> None:
     """Writes a temporary file next to the target and renames it; a failure keeps the old file.
 
@@ -52,8 +44,6 @@ def read(path: FilePath, kind: str, map_location: Any = None) -> dict[str, Any]:
         if size <= os.fstat(file.fileno()).st_size and archive.testzip() is None:
             file.seek(0)
             saved: dict[str, Any] = torch.load(file, map_location=map_location, weights_only=True)
-            if type(found := saved["format"]) in (int, str):
-                if found == kind:
-                    return saved
-                got = _OLDER if isinstance(found, int) else found
+            if (got := str(saved["format"])) == kind:
+                return saved
     raise ValueError(f"{path}: expected {kind}, got {got}")

@@ -150,11 +150,6 @@ def check_time() -> None:
         raise OutOfTimeError
 
 
-def say(what: str) -> None:
-    """Reports the current activity, if the limit has a ``say``."""
-    _present.get().say(what)
-
-
 def has_limit() -> bool:
     """Whether the current phase has an end, so that its work must come in small parts."""
     return math.isfinite(_present.get().end)

@@ -12,7 +12,6 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from .._base.arguments import check_flag, check_positive, to_tensor
-from .._base.check_call import explains_options
 from ..flows.transforms import ComposedTransform, LocationScale
 from ..model.coordinates.centering import CoordinatesArgument
 from ..model.protocols import FlowGuide
@@ -69,7 +68,6 @@ class AutoAutoregressive(UnconstrainedGuide, FlowGuide):
         {'scale': (10,), 'z': (10, 3)}
     """
 
-    @explains_options
     def __init__(
         self,
         model: Callable[..., object],

@@ -16,7 +16,6 @@ from .._base.arguments import (
     check_hidden_dims,
     check_integer,
 )
-from .._base.check_call import explains_options
 from ..flows.builders import hinged_marginals, iaf, maf, spline_marginals
 from ..flows.conditioners import default_activation
 from ..flows.transforms import CompressedTails, FlowModule, chain
@@ -41,7 +40,6 @@ class PresetGuide(AutoAutoregressive):
     #: whether hinges of each coordinate precede the layers
     _has_hinges: ClassVar[bool]
 
-    @explains_options
     def __init__(
         self,
         model: Callable[..., object],

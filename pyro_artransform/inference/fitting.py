@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch.distributions import Distribution
 
-from .._base.arguments import check_callable, check_flag, check_integer
-from .._base.check_call import check_call, explains_data
+from .._base.arguments import check_call, check_callable, check_flag, check_integer
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from .evaluation.outcome import result_of
@@ -181,7 +180,6 @@ def fit(
         check_callable("callback", callback, "a function")
     with (
         alone("fit"),
-        explains_data(args, kwargs),
         open_parallel() as parallel,
         seeded(seed if parallel.size == 1 else parallel.seed(seed)),
         progress_bar(progress and parallel.rank == 0) as bar,

@@ -11,8 +11,7 @@ from pyro.infer.autoguide.initialization import init_to_median
 from pyro.util import get_rng_state
 from torch import Tensor
 
-from .._base.arguments import check_callable, check_flag, check_integer
-from .._base.check_call import check_call, explains_data
+from .._base.arguments import check_call, check_callable, check_flag, check_integer
 from .._base.progress import alone, generators_at, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from ..model import LogJoint
@@ -101,7 +100,6 @@ def mcmc(
     check_call(mcmc, model, args, kwargs)
     with (
         alone("mcmc"),
-        explains_data(args, kwargs),
         seeded(seed),
         progress_bar(progress) as bar,
         TimeLimit(max_seconds, bar.tick, bar.say) as limit,

@@ -81,6 +81,14 @@ def test_what_cannot_be_read(tmp_path):
     assert refuses(path)
 
 
+def test_another_format_is_named_and_no_version_is_advised(tmp_path):
+    path = tmp_path / "numbers.pt"
+    for kind in (8, "letters"):
+        torch.save({"format": kind}, path)
+        with pytest.raises(ValueError, match=f"expected numbers, got {kind}$"):
+            read(path)
+
+
 def test_numbers_that_changed(tmp_path):
     """torch.load does not notice them."""
     path = tmp_path / "numbers.pt"

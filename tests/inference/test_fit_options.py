@@ -20,8 +20,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoIAF, fit
-from pyro_artransform._base.arguments import check_flag
-from pyro_artransform._base.check_call import check_call
+from pyro_artransform._base.arguments import check_call, check_flag
 from pyro_artransform._base.progress import ProgressBar
 from pyro_artransform.diagnostics.checks import Check
 from pyro_artransform.inference.initialization.initialize import NO_DATA
@@ -183,7 +182,7 @@ def test_a_callable_of_the_models_goes_by_its_name():
     chosen = AutoNormal(with_link)
     assert few(with_link, torch.exp, Y, guide=chosen, num_steps=2).guide is chosen
     assert isinstance(few(with_link, link=torch.exp, y=Y, num_steps=2).guide, AutoIAF)
-    with pytest.raises(TypeError, match=r"missing a required argument: 'y'.*by keyword"):
+    with pytest.raises(TypeError, match=r"missing a required argument: 'y'"):
         few(with_link, torch.exp, Y, num_steps=2)
 
 
@@ -195,19 +194,7 @@ WRONG = [
     ((None, None, None), {}, "expected the arguments that the model takes"),
     ((Y, 1.0, 2.0), {}, "expected the arguments that the model takes"),
     ((Y,), {"callback": 3}, "callback: expected a function, got 3"),
-    ((Y,), {"num_step": 3}, r"Did you mean num_steps=, an option of fit\?"),
-    (
-        (Y,),
-        {"lr": 0.01},
-        "chooses the step size itself; to set it, train the guide with pyro.infer.SVI",
-    ),
-    ((Y,), {"num_samples": 100}, "number of effective draws, use draws="),
-    ((Y,), {"num_chains": 4}, "draws=; fit chooses the number and length of its chains"),
-    ((Y,), {"num_warmup": 500}, "draws=; fit chooses the number and length of its chains"),
-    ((Y,), {"num_epochs": 3}, r"Did you mean epochs=.* with a loader\?"),
-    ((Y,), {"verbose": True}, "progress=False"),
-    ((Y,), {"dtype": torch.float64}, r"\(got an unexpected keyword argument 'dtype'\)$"),
-    ((DataLoader(Y),), {}, "got a DataLoader: pass it to fit, as loader="),
+    ((Y,), {"num_step": 3}, r"argument 'num_step'\). The options of fit are .*, num_steps, "),
 ]
 
 
@@ -220,12 +207,7 @@ def test_arguments_of_another_type(args, options, words):
 BATCHES = [
     ([(Y, 1.0, Y)], {}, r"\(y, scale=1.0\), got 3 by position.*too many positional"),
     ([{"data": Y}], {}, r"got 0 by position and \['data'\] by keyword"),
-    (
-        [(Y,)],
-        {"lr": 0.1},
-        "chooses the step size itself; to set it, train the guide with pyro.infer.SVI",
-    ),
-    ([(Y,)], {"num_epochs": 3}, "Did you mean epochs="),
+    ([(Y,)], {"lr": 0.1}, "argument 'lr'"),
 ]
 
 
@@ -335,40 +317,6 @@ def test_max_seconds_are_those_of_the_whole_fit(draws):
     assert time.perf_counter() - began < 4.5  # a tenth more is promised on an idle machine
     assert 0 < result.num_steps < 10**6
     assert result.stopped_because == "the time limit was reached"
-
-
-@pytest.mark.parametrize("guide", [None, AutoIAF, AutoNormal])
-def test_data_without_rows(guide):
-    """For which Pyro's plate has a ZeroDivisionError."""
-    none = torch.zeros(0)
-    made = {} if guide is None else {"guide": guide(regression)}
-    with pytest.raises(
-        ValueError, match="at least one row of data, got none: a plate of the model"
-    ):
-        few(regression, none, none, **made)
-    with pytest.raises(ValueError, match="at least one row of data"):
-        mcmc(regression, none, none, progress=False)
-
-
-def test_another_division_by_zero_is_the_models_own():
-    with pytest.raises(ZeroDivisionError, match="division by zero"):
-        mcmc(lambda: 1 / 0)
-
-
-@pytest.mark.filterwarnings("ignore:__array_wrap__ must accept:DeprecationWarning")
-def test_data_of_pandas():
-    pandas = pytest.importorskip("pandas")
-    table = pandas.DataFrame({"x": [1.0, 2.0], "y": [1.0, 2.0]})
-    words = "got a Series of pandas as argument 1, a Series of pandas as y: pass torch.tensor"
-    for run in (few, mcmc):
-        with pytest.raises(TypeError, match=words):
-            run(regression, table.x, y=table.y)
-
-    def converts(frame):
-        x, y = torch.tensor(frame.to_numpy()).T
-        regression(x, y)
-
-    assert few(converts, table, num_steps=1).draws["slope"].isfinite().all()
 
 
 @pytest.mark.parametrize("run", [few, mcmc])

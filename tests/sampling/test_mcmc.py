@@ -300,7 +300,7 @@ def of_draws(draws):
         (ValueError, models.location, (), {"seed": -1}, "seed: expected"),
         (ValueError, models.location, (), {"max_seconds": 0.0}, "max_seconds: expected a posit"),
         (TypeError, models.location, (None, 400), {}, "arguments that .*, got 2 by position"),
-        (TypeError, models.location, (), {"draw": 4}, "Did you mean draws=, an option of mcmc"),
+        (TypeError, models.location, (), {"draw": 4}, "The options of mcmc are draws, init"),
         (TypeError, models.location, (), {"init_loc_fn": 0.0}, "init_loc_fn: expected a func"),
     ],
 )

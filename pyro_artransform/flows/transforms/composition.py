@@ -236,7 +236,9 @@ class PermutationTransform(FlowModule):
         super().__init__()
         self.register_buffer("order", torch.as_tensor(order).long())
         if self.order.dim() != 1 or sorted(self.order.tolist()) != list(range(len(self.order))):
-            raise ValueError(f"order: expected a permutation of 0 .. D-1, got {shown(order)}")
+            raise ValueError(
+                f"order: expected a permutation of 0 .. D-1, got {shown(self.order.tolist())}"
+            )
 
     def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self._pick(x, self.order)

@@ -12,7 +12,6 @@ from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
 from ..._base.arguments import check_integer, to_tensor
-from ..._base.check_call import explains_options
 from ...flows.transforms.scales_and_tails import check_location_and_scale
 from ...model import LogJoint
 from ...model.coordinates.centering import CoordinatesArgument
@@ -106,7 +105,6 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
         *("graph", "shares_networks", "full_rank", "max_parents"),
     )
 
-    @explains_options
     def __init__(
         self,
         model: Callable[..., object],

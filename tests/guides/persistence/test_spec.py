@@ -221,12 +221,7 @@ CHANGES = {
         lambda s: s.update(format="a guide of class AutoMAF, format 9"),
         "AutoIAF, format 9, got a guide of class AutoMAF",
     ),
-    "another kind": ("iaf", lambda saved: saved.update(format=[9]), "got another kind of file"),
-    "older": (
-        "iaf",
-        lambda saved: saved.update(format=8),
-        r"older version.*torch\.save\(AutoIAF\.load\(path\)\.sample",
-    ),
+    "another kind": ("iaf", lambda saved: saved.update(format=[9]), r"got \[9\]"),
     "a cycle": ("iaf", cyclic, "and the guide's flow, got"),
     "nested": ("iaf", lambda s: s.update(spec="[" * 10**5), "and the guide's flow, got"),
     "text in place of a number": ("iaf", arguments(num_transforms="3"), "num_transforms: expected"),
