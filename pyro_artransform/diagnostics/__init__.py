@@ -4,10 +4,10 @@
 """Diagnostics of a posterior: importance sampling, errors of marginals, evidence."""
 
 from .checks import Check, FailedCheck, Verdict
+from .convergence import ModeShares
 from .importance_sampling import Importance, importance
 from .importance_weights import log_weights
 from .marginals import Marginals
-from .mode_shares import ModeShares
 from .plates import ConditionalDiagnostics, ElementDiagnostics, PlateDiagnostics
 from .psis import ParetoTail, fit_tail, smooth_tail
 

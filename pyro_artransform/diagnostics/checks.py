@@ -27,14 +27,9 @@ _BREAK_SYMMETRY = (
     "priors)"
 )
 CORNER = "Use a prior that keeps scales away from zero, or another parametrization"
-_FEWEST = 8  # the fewest trajectories that say anything about mixing
-_LOW_ACCEPTANCE = 0.5  # the step size is adapted to 0.8 where the log density is smooth
-# the most modes reached from one of eight starts only
-_MOST_SINGLE = 1
 # the largest percentage of the posterior beyond the outer 1 % quantile of draws; correct draws of the
 # volatility model in benchmarks/chains.md have 3.7
 _MOST_BEYOND = 4.0
-_MOST_SKIPPED = 10.0  # the largest percentage of skipped steps
 _MOST_NOISE = 1.0  # the largest variance of log weights due to noise
 
 
@@ -48,60 +43,56 @@ class CheckEntry(NamedTuple):
     remedy: str  #: what to do, with fields
     #: what it means, for ``docs/verdict.md``; empty if the sentence is made elsewhere, and its row by hand
     meaning: str = ""
-    #: whether the check fails, given the fields and other numbers; by default it is decided by the caller
-    fails: Callable[..., object] = lambda **_: True
+    #: whether the check fails, given fields and other numbers; by default, if any of these is not empty
+    fails: Callable[..., object] = lambda **measured: any(measured.values())
 
 
 class Check(Enum):
     """The checks of draws and guides, each with what a verdict says of a failure, and a remedy."""
 
     # of draws and guides
-    PRIOR = CheckEntry("{prior_only}", GIVE_DATA, fails=lambda prior_only: prior_only)
+    PRIOR = CheckEntry("{prior_only}", GIVE_DATA)
     ROUNDED = CheckEntry(
         "the posterior of site {sites} is hardly wider than the spacing of floating-point numbers: its draws "
         "are rounded to a few values",
         "Use float64, or rescale the site to the scale of its posterior",
         "draws are rounded, as for a `Uniform(0, 1)` near 1 in float32, and so are their moments",
-        fails=lambda sites: sites,
     )
     EDGE = CheckEntry(
         "draws of site {sites} reach the smallest numbers of their dtype, or the largest below one, where "
         "the rest of the posterior is cut off",
         "Use float64, or a prior that keeps the site away from the edge of its support",
-        "the posterior goes on below what the dtype can hold, as with a `Gamma(0.01, 0.01)` in float32: the "
-        "draws are of what is left",
-        fails=lambda sites: sites,
+        "the draws are of what the dtype can hold, as with a `Gamma(0.01, 0.01)` in float32",
     )
     # of draws
     MODES = CheckEntry(
         "chains found {modes}: {between}",
         "Tighter priors may leave fewer modes. With up to 50 latents, chains of fit(model, *args) jump by a "
         "flow for each mode",
-        "with “chains do not move between them”, the draws do not have the right shares, and these are of a "
-        "Gaussian approximation. With “reached from one start only”, they do, but the share of starts that "
-        "reached a mode alone estimates that of modes not found (Good, 1953, "
+        "if chains do not move between them, the draws have wrong shares, and these are of a Gaussian "
+        "approximation. If more than one was reached from one start only, there may be others (Good, 1953, "
         "https://doi.org/10.1093/biomet/40.3-4.237). More draws or a better guide will not help",
-        fails=lambda is_apart, num_single, **_: is_apart or num_single > _MOST_SINGLE,
+        fails=lambda is_apart, num_single, **_: is_apart or num_single > 1,
     )
     WARM_UP = CheckEntry(
         "time was over before chains had adapted (draws of each chain: {count})",
         "Allow more time",
         "time ran out in the warm-up, or soon after: the draws are not worth looking at",
-        fails=lambda num_trajectories, **_: num_trajectories < _FEWEST,
+        fails=lambda num_trajectories, **_: num_trajectories < 8,
     )
     JUMPS = CheckEntry(
         "the log density jumps, since the error of the energy does not shrink with the step size: the model "
         "compares a latent, as in torch.where(t < tau, a, b), or rounds one",
         "Write a smooth change, such as torch.sigmoid((t - tau) / width), or enumerate a discrete latent",
         "gradients do not show a jump, such as a change point, so most trajectories across it are rejected",
-        fails=lambda acceptance, has_jumps: acceptance < _LOW_ACCEPTANCE and has_jumps(),
+        # the step size is adapted to an acceptance of 0.8 where the log density is smooth
+        fails=lambda acceptance, has_jumps: acceptance < 0.5 and has_jumps(),
     )
     UNDETERMINED = CheckEntry(
         "neither prior nor data determine {names}: the draws drift without end",
         "Use proper priors, or fix one of several latents of which only a sum or a product matters",
-        "the gradient vanishes in a direction in which draws vary, as with an improper prior of latents of "
-        "which only the sum has data: there is no posterior in this direction",
-        fails=lambda names: names,
+        "there is no posterior in some direction, as with an improper prior of latents of which only the sum "
+        "has data",
     )
     MIXING = CheckEntry(
         f"chains have not mixed: R-hat is {{rhat:.3f}} for {{name}}, above {GOOD_RHAT}",
@@ -112,19 +103,17 @@ class Check(Enum):
     ESS = CheckEntry(
         "{name} has {ess:.0f} effective draws{where}, not {wanted}",
         "{remedy}",
-        "the chains ended too early: time ran out (`max_seconds`, Ctrl-C), or more trajectories would hardly "
-        "help. If R-hat is good, estimates from fewer draws are noisier but not wrong. “ in the tails” is "
-        "about 5 and 95 % quantiles",
+        "time ran out (`max_seconds`, Ctrl-C), or more trajectories would hardly help. If R-hat is good, "
+        "estimates are noisier but not wrong. “ in the tails” is about 5 and 95 % quantiles",
         fails=lambda ess, wanted, **_: not ess >= wanted,
     )
     DIVERGENCES = CheckEntry(
         "{percent:.3g} % of the trajectories diverged: the step size is too large for a region of high "
         "curvature, such as a scale near zero, and the draws underrepresent it",
         CORNER,
-        f"more than {100 * MANY_DIVERGENT:g} % of the trajectories ended at a finite density with an energy "
-        "error of more than 1,000 nats, most often in a narrow neck, although step sizes were halved three "
-        "times, and there are no independence proposals that reach the neck. A density with a steep edge has "
-        "divergences, too, and its draws may be right",
+        f"more than {100 * MANY_DIVERGENT:g} % of the trajectories had an energy error of more than 1,000 "
+        "nats, most often in a narrow neck, although step sizes were halved three times. At a steep edge of "
+        "a density the draws may be right",
         # independent proposals reach corners that trajectories miss, so that divergences do not matter then
         fails=lambda percent, has_proposals: percent > 100 * MANY_DIVERGENT and not has_proposals,
     )
@@ -140,19 +129,14 @@ class Check(Enum):
     NO_CHAINS = CheckEntry(
         "the guide was not checked by chains, since none could start: {reason}",
         "",
-        "the log density or its gradient is not finite at the model's initial values, at quantiles of the "
-        "prior, and at points uniform in (-2, 2) on the unconstrained space; the sentence goes on with the "
-        "site and what was tried. The guide is not trusted, even if its numbers look good: it may lack modes "
-        "or tails",
-        fails=lambda reason: reason,
+        "the log density or its gradient is not finite at any start; the sentence goes on with the site and "
+        "what was tried. The guide may lack modes or tails, even if its numbers look good",
     )
     FAILED = CheckEntry(
         "an error ended the start, the training or the evaluation of the guide: {error}",
         "Mend what the error names. Draws that are trusted need no guide",
-        "the log density is not finite at the guide's initial values, or model or guide fail at its draws. "
-        "The draws of chains, which ran before, do not depend on it; the guide keeps its last parameters, "
-        "and its numbers are `nan`",
-        fails=lambda error: error,
+        "model or guide fail at its draws, or the log density is not finite at its initial values. The draws "
+        "of chains do not depend on it; the guide keeps its last parameters, and its numbers are `nan`",
     )
     CUT_SHORT = CheckEntry("{reason}", "{remedy}")
     SKIPPED = CheckEntry(
@@ -160,7 +144,7 @@ class Check(Enum):
         "result.culprits names the sites",
         "Use tighter priors, or supports that keep scales away from zero",
         "the model overflows at draws from the guide",
-        fails=lambda percent: percent > _MOST_SKIPPED,
+        fails=lambda percent: percent > 10,
     )
     POINT = CheckEntry(
         "the guide has a point mass at some site, like AutoDelta (or AutoLaplaceApproximation before "
@@ -178,16 +162,14 @@ class Check(Enum):
     DENSITY = CheckEntry(
         "the log density of the model is not finite at {count} of {num_samples} draws of the guide",
         "check supports and data",
-        "the guide draws values that the model does not allow, or data are impossible at any value of the "
-        "latents",
+        "the guide draws values that the model does not allow, or data are impossible at any latents",
         fails=lambda count, **_: count,
     )
     ROUND_OFF = CheckEntry(
         "the importance weights are dominated by the round-off of {dtype}, up to {nats:.2g} nats in a log "
         "density of {elbo:.3g}: their tail is unknown",
         "Use {remedy}",
-        "log densities are too large for the precision of float32; in float64, the guide draws values that "
-        "the model almost excludes",
+        "log densities are too large for float32; in float64, the model almost excludes some draws",
         fails=lambda of_mean, round_off, khat, **_: (
             not of_mean < 1 or (round_off > GOOD_GAP and khat == WORST_KHAT)
         ),
@@ -217,16 +199,15 @@ class Check(Enum):
         "about {percent:.0f} % of the posterior is in {count} other mode(s), found by restarts, where the "
         "guide has almost no draws",
         _BREAK_SYMMETRY,
-        "the guide has one of several modes: chains started from points spread over the prior ended in "
-        "others, to which the guide gives less than a tenth of their probability. Neither a better guide nor "
-        "more draws will help",
+        "chains ended in modes to which the guide gives less than a tenth of their probability. Neither a "
+        "better guide nor more draws will help",
         fails=lambda percent, **_: percent > 100 * GOOD_LOST_MASS,
     )
     MARGINALS = CheckEntry(
         "means or standard deviations of the guide clearly differ from those of the chains' draws",
         "{remedy}",
-        "chains have mixed, so the guide is wrong, although its own draws may not show it: it may have only "
-        "one of two modes. The row *marginals* has the largest [errors](#marginals)",
+        "chains have mixed, so the guide is wrong, although its own draws may not show it. The row "
+        "*marginals* has the largest [errors](#marginals)",
         fails=lambda found, **_: found is not None and found.is_off,
     )
     RESTARTS = CheckEntry(
@@ -243,7 +224,6 @@ class Check(Enum):
         "active, such as init_to_value(values=guide.median()), or use AutoIAF. In float32, round-off can "
         "look like a dependency: use float64",
         "a branch of the model was not taken where `AutoStructuredFlow` looked for dependencies",
-        fails=lambda names: names,
     )
     MINIBATCHES = CheckEntry(
         "the guide was trained on mini-batches: the ELBO {of} is {elbo:.3f} ± {elbo_se:.3f} ({num_batches} "
@@ -262,8 +242,7 @@ class Check(Enum):
         "the shared latents could not be checked: with {count} draws per element, noise alone gives their "
         f"log weights a variance of {{noise:.2g}}, above {_MOST_NOISE:.0f}",
         "Use {remedy}",
-        "each element is good, but the sum of their log weights is too noisy. The draws for each element "
-        "grow with the number of steps",
+        "each element is good, but the sum of their log weights is too noisy; more steps use more draws",
         fails=lambda noise, **_: noise > _MOST_NOISE,
     )
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Nested R-hat of superchains and ArviZ's effective sample sizes, vectorized over coordinates.
+"""Nested R-hat of superchains, ArviZ's effective sample sizes, by coordinate, and the mass of modes.
 
 **References**
 
@@ -16,6 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .._base.arguments import first_of
+from .psis import KHAT_OF_VARIANCE
+
 GOOD_RHAT = 1.02  #: the largest R-hat of chains that agree
 MODES_RHAT = 1.1  #: the nested R-hat above which chains may be in different modes
 #: share of divergent trajectories above which step sizes are halved, and finally draws are not trusted: a
@@ -23,8 +26,6 @@ MODES_RHAT = 1.1  #: the nested R-hat above which chains may be in different mod
 MANY_DIVERGENT = 0.01
 _TAILS = (0.05, 0.95)
 _OUTER = (0.03, 0.97)  # tail probabilities on which superchains have to agree
-_MANY = 2**21
-_MOST_TAIL = 0.5  # a distribution with a larger tail index has no variance
 
 
 class Convergence(NamedTuple):
@@ -86,7 +87,7 @@ def _split(draws: Tensor) -> Tensor:
     half = draws.shape[1] // 2
     halves = torch.cat([draws[:, :half], draws[:, draws.shape[1] - half :]]).permute(2, 0, 1)
     # single precision suffices for ranks, and halves the time for millions of draws
-    if halves.numel() <= _MANY:
+    if halves.numel() <= 2**21:
         return halves.double().contiguous()
     if not halves.is_floating_point():
         return halves.float().contiguous()
@@ -105,7 +106,7 @@ def _has_variance(chains: Tensor) -> Tensor:
     distances = (flat - flat.median(1).values[:, None]).abs()
     count = max(distances.shape[1] // 50, 2)
     largest = distances.topk(count, 1).values.clamp_min(torch.finfo(chains.dtype).tiny).log()
-    return largest.mean(1) - largest[:, -1] < _MOST_TAIL
+    return largest.mean(1) - largest[:, -1] < KHAT_OF_VARIANCE
 
 
 def _normal_scores(chains: Tensor) -> Tensor:
@@ -187,3 +188,30 @@ def _nested(draws: Tensor, num_superchains: int) -> Tensor:
     between, within = means.mean(1).var(0), within.mean(0)
     constant = torch.where(between > 0, torch.inf, 1.0)
     return torch.where(within > 0, (1 + between / within).sqrt(), constant)
+
+
+class ModeShares(NamedTuple):
+    """The modes that were found, none of which is an image of another one, and the mass of each.
+
+    Others may exist: no search is exhaustive.
+    """
+
+    share: Tensor  #: the share of each mode, ``(num_modes,)``
+    #: standard errors; ``nan`` for the approximation by a Gaussian for each mode
+    se: Tensor
+    names: tuple[str, ...]  #: the latents in which modes differ
+
+    def __str__(self) -> str:
+        shares = [*map(_percent, self.share.tolist(), self.se.tolist())]
+        return (
+            f"{len(shares)} modes with {', '.join(shares)} of the posterior, which differ in "
+            f"{first_of(self.names)}"
+        )
+
+
+def _percent(share: float, se: float) -> str:
+    """A share in percent, with as many digits as its standard error determines."""
+    if math.isnan(se):
+        return f"about {100 * share:.3g} %"
+    digits = max(0, -math.floor(math.log10(max(100 * se, 1e-3))))
+    return f"{100 * share:.{digits}f} ± {100 * se:.{digits}f} %"

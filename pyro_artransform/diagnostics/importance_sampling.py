@@ -12,10 +12,9 @@ from torch import Tensor
 
 from .._base.arguments import check_integer
 from .importance_weights import NUM_DRAWS, weighted_draws
-from .psis import fit_tail, share_above, smooth_tail
+from .psis import KHAT_OF_VARIANCE, fit_tail, share_above, smooth_tail
 
 GOOD_KHAT = 0.7  #: the largest k-hat at which estimates with the weights are reliable
-KHAT_OF_VARIANCE = 0.5  #: the largest k-hat of weights with finite variance (Vehtari et al. 2024)
 GOOD_GAP = 0.1  #: the largest gap between an ELBO and the log evidence, in nats
 GOOD_ELBO_SE = 0.05  #: the largest standard error of an ELBO, in nats
 GOOD_TAIL = 0.001  #: the largest excess of a tail, as a share of all weights, that is negligible

@@ -18,12 +18,11 @@ from torch import Tensor
 
 from ..model import Latents, LogJoint
 from .convergence import mean_ess
-from .importance_sampling import CONFIDENCE, GOOD_ERROR, KHAT_OF_VARIANCE
+from .importance_sampling import CONFIDENCE, GOOD_ERROR
 from .importance_weights import Values
-from .psis import fit_tails
+from .psis import KHAT_OF_VARIANCE, fit_tails
 
 _NUM_DRAWS = 4000  # of the guide, limited since each costs as much as a draw of chains
-_RADII = (30.0, 300.0)  # distances in sds between which the decay of a density gives its tail index
 
 
 class MarginalErrors(NamedTuple):
@@ -165,15 +164,16 @@ def errors_by_chains(draws: Tensor, of_guide: Tensor) -> MarginalErrors:
 def indices_along_rays(log_density: Callable[[Tensor], Tensor], draws: Tensor) -> Tensor:
     """The tail index of each latent, ``(D,)``, from the density far outside of draws ``(n, D)``.
 
-    The density is evaluated along each coordinate in both directions from the median. If it decays with
-    the power -1 - 1 / k of the distance, the index is k. Draws of guides and short chains do not get there.
+    The density is evaluated along each coordinate in both directions from the median, at 30 and 300 sds. If
+    it decays with the power -1 - 1 / k of the distance, the index is k. Draws of guides and short chains do
+    not get there.
     """
     center = draws.median(0).values
-    near, far = (radius * torch.diag_embed(draws.std(0)) for radius in _RADII)
+    near, far = (radius * torch.diag_embed(draws.std(0)) for radius in (30, 300))
     indices = []
     for sign in (1, -1):
         fall = log_density(center + sign * near) - log_density(center + sign * far)
-        power = fall / math.log(_RADII[1] / _RADII[0])
+        power = fall / math.log(10)
         index = torch.where(power > 1, 1 / (power - 1), torch.inf)
         # a zero or undefined density counts as no tail
         indices.append(index.masked_fill(power.isnan(), 0))

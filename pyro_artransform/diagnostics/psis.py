@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+KHAT_OF_VARIANCE = 0.5  #: the largest tail index of weights with finite variance
 WORST_KHAT = 10.0  #: the largest k-hat, also used if the tail cannot be fitted
 
 

@@ -11,9 +11,9 @@ from .._base import files
 from .._base.files import FilePath
 from ..model.symmetries import Symmetry
 from .checks import Check, FailedCheck, Verdict
+from .convergence import ModeShares
 from .importance_sampling import Importance
 from .marginals import Marginals
-from .mode_shares import ModeShares
 from .plates import ConditionalDiagnostics, PlateDiagnostics
 
 _KIND = "the draws and the verdict of class {}, format 1"

@@ -13,8 +13,8 @@ from .._base.arguments import first_of, warn_user
 from .._base.files import FilePath
 from ..diagnostics import Importance, Marginals
 from ..diagnostics.checks import Check, FailedCheck, Verdict, as_lines
+from ..diagnostics.convergence import ModeShares
 from ..diagnostics.importance_sampling import GOOD_KHAT
-from ..diagnostics.mode_shares import ModeShares
 from ..diagnostics.plates import ElementDiagnostics, PlateDiagnostics
 from ..diagnostics.result_io import SavedResult
 from ..model.density import Args, Kwargs

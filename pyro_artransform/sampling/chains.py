@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .._base.time_limit import abandonable
 from ..diagnostics.checks import CORNER, Check, FailedCheck, Verdict, about_draws, as_lines
-from ..diagnostics.mode_shares import ModeShares
+from ..diagnostics.convergence import ModeShares
 from ..diagnostics.result_io import SavedResult
 from ..model.rounding import find_rounding
 from ..model.symmetries import ROTATION, Symmetry

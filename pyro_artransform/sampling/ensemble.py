@@ -27,11 +27,11 @@ from ..diagnostics.convergence import (
     MANY_DIVERGENT,
     MODES_RHAT,
     Convergence,
+    ModeShares,
     effective_draws,
     nested_rhat,
     nested_rhat_of_values,
 )
-from ..diagnostics.mode_shares import ModeShares
 from ..model import LogJoint
 from ..model.protocols import FlowGuide
 from ..model.relabelling import Relabelling

@@ -11,8 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from ..diagnostics.convergence import mean_ess
-from ..diagnostics.mode_shares import ModeShares
+from ..diagnostics.convergence import ModeShares, mean_ess
 from ..model import LogJoint
 from ..model.protocols import FlowGuide
 from .target import State

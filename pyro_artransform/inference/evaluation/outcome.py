@@ -9,8 +9,8 @@ from typing import Any, cast
 
 from ..._base.time_limit import INTERRUPTED, OUT_OF_TIME
 from ...diagnostics.checks import Check, FailedCheck
+from ...diagnostics.convergence import ModeShares
 from ...diagnostics.importance_weights import NUM_DRAWS
-from ...diagnostics.mode_shares import ModeShares
 from ...model.protocols import FlowGuide, MinibatchGuide
 from ..first_draws import FirstDraws, keeping
 from ..initialization.start import FAILED

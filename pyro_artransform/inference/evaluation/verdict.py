@@ -12,8 +12,8 @@ from ..._base.arguments import first_of
 from ..._base.time_limit import abandonable
 from ...diagnostics import Importance, Marginals
 from ...diagnostics.checks import Check, FailedCheck, Verdict, about_draws
+from ...diagnostics.convergence import ModeShares
 from ...diagnostics.importance_sampling import GOOD_KHAT, GOOD_TAIL
-from ...diagnostics.mode_shares import ModeShares
 from ...diagnostics.plates import ElementDiagnostics
 from ...diagnostics.psis import round_off_of
 from ...sampling import Ensemble

@@ -8,7 +8,7 @@ import torch
 
 from pyro_artransform.diagnostics import Importance
 from pyro_artransform.diagnostics.checks import Check, Verdict
-from pyro_artransform.diagnostics.mode_shares import ModeShares
+from pyro_artransform.diagnostics.convergence import ModeShares
 from pyro_artransform.inference.evaluation.verdict import NOT_SEARCHED, FitStatus, LostModes, judge
 
 NOTHING = LostModes(0.0, 0, was_searched=True)
