@@ -35,14 +35,18 @@ _SMALL_CHUNK, _FEW = 100, 4  # draws at once if they are slow or time is limited
 
 
 class Weighted(NamedTuple):
-    """Draws in a guide's coordinates, ``(n, D)`` or ``None`` if replayed, their values, weights ``(n,)``."""
+    """Draws in a guide's coordinates, ``(n, D)`` or ``None`` if replayed, their values, weights ``(n,)``.
+
+    ``log_joint`` is the density with the strategy that suits these draws, ``None`` if they are replayed.
+    """
 
     latent: Tensor | None
     values: Values
     log_weights: Tensor
+    log_joint: LogJoint | None = None
 
 
-Drawer = Callable[[int], Weighted]
+Drawer = Callable[[Any, int], Weighted]
 
 
 @torch.no_grad()
@@ -79,10 +83,10 @@ def weighted_draws(
         log_joint = log_joint or LogJoint(run_model)
         with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
             check_same_latents(log_joint, run_guide)
-        draw: Drawer = partial(_draw_unconstrained, offered, log_joint)
+        draw: Drawer = partial(_draw_unconstrained, offered)
         is_point = False
     else:
-        draw, is_point = _drawer(run_model, run_guide, log_joint)
+        draw, is_point, log_joint = _drawer(run_model, run_guide, log_joint)
     is_slow = log_joint is not None and log_joint.strategy == "loop"
     chunk = most = _FEW if is_slow and has_limit() else _SMALL_CHUNK
     if log_joint is not None and log_joint.strategy != "loop":
@@ -90,7 +94,8 @@ def weighted_draws(
         chunk = _SMALL_CHUNK if has_limit() else most
     start = 0
     while start < n:
-        drawn = draw(min(chunk, n - start))
+        drawn = draw(log_joint, min(chunk, n - start))
+        log_joint = drawn.log_joint or log_joint
         yield drawn._replace(log_weights=drawn.log_weights - torch.inf) if is_point else drawn
         # at a time limit, a chunk takes about as long as all before
         start, chunk = start + chunk, min(2 * chunk, most)
@@ -121,7 +126,7 @@ class ModelAndGuide(NamedTuple):
             with generators_at(generators):  # its start does not depend on the guide
                 log_joint = LogJoint(model, args, kwargs)
         if isinstance(offered, (FlowGuide, MinibatchGuide)):
-            log_joint.maps_priors = offered.maps_priors
+            log_joint = log_joint.view(maps_priors=offered.maps_priors)
         if isinstance(offered, FlowGuide) and offered.coordinates is not None:
             log_joint = log_joint.with_coordinates(offered.coordinates)
         return cls(model, guide, args, kwargs, log_joint)
@@ -139,7 +144,7 @@ def has_point(values: Values) -> bool:
     return any(value.numel() and bool((value == value[:1]).all()) for value in values.values())
 
 
-def _draw_unconstrained(guide: FlowGuide, log_joint: LogJoint, n: int) -> Weighted:
+def _draw_unconstrained(guide: FlowGuide, log_joint: Any, n: int) -> Weighted:
     """Draws with the density computed by the guide, in the coordinates of the log joint density."""
     density = log_joint
     if guide.coordinates is not None and log_joint.coordinates is None:
@@ -151,15 +156,17 @@ def _draw_unconstrained(guide: FlowGuide, log_joint: LogJoint, n: int) -> Weight
             f"guide: expected latents of shape {expected} and densities of shape {(n,)}, got "
             f"{tuple(latent.shape)} and {tuple(log_q.shape)}"
         )
-    log_weights = _log_ratio(density, latent, log_q)
-    log_joint.strategy, log_joint.obstacle = density.strategy, density.obstacle
+    log_weights, density = _log_ratio(density, latent, log_q)
     unconstrained, _ = density.to_unconstrained(latent)
     latent = unconstrained if log_joint.coordinates is None else latent
-    return Weighted(latent, log_joint.latents.constrain(unconstrained), log_weights)
+    values = log_joint.latents.constrain(unconstrained)
+    return Weighted(latent, values, log_weights, density.with_coordinates(log_joint.coordinates))
 
 
-def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> tuple[Drawer, bool]:
-    """A function that makes n draws of a guide that is traced, and whether the guide is a point."""
+def _drawer(
+    model: Run, guide: Run, log_joint: LogJoint | None
+) -> tuple[Drawer, bool, LogJoint | None]:
+    """A function that makes n draws of a guide that is traced, whether the guide is a point, the density."""
     trace = run_once(guide, validated=True)
     check_data(trace)
     if discrete := [n["name"] for n in latent_nodes(trace) if n["fn"].support.is_discrete]:
@@ -169,44 +176,44 @@ def _drawer(model: Run, guide: Run, log_joint: LogJoint | None) -> tuple[Drawer,
         )
     if subsampled_plates(trace):
         draw = partial(_draw_replayed, model, guide)
-        values = draw(NUM_COMPARED).values
+        values = draw(None, NUM_COMPARED).values
         _check_auxiliary(trace, values)
     else:
         log_joint = log_joint or LogJoint(model)
         guide_draws, sites = GuideSampler(guide, log_joint.num_plates), log_joint.latents.sites
         _check_latents(sites, guide_draws.shapes)
         _check_auxiliary(trace, sites)
-        draw = partial(_draw_constrained, guide_draws, log_joint)
+        draw = partial(_draw_constrained, guide_draws)
         values = guide_draws(NUM_COMPARED)[0]
         # a simplex with a single entry is constant without being a point
         values = {name: values[name] for name in sites if sites[name].unconstrained_shape.numel()}
-    return draw, has_point(values)
+    return draw, has_point(values), log_joint
 
 
-def _draw_constrained(draw: GuideSampler, log_joint: LogJoint, n: int) -> Weighted:
+def _draw_constrained(draw: GuideSampler, log_joint: Any, n: int) -> Weighted:
     drawn, log_q = draw(n)
     values = {name: drawn[name] for name in log_joint.latents.sites}
     latent = log_joint.latents.unconstrain(values)
     _, ladj = log_joint.latents.constrain_with_ladj(latent)
-    return Weighted(latent, values, _log_ratio(log_joint, latent, ladj + log_q))
+    return Weighted(latent, values, *_log_ratio(log_joint, latent, ladj + log_q))
 
 
-def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> Tensor:
-    """The log weights of draws, with a warning if a model turns out to mix draws evaluated at once."""
+def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> tuple[Tensor, LogJoint]:
+    """The log weights of draws, and the density by a strategy that does not mix them, with a warning."""
     if log_joint.is_random:  # each draw sees its own mini-batch
-        return torch.cat([*map(log_joint, latent.split(1))]) - log_q
+        return torch.cat([*map(log_joint, latent.split(1))]) - log_q, log_joint
     checked = log_joint.checked(latent, log_q)
     if checked.strategy != log_joint.strategy:
-        log_joint.strategy, log_joint.obstacle = checked.strategy, checked.obstacle
+        log_joint = log_joint.evaluated(strategy=checked.strategy, obstacle=checked.obstacle)
         warnings.warn(
             "the model has a different log density for many draws at once than for one at a time: from now "
             f"on, draws are evaluated by {log_joint.strategy}. Write it without branches (torch.where)",
             stacklevel=2,
         )
-    return checked.values - log_q
+    return checked.values - log_q, log_joint
 
 
-def _draw_replayed(model: Run, guide: Run, n: int) -> Weighted:
+def _draw_replayed(model: Run, guide: Run, log_joint: None, n: int) -> Weighted:
     """Draws with latents of a mini-batch: the model is replayed at each draw of the guide."""
     rows, log_weights = [], []
     for _ in range(n):

@@ -6,7 +6,7 @@
 import copy
 import math
 from collections.abc import Callable, Mapping
-from functools import cached_property, lru_cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import pyro
@@ -115,6 +115,8 @@ class LogJoint:
         self.num_plates, self._is_part = plate_nesting(trace), bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(first)))
         self.latents, self._num_values = Latents.from_trace(first), count_values(trace)
+        self._num_compared = self._num_values
+        self._chunk_size: int | None = None
         self._arguments, self._structures = (args, kwargs), dict[Any, ModelStructure]()
         self._checked = {argument_signature((args, kwargs))}
         self.coordinates: Coordinates | None = None
@@ -139,38 +141,52 @@ class LogJoint:
             wide = scales_of(priors_of(self.known_runs[0].nodes, self.latents), self.latents, start)
             near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
             points = start + torch.cat([near[:1], wide.clamp_min(1.0) * far, -far, near[1:]])
-            return choose_strategy(self._evaluate, {"z": points}, NUM_COMPARED)
+            choice = choose_strategy(self._evaluate, {"z": points}, NUM_COMPARED)
+        return choice._replace(is_random=self._is_part or choice.is_random)
 
-    @cached_property
+    @property
     def strategy(self) -> str:
         """How draws are vectorized, "plate", "vmap" or "loop": see ``model.vectorization``."""
         return self._choice().strategy
 
-    @cached_property
+    @property
     def obstacle(self) -> str:
         """Why the next faster strategy does not suit the model."""
         return self._choice().obstacle
 
-    @cached_property
+    @property
     def is_random(self) -> bool:
         """Whether the density is random, by subsampling or by other random numbers of the model."""
-        return self._is_part or self._choice().is_random
+        return self._choice().is_random
 
-    @cached_property
+    @property
     def chunk_size(self) -> int:
         """The number of draws evaluated at once without gradients, which bounds memory."""
-        return self._chunk_size(self._num_values)
-
-    def _chunk_size(self, num_values: int) -> int:
         # the largest intermediate tensor may exceed all sites together
-        return draws_at_a_time(num_values * max(self._choice().num_values / self._num_values, 1.0))
+        factor = self._choice().num_values / self._num_compared
+        return self._chunk_size or draws_at_a_time(self._num_values * max(factor, 1.0))
+
+    def view(self, **changes: Any) -> "LogJoint":
+        """The same density with other attributes: all that is made from another density is a view of it."""
+        other = copy.copy(self)
+        vars(other).update(changes)
+        return other
+
+    def evaluated(self, *, chunk_size: int | None = None, **changes: Any) -> "LogJoint":
+        """The same density evaluated in another way.
+
+        :param chunk_size: the number of draws at once.
+        :param changes: its ``strategy``, ``obstacle`` or ``is_random``.
+        """
+        other = self.view(_chunk_size=chunk_size or self._chunk_size)
+        if not changes:
+            return other
+        choice = self._choice()._replace(**changes)
+        return other.view(_choice=lambda: choice)
 
     def by_strategy(self, strategy: str) -> "LogJoint":
         """The same density by a strategy that is not compared with single runs."""
-        other = copy.copy(self)
-        other.strategy, other.is_random = strategy, False
-        other.chunk_size = draws_at_a_time(self._num_values)
-        return other
+        return self.view(_choice=lambda: Choice(strategy, "", False, 0.0), _chunk_size=None)
 
     @property
     def reason(self) -> str:
@@ -197,7 +213,7 @@ class LogJoint:
         """
         kwargs = kwargs or {}
         if _identities(args, kwargs) == _identities(*self._arguments):
-            return copy.copy(self)
+            return self
         structure = self.structure(args, kwargs)
         expected = {name: tuple(site.shape) for name, site in self.latents.sites.items()}
         if structure.shapes != expected:
@@ -206,20 +222,15 @@ class LogJoint:
                 f"{expected}, got {structure.shapes}. Latents of the elements of a mini-batch need a guide "
                 "such as AutoAmortized"
             )
-        other = self.bound_to(args, kwargs)
-        other.chunk_size = self._chunk_size(structure.num_values)
-        return other
+        return self.bound_to(args, kwargs).view(_num_values=structure.num_values)
 
     def bound_to(self, args: Args, kwargs: Kwargs) -> "LogJoint":
         """Binds other arguments without comparing latents: some may have been data."""
-        other = copy.copy(self)
         if _identities(args, kwargs) == _identities(*self._arguments):
-            return other
-        other._arguments = args, kwargs
-        other.run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
-        other.known_runs = []
-        other._find_mapped = lru_cache(maxsize=1)(other._compare_priors)
-        return other
+            return self
+        run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
+        other = self.view(_arguments=(args, kwargs), run=run, known_runs=[])
+        return other.view(_find_mapped=lru_cache(maxsize=1)(other._compare_priors))
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
         """The structure of a run with other arguments, cached by their signature.
@@ -305,16 +316,10 @@ class LogJoint:
             total = plate.total(terms, total)
         return {"total": total}
 
-    def _like(self, other: "LogJoint") -> None:
-        """Gives a density of a subclass the model, arguments, start and strategy of another density."""
-        vars(self).update(vars(other))
-
     def with_coordinates(self, coordinates: Coordinates | None) -> "LogJoint":
         """The log density in other coordinates, with their log-determinant."""
-        other = copy.copy(self)
         has_sites = coordinates is not None and coordinates.with_location
-        other.coordinates = coordinates if has_sites else None
-        return other
+        return self.view(coordinates=coordinates if has_sites else None)
 
     @property
     def start(self) -> Tensor:
@@ -373,6 +378,26 @@ class LogJoint:
     def enumerated(self, run: Callable[[], object]) -> Any:
         """Enumerates the discrete latents of a model, if any, to the left of the draws."""
         return EnumMessenger(-2 - self.num_plates)(run) if self.is_enumerated else run
+
+
+class DensityOver(LogJoint):
+    """A log joint density that holds another one, and has its model, latents, start and strategy.
+
+    Subclasses define other values. A view of it holds a view of the other density.
+    """
+
+    def __init__(self, inner: LogJoint) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner" or name.startswith("__"):  # a copy has no attributes at first
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def view(self, **changes: Any) -> Any:
+        other = copy.copy(self)
+        other.inner = self.inner.view(**changes)
+        return other
 
 
 def _identities(args: Args, kwargs: Kwargs) -> list[Any]:

@@ -3,11 +3,10 @@
 
 """Log joint densities from mini-batches: their mean, and one with a control variate from all data."""
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from torch import Tensor
 from .._base.comparison import agree, round_off
 from .._base.differentiation import KnownGradients, sum_with_gradient
 from .._base.processes import OneProcess
-from .density import Args, Kwargs, LogJoint
+from .density import Args, DensityOver, Kwargs, LogJoint
 from .graphs.dependencies import value_and_gradient
 from .graphs.element_precision import ElementPrecision
 from .handlers import FirstIndices
@@ -50,7 +49,7 @@ class Anchor(NamedTuple):
         return Anchor(point, value, gradient, reach, precision)
 
 
-class FullDataDensity(LogJoint):
+class FullDataDensity(DensityOver):
     """The log joint density of a model, as the mean over mini-batches weighted by their rows.
 
     The density of one mini-batch is scaled up to all data, and its mode is many posterior sds away from that
@@ -85,8 +84,7 @@ class FullDataDensity(LogJoint):
                 "expected priors that are the same for each mini-batch, got some whose location or scale "
                 "depends on its data: make the guide with coordinates='model'"
             )
-        self._like(largest)
-        self._largest = largest
+        super().__init__(largest)
         own = math.fsum(shares), is_even
         totals, are_even = zip(*processes.gather_objects("sizes of mini-batches", own))
         #: the share of all data in the mini-batches, by their scales
@@ -96,39 +94,35 @@ class FullDataDensity(LogJoint):
         self._batches, self._processes, self._own = batches, processes, self
         processes.hold(self)
         # a plate whose indices are not used draws them nevertheless, and looks random
+        self._is_random = largest.is_random
         if self.is_random:
             with torch.random.fork_rng(devices=range(torch.cuda.device_count())), torch.no_grad():
                 one = sum_with_gradient(self._parts, self.start[None])
                 torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
                 other = sum_with_gradient(self._parts, self.start[None])
             is_random = not agree(other, one, round_off)
-            self.is_random = any(processes.gather_objects("equal densities", is_random))
-            if not self.is_random:
+            is_random = any(processes.gather_objects("equal densities", is_random))
+            self._is_random = is_random
+            if not is_random:
                 # apart from the indices that a plate draws, of the size of all data
                 run = self.bound_to(*largest._arguments)
                 with torch.no_grad(), LargestTensor() as tensor:
                     run(self.start[None])
-                self.chunk_size = draws_at_a_time(tensor.num_values)
+                self.inner = self.inner.evaluated(chunk_size=draws_at_a_time(tensor.num_values))
 
-    def _of_largest(self) -> LogJoint:
-        """The density of the largest mini-batch alone."""
-        part = self._largest.with_coordinates(self.coordinates)
-        part.strategy, part.obstacle, part.chunk_size = (
-            self.strategy,
-            self.obstacle,
-            self.chunk_size,
-        )
-        part.maps_priors = self.maps_priors
-        return part
+    @property
+    def is_random(self) -> bool:
+        """Whether the mean is random, even if the indices that plates draw are known."""
+        return self._is_random
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> LogJoint:
-        return self._of_largest().with_arguments(args, kwargs)
+        return self.inner.with_arguments(args, kwargs)
 
     def bound_to(self, args: Args, kwargs: Kwargs) -> LogJoint:
-        part = self._of_largest().bound_to(args, kwargs)
-        if not self.is_random:
-            part.run, part.is_random = FirstIndices()(part.run), False
-        return part
+        part = self.inner.bound_to(args, kwargs)
+        if self.is_random:
+            return part
+        return part.evaluated(is_random=False).view(run=FirstIndices()(part.run))
 
     @property
     def is_of_all_data(self) -> bool:
@@ -164,9 +158,8 @@ class FullDataDensity(LogJoint):
     @torch.no_grad()
     def checked(self, z: Tensor, log_q: Tensor | None = None) -> Checked:
         """Evaluates draws by a strategy that agrees with single runs on one mini-batch."""
-        found, other = self.bound_to(*next(iter(self._batches))).checked(z, log_q), copy.copy(self)
-        other.strategy = found.strategy
-        return found._replace(values=other(z))
+        found = self.bound_to(*next(iter(self._batches))).checked(z, log_q)
+        return found._replace(values=self.evaluated(strategy=found.strategy)(z))
 
     def nonfinite_sites(self, z: Tensor) -> list[str]:
         found = (self.bound_to(*batch).nonfinite_sites(z) for batch in self._batches)
@@ -177,8 +170,7 @@ def _with_gradient(
     density: FullDataDensity, strategy: str, u: Tensor, has_gradient: bool
 ) -> Tensor:
     """The share of a process in the density at points ``(n, D)``; with its gradient, ``(n, 1 + D)``."""
-    share = copy.copy(density)
-    share.coordinates, share.strategy = None, strategy
+    share = cast(FullDataDensity, density.with_coordinates(None).evaluated(strategy=strategy))
     with torch.set_grad_enabled(has_gradient):
         u = u.to(share.start.device).requires_grad_(has_gradient)
         found = [sum_with_gradient(share._parts, u)[:, None]]
@@ -195,7 +187,7 @@ def _weighted(weight: float, part: LogJoint, z: Tensor) -> Tensor:
     return weight * part(z)
 
 
-class AnchoredLogJoint(LogJoint):
+class AnchoredLogJoint(DensityOver):
     r"""The log joint density of a mini-batch with a control variate: all data's expansion at a point a.
 
     .. math::
@@ -217,25 +209,25 @@ class AnchoredLogJoint(LogJoint):
     """
 
     def __init__(self, of_batch: LogJoint, of_all: Anchor) -> None:
-        self._like(of_batch)
-        self._of_batch, self._of_all = of_batch, of_all
+        super().__init__(of_batch)
+        self._of_all = of_all
         self._own = Anchor.of(of_batch, of_all.point, of_all.reach)
 
     def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "AnchoredLogJoint":
-        return AnchoredLogJoint(self._of_batch.with_arguments(args, kwargs), self._of_all)
+        return AnchoredLogJoint(self.inner.with_arguments(args, kwargs), self._of_all)
 
     def __call__(self, z: Tensor) -> Tensor:
         of_all, own = self._of_all, self._own
         change = (z - of_all.point).clamp(-of_all.reach, of_all.reach)
         offset = (of_all.value - own.value) + change @ (of_all.gradient - own.gradient)
-        linear, precision = self._of_batch(z) + offset, of_all.precision
+        linear, precision = self.inner(z) + offset, of_all.precision
         return linear if precision is None else linear + self._second_order(change, precision)
 
     def _second_order(self, change: Tensor, precision: ElementPrecision) -> Tensor:
         """The quadratic term of all data less that of the mini-batch, by differences of its gradient."""
         step = _STEP * change.detach()
         ends = torch.cat([self._of_all.point + step, self._of_all.point - step])
-        forward, backward = value_and_gradient(self._of_batch, ends)[1].chunk(2)
+        forward, backward = value_and_gradient(self.inner, ends)[1].chunk(2)
         slope = (backward - forward) / (2 * _STEP) - precision.times(change.detach().T).T
         through = (slope * change).sum(-1)
         return through - 0.5 * through.detach()

@@ -19,7 +19,6 @@ The evaluated function takes draws by name and their number, ``None`` for a sing
 name: log densities by datum, or their sum.
 """
 
-import copy
 import traceback
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -317,27 +316,26 @@ def checked(log_joint: Any, z: Tensor, log_q: Tensor | None = None) -> Checked:
     :param log_q: the log density of the proposal at the draws, shape ``(n,)``; then single runs, if needed,
         are limited to draws of extreme weights and a few others. By default all draws are compared.
     """
-    state, density = torch.get_rng_state(), copy.copy(log_joint)
+    state = torch.get_rng_state()
 
-    def evaluate(strategy: str) -> Tensor:
+    def evaluate(strategy: str) -> tuple[Any, Tensor]:
         torch.set_rng_state(state)
-        density.strategy = strategy
-        values: Tensor = density(z)
-        return values
+        density = log_joint.evaluated(strategy=strategy)
+        return density, density(z)
 
-    def agrees(values: Tensor) -> bool:
+    def agrees(found: tuple[Any, Tensor]) -> bool:
         if len(z) == 1:
             return True
         after = torch.get_rng_state()
-        found = _agrees(density, z, values, log_q, state)
+        is_same = _agrees(*found, z, log_q, state)
         torch.set_rng_state(after)
-        return found
+        return is_same
 
-    strategy, values, obstacle = fastest(evaluate, agrees, log_joint.strategy)
+    strategy, (_, values), obstacle = fastest(evaluate, agrees, log_joint.strategy)
     return Checked(values, strategy, obstacle or log_joint.obstacle)
 
 
-def _agrees(density: Any, z: Tensor, values: Tensor, log_q: Tensor | None, state: Tensor) -> bool:
+def _agrees(density: Any, values: Tensor, z: Tensor, log_q: Tensor | None, state: Tensor) -> bool:
     """Whether vectorized values equal those of single draws from the same random state."""
     rows, single = _one_by_one(density, z, None if log_q is None else values - log_q, state)
     tol, differs = _TIGHT * tolerance(single), (values[rows] - single).abs().nan_to_num(torch.inf)
@@ -363,13 +361,11 @@ def _one_by_one(
     """
     found, rows = list[Tensor](), list(range(len(z)))
     if density.strategy == "plate":
-        apart = copy.copy(density)
-        apart.strategy = "vmap"
         torch.set_rng_state(state)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # torch warns of slow vmap rules
-                return rows, apart(z)
+                return rows, density.evaluated(strategy="vmap")(z)
         except Exception as error:
             if any(said in str(error) for said in _BRANCHES):
                 raise

@@ -112,8 +112,25 @@ def test_the_mean_at_the_arguments_of_a_batch_is_that_batch():
         assert part.is_random == expected.is_random
         # without the indices of all rows that a plate draws
         assert part.chunk_size >= expected.chunk_size
-    mean.strategy = "loop"
-    assert mean.bound_to(*batches[0]).strategy == "loop"
+
+
+def test_a_view_of_a_density_of_batches_is_a_view_of_each_and_changes_no_other():
+    runs = []
+
+    def model(y):
+        runs.append(y)
+        of_batch(y)
+
+    log_joint, z = LogJoint(model, (Y[:3],)), torch.randn(5, 2)
+    mean = FullDataDensity(log_joint, [((Y[:3],), {}), ((Y[3:],), {})])
+    anchor = Anchor.of(mean, torch.zeros(2), torch.ones(2))
+    for density in (mean, AnchoredLogJoint(mean.bound_to((Y[:3],), {}), anchor)):
+        by_loop, strategy, before = density.by_strategy("loop"), density.strategy, density(z)
+        runs.clear()
+        torch.testing.assert_close(by_loop(z), before)
+        assert len(runs) >= len(z)  # one a draw
+        assert (density.strategy, log_joint.strategy) == (strategy, strategy) != ("loop", "loop")
+    assert mean.by_strategy("loop").bound_to((Y[:3],), {}).strategy == "loop"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

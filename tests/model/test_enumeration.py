@@ -3,7 +3,6 @@
 
 """Sums over the states of discrete latents, many draws at once, against single draws and Pyro's sums."""
 
-import copy
 from functools import partial
 from itertools import pairwise
 
@@ -65,8 +64,7 @@ def test_names(examples):
 
 
 def value_and_gradient(log_joint, strategy, z):
-    log_joint = copy.copy(log_joint)
-    log_joint.strategy = strategy
+    log_joint = log_joint.evaluated(strategy=strategy)
     z = z.clone().requires_grad_()
     values = log_joint(z)
     (gradient,) = torch.autograd.grad(values.sum(), z)

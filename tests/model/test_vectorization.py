@@ -196,9 +196,7 @@ def test_kalman_filter_of_pyro():
     log_joint = LogJoint(model)
     assert log_joint.strategy == "vmap"
     z = torch.randn(5, 1)
-    found = log_joint(z)
-    log_joint.strategy = "loop"
-    torch.testing.assert_close(found, log_joint(z))
+    torch.testing.assert_close(log_joint(z), log_joint.by_strategy("loop")(z))
 
 
 def test_a_branch_inside_of_a_users_own_vmap_is_not_taken_for_one_of_draws():

@@ -16,7 +16,7 @@ from ...diagnostics.importance_sampling import CLEAR_IN_SE, GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
 from ...diagnostics.plates import ElementDiagnostics
-from ...model import FullDataDensity
+from ...model import FullDataDensity, LogJoint
 from ...model.elements import ElementTerms
 from ...model.rounding import Rounding, find_rounding
 from ...model.vectorization import draws_at_a_time
@@ -53,12 +53,17 @@ _MOVED = 0.01
 
 def draw(
     subject: ModelAndGuide, count: int, max_more_draws: int = 0
-) -> tuple[Tensor, Tensor | None]:
-    """The log weights of draws, with more draws if k-hat is in doubt, and the first latents ``(m, D)``."""
+) -> tuple[Tensor, Tensor | None, LogJoint]:
+    """The log weights of draws, with more draws if k-hat is in doubt, and the first latents ``(m, D)``.
+
+    Returns the density, too, by a strategy that suits all draws.
+    """
     latents, parts = list[Tensor](), list[Tensor]()
     most = draws_at_a_time(subject.log_joint.latents.latent_dim)  # the number of latents to keep
     for chunk in until_deadline(subject.weighted_draws(count), at_least=1):
         parts.append(chunk.log_weights)
+        if chunk.log_joint is not None:
+            subject = subject._replace(log_joint=chunk.log_joint)
         if chunk.latent is not None and sum(map(len, latents)) < most:
             latents.append(chunk.latent.clone())
     left = min(_NUM_MORE, max_more_draws)
@@ -70,7 +75,7 @@ def draw(
         more = min(weights.num_samples, left)
         left -= more
         parts += [chunk.log_weights for chunk in until_deadline(subject.weighted_draws(more))]
-    return torch.cat(parts), torch.cat(latents) if latents else None
+    return torch.cat(parts), torch.cat(latents) if latents else None, subject.log_joint
 
 
 def _fields(weights: Importance | None, verdict: Verdict, **others: Any) -> dict[str, Any]:
@@ -105,7 +110,8 @@ def evaluate(
     if isinstance(log_joint, FullDataDensity):
         num_samples = NUM_COMMON_DRAWS
     is_slow = is_loop or isinstance(log_joint, FullDataDensity)
-    log_weights, latents = draw(subject, num_samples, 0 if is_slow else num_gradients)
+    more = 0 if is_slow else num_gradients
+    log_weights, latents, log_joint = draw(subject, num_samples, more)
     weights = Importance.from_log_weights(log_weights)
     rounding = Rounding([], [])
     lost, marginals, num_images = NOT_SEARCHED, None, 1.0

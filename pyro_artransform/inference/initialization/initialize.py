@@ -22,10 +22,10 @@ from .start import (
     AT_DRAWS,
     UNCHANGED,
     InitialGuide,
-    MinibatchDensity,
     find_initial_minibatch_guide,
     find_start,
     find_start_of_elements,
+    minibatch_density,
 )
 
 #: the reason for a fit without steps
@@ -71,7 +71,7 @@ def _initialize(problem: Problem, draws: FirstDraws | None) -> InitialGuide:
         density = minibatches.mean_log_joint()
         whole = minibatches.whole or density
     elif is_flow and log_joint.is_random:
-        density = whole = MinibatchDensity(log_joint)
+        density = whole = minibatch_density(log_joint)
     if is_flow:
         check_has_gradient(density)
     if draws is not None:

@@ -228,20 +228,18 @@ def _common_noise() -> Iterator[None]:
         yield
 
 
-class MinibatchDensity(LogJoint):
+def minibatch_density(
+    log_joint: LogJoint, share: float = 1.0, shared: Collection[str] = ()
+) -> LogJoint:
     """The unscaled log joint density of a mini-batch, as if there were no other data.
 
     It is the same mini-batch in each run, a ``share`` of all data; ``shared`` names the global latents.
     """
-
-    def __init__(
-        self, log_joint: LogJoint, share: float = 1.0, shared: Collection[str] = ()
-    ) -> None:
-        self._like(log_joint)
-        self.run = _Unscaled(share, shared)(log_joint.run)
-        if log_joint.is_random:
-            self.run = partial(_run_from, torch.get_rng_state(), self.run)
-            self.is_random = False
+    run = _Unscaled(share, shared)(log_joint.run)
+    if not log_joint.is_random:
+        return log_joint.view(run=run)
+    run = partial(_run_from, torch.get_rng_state(), run)
+    return log_joint.evaluated(is_random=False).view(run=run)
 
 
 class _Unscaled(Messenger):
@@ -283,7 +281,7 @@ def find_initial_minibatch_guide(
     if not structure.global_latents or is_large or log_joint.strategy == "loop":
         return InitialGuide(UNCHANGED, math.nan)
     share = 1 / structure.scale
-    shared = MinibatchDensity(log_joint, share, structure.global_latents)
+    shared = minibatch_density(log_joint, share, structure.global_latents)
 
     def candidate(name: str) -> InitialGuide:
         with _common_noise():

@@ -168,8 +168,8 @@ class MinibatchObjective(Objective):
         batch: Batch,
     ) -> Tensor:
         """The loss of a batch with the control variate."""
-        of_batch = whole.bound_to(*batch)
-        of_batch.chunk_size = int(whole.chunk_size * self._num_joined)
+        chunk_size = int(whole.chunk_size * self._num_joined)
+        of_batch = whole.bound_to(*batch).evaluated(chunk_size=chunk_size)
         corrected = AnchoredLogJoint(of_batch, anchor)
         self._last = replace(on_all, log_joint=corrected, is_one=False)
         return self._last.loss(num_particles)

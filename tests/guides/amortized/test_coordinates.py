@@ -15,7 +15,7 @@ from pyro.infer import Trace_ELBO, config_enumerate
 
 from pyro_artransform import AutoAmortized
 from pyro_artransform.diagnostics import importance
-from pyro_artransform.inference.initialization.start import MinibatchDensity
+from pyro_artransform.inference.initialization.start import minibatch_density
 from pyro_artransform.model import LogJoint
 from tests.guides.amortized import hierarchies
 from tests.guides.amortized.hierarchies import Encoder, data, redraw, traces, train
@@ -180,7 +180,7 @@ def test_the_density_of_a_mini_batch_in_coordinates():
     """It is the same density in all coordinates: the Jacobian of these counts once."""
     guide = set_up(hierarchy, data())
     log_joint = LogJoint(poutine.condition(hierarchy, {"groups": torch.arange(5)}), (data(),))
-    density = MinibatchDensity(log_joint, 5 / SIZE, ["mean", "scale", "slopes"])
+    density = minibatch_density(log_joint, 5 / SIZE, ["mean", "scale", "slopes"])
     coordinates = guide.coordinates.for_elements(log_joint.latents)
     mapped = density.with_coordinates(coordinates)
     x = 0.3 * torch.randn(6, log_joint.latents.latent_dim).double()

@@ -102,7 +102,7 @@ class TooNarrow:
 def test_more_draws_near_the_limit_of_khat(khat, most, more, monkeypatch):
     torch.manual_seed(2)
     monkeypatch.setattr(evaluation, "_NUM_MORE", 9000)
-    log_weights, latents = draw(TooNarrow(khat), 1000, max_more_draws=most)
+    log_weights, latents, _ = draw(TooNarrow(khat), 1000, max_more_draws=most)
     assert log_weights.shape == (1000 + more,)
     assert latents.shape == (1000, 1)
     found = fit_tail(log_weights)
@@ -150,15 +150,14 @@ def test_a_model_that_mixes_draws(num_samples):
             pyro.factor("tail", torch.tensor(-20.0))
 
     guide = guide_at(model, torch.zeros(1), torch.eye(1), {"z": torch.tensor(0.0)})
-    log_joint = LogJoint(model)
-    log_joint.strategy, log_joint.obstacle = "plate", ""
+    log_joint = LogJoint(model).by_strategy("plate")
     subject = ModelAndGuide(model, guide, (), {}, log_joint)
     with pytest.warns(UserWarning, match="many draws at once"):
         found = evaluate(subject, FitStatus())
     # 25 ± 5 draws take the branch; one by one, else all of them would
     assert abs(found["log_evidence"] - math.log(0.98758)) < 0.02
     assert "one at a time" in found["verdict"]
-    assert log_joint.strategy == "loop"
+    assert log_joint.strategy == "plate"  # others share the density
 
 
 @pytest.mark.parametrize(("dtype", "is_coarse"), [(torch.float32, True), (torch.float64, False)])

@@ -18,9 +18,9 @@ from pyro_artransform.inference.initialization.start import (
     AT_DRAWS,
     FAILED,
     UNCHANGED,
-    MinibatchDensity,
     find_initial_minibatch_guide,
     find_start,
+    minibatch_density,
 )
 from pyro_artransform.inference.loader import Batch
 from pyro_artransform.inference.optimization.objective import PyroObjective
@@ -292,7 +292,7 @@ def test_shared_prior():
     local = dist.Normal(z[:, :1], 1.0).log_prob(z[:, 1:]).sum(-1)
     data = dist.Normal(z[:, 1:], 0.5).log_prob(y).sum(-1)
     assert torch.allclose(
-        MinibatchDensity(log_joint, BATCH / SIZE, ["mean"])(z), prior + local + data
+        minibatch_density(log_joint, BATCH / SIZE, ["mean"])(z), prior + local + data
     )
 
 
@@ -304,13 +304,13 @@ def test_shared_prior_of_elements_that_are_positive():
             pyro.sample("rate", dist.LogNormal(0.0, 1.0))
 
     u = torch.randn(5, BATCH)
-    density = MinibatchDensity(LogJoint(model), BATCH / SIZE)
+    density = minibatch_density(LogJoint(model), BATCH / SIZE)
     assert torch.allclose(density(u), dist.Normal(0.0, 1.0).log_prob(u).sum(-1))
 
 
 def test_shared_prior_of_a_plate_that_draws_is_a_function():
     log_joint = LogJoint(drawing, (torch.randn(SIZE),))
-    density, z = MinibatchDensity(log_joint, BATCH / SIZE, ["mean"]), torch.randn(3, 1 + BATCH)
+    density, z = minibatch_density(log_joint, BATCH / SIZE, ["mean"]), torch.randn(3, 1 + BATCH)
     state = torch.get_rng_state()
     assert torch.equal(density(z), density(z))
     assert torch.equal(state, torch.get_rng_state())
