@@ -138,8 +138,8 @@ class BaseGuide(RegisteredGuide):
         """The log density of the model, run without effects on outer handlers or the random state."""
         self.model  # noqa: B018 (raises where there is none)
         with torch.random.fork_rng(devices=[]), poutine.block():
-            start, traces = self._model[2], self._traces
-            return LogJoint(self._model[1], args, kwargs, init_loc_fn=start, traces=traces)
+            start = self._model[2]
+            return LogJoint(self._model[1], args, kwargs, init_loc_fn=start)
 
     def log_joint_of(self, model: object, args: Args, kwargs: Kwargs) -> LogJoint | None:
         """The log joint density at these arguments; None for another model than the guide's."""

@@ -21,7 +21,7 @@ from .._base.arguments import values_can_be_read
 from .._base.differentiation import evaluate_with_gradient
 from .coordinates.coordinates import Coordinates, nan_terms
 from .coordinates.latent_mapper import LatentMapper
-from .coordinates.priors import compare_priors, find_mapped, priors_of, scales_of
+from .coordinates.priors import find_mapped, priors_of, scales_of
 from .draw_plate import DRAWS, DrawPlate
 from .enumeration import marginal_log_prob
 from .handlers import FirstIndices, FoundScale, SiteLogProbs, hidden_sites
@@ -80,8 +80,6 @@ class LogJoint:
     :param model: a Pyro model, with its arguments ``args`` and ``kwargs``.
     :param init_loc_fn: Pyro's initialization for the first run; where the density is of no use there,
         other points are tried, see :meth:`or_usable`.
-    :param traces: two earlier runs: one at the start, in which data may be hidden, and one elsewhere that
-        drew no random numbers. Strategies are then compared only at the first call with many draws.
     :raises ValueError: if a latent is discrete and not enumerated, there is no latent, or Pyro's validation
         is on and rejects the data or shapes.
 
@@ -103,42 +101,36 @@ class LogJoint:
         kwargs: Kwargs | None = None,
         *,
         init_loc_fn: Callable[[Any], Tensor] = init_to_median,
-        traces: tuple[Any, Any] | None = None,
     ) -> None:
         self.model, self._init_loc_fn, kwargs = model, init_loc_fn, kwargs or {}
         run = partial(model, *args, **kwargs)
-        first, trace = traces or (run_once(run, init_loc_fn=init_loc_fn),) * 2
+        trace = run_once(run, init_loc_fn=init_loc_fn)
         check_data(trace)
         self.improper = improper_sites(run, trace)  #: the sites that keep their masks
         #: the model bound to its arguments, with the masks of proper latents removed
         self.run = UnmaskedLatents(self.improper)(run)
         self.num_plates, self._is_part = plate_nesting(trace), bool(subsampled_plates(trace))
-        self.is_enumerated = any(map(is_enumerated, latent_nodes(first)))
-        self.latents, self._num_values = Latents.from_trace(first), count_values(trace)
+        self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
+        self.latents, self._num_values = Latents.from_trace(trace), count_values(trace)
         self._num_compared = self._num_values
         self._chunk_size: int | None = None
         self._arguments, self._structures = (args, kwargs), dict[Any, ModelStructure]()
         self._checked = {argument_signature((args, kwargs))}
         self.coordinates: Coordinates | None = None
         self.maps_priors = True  #: False if the user asks for the model's coordinates
-        values = {name: first.nodes[name]["value"].detach() for name in self.latents.sites}
-        self._first, self._first_values = self.latents.unconstrain(values), values
-        #: runs that drew no random numbers but initial values, the first at the start
-        self.known_runs = [*(traces or (first,))]
-        # computed once and shared by all copies
+        self._values = {name: trace.nodes[name]["value"].detach() for name in self.latents.sites}
+        # computed once and shared by all views
         self._choice: Callable[[], Choice] = lru_cache(maxsize=1)(self._choose)
-        start = partial(self._usable, self._first)
+        start = partial(self._usable, self.latents.unconstrain(self._values))
         self._find_start: Callable[[], InitialPoint] = lru_cache(maxsize=1)(start)
         self._find_mapped: Callable[[], Any] = lru_cache(maxsize=1)(self._compare_priors)
-        if traces is None:
-            self._choice()
 
     def _choose(self) -> Choice:
         start, generator = self._find_start().u, torch.Generator().manual_seed(0)
         with aside():
             on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}
             noise = torch.randn(NUM_COMPARED, len(start), generator=generator, **on_cpu).to(start)
-            wide = scales_of(priors_of(self.known_runs[0].nodes, self.latents), self.latents, start)
+            wide = self.prior_scales(start)
             near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
             points = start + torch.cat([near[:1], wide.clamp_min(1.0) * far, -far, near[1:]])
             choice = choose_strategy(self._evaluate, {"z": points}, NUM_COMPARED)
@@ -229,7 +221,7 @@ class LogJoint:
         if _identities(args, kwargs) == _identities(*self._arguments):
             return self
         run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
-        other = self.view(_arguments=(args, kwargs), run=run, known_runs=[])
+        other = self.view(_arguments=(args, kwargs), run=run)
         return other.view(_find_mapped=lru_cache(maxsize=1)(other._compare_priors))
 
     def structure(self, args: Args, kwargs: Kwargs | None = None) -> ModelStructure:
@@ -256,7 +248,7 @@ class LogJoint:
 
     def _known_or_initial(self, site: Any) -> Tensor:
         """The value of a latent in the first run, cheaper than a median, if its shape is the same."""
-        known = self._first_values.get(site["name"])
+        known = self._values.get(site["name"])
         if known is not None and known.shape == site["fn"].shape():
             return known
         return self._init_loc_fn(site)
@@ -340,9 +332,7 @@ class LogJoint:
 
     def prior_scales(self, u: Tensor) -> Tensor:
         """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
-        if not (nodes := self.nodes_at(u)):
-            run = self.enumerated(self.run)
-            nodes = run_once(run, at=self.latents.constrain(u)).nodes
+        nodes = run_once(self.enumerated(self.run), at=self.latents.constrain(u)).nodes
         return scales_of(priors_of(nodes, self.latents, self.improper), self.latents, u)
 
     def mapped_sites(self, with_shapes: bool = False) -> dict[str, bool]:
@@ -356,24 +346,9 @@ class LogJoint:
         return found if with_shapes or any(found.values()) else {}
 
     def _compare_priors(self) -> dict[str, bool]:
-        latents, improper = self.latents, self.improper
-        if len(self.known_runs) > 1 and not self.is_enumerated:
-            return compare_priors(*(priors_of(t.nodes, latents, improper) for t in self.known_runs))
         start = self._find_start().u
-        points, run = (
-            torch.stack([start, start + 0.1 * (1 + start.abs())]),
-            self.enumerated(self.run),
-        )
-        known = self.known_runs[0] if self.nodes_at(start) else None
-        found, second = find_mapped(run, latents, points, improper, known)
-        if known and second:
-            self.known_runs.append(second)
-        return found
-
-    def nodes_at(self, u: Tensor) -> Mapping[str, Any]:
-        """The latents of the known run if it was at this point, and not enumerated."""
-        is_known = bool(self.known_runs) and not self.is_enumerated and torch.equal(u, self._first)
-        return self.known_runs[0].nodes if is_known else {}
+        points = torch.stack([start, start + 0.1 * (1 + start.abs())])
+        return find_mapped(self.enumerated(self.run), self.latents, points, self.improper)
 
     def enumerated(self, run: Callable[[], object]) -> Any:
         """Enumerates the discrete latents of a model, if any, to the left of the draws."""

@@ -68,14 +68,11 @@ def why_prior(log_joint: LogJoint) -> str:
 
 
 def _terms_of_runs(log_joint: LogJoint) -> Iterator[dict[str, Tensor]]:
-    """The terms of the data in known runs, if these are not random, and in runs at draws of the latents.
+    """The terms of the data in runs at draws of the latents.
 
     Enumerated latents are drawn anew in each run, while other random numbers of the model stay the same.
     """
     is_enumerated, latents = log_joint.is_enumerated, log_joint.latents.sites
-    if len(log_joint.known_runs) > 1 and not is_enumerated:
-        known = (_data_terms(trace, latents) for trace in log_joint.known_runs)
-        yield from filter(None, known)  # a guide's first run hides data
     for values in _draws(log_joint):
         terms = None
         with suppress(*ModelFailures), torch.random.fork_rng([], enabled=not is_enumerated):

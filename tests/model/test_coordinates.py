@@ -113,6 +113,7 @@ def test_the_map_needs_neither_data_nor_what_follows_its_latents():
         runs.append(1)
 
     density = in_coordinates(LogJoint(model), 0.0)
+    assert density.strategy == "vmap"
     runs.clear()
     density.to_unconstrained(torch.randn(3, 4))
     assert not runs

@@ -79,6 +79,7 @@ def test_draws_without_a_cholesky_factor_take_no_run_each():
 
     log_joint = LogJoint(model)
     z = torch.linspace(-5.0, 25.0, 200)[:, None].requires_grad_()
+    assert log_joint.strategy == "plate"
     runs.clear()
     found = log_joint(z)
     assert len(runs) == 2  # the first of which ended in an error

@@ -217,6 +217,7 @@ def test_draws_of_much_data_are_evaluated_in_parts(columns, monkeypatch):
     x, z = torch.zeros(1_000, *columns), torch.linspace(-1.0, 1.0, 20)
     log_joint, of_few = LogJoint(model, (x,)), LogJoint(model, (x[:1],))
     for density in (log_joint, of_few.with_arguments((x,))):
+        assert density.strategy == "plate"
         counts.clear()
         with torch.no_grad():
             found = density(z[:, None])

@@ -45,18 +45,18 @@ class EightSchools(Hierarchy):
 def test_of_eight_schools():
     model = EightSchools()
     mcmc(model, seed=0, progress=False)
-    assert model.num_runs <= 45
+    assert model.num_runs <= 56
 
 
 def test_of_the_density():
     model = Hierarchy()
     log_joint = LogJoint(model, (Y,))
-    assert model.num_runs <= 6
+    assert model.num_runs == 1
     # what is decided is not decided again
     found = log_joint.strategy, log_joint.obstacle, log_joint.is_random, log_joint.start
     assert found[:3] == ("plate", "", False)
     assert log_joint.with_arguments((Y,)).bound_to((Y,), {}).strategy == "plate"
-    assert model.num_runs <= 6
+    assert model.num_runs <= 8
 
 
 def test_of_the_first_call_of_a_guide():
@@ -64,9 +64,9 @@ def test_of_the_first_call_of_a_guide():
     guide = AutoIAF(model)
     guide(Y)
     assert set(guide.coordinates.centered_by_site()) == {"tau", "theta"}
-    assert model.num_runs <= 4
+    assert model.num_runs <= 11
     guide(Y)
-    assert model.num_runs <= 5
+    assert model.num_runs <= 12
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -83,5 +83,5 @@ def test_of_a_fit_beside_its_steps_and_draws(seed, monkeypatch):
     monkeypatch.setattr(FirstDraws, "sample", counted)
     fit(model, AutoIAF(model), Y, num_steps=3, progress=False, seed=seed)
     assert len(by_draws) == 1
-    assert model.num_runs - by_draws[0] - 3 <= 40
-    assert model.num_runs - 3 <= 90
+    assert model.num_runs - by_draws[0] - 3 <= 50
+    assert model.num_runs - 3 <= 100

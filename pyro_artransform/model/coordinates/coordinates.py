@@ -28,7 +28,7 @@ applied while the model runs, at each sample statement, so a density in x costs 
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -193,10 +193,6 @@ class Coordinates(nn.Module):
         run, strategy, size = log_joint.enumerated(log_joint.run), "plate", None
         if len(z) > 1:
             strategy, size = log_joint.strategy, log_joint.chunk_size
-        elif any(site.num_factors for site in sites.values()):
-            pass  # which the model has to multiply
-        elif is_inverse and (nodes := log_joint.nodes_at(z[0])):
-            run = partial(_sample, [nodes[name] for name in sites])
         evaluate = partial(self._map_draws, run, log_joint.num_plates, sites, is_inverse)
         with pyro.validation_enabled(False):
             return evaluate_many(evaluate, {"z": z}, strategy, nan_terms, size)
@@ -263,11 +259,6 @@ def repeated(element: Latents, z: Tensor, latents: Latents) -> Tensor:
     parts = element.split(z)
     shapes = {name: site.unconstrained_shape for name, site in latents.sites.items()}
     return torch.cat([parts[name].expand(shape).flatten() for name, shape in shapes.items()])
-
-
-def _sample(nodes: Iterable[Any]) -> None:
-    for node in nodes:
-        pyro.sample(node["name"], node["fn"])
 
 
 def nan_terms(draws: Draws) -> Terms:

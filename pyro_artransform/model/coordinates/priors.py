@@ -22,38 +22,33 @@ def find_mapped(
     latents: Latents,
     points: Tensor,
     improper: Container[str] = (),
-    known: Any = None,
-) -> tuple[dict[str, bool], Any]:
+) -> dict[str, bool]:
     """The latents that may have coordinates from the prior, and whether it depends on other latents.
-
-    Returns also the trace of the run at the second point, or None if the model draws random numbers.
 
     :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
     :param improper: the sites whose masks make their priors improper.
-    :param known: the trace of a run at the first point, if there is one.
     :raises ValueError: if the support of a latent depends on other latents.
     """
     state, (start, other) = torch.get_rng_state(), map(latents.constrain, points)
     second = run_once(run, at=other)
     is_random = bool(subsampled_plates(second)) or not torch.equal(torch.get_rng_state(), state)
-    if is_random or known is None:
-        torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
-        known = run_once(run, at=start)
+    torch.set_rng_state(state)  # the same discrete latents and parts of data in both runs
+    first = run_once(run, at=start)
     for name in latents.sites:
-        fns: list[Any] = [t.nodes[name]["fn"] for t in (known, second) if name in t.nodes]
+        fns: list[Any] = [t.nodes[name]["fn"] for t in (first, second) if name in t.nodes]
         both = [fn.support for fn in fns]
         if len(both) == 2 and not same_support(*both):
             raise ValueError(SUPPORT_DEPENDS.format(name=name, expected=both[0], got=both[1]))
-    one, two = (priors_of(t.nodes, latents, improper) for t in (known, second))
+    one, two = (priors_of(t.nodes, latents, improper) for t in (first, second))
     if not is_random:
-        return compare_priors(one, two), second
+        return compare_priors(one, two)
     nodes: Iterable[tuple[str, Any]] = second.nodes.items()
     indices = {k: n["value"] for k, n in nodes if n["type"] == "sample" and site_is_subsample(n)}
     again = run_once(run, at={**other, **indices})
     torch.set_rng_state(state)
     # a prior that depends on a hidden discrete latent is not a function of the latents
     random = depend_on_latents(two, priors_of(again.nodes, latents, improper))
-    return compare_priors({k: prior for k, prior in one.items() if k not in random}, two), None
+    return compare_priors({k: prior for k, prior in one.items() if k not in random}, two)
 
 
 def compare_priors(
