@@ -3,8 +3,7 @@
 
 """Initial points at which a log density is finite."""
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -33,23 +32,42 @@ def usable_point(
     :param needs_digits: whether a density of so many nats that it has lost precision is of no use either.
     """
     try:
-        here, is_usable = _value_at(log_density, u)
+        known = values_at(log_density, u[None])
     except RuntimeError:  # no gradient, which is reported elsewhere
         log_density(u[None])
         return InitialPoint(u, False)
-    if is_usable and (not needs_digits or abs(here) * torch.finfo(u.dtype).eps <= 1):
-        return InitialPoint(u, True)
-    least = here if is_usable else -math.inf
     torch.manual_seed(0)
-    for half_width in _HALF_WIDTHS:
-        point = half_width * (2 * torch.rand_like(u) - 1)
-        there, is_usable = _value_at(log_density, point)
-        if is_usable and there > least:
-            return InitialPoint(point, True)
-    return InitialPoint(u, True)
+    others = (width * (2 * torch.rand_like(u[None]) - 1) for width in _HALF_WIDTHS)
+    found = usable_points(log_density, u[None], known, others, needs_digits)
+    return InitialPoint(found[0], True)
 
 
-def _value_at(log_density: Callable[[Tensor], Tensor], u: Tensor) -> tuple[float, bool]:
-    """The density at a point, and whether density and gradient are finite there."""
-    value, slope = value_and_gradient(log_density, u[None])
-    return float(value), bool(value.isfinite() & slope.isfinite().all())
+def usable_points(
+    log_density: Callable[[Tensor], Tensor],
+    points: Tensor,
+    known: tuple[Tensor, Tensor],
+    others: Iterable[Tensor],
+    needs_digits: bool = False,
+) -> Tensor:
+    """Points ``(n, D)``, each replaced by the first usable one of others where it is of no use.
+
+    :param known: :func:`values_at` the points.
+    :param others: points ``(n, D)``, in the order in which they are tried.
+    """
+    value, is_usable = known
+    least, is_good = value.masked_fill(~is_usable, -torch.inf), is_usable
+    if needs_digits:
+        is_good = is_good & (value.abs() * torch.finfo(points.dtype).eps <= 1)
+    for each in others:
+        if bool(is_good.all()):
+            break
+        value, is_usable = values_at(log_density, each)
+        is_better = ~is_good & is_usable & (value > least)
+        points, is_good = torch.where(is_better[:, None], each, points), is_good | is_better
+    return points
+
+
+def values_at(log_density: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tensor]:
+    """The density at points ``(n, D)``, and whether density and gradient are finite there, both ``(n,)``."""
+    value, slope = value_and_gradient(log_density, points)
+    return value, value.isfinite() & slope.isfinite().all(-1)

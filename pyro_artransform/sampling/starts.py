@@ -18,7 +18,7 @@ from torch import Tensor
 from .._base.time_limit import until_deadline
 from ..model import LogJoint
 from ..model.density import CACHED
-from ..model.graphs.dependencies import value_and_gradient
+from ..model.initial_point import usable_points, values_at
 from .modes import NEGLIGIBLE, NEGLIGIBLE_BY_DIM
 from .preconditioning import Preconditioner
 from .target import TOO_FAR, State, TransformedDensity
@@ -136,11 +136,8 @@ def overdispersed(log_joint: LogJoint, num_superchains: int, size: int = 1) -> S
     points = torch.where(is_wide, start + wide * _SPREAD * torch.special.ndtri(cube), near)
     points = torch.where(is_held, start + unit * held, points)
     points[size] = log_joint.start
-    for others in _others(log_joint, start, wide, num_points):
-        is_bad = ~value_and_gradient(log_joint, points)[1].isfinite().all(-1)
-        if not is_bad.any():
-            break
-        points = torch.where(is_bad[:, None], others, points)
+    known, others = values_at(log_joint, points), _others(log_joint, start, wide, num_points)
+    points = usable_points(log_joint, points, known, others)
     return Starts(points, unit, is_held, has_parents)
 
 
