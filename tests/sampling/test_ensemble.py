@@ -9,18 +9,15 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform._base.time_limit import TimeLimit
 from pyro_artransform.diagnostics.convergence import GOOD_RHAT, MANY_DIVERGENT
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.coordinates.centering import non_centered
-from pyro_artransform.model.replay.capture import ReplayError
-from pyro_artransform.sampling import Ensemble, StartError, StopReason, ensemble, starts, target
+from pyro_artransform.sampling import Ensemble, StartError, StopReason, starts, target
 from pyro_artransform.sampling.trajectories import share_of_divergent
 from tests.inference import models
 from tests.sampling.densities import (
     moments_are,
     nowhere,
-    subsampled,
     two_modes,
 )
 
@@ -133,20 +130,6 @@ def test_chains_of_a_superchain_begin_at_one_point():
     assert len(starts[:, 0].unique(dim=0)) == 8
 
 
-def test_modes_that_chains_do_not_move_between_end_them(monkeypatch):
-    """With a share of each, and where they differ. Proposals are never accepted."""
-    monkeypatch.setattr(
-        ensemble.IndependentProposals, "step", lambda self, target, state, *_: state
-    )
-    found = ensemble_of(two_modes(2, 20.0, 0.3))
-    convergence = found.run(400)
-    assert found.end is StopReason.APART
-    assert float(convergence.rhat.max()) > 1.5
-    assert found.num_trajectories < 200
-    assert torch.allclose(found.modes.share, torch.tensor([0.7, 0.3]), atol=0.15)
-    assert (found.modes.differs > 6).all()
-
-
 def test_steps_that_diverge_are_halved():
     """The data bend the posterior: at its ends steps have to be smaller than in the middle."""
 
@@ -197,40 +180,6 @@ def test_too_many_trajectories():
     assert found.num_trajectories <= 40
 
 
-def test_the_time_is_over():
-    """Before the first trajectory, of which one is taken, and later: there are draws of each chain."""
-    found = ensemble_of(conjugate)
-    with TimeLimit() as limit:
-        limit.interrupt()
-        convergence = found.run(100)
-    assert found.end is StopReason.OUT_OF_TIME
-    assert found.draws.shape == (32, 1, 3)
-    assert not convergence.is_enough(1)
-    assert (convergence.rhat == math.inf).all()
-    with TimeLimit(1.0) as limit:
-        limit.enter_phase(1.0)
-        found.run(10**5)
-    assert found.end is StopReason.OUT_OF_TIME
-    assert found.draws.shape[1] > 1
-
-
-def test_draws_of_wrong_replays_are_dropped(monkeypatch):
-    """The comparison at the end fails once: all draws are from after that."""
-    found, confirm, wrong = ensemble_of(conjugate), target.TransformedDensity.confirm, []
-
-    def fails(self):
-        if not wrong:
-            wrong.append(found.draws)
-            raise ReplayError("another density")
-        confirm(self)
-
-    monkeypatch.setattr(target.TransformedDensity, "confirm", fails)
-    found.run(2000)
-    assert found.end is StopReason.ENOUGH
-    assert not torch.isin(found.draws, wrong[0]).any()
-    assert len(found.infos) == found.draws.shape[1]
-
-
 def test_starts_without_a_density_are_those_of_other_chains():
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
@@ -243,18 +192,6 @@ def test_starts_without_a_density_are_those_of_other_chains():
     assert (first <= 0).all()
     mean = -((2 / math.pi) ** 0.5)
     assert abs(first.mean() - mean) < 5 * (1 - mean**2) ** 0.5 / 400**0.5
-
-
-@pytest.mark.parametrize(
-    ("model", "num_chains", "words"),
-    [
-        (conjugate, 3, "num_chains: expected an integer of at least 4"),
-        (subsampled, None, "expected one that sees all its data, got one that subsamples them"),
-    ],
-)
-def test_what_is_refused(model, num_chains, words):
-    with pytest.raises(ValueError, match=words):
-        ensemble_of(model, num_chains=num_chains).run(1)
 
 
 def without_gradient():

@@ -88,10 +88,13 @@ def test_modes_with_different_numbers_of_images_have_their_mass():
     assert chains.modes.share.sort().values == pytest.approx(share.sort().values, abs=1e-3)
 
 
-def test_chains_that_stay_in_modes_are_not_trusted_however_small_one_is(monkeypatch):
-    """A mode of 3 %, which proposals that are never accepted do not lead to and from."""
+@pytest.mark.parametrize("share", [0.3, 0.03])
+def test_chains_that_stay_in_modes_are_not_trusted_however_small_one_is(monkeypatch, share):
+    """Proposals that are never accepted do not lead from one to the other."""
     monkeypatch.setattr(modes.IndependentProposals, "step", lambda self, target, state, *_: state)
-    chains = mcmc(two_modes(2, 20.0, 0.03), draws=20)
+    chains = mcmc(two_modes(2, 20.0, share), draws=20)
     assert chains.stopped_because == StopReason.APART.value
     assert not chains.trusted
     assert "chains found 2 modes" in chains.verdict
+    assert chains.modes.share.tolist() == pytest.approx([1 - share, share], abs=0.15)
+    assert chains.modes.names == ("z[0]", "z[1]")
