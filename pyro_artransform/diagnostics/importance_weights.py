@@ -202,15 +202,14 @@ def _log_ratio(log_joint: LogJoint, latent: Tensor, log_q: Tensor) -> tuple[Tens
     """The log weights of draws, and the density by a strategy that does not mix them, with a warning."""
     if log_joint.is_random:  # each draw sees its own mini-batch
         return torch.cat([*map(log_joint, latent.split(1))]) - log_q, log_joint
-    checked = log_joint.checked(latent, log_q)
-    if checked.strategy != log_joint.strategy:
-        log_joint = log_joint.evaluated(strategy=checked.strategy, obstacle=checked.obstacle)
+    values, density = log_joint.checked(latent, log_q)
+    if density.strategy != log_joint.strategy:
         warnings.warn(
             "the model has a different log density for many draws at once than for one at a time: from now "
-            f"on, draws are evaluated by {log_joint.strategy}. Write it without branches (torch.where)",
+            f"on, draws are evaluated by {density.strategy}. Write it without branches (torch.where)",
             stacklevel=2,
         )
-    return checked.values - log_q, log_joint
+    return values - log_q, density
 
 
 def _draw_replayed(model: Run, guide: Run, log_joint: None, n: int) -> Weighted:

@@ -44,14 +44,15 @@ from .vectorization import (
     Choice,
     Draws,
     Terms,
-    checked,
     choose_strategy,
     draws_at_a_time,
     evaluate_many,
+    vectorized,
 )
 
 Args = tuple[object, ...]
 Kwargs = Mapping[str, object]
+
 
 #: the divisor of ``chunk_size`` that keeps a chunk in a processor's cache: a regression of 100,000 rows takes
 #: half the time per draw of four times larger chunks, and two thirds of that of smaller ones
@@ -121,7 +122,7 @@ class LogJoint:
         self._values = {name: trace.nodes[name]["value"].detach() for name in self.latents.sites}
         # computed once and shared by all views
         self._choice: Callable[[], Choice] = lru_cache(maxsize=1)(self._choose)
-        start = partial(self._usable, self.latents.unconstrain(self._values))
+        start = partial(self.or_usable, self.latents.unconstrain(self._values))
         self._find_start: Callable[[], InitialPoint] = lru_cache(maxsize=1)(start)
         self._find_mapped: Callable[[], Any] = lru_cache(maxsize=1)(self._compare_priors)
 
@@ -185,11 +186,8 @@ class LogJoint:
         """Why draws are evaluated one at a time; empty if they are not."""
         return self.obstacle if self.strategy == "loop" else ""
 
-    def or_usable(self, u: Tensor) -> Tensor:
+    def or_usable(self, u: Tensor) -> InitialPoint:
         """A start, or another point where it is of no use, see ``model.initial_point``."""
-        return self._usable(u).u
-
-    def _usable(self, u: Tensor) -> InitialPoint:
         with aside():
             return usable_point(self, u, self._init_loc_fn is init_to_median)
 
@@ -257,8 +255,7 @@ class LogJoint:
         """The log density of draws ``(n, latent_dim)``, shape ``(n,)``; NaN where the model fails."""
         if len(z) == 1:
             return self._at(z)
-        is_cached = z.device.type == "cpu" and not self.is_random
-        size = max(self.chunk_size // CACHED, 1) if is_cached else self.chunk_size
+        size = self._at_once(z)
         if not torch.is_grad_enabled():
             return self._at(z, size)
         # if the model subsamples, all draws see one mini-batch and stay together
@@ -281,7 +278,28 @@ class LogJoint:
         with pyro.validation_enabled(False):
             return evaluate_many(self._evaluate, {"z": z}, strategy, nan_terms, chunk_size)["total"]
 
-    checked = checked
+    def _at_once(self, z: Tensor) -> int:
+        is_cached = z.device.type == "cpu" and not self.is_random
+        return max(self.chunk_size // CACHED, 1) if is_cached else self.chunk_size
+
+    @torch.no_grad()
+    def checked(self, z: Tensor, log_q: Tensor) -> "tuple[Tensor, LogJoint]":
+        """The log density ``(n,)`` of draws, and the density by a strategy that agrees with single runs.
+
+        :param z: draws, shape ``(n, latent_dim)``.
+        :param log_q: the log density of the proposal at the draws, shape ``(n,)``; draws of extreme weights
+            are among those compared.
+        """
+
+        def log_weights(terms: Terms) -> Tensor:
+            return (terms["total"] - log_q)[:, None]
+
+        with pyro.validation_enabled(False):
+            strategy, terms, obstacle = vectorized(
+                self._evaluate, {"z": z}, log_weights, self.strategy, nan_terms, self._at_once(z)
+            )
+        given = self.evaluated(strategy=strategy, obstacle=obstacle or self.obstacle)
+        return terms["total"], given
 
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:

@@ -18,7 +18,7 @@ from .density import Args, DensityOver, Kwargs, LogJoint
 from .graphs.dependencies import value_and_gradient
 from .graphs.element_precision import ElementPrecision
 from .handlers import FirstIndices
-from .vectorization import Checked, LargestTensor, draws_at_a_time
+from .vectorization import LargestTensor, draws_at_a_time
 
 _ALONE = OneProcess()
 _STEP = 0.1  # of differences of gradients, relative to the distance of a draw
@@ -156,10 +156,11 @@ class FullDataDensity(DensityOver):
             yield partial(_weighted, weight, part)
 
     @torch.no_grad()
-    def checked(self, z: Tensor, log_q: Tensor | None = None) -> Checked:
+    def checked(self, z: Tensor, log_q: Tensor) -> tuple[Tensor, LogJoint]:
         """Evaluates draws by a strategy that agrees with single runs on one mini-batch."""
-        found = self.bound_to(*next(iter(self._batches))).checked(z, log_q)
-        return found._replace(values=self.evaluated(strategy=found.strategy)(z))
+        _, part = self.bound_to(*next(iter(self._batches))).checked(z, log_q)
+        density = self.evaluated(strategy=part.strategy, obstacle=part.obstacle)
+        return density(z), density
 
     def nonfinite_sites(self, z: Tensor) -> list[str]:
         found = (self.bound_to(*batch).nonfinite_sites(z) for batch in self._batches)

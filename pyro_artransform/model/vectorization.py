@@ -12,15 +12,15 @@ There are three strategies, the fastest first:
 Only the loop works for every model. A matrix-vector product and indexing by groups take no batch dimension on
 the left; under vmap no branch depends on a draw, and no batched value is written into a tensor of zeros;
 a sum over everything mixes draws without an error. So a strategy is accepted if it agrees with the loop
-(:func:`fastest`): at points near the start and far away (:func:`choose_strategy`), and again at draws that
-are used (:func:`checked`), since a branch such as ``if (z > 2).any()`` mixes draws only where one takes it.
+(:func:`equals_single_runs`): at points near the start and far away (:func:`choose_strategy`), and again at
+draws that are used (:func:`vectorized`), since a branch such as ``if (z > 2).any()`` mixes draws only where
+one takes it.
 
 The evaluated function takes draws by name and their number, ``None`` for a single draw. It returns terms by
 name: log densities by datum, or their sum.
 """
 
 import traceback
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle, islice
@@ -57,16 +57,15 @@ _FEW = 32
 NUM_COMPARED = 3
 # relative to the usual tolerance; in float32 0.01 nats for a log density of 1e4, the round-off of its sum
 _TIGHT = 0.01
-# number of draws compared at either extreme of the weights, and of differing draws evaluated again in copies
-_NUM_EXTREME = 2
+# numbers of draws compared: evenly spaced, and at either extreme of scores; and of differing draws that are
+# evaluated again in copies
+_NUM_SPREAD, _MOST_EXTREME, _NUM_COPIED = 8, 4, 2
 # what torch.vmap says of a model, and what that means
 _MEANING = {
     "data-dependent control flow": "A branch or a loop depends on the values of latents.",
     ".item()": "A Python number is made of the values of latents.",
     "inplace arithmetic": "Values of latents are written into a tensor.",
 }
-# those of a branch, which may depend on any draw
-_BRANCHES = ("data-dependent control flow", ".item()")
 _DATA = vars(torch._C.TensorBase)["data"].__get__
 
 
@@ -265,7 +264,7 @@ def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = N
 
     def run(strategy: str, rows: Sequence[int], state: Tensor) -> Terms:
         torch.set_rng_state(state)
-        return evaluate_many(evaluate, {k: v[list(rows)] for k, v in draws.items()}, strategy)
+        return evaluate_many(evaluate, _part(draws, list(rows)), strategy)
 
     single, failures, num_finite = dict[int, Terms](), list[Exception](), 0
     for i in range(_num_draws(draws)):
@@ -294,91 +293,88 @@ def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = N
         return found, is_random, num_values
 
     def agrees(found: tuple[Terms, bool, float]) -> bool:
-        return agree(found[0], expected(repeated))
+        return equals_single_runs(found[0], expected(repeated))
 
     strategy, (_, is_random, num_values), obstacle = fastest(measured, agrees)
     return Choice(strategy, obstacle, is_random, num_values)
 
 
-class Checked(NamedTuple):
-    """The log density of draws, and the strategy that agrees with single runs."""
+def vectorized(
+    evaluate: Evaluate,
+    draws: Draws,
+    scores: Callable[[Terms], Tensor],
+    first: str,
+    at_failure: Callable[[Draws], Terms] | None = None,
+    chunk_size: int | None = None,
+) -> tuple[str, Terms, str]:
+    """Evaluates draws by the fastest strategy that agrees with single runs at some of them.
 
-    values: Tensor
-    strategy: str
-    obstacle: str  #: why the next faster strategy does not suit the model
+    These are 8 evenly spaced draws, and those with the lowest and the highest scores.
 
-
-@torch.no_grad()
-def checked(log_joint: Any, z: Tensor, log_q: Tensor | None = None) -> Checked:
-    """Evaluates the log density of draws, without gradients, by a strategy that agrees with single runs.
-
-    :param z: draws, shape ``(n, latent_dim)``.
-    :param log_q: the log density of the proposal at the draws, shape ``(n,)``; then single runs, if needed,
-        are limited to draws of extreme weights and a few others. By default all draws are compared.
+    :param scores: the scores ``(n, k)`` of draws with these terms.
+    :param first: the fastest strategy to try, chosen by :func:`choose_strategy`.
+    :return: the strategy, the terms, and why the next faster one fails.
     """
     state = torch.get_rng_state()
 
-    def evaluate(strategy: str) -> tuple[Any, Tensor]:
+    def run(strategy: str, some: Draws) -> Terms:
         torch.set_rng_state(state)
-        density = log_joint.evaluated(strategy=strategy)
-        return density, density(z)
+        return evaluate_many(evaluate, some, strategy, at_failure, chunk_size)
 
-    def agrees(found: tuple[Any, Tensor]) -> bool:
-        if len(z) == 1:
-            return True
-        after = torch.get_rng_state()
-        is_same = _agrees(*found, z, log_q, state)
+    def agrees(found: tuple[str, Terms]) -> bool:
+        strategy, terms = found
+        rows, after = _rows_of(scores(terms)), torch.get_rng_state()
+        num_copies = min(_num_draws(draws), chunk_size or _num_draws(draws))
+
+        def of_copies(k: int) -> Terms:
+            copies = {n: v[rows[k]].expand(num_copies, *v.shape[1:]) for n, v in draws.items()}
+            return {name: term[0] for name, term in run(strategy, copies).items()}
+
+        is_same = equals_single_runs(_part(terms, rows), run("loop", _part(draws, rows)), of_copies)
         torch.set_rng_state(after)
         return is_same
 
-    strategy, (_, values), obstacle = fastest(evaluate, agrees, log_joint.strategy)
-    return Checked(values, strategy, obstacle or log_joint.obstacle)
+    def found_by(strategy: str) -> tuple[str, Terms]:
+        return strategy, run(strategy, draws)
+
+    strategy, (_, terms), obstacle = fastest(found_by, agrees, first)
+    return strategy, terms, obstacle
 
 
-def _agrees(density: Any, values: Tensor, z: Tensor, log_q: Tensor | None, state: Tensor) -> bool:
-    """Whether vectorized values equal those of single draws from the same random state."""
-    rows, single = _one_by_one(density, z, None if log_q is None else values - log_q, state)
-    tol, differs = _TIGHT * tolerance(single), (values[rows] - single).abs().nan_to_num(torch.inf)
-    # NaN in place of a number counts as the largest difference
-    differs[torch.isclose(values[rows], single, tol, tol, equal_nan=True)] = -1.0
-    for k in differs.argsort(descending=True)[:_NUM_EXTREME].tolist():
-        if differs[k] >= 0:
-            # a batch of copies of the draw tells mixed draws from an ill-conditioned density
-            torch.set_rng_state(state)
-            of_copies = density(z[rows[k]].expand_as(z))[rows[k]]
-            if not agree(values[rows[k]], of_copies, tol):
-                return False
-    return True
+def equals_single_runs(
+    found: Terms, single: Terms, of_copies: Callable[[int], Terms] | None = None
+) -> bool:
+    """Whether the terms of draws that were evaluated together are those of single runs.
 
-
-def _one_by_one(
-    density: Any, z: Tensor, log_weights: Tensor | None, state: Tensor
-) -> tuple[list[int], Tensor]:
-    """Indices of the draws to compare, and their log densities, NaN where the model fails.
-
-    Draws in a plate are all compared if the model runs under vmap, which mixes no draws. If it does not
-    because of a branch, which may depend on any draw, that error is raised.
+    :param of_copies: the terms of a draw in a batch of copies of it, for a strategy that was chosen before.
+        They tell draws that are mixed, by however little, from an ill-conditioned density.
     """
-    found, rows = list[Tensor](), list(range(len(z)))
-    if density.strategy == "plate":
-        torch.set_rng_state(state)
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # torch warns of slow vmap rules
-                return rows, density.evaluated(strategy="vmap")(z)
-        except Exception as error:
-            if any(said in str(error) for said in _BRANCHES):
-                raise
-    if log_weights is not None:
-        order, few = log_weights.argsort().tolist(), _NUM_EXTREME
-        rows = sorted({*order[:few], *order[-few:], *rows[: 2 * few]})
-    for i in rows:
-        torch.set_rng_state(state)
-        try:
-            found.append(density(z[i : i + 1]))
-        except Exception:  # the model does not take this draw
-            found.append(z.new_full((1,), torch.nan))
-    return rows, torch.cat(found)
+    if of_copies is None or found.keys() != single.keys():
+        return agree(found, single)
+    gaps = list[Tensor]()
+    for name, term in single.items():
+        tol = _TIGHT * tolerance(term)
+        # NaN in place of a number counts as the largest difference
+        differs = (found[name] - term).abs().nan_to_num(torch.inf)
+        differs[torch.isclose(found[name], term, tol, tol, equal_nan=True)] = 0.0
+        gaps.append(differs.reshape(len(term), -1).amax(1).double())
+    worst = torch.stack(gaps).amax(0)
+    return all(
+        agree(_part(found, k), of_copies(k), lambda term: _TIGHT * tolerance(term))
+        for k in worst.argsort(descending=True)[:_NUM_COPIED].tolist()
+        if worst[k] > 0
+    )
+
+
+def _rows_of(scores: Tensor) -> list[int]:
+    n, k = scores.shape
+    order, few = scores.argsort(0), max(_MOST_EXTREME // k, 1)
+    extreme = torch.cat([order[:few], order[-few:]]).flatten().tolist()
+    return sorted({*range(0, n, -(-n // _NUM_SPREAD)), *extreme})
+
+
+def _part(terms: Draws, rows: Any) -> Terms:
+    return {name: term[rows] for name, term in terms.items()}
 
 
 def describe(error: Exception) -> str:

@@ -13,7 +13,6 @@ from pyro.poutine.util import site_is_factor
 from torch import Tensor
 
 from .._base.arguments import first_of
-from .._base.comparison import agree, tolerance
 from ..model.draw_plate import DrawPlate
 from ..model.handlers import SiteLogProbs
 from ..model.run_once import run_once
@@ -28,12 +27,12 @@ from ..model.traces import (
     subsampled_plates,
 )
 from ..model.vectorization import (
+    NUM_COMPARED,
     Draws,
     Terms,
     choose_strategy,
-    evaluate_many,
-    fastest,
     stack,
+    vectorized,
 )
 
 
@@ -110,17 +109,11 @@ class Likelihood:
             raise ValueError(
                 f"model: expected a log likelihood of each datum, got {self.incomplete}"
             )
-        chosen, rows = self._compared(draws)
-        some = _part(chosen, rows)
-        expected = evaluate_many(self._evaluate, some, "loop")
-
-        def agrees(terms: Terms) -> bool:
-            return agree(_part(terms, rows), expected, lambda term: 10 * tolerance(term))
-
-        # a draw outside ``rows`` may take a branch of the model that then applies to all draws
-        evaluate = partial(evaluate_many, self._evaluate, chosen, chunk_size=1000)
-        first = choose_strategy(self._evaluate, some).strategy
-        return fastest(lambda strategy: evaluate(strategy=strategy), agrees, first)[1]
+        chosen = self.given(draws)
+        flat = torch.cat([v.reshape(len(v), -1).double() for v in chosen.values()], -1)
+        scores = flat[:, :: -(-flat.shape[-1] // 32)]
+        first = choose_strategy(self._evaluate, chosen, NUM_COMPARED).strategy
+        return vectorized(self._evaluate, chosen, lambda _: scores, first, chunk_size=1000)[1]
 
     def predicted(self, draws: Draws) -> Terms:
         """A value of each latent without draws, except latents that are summed out given data."""
@@ -139,17 +132,6 @@ class Likelihood:
                     f"predict(model, draws, ...) no draws of '{name}', which are then drawn from the prior"
                 )
         return chosen
-
-    def _compared(self, draws: Draws) -> tuple[Terms, list[int]]:
-        """The draws of latents, and the rows at which strategies are compared: a sample and the extremes."""
-        chosen = self.given(draws)
-        n = len(next(iter(chosen.values()), ()))
-        if not n:
-            return chosen, []
-        rows = set(range(0, n, -(-n // 8)))
-        coordinates = torch.cat([value.reshape(n, -1).double() for value in chosen.values()], -1)
-        part = coordinates[:, :: -(-coordinates.shape[-1] // 32)]
-        return chosen, sorted({*rows, *part.argmin(0).tolist(), *part.argmax(0).tolist()})
 
     def sites(self, draws: Draws, is_wanted: Callable[[Any], bool], observed: bool = True) -> Terms:
         """Runs the model once per draw, and returns the wanted sites, ``(n,) + site shape``.
@@ -208,7 +190,3 @@ def _check_same(expected: Collection[str], found: Collection[str]) -> None:
             f"model: expected the same sites at each draw, got '{name}' only at some; put it into each "
             f"branch, or hide it by poutine.block(model, hide=['{name}'])"
         )
-
-
-def _part(terms: Draws, rows: list[int]) -> Terms:
-    return {name: term[rows] for name, term in terms.items()}

@@ -221,4 +221,4 @@ def test_draws_in_a_plate_whose_distribution_writes_into_a_tensor():
     log_joint = LogJoint(model, (torch.arange(4),))
     assert log_joint.strategy == "plate"
     z = log_joint.start + 0.1 * torch.randn(50, 4)
-    assert log_joint.checked(z, torch.zeros(50)).strategy == "plate"
+    assert log_joint.checked(z, torch.zeros(50))[1].strategy == "plate"

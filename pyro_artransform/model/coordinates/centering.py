@@ -195,13 +195,13 @@ def center_at_start(
     """
     with torch.random.fork_rng(devices=[]), poutine.block():
         if isinstance(requested, Mapping):
-            given.set_requested(requested, log_joint.prior_scales(log_joint.or_usable(start)))
+            given.set_requested(requested, log_joint.prior_scales(log_joint.or_usable(start).u))
         else:
             unit, point = log_joint.with_coordinates(given.non_centered()), start
             while True:
                 x, _ = unit.from_unconstrained(point[None])
                 is_sound, second = _second_derivatives(unit, x, together)
-                other = point if is_sound else log_joint.or_usable(point)
+                other = point if is_sound else log_joint.or_usable(point).u
                 if other is point:
                     break
                 point = other
