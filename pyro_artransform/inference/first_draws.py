@@ -3,21 +3,17 @@
 
 """The first stage of a fit: an ensemble of chains before the guide is trained."""
 
-from typing import cast
-
 from .._base.progress import generators_at
 from ..model import LogJoint
 from ..model.protocols import FlowGuide
 from ..sampling import Ensemble, StartError, StopReason
 from ..sampling.chains import Chains, chains_of
-from ..sampling.run_mcmc import CHAINS_UNTIL, from_nothing
+from ..sampling.run_mcmc import from_nothing
 from .problem import Problem
 
 # effective draws of each latent, unless the user gives a number; if they only initialize the guide, or the
 # model runs for one draw at a time; and the most trajectories per chain then
 _NUM_DRAWS, _NUM_FOR_START, _MOST_TRAJECTORIES = 400, 100, 125
-#: errors of a guide or of its training that leave the draws: of numerics, or a lack of memory
-_GUIDE_FAILURES = (ArithmeticError, RuntimeError, ValueError)
 #: the share of max_seconds at which chains end
 START_UNTIL = 0.5
 
@@ -83,18 +79,7 @@ class FirstDraws:
         self.ensemble, self._reason = ensemble, limit.reason
         self._seconds += limit.seconds - began
 
-    def announce(self) -> None:
-        """Judges the draws and says what follows, unless parameters of the model are still to be trained."""
-        if self._problem.point_estimates or (chains := self._judged()) is None:
-            return
-        why = "" if chains.trusted else f": {chains.failed[0].sentence}"
-        rest = "Training the guide"
-        if self._will_go_on:
-            rest += " of these modes, between which chains then jump"
-        self._problem.limit.tell(f"{chains.answer}{why}. {rest} (Ctrl-C keeps the draws)")
-        self._problem.limit.enter_phase(START_UNTIL)
-
-    def _judged(self) -> Chains | None:
+    def judged(self) -> Chains | None:
         """The draws with their verdict, if there are any to return."""
         if self.ensemble is None or not self.gives_draws:
             return None
@@ -110,51 +95,12 @@ class FirstDraws:
         return self.ensemble is not None and self.ensemble.convergence().has_mixed
 
     @property
-    def _will_go_on(self) -> bool:
-        """Whether chains that stay in modes can jump to draws of a guide of these modes."""
-        is_apart = self.ensemble is not None and self.ensemble.end is StopReason.APART
-        is_apart &= not self._problem.guide_failure
-        guide = cast(object, self._problem.subject.guide)
-        return is_apart and isinstance(guide, FlowGuide) and len(guide.components) > 1
+    def is_apart(self) -> bool:
+        """Whether chains ended since they stay in modes."""
+        return self.ensemble is not None and self.ensemble.end is StopReason.APART
 
-    def finish(self) -> Chains | None:
-        """Returns the draws; chains at the initial parameters of a model give way to new ones.
-
-        Chains that stay in modes go on with jumps to draws of a guide of these modes.
-        """
-        subject = self._problem.subject
-        if self._problem.point_estimates:
-            self.ensemble = None
-            if self.gives_draws:
-                self.sample(CHAINS_UNTIL)
-        elif self.ensemble and self._will_go_on and not self._problem.limit.was_interrupted:
-            self.ensemble.propose_from(cast(FlowGuide, subject.guide), subject.log_joint)
+    def go_on(self, guide: FlowGuide, log_joint: LogJoint) -> None:
+        """Continues chains that stay in modes, with jumps to draws of a guide of these modes."""
+        if self.ensemble is not None:
+            self.ensemble.propose_from(guide, log_joint)
             self._run(self.ensemble)
-        elif self.chains is not None:
-            return self.chains
-        return self._judged()
-
-
-class keeping:
-    """A block of the guide: if it fails, draws that do not depend on it are the result of the fit.
-
-    The error becomes ``problem.guide_failure``. It is raised if there are no such draws, and with several
-    processes, since the others would not know.
-    """
-
-    def __init__(self, draws: FirstDraws | None, problem: Problem) -> None:
-        self._draws, self._problem = draws, problem
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, _: object) -> bool:
-        has_draws = self._draws is not None and self._draws.chains is not None
-        is_kept = (
-            isinstance(error, _GUIDE_FAILURES) and has_draws and self._problem.parallel.size == 1
-        )
-        # parameters of the model that appear late were not in the density of the draws
-        if not is_kept or not self._problem.objective.is_guide_alone():
-            return False
-        self._problem.guide_failure = f"{type(error).__name__}: {error}"
-        return True

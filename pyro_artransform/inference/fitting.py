@@ -14,11 +14,8 @@ from torch.distributions import Distribution
 from .._base.arguments import check_call, check_callable, check_flag, check_integer
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
-from .evaluation.outcome import result_of
-from .first_draws import FirstDraws
-from .initialization.initialize import initial_training
 from .loader import Batch, BatchStream
-from .optimization.steps import take_steps
+from .one_fit import Fit
 from .parallel import open_parallel
 from .problem import Problem
 from .result import FitResult
@@ -205,9 +202,4 @@ def fit(
             num_particles=num_particles,
         )
         bar.say("start")
-        first = FirstDraws.of_fit(problem, draws, relabel)
-        training = initial_training(problem, first)
-        bar.say("fit")
-        take_steps(problem, first, training, callback, bar)
-        bar.say("verdict")
-        return result_of(problem, first, training)
+        return Fit(problem, bar, num_draws=draws, relabel=relabel, callback=callback).run()

@@ -25,6 +25,7 @@ from ..model.handlers import traced_parameters
 from ..model.prior_only import warn_of_prior
 from ..model.protocols import FlowGuide, MinibatchGuide, StructuredGuide
 from .all_batches import density_of_all_rows
+from .initialization.start import minibatch_density
 from .loader import Batch, BatchStream, check_use
 from .optimization.minibatches import NUM_COMMON_DRAWS, NUM_VALIDATION, MinibatchObjective
 from .optimization.objective import FEWER, BatchObjective, PathObjective, PyroObjective
@@ -61,8 +62,6 @@ class Problem:
         num_particles: int | None,
     ) -> None:
         self.parallel, self.limit, self.guide_reason = parallel, limit, ""
-        #: the error that ended the guide's start or training, if the fit has draws nevertheless; else empty
-        self.guide_failure = ""
         #: the state of all generators at the beginning, with which chains start
         self.generators = get_rng_state()
         batches = [arguments]
@@ -70,70 +69,80 @@ class Problem:
             batches = list(stream.whole.one_pass(NUM_VALIDATION))
             check_call(*batches[0])
         is_minibatch = not (stream is None or stream.whole.is_all_data)
-        #: the elements of plates that rows of mini-batches read, for a guide that learns its graph from them
-        self.terms: ElementTerms | None = None
-        whole: FullDataDensity | None = None
-        if stream is not None and is_minibatch and (guide is None or _is_new(guide)):
-            whole, self.terms = _element_terms(model, batches[0], stream, parallel)
-        if guide is None:
-            has_elements = self.terms is not None
-            guide, self.guide_reason = choose_guide(
-                model, *batches[0], is_minibatch=is_minibatch, has_elements=has_elements
-            )
-        offered: object = guide
-        if self.terms is not None and isinstance(offered, StructuredGuide):
-            offered.set_up_on(self.terms, *batches[0].args, **batches[0].kwargs)
-        else:
-            whole = None  # the guide may have coordinates of its own
+        guide, whole = self._given(model, guide, batches[0], stream if is_minibatch else None)
         self.subject = _run_once(model, guide, batches[0], stream)
         log_joint = self.subject.log_joint
         #: a sentence on why the posterior is the prior; empty if it is not
         self.prior_only = warn_of_prior(log_joint, (LogJoint(model, *b) for b in batches[1:]))
+        #: the mini-batches of steps, if there are any
         self.stream = stream if is_minibatch or log_joint.is_random else None
-        of_batch = _objective_of_batch(self.subject)
+        #: the objective on one batch, or on all data
+        self.objective_of_batch = of_batch = _objective_of_batch(self.subject)
         #: why the model runs for one draw at a time; empty if it does not
         self.looped_because = log_joint.reason
         if isinstance(of_batch, PyroObjective) and not of_batch.is_vectorized:
             self.looped_because = log_joint.reason or _NOT_IN_A_PLATE
-        #: whether model or guide run for one draw at a time, so that numbers of draws are small
-        self.is_loop = bool(self.looped_because)
-        num_compared = NUM_COMPARED // FEWER if self.is_loop else NUM_COMPARED
-        #: divides numbers of draws in the search for the initial guide
-        self.fewer = FEWER if self.is_loop else 1
         #: the objective of this process alone
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
             self.objective = MinibatchObjective(
                 of_batch, self.stream, log_joint, batches, self.terms, parallel, whole
             )
-            if (whole := self.objective.whole) is not None:
-                self.subject = self.subject._replace(log_joint=whole)
-                num_compared = min(NUM_COMMON_DRAWS, num_compared)
-                self.fewer *= FEWER
-        #: whether the log joint density is that of all data
-        self.has_all_data = self.minibatches is None or self.minibatches.whole is not None
-        latent_dim = log_joint.latents.latent_dim
-        # if all data correct a batch, the noise of batches is too small to need averaging over an epoch
-        schedule = Schedule(1, num_compared, dim=latent_dim)
-        if self.minibatches is not None and self.minibatches.on_all is None:
-            schedule = replace(schedule, epoch=self.minibatches.stream.num_batches)
-        elif self.minibatches is not None:
-            schedule = replace(schedule, small_gap=GAP_OF_BATCHES)
-        self.schedule = schedule.of_length(num_steps)
-        is_structured = isinstance(cast(object, guide), StructuredGuide)
-        few, fewest = _NUM_PARTICLES if self.stream is None else _NUM_IN_BATCHES
-        usual = few // FEWER if self.is_loop else few
-        if not self.is_loop and is_structured and latent_dim >= _MANY_LATENTS:
-            usual = fewest
-        wanted = num_particles or usual
+            if self.objective.whole is not None:
+                self.subject = self.subject._replace(log_joint=self.objective.whole)
+        self.schedule = self._new_schedule().of_length(num_steps)
+        wanted = num_particles or self._usual_particles()
         # processes share no batch, so that each takes all draws for its own
         per_process = wanted if self.stream is not None else parallel.share(wanted)
         #: draws per step, of all processes
         self.num_particles = per_process * parallel.size
         if parallel.size > 1:
-            self._check_processes(batches[0], num_steps, num_particles)
+            self._check_processes(num_steps, num_particles)
         if self.looped_because:
             _warn_of_loop(of_batch, self.looped_because, per_process, self.schedule)
+
+    def _given(
+        self, model: Function, guide: Function | None, batch: Batch, stream: BatchStream | None
+    ) -> tuple[Function, FullDataDensity | None]:
+        """The guide, chosen if there is none, and the density of all data if it learned its graph from it."""
+        #: the elements of plates that rows of mini-batches read, for a guide that learns its graph from them
+        self.terms: ElementTerms | None = None
+        whole: FullDataDensity | None = None
+        if stream is not None and (guide is None or _is_new(guide)):
+            whole, self.terms = _element_terms(model, batch, stream, self.parallel)
+        if guide is None:
+            has_elements = self.terms is not None
+            guide, self.guide_reason = choose_guide(
+                model, *batch, is_minibatch=stream is not None, has_elements=has_elements
+            )
+        offered: object = guide
+        if self.terms is None or not isinstance(offered, StructuredGuide):
+            return guide, None  # the guide may have coordinates of its own
+        offered.set_up_on(self.terms, *batch.args, **batch.kwargs)
+        return guide, whole
+
+    def _new_schedule(self) -> Schedule:
+        minibatches, num_compared = self.minibatches, NUM_COMPARED
+        if self.is_loop:
+            num_compared //= FEWER
+        if minibatches is not None and self.has_all_data:
+            num_compared = min(NUM_COMMON_DRAWS, num_compared)
+        schedule = Schedule(1, num_compared, dim=self.subject.log_joint.latents.latent_dim)
+        if minibatches is None:
+            return schedule
+        # if all data correct a batch, the noise of batches is too small to need averaging over an epoch
+        if minibatches.on_all is None:
+            return replace(schedule, epoch=minibatches.stream.num_batches)
+        return replace(schedule, small_gap=GAP_OF_BATCHES)
+
+    def _usual_particles(self) -> int:
+        """The number of draws per step that the fit chooses."""
+        few, fewest = _NUM_PARTICLES if self.stream is None else _NUM_IN_BATCHES
+        if self.is_loop:
+            return few // FEWER
+        is_structured = isinstance(cast(object, self.subject.guide), StructuredGuide)
+        has_many = self.subject.log_joint.latents.latent_dim >= _MANY_LATENTS
+        return fewest if is_structured and has_many else few
 
     def choose_for_modes(self, num_modes: int) -> None:
         """Replaces a guide that the fit chose by a mixture, if the posterior has several modes."""
@@ -142,14 +151,51 @@ class Problem:
         if (choice := choose_mixture(self.subject.guide, num_modes)) is not None:
             mixture, self.guide_reason = choice
             self.subject = _run_once(self.subject.model, mixture, self.batch, None)
-            self.objective = _objective_of_batch(self.subject)
+            self.objective = self.objective_of_batch = _objective_of_batch(self.subject)
 
     @property
     def minibatches(self) -> MinibatchObjective | None:
         """The objective, if each step sees a mini-batch of the stream."""
         return self.objective if isinstance(self.objective, MinibatchObjective) else None
 
-    def new_training(self, schedule: Schedule) -> Training:
+    @property
+    def is_loop(self) -> bool:
+        """Whether model or guide run for one draw at a time, so that numbers of draws are small."""
+        return bool(self.looped_because)
+
+    @property
+    def has_all_data(self) -> bool:
+        """Whether the log joint density is that of all data."""
+        return self.minibatches is None or self.minibatches.whole is not None
+
+    @property
+    def fewer(self) -> int:
+        """Divides numbers of draws in the search for the initial guide."""
+        is_of_passes = self.minibatches is not None and self.has_all_data
+        return FEWER ** (self.is_loop + is_of_passes)
+
+    @property
+    def starts_by_passes(self) -> bool:
+        """Whether the guide has a Gaussian of elements of plates, which passes over mini-batches find."""
+        guide: object = self.subject.guide
+        has_gaussian = isinstance(guide, StructuredGuide) and guide.is_of_elements
+        has_passes = self.minibatches is not None and self.has_all_data
+        return has_gaussian and has_passes and self.terms is not None
+
+    def density_of_start(self) -> LogJoint | None:
+        """The density whose draws start a flow; ``None`` for other guides, or if passes start it."""
+        guide: object = self.subject.guide
+        is_flow = isinstance(guide, FlowGuide) and isinstance(
+            self.objective_of_batch, PathObjective
+        )
+        if not is_flow or self.starts_by_passes:
+            return None
+        if self.minibatches is not None:
+            return self.minibatches.mean_log_joint()
+        log_joint = self.subject.log_joint
+        return minibatch_density(log_joint) if log_joint.is_random else log_joint
+
+    def new_training(self) -> Training:
         """A training that starts at the current parameters."""
         guide: object = self.subject.guide
         scales: Scales | None = None
@@ -157,7 +203,7 @@ class Problem:
             scales = guide.step_scales
         if self.parallel.size > 1 and scales is not None and self.stream is not None:
             scales = partial(self.parallel.scales_of_first, scales)
-        return Training(self.objective, schedule, self.num_particles, scales, self.parallel)
+        return Training(self.objective, self.schedule, self.num_particles, scales, self.parallel)
 
     @cached_property
     def point_estimates(self) -> list[str]:
@@ -191,13 +237,20 @@ class Problem:
             batches = self.minibatches.validation
         return tuple(guide.missing_over_batches(batches))
 
-    def _check_processes(
-        self, batch: Batch, num_steps: int | None, num_particles: int | None
-    ) -> None:
+    def check_graph(self) -> None:
+        """Raises an error if other mini-batches than the first have dependencies that the graph lacks."""
+        if self.minibatches is not None and (missing := self.missing()):
+            raise ValueError(
+                "loader: the guide's graph lacks dependencies that other mini-batches have: "
+                f"{first_of(missing)}. Make a new guide and set it up with all data before the fit, "
+                "guide.set_up(*all_data), or use AutoIAF, or AutoAmortized if rows have latents of their own"
+            )
+
+    def _check_processes(self, num_steps: int | None, num_particles: int | None) -> None:
         """Checks that all processes run the same fit, and synchronizes their parameters."""
         same: dict[str, object] = {"num_steps": num_steps, "num_particles": num_particles}
         same["parameters"] = [tuple(tensor.shape) for tensor in self.tensors()]
-        stream = self.stream
+        stream, batch = self.stream, self.batch
         if stream is None or (self.has_all_data and stream.whole is not stream):
             data = filter(torch.is_tensor, (*batch.args, *batch.kwargs.values()))
             same["data (sums)"] = str([float(tensor.double().sum()) for tensor in data])

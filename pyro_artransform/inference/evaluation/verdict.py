@@ -9,7 +9,7 @@ from typing import NamedTuple, cast
 import torch
 
 from ..._base.arguments import first_of
-from ..._base.time_limit import abandonable
+from ..._base.time_limit import INTERRUPTED, OUT_OF_TIME, abandonable
 from ...diagnostics import Importance, Marginals
 from ...diagnostics.checks import Check, FailedCheck, Verdict, about_draws
 from ...diagnostics.convergence import ModeShares
@@ -17,6 +17,7 @@ from ...diagnostics.importance_sampling import GOOD_KHAT, GOOD_TAIL
 from ...diagnostics.plates import ElementDiagnostics
 from ...diagnostics.psis import round_off_of
 from ...sampling import Ensemble
+from ..optimization.schedule import FILLED, LIMIT, STOPPED, Schedule
 from .elements import ElementWeights
 
 _ELSEWHERE = {
@@ -117,6 +118,32 @@ def judge(
     if not (failed or praise):
         praise = _about_success(cast(Importance, weights), lost)
     return Verdict(tuple(failed), praise, tuple(_notes(status)))
+
+
+def about_end(schedule: Schedule, losses: Sequence[float]) -> FailedCheck | None:
+    """The failed check if steps ended early or before the ELBO settled, with a remedy; else ``None``.
+
+    :param losses: the losses of all steps.
+    """
+    reason = schedule.reason
+    hints = {
+        INTERRUPTED: "fit again",
+        OUT_OF_TIME: "increase max_seconds",
+        STOPPED: "let it continue",
+    }
+    if reason in hints:
+        reason, remedy = f"{reason} after step {len(losses):,}", hints[reason]
+    elif schedule.is_still(losses[: schedule.decay_start]):
+        return None
+    elif schedule.num_steps is not None:
+        remedy = "set a larger number, or none, so that fit chooses it"
+    elif reason == FILLED:
+        remedy = "increase max_seconds"
+    elif reason == LIMIT:
+        remedy = "set a larger num_steps"
+    else:
+        return None
+    return Check.CUT_SHORT.failed(reason=reason, remedy=remedy)
 
 
 def _notes(status: FitStatus) -> Iterator[str]:

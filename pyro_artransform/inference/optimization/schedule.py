@@ -17,6 +17,7 @@ NOTHING_TO_WIN = "the importance weights show little difference between guide an
 LITTLE_TO_WIN = "the importance weights show that little could still be gained"
 FILLED = "the steps that max_seconds allows were taken"
 LIMIT = "the default maximum of steps was reached while the ELBO was still improving"
+STOPPED = "the callback asked to stop"
 NUM_COMPARED = 1000  #: draws for an estimate of the gap, every quarter of a window
 # steps whose mean ELBO is compared with that of the preceding window, and the longest phase of constant step
 # size; from benchmarks/price.md, as are all numbers here without a source
