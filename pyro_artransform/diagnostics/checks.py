@@ -97,7 +97,8 @@ class Check(Enum):
     MIXING = CheckEntry(
         f"chains have not mixed: R-hat is {{rhat:.3f}} for {{name}}, above {GOOD_RHAT}",
         "{remedy}",
-        "superchains differ in that latent",
+        "superchains differ in that latent. A guide is not trusted either if R-hat is above "
+        f"{MODES_RHAT} without a known mode: some chains may be where it has no draws",
         fails=lambda rhat, **_: not rhat <= GOOD_RHAT,
     )
     ESS = CheckEntry(
@@ -196,7 +197,7 @@ class Check(Enum):
         fails=lambda gap, **_: gap > GOOD_GAP,
     )
     LOST_MODES = CheckEntry(
-        "about {percent:.0f} % of the posterior is in {count} other mode(s), found by restarts, where the "
+        "about {percent:.0f} % of the posterior is in {count} other mode(s), found by chains, where the "
         "guide has almost no draws",
         _BREAK_SYMMETRY,
         "chains ended in modes to which the guide gives less than a tenth of their probability. Neither a "
@@ -209,14 +210,6 @@ class Check(Enum):
         "chains have mixed, so the guide is wrong, although its own draws may not show it. The row "
         "*marginals* has the largest [errors](#marginals)",
         fails=lambda found, **_: found is not None and found.is_off,
-    )
-    RESTARTS = CheckEntry(
-        "chains from starting points spread over the prior have not mixed (R-hat is {rhat:.3f}), so the "
-        "guide may miss modes or tails",
-        "Use tighter priors, or another parametrization",
-        "superchains do not agree, although they ran for long enough: some may be where the guide has no "
-        "draws",
-        fails=lambda rhat: rhat > MODES_RHAT,
     )
     GRAPH = CheckEntry(
         "the guide's graph lacks dependencies that the posterior has: {names}",

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ..._base.time_limit import abandonable, until_deadline
 from ...diagnostics import Importance
-from ...diagnostics.checks import Check, Verdict
+from ...diagnostics.checks import Check, FailedCheck, Verdict
+from ...diagnostics.convergence import MODES_RHAT
 from ...diagnostics.importance_sampling import CLEAR_IN_SE, GOOD_KHAT
 from ...diagnostics.importance_weights import ModelAndGuide, has_point
 from ...diagnostics.marginals import marginals_of
@@ -184,8 +185,12 @@ def lost_modes(ensemble: Ensemble, draws: Tensor) -> LostModes:
     modes, is_mixed = ensemble.modes, ensemble.convergence().has_mixed
     if modes is None:
         had_time = ensemble.end is not StopReason.OUT_OF_TIME
-        rhat = float(ensemble.convergence().rhat.max()) if had_time else 1.0
-        return LostModes(was_searched=is_mixed, rhat=rhat)
+        rhat, unmixed = ensemble.convergence().rhat, tuple[FailedCheck, ...]()
+        if had_time and rhat.max() > MODES_RHAT:
+            name = ensemble.log_joint.latents.name_of(int(rhat.argmax()))
+            remedy = "Use tighter priors, or another parametrization"
+            unmixed = Check.MIXING.apply(rhat=float(rhat.max()), name=name, remedy=remedy)
+        return LostModes(was_searched=is_mixed, unmixed=unmixed)
     # before mixing, the chains' shares of modes are wrong, and those of Gaussians are only approximate
     share = modes.shares_of(ensemble.draws.flatten(0, 1)) if is_mixed else modes.share
     is_lost = (share > _MIN_SHARE) & (modes.shares_of(draws) < _MIN_PART * share)

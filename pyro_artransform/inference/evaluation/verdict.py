@@ -21,7 +21,7 @@ from ..optimization.schedule import FILLED, LIMIT, STOPPED, Schedule
 from .elements import ElementWeights
 
 _ELSEWHERE = {
-    True: ", and restarts found no other modes.",
+    True: ", and chains found no other modes.",
     False: ", but other modes were not searched for.",
 }
 _MIXES_DRAWS = (
@@ -66,7 +66,8 @@ class LostModes(NamedTuple):
     lost_mass: float = 0.0  #: their share of the posterior
     num_lost: int = 0  #: the number of lost modes
     was_searched: bool = False  #: whether chains started all over the prior, to find other modes
-    rhat: float = 1.0  #: the R-hat of such chains, if they had enough time but have not mixed
+    #: the check that such chains failed, if they had enough time but are far from mixed
+    unmixed: tuple[FailedCheck, ...] = ()
 
 
 NOT_SEARCHED = LostModes()
@@ -105,7 +106,7 @@ def judge(
         off = Check.MARGINALS.apply(found=marginals, remedy=_use(status.remedy))
         failed += about_lost or off
         if not status.cut_short:
-            failed += Check.RESTARTS.apply(rhat=lost.rhat)
+            failed += lost.unmixed
     failed += about_others
     missing: Sequence[str] | None = None
     with abandonable():

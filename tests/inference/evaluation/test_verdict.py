@@ -86,7 +86,7 @@ NOT_TRUSTED = {
 #: where a better guide, or chains, would help
 REMEDIED = {"heavy tail", "gap", "noise"}
 TRUSTED = {
-    "good": (weights, NOTHING, {}, ["restarts found no other modes"]),
+    "good": (weights, NOTHING, {}, ["chains found no other modes"]),
     "not searched": (weights, None, {}, ["other modes were not searched for"]),
     # k-hat has no scale: where all weights are alike it says nothing of the posterior
     "light tail": (lambda: heavy(1e-8), NOTHING, {}, ["% of the weight"]),
@@ -97,7 +97,7 @@ TRUSTED = {
         {"start_failed": True},
         ["started from its own initial values"],
     ),
-    "cut short, and good": (weights, NOTHING, LATE, ["restarts found no other modes"]),
+    "cut short, and good": (weights, NOTHING, LATE, ["chains found no other modes"]),
 }
 
 
@@ -122,7 +122,7 @@ def test_a_verdict_is_one_sentence_that_says_why(case):
         assert "does not cover" not in verdict.words
         assert "log density of the model" not in verdict.words
     is_good = verdict.trusted and lost == NOTHING
-    assert ("restarts found no other modes" in verdict.words) == is_good
+    assert ("chains found no other modes" in verdict.words) == is_good
 
 
 @pytest.mark.parametrize(
