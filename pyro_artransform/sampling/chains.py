@@ -253,15 +253,13 @@ def _objections(
             num_single=ensemble.num_single,
             between="chains do not move between them" if is_apart else between,
         )
-    remedy, fewer = "Allow more time", ", or ask for fewer draws"
-    more = f"{remedy}{fewer}"
+    is_late = ensemble.end is StopReason.OUT_OF_TIME
+    remedy = "Allow more time" if is_late else "Use tighter priors, or another parametrization"
+    more = f"{remedy}, or ask for fewer draws"
     if bfmi < _LOW_BFMI:
         remedy = more = CORNER
     elif ensemble.end is StopReason.LIMIT:
         remedy = more = f"Set draws={num_samples}: without it, the chains of a fit end early"
-    elif ensemble.end is not StopReason.OUT_OF_TIME:
-        more = f"Use tighter priors, or another parametrization{fewer}"
-        remedy = "Use tighter priors, or another parametrization"
     size, count = ensemble.num_trajectories, ensemble.draws.shape[1]
     if too_few := Check.WARM_UP.apply(num_trajectories=size, count=count):
         yield from too_few

@@ -165,7 +165,10 @@ class Ensemble(AdaptiveChains):
         Uses Laplace's approximation. Zero except for globals of a field some of whose priors have no parents.
         """
         found, fitted = torch.zeros_like(self.log_joint.start), self._target.to_latent
-        if isinstance(fitted, ConditionalGaussian) and self._is_centered(fitted.of_field):
+        given = self.log_joint.coordinates
+        if isinstance(fitted, ConditionalGaussian) and (
+            given is None or bool((given.centered[fitted.of_field] == 1).any())
+        ):
             latents, _ = self.log_joint.from_unconstrained(self.draws.flatten(0, 1))
             found[fitted.of_globals] = fitted.share_beyond(latents)
         return found
@@ -201,11 +204,6 @@ class Ensemble(AdaptiveChains):
             return None
         name_of = self.log_joint.latents.name_of
         return self.modes.mass(None if self.end is StopReason.APART else self._raw, name_of)
-
-    def _is_centered(self, of_field: Tensor) -> bool:
-        """Whether latents of a field are not in units of the scales of their prior."""
-        given = self.log_joint.coordinates
-        return given is None or bool((given.centered[of_field] == 1).any())
 
     @torch.no_grad()
     def run(self, num_samples: int, most: int = _MOST_TRAJECTORIES) -> Convergence:

@@ -10,7 +10,6 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import config_enumerate
 
-from pyro_artransform.flows.transforms import FlowModule
 from pyro_artransform.model.protocols import FlowGuide
 
 COUNTS = (3.0, 1.0, 4.0, 2.0, 2.0)
@@ -128,9 +127,6 @@ class PathGuide(FlowGuide):
         )
         return self.shift + self.factor * z, ladj
 
-    def get_transform(self, *args, **kwargs):
-        return PathTransform(self)
-
     def rsample_and_log_prob(self, n, path=False):
         x = torch.randn(n, self.dim)
         z, ladj = self.call_and_ladj(x)
@@ -139,11 +135,3 @@ class PathGuide(FlowGuide):
     def __call__(self, *args, **kwargs):
         z, _ = self.rsample_and_log_prob(1)
         return {"z": pyro.sample("z", dist.Delta(z[0], event_dim=1))}
-
-
-class PathTransform(FlowModule):
-    """The transform of a :class:`PathGuide`."""
-
-    def __init__(self, guide):
-        super().__init__()
-        self.call_and_ladj = guide.call_and_ladj
