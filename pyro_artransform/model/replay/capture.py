@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..._base.comparison import agree, of_reordered_sums
 from ..._base.differentiation import KnownGradients, leaves
+from .execution import has_torchscript
 from .recording import Replay, record
 
 #: a function of tensors that returns detached tensors
@@ -82,7 +83,7 @@ class Captured:
         return found
 
     def _capture(self, key: Hashable, inputs: tuple[Tensor, ...]) -> None:
-        replay = record(self._evaluate, inputs, _MOST_SECONDS)
+        replay = record(self._evaluate, inputs, _MOST_SECONDS) if has_torchscript() else None
         if replay is None:
             self.can_replay = False
         else:
