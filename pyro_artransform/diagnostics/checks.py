@@ -91,8 +91,7 @@ class Check(Enum):
     UNDETERMINED = CheckEntry(
         "neither prior nor data determine {names}: the draws drift without end",
         "Use proper priors, or fix one of several latents of which only a sum or a product matters",
-        "there is no posterior in some direction, as with an improper prior of latents of which only the sum "
-        "has data",
+        "as with an improper prior of latents of which only the sum has data",
     )
     MIXING = CheckEntry(
         f"chains have not mixed: R-hat is {{rhat:.3f}} for {{name}}, above {GOOD_RHAT}",
@@ -112,9 +111,8 @@ class Check(Enum):
         "{percent:.3g} % of the trajectories diverged: the step size is too large for a region of high "
         "curvature, such as a scale near zero, and the draws underrepresent it",
         CORNER,
-        f"more than {100 * MANY_DIVERGENT:g} % of the trajectories had an energy error of more than 1,000 "
-        "nats, most often in a narrow neck, although step sizes were halved three times. At a steep edge of "
-        "a density the draws may be right",
+        f"more than {100 * MANY_DIVERGENT:g} % had an energy error of more than 1,000 nats, although step "
+        "sizes were halved three times. At a steep edge of a density the draws may be right",
         # independent proposals reach corners that trajectories miss, so that divergences do not matter then
         fails=lambda percent, has_proposals: percent > 100 * MANY_DIVERGENT and not has_proposals,
     )
@@ -122,22 +120,19 @@ class Check(Enum):
         "the draws of {name} miss a tail: by a Laplace approximation, {percent:.3g} % of the posterior is "
         "beyond their outer 1 % quantile",
         CORNER,
-        "for the global parameters of a path without location and scale in its prior: more than "
-        f"{_MOST_BEYOND:g} % of the posterior is beyond a quantile that only 1 % of the draws exceed",
+        f"more than {_MOST_BEYOND:g} % is, for globals of a path without location and scale in its prior",
         fails=lambda percent, **_: percent > _MOST_BEYOND,
     )
     # of guides
     NO_CHAINS = CheckEntry(
         "the guide was not checked by chains, since none could start: {reason}",
         "",
-        "the log density or its gradient is not finite at any start; the sentence goes on with the site and "
-        "what was tried. The guide may lack modes or tails, even if its numbers look good",
+        "the reason names the site and what was tried. The guide may lack modes or tails",
     )
     FAILED = CheckEntry(
         "an error ended the start, the training or the evaluation of the guide: {error}",
         "Mend what the error names. Draws that are trusted need no guide",
-        "model or guide fail at its draws, or the log density is not finite at its initial values. The draws "
-        "of chains do not depend on it; the guide keeps its last parameters, and its numbers are `nan`",
+        "draws of chains do not depend on it; the guide keeps its last parameters, its numbers are `nan`",
     )
     CUT_SHORT = CheckEntry("{reason}", "{remedy}")
     SKIPPED = CheckEntry(
@@ -157,8 +152,7 @@ class Check(Enum):
         "not judged, since the model subsamples its data or is random in another way, so that only a noisy "
         "ELBO is known",
         "pass loader=, with the rows of a batch as the arguments of the model",
-        "the density of a model that draws its own mini-batches, or other random numbers, is not known; "
-        "`khat`, `ess` and `log_evidence` are `nan`",
+        "the numbers `khat`, `ess` and `log_evidence` are `nan`",
     )
     DENSITY = CheckEntry(
         "the log density of the model is not finite at {count} of {num_samples} draws of the guide",
@@ -200,15 +194,13 @@ class Check(Enum):
         "about {percent:.0f} % of the posterior is in {count} other mode(s), found by chains, where the "
         "guide has almost no draws",
         _BREAK_SYMMETRY,
-        "chains ended in modes to which the guide gives less than a tenth of their probability. Neither a "
-        "better guide nor more draws will help",
+        "the guide gives them less than a tenth of their probability. More draws will not help",
         fails=lambda percent, **_: percent > 100 * GOOD_LOST_MASS,
     )
     MARGINALS = CheckEntry(
         "means or standard deviations of the guide clearly differ from those of the chains' draws",
         "{remedy}",
-        "chains have mixed, so the guide is wrong, although its own draws may not show it. The row "
-        "*marginals* has the largest [errors](#marginals)",
+        "its own draws may not show it. The row *marginals* has the largest [errors](#marginals)",
         fails=lambda found, **_: found is not None and found.is_off,
     )
     GRAPH = CheckEntry(
@@ -223,8 +215,7 @@ class Check(Enum):
         "batches), but k-hat and the evidence are unknown, since {reason}",
         "If all data fit into memory, run diagnostics.importance on them with a model that does not "
         "subsample; otherwise check the method on simulated data (docs/verdict.md, calibration)",
-        "importance weights from mini-batches are too noisy, or a pass over the loader does not cover all "
-        "data; the sentence says which",
+        "weights are too noisy, or a pass over the loader does not cover all data",
     )
     ELEMENTS = CheckEntry(
         "{found}",

@@ -19,9 +19,7 @@ GOOD_GAP = 0.1  #: the largest gap between an ELBO and the log evidence, in nats
 GOOD_ELBO_SE = 0.05  #: the largest standard error of an ELBO, in nats
 GOOD_TAIL = 0.001  #: the largest excess of a tail, as a share of all weights, that is negligible
 GOOD_LOST_MASS = 0.05  #: the largest share of a posterior in modes that the guide has missed
-GOOD_ERROR = (
-    0.15  #: the largest error of a mean, in sds of the posterior, and relative error of an sd
-)
+GOOD_ERROR = 0.15  #: the largest error of a mean, in posterior sds, and of an sd, in its units
 CLEAR_IN_SE = 2.0  #: the number of standard errors at which a difference is clear
 CONFIDENCE = 0.975  #: the probability that the bounds on all errors of means and sds hold
 

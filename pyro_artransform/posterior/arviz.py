@@ -30,9 +30,8 @@ def to_inference_data(
 
     The groups are ``posterior`` (including deterministic sites, computed from the draws and the data,
     and sites computed by reparametrizers), ``posterior_predictive`` (the model runs once per draw),
-    ``log_likelihood`` (see :func:`~pyro_artransform.posterior.log_likelihood`; with discrete latents that are
-    summed out, or a factor that belongs to no datum, it is left out, and a warning says so) and
-    ``observed_data``.
+    ``log_likelihood`` (see :func:`~pyro_artransform.posterior.log_likelihood`; left out, with a warning, if
+    discrete latents are summed out, or a factor belongs to no datum) and ``observed_data``.
 
     If the guide has no draws of a site without data, as when the model is called with new predictors
     and ``y=None``, the site is drawn given each draw of the others, in the group ``predictions``. This
