@@ -13,7 +13,7 @@ from pyro import distributions as dist
 from pitfalls import models
 from pitfalls.guide_cases import unconstrained_draws
 from pitfalls.subject import Subject, prepare
-from pyro_artransform.testing.comparison import default_dtype
+from pyro_artransform.testing.contracts import default_dtype
 
 
 def f08_scale_floor(subject: Subject) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.functional import jacobian
 
 from pitfalls.subject import NotApplicable, Subject
-from pyro_artransform.testing.comparison import default_dtype
+from pyro_artransform.testing.contracts import default_dtype
 
 FLOATS = (torch.float32, torch.float64)
 Perturbation = Callable[[list[Tensor], Callable[[], Tensor]], None]

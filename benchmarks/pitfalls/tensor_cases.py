@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pitfalls import models
 from pitfalls.subject import NotApplicable, Subject, parameters, prepare, train
-from pyro_artransform.testing.comparison import default_dtype
+from pyro_artransform.testing.contracts import default_dtype
 from tests.factory_calls import bare_factory_calls
 
 FLOATS = (torch.float32, torch.float64)

@@ -15,7 +15,7 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.optim import PyroOptim
 
 from pyro_artransform.guides import AutoIAF
-from pyro_artransform.testing.comparison import equal
+from pyro_artransform.testing.contracts import equal
 from tests.guides import models
 from tests.guides.named import FOREIGN, GUIDES
 

@@ -35,11 +35,11 @@ class Detached(nn.Module):
     [
         (
             DetachedLogDet,
-            "gradient of the log-determinant in the parameters: .* expected to be zero",
+            "gradient of the log-derivative in the parameters: .* expected to be zero",
         ),
         (
             lambda shift, log_scale: MonotonicAffineTransform(shift.detach(), log_scale),
-            "gradient of y in the parameters: Jacobian mismatch",
+            "gradient of the value in the parameters: Jacobian mismatch",
         ),
     ],
 )

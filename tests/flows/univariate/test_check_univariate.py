@@ -101,10 +101,10 @@ BROKEN = {
         "_call": lambda t, x: call(t, x) + 1e-6
     },
     r"(strictly increasing|onto the real line)": SATURATED,
-    r"dtype must follow the input": {
+    r"must have the dtype and the shape of the input, .*float64.*default torch.float32": {
         "log_abs_det_jacobian": lambda t, x, y: ladj(t, x, y).to(torch.get_default_dtype())
     },
-    r"log-determinant and inverse must have the shape": {
+    r"log-determinant and inverse must have the dtype and the shape": {
         "log_abs_det_jacobian": lambda t, x, y: ladj(t, x, y).sum(-1)
     },
     r"gradients of the value of the inverse must agree with differences": {
