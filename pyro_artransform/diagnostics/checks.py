@@ -16,7 +16,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from .._base.arguments import first_of
-from ..model.prior_only import GIVE_DATA
+from ..model.traces import GIVE_DATA
 from .convergence import GOOD_RHAT, MANY_DIVERGENT, MODES_RHAT
 from .importance_sampling import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS
 from .psis import WORST_KHAT

@@ -22,8 +22,8 @@ from ..guides.choice import choose_guide, choose_mixture
 from ..model import FullDataDensity, LogJoint
 from ..model.elements import ElementGroups, ElementTerms
 from ..model.handlers import traced_parameters
-from ..model.prior_only import warn_of_prior
 from ..model.protocols import FlowGuide, MinibatchGuide, StructuredGuide
+from ..model.traces import warn_of_prior
 from .all_batches import density_of_all_rows
 from .initialization.start import minibatch_density
 from .loader import Batch, BatchStream, check_use
@@ -73,7 +73,7 @@ class Problem:
         self.subject = _run_once(model, guide, batches[0], stream)
         log_joint = self.subject.log_joint
         #: a sentence on why the posterior is the prior; empty if it is not
-        self.prior_only = warn_of_prior(log_joint, (LogJoint(model, *b) for b in batches[1:]))
+        self.prior_only = warn_of_prior(log_joint.has_data)
         #: the mini-batches of steps, if there are any
         self.stream = stream if is_minibatch or log_joint.is_random else None
         #: the objective on one batch, or on all data

@@ -24,9 +24,8 @@ from .coordinates.latent_mapper import LatentMapper
 from .coordinates.priors import find_mapped, priors_of, scales_of
 from .draw_plate import DRAWS, DrawPlate
 from .enumeration import marginal_log_prob
-from .handlers import FirstIndices, FoundScale, SiteLogProbs, hidden_sites
+from .handlers import FirstIndices, FoundScale, SiteLogProbs, UnmaskedLatents, hidden_sites
 from .initial_point import InitialPoint, usable_point
-from .masked_latents import UnmaskedLatents, improper_sites
 from .run_once import aside, nonfinite_sites, run_once
 from .sites import Latents
 from .traces import (
@@ -34,8 +33,10 @@ from .traces import (
     argument_signature,
     check_data,
     count_values,
+    is_deterministic,
     is_enumerated,
     latent_nodes,
+    observed_nodes,
     plate_nesting,
     subsampled_plates,
 )
@@ -74,7 +75,7 @@ class LogJoint:
     where c is Pyro's bijection onto the supports of the latents. Evaluation is vectorized over draws if that
     agrees with single runs (see ``model.vectorization``) at points as far from the start as the prior is
     wide, and farther; :meth:`checked` compares at given draws. Discrete latents marked for enumeration are
-    summed out. Masked elements of latents keep their prior density where nothing else depends on them. Pyro's
+    summed out. Masked continuous latents have their prior density, unless by ``mask=False``. Pyro's
     validation is off while the model runs, so that an impossible draw gives NaN in place of an error; the
     first run is validated if the user has validation on.
 
@@ -107,9 +108,10 @@ class LogJoint:
         run = partial(model, *args, **kwargs)
         trace = run_once(run, init_loc_fn=init_loc_fn)
         check_data(trace)
-        self.improper = improper_sites(run, trace)  #: the sites that keep their masks
-        #: the model bound to its arguments, with the masks of proper latents removed
-        self.run = UnmaskedLatents(self.improper)(run)
+        #: the model bound to its arguments, with the masks of its latents removed
+        self.run = UnmaskedLatents()(run)
+        #: whether the model has an observed site or a factor
+        self.has_data = not all(map(is_deterministic, observed_nodes(trace)))
         self.num_plates, self._is_part = plate_nesting(trace), bool(subsampled_plates(trace))
         self.is_enumerated = any(map(is_enumerated, latent_nodes(trace)))
         self.latents, self._num_values = Latents.from_trace(trace), count_values(trace)
@@ -218,7 +220,7 @@ class LogJoint:
         """Binds other arguments without comparing latents: some may have been data."""
         if _identities(args, kwargs) == _identities(*self._arguments):
             return self
-        run = UnmaskedLatents(self.improper)(partial(self.model, *args, **kwargs))
+        run = UnmaskedLatents()(partial(self.model, *args, **kwargs))
         other = self.view(_arguments=(args, kwargs), run=run)
         return other.view(_find_mapped=lru_cache(maxsize=1)(other._compare_priors))
 
@@ -351,7 +353,7 @@ class LogJoint:
     def prior_scales(self, u: Tensor) -> Tensor:
         """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
         nodes = run_once(self.enumerated(self.run), at=self.latents.constrain(u)).nodes
-        return scales_of(priors_of(nodes, self.latents, self.improper), self.latents, u)
+        return scales_of(priors_of(nodes, self.latents), self.latents, u)
 
     def mapped_sites(self, with_shapes: bool = False) -> dict[str, bool]:
         """The latents that may have coordinates from the prior, and whether it depends on other latents.
@@ -366,7 +368,7 @@ class LogJoint:
     def _compare_priors(self) -> dict[str, bool]:
         start = self._find_start().u
         points = torch.stack([start, start + 0.1 * (1 + start.abs())])
-        return find_mapped(self.enumerated(self.run), self.latents, points, self.improper)
+        return find_mapped(self.enumerated(self.run), self.latents, points)
 
     def enumerated(self, run: Callable[[], object]) -> Any:
         """Enumerates the discrete latents of a model, if any, to the left of the draws."""

@@ -22,6 +22,7 @@ from torch.distributions import Distribution, constraints
 
 from .traces import (
     has_data,
+    is_enumerated,
     subsampling_scale,
     support_of,
 )
@@ -45,6 +46,18 @@ def traced_parameters(run: Callable[[], object]) -> dict[str, Tensor]:
         if leaf.requires_grad:
             found.setdefault(id(leaf), (name, leaf))  # a module's parameter may have several names
     return dict(found.values())
+
+
+class UnmaskedLatents(Messenger):
+    """Gives masked continuous latents their prior density, so that guides do not widen where they are masked.
+
+    ``mask=False`` stays, the idiom for an improper prior.
+    """
+
+    def _pyro_sample(self, message: Message) -> None:
+        is_latent = not (message["is_observed"] or site_is_subsample(message))
+        if is_latent and not is_enumerated(message) and message["mask"] is not False:
+            message["mask"] = None
 
 
 class SiteLogProbs(Messenger):

@@ -16,7 +16,7 @@ from .._base.progress import alone, generators_at, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from ..model import LogJoint
 from ..model.coordinates.centering import non_centered
-from ..model.prior_only import warn_of_prior
+from ..model.traces import warn_of_prior
 from .chains import Chains, chains_of
 from .ensemble import Ensemble
 
@@ -109,7 +109,7 @@ def mcmc(
         generators = get_rng_state()
         log_joint = LogJoint(model, args, kwargs, init_loc_fn=init_loc_fn)
         ensemble = from_nothing(log_joint, draws, num_chains)
-        prior_only = warn_of_prior(log_joint)
+        prior_only = warn_of_prior(log_joint.has_data)
         with generators_at(generators):  # as in a fit, whose guide takes other random numbers
             ensemble.run(draws)
         reason = limit.reason

@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.poutine.util import site_is_subsample
 from torch.distributions import biject_to
 
-from pyro_artransform.model.masked_latents import UnmaskedLatents
+from pyro_artransform.model.handlers import UnmaskedLatents
 from pyro_artransform.model.traces import support_of_latent
 
 

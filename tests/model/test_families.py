@@ -112,13 +112,6 @@ def beside_others(make, m, s):
     return z
 
 
-def with_mask_and_data(make, m, s):
-    """Improper where it is masked, since data depend on it there."""
-    with poutine.mask(mask=MASK):
-        z = as_it_is(make, m, s)
-    pyro.factor("data", -torch.tanh(z).square().sum())
-
-
 def replaced(name, change):
     """A form with an attribute of the instance in the place of the class's."""
 
@@ -184,7 +177,6 @@ AS_WRITTEN = {
     "mask by a latent": lambda make, m, s: pyro.sample("z", make(m, s).mask(m > 0)),
     "mask as a base": of(lambda fn: of_no_transform(fn.mask(MASK))),
     "poutine.mask(False)": under(partial(poutine.mask, mask=False)),
-    "poutine.mask of an improper prior": with_mask_and_data,
     "log_prob of the instance": replaced("log_prob", lambda f: lambda value: 0.5 * f(value)),
     "subclass": of(own),
     "subclass, expanded": of(lambda fn: expand(own(fn))),

@@ -251,7 +251,7 @@ def test_a_verdict_says_what_its_page_quotes() -> None:
     rooms = "inference", "diagnostics", "sampling"
     paths = [path for room in rooms for path in (package / room).rglob("*.py")]
     paths.remove(package / "diagnostics" / "checks.py")  # says what it means with the same quotes
-    paths += [package / "_base" / "time_limit.py", package / "model" / "prior_only.py"]
+    paths += [package / "_base" / "time_limit.py", package / "model" / "traces.py"]
     templates = [with_dots(part) for check in Check for part in check.value[:2]]
     said = "\n".join([*templates, *(text for path in paths for text in sentences(path))])
     said = re.sub(r"\s+", " ", said)

@@ -19,8 +19,7 @@ from ..._base.comparison import agree
 from ..._base.time_limit import until_deadline
 from ...model import LogJoint
 from ...model.draw_plate import DrawPlate, GuideSampler
-from ...model.handlers import SiteLogProbs, traced_parameters
-from ...model.masked_latents import UnmaskedLatents
+from ...model.handlers import SiteLogProbs, UnmaskedLatents, traced_parameters
 from ...model.protocols import FlowGuide, MinibatchGuide
 from ...model.replay.capture import CapturedLoss
 from ...model.run_once import quietly, run_once
@@ -253,7 +252,7 @@ class PyroObjective(Objective):
     log_joint: LogJoint
 
     def __post_init__(self) -> None:
-        self.model = UnmaskedLatents(self.log_joint.improper)(self.model)
+        self.model = UnmaskedLatents()(self.model)
         self._kind = TraceEnum_ELBO if self.log_joint.is_enumerated else Trace_ELBO
         self._num_plates = plate_nesting(*self.traces())
         run = partial(self.guide, *self.arguments.args, **self.arguments.kwargs)

@@ -122,7 +122,7 @@ def _factors_in(log_joint: Any) -> dict[str, int]:
         return {}
     latents, start = log_joint.latents, log_joint.with_coordinates(None).start
     names = {name for name, site in latents.sites.items() if site.is_unconstrained}
-    return find_factors(log_joint.run, latents.constrain(start), names - log_joint.improper)
+    return find_factors(log_joint.run, latents.constrain(start), names)
 
 
 @torch.no_grad()

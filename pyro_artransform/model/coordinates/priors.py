@@ -3,7 +3,7 @@
 
 """The priors of latents in traced runs: their scales, and which depend on other latents."""
 
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -21,12 +21,10 @@ def find_mapped(
     run: Callable[[], object],
     latents: Latents,
     points: Tensor,
-    improper: Container[str] = (),
 ) -> dict[str, bool]:
     """The latents that may have coordinates from the prior, and whether it depends on other latents.
 
     :param points: two points, shape ``(2, latent_dim)``, between which priors are compared.
-    :param improper: the sites whose masks make their priors improper.
     :raises ValueError: if the support of a latent depends on other latents.
     """
     state, (start, other) = torch.get_rng_state(), map(latents.constrain, points)
@@ -39,7 +37,7 @@ def find_mapped(
         both = [fn.support for fn in fns]
         if len(both) == 2 and not same_support(*both):
             raise ValueError(SUPPORT_DEPENDS.format(name=name, expected=both[0], got=both[1]))
-    one, two = (priors_of(t.nodes, latents, improper) for t in (first, second))
+    one, two = (priors_of(t.nodes, latents) for t in (first, second))
     if not is_random:
         return compare_priors(one, two)
     nodes: Iterable[tuple[str, Any]] = second.nodes.items()
@@ -47,7 +45,7 @@ def find_mapped(
     again = run_once(run, at={**other, **indices})
     torch.set_rng_state(state)
     # a prior that depends on a hidden discrete latent is not a function of the latents
-    random = depend_on_latents(two, priors_of(again.nodes, latents, improper))
+    random = depend_on_latents(two, priors_of(again.nodes, latents))
     return compare_priors({k: prior for k, prior in one.items() if k not in random}, two)
 
 
@@ -69,15 +67,12 @@ def scales_of(priors: Mapping[str, PriorScale], latents: Latents, like: Tensor) 
     return torch.where(found.isfinite() & (found > 0), found, 1.0)
 
 
-def priors_of(
-    nodes: Mapping[str, Any], latents: Latents, improper: Container[str] = ()
-) -> dict[str, PriorScale]:
+def priors_of(nodes: Mapping[str, Any], latents: Latents) -> dict[str, PriorScale]:
     """The proper location-scale priors among the nodes of a traced run."""
     priors = dict[str, PriorScale]()
     for name, site in latents.sites.items():
         node: Any = nodes.get(name, {"mask": False})
-        is_improper = node["mask"] is False or (node["mask"] is not None and name in improper)
-        prior = None if is_improper else PriorScale.of(node["fn"])
+        prior = None if node["mask"] is False else PriorScale.of(node["fn"])
         # enumerated discrete latents add dimensions
         if prior is None or prior.loc.dim() > node["value"].dim():
             continue
