@@ -21,11 +21,10 @@ from models.crossed import Crossed
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_artransform._base.processes import OneProcess
+from pyro_artransform._base.processes import Processes, open_processes
 from pyro_artransform.inference.all_batches import full_data_density
 from pyro_artransform.inference.initialization.natural_gradient import fit_gaussian
 from pyro_artransform.inference.loader import BatchStream
-from pyro_artransform.inference.parallel import open_parallel
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.elements import ElementTerms
 
@@ -69,12 +68,12 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
     model = Crossed(*args.sizes)
     data = model.data()._replace(y=model.data().y.double())
-    with open_parallel() as parallel:
+    with open_processes() as parallel:
         pyro.set_rng_seed(0)
         whole = BatchStream(DataLoader(TensorDataset(*data), args.batch, shuffle=True))
         log_joint, rows = LogJoint(model, *next(whole.one_pass(1))), []
-        own = whole.share(parallel.rank, parallel.size, 0) if parallel.size > 1 else whole
-        for stream, processes in ((whole, OneProcess()), (own, parallel)):
+        own = whole.share(parallel, 0) if parallel.size > 1 else whole
+        for stream, processes in ((whole, Processes()), (own, parallel)):
             seconds, found = "", (None, None)
             if processes is parallel or parallel.rank == 0:
                 seconds, found = timed(partial(first_pass, log_joint, stream, processes))

@@ -1,28 +1,267 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a computation over all data needs of the processes that hold the data."""
+"""One fit in many processes, started by ``torchrun`` or in a process group of ``torch.distributed``.
 
-from collections.abc import Callable
-from typing import TypeVar
+Each process has its own draws and mini-batches, and gradients are averaged. The first process initializes
+the guide and computes the verdict; if it needs a sum over all data, the others, which wait, add their shares.
+All processes call the same methods in the same order. With one process, these do nothing.
+"""
 
-from torch import Tensor
+import logging
+import math
+import os
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache, partial, reduce
+from itertools import chain, count, islice
+from typing import Any, TypeVar, cast
+
+import pyro
+import torch
+from torch import Tensor, distributed
 
 T = TypeVar("T")
+Gradients = Sequence[Tensor | None]
+
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_PATIENCE = 5.0  # seconds after which a waiting process logs a message
+_FIRST_MEETING = timedelta(minutes=1)  # time limit for a rendezvous not launched by torchrun
+_LATE = "Another process is late, hangs or has ended"
+_groups = count()  # the number of process groups made so far, equal in all processes
 
 
-class OneProcess:
-    """A process that holds all data; ``inference.parallel`` has the same methods for several."""
+class Processes:
+    """The processes of a fit, as one of them sees them; by default it is the only one."""
 
-    size = 1  #: the number of processes
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank, self.size = rank, size  #: the index of this process, and the number of processes
+        self._held = list[object]()
 
-    def gather_objects(self, what: str, own: T) -> list[T]:
+    def gather(self, what: str, own: T) -> list[T]:
         """The objects of all processes, by rank; ``what`` they are is logged if others are late."""
-        return [own]
+        objects = [own] * self.size
+        if self.size > 1:
+            sent = own.detach().to("cpu") if isinstance(own, Tensor) else own
+            _wait_for(what, distributed.all_gather_object, objects, sent)
+        return objects
+
+    def share(self, num_draws: int) -> int:
+        """The number of draws per process, rounded up."""
+        return math.ceil(num_draws / self.size)
+
+    def any(self, *flags: bool) -> tuple[bool, ...]:
+        """Whether each flag is set in any process."""
+        return tuple(map(any, zip(*self.gather("the end of a step in all processes", flags))))
+
+    def _broadcast(self, what: str, message: Any = None) -> Any:
+        """An object of the first process, in all."""
+        sent = [message]
+        _wait_for(what, distributed.broadcast_object_list, sent, 0)
+        return sent[0]
+
+    def first(self, what: str, function: Callable[[], T]) -> T:
+        """Calls a function in the first process only; returns its value, or raises its error, in all.
+
+        Meanwhile the others compute their parts of the sums that the function needs, see :meth:`sum`.
+        """
+        if self.size == 1:
+            return function()
+        what, found, failure = f"{what} by the first process", None, ""
+        if self.rank > 0:
+            while (message := self._broadcast(what))[0] is not None:
+                function_of_sum, args = message
+                own = [arg if place is None else self._held[place] for place, arg in args]
+                _, error = self._sum_of(partial(function_of_sum, *own))
+                if error is not None and not isinstance(error, Exception):
+                    raise error
+            _, (found, failure) = message
+            if failure:
+                raise RuntimeError(f"fit: the first process has failed: {failure}")
+            return cast(T, found)
+        try:
+            found = function()
+            return found
+        except BaseException as error:
+            failure = f"{type(error).__name__}: {error}"
+            raise
+        finally:
+            self._broadcast(what, (None, (found, failure)))
 
     def hold(self, share: object) -> None:
-        """Registers this process's share of an object, for :meth:`sum`."""
+        """Registers this process's share of an object; all processes hold the same in the same order."""
+        self._held.append(share)
 
     def sum(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        """The sum of a function over all processes, each with its own shares among the arguments."""
-        return function(*args)
+        """The sum of a function of a module over all processes, for the first one, inside of :meth:`first`.
+
+        :param args: each object that processes :meth:`hold` stands for their own shares; others are sent.
+        :raises RuntimeError: if the function fails in another process.
+        """
+        if self.size == 1:
+            return function(*args)
+        places = {id(share): k for k, share in enumerate(self._held)}
+        on_cpu = [arg.to("cpu") if isinstance(arg, Tensor) else arg for arg in args]
+        sent = [
+            (k, None) if (k := places.get(id(arg))) is not None else (None, arg) for arg in on_cpu
+        ]
+        self._broadcast("the others", (function, sent))
+        total, error = self._sum_of(partial(function, *args))
+        if error is not None:
+            raise error
+        return cast(Tensor, total)
+
+    def _sum_of(self, function: Callable[[], Tensor]) -> tuple[Tensor | None, BaseException | None]:
+        """The sum of a function's value over all processes, or the error of this one or of another."""
+        value, error, failure = None, None, ""
+        try:
+            value = function()
+        except BaseException as own:  # the others must not wait for this process
+            error, failure = own, f"{type(own).__name__}: {own}"
+        words = max(self.gather("the shares of all processes", failure))
+        if value is None or words:
+            return None, error or RuntimeError(f"fit: another process has failed: {words}")
+        _wait_for("the sum of all processes", distributed.all_reduce, value)
+        return value, None
+
+    def mean(
+        self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
+    ) -> tuple[float, Gradients | None]:
+        """The mean loss and gradients; ``None`` for all gradients if any loss is not finite."""
+        if self.size == 1:
+            return loss, gradients
+        pairs = [*zip(parameters, gradients or [None] * len(parameters))]
+        dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
+        head = torch.tensor([loss, *(g is not None for _, g in pairs)], dtype=dtype, device="cpu")
+        parts = [head, *(torch.zeros_like(p) if g is None else g for p, g in pairs)]
+        sums = torch.cat([part.reshape(-1).to(parameters[0].device, dtype) for part in parts])
+        _wait_for("the gradients of all processes", distributed.all_reduce, sums)
+        head, *means = (sums / self.size).split([part.numel() for part in parts])
+        loss, *present = head.tolist()
+        triples = zip(means, parameters, present)
+        found = [part.view_as(p).to(p) if share else None for part, p, share in triples]
+        return loss, found if math.isfinite(loss) else None
+
+    @torch.no_grad()
+    def copy_first(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        """Copies the values of tensors from the first process, in place."""
+        for tensor in tensors() if self.size > 1 else ():
+            sent = tensor.detach().clone(memory_format=torch.contiguous_format)
+            _wait_for("parameters of the first process", distributed.broadcast, sent, 0)
+            tensor.copy_(sent)
+
+    def check_same(self, **values: object) -> None:
+        """Raises a ``ValueError`` if options or data differ between processes."""
+        for name, value in values.items():
+            found = self.gather(f"{name} of all processes", value)
+            if found.count(value) < len(found):
+                raise ValueError(f"fit: expected the same {name} in all processes, got {found}")
+
+    def seed(self, seed: int | None = None) -> int | None:
+        """The seed of the first process for all, by default a new one if there are several."""
+        if self.size > 1:
+            seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
+        return self.gather("a seed by the first process", seed)[0]
+
+    def seed_apart(self) -> None:
+        """Seeds each of several processes differently."""
+        if (seed := self.seed()) is not None:
+            pyro.set_rng_seed(seed + self.rank)
+
+
+@dataclass
+class EveryNth:
+    """One process's share of the batches of a loader, or of its sampler: every n-th one of n processes.
+
+    The order is drawn from the common seed plus the epoch. Each batch is used once per epoch: if n does not
+    divide ``num_batches``, some processes are one epoch ahead in the last step.
+    """
+
+    batches: Iterable[Any]
+    num_batches: int
+    processes: Processes
+    seed: int
+    epoch: int = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[Any]:
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(self.seed + self.epoch)
+            iterator = iter(self.batches)
+            # samplers draw their order, or its seed, with the first batch
+            first = [*islice(iterator, 1)]
+        rank, size = self.processes.rank, self.processes.size
+        yield from islice(
+            chain(first, iterator), (rank - self.epoch * self.num_batches) % size, None, size
+        )
+
+
+@contextmanager
+def open_processes() -> "Iterator[Processes]":
+    """Joins the processes that share the fit.
+
+    Under ``torchrun`` it creates a process group and destroys it at the end, unless one exists.
+    """
+    has_group = distributed.is_available() and distributed.is_initialized()
+    is_launched = os.environ.get("WORLD_SIZE", "1") != "1" and all(map(os.environ.get, _LAUNCHED))
+    is_made = distributed.is_available() and is_launched and not has_group
+    if is_made:
+        variables = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED)
+        hint = f"The environment has {variables}. Unset WORLD_SIZE if this process is to fit alone"
+        _wait_for("the other processes of this fit", _make_group, hint=hint)
+    try:
+        place = (
+            (distributed.get_rank(), distributed.get_world_size()) if has_group or is_made else ()
+        )
+        processes = Processes(*place)
+        with warnings.catch_warnings():
+            if processes.rank > 0:
+                warnings.simplefilter("ignore")  # the first process warns
+            yield processes
+        processes.any(False)  # pending messages must arrive before the group is destroyed
+    finally:
+        if is_made:
+            distributed.destroy_process_group()
+
+
+def _make_group() -> None:
+    """Creates a process group with NCCL for tensors on GPUs, if available, and gloo for all others."""
+    # if it is first imported while a group is open, as torch.func does, it keeps the group alive until
+    # the interpreter exits, when the group's threads may need the interpreter and abort
+    import torch.distributed.nn.functional
+
+    store, rank, size = _rendezvous()
+    # torchrun's store outlives restarted processes, so that each group needs its own keys
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = distributed.PrefixStore(f"pyro_artransform {attempt}.{next(_groups)}", store)
+    has_nccl = torch.cuda.is_available() and distributed.is_nccl_available()
+    backend = "cpu:gloo,cuda:nccl" if has_nccl else "gloo"
+    distributed.init_process_group(backend, store=store, rank=rank, world_size=size)
+
+
+@cache
+def _rendezvous() -> "tuple[distributed.Store, int, int]":
+    """The store of the rendezvous, the rank of this process and the number of processes."""
+    is_launched = distributed.is_torchelastic_launched()
+    timeout = distributed.constants.default_pg_timeout if is_launched else _FIRST_MEETING
+    return cast(Any, next(distributed.rendezvous("env://", timeout=timeout)))
+
+
+def _wait_for(what: str, function: Callable[..., object], *args: object, hint: str = _LATE) -> None:
+    """Calls a blocking function of PyTorch; ``what`` it waits for is logged after some time and in errors."""
+    words = f"fit has waited {_PATIENCE:.0f} s for {what}. {hint}"
+    timer = threading.Timer(_PATIENCE, logging.getLogger(__name__).warning, [words])
+    timer.start()
+    try:
+        function(*args)
+    except RuntimeError as error:
+        words = f"fit: expected {what}, got none in time. {hint} (PyTorch: {error})"
+        raise RuntimeError(words) from error
+    finally:
+        timer.cancel()

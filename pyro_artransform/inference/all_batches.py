@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._base.comparison import agree, round_off
-from .._base.processes import OneProcess
+from .._base.processes import Processes
 from ..model import FullDataDensity, LogJoint
 from .loader import Batch, BatchStream
 
@@ -20,13 +20,13 @@ from .loader import Batch, BatchStream
 _MOST_HELD, _ROWS = 2**29, 50_000
 # of the points at which the density of joined batches is compared with that of its parts
 _SPREAD = 0.1
-_ALONE = OneProcess()
+_ALONE = Processes()
 # errors of a model that is called with another number of rows; that time is over is none of them
 _REFUSALS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 def full_data_density(
-    log_joint: LogJoint, stream: BatchStream, processes: OneProcess = _ALONE
+    log_joint: LogJoint, stream: BatchStream, processes: Processes = _ALONE
 ) -> FullDataDensity:
     """The log joint density of all batches of a stream, evaluated for several batches at once if possible.
 
@@ -43,7 +43,7 @@ def full_data_density(
 
 
 def density_of_all_rows(
-    log_joint: LogJoint, stream: BatchStream, batch: Batch, processes: OneProcess = _ALONE
+    log_joint: LogJoint, stream: BatchStream, batch: Batch, processes: Processes = _ALONE
 ) -> FullDataDensity | None:
     """The same, if a pass over the stream has all data, and they share all latents; otherwise ``None``.
 

@@ -12,11 +12,11 @@ import torch
 from torch.distributions import Distribution
 
 from .._base.arguments import check_call, check_callable, check_flag, check_integer
+from .._base.processes import open_processes
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from .loader import Batch, BatchStream
 from .one_fit import Fit
-from .parallel import open_parallel
 from .problem import Problem
 from .result import FitResult
 
@@ -177,8 +177,8 @@ def fit(
         check_callable("callback", callback, "a function")
     with (
         alone("fit"),
-        open_parallel() as parallel,
-        seeded(seed if parallel.size == 1 else parallel.seed(seed)),
+        open_processes() as parallel,
+        seeded(parallel.seed(seed)),
         progress_bar(progress and parallel.rank == 0) as bar,
         TimeLimit(max_seconds, bar.tick, bar.say, bar.tell) as limit,
         ExitStack() as stack,
@@ -186,9 +186,7 @@ def fit(
         stream = None
         if loader is not None:
             stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
-            if parallel.size > 1:
-                stream = stream.share(parallel.rank, parallel.size, parallel.seed())
-                stack.enter_context(closing(stream))
+            stream = stack.enter_context(closing(stream.share(parallel, parallel.seed())))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
         problem = Problem(
             model,

@@ -7,8 +7,7 @@ import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +28,7 @@ from torch.utils.data import (
 )
 from torch.utils.data.distributed import DistributedSampler
 
+from .._base.processes import EveryNth, Processes
 from ..model import LogJoint
 from ..model.protocols import FlowGuide, MinibatchGuide
 
@@ -47,34 +47,6 @@ class Batch(NamedTuple):
 
     args: tuple[object, ...]
     kwargs: Mapping[str, object]
-
-
-@dataclass
-class EveryNth:
-    """One process's share of the batches of a loader, or of its sampler: every n-th one of n processes.
-
-    The order is drawn from the common seed plus the epoch. Each batch is used once per epoch: if n does not
-    divide ``num_batches``, some processes are one epoch ahead in the last step.
-    """
-
-    batches: Iterable[Any]
-    num_batches: int
-    rank: int
-    size: int
-    seed: int
-    epoch: int = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[Any]:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(self.seed + self.epoch)
-            iterator = iter(self.batches)
-            # samplers draw their order, or its seed, with the first batch
-            first = [*islice(iterator, 1)]
-        start = (self.rank - self.epoch * self.num_batches) % self.size
-        yield from islice(chain(first, iterator), start, None, self.size)
 
 
 class BatchStream:
@@ -138,22 +110,27 @@ class BatchStream:
                 )
             self._iterator, self.epoch = None, self.epoch + 1
 
-    def share(self, rank: int, size: int, seed: int) -> "BatchStream":
-        """The :class:`EveryNth` batches; itself for a single batch or a user's ``DistributedSampler``."""
-        if self.num_batches == 1 or isinstance(self._rows, DistributedSampler):
+    def share(self, processes: Processes, seed: int | None) -> "BatchStream":
+        """The :class:`EveryNth` batches; itself for a single batch or a user's ``DistributedSampler``.
+
+        :param seed: the common seed of their order; ``None`` for a single process.
+        """
+        is_shared = self.num_batches == 1 or isinstance(self._rows, DistributedSampler)
+        if is_shared or seed is None:
             return self
-        if self.num_batches < size:
+        if self.num_batches < processes.size:
             raise ValueError(
-                f"loader: expected at least one batch for each of {size} processes, got {self.num_batches}"
+                f"loader: expected at least one batch for each of {processes.size} processes, got "
+                f"{self.num_batches}"
             )
         stream, loader = copy.copy(self), self._loader
         stream.all_batches = None
-        part = EveryNth(loader, self.num_batches, rank, size, seed)
+        part = EveryNth(loader, self.num_batches, processes, seed)
         stream._loader = stream._rows = part
         is_loader = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
         if is_loader and self._batches is not None:  # loads only this process's rows
             part.batches, stream._loader = self._batches, _with_batches(loader, part)
-        stream.num_batches, stream.whole = math.ceil(self.num_batches / size), self
+        stream.num_batches, stream.whole = math.ceil(self.num_batches / processes.size), self
         return stream
 
     def close(self) -> None:

@@ -16,6 +16,7 @@ from pyro.util import get_rng_state
 from torch import Tensor, nn
 
 from .._base.arguments import first_of, warn_user
+from .._base.processes import Processes
 from .._base.time_limit import TimeLimit
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..guides.choice import choose_guide, choose_mixture
@@ -32,7 +33,6 @@ from .optimization.objective import FEWER, BatchObjective, PathObjective, PyroOb
 from .optimization.optimizers import Scales
 from .optimization.schedule import GAP_OF_BATCHES, NUM_COMPARED, Schedule
 from .optimization.training import Training
-from .parallel import Parallel
 
 # draws per step, and those of structured guides with this many latents or more (benchmarks/price.md); with
 # mini-batches, whose rows are the larger noise, there are fewer
@@ -55,7 +55,7 @@ class Problem:
         *,
         arguments: Batch,
         stream: BatchStream | None,
-        parallel: Parallel,
+        parallel: Processes,
         limit: TimeLimit,
         check_call: Callable[..., None],
         num_steps: int | None,
@@ -201,8 +201,6 @@ class Problem:
         scales: Scales | None = None
         if isinstance(guide, (FlowGuide, MinibatchGuide)):
             scales = guide.step_scales
-        if self.parallel.size > 1 and scales is not None and self.stream is not None:
-            scales = partial(self.parallel.scales_of_first, scales)
         return Training(self.objective, self.schedule, self.num_particles, scales, self.parallel)
 
     @cached_property
@@ -254,10 +252,7 @@ class Problem:
         if stream is None or (self.has_all_data and stream.whole is not stream):
             data = filter(torch.is_tensor, (*batch.args, *batch.kwargs.values()))
             same["data (sums)"] = str([float(tensor.double().sum()) for tensor in data])
-        for name, value in same.items():
-            values = self.parallel.gather_objects(f"{name} of all processes", value)
-            if values.count(value) < len(values):
-                raise ValueError(f"fit: expected the same {name} in all processes, got {values}")
+        self.parallel.check_same(**same)
         self.parallel.copy_first(self.tensors)
 
 
@@ -268,7 +263,7 @@ def _is_new(guide: object) -> bool:
 
 
 def _element_terms(
-    model: Function, batch: Batch, stream: BatchStream, parallel: Parallel
+    model: Function, batch: Batch, stream: BatchStream, parallel: Processes
 ) -> tuple[FullDataDensity | None, ElementTerms | None]:
     """The density of all data, and the elements that rows of all mini-batches read.
 

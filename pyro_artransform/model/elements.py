@@ -16,7 +16,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .._base.processes import OneProcess
+from .._base.processes import Processes
 from .._base.time_limit import check_time
 from .density import LogJoint
 from .draw_plate import DrawPlate
@@ -26,7 +26,7 @@ from .vectorization import Draws, Terms, evaluate_many
 
 # a change of a term counts if it exceeds this multiple of round-off; changes are equal within this share
 _ROUND_OFF, _EQUAL = 1e3, 1e-2
-_ALONE = OneProcess()
+_ALONE = Processes()
 _SPREAD = 0.1  # of the point at which terms are compared
 _MOST_SHARED = 200  # shared latents, each of which takes a gradient per pass
 
@@ -170,7 +170,7 @@ class ElementTerms:
         self,
         groups: ElementGroups,
         reads: Sequence[Sequence[Tensor]],
-        processes: OneProcess = _ALONE,
+        processes: Processes = _ALONE,
     ) -> None:
         self.groups, self.links = groups, list[Links]()
         processes.hold(self)
@@ -184,7 +184,7 @@ class ElementTerms:
                 terms.append(is_linked.nonzero()[:, 0])
                 keys.append((batch[k] * count + batch[later])[is_linked])
             own = torch.cat(keys)
-            parts = processes.gather_objects("linked elements", own.unique().to("cpu"))
+            parts = processes.gather("linked elements", own.unique().to("cpu"))
             found = torch.cat(parts).unique().to(own.device)
             position = torch.searchsorted(found, own)
             if len(found):
@@ -198,7 +198,7 @@ class ElementTerms:
         cls,
         log_joint: LogJoint,
         parts: Callable[[], Iterable[LogJoint]],
-        processes: OneProcess = _ALONE,
+        processes: Processes = _ALONE,
     ) -> "ElementTerms | None":
         """The terms of all parts of a log density.
 
@@ -218,7 +218,7 @@ class ElementTerms:
                 if several or not are_finite:
                     break
                 reads.append(cast(list[Tensor], found))
-            are_known = processes.gather_objects("elements of mini-batches", (several, are_finite))
+            are_known = processes.gather("elements of mini-batches", (several, are_finite))
             several = set().union(*(own for own, _ in are_known))
             if not all(finite for _, finite in are_known):
                 return None

@@ -13,14 +13,14 @@ from torch import Tensor
 
 from .._base.comparison import agree, round_off
 from .._base.differentiation import KnownGradients, sum_with_gradient
-from .._base.processes import OneProcess
+from .._base.processes import Processes
 from .density import Args, DensityOver, Kwargs, LogJoint
 from .graphs.dependencies import value_and_gradient
 from .graphs.element_precision import ElementPrecision
 from .handlers import FirstIndices
 from .vectorization import LargestTensor, draws_at_a_time
 
-_ALONE = OneProcess()
+_ALONE = Processes()
 _STEP = 0.1  # of differences of gradients, relative to the distance of a draw
 
 
@@ -68,7 +68,7 @@ class FullDataDensity(DensityOver):
         self,
         log_joint: LogJoint,
         batches: Iterable[tuple[Args, Kwargs]],
-        processes: OneProcess = _ALONE,
+        processes: Processes = _ALONE,
     ) -> None:
         shares, ends, largest, is_even = list[float](), list[Tensor](), log_joint, True
         for args, kwargs in batches:
@@ -85,12 +85,7 @@ class FullDataDensity(DensityOver):
                 "depends on its data: make the guide with coordinates='model'"
             )
         super().__init__(largest)
-        own = math.fsum(shares), is_even
-        totals, are_even = zip(*processes.gather_objects("sizes of mini-batches", own))
-        #: the share of all data in the mini-batches, by their scales
-        self.share = math.fsum(totals)
-        self._is_even = all(are_even)
-        self._weights = [share / self.share for share in shares]
+        self._weights, is_random = shares, False
         self._batches, self._processes, self._own = batches, processes, self
         processes.hold(self)
         # a plate whose indices are not used draws them nevertheless, and looks random
@@ -101,14 +96,19 @@ class FullDataDensity(DensityOver):
                 torch.manual_seed(int(torch.randint(2**31, (), device="cpu")))
                 other = sum_with_gradient(self._parts, self.start[None])
             is_random = not agree(other, one, round_off)
-            is_random = any(processes.gather_objects("equal densities", is_random))
-            self._is_random = is_random
-            if not is_random:
-                # apart from the indices that a plate draws, of the size of all data
-                run = self.bound_to(*largest._arguments)
-                with torch.no_grad(), LargestTensor() as tensor:
-                    run(self.start[None])
-                self.inner = self.inner.evaluated(chunk_size=draws_at_a_time(tensor.num_values))
+        own = math.fsum(shares), is_even, is_random
+        totals, are_even, are_random = zip(*processes.gather("sizes of mini-batches", own))
+        #: the share of all data in the mini-batches, by their scales
+        self.share = math.fsum(totals)
+        self._is_even = all(are_even)
+        self._weights = [share / self.share for share in shares]
+        if self._is_random and not any(are_random):
+            self._is_random = False
+            # apart from the indices that a plate draws, of the size of all data
+            run = self.bound_to(*largest._arguments)
+            with torch.no_grad(), LargestTensor() as tensor:
+                run(self.start[None])
+            self.inner = self.inner.evaluated(chunk_size=draws_at_a_time(tensor.num_values))
 
     @property
     def is_random(self) -> bool:
@@ -143,7 +143,7 @@ class FullDataDensity(DensityOver):
         return values + log_det
 
     def total(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        """The sum over processes of a function of their shares of this density, see ``Parallel.sum``."""
+        """The sum over processes of a function of their shares of this density, see ``Processes.sum``."""
         return self._processes.sum(function, self._own, *args)
 
     def parts(self) -> Iterator[tuple[float, LogJoint]]:

@@ -20,8 +20,9 @@ from torch import Tensor, distributed
 from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoAmortized, AutoStructuredFlow
-from pyro_artransform._base.processes import OneProcess
-from pyro_artransform.inference import all_batches, parallel
+from pyro_artransform._base import processes as parallel
+from pyro_artransform._base.processes import Processes
+from pyro_artransform.inference import all_batches
 from pyro_artransform.inference.all_batches import full_data_density
 from pyro_artransform.inference.initialization.natural_gradient import fit_gaussian
 from pyro_artransform.inference.loader import BatchStream
@@ -167,11 +168,11 @@ def passes(log_joint: LogJoint, stream: BatchStream, processes: Any) -> Any:
 def shares(folder: Path) -> dict[str, Any]:
     """Each of two processes evaluates its own batches; and one of them all."""
     pyro.set_rng_seed(0)  # as a fit does
-    with parallel.open_parallel() as processes, patch(f"{all_batches.__name__}._ROWS", 100):
+    with parallel.open_processes() as processes, patch(f"{all_batches.__name__}._ROWS", 100):
         whole = BatchStream(rated())
         log_joint = LogJoint(ratings, *next(whole.one_pass(1)))
-        by_one = passes(log_joint, whole, OneProcess())()
-        stream = whole.share(processes.rank, processes.size, 0)
+        by_one = passes(log_joint, whole, Processes())()
+        stream = whole.share(processes, 0)
         by_two = passes(log_joint, stream, processes)
         found = {"by one": by_one, "by two": processes.first("numbers", by_two)}
         AILMENT.append("of the second process")
@@ -180,7 +181,7 @@ def shares(folder: Path) -> dict[str, Any]:
         AILMENT.clear()
         again = processes.first("numbers", by_two)
         held = [len(batch.args[-1]) for batch in stream.all_batches]
-        return {**found, "again": again, "rows": processes.gather_objects("rows", held)}
+        return {**found, "again": again, "rows": processes.gather("rows", held)}
 
 
 def crossed(folder: Path) -> Outcome:

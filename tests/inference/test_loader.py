@@ -10,6 +10,7 @@ from pyro import distributions as dist
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from torch.utils.data.distributed import DistributedSampler
 
+from pyro_artransform._base.processes import Processes
 from pyro_artransform._base.time_limit import OutOfTimeError
 from pyro_artransform.inference import all_batches
 from pyro_artransform.inference.all_batches import AllBatches, full_data_density
@@ -90,7 +91,7 @@ def test_a_loader_without_a_length_is_counted():
     assert batches.num_batches == 3
     assert taken(batches, 4) == [[0.0, 1.0], [2.0, 3.0], [4.0], [0.0, 1.0]]
     assert len(list(batches.one_pass(3))) == 3
-    share = BatchStream(DataLoader(Rows(), batch_size=2)).share(1, 2, 7)
+    share = BatchStream(DataLoader(Rows(), batch_size=2)).share(Processes(1, 2), 7)
     assert taken(share, 2) == [[2.0, 3.0], [0.0, 1.0]]
     assert BatchStream(loaders.Unknown(*rows())).num_batches == 5
 
@@ -184,11 +185,11 @@ def test_rows_that_are_left_out():
 @known
 def test_each_batch_is_one_processs_in_each_epoch(kind):
     """The order is that of all processes, wherever their generators are."""
-    whole = BatchStream(kind(numbers())).share(0, 1, 7)
+    whole = BatchStream(kind(numbers())).share(Processes(0, 1), 7)
     shares = []
     for rank in range(2):
         torch.manual_seed(rank)
-        shares.append(BatchStream(kind(numbers())).share(rank, 2, 7))
+        shares.append(BatchStream(kind(numbers())).share(Processes(rank, 2), 7))
         assert shares[-1].num_batches == 3
     first, second = (taken(share, 5) for share in shares)
     # the k-th batch of all epochs is that of process k modulo their number
@@ -204,18 +205,18 @@ def test_a_process_loads_its_own_rows_only():
 
     loaded = []
     batches = BatchStream(DataLoader(Watched(numbers()), batch_size=10, shuffle=True))
-    assert seen(taken(batches.share(1, 2, 7), 2)) == loaded
+    assert seen(taken(batches.share(Processes(1, 2), 7), 2)) == loaded
 
 
 def test_a_distributed_sampler_of_the_user_and_a_single_batch():
     whole = BatchStream([(numbers(),)])
-    assert whole.share(1, 2, 7) is whole
+    assert whole.share(Processes(1, 2), 7) is whole
     with pytest.raises(ValueError, match="at least one batch for each of 6 processes, got 5"):
-        BatchStream(loaders.listed(numbers())).share(0, 6, 7)
+        BatchStream(loaders.listed(numbers())).share(Processes(0, 6), 7)
     data = TensorDataset(numbers())
     loader = DataLoader(data, batch_size=10, sampler=DistributedSampler(data, 2, 1))
     stream = BatchStream(loader)
-    assert stream.share(1, 2, 7) is stream
+    assert stream.share(Processes(1, 2), 7) is stream
     orders = [taken(stream, 3) for _ in range(2)]
     assert orders[0] != orders[1]  # it is told of the epochs
     assert [batch.args[0].tolist() for batch in stream.one_pass(3)] == orders[0]

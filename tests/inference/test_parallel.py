@@ -17,8 +17,8 @@ import torch
 from pyro import distributions as dist
 from torch import distributed
 
-from pyro_artransform.inference import parallel as module
-from pyro_artransform.inference.parallel import open_parallel
+from pyro_artransform._base import processes as module
+from pyro_artransform._base.processes import open_processes
 from tests.inference import loaders, models, parallel_cases
 from tests.inference.conftest import quick_fit
 
@@ -184,7 +184,7 @@ def test_one_process_alone(monkeypatch, given):
         monkeypatch.delenv(name, raising=False)
     for name, value in given.items():
         monkeypatch.setenv(name, value)
-    with open_parallel() as found:
+    with open_processes() as found:
         assert (found.rank, found.size) == (0, 1)
         assert not distributed.is_initialized()
 

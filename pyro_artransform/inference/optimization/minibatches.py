@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..._base.processes import Processes
 from ..._base.time_limit import until_deadline
 from ...model import FullDataDensity, LogJoint
 from ...model.elements import ElementTerms
@@ -20,7 +21,6 @@ from ...model.full_data_density import Anchor, AnchoredLogJoint
 from ...model.replay.capture import CapturedLoss
 from ..all_batches import density_of_all_rows
 from ..loader import Batch, BatchStream
-from ..parallel import Parallel
 from .objective import BatchObjective, Objective, PathObjective
 
 NUM_VALIDATION = 32  #: batches on which guides are compared
@@ -82,7 +82,7 @@ class MinibatchObjective(Objective):
     log_joint: LogJoint
     validation: list[Batch]
     terms: ElementTerms | None = None
-    parallel: Parallel = field(default_factory=Parallel)
+    parallel: Processes = field(default_factory=Processes)
     #: the log joint density of all data, if a pass over the stream has them and they share all latents
     whole: FullDataDensity | None = None
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from ..._base.processes import Gradients, Processes
 from ..._base.time_limit import is_out_of_time
 from ...diagnostics.importance_sampling import CLEAR_IN_SE
 from ...model.replay.capture import ReplayError
-from ..parallel import Gradients, Parallel
 from .objective import Objective
 from .optimizers import Adam, Scales
 from .schedule import Schedule
@@ -71,18 +71,19 @@ class Training:
         schedule: Schedule,
         num_particles: int,
         scales: Scales | None = None,
-        parallel: Parallel | None = None,
+        parallel: Processes | None = None,
     ) -> None:
         self.objective, self.num_particles = objective, num_particles
         self.schedule = schedule
-        self._parallel, self.parameters = parallel or Parallel(), objective.parameters()
+        self._parallel, self.parameters = parallel or Processes(), objective.parameters()
         if not self.parameters:
             raise ValueError("there is nothing to train: neither guide nor model has parameters")
         self.trained = list(self.parameters.values())
         is_guide_alone = objective.is_guide_alone()
         self._step_size = _STEP_SIZE if is_guide_alone else _MODEL_STEP_SIZE
         beta1 = _BETA1 if schedule.epoch == 1 else _BETA1_OF_MINIBATCHES
-        self.optimizer = Adam(self.trained, self._step_size, scales, beta1=beta1)
+        self._scales = scales or dict
+        self.optimizer = Adam(self.trained, self._step_size, self._scales_of_first, beta1=beta1)
         #: the loss of each step, NaN if the step was skipped
         self.losses: list[float] = []
         #: the sites that caused steps to be skipped, with the number of steps
@@ -123,7 +124,14 @@ class Training:
             found = partial(self.objective.elbo_draws, count)
             return self._parallel.first("the density of all data", found)
         share = self._parallel.share(count)
-        return self._parallel.gather(self.objective.elbo_draws(share))
+        draws = self.objective.elbo_draws(share)
+        return torch.cat(self._parallel.gather("the draws of all processes", draws)).to(draws)
+
+    def _scales_of_first(self) -> dict[nn.Parameter, Tensor]:
+        """The step scales of the guide; those of other processes may be of another mini-batch."""
+        found = {parameter: scale.clone() for parameter, scale in self._scales().items()}
+        self._parallel.copy_first(found.values)
+        return found
 
     def is_over(self) -> bool:
         """Whether the schedule has ended."""
@@ -202,7 +210,7 @@ class Training:
 
     def _skip(self) -> None:
         sites = self.objective.nonfinite_sites()
-        names = self._parallel.gather_objects("the sites of all processes", sites)
+        names = self._parallel.gather("the sites of all processes", sites)
         self.culprits.update([*dict.fromkeys(chain(*names))] or ["the gradient"])
         self.losses.append(math.nan)
         if sum(map(math.isnan, self.losses[-_MAX_SKIPS:])) == _MAX_SKIPS:
