@@ -4,10 +4,9 @@
 """Conditioners: networks that map x to the parameters of each coordinate's univariate transform."""
 
 from . import masks
-from .activations import TiltedSiLU, default_activation
 from .base import Blocks, Conditioner, Linearization
 from .masked_input import MaskedInput
-from .masked_mlp import MaskedLinear, MaskedMLP, Unconditional
+from .masked_mlp import MaskedLinear, MaskedMLP, TiltedSiLU, Unconditional, default_activation
 
 __all__ = [
     "Blocks",

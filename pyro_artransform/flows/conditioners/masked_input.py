@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.distributions import Transform, constraints
 
 from ..._base.arguments import check_callable
-from .activations import is_elementwise
 from .base import Conditioner
+from .masked_mlp import is_elementwise
 from .masks import check_graph
 
 #: layers that treat rows of a batch independently, without randomness; subclasses may not

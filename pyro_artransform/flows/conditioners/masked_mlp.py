@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The masked multilayer perceptron and its layer, and parameters that do not depend on x."""
+"""The masked multilayer perceptron, its layer and activations, and parameters that do not depend on x."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,12 +15,67 @@ from ..._base.arguments import (
     check_flag,
     check_hidden_dims,
     check_integer,
+    check_share,
     is_tracing,
 )
-from .activations import is_elementwise, slope_of
 from .base import Conditioner
 from .blocks import BlockLayout, MLPBlocks, MLPLinearization, Weights
 from .masks import check_graph, hidden_sets, levels, mlp_masks, set_levels, spread
+
+
+class TiltedSiLU(nn.Module):
+    r"""Twice SiLU, tilted to a given slope at zero.
+
+    .. math:: x \, (\mathrm{slope} + \tanh(x / 2)) = 2 \, \mathrm{SiLU}(x) + (\mathrm{slope} - 1) \, x
+
+    The sum of many units has a linear part, which training must remove if only the even part is needed. With
+    slope 1 this is twice SiLU; with slope 0 it is an even function.
+
+    :param slope: the derivative at zero, from 0 to 1.
+    :raises ValueError: if the slope is not between 0 and 1.
+    """
+
+    __constants__ = ("slope",)
+    elementwise = True  # for is_elementwise
+
+    def __init__(self, slope: float = 0.5) -> None:
+        super().__init__()
+        self.slope = check_share("slope", slope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Applies the activation to each element."""
+        return ((self.slope - 1.0) * x).add(F.silu(x), alpha=2.0)
+
+    def extra_repr(self) -> str:
+        return f"slope={self.slope}"
+
+
+#: PyTorch's elementwise activations without randomness.
+ELEMENTWISE = (
+    *(nn.CELU, nn.ELU, nn.GELU, nn.Hardtanh, nn.Identity, nn.LeakyReLU, nn.LogSigmoid, nn.Mish),
+    *(nn.PReLU, nn.ReLU, nn.ReLU6, nn.SELU, nn.Sigmoid, nn.SiLU, nn.Softplus, nn.Softsign),
+    *(nn.Tanh, nn.Tanhshrink),
+)
+
+
+def is_elementwise(nonlinearity: object) -> bool:
+    """Whether an activation is known, by its exact class, to be elementwise and deterministic."""
+    cls = type(nonlinearity)
+    return cls in ELEMENTWISE or "elementwise" in vars(cls)
+
+
+def default_activation(dim: int) -> nn.Module:
+    """The activation of a guide's networks: SiLU up to 64 coordinates, then :class:`TiltedSiLU`."""
+    # beyond 64, narrower networks get as close with a smaller linear part (benchmarks/flows.md)
+    return nn.SiLU() if dim <= 64 else TiltedSiLU()
+
+
+def slope_of(nonlinearity: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """The derivative of an elementwise function at x, in the shape of x, without a graph."""
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        value = nonlinearity(x)
+        return torch.autograd.grad(value.sum(), x)[0]
 
 
 def runs_only(module: nn.Module, cls: type[nn.Module]) -> bool:

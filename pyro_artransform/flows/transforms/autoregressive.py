@@ -26,8 +26,7 @@ from .conditioned import (
     is_right_by_construction,
 )
 from .flow_module import ConditionalFlowModule, FlowModule, call_and_ladj_over_vectors
-from .inversion import at_solution, invert, invert_with_score
-from .score import score_by_substitution
+from .inversion import at_solution, invert, invert_with_score, score_by_substitution
 
 
 class StructureCheck:

@@ -6,7 +6,7 @@
 import copy
 import weakref
 from functools import partial
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from pyro.distributions import ConditionalTransformModule, constraints
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import ComposeTransform, Transform
 from torch.distributions.transforms import _InverseTransform
 
-from ..univariate.base import Bijection
+from ..univariate.base import Bijection, Inverse
 
 
 class FlowModule(Bijection, TransformModule):
@@ -33,14 +33,6 @@ class FlowModule(Bijection, TransformModule):
     codomain: constraints.Constraint = constraints.real_vector
     #: A weak reference to the inverse, so that there is no reference cycle.
     _inv: Any
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value ``(*, D)`` and ``log |det dy/dx|``, shape ``(*,)``, from one evaluation of networks."""
-        raise NotImplementedError
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse and its log-determinant ``log |det dx/dy|``, in the shapes of :meth:`call_and_ladj`."""
-        raise NotImplementedError
 
     def inverse_at(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`inverse_and_ladj` if x, whose graph is ignored, is known, so that nothing is inverted."""
@@ -106,7 +98,7 @@ def _score_at(y: Tensor, inverse: Any, score: Tensor) -> Tensor:
         return torch.autograd.grad(log_prob, point)[0]
 
 
-class InverseTransformModule(FlowModule):
+class InverseTransformModule(Inverse, FlowModule):
     """The inverse of a transform, which it has as submodule ``transform``."""
 
     transform: FlowModule
@@ -124,18 +116,8 @@ class InverseTransformModule(FlowModule):
             self.transform._inv = weakref.ref(self)
         return self.transform
 
-    def call_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.inverse_and_ladj(y)
-
-    def inverse_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.transform.call_and_ladj(x)
-
     def call_and_score(self, y: Tensor, score: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return self.transform.inverse_and_score(y, score)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        # x and y are known, so nothing is inverted
-        return -self.transform.log_abs_det_jacobian(y, x)
 
     def forward_shape(self, shape: torch.Size) -> torch.Size:
         return self.transform.inverse_shape(shape)
@@ -156,24 +138,16 @@ class ConditionalFlowModule(ConditionalTransformModule):
         raise TypeError("a conditional transform has no value by itself: call .condition(context)")
 
 
-@runtime_checkable
-class WithLadj(Protocol):
-    """A transform that evaluates value and log-determinant together, as Zuko's do."""
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]: ...
-
-
 def call_and_ladj(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
     """``y`` and ``log |dy/dx|``, summed over event dimensions, of any torch transform."""
-    if isinstance(transform, Bijection):
-        y, ladj = transform.call_and_ladj(x)
-    else:
+    if not isinstance(transform, Bijection):
         _clear_caches(transform)
-        if isinstance(transform, WithLadj):
-            y, ladj = transform.call_and_ladj(x)
-        else:
-            y = transform(x)
-            ladj = transform.log_abs_det_jacobian(x, y)
+    together: Any = getattr(transform, "call_and_ladj", None)  # Zuko's have it, too
+    if together is None:
+        y = transform(x)
+        ladj = transform.log_abs_det_jacobian(x, y)
+    else:
+        y, ladj = together(x)
     return y, ladj.expand(y.shape[: y.dim() - transform.codomain.event_dim])
 
 

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Inverses of autoregressive transforms, and their gradients.
+r"""Inverses of autoregressive transforms, their gradients, and scores.
 
 The inverse of ``y = meta(x)(x)`` is the fixed point of
 
@@ -12,6 +12,9 @@ triangular, the adjoint of the fixed point solves :math:`(I - M^\top) v = g`, an
 :math:`v \leftarrow g + M^\top v`. Both are exact after as many passes as the depth of the graph.
 
 By blocks of levels of the graph, an exact inverse takes the arithmetic of about one evaluation.
+
+The score u at the value, with parameters held fixed, solves :math:`J^\top u = r` by substitution, where J is
+the triangular Jacobian, and r is the score at x minus the gradient of the log-determinant.
 
 **References**
 
@@ -31,6 +34,7 @@ from ..._base.arguments import values_can_be_read, warn_user
 from ..._base.differentiation import has_other_leaves
 from ..conditioners import Blocks, Linearization
 from ..univariate import Univariate
+from ..univariate.base import Derivatives
 from .conditioned import AutoregressiveMeta, Meta, check_returned
 from .flow_module import call_and_ladj, call_and_ladj_over_vectors
 
@@ -305,3 +309,59 @@ class _Implicit(torch.autograd.Function):
         g_out, g_ladj = gradients
         g_out = torch.zeros_like(ctx.like) if g_out is None else g_out
         return ctx.solve(g_out, g_ladj), g_ladj, None, None, None
+
+
+def score_by_substitution(
+    meta: AutoregressiveMeta, x: Tensor, score: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """The value, its log-determinant, and the score at the value; None without a linearization."""
+    if meta.depth == 1:
+        return _elementwise_score(meta, x, score)
+    linearization = meta.linearize(x)
+    if linearization is None:
+        return None
+    rows = x.reshape(-1, x.shape[-1])
+    family, params = meta.family, linearization.params
+    at = family.derivatives(params, rows) or _derivatives(family, params, rows)
+    right = score.reshape(rows.shape)
+    if at.ladj_by_x is not None:
+        right = right - at.ladj_by_x
+    if at.ladj_by_params is not None:
+        right = right - linearization.pull_back(at.ladj_by_params)
+    # J = diag(slope) (I - N), with N as in solve_adjoint for the slopes inverse_by_params
+    u = linearization.solve_adjoint(at.inverse_by_params, right) * (-at.ladj.detach()).exp()
+    return at.y.reshape(x.shape), at.ladj.sum(-1).reshape(x.shape[:-1]), u.reshape(x.shape)
+
+
+def _derivatives(family: Univariate, params: Tensor, x: Tensor) -> Derivatives:
+    """The derivatives of any family, by automatic differentiation."""
+    with torch.enable_grad():
+        # the family gets a view of x, so that derivatives in it exclude the network
+        point = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
+        params = params if params.requires_grad else params.detach().requires_grad_()
+        y, ladj = call_and_ladj(family(params), point)
+        totals = y.sum(), ladj.sum()  # gradients of others import SymPy, which takes 0.3 s
+    options: Any = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    slope, by_params = torch.autograd.grad(totals[0], [point, params], **options)
+    inverse = -by_params / slope[..., None]
+    if not ladj.requires_grad:  # constant, as for a shift
+        return Derivatives(y, ladj, inverse, None, None)
+    volume = torch.autograd.grad(totals[1], [point, params], **options)
+    return Derivatives(y, ladj, inverse, *volume)
+
+
+def _elementwise_score(
+    meta: AutoregressiveMeta, x: Tensor, score: Tensor
+) -> tuple[Tensor, Tensor, Tensor] | None:
+    """:func:`score_by_substitution` for a diagonal J; None if the transform is of vectors."""
+    with torch.enable_grad():
+        point = x if x.requires_grad else x.detach().requires_grad_()
+        y, ladj = call_and_ladj(meta(point), point)
+        total = ladj.sum()
+    if ladj.shape != x.shape:
+        return None
+    if ladj.requires_grad:
+        options: Any = {"retain_graph": True, "materialize_grads": True}
+        (by_volume,) = torch.autograd.grad(total, point, **options)
+        score = score - by_volume
+    return y, ladj.sum(-1), score / ladj.detach().exp()

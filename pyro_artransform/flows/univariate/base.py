@@ -3,7 +3,7 @@
 
 """The interfaces of univariate families and of the transforms that they return."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import NamedTuple, TypeVar
 
@@ -47,8 +47,14 @@ class Bijection(Transform):
 
     bijective = True
     sign = +1
-    call_and_ladj: Callable[[Tensor], tuple[Tensor, Tensor]]
-    inverse_and_ladj: Callable[[Tensor], tuple[Tensor, Tensor]]
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The value, ``(*, D)``, and ``log |det dy/dx|``, ``(*,)``, or ``(*, D)`` if it is elementwise."""
+        raise NotImplementedError
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse and its log-determinant ``log |det dx/dy|``, in the shapes of :meth:`call_and_ladj`."""
+        raise NotImplementedError
 
     def with_cache(self: T, cache_size: int = 1) -> T:
         """Returns itself, since nothing is cached."""
@@ -69,6 +75,22 @@ class Bijection(Transform):
     _inv_call = _inverse
 
 
+class Inverse(Bijection):
+    """A bijection with its two directions exchanged."""
+
+    transform: Bijection
+
+    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.inverse_and_ladj(x)
+
+    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        return self.transform.call_and_ladj(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        # x and y are known, so nothing is inverted
+        return -self.transform.log_abs_det_jacobian(y, x)
+
+
 class ElementwiseTransform(Bijection):
     """An increasing bijection of the real line, applied to each element.
 
@@ -79,40 +101,24 @@ class ElementwiseTransform(Bijection):
     domain = constraints.real
     codomain = constraints.real
 
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The value ``y`` and ``log(dy / dx)``, both of shape ``(*, D)``."""
-        raise NotImplementedError
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse ``x`` and ``log(dx / dy)``, both of shape ``(*, D)``."""
-        raise NotImplementedError
-
     @property
     def inv(self) -> "ElementwiseTransform":
         """The inverse, which also has ``call_and_ladj``."""
         return InverseElementwiseTransform(self)
 
 
-class InverseElementwiseTransform(ElementwiseTransform):
-    """The elementwise transform ``base`` with its two directions exchanged."""
+class InverseElementwiseTransform(Inverse, ElementwiseTransform):
+    """The inverse of an elementwise transform."""
 
-    def __init__(self, base: ElementwiseTransform) -> None:
+    transform: ElementwiseTransform
+
+    def __init__(self, transform: ElementwiseTransform) -> None:
         super().__init__()
-        self.base = base
+        self.transform = transform
 
     @property
     def inv(self) -> ElementwiseTransform:
-        return self.base
-
-    def call_and_ladj(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        return self.base.inverse_and_ladj(x)
-
-    def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
-        return self.base.call_and_ladj(y)
-
-    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
-        # x and y are known, so no root is needed
-        return -self.base.log_abs_det_jacobian(y, x)
+        return self.transform
 
 
 class Univariate(nn.Module):

@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from ..._base.arguments import check_integer
 from ..._base.levels import graph_levels
-from ...flows.conditioners.activations import slope_of
 from ...flows.conditioners.base import Blocks, Conditioner
-from ...flows.conditioners.masked_mlp import check_input, runs_only
+from ...flows.conditioners.masked_mlp import check_input, runs_only, slope_of
 from ...model.graphs.markov_graph import padded_groups
 from .networks import Activations, ParentsGroup, SharedGroup, indices
 

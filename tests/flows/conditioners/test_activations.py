@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from pyro_artransform.flows.conditioners import TiltedSiLU
-from pyro_artransform.flows.conditioners.activations import is_elementwise
+from pyro_artransform.flows.conditioners.masked_mlp import is_elementwise
 
 
 @pytest.mark.parametrize("slope", [0.0, np.float64(0.6), 1])

@@ -13,7 +13,7 @@ from pyro_artransform.flows.transforms import (
     ComposedTransform,
     ConditionedUnivariate,
 )
-from pyro_artransform.flows.transforms.score import _derivatives
+from pyro_artransform.flows.transforms.inversion import _derivatives
 from pyro_artransform.flows.univariate import Affine, Hinged, RationalQuadraticSpline
 from pyro_artransform.testing import redraw
 from tests.flows.conditioners.test_masks import random_dag
