@@ -9,7 +9,6 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import cast
 
-import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
 from pyro.util import get_rng_state
@@ -31,7 +30,7 @@ from .loader import Batch, BatchStream, check_use
 from .optimization.minibatches import NUM_COMMON_DRAWS, NUM_VALIDATION, MinibatchObjective
 from .optimization.objective import FEWER, BatchObjective, PathObjective, PyroObjective
 from .optimization.optimizers import Scales
-from .optimization.schedule import GAP_OF_BATCHES, NUM_COMPARED, Schedule
+from .optimization.schedule import MOST_GAP, NUM_COMPARED, Schedule
 from .optimization.training import Training
 
 # draws per step, and those of structured guides with this many latents or more (benchmarks/price.md); with
@@ -133,7 +132,7 @@ class Problem:
         # if all data correct a batch, the noise of batches is too small to need averaging over an epoch
         if minibatches.on_all is None:
             return replace(schedule, epoch=minibatches.stream.num_batches)
-        return replace(schedule, small_gap=GAP_OF_BATCHES)
+        return replace(schedule, small_gap=MOST_GAP)
 
     def _usual_particles(self) -> int:
         """The number of draws per step that the fit chooses."""
@@ -314,27 +313,11 @@ def _run_once(
     # a new guide must not start from an earlier one's values
     if isinstance(offered, (FlowGuide, MinibatchGuide)):
         offered.drop_orphans()
-    left_over = _left_over(offered)
     subject = ModelAndGuide.of(model, guide, args, kwargs)
     if stream is not None:
         check_use(stream, guide, subject.log_joint, batch)
-    if left_over:
-        warn_user(
-            f"the guide starts from values already in the param store under its name: {first_of(left_over)}. "
-            "For a fresh guide, call pyro.clear_param_store() first",
-            UserWarning,
-        )
     list(subject.weighted_draws(0))  # raises an error if the guide lacks a latent
     return subject
-
-
-def _left_over(guide: object) -> list[str]:
-    """The parameters in the store that a guide of Pyro's, while new, takes for its own."""
-    if isinstance(guide, (FlowGuide, MinibatchGuide)) or not isinstance(guide, AutoGuide):
-        return []
-    if guide.prototype_trace:
-        return []
-    return [name for name in pyro.get_param_store() if name.startswith(f"{guide._pyro_name}.")]
 
 
 def _objective_of_batch(subject: ModelAndGuide) -> BatchObjective:

@@ -59,10 +59,6 @@ class Adam:
         for parameter, scale, before in scaled:
             parameter.copy_(torch.addcmul(before, scale, parameter - before))
 
-    def state_dict(self) -> Any:
-        return [[part.clone() for part in parts] for parts in self._moments.values()]
-
-    def load_state_dict(self, state: Any) -> None:
-        for parts, saved in zip(self._moments.values(), state):
-            for part, value in zip(parts, saved):
-                part.copy_(value)
+    def tensors(self) -> list[Tensor]:
+        """The moments of all parameters, which steps change in place."""
+        return [part for parts in self._moments.values() for part in parts]

@@ -25,32 +25,22 @@ _WINDOW, _MAX_CONSTANT = 100, 3000
 # the improvement between windows below which training stops: in nats, and as a share of the gap
 _MIN_IMPROVEMENT, _MIN_SHARE = 0.01, 0.1
 # the gap in nats at which training stops: 0.02 after the first window, and as much more after each other one,
-# since a further nat costs more steps, up to 0.045
-_SMALL_GAP, _MOST_GAP = 0.02, 0.045
-#: that of steps on mini-batches whose checks see all data: thousands of latents take 300 steps and 25 s from
-#: 0.07 to 0.04 nats (benchmarks/crossed.md)
-GAP_OF_BATCHES = 0.05
+# since a further nat costs more steps, up to the second; mini-batches begin with that, as thousands of
+# latents take 300 steps and 25 s from 0.07 to 0.04 nats (benchmarks/crossed.md)
+_SMALL_GAP, MOST_GAP = 0.02, 0.05
 # steps over which the step size rises at the start
 _WARM_UP = 20
-# the largest step as a share of the distance from the optimum (benchmarks/price.md)
-_SHARE_OF_DISTANCE = 0.5
 # steps of the decay, of one that trains the tails, and the fraction of the step size it starts from
 _DECAY, _DECAY_OF_TAILS, _DECAY_FACTOR = 150, 50, 0.3
 # the largest k-hat with which training stops without a decay
 _KHAT_AT_END = 0.6
 # the share of a fixed number of steps spent in decay, from the full step size: the guide may still be far off
 _DECAY_SHARE = 0.4
-# steps of the decay before a time limit, relative to those before, and the share of the time left that they
-# fill: their seconds vary
-_TIME_FOR_DECAY, _FILLED_SHARE = 0.5, 0.9
-# the part of NUM_COMPARED that a check draws first: the gap of normal log weights is half of their variance,
-# and if that is several times the gap at which training stops, there is no need for more
-_FIRST_PART, _CLEARLY = 8, 3.0
 # multiplies NUM_COMPARED for the last check: with 1,000 draws the standard error of k-hat is 0.15
 _TIMES_AT_END = 5
 # parameters are averaged over about the last 1/8 of all steps; 1/3 still included the climb of Pyro's
 # Gaussian guides
-_AVERAGED_PARTS, _PARTS_OF_MINIBATCHES = 8, 3
+_AVERAGED_PARTS = 8
 # epochs in a window, and in the longest constant phase if that is more steps
 _MIN_EPOCHS, _MAX_EPOCHS = 3, 20
 
@@ -132,11 +122,11 @@ class Schedule:
     def within_time(self, step: int, left: float) -> "Schedule":
         """The schedule whose decay fills the rest of the time, once that is a third of all steps.
 
-        :param left: the number of steps for which there is time.
+        :param left: the number of steps for which there is time, but their seconds vary.
         """
-        if self.end is not None or left > _TIME_FOR_DECAY * step:
+        if self.end is not None or left > 0.5 * step:
             return self
-        end = step + max(int(_FILLED_SHARE * left), 1)
+        end = step + max(int(0.9 * left), 1)
         return replace(self, decay_start=step, end=end, reason=FILLED)
 
     def _decaying(self, step: int, reason: str, num_steps: int = _DECAY) -> "Schedule":
@@ -157,7 +147,7 @@ class Schedule:
     @property
     def num_few(self) -> int:
         """The number of draws that show whether a gap is far from small, and compare guides on all data."""
-        return self.num_compared // _FIRST_PART
+        return self.num_compared // 8
 
     def after_check(self, step: int, log_weights: Callable[[int], Tensor]) -> "Schedule":
         """Checks the gap to the evidence: the decay starts if it is small enough.
@@ -166,10 +156,10 @@ class Schedule:
 
         :param log_weights: returns the log weights of a number of draws.
         """
-        later = min(max(step / _WINDOW, 1) * _SMALL_GAP, _MOST_GAP)
+        later = min(max(step / _WINDOW, 1) * _SMALL_GAP, MOST_GAP)
         small_gap = max(self.small_gap, later)
-        few = log_weights(self.num_few)
-        if (clear := _gap(few)) > _CLEARLY * small_gap:
+        # the gap of normal log weights is half of their variance, so that few draws show a large one
+        if (clear := _gap(log_weights(self.num_few))) > 3 * small_gap:
             return replace(self, gap=clear)
         found = replace(self, gap=remaining_gap(log_weights(self.num_compared)))
         if found.gap > small_gap:
@@ -249,7 +239,7 @@ class Schedule:
         longer steps would first increase it.
         """
         distance = math.sqrt(2 * max(self.gap, _SMALL_GAP) / self.dim)
-        return min(largest, _SHARE_OF_DISTANCE * distance)
+        return min(largest, 0.5 * distance)
 
     def average_weight(self, step: int) -> float:
         """The weight of the current parameters in the polynomial-decay average.
@@ -257,9 +247,7 @@ class Schedule:
         See Stochastic Gradient Descent for Non-smooth Optimization: Convergence Results and Optimal
         Averaging Schemes (Shamir, Zhang, 2013), https://arxiv.org/abs/1212.1824.
         """
-        # the noise of mini-batches takes longer to average out
-        parts = _AVERAGED_PARTS if self.epoch == 1 else _PARTS_OF_MINIBATCHES
-        return parts / max(step, parts)
+        return _AVERAGED_PARTS / max(step, _AVERAGED_PARTS)
 
 
 def _mean_and_variance(losses: Sequence[float]) -> tuple[float, float]:

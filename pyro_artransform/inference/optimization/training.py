@@ -8,7 +8,6 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -25,8 +24,7 @@ from .objective import Objective
 from .optimizers import Adam, Scales
 from .schedule import Schedule
 
-_END = ("decay_start", "end", "reason", "is_for_tails", "gap")
-_COPIED = ("norms", "average")
+_KEPT = ("losses", "num_gradients", "culprits", "schedule", "_norms")
 # step size of Adam, also if the model has parameters, such as networks: with 2e-2 an autoencoder ended 5 nats
 # per image lower (tutorials/vae_iaf.ipynb)
 _STEP_SIZE, _MODEL_STEP_SIZE = 2e-2, 5e-3
@@ -60,7 +58,7 @@ def _num_stored() -> int:
 
 
 class Training:
-    """The state of a fit between two steps, which can be saved and restored.
+    """The state of a fit between two steps, which can be restored.
 
     :param scales: returns the scales of the guide's steps by parameter, if it has any.
     """
@@ -95,7 +93,7 @@ class Training:
         self._average = copies(self.trained)
         # the state at the last verified replay, to return to
         self._num_compared = 0
-        self._confirmed: dict[str, Any] | None = None
+        self._confirmed: tuple[list[Tensor], dict[str, Any]] | None = None
         # weights do not judge the parameters of a model
         self._has_checks = objective.has_weights and is_guide_alone
         self._num_stored = _num_stored()
@@ -142,7 +140,7 @@ class Training:
         """Takes one step, or skips it; returns the loss, the negative ELBO in nats."""
         if self._num_compared != self.objective.num_compared:
             self._num_compared = self.objective.num_compared
-            self._confirmed = copy.deepcopy(self.state())
+            self._confirmed = self.state()
         try:
             loss, num_draws = self._loss()
         except ReplayError:
@@ -268,26 +266,17 @@ class Training:
             torch.manual_seed(0)
             return self._log_weights(count).nan_to_num(-math.inf)
 
-    def state(self) -> dict[str, Any]:
-        """All mutable state, in tensors and plain data."""
-        return {
-            **{name: copy.deepcopy(getattr(self, f"_{name}")) for name in _COPIED},
-            "parameters": copies(self.trained),
-            "optimizer": self.optimizer.state_dict(),
-            "schedule": {name: getattr(self.schedule, name) for name in _END},
-            "losses": [*self.losses],
-            "num_gradients": self.num_gradients,
-            "start": self.start,
-            "culprits": dict(self.culprits),
-        }
+    def _tensors(self) -> list[Tensor]:
+        """All tensors that steps change."""
+        return [*self.trained, *self._average, *self.optimizer.tensors()]
 
-    def restore(self, state: dict[str, Any]) -> None:
+    def state(self) -> tuple[list[Tensor], dict[str, Any]]:
+        """All that steps change."""
+        return copies(self._tensors()), {name: copy.copy(getattr(self, name)) for name in _KEPT}
+
+    def restore(self, state: tuple[list[Tensor], dict[str, Any]]) -> None:
         """Restores what :meth:`state` returned."""
-        copy_to(self.trained, state["parameters"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule = replace(self.schedule, **state["schedule"])
-        self.losses = [*state["losses"]]
-        self.num_gradients, self.culprits = state["num_gradients"], Counter(state["culprits"])
-        self.start = state["start"]
-        for name in _COPIED:
-            setattr(self, f"_{name}", state[name])
+        tensors, others = state
+        copy_to(self._tensors(), tensors)
+        for name, value in others.items():
+            setattr(self, name, copy.copy(value))

@@ -1,7 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-import pytest
 import torch
 
 from pyro_artransform.inference.optimization.optimizers import Adam
@@ -19,24 +18,6 @@ def step(optimizer, trained):
 
 def own(trained, scales=None):
     return Adam(trained, 0.1, scales)
-
-
-@pytest.mark.parametrize("count", [0, 5])
-def test_goes_on_as_if_nothing_had_been(count):
-    whole, halves = parameters(), parameters()
-    optimizer, first = own(whole), own(halves)
-    for _ in range(count):
-        step(optimizer, whole)
-        step(first, halves)
-    second = own(halves)
-    before = [parameter.detach().clone() for parameter in halves]
-    second.load_state_dict(first.state_dict())
-    assert all(torch.equal(a, b) for a, b in zip(before, halves))
-    for _ in range(5):
-        step(optimizer, whole)
-        step(second, halves)
-    assert all(torch.equal(a, b) for a, b in zip(whole, halves))
-    assert all(not torch.equal(a, b) for a, b in zip(whole, parameters()))
 
 
 def test_own_step_size_has_a_factor():
