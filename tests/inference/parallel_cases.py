@@ -158,7 +158,7 @@ def passes(log_joint: LogJoint, stream: BatchStream, processes: Any) -> Any:
         z = 0.3 * torch.randn(6, density.latents.latent_dim, generator=generator)
         gaussian = fit_gaussian(density, terms)[0]
         mapped = value_and_gradient(given, z)
-        values = density.checked(z).values, *value_and_gradient(density, z), *mapped
+        values = density.checked(z, torch.zeros(6))[0], *value_and_gradient(density, z), *mapped
         moments = gaussian.loc, gaussian.precision.times(z.T), gaussian.sd
         return [value.tolist() for value in (*values, *moments)]
 
