@@ -149,6 +149,15 @@ def test_files_have_a_licence_and_a_name_and_are_short() -> None:
         assert not VAGUE_NAMES & {part.lower().strip("_") for part in _module(path)}, where
 
 
+def test_formulas_of_docstrings_render() -> None:
+    """A doubled backslash in a raw docstring is a line break of LaTeX in place of a command."""
+    documented = ast.Module, ast.ClassDef, ast.FunctionDef
+    for path in PACKAGE_FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            docstring = ast.get_docstring(node) if isinstance(node, documented) else None
+            assert "\\\\" not in (docstring or ""), path
+
+
 def test_tensors_are_made_where_their_arguments_are() -> None:
     for path in PACKAGE_FILES:
         faults = [f"{path.name}:{line}: {text}" for line, text in bare_factory_calls(path)]

@@ -4,6 +4,7 @@
 """Initial points at which a log density is finite."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -36,8 +37,9 @@ def usable_point(
     except RuntimeError:  # no gradient, which is reported elsewhere
         log_density(u[None])
         return InitialPoint(u, False)
-    torch.manual_seed(0)
-    others = (width * (2 * torch.rand_like(u[None]) - 1) for width in _HALF_WIDTHS)
+    generator = torch.Generator(u.device).manual_seed(0)
+    uniform = partial(torch.rand, 1, len(u), dtype=u.dtype, device=u.device, generator=generator)
+    others = (width * (2 * uniform() - 1) for width in _HALF_WIDTHS)
     found = usable_points(log_density, u[None], known, others, needs_digits)
     return InitialPoint(found[0], True)
 

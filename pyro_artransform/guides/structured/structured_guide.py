@@ -20,9 +20,8 @@ from ...model.density import Args, Kwargs
 from ...model.elements import ElementGroups, ElementTerms, elements_read
 from ...model.graphs.dependencies import find_dependencies, missing_dependencies
 from ...model.graphs.element_precision import ElementGaussian
-from ...model.graphs.factorization import lower_factor
 from ...model.graphs.markov_graph import MarkovGraph
-from ...model.graphs.sparse_gaussian import SparseGaussian
+from ...model.graphs.sparse_gaussian import SparseGaussian, lower_factor
 from ...model.protocols import StructuredGuide
 from ...model.sites import Latents
 from ..autoregressive import AutoAutoregressive

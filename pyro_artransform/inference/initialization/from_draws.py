@@ -25,9 +25,8 @@ import torch
 from torch import Tensor
 
 from ..._base.time_limit import check_time
-from ...model.graphs.factorization import lower_factor
 from ...model.graphs.markov_graph import MarkovGraph, padded_groups
-from ...model.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
+from ...model.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian, lower_factor
 from ...model.vectorization import draws_at_a_time
 from ...sampling.preconditioning import Preconditioner
 

@@ -7,7 +7,7 @@ The best Gaussian of mean m and precision P satisfies
 
 .. math::
 
-    \\mathbb{E}_q[\\nabla \\log p(z)] = 0, \\qquad P = -\\mathbb{E}_q[\\nabla^2 \\log p(z)]
+    \mathbb{E}_q[\nabla \log p(z)] = 0, \qquad P = -\mathbb{E}_q[\nabla^2 \log p(z)]
 
 so that each pass estimates both at draws of the current Gaussian and takes a step. Unlike at a mode, scales
 of latents are right: the variance of a latent counts in the expectation of its square. Draws come in pairs

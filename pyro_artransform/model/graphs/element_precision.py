@@ -6,7 +6,7 @@ r"""Gaussians of shared latents and of elements of crossed or nested plates.
 The precision has full rows for shared latents g, blocks for elements of groups of plates, and blocks for
 pairs of elements of two groups that data link, such as users and items. The Gaussian is factorized as
 
-.. math:: q(g) \\, q(x_1 \\mid g) \\, q(x_2 \\mid x_1, g) \\cdots
+.. math:: q(g) \, q(x_1 \mid g) \, q(x_2 \mid x_1, g) \cdots
 
 with the groups of plates in turn, the smallest first. Elements of a group are independent given all others,
 but not given earlier groups only: eliminating items links the users that rated the same. These links are

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from ..._base.time_limit import check_time
-from .factorization import eigh, lower_factor
 from .markov_graph import Elimination, padded_groups
 
 # For a precision with unit diagonal: pivots below the first are round-off, or the matrix is not positive
@@ -96,11 +95,6 @@ class PrecisionPattern:
                 "for another pair"
             )
         return torch.where(is_padding, self.num_entries, found)
-
-    def from_pairs(self, rows: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-        """The entries of a matrix from values at unordered pairs, each given once; others are zero."""
-        entries = values.new_zeros(self.num_entries)
-        return entries.index_put((self.index(rows, columns),), values)
 
     def pairs(self) -> Tensor:
         """The row and column of each entry, shape ``(2, num_entries)``."""
@@ -238,3 +232,24 @@ class SparseGaussian:
 
 def _raised(pivots: Tensor) -> Tensor:
     return torch.where(pivots <= _FLAT.get(pivots.dtype, 1e-5), _RAISED, pivots)
+
+
+# Factorizations that are NaN if they fail: an error would end a fit because of one matrix among many, and a
+# Gaussian with such a factor has no finite ELBO, so that it is never chosen as a start
+
+
+def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of symmetric matrices ``(*, n, n)``."""
+    is_finite = matrix.isfinite().all(-1, keepdim=True).all(-2)
+    try:
+        values, vectors = torch.linalg.eigh(torch.where(is_finite[..., None], matrix, 0.0))
+    except torch.linalg.LinAlgError:  # did not converge
+        return torch.full_like(matrix[..., 0], torch.nan), torch.full_like(matrix, torch.nan)
+    return torch.where(is_finite, values, torch.nan), vectors
+
+
+def lower_factor(root: Tensor) -> Tensor:
+    """The Cholesky factor of root @ root.mT, without squaring its condition number."""
+    lower = torch.linalg.qr(root.mT).R.mT
+    signs = lower.diagonal(dim1=-2, dim2=-1).sign()
+    return lower * torch.where(signs == 0, 1.0, signs)[..., None, :]

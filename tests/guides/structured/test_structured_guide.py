@@ -109,7 +109,8 @@ def start_at_precision(guide, loc):
     precision = 5 * torch.eye(dim) - torch.ones(dim - 1).diag(1) - torch.ones(dim - 1).diag(-1)
     pattern = PrecisionPattern(guide.markov_graph().elimination)
     rows, columns = precision.triu().nonzero().T
-    entries = pattern.from_pairs(rows, columns, precision[rows, columns])
+    entries = loc.new_zeros(pattern.num_entries)
+    entries[pattern.index(rows, columns)] = precision[rows, columns]
     guide.start_at_gaussian(SparseGaussian.from_precision(pattern, loc, entries))
     return precision
 

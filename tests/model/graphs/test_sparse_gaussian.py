@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from pyro_artransform.model.graphs.markov_graph import eliminate
-from pyro_artransform.model.graphs.sparse_gaussian import PrecisionPattern, SparseGaussian
+from pyro_artransform.model.graphs.sparse_gaussian import (
+    PrecisionPattern,
+    SparseGaussian,
+    eigh,
+    lower_factor,
+)
 from tests.model.graphs.markov_graphs import GRAPHS, chain, dominant_precision, grid
 
 every_graph = pytest.mark.parametrize("neighbours", GRAPHS.values(), ids=GRAPHS)
@@ -21,7 +26,8 @@ def random_precision(neighbours, seed=0):
 
 def entries(pattern, dense):
     rows, columns = dense.triu().nonzero().T
-    return pattern.from_pairs(rows, columns, dense[rows, columns])
+    found = dense.new_zeros(pattern.num_entries)
+    return found.index_put((pattern.index(rows, columns),), dense[rows, columns])
 
 
 def new(neighbours, seed=0):
@@ -96,4 +102,35 @@ def test_entries_are_those_of_the_pattern_alone():
     pattern = PrecisionPattern(eliminate(chain(300, 2)))
     assert pattern.num_entries < 10 * 302
     with pytest.raises(ValueError, match="entries only for pairs in the pattern"):
-        pattern.from_pairs(torch.tensor([0]), torch.tensor([40]), torch.ones(1))
+        pattern.index(torch.tensor([0]), torch.tensor([40]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_of_many_matrices_one_without_eigenvalues_is_nan_and_no_error(bad):
+    root = torch.randn(3, 4, 4)
+    matrices = root @ root.mT
+    matrices[1, 0, 0] = bad
+    values, vectors = eigh(matrices)
+    assert values[1].isnan().all()
+    for k in (0, 2):
+        found = (vectors[k] * values[k]) @ vectors[k].mT
+        assert torch.allclose(found, matrices[k])
+
+
+def test_no_convergence_is_nan_and_no_error(monkeypatch):
+    def fails(matrix):
+        raise torch.linalg.LinAlgError("no convergence")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    values, vectors = eigh(torch.ones(2, 2))
+    assert values.shape == (2,)
+    assert values.isnan().all()
+    assert vectors.isnan().all()
+
+
+def test_a_factor_has_a_positive_diagonal():
+    root = torch.randn(2, 3, 5)
+    lower = lower_factor(root)
+    assert torch.allclose(lower @ lower.mT, root @ root.mT)
+    assert (lower.diagonal(dim1=-2, dim2=-1) > 0).all()
+    assert torch.equal(lower, lower.tril())
