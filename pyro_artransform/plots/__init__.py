@@ -8,7 +8,6 @@ try:
 except ImportError as error:
     raise ImportError("plots need matplotlib: pip install matplotlib") from error
 
-from .graphs import plot_graph
-from .panels import plot_elbo, plot_khat, plot_marginals
+from .panels import plot_elbo, plot_graph, plot_khat, plot_marginals
 
 __all__ = ["plot_elbo", "plot_graph", "plot_khat", "plot_marginals"]

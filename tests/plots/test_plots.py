@@ -31,9 +31,6 @@ def limits(ax):
     return (*ax.get_xlim(), *ax.get_ylim())
 
 
-# The ELBO
-
-
 def history(n=500):
     return (-30 - 500 * torch.exp(-torch.arange(n) / 20.0) - torch.rand(n)).tolist()
 
@@ -53,17 +50,11 @@ def test_elbo(ax, kind):
     assert ax.get_ylabel() == "ELBO (nats)"
 
 
-def test_elbo_of_no_steps():
-    with pytest.raises(ValueError, match="expected the ELBO of at least one step"):
-        plots.plot_elbo([])
-
-
-@pytest.mark.parametrize("steps", [[1.0], [2.0] * 30, [math.nan, 1.0, 2.0], [math.nan] * 3])
+@pytest.mark.parametrize("steps", [[1.0], [math.nan, 1.0, 2.0], [math.nan] * 3])
 def test_elbo_of_odd_histories(steps):
     assert isinstance(plots.plot_elbo(steps), plt.Axes)
-
-
-# The tail of weights
+    with pytest.raises(ValueError, match="expected the ELBO of at least one step"):
+        plots.plot_elbo([])
 
 
 def test_khat(ax):
@@ -88,10 +79,8 @@ def test_khat(ax):
 @pytest.mark.parametrize(
     "weights",
     [
-        torch.zeros(100),
         torch.full((100,), -math.inf),
         torch.cat([torch.randn(99), torch.tensor([math.nan])]),
-        torch.tensor([0.0] * 99 + [60.0]),
         torch.randn(3),
     ],
 )
@@ -99,9 +88,6 @@ def test_khat_of_odd_weights(weights):
     ax = plots.plot_khat(Importance.from_log_weights(weights))
     ax.figure.canvas.draw()
     assert ax.get_title().startswith("k-hat = ")
-
-
-# Means and sds
 
 
 def known_marginals(size=40):
@@ -135,9 +121,6 @@ def test_without_matplotlib(monkeypatch):
     monkeypatch.delitem(sys.modules, "pyro_artransform.plots")
     with pytest.raises(ImportError, match="plots need matplotlib: pip install matplotlib"):
         importlib.import_module("pyro_artransform.plots")
-
-
-# The graph of a guide
 
 
 def chain(size):
@@ -182,7 +165,7 @@ def test_graph(ax):
 
 
 def test_graph_of_many_latents_shows_all_dependencies(ax):
-    guide = guide_of_chain(999)
+    guide = guide_of_chain(399)
     plots.plot_graph(guide, ax=ax)
     of_model, _ = cells(ax)
     assert of_model.shape == (200, 200)
