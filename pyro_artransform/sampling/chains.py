@@ -23,11 +23,6 @@ from .images import random_images
 from .trajectories import energy_bfmi, share_of_divergent
 
 _LOW_BFMI = 0.3  # Stan's threshold for E-BFMI
-# the share of trajectories ending without a finite density above which a note says so: the eight schools
-# in float32 have 0.01, a scale with a Normal prior 0.3 and more (tests/sampling/test_mcmc.py)
-_MANY_OUTSIDE = 0.1
-# the share of uncertain labels above which a note says that components overlap
-_OVERLAP = 0.01
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -301,7 +296,8 @@ def _notes(
             f"Some chains found other modes, with about {100 * ensemble.left_out:.3g} % of the posterior by "
             "a Gaussian approximation, and were restarted elsewhere."
         )
-    if (outside := share_of_divergent(ensemble.infos, is_finite=False)) > _MANY_OUTSIDE:
+    # the eight schools in float32 have 0.01, a scale with a Normal prior has 0.3 and more
+    if (outside := share_of_divergent(ensemble.infos, is_finite=False)) > 0.1:
         yield (
             f"{100 * outside:.3g} % of the trajectories ended where the log density is not finite, such as "
             "outside a support, or where numbers of the dtype overflow. If the model has a scale, use a "
@@ -328,7 +324,7 @@ def _about_symmetries(ensemble: Ensemble, relabel: bool) -> Iterable[str]:
                 f"Single entries of {names} have no meaning, but products along that dimension have, and "
                 "R-hat is of these."
             )
-        elif uncertainty > _OVERLAP and relabel:
+        elif uncertainty > 0.01 and relabel:
             yield (
                 f"Components overlap, since {100 * uncertainty:.3g} % of their labels are uncertain: "
                 "marginals of single components mean little. Sorted components and predictions do not "

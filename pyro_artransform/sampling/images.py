@@ -19,9 +19,6 @@ from ..model.relabelling import Relabelling, unconstrained_images
 from ..model.sites import Latents
 from ..model.symmetries import ROTATION, Symmetry
 
-# draws that determine the centre of one image
-_NUM_FOR_CENTER = 2000
-
 
 def images(
     draws: Tensor, symmetries: tuple[Symmetry, ...], latents: Latents, num_superchains: int
@@ -40,7 +37,7 @@ def images(
     found = unconstrained_images(latents, spread, flat).view_as(draws)
     if float(nested_rhat_of_values(found, num_superchains).max()) <= MODES_RHAT:
         return found, None
-    some = {name: v[:: max(len(flat) // _NUM_FOR_CENTER, 1)] for name, v in values.items()}
+    some = {name: v[:: max(len(flat) // 2000, 1)] for name, v in values.items()}
     to_image = Relabelling.of(symmetries, some)
     return unconstrained_images(latents, to_image(values), flat).view_as(draws), to_image
 

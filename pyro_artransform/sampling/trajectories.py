@@ -21,9 +21,6 @@ from torch import Tensor
 from .preconditioning import Preconditioner
 from .target import TOO_FAR, State
 
-# maximum dimension for leapfrog steps, which are stable at larger sizes there (benchmarks/chains.md)
-_MOST_BY_LEAPFROG = 50
-
 
 class Integrator(NamedTuple):
     """A symmetric splitting step with one gradient per stage: drifts of positions, then kicks of momenta.
@@ -82,8 +79,8 @@ def share_of_divergent(infos: Sequence[TrajectoryInfo], is_finite: bool = True) 
 
 
 def integrator_of(dim: int) -> Integrator:
-    """The integrator that needs fewer gradients in ``dim`` dimensions."""
-    return LEAPFROG if dim <= _MOST_BY_LEAPFROG else THREE_STAGES
+    """The integrator that needs fewer gradients in ``dim`` dimensions (benchmarks/chains.md)."""
+    return LEAPFROG if dim <= 50 else THREE_STAGES
 
 
 def trajectory(
