@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs the code of pages: what it prints replaces their text blocks, and pictures go to ``_static``.
 
-python docs/run_pages.py case_studies guide_by_hand
+python docs/run_pages.py case_studies
 """
 
 import io
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 DOCS = Path(__file__).resolve().parent
-PAGES = ("case_studies", "guide_by_hand", "symmetric_posteriors")
+PAGES = ("case_studies",)
 BLOCK = re.compile(r"^```(python|text)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 
 

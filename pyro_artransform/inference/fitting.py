@@ -77,7 +77,7 @@ def fit(
     Ctrl-C, like ``max_seconds``, ends chains and steps; a verdict on the fit so far follows within a second.
     A quarter of ``max_seconds`` is reserved for the verdict. A second Ctrl-C interrupts.
     Under ``torchrun``, or if ``torch.distributed`` is initialized, all processes share one fit, with the
-    same model, guide, data, options and result (``docs/many_processes.md``).
+    same model, guide, data, options and result (``docs/minibatches.md``).
 
     :param model: a Pyro model.
     :param args: the guide, if there is one, and, without a loader, the arguments of model and guide.

@@ -4,13 +4,12 @@
 
 import ast
 import importlib
-import importlib.util
 import re
 import runpy
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -32,11 +31,21 @@ MODULES = [
     *("flows.univariate", "guides", "inference", "model", "model.graphs", "model.protocols"),
     *("plots", "posterior", "sampling", "testing"),
 ]
+FIGURE = re.compile(r"(?<![\w.])\d[\d,]*(?:\.\d+)?")
 MARKDOWN = sorted(
     path
     for folder in (ROOT, DOCS, ROOT / "benchmarks", ROOT / "tutorials")
     for path in [*folder.glob("*.md"), *folder.glob("*.ipynb")]
 )
+
+
+def script_of_the_site(name: str) -> SimpleNamespace:
+    """The names of a script in the folder of the pages."""
+    return SimpleNamespace(**runpy.run_path(str(DOCS / f"{name}.py")))
+
+
+with_dots = script_of_the_site("check_table").with_dots
+RUN_PAGES = script_of_the_site("run_pages")
 
 
 def module(name: str) -> ModuleType:
@@ -167,7 +176,9 @@ every_page = pytest.mark.parametrize(
 
 @every_page
 def test_a_page_can_be_read_in_a_checkout(path: Path) -> None:
-    """Its links lead to files that are there before the site is built, and it has no roles of Sphinx."""
+    """Its links lead to files that are there before the site is built, it has no roles of Sphinx, and
+    rows of its tables are as long as their heads, below which a page leaves cells out.
+    """
     text = path.read_text()
     links = re.findall(r"\]\((?!\w+:)([^)#\s]+)", text)
     built = {DOCS / folder for folder in ("_build", "benchmarks", "tutorials")}
@@ -175,12 +186,7 @@ def test_a_page_can_be_read_in_a_checkout(path: Path) -> None:
     missing = [link for link, to in targets.items() if not to.exists() or built & {*to.parents}]
     assert not missing
     assert not re.findall(r"\{[\w:]+\}`", text)
-
-
-@every_page
-def test_rows_of_a_table_are_as_long_as_its_head(path: Path) -> None:
-    """A page leaves out the cells of a row that are too many, and columns stand below other names."""
-    for table in re.findall(r"(?:^\|.*\n)+", path.read_text(), flags=re.MULTILINE):
+    for table in re.findall(r"(?:^\|.*\n)+", text, flags=re.MULTILINE):
         widths = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
         assert len(widths) == 1, table.splitlines()[0]
 
@@ -191,20 +197,6 @@ def test_a_fraction_of_two_digits_is_that_of_tex() -> None:
     assert script.from_tex(r"\tfrac12 (x)") == script.from_tex(r"\tfrac{1}{2} (x)")
     assert script.from_tex(r"s \log x").count("<mspace") == 2
     assert script.from_tex(r"\log (x)").count("<mspace") == 1
-
-
-def test_the_plots_are_there() -> None:
-    (row,) = re.findall(r"^\| `plots\..*$", PAGES["start.md"], re.MULTILINE)
-    assert {*re.findall(r"plot_\w+(?=\()", row)} == {*pyro_artransform.plots.__all__}
-
-
-def test_the_names_of_zuko_are_there() -> None:
-    (sentence,) = re.findall(
-        r"five names of Zuko's transforms \((.*?)\)", PAGES["transforms.md"], re.DOTALL
-    )
-    names = re.findall(r"`(\w+)`", sentence)
-    assert len(names) == 5
-    assert set(names) <= set(pyro_artransform.flows.transforms.__all__)
 
 
 @pytest.mark.parametrize("page", list(PAGES))
@@ -231,19 +223,6 @@ def sentences(path: Path) -> Iterator[str]:
             yield "".join(map(str, parts))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             yield with_dots(node.value)
-
-
-def script_of_the_site(name: str) -> Any:
-    """A script in the folder of the pages, as a module."""
-    spec = importlib.util.spec_from_file_location(name, DOCS / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    script = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    return script
-
-
-with_dots = script_of_the_site("check_table").with_dots
 
 
 def test_a_verdict_says_what_its_page_quotes() -> None:
@@ -296,9 +275,8 @@ def test_every_paper_that_the_code_names_is_in_the_bibliography() -> None:
 
 def test_a_paper_is_cited_as_docstrings_have_it() -> None:
     script = script_of_the_site("bibliography")
-    text = "It bends. See The Bend: a Study (Doe, Roe, 2001), https://doi.org/1/x, and Bends (Poe, 1999)."
+    text = "See The Bend: a Study (Doe, Roe, 2001), https://doi.org/1/x, and Bends (Poe, 1999)."
     bend, bends = script.cited(text + " See also the loop (which has no year), and others.")
-    assert bend == ("Doe, Roe", "2001", "The Bend: a Study", "https://doi.org/1/x", ())
     assert bends[:3] == ("Poe", "1999", "Bends")
     assert script.as_markdown(bend._replace(places=("flows.iaf",))) == (
         "- Doe, Roe (2001). [The Bend: a Study](https://doi.org/1/x). In `flows.iaf`."
@@ -320,3 +298,100 @@ def test_the_check_of_links_finds_faults(tmp_path: Path) -> None:
         found = script.faults(tmp_path)
         assert len(found) == bool(fault), body
         assert all(fault in line for line in found)
+
+
+def figures(text: str) -> set[str]:
+    """Numbers in a text, without code, links to elsewhere and the commas of thousands."""
+    words = re.sub(r"`[^`]*`|\[[^]]*\]\(https?:[^)]*\)|\]\([^)]*\)", " ", text)
+    return {number.replace(",", "") for number in FIGURE.findall(words)}
+
+
+def claims(page: str) -> Iterator[tuple[str, set[str]]]:
+    """Paragraphs, items and rows of tables, each with the benchmarks that it names.
+
+    A row that names none is of those that the paragraph before its table names.
+    """
+    prose = re.sub(r"^```.*?^```", "", page, flags=re.DOTALL | re.MULTILINE)
+    above = set[str]()
+    for block in re.split(r"\n\s*\n|\n(?=- |\|)", prose):
+        named = set(re.findall(r"\]\((?:\.\./)?(benchmarks(?:/\w+)?\.md)", block))
+        if not block.startswith("|"):
+            above = named
+        yield block, named or above
+
+
+@pytest.mark.parametrize(
+    "path", [ROOT / "README.md", *sorted(DOCS.glob("*.md"))], ids=lambda p: p.name
+)
+def test_figures_are_those_of_the_benchmark_that_is_named(path: Path) -> None:
+    # the table of the benchmarks says what they are about
+    for block, named in claims(path.read_text()) if path.name != "benchmarks.md" else ():
+        if named:
+            pages = [ROOT / name if "/" in name else DOCS / name for name in named]
+            missing = figures(block) - set().union(*(figures(page.read_text()) for page in pages))
+            assert not missing, f"{sorted(named)} lack {sorted(missing)} of: {block}"
+
+
+def test_the_comparison_finds_a_wrong_figure() -> None:
+    page = (
+        "Faster ([all](benchmarks/fit.md), `seed=0`):\n\n| a | 1,200.5 |\n|---|---|\n\nOf 7 rows.\n"
+    )
+    paragraph, row, _, other = claims(page)
+    assert paragraph[1] == row[1] == {"benchmarks/fit.md"}
+    assert figures(paragraph[0]) == set()
+    assert figures(row[0]) == {"1200.5"}
+    assert not other[1]
+
+
+def words(page: str) -> list[str]:
+    """The text blocks of a page, without numbers: other processors round otherwise."""
+    text = "\n".join(re.findall(r"^```text\n(.*?)^```", page, re.DOTALL | re.MULTILINE))
+    return re.sub(r"[-+]?\d[\d.,]*(?:e[-+]?\d+)?", "#", text).split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUN_PAGES.PAGES)
+def test_a_page_shows_what_its_code_prints(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    page = PAGES[f"{name}.md"]
+    assert words(RUN_PAGES.with_output(page)) == words(page)
+
+
+def test_a_text_block_is_what_the_code_before_it_prints() -> None:
+    page = "```python\nx = 2\n```\nA.\n```python\nprint(x + 1)\n```\nB.\n```text\n4\n```\n"
+    assert RUN_PAGES.with_output(page) == page.replace("4", "3")
+    assert words(page) == ["#"]
+
+
+def test_the_version_is_the_one_of_changelog_and_citation() -> None:
+    headings = re.findall(r"^## (.*)$", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert headings[0] == "Unreleased"
+    version, date = headings[1].split(" - ")
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert pyro_artransform.__version__ == version
+    assert f"\nversion: {version}\n" in citation
+    assert f'\ndate-released: "{date}"\n' in citation
+
+
+def test_addresses_are_filled_in_at_one_place() -> None:
+    paths = [path for pattern in ("*.md", "*.cff", "docs/*.md") for path in ROOT.glob(pattern)]
+    paths += (ROOT / PACKAGE).rglob("*.py")
+    placeholder = re.compile(r"example\.(org|com)|\bTODO\b|filled in by a maintainer")
+    assert not [path for path in paths if placeholder.search(path.read_text())]
+
+
+def test_what_is_missing_before_an_upload_is_said(tmp_path: Path) -> None:
+    missing = runpy.run_path(str(ROOT / "tools" / "missing.py"))["missing"]
+    project, changelog = tmp_path / "pyproject.toml", tmp_path / "CHANGELOG.md"
+    project.write_text(
+        '[project.urls]\nIssues = "https://example.org/x"\nSecurity = "https://pyro.ai"'
+    )
+    changelog.write_text("# Changelog\n\n## Unreleased\n\n### Added\n\n## 0.1.0 - 2026-01-01\n")
+    address, version = missing(tmp_path)
+    assert "Issues" in address
+    assert "CHANGELOG" in version
+    project.write_text(project.read_text().replace("example.org", "pyro.ai"))
+    changelog.write_text("# Changelog\n\n## Unreleased\n\n## 0.1.0 - 2026-01-01\n\n- All.\n")
+    assert not missing(tmp_path)
