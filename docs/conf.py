@@ -43,7 +43,7 @@ nitpick_ignore_regex = [
     (r"py:.*", "Tensor"),
     (r"py:.*", r"pyro_artransform\.(_base|plots|flows\.conditioners\.blocks)\..*"),
     (r"py:.*", r"pyro_artransform\.(guides\.(base|persistence)|diagnostics\.result_io)\..*"),
-    (r"py:.*", r"pyro_artransform\.model\.coordinates\.latent_mapper\..*"),
+    (r"py:.*", r"pyro_artransform\.model\.(coordinates\.latent_mapper|initial_point)\..*"),
 ]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]

@@ -312,7 +312,7 @@ def vectorized(
     These are 8 evenly spaced draws, and those with the lowest and the highest scores.
 
     :param scores: the scores ``(n, k)`` of draws with these terms.
-    :param first: the fastest strategy to try, chosen by :func:`choose_strategy`.
+    :param first: the fastest strategy to try, chosen by ``choose_strategy``.
     :return: the strategy, the terms, and why the next faster one fails.
     """
     state = torch.get_rng_state()

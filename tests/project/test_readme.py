@@ -17,7 +17,7 @@ README = (ROOT / "README.md").read_text()
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 BLOCKS = re.findall(r"```(\w+)\n(.*?)```", README + CONTRIBUTING, flags=re.DOTALL)
 MAX_LINES = 150
-MAX_WORDS = 750
+MAX_WORDS = 700
 EIGHT_SCHOOLS = (ROOT / "docs" / "eight_schools.md").read_text()
 LOG_EVIDENCE = float(re.findall(r"log\s+evidence, (-[\d.]+)\.", EIGHT_SCHOOLS)[0])
 ROWS = re.findall(
