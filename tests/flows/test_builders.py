@@ -50,9 +50,8 @@ def test_conditional(build):
 
 
 @pytest.mark.parametrize("build", CONDITIONAL.values(), ids=CONDITIONAL)
-@pytest.mark.parametrize("scale", [1.0, 1e3])
-def test_a_large_context_with_a_constant_column(build, scale):
-    t = redraw(build(3, 2))
+def test_a_large_context_with_a_constant_column(build):
+    t, scale = redraw(build(3, 2)), 1e3
     x, context = torch.randn(64, 3), scale * torch.randn(64, 2)
     context[:, 1] = scale
     optimizer = torch.optim.Adam(t.parameters(), 1e-2)
@@ -63,16 +62,6 @@ def test_a_large_context_with_a_constant_column(build, scale):
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-
-
-@every_builder
-def test_a_value_is_scored_and_differentiated_again_and_again(build):
-    t = redraw(build(3))
-    for transform in (t, t.inv):
-        q = dist.TransformedDistribution(dist.Normal(torch.zeros(3), 1.0).to_event(1), [transform])
-        for x in (q.sample((5,)), q.sample((5,)).requires_grad_()):
-            for _ in range(2):
-                q.log_prob(x).sum().backward()
 
 
 @every_builder

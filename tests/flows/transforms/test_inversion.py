@@ -16,7 +16,6 @@ from pyro_artransform import (
     conditional_affine_autoregressive,
     conditional_spline_autoregressive,
     hinged_marginals,
-    iaf,
     maf,
     spline_autoregressive,
 )
@@ -115,24 +114,12 @@ def funnel(count):
     return torch.cat([width, (width / 2).exp() * torch.randn(count, 8)], -1)
 
 
-def scales(count):
-    base = torch.randn(count, 9)
-    return (base + 0.5 * base.roll(1, -1)) * torch.logspace(-4, 4, 9)
-
-
-@pytest.mark.parametrize(
-    ("sample", "build"),
-    [
-        (funnel, lambda: chain([affine_autoregressive(9), spline_autoregressive(9, [32, 32])])),
-        pytest.param(scales, lambda: iaf(9, num_transforms=3), marks=pytest.mark.slow),
-    ],
-    ids=["funnel", "scales from 1e-4 to 1e4"],
-)
-def test_and_of_trained_weights(sample, build):
-    flow, losses = build(), []
+def test_and_of_trained_weights():
+    flow = chain([affine_autoregressive(9, 32), spline_autoregressive(9, 32, count_bins=4)])
+    losses = []
     optimizer = torch.optim.Adam(flow.parameters(), lr=3e-3)
-    for _ in range(300):
-        noise, ladj = flow.call_and_ladj(sample(64))
+    for _ in range(100):
+        noise, ladj = flow.call_and_ladj(funnel(64))
         loss = (noise.square().sum(-1) / 2 - ladj).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -140,7 +127,7 @@ def test_and_of_trained_weights(sample, build):
         optimizer.step()
         losses.append(loss.item())
     assert statistics.median(losses[-20:]) < statistics.median(losses[:20]) - 1
-    x = sample(16)
+    x = funnel(16)
     with torch.no_grad():
         y, _ = flow.call_and_ladj(x)
         back = flow.inverse_and_ladj(y)[0]

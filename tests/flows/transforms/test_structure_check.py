@@ -18,7 +18,6 @@ from pyro_artransform.flows.transforms import (
     ConditionedUnivariate,
 )
 from pyro_artransform.flows.univariate import Affine, MonotonicAffineTransform
-from pyro_artransform.guides.distributions import check_structure
 from pyro_artransform.testing import redraw
 from tests.flows.transforms.metas import CumulativeConditioner, DenseTransform
 from tests.guides.models import gaussian
@@ -101,14 +100,6 @@ def test_own_conditioners_skip_the_check(make, monkeypatch):
         AutoregressiveTransform(DenseTransform(3, 2))(torch.zeros(3))
 
 
-def test_check_structure_raises():
-    good = with_affine(CumulativeConditioner(3, 2))
-    check_structure(nn.Sequential(good, affine_autoregressive(3)), torch.zeros(3))
-    bad = AutoregressiveTransform(DenseTransform(3, 2))
-    with pytest.raises(ValueError, match=r"not autoregressive.*\[0, 1, 2\]"):
-        check_structure(nn.ModuleList([good, bad]), torch.zeros(3))
-
-
 def test_conditional_network_is_checked_once_for_all_contexts():
     t = ConditionalAutoregressiveTransform(DenseTransform(3, 2, context_dim=1))
     with pytest.warns(UserWarning, match="not autoregressive"):
@@ -157,9 +148,5 @@ def test_an_activation_that_mixes_units_is_found():
     assert "not autoregressive" in message
     with pytest.raises(ValueError, match="not autoregressive"):
         AutoIAF(gaussian, hidden_dims=8, nonlinearity=nn.Softmax(-1))(torch.zeros(1))
-
-
-def test_an_activation_of_ones_own_is_as_good():
-    t = affine_autoregressive(3, 8, nonlinearity=torch.sin)
-    assert found_at_a_call(t, torch.randn(5, 3)) == []
-    assert torch.allclose(t.inv(t(torch.ones(3))), torch.ones(3))
+    of_ones_own = affine_autoregressive(3, 8, nonlinearity=torch.sin)
+    assert found_at_a_call(of_ones_own, torch.randn(5, 3)) == []

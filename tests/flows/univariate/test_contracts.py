@@ -38,10 +38,10 @@ KINDS["monotone"] = FAMILIES["monotone, one unit"]
 every_kind = pytest.mark.parametrize("new", KINDS.values(), ids=KINDS.keys())
 
 
-@every_family
-def test_contracts(new):
-    check_univariate(new())
-    check_univariate(new(), dtype=torch.float32)
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_contracts(new, dtype):
+    check_univariate(new(), dtype=dtype)
 
 
 @every_family
@@ -128,7 +128,11 @@ def test_trace(new, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["affine", "hinged", "spline", pytest.param("monotone", marks=pytest.mark.slow)]
+    "name",
+    [
+        "affine",
+        *(pytest.param(k, marks=pytest.mark.slow) for k in ("hinged", "spline", "monotone")),
+    ],
 )
 def test_compile(name):
     family = KINDS[name]()
