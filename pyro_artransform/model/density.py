@@ -375,25 +375,5 @@ class LogJoint:
         return EnumMessenger(-2 - self.num_plates)(run) if self.is_enumerated else run
 
 
-class DensityOver(LogJoint):
-    """A log joint density that holds another one, and has its model, latents, start and strategy.
-
-    Subclasses define other values. A view of it holds a view of the other density.
-    """
-
-    def __init__(self, inner: LogJoint) -> None:
-        self.inner = inner
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "inner" or name.startswith("__"):  # a copy has no attributes at first
-            raise AttributeError(name)
-        return getattr(self.inner, name)
-
-    def view(self, **changes: Any) -> Any:
-        other = copy.copy(self)
-        other.inner = self.inner.view(**changes)
-        return other
-
-
 def _identities(args: Args, kwargs: Kwargs) -> list[Any]:
     return [*map(id, args), *((name, id(value)) for name, value in kwargs.items())]

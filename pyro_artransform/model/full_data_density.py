@@ -1,12 +1,13 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Log joint densities from mini-batches: their mean, and one with a control variate from all data."""
+"""The log joint density of all data from mini-batches: their mean, or an estimate by one of them."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from .._base.comparison import agree, round_off
 from .._base.differentiation import KnownGradients, sum_with_gradient
 from .._base.processes import Processes
-from .density import Args, DensityOver, Kwargs, LogJoint
+from .density import Args, Kwargs, LogJoint
 from .graphs.dependencies import value_and_gradient
 from .graphs.element_precision import ElementPrecision
 from .handlers import FirstIndices
@@ -49,12 +50,13 @@ class Anchor(NamedTuple):
         return Anchor(point, value, gradient, reach, precision)
 
 
-class FullDataDensity(DensityOver):
+class FullDataDensity(LogJoint):
     """The log joint density of a model, as the mean over mini-batches weighted by their rows.
 
     The density of one mini-batch is scaled up to all data, and its mode is many posterior sds away from that
     of all data. The mean approaches the density of all data as mini-batches are added, and equals it over all
-    of them. It is summed in double precision: the round-off of a million rows matters.
+    of them. It is summed in double precision: the round-off of a million rows matters. It holds the density
+    of the largest mini-batch, and has its model, latents and strategy; a view of it holds a view of that.
 
     :param log_joint: the log joint density for any arguments.
     :param batches: positional and keyword arguments of each mini-batch; each iteration must yield the same
@@ -62,6 +64,13 @@ class FullDataDensity(DensityOver):
     :param processes: those that share the density, each with other mini-batches; all create it, and the
         first one evaluates it.
     :raises ValueError: if coordinates from the prior depend on the arguments.
+
+    **References**
+
+    1. Control Variates for Stochastic Gradient MCMC (Baker, Fearnhead, Fox, Nemeth, 2019),
+       https://arxiv.org/abs/1706.05439
+    2. Accelerating Stochastic Gradient Descent using Predictive Variance Reduction (Johnson, Zhang,
+       2013), https://papers.nips.cc/paper/4937
     """
 
     def __init__(
@@ -84,7 +93,9 @@ class FullDataDensity(DensityOver):
                 "expected priors that are the same for each mini-batch, got some whose location or scale "
                 "depends on its data: make the guide with coordinates='model'"
             )
-        super().__init__(largest)
+        self.inner = largest
+        #: expansions of the densities of all data and of one mini-batch, if this is an estimate by that
+        self._expansions: tuple[Anchor, Anchor] | None = None
         self._weights, is_random = shares, False
         self._batches, self._processes, self._own = batches, processes, self
         processes.hold(self)
@@ -110,6 +121,37 @@ class FullDataDensity(DensityOver):
                 run(self.start[None])
             self.inner = self.inner.evaluated(chunk_size=draws_at_a_time(tensor.num_values))
 
+    def __getattr__(self, name: str) -> Any:
+        if name == "inner" or name.startswith("__"):  # a copy has no attributes at first
+            raise AttributeError(name)
+        return getattr(self.inner, name)
+
+    def view(self, **changes: Any) -> Any:
+        other = copy.copy(self)
+        other.inner = self.inner.view(**changes)
+        return other
+
+    def estimate(
+        self, args: Args, kwargs: Kwargs, of_all: Anchor, chunk_size: int
+    ) -> "FullDataDensity":
+        r"""The density by one mini-batch b, with the expansion of that of all data at a as a control variate.
+
+        .. math::
+
+            f_b(z) - f_b(a) - f_b'(a) (z - a) + f(a) + f'(a) (z - a)
+
+        Its mean over mini-batches is the density of all data, as for :math:`f_b`, also if the difference
+        :math:`z - a` is limited in these terms: far from a, an expansion may exceed any density. A
+        mini-batch differs from that only from second order on, which is little in the bulk of the posterior
+        if a mini-batch has data for each latent. With thousands of latents it has not: then the second
+        derivative of all data is known, too, and second-order terms are exchanged as well.
+        """
+        other = copy.copy(self)
+        other.inner = self.bound_to(args, kwargs).evaluated(chunk_size=chunk_size)
+        other._batches, other._weights = [(args, kwargs)], [1.0]
+        other._expansions = of_all, Anchor.of(other.inner, of_all.point, of_all.reach)
+        return other
+
     @property
     def is_random(self) -> bool:
         """Whether the mean is random, even if the indices that plates draw are known."""
@@ -130,6 +172,8 @@ class FullDataDensity(DensityOver):
         return self._is_even and math.isclose(self.share, 1.0)
 
     def __call__(self, z: Tensor) -> Tensor:
+        if self._expansions is not None:
+            return self._corrected(z, *self._expansions)
         if self._processes.size == 1:
             return sum_with_gradient(self._parts, z)
         u, log_det = self.to_unconstrained(z)  # other processes do not know the coordinates of now
@@ -141,6 +185,21 @@ class FullDataDensity(DensityOver):
                 values, [found[:, 1:].to(u)], _twice, torch.get_rng_state(), u
             )
         return values + log_det
+
+    def _corrected(self, z: Tensor, of_all: Anchor, own: Anchor) -> Tensor:
+        """The density of the mini-batch, with the difference of the expansions."""
+        change = (z - of_all.point).clamp(-of_all.reach, of_all.reach)
+        offset = (of_all.value - own.value) + change @ (of_all.gradient - own.gradient)
+        linear = self.inner(z) + offset
+        if of_all.precision is None:
+            return linear
+        # the quadratic term of all data less that of the mini-batch, by differences of its gradient
+        step = _STEP * change.detach()
+        ends = torch.cat([of_all.point + step, of_all.point - step])
+        forward, backward = value_and_gradient(self.inner, ends)[1].chunk(2)
+        slope = (backward - forward) / (2 * _STEP) - of_all.precision.times(change.detach().T).T
+        through = (slope * change).sum(-1)
+        return linear + through - 0.5 * through.detach()
 
     def total(self, function: Callable[..., Tensor], *args: object) -> Tensor:
         """The sum over processes of a function of their shares of this density, see ``Processes.sum``."""
@@ -186,49 +245,3 @@ def _twice(u: Tensor) -> Tensor:
 
 def _weighted(weight: float, part: LogJoint, z: Tensor) -> Tensor:
     return weight * part(z)
-
-
-class AnchoredLogJoint(DensityOver):
-    r"""The log joint density of a mini-batch with a control variate: all data's expansion at a point a.
-
-    .. math::
-
-        f_b(z) - f_b(a) - f_b'(a) (z - a) + f(a) + f'(a) (z - a)
-
-    Its mean over mini-batches is the density of all data, as for :math:`f_b`, also if the difference
-    :math:`z - a` is limited in these terms: far from a, an expansion may exceed any density. A mini-batch
-    differs from that only from second order on, which is little in the bulk of the posterior if a
-    mini-batch has data for each latent. With thousands of latents it has not: then the second derivative of
-    all data is known, too, and second-order terms are exchanged as well.
-
-    **References**
-
-    1. Control Variates for Stochastic Gradient MCMC (Baker, Fearnhead, Fox, Nemeth, 2019),
-       https://arxiv.org/abs/1706.05439
-    2. Accelerating Stochastic Gradient Descent using Predictive Variance Reduction (Johnson, Zhang,
-       2013), https://papers.nips.cc/paper/4937
-    """
-
-    def __init__(self, of_batch: LogJoint, of_all: Anchor) -> None:
-        super().__init__(of_batch)
-        self._of_all = of_all
-        self._own = Anchor.of(of_batch, of_all.point, of_all.reach)
-
-    def with_arguments(self, args: Args, kwargs: Kwargs | None = None) -> "AnchoredLogJoint":
-        return AnchoredLogJoint(self.inner.with_arguments(args, kwargs), self._of_all)
-
-    def __call__(self, z: Tensor) -> Tensor:
-        of_all, own = self._of_all, self._own
-        change = (z - of_all.point).clamp(-of_all.reach, of_all.reach)
-        offset = (of_all.value - own.value) + change @ (of_all.gradient - own.gradient)
-        linear, precision = self.inner(z) + offset, of_all.precision
-        return linear if precision is None else linear + self._second_order(change, precision)
-
-    def _second_order(self, change: Tensor, precision: ElementPrecision) -> Tensor:
-        """The quadratic term of all data less that of the mini-batch, by differences of its gradient."""
-        step = _STEP * change.detach()
-        ends = torch.cat([self._of_all.point + step, self._of_all.point - step])
-        forward, backward = value_and_gradient(self.inner, ends)[1].chunk(2)
-        slope = (backward - forward) / (2 * _STEP) - precision.times(change.detach().T).T
-        through = (slope * change).sum(-1)
-        return through - 0.5 * through.detach()

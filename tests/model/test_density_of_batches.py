@@ -10,7 +10,7 @@ from pyro import distributions as dist
 from pyro import poutine
 
 from pyro_artransform.model import FullDataDensity, LogJoint
-from pyro_artransform.model.full_data_density import Anchor, AnchoredLogJoint
+from pyro_artransform.model.full_data_density import Anchor
 from tests.model.models import SIZE, Y, by_trace, of_batch
 
 
@@ -124,7 +124,7 @@ def test_a_view_of_a_density_of_batches_is_a_view_of_each_and_changes_no_other()
     log_joint, z = LogJoint(model, (Y[:3],)), torch.randn(5, 2)
     mean = FullDataDensity(log_joint, [((Y[:3],), {}), ((Y[3:],), {})])
     anchor = Anchor.of(mean, torch.zeros(2), torch.ones(2))
-    for density in (mean, AnchoredLogJoint(mean.bound_to((Y[:3],), {}), anchor)):
+    for density in (mean, mean.estimate((Y[:3],), {}, anchor, 100)):
         by_loop, strategy, before = density.by_strategy("loop"), density.strategy, density(z)
         runs.clear()
         torch.testing.assert_close(by_loop(z), before)
@@ -184,7 +184,7 @@ def test_an_anchor_makes_batches_alike():
     anchor = Anchor.of(whole, torch.tensor([0.3, -0.2]), torch.tensor([1.0, 2.0]))
     near = anchor.point + 0.02 * torch.randn(6, 2)
     plain = [log_joint.with_arguments(*batch) for batch in batches]
-    anchored = [AnchoredLogJoint(part, anchor) for part in plain]
+    anchored = [whole.estimate(*batch, anchor, 100) for batch in batches]
     shares = torch.tensor([3.0, 2.0, SIZE - 5.0])[:, None] / SIZE
     found, noisy = (torch.stack([part(near) for part in parts]) for parts in (anchored, plain))
     assert torch.allclose((shares * found).sum(0), whole(near).to(found), atol=1e-4)
@@ -198,8 +198,6 @@ def test_an_anchor_makes_batches_alike():
     beyond = (far - anchor.point).abs() > anchor.reach
     at_edge = torch.stack([one(edge) - two(edge) for one, two in zip(anchored, plain)])
     assert torch.allclose((found - noisy)[:, beyond.all(1)], at_edge[:, beyond.all(1)], atol=1e-3)
-    other = anchored[0].with_arguments(*batches[1])
-    assert torch.allclose(other(near), anchored[1](near))
 
 
 @pytest.mark.parametrize("columns", [(), (4,)])

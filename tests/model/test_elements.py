@@ -11,7 +11,7 @@ from pyro import distributions as dist
 from pyro_artransform.model import FullDataDensity, LogJoint
 from pyro_artransform.model.elements import ElementGroups, ElementTerms, elements_read
 from pyro_artransform.model.expectations import expectation
-from pyro_artransform.model.full_data_density import Anchor, AnchoredLogJoint
+from pyro_artransform.model.full_data_density import Anchor
 from pyro_artransform.model.graphs.element_precision import ElementGaussian
 
 USER, ITEM = torch.tensor([0, 1, 2, 2, 0, 1, 2, 0]), torch.tensor([0, 4, 1, 2, 2, 3, 4, 1])
@@ -162,10 +162,10 @@ def test_second_order_terms_of_a_batch_are_exchanged():
     anchor = Anchor.of(density, point, torch.full((9,), 1e3))._replace(precision=found.precision)
     z = torch.randn(5, 9, requires_grad=True)
     (expected,) = torch.autograd.grad(density(z).sum(), z)
-    for _, part in density.parts():
-        corrected = AnchoredLogJoint(part, anchor)
+    for batch in batches:
+        corrected = density.estimate(*batch, anchor, 100)
         (gradient,) = torch.autograd.grad(corrected(z).sum(), z)
         assert torch.allclose(gradient, expected)
         assert torch.allclose(corrected(z), density(z))
-        first_order = AnchoredLogJoint(part, anchor._replace(precision=None))
+        first_order = density.estimate(*batch, anchor._replace(precision=None), 100)
         assert not torch.allclose(first_order(z), density(z), atol=0.1)

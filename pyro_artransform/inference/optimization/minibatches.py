@@ -17,7 +17,7 @@ from ..._base.time_limit import until_deadline
 from ...model import FullDataDensity, LogJoint
 from ...model.elements import ElementTerms
 from ...model.expectations import expectation
-from ...model.full_data_density import Anchor, AnchoredLogJoint
+from ...model.full_data_density import Anchor
 from ...model.replay.capture import CapturedLoss
 from ..all_batches import density_of_all_rows
 from ..loader import Batch, BatchStream
@@ -169,8 +169,7 @@ class MinibatchObjective(Objective):
     ) -> Tensor:
         """The loss of a batch with the control variate."""
         chunk_size = int(whole.chunk_size * self._num_joined)
-        of_batch = whole.bound_to(*batch).evaluated(chunk_size=chunk_size)
-        corrected = AnchoredLogJoint(of_batch, anchor)
+        corrected = whole.estimate(*batch, anchor, chunk_size)
         self._last = replace(on_all, log_joint=corrected, is_one=False)
         return self._last.loss(num_particles)
 
