@@ -42,7 +42,7 @@ nitpick_ignore_regex = [
     (r"py:.*", r"(collections|contextlib|matplotlib|os|pyro|torch|typing)\..*"),
     (r"py:.*", "Tensor"),
     (r"py:.*", r"pyro_artransform\.(_base|plots|flows\.conditioners\.blocks)\..*"),
-    (r"py:.*", r"pyro_artransform\.(guides\.(base|persistence)|diagnostics\.result_io)\..*"),
+    (r"py:.*", r"pyro_artransform\.(guides\.base|diagnostics\.result_io)\..*"),
     (r"py:.*", r"pyro_artransform\.model\.(coordinates\.latent_mapper|initial_point)\..*"),
 ]
 

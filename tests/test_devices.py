@@ -81,7 +81,10 @@ def test_fit_and_chains(device, tmp_path):
     result = quick_fit(regression, *data, num_steps=5, progress=False)
     assert are_on(device, {**result.guide.sample_posterior(10), **result.draws})
     result.guide.save(tmp_path / "guide.pt")
-    assert are_on(device, AutoIAF.load(tmp_path / "guide.pt").sample_posterior(10))
+    loaded = AutoIAF(regression)
+    loaded.set_up(*data)
+    loaded.load(tmp_path / "guide.pt")
+    assert are_on(device, loaded.sample_posterior(10))
     assert are_on(device, mcmc(regression, *data, draws=20, progress=False).draws)
 
 

@@ -148,7 +148,7 @@ class Ours(Subject):
 
     def save_paths(self):
         return {
-            "save": (_save, lambda path, model: guides.AutoIAF.load(path, model)),
+            "save": (_save, self._load),
             "param store": (_save_store, self._load_store),
             "pickle": (save_whole, load_whole),
             "state dict": (save_state, self._load_state),
@@ -156,6 +156,12 @@ class Ours(Subject):
 
     def tensor_files(self):
         return {"save": _save, "state dict": save_state}
+
+    def _load(self, path, model):
+        guide = self.guide(model)
+        guide.set_up()
+        guide.load(path)
+        return guide
 
     def _load_store(self, path, model):
         pyro.get_param_store().load(str(path))

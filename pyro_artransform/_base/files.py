@@ -15,20 +15,25 @@ import torch
 FilePath = str | os.PathLike[str]
 
 
-def write(path: FilePath, kind: str, content: dict[str, Any]) -> None:
-    """Writes a temporary file next to the target and renames it; a failure keeps the old file.
-
-    :param kind: the kind of content, with its format number.
-    """
+def save(path: FilePath, content: object) -> None:
+    """Writes a temporary file by ``torch.save``, and renames it; a failure keeps the old file."""
     target = Path(os.path.realpath(path))
     beside = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
     try:
         with open(beside, "xb") as file:
-            torch.save({"format": kind, **content}, file)
+            torch.save(content, file)
         os.replace(beside, target)
     except BaseException:
         beside.unlink(missing_ok=True)
         raise
+
+
+def write(path: FilePath, kind: str, content: dict[str, Any]) -> None:
+    """Saves plain data and tensors with their kind.
+
+    :param kind: the kind of content, with its format number.
+    """
+    save(path, {"format": kind, **content})
 
 
 def read(path: FilePath, kind: str, map_location: Any = None) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from .autoregressive import AutoAutoregressive
 from .mixture import MixtureGuide
 from .presets import AutoIAF, AutoMAF
 from .structured.structured_guide import AutoStructuredFlow
-from .unconstrained import UnconstrainedGuide
 
 __all__ = [
     "AutoAmortized",
@@ -19,5 +18,4 @@ __all__ = [
     "AutoStructuredFlow",
     "FlowDistribution",
     "MixtureGuide",
-    "UnconstrainedGuide",
 ]

@@ -1,24 +1,24 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The base of all guides, built for the latents of a model: copies, coordinates of the prior, quantiles."""
+"""The base of all guides: the model, coordinates from its prior, quantiles, copies and files."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from operator import is_
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.conditional import ConditionalTransform
-from pyro.infer.autoguide import init_to_median
+from pyro.infer.autoguide import AutoGuide, init_to_median
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.distributions import Transform
 
+from .._base import files
 from .._base.arguments import asks_for_data, check_callable, check_integer
 from .._base.files import FilePath
 from ..model.coordinates.centering import CoordinatesArgument, check_coordinates, find_sites
@@ -26,40 +26,35 @@ from ..model.coordinates.coordinates import Coordinates
 from ..model.density import Args, Kwargs, LogJoint
 from ..model.sites import Latents
 from ..posterior.summaries import check_levels, quantiles_of
-from .persistence import guide_files
-from .persistence.param_store import RegisteredGuide
-from .persistence.spec import Arguments, GuideSpec, State, check_finite
-from .prototype import StartMessenger, Traces, is_hidden, prototype_trace
+from . import param_store
+from .prototype import StartMessenger, is_hidden, prototype_trace
 
 Guide = TypeVar("Guide", bound="BaseGuide")
 Model = Callable[..., object]
 
 
-class BaseGuide(RegisteredGuide):
-    """A guide whose parameters are those of ``transform``, the module that :meth:`build` returns.
+class BaseGuide(AutoGuide):
+    """A guide whose parameters are those of ``transform``, a module made at the first call.
 
-    :class:`~pyro_artransform.guides.unconstrained.UnconstrainedGuide` draws all latents as one vector. A
-    subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_registered_transform` where it
-    uses the parameters.
-
-    :param arguments: the constructor arguments that files hold.
+    A subclass calls :meth:`_set_up_from` at the end of its set-up, and :meth:`_registered_transform` where it
+    uses the parameters. These are also in Pyro's param store, under its name.
     """
 
     #: the user's functions and the model's density: deep copies share them, pickles drop them
     _functions: ClassVar[tuple[str, ...]] = ("_model", "_make_flow", "_density", "_last_call")
-    #: those of ``arguments`` that are not constructor arguments
-    _found_arguments: ClassVar[tuple[str, ...]] = ("coordinates", "chooses_coordinates")
     _prototype_hide_fn = staticmethod(is_hidden)
     _num_quantile_draws = 10_000
-    _make_flow: Any = None  #: makes the flow or flows
-    _traces: Traces | None = None  # two runs of the model, during set-up only
+    #: which values take precedence if the store has others under the guide's name: "new", the store's;
+    #: "carried" (a copied or unpickled guide), its own; "settled", the store's if loaded since then
+    _ownership: Literal["new", "carried", "settled"] = "new"
+    _entries: Mapping[str, nn.Parameter] = {}  #: its entries in the store
     sample_posterior: Callable[..., dict[str, Tensor]]
 
     def __init__(
         self,
         model: Model,
+        make_flow: Any,
         init_loc_fn: Model,
-        arguments: Arguments,
         coordinates: CoordinatesArgument,
     ) -> None:
         if not callable(model):
@@ -71,39 +66,33 @@ class BaseGuide(RegisteredGuide):
                 "callable that takes the latent dimension and returns it"
             )
         check_callable("init_loc_fn", init_loc_fn)
-        RegisteredGuide.__init__(self, model)
-        #: the constructor's arguments, and what set-up found out about the model
-        self.arguments, self._requested = arguments, check_coordinates(coordinates)
+        # not AutoContinuous.__init__, which would wrap the model again
+        AutoGuide.__init__(self, model)
+        self.first_name: str = self._pyro_name  #: the name before any number
+        self._make_flow, self._requested = make_flow, check_coordinates(coordinates)
         #: whether a fit may change lambda, in place
         self.chooses_coordinates = False
         #: whether chains may use other coordinates than the model's
         self.maps_priors = self._requested != "model"
         self._density: LogJoint | None = None
         self._last_call: Any = None  # its positional and keyword arguments
-        self._spec: GuideSpec | None = None
-        #: whether latents were compared with the model's, not only read from a file
-        self._model_is_checked = True
         self._use_model(model, init_loc_fn)
 
-    def build(self, latents: Latents, start: Tensor) -> nn.Module:
-        """Makes the module with all parameters of the guide, for the latents of its model.
-
-        It has the dtype and the device of ``start``, and follows from the latents and from ``arguments``, in
-        which it may replace defaults: a loaded guide is built from these, without the model.
+    def _build(self, latents: Latents, start: Tensor) -> nn.Module:
+        """Makes the module with all parameters of the guide, of the dtype and the device of ``start``.
 
         :param start: where the guide starts, shape ``(latent_dim,)``: the initial values of the latents.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no build(latents, start)")
+        raise NotImplementedError
 
     # The model
 
     @property
     def model(self) -> Model:
-        """The model; unpickled guides, and guides loaded without a model, have none."""
+        """The model; unpickled guides have none."""
         if self._model is None:
             raise RuntimeError(
-                f"this {type(self).__name__} has no model, since pickle and load(path) drop it: set "
-                f"guide.model = model, or use {type(self).__name__}.load(path, model)"
+                f"this {type(self).__name__} has no model, since pickle drops it: set guide.model = model"
             )
         return self._model[0]
 
@@ -115,7 +104,7 @@ class BaseGuide(RegisteredGuide):
 
     def _use_model(self, model: Model, init_loc_fn: Callable[..., Any] | None = None) -> None:
         """Stores a model in a tuple, since a module would otherwise become a submodule of the guide."""
-        names = None if self._spec is None else self._spec.latents.sites.keys()
+        names = None if self.coordinates is None else self.coordinates.latents.sites.keys()
         known = vars(self).get("_model")
         init_loc_fn = init_loc_fn or (known[2] if known else init_to_median)
         self._model = StartMessenger(init_loc_fn, names)(model), model, init_loc_fn
@@ -130,8 +119,7 @@ class BaseGuide(RegisteredGuide):
     @property
     def prior_coordinates(self) -> Coordinates | None:
         """The coordinates in which fits work; None for the unconstrained space."""
-        self._checked_spec()
-        found: Coordinates = self.coordinates
+        found = self._known_coordinates()
         return found if found.with_location else None
 
     def _log_joint(self, *args: object, **kwargs: object) -> LogJoint:
@@ -152,11 +140,9 @@ class BaseGuide(RegisteredGuide):
         """The log density of the model, and the arguments to use, by default those of the last call."""
         model = self._model and self._model[1]
         if self._density is None or self._density.model is not model:
-            wanted = "the model's arguments with the first call, as in sample_posterior(n, *data)"
-            of_file = (
-                "coordinates from the prior, which may depend on the data that no file contains"
-            )
-            with asks_for_data(args, kwargs, f"expected {wanted}: this guide uses {of_file}"):
+            wanted = "the model's arguments, as in sample_posterior(n, *data)"
+            of_prior = "coordinates from the prior, which may depend on the data"
+            with asks_for_data(args, kwargs, f"expected {wanted}: this guide uses {of_prior}"):
                 self._density = self._log_joint(*args, **kwargs)
         elif not (args or kwargs):
             return self._density
@@ -184,45 +170,42 @@ class BaseGuide(RegisteredGuide):
         self._density = None  # left by a failed set-up
         return find_sites(self._bind(args, kwargs), requested)
 
-    def _coordinate_arguments(self, with_location: dict[str, bool]) -> Arguments:
-        """The arguments of the specification that describe coordinates."""
-        if not (with_location or self._requested == "model"):
-            return {}
-        chooses = self._requested == "prior"
-        return {"coordinates": with_location, "chooses_coordinates": chooses}
-
-    def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
-        """Arguments of the specification that follow from the model's density."""
-        return self._coordinate_arguments(
-            dict.fromkeys(self._mapped_sites(args, kwargs, depends), True)
-        )
+    def _find_coordinates(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
+        """The sites that are partially non-centred, and whether with the location of the prior."""
+        return dict.fromkeys(self._mapped_sites(args, kwargs, depends), True)
 
     # Set-up
 
     def set_up(self, *args: object, **kwargs: object) -> None:
         """Runs the model to learn its latents, and builds the guide, like the first call."""
-        if self._spec is None:
+        if self.coordinates is None:
             with asks_for_data(args, kwargs, self._unknown):
                 self._setup_prototype(*args, **kwargs)
 
     def _set_up_from(
-        self, spec: GuideSpec, start: Tensor, locate: Callable[[Tensor], Tensor] | None = None
+        self,
+        latents: Latents,
+        with_location: Mapping[str, bool],
+        start: Tensor,
+        locate: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Builds the guide at an initial point ``(latent_dim,)``, which ``locate`` maps to coordinates."""
         # a parameter made in inference mode cannot train
         with torch.inference_mode(False):
             start = start.detach().clone()
-            with_location = spec.arguments.get("coordinates") or {}
-            found = Coordinates(spec.latents, with_location, torch.ones_like(start))
+            found = Coordinates(latents, with_location, torch.ones_like(start))
             # what a property of this name keeps add_module from
             self._modules["coordinates"] = found
-        of_build = start if locate is None or not found.with_location else locate(start)
-        with torch.inference_mode(False):
-            self.arguments = spec.arguments
-            self.transform = self.build(spec.latents, of_build.detach().clone())
-            self.chooses_coordinates = bool(spec.arguments.get("chooses_coordinates"))
-            self.maps_priors = spec.arguments.get("coordinates") != {}
-            self._spec, self.prototype_trace = spec, prototype_trace(spec.latents, start)
+        try:
+            of_build = start if locate is None or not with_location else locate(start)
+            with torch.inference_mode(False):
+                self.transform = self._build(latents, of_build.detach().clone())
+        except BaseException:
+            # the next call must not see a guide that is only half set up
+            del self._modules["coordinates"]
+            raise
+        self.prototype_trace = prototype_trace(latents, start)
+        self.chooses_coordinates = bool(with_location) and self._requested == "prior"
         if self._model is not None:
             # from now on, other latents of the model are predictions
             self._use_model(*self._model[1:])
@@ -242,15 +225,19 @@ class BaseGuide(RegisteredGuide):
             "set_up, with the model's arguments first"
         )
 
-    def _checked_spec(self) -> GuideSpec:
-        if self._spec is None:
+    def _known_coordinates(self) -> Coordinates:
+        if self.coordinates is None:
             raise RuntimeError(self._unknown)
-        return self._spec
+        found: Coordinates = self.coordinates
+        return found
+
+    def _zeros(self) -> Tensor:
+        """Zeros of the shape, the dtype and the device of the latent vector."""
+        return torch.zeros_like(self._known_coordinates().centered)
 
     def _registered_transform(self) -> Any:
         """``transform``, whose parameters are the param store's."""
-        if self._spec is None:
-            raise RuntimeError(self._unknown)
+        self._known_coordinates()
         entries, stored = self._entries, pyro.get_param_store()._params
         # otherwise the store was neither cleared nor loaded; reading store[key] applies transforms
         if not entries or not all(map(is_, map(stored.get, entries), entries.values())):
@@ -313,55 +300,62 @@ class BaseGuide(RegisteredGuide):
     def _apply(self: Guide, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Guide:
         super()._apply(fn, recurse)
         self._entries = {}
-        if self._spec is not None:
-            spec = self._spec = self._spec.to(fn)
-            self.coordinates.latents = spec.latents
-            self.prototype_trace = prototype_trace(spec.latents, spec.zeros())
+        if self.coordinates is not None:
+            latents = Latents(site.to(fn) for site in self.coordinates.latents.sites.values())
+            self.coordinates.latents = latents
+            self.prototype_trace = prototype_trace(latents, self._zeros())
         return self
 
-    def _load_from_state_dict(self, state_dict: State, prefix: str, *args: Any) -> None:
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *args: Any) -> None:
         """Rejects parameters that are not finite, and any for a guide that was never called."""
         state = {k: value for k, value in state_dict.items() if k.startswith(prefix)}
-        if self._spec is None and state:
-            raise RuntimeError(
-                f"{self._unknown}, before load_state_dict; or use save and load, which need no call"
-            )
-        check_finite(state)
+        if self.coordinates is None and state:
+            raise RuntimeError(f"{self._unknown}, before load or load_state_dict")
+        _check_finite(state)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def save(self, path: FilePath) -> None:
-        """Writes the guide to a file of tensors and plain data; a failure keeps an existing file.
+        """Writes the state dict to a file, as ``torch.save`` does; a failure keeps an existing file.
 
         :raises RuntimeError: if the guide was never called.
-        :raises ValueError: if a support or argument is not plain data, or a parameter is not finite.
+        :raises ValueError: if a parameter is not finite.
         """
-        guide_files.save(self, path)
+        self._known_coordinates()
+        self._register()
+        state = self.state_dict()
+        _check_finite(state)
+        files.save(path, dict(state))
 
-    @classmethod
-    def load(
-        cls: type[Guide],
-        path: FilePath,
-        model: Model | None = None,
-        *,
-        map_location: Any = None,
-        **arguments: Any,
-    ) -> Guide:
-        """Reads a guide from a file that :meth:`save` wrote.
+    def load(self, path: FilePath) -> None:
+        """Reads the state dict that :meth:`save` wrote.
 
-        :param model: the model, for further training; draws and densities need it if the guide has
-            coordinates from its prior, at first with its data. The first call compares its latents with the
-            file's.
-        :param map_location: as for ``torch.load``.
-        :param arguments: constructor arguments that files do not hold: ``flow`` of ``AutoAutoregressive``,
-            and ``encoder`` and ``create_plates`` of ``AutoAmortized``.
-        :raises ValueError: if the file was not written by :meth:`save`, is damaged, has another class of
-            guide, holds NaN, needs a flow that was not passed, or another one; if ``coordinates`` are passed.
+        The guide must be made with the same arguments and set up, as in ``guide = AutoIAF(model)``,
+        ``guide.set_up(*data)``, ``guide.load(path)``.
+
+        :raises RuntimeError: if the guide was never called, or the file is of a guide of another class,
+            model or arguments.
+        :raises ValueError: if a parameter is not finite.
         """
-        return guide_files.load(cls, path, model, map_location, arguments)
-
-    def _restore(self, spec: GuideSpec, state: State) -> None:
-        """Builds the guide that a file describes; the constructor's arguments take precedence."""
-        spec = replace(spec, arguments=spec.arguments | self.arguments)
-        self._set_up_from(spec, spec.zeros())
-        self._ownership, self._model_is_checked = "carried", False
+        state = torch.load(path, map_location=self._zeros().device, weights_only=True)
         self.load_state_dict(state)
+
+    # Pyro's param store
+
+    def _register(self) -> None:
+        param_store.register(self)
+
+    def drop_orphans(self) -> None:
+        """Before the first call, deletes parameters of dead guides of its name from Pyro's param store."""
+        param_store.drop_orphans(self)
+
+    def _pyro_set_supermodule(self, name: str, context: Any) -> None:
+        super()._pyro_set_supermodule(name, context)
+        self.first_name = name
+
+
+def _check_finite(state: Mapping[str, Any]) -> None:
+    """Refuses a state dict with NaN or infinite entries."""
+    for name, value in state.items():
+        if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
+            bad = f"{int((~value.isfinite()).sum())} of {value.numel()} that are not"
+            raise ValueError(f"parameter '{name}': expected finite numbers, got {bad}")

@@ -3,11 +3,13 @@
 
 """Parts of a guide's distribution, and draws with path gradients."""
 
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
+from pyro.distributions import constraints
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import Transform, register_kl
@@ -70,7 +72,7 @@ def _flow(name: str, made: Any, has_context: bool) -> Any:
 
 def _check_dimension(name: str, flow: FlowModule, like: Tensor) -> None:
     try:
-        found = flow(like.reshape(1, -1)).shape[-1]
+        found: object = flow(like.reshape(1, -1)).shape[-1]
     except (IndexError, RuntimeError, ValueError) as error:
         found = f"one that fails there, or needs a context: {error}"
     if found != len(like):
@@ -109,6 +111,68 @@ class ToUnconstrained(FlowModule):
     def inverse_and_ladj(self, y: Tensor) -> tuple[Tensor, Tensor]:
         x, ladj = self._log_joint.from_unconstrained(y.reshape(-1, y.shape[-1]))
         return x.reshape(y.shape), ladj.reshape(y.shape[:-1])
+
+
+class LatentDistribution(dist.TorchDistribution):
+    """The distribution of a guide's draws, which remembers the last one with its log density."""
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real_vector
+    has_rsample = True
+    #: the last draw, its version, whether it has a graph, and its log density
+    _drawn: tuple[Tensor, int, bool, Tensor] | None = None
+
+    def __init__(self, guide: Any, batch_shape: torch.Size = torch.Size()) -> None:  # noqa: B008
+        self._guide = guide
+        super().__init__(batch_shape, torch.Size([guide.latent_dim]), validate_args=False)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> "LatentDistribution":
+        return LatentDistribution(self._guide, torch.Size(batch_shape))
+
+    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:  # noqa: B008
+        shape = torch.Size(sample_shape) + self.batch_shape
+        z, log_q = self._guide._draw(shape.numel(), False)
+        z, log_q = z.reshape(shape + self.event_shape), log_q.reshape(shape)
+        if not z.is_inference():  # edits of inference tensors cannot be detected
+            self._drawn = z, z._version, torch.is_grad_enabled(), log_q
+        return z
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        if self._drawn is not None:
+            z, version, has_graph, log_q = self._drawn
+            is_same = z is value and version == value._version
+            if is_same and has_graph == torch.is_grad_enabled():
+                return log_q
+        return self._guide.log_density(value)
+
+
+def draws_through(transform: Any, x: Tensor, path: bool) -> tuple[Tensor, Tensor]:
+    """Maps standard Normal draws ``(n, D)`` through a flow, with the log densities ``(n,)`` of the results.
+
+    :param path: whether the gradient of the log density flows through the draws only.
+    """
+    if not path:
+        z, ladj = transform.call_and_ladj(x)
+        return z, _normal_log_prob(x) - ladj
+    z, ladj, score = transform.call_and_score(x, -x)
+    return z, with_path_gradient(_normal_log_prob(x) - ladj, z, score)
+
+
+def with_path_gradient(log_q: Tensor, z: Tensor, score: Tensor) -> Tensor:
+    """Log densities ``(n,)`` whose gradient flows through draws ``(n, D)`` only, by the score there."""
+    through = (score * z).sum(-1)
+    return log_q.detach() + (through - through.detach())
+
+
+def density_through(transform: FlowModule, z: Tensor) -> Tensor:
+    """The log density ``batch`` at z, ``batch + (D,)``, of a standard Normal through a flow."""
+    x, ladj = transform.inverse_and_ladj(z)
+    return _normal_log_prob(x) + ladj
+
+
+def _normal_log_prob(x: Tensor) -> Tensor:
+    """The log density of the standard Normal, summed over the last dimension, which may be of no draws."""
+    return -0.5 * x.square().sum(-1) - x.shape[-1] * (0.5 * math.log(2 * math.pi))
 
 
 class SiteDelta(dist.Delta):

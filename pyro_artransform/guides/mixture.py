@@ -16,9 +16,14 @@ from ..flows.transforms import ComposedTransform
 from ..model import LogJoint
 from ..model.protocols import FlowGuide
 from ..model.sites import Latents
-from .distributions import ToUnconstrained
+from .distributions import (
+    LatentDistribution,
+    ToUnconstrained,
+    density_through,
+    draws_through,
+    with_path_gradient,
+)
 from .presets import AutoIAF
-from .unconstrained import LatentDistribution, density_through, draws_through, with_path_gradient
 
 
 class MixtureGuide(AutoIAF):
@@ -61,12 +66,12 @@ class MixtureGuide(AutoIAF):
         self, model: Callable[..., object], *, num_components: int = 2, **options: Any
     ) -> None:
         super().__init__(model, **options)
-        self.arguments["num_components"] = check_integer("num_components", num_components)
+        self._num_components = check_integer("num_components", num_components)
 
-    def build(self, latents: Latents, start: Tensor) -> nn.Module:
+    def _build(self, latents: Latents, start: Tensor) -> nn.Module:
         made = nn.ModuleList()
-        for _ in range(count := self.arguments["num_components"]):
-            made.append(super().build(latents, start))
+        for _ in range(count := self._num_components):
+            made.append(super()._build(latents, start))
         made.register_buffer(
             "log_weights", torch.full_like(start[:1], -math.log(count)).expand(count).clone()
         )
@@ -74,7 +79,7 @@ class MixtureGuide(AutoIAF):
 
     @property
     def _flows(self) -> Any:
-        self._checked_spec()
+        self._known_coordinates()
         return self._modules["transform"]
 
     @property
@@ -88,7 +93,7 @@ class MixtureGuide(AutoIAF):
         """The components, as guides that a fit can initialize."""
         return [MixtureComponent(self, flow) for flow in self._flows]
 
-    def draw(self, n: int, path: bool = False) -> tuple[Tensor, Tensor]:
+    def _draw(self, n: int, path: bool) -> tuple[Tensor, Tensor]:
         flows, drawn = self._flows, list[tuple[Tensor, Tensor]]()
         component = torch.multinomial(flows.log_weights.exp(), n, replacement=True)
         order, counts = component.argsort(), component.bincount(minlength=len(flows))
@@ -152,7 +157,7 @@ class MixtureGuide(AutoIAF):
 
         1. Safe and Effective Importance Sampling (Owen, Zhou, 2000), https://doi.org/10.2307/2669533
         """
-        flows, count = self._flows, self.arguments["num_components"]
+        flows, count = self._flows, self._num_components
         x = [self._standard_normal(max(n // count, 2)) for _ in flows]
         z = torch.cat([draws_through(flow, own, False)[0] for flow, own in zip(flows, x)])
         flows.log_weights.fill_(-math.log(count))

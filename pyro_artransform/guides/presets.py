@@ -5,7 +5,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
@@ -21,75 +21,62 @@ from ..flows.conditioners import default_activation
 from ..flows.transforms import CompressedTails, FlowModule, chain
 from ..flows.univariate import Affine
 from ..model.coordinates.centering import CoordinatesArgument
-from ..model.sites import Latents
 from .autoregressive import AutoAutoregressive
-from .persistence.spec import Arguments
+
+Arguments = dict[str, Any]
 
 # factor of network outputs: at 1, draws of plain SVI in float32 (Adam, 1e-2, one particle) overflow models in
 # 1 of 20 runs, at 0.3 and 0.1 in none of 16
 _MULTIPLIER = 0.1
 
 
-class PresetGuide(AutoAutoregressive):
-    """A guide whose flow is a stack of layers of one kind, so that a file can describe it."""
-
-    #: makes the layers, in more than one dimension
-    _layers: ClassVar[Callable[..., FlowModule]]
-    #: maps the latent dimension to default network widths and activation
-    _network: ClassVar[Any]
-    #: whether hinges of each coordinate precede the layers
-    _has_hinges: ClassVar[bool]
-
-    def __init__(
-        self,
-        model: Callable[..., object],
-        *,
-        num_transforms: int = 3,
-        hidden_dims: int | Sequence[int] | None = None,
-        nonlinearity: Callable[[Tensor], Tensor] | None = None,
-        skip_connections: bool = False,
-        full_rank: bool | None = None,
-        init_loc_fn: Callable[..., Any] = init_to_median,
-        init_scale: float = 0.1,
-        coordinates: CoordinatesArgument = "prior",
-    ) -> None:
-        if nonlinearity is not None:
-            wanted = "a function or a module such as torch.nn.ELU()"
-            check_callable("nonlinearity", nonlinearity, wanted)
-        arguments = {
-            "num_transforms": check_integer("num_transforms", num_transforms),
-            "hidden_dims": None if hidden_dims is None else check_hidden_dims(hidden_dims),
-            "nonlinearity": nonlinearity,
-            "skip_connections": check_flag("skip_connections", skip_connections),
-        }
-        given = {name: value for name, value in arguments.items() if value is not None}
-        flow = partial(self._preset_flow, given)
-        start: Arguments = {"init_loc_fn": init_loc_fn, "init_scale": init_scale}
-        super().__init__(model, flow=flow, full_rank=full_rank, coordinates=coordinates, **start)
-        self.arguments.update(given)
-
-    def build(self, latents: Latents, start: Tensor) -> nn.Module:
-        # with defaults, so that a version with others reads the same flow from a file
-        for name, value in self._network(latents.latent_dim).items():
-            self.arguments.setdefault(name, value)
-        return super().build(latents, start)
-
-    @classmethod
-    def _preset_flow(cls, given: Arguments, latent_dim: int) -> nn.Module:
-        network = {**cls._network(latent_dim), **given}
-        count = network.pop("num_transforms")
-        if latent_dim == 1:
-            # affine layers of one coordinate compose to a Gaussian
-            splines = [spline_marginals(1) for _ in range(count)]
-            return chain([hinged_marginals(1), *splines, CompressedTails()])
-        univariate = partial(Affine, multiplier=_MULTIPLIER)
-        layers = cls._layers(latent_dim, count, univariate=univariate, **network)
-        hinges = [hinged_marginals(latent_dim)] if cls._has_hinges else []
-        # scales of three layers multiply, so that draws without bound overflow models in float32
-        return chain([*hinges, layers, CompressedTails()])
+def _network(
+    num_transforms: int,
+    hidden_dims: int | Sequence[int] | None,
+    nonlinearity: Callable[[Tensor], Tensor] | None,
+    skip_connections: bool,
+) -> Arguments:
+    """The arguments of the layers that were given, checked."""
+    if nonlinearity is not None:
+        wanted = "a function or a module such as torch.nn.ELU()"
+        check_callable("nonlinearity", nonlinearity, wanted)
+    given = {
+        "num_transforms": check_integer("num_transforms", num_transforms),
+        "hidden_dims": None if hidden_dims is None else check_hidden_dims(hidden_dims),
+        "nonlinearity": nonlinearity,
+        "skip_connections": check_flag("skip_connections", skip_connections),
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
-class AutoIAF(PresetGuide):
+def _flow(make: Callable[..., FlowModule], network: Arguments, latent_dim: int) -> nn.Module:
+    """Affine layers, of ``make``, between hinges for an IAF and compressed tails."""
+    count = network.pop("num_transforms")
+    if latent_dim == 1:
+        # affine layers of one coordinate compose to a Gaussian
+        splines = [spline_marginals(1) for _ in range(count)]
+        return chain([hinged_marginals(1), *splines, CompressedTails()])
+    univariate = partial(Affine, multiplier=_MULTIPLIER)
+    layers = make(latent_dim, count, univariate=univariate, **network)
+    # in a MAF hinges would add noise to gradients that are already expensive
+    hinges = [hinged_marginals(latent_dim)] if make is iaf else []
+    # scales of three layers multiply, so that draws without bound overflow models in float32
+    return chain([*hinges, layers, CompressedTails()])
+
+
+def _iaf_flow(given: Arguments, latent_dim: int) -> nn.Module:
+    # benchmarks/flows.md compares widths
+    width = max(128, min(8 * latent_dim, 256), 3 * latent_dim)
+    usual = {"hidden_dims": [width], "nonlinearity": default_activation(latent_dim)}
+    return _flow(iaf, usual | given, latent_dim)
+
+
+def _maf_flow(given: Arguments, latent_dim: int) -> nn.Module:
+    usual = {"hidden_dims": [max(64, 2 * latent_dim)] * 2, "nonlinearity": nn.ELU()}
+    return _flow(maf, usual | given, latent_dim)
+
+
+class AutoIAF(AutoAutoregressive):
     """A guide with an inverse autoregressive flow: draws with densities are cheap.
 
     The layers, from the standard Normal to the unconstrained space of all latents, are:
@@ -113,8 +100,6 @@ class AutoIAF(PresetGuide):
     :param nonlinearity: the activation, by default ``torch.nn.SiLU()`` up to 64 latents, which has a
         second-order term near zero, like the skewness of a posterior, and
         :class:`~pyro_artransform.flows.conditioners.TiltedSiLU` beyond.
-        :meth:`~AutoAutoregressive.save` supports these, activations of ``torch.nn`` without parameters and
-        functions of ``torch``.
     :param skip_connections: whether each network has a linear layer from inputs to outputs, too; by default
         not. A regression on many columns is fitted better with ``nonlinearity=TiltedSiLU(0.0),
         skip_connections=True``, a funnel worse.
@@ -139,16 +124,31 @@ class AutoIAF(PresetGuide):
        Jozefowicz, Chen, Sutskever, Welling, 2016), https://arxiv.org/abs/1606.04934
     """
 
-    _layers, _has_hinges = staticmethod(iaf), True
+    def __init__(
+        self,
+        model: Callable[..., object],
+        *,
+        num_transforms: int = 3,
+        hidden_dims: int | Sequence[int] | None = None,
+        nonlinearity: Callable[[Tensor], Tensor] | None = None,
+        skip_connections: bool = False,
+        full_rank: bool | None = None,
+        init_loc_fn: Callable[..., Any] = init_to_median,
+        init_scale: float = 0.1,
+        coordinates: CoordinatesArgument = "prior",
+    ) -> None:
+        given = _network(num_transforms, hidden_dims, nonlinearity, skip_connections)
+        super().__init__(
+            model,
+            flow=partial(_iaf_flow, given),
+            full_rank=full_rank,
+            init_loc_fn=init_loc_fn,
+            init_scale=init_scale,
+            coordinates=coordinates,
+        )
 
-    @staticmethod
-    def _network(latent_dim: int) -> Arguments:
-        # benchmarks/flows.md compares widths
-        width = max(128, min(8 * latent_dim, 256), 3 * latent_dim)
-        return {"hidden_dims": [width], "nonlinearity": default_activation(latent_dim)}
 
-
-class AutoMAF(PresetGuide):
+class AutoMAF(AutoAutoregressive):
     """A guide with a masked autoregressive flow: the density at any values is cheap.
 
     The flow has ``num_transforms`` affine autoregressive layers in alternating order, as in
@@ -173,10 +173,15 @@ class AutoMAF(PresetGuide):
        https://arxiv.org/abs/1705.07057
     """
 
-    # hinges would add noise to gradients that are already expensive
-    _layers, _has_hinges = staticmethod(maf), False
-
-    @staticmethod
-    def _network(latent_dim: int) -> Arguments:
-        width = max(64, 2 * latent_dim)
-        return {"hidden_dims": [width] * 2, "nonlinearity": nn.ELU()}
+    def __init__(
+        self,
+        model: Callable[..., object],
+        *,
+        num_transforms: int = 3,
+        hidden_dims: int | Sequence[int] | None = None,
+        nonlinearity: Callable[[Tensor], Tensor] | None = None,
+        skip_connections: bool = False,
+        **options: Any,
+    ) -> None:
+        given = _network(num_transforms, hidden_dims, nonlinearity, skip_connections)
+        super().__init__(model, flow=partial(_maf_flow, given), **options)

@@ -30,23 +30,14 @@ from ..model.sites import (
 )
 from ..model.traces import is_enumerated, support_of_latent
 
-Traces = tuple[poutine.Trace, poutine.Trace]
-
-_DEPENDS_ON_LATENTS = {
-    "names": "site '{name}' exists only for some values of the other latents: expected the same latents "
-    "in each run. Always draw it, and use its value where needed",
-    "shape": "the shape of site '{name}' depends on other latents: expected one shape, got {expected} "
-    "and {got}",
-    "support": SUPPORT_DEPENDS,
-}
-_OF_ANOTHER_MODEL = {
-    "names": "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The guide "
-    "was made for another model, or for other data",
-    "shape": "site '{name}': expected the shape for which the guide was set up, {expected}, got {got}. "
-    "Make a new guide for other data",
-    "support": "site '{name}': expected the support {expected}, for which the guide was set up, got "
-    "{got}. The guide was made for another model",
-}
+_NAMES_DEPEND = (
+    "site '{name}' exists only for some values of the other latents: expected the same latents in each run. "
+    "Always draw it, and use its value where needed"
+)
+_OTHER_NAMES = (
+    "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The guide "
+    "was made for another model, or for other data"
+)
 
 
 def starting_value(
@@ -130,34 +121,33 @@ def refuse_subsampling(sites: Iterable[Site]) -> None:
 
 
 def refuse_moving_structure(
-    first: poutine.Trace,
-    run: Callable[[], object],
-    rng_state: Tensor,
-    plain: Callable[[], object] | None = None,
-) -> tuple[tuple[str, ...], list[str], Traces | None]:
+    first: poutine.Trace, run: Callable[[], object], rng_state: Tensor
+) -> list[str]:
     """Rejects a model whose sites or supports depend on the values of its latents.
 
     Runs the model again with other latents and the same random numbers.
 
-    :param plain: the run without initial values, which draws random numbers only if the model does.
-    :return: sites with data, latents whose prior location or scale differs, and the traces of both runs, None
-        if the model draws random numbers.
+    :return: latents whose prior location or scale differs.
     """
-    is_random = True
-    for again in (run,) if plain is None else (plain, run):
-        with torch.random.fork_rng(devices=[]), poutine.block(), ShiftedLatents(first):
-            torch.set_rng_state(rng_state)
-            second = poutine.trace(again).get_trace()
-            is_random = not torch.equal(torch.get_rng_state(), rng_state)
-        if not is_random:
-            break
+    with torch.random.fork_rng(devices=[]), poutine.block(), ShiftedLatents(first):
+        torch.set_rng_state(rng_state)
+        second = poutine.trace(run).get_trace()
     expected, got = sites_by_name(first), sites_by_name(second)
-    compare_names(expected, got, _DEPENDS_ON_LATENTS["names"])
-    _compare(expected, got, _DEPENDS_ON_LATENTS)
-    traces = first, second
-    scales = ({name: PriorScale.of(run.nodes[name]["fn"]) for name in got} for run in traces)
-    given = None if is_random else traces
-    return tuple(second.observation_nodes), depend_on_latents(*scales), given
+    compare_names(expected, got, _NAMES_DEPEND)
+    for name, site in expected.items():
+        one, other = tuple(site.shape), tuple(got[name].shape)
+        if one != other:
+            raise ValueError(
+                f"the shape of site '{name}' depends on other latents: expected one shape, got {one} "
+                f"and {other}"
+            )
+        if not same_support(site.support, got[name].support):
+            both = {"expected": site.support, "got": got[name].support}
+            raise ValueError(SUPPORT_DEPENDS.format(name=name, **both))
+    scales = (
+        {name: PriorScale.of(ran.nodes[name]["fn"]) for name in got} for ran in (first, second)
+    )
+    return depend_on_latents(*scales)
 
 
 def refuse_other_latents(
@@ -182,42 +172,14 @@ def refuse_other_latents(
         )
 
 
-def refuse_other_model(
-    sites: Mapping[str, Site], observed: Collection[str], run: Callable[[], object]
-) -> None:
-    """Rejects a model whose latents are not the guide's; sites that had data may be predictions now."""
-    now = sites_by_name(one_more_run(run))
-    for name in now.keys() & set(observed):
-        del now[name]
-    compare_names(sites, now)
-    refuse_subsampling(now.values())
-    # compare bounds on one device, in one precision
-    to_single = partial(Tensor.to, device="cpu", dtype=torch.float32)
-    known = {name: site.to(to_single) for name, site in sites.items()}
-    _compare(known, {name: now[name].to(to_single) for name in known}, _OF_ANOTHER_MODEL)
-
-
 def compare_names(
-    expected: Collection[str], got: Collection[str], message: str = _OF_ANOTHER_MODEL["names"]
+    expected: Collection[str], got: Collection[str], message: str = _OTHER_NAMES
 ) -> None:
     """Rejects a model with other latents than the guide."""
     for name in sorted(set(expected) ^ set(got)):
         where = "the model has no such latent" if name in expected else "the guide has no such site"
         sites = {"expected": sorted(expected), "got": sorted(got)}
         raise ValueError(message.format(name=name, where=where, **sites))
-
-
-def _compare(
-    expected: Mapping[str, Site], got: Mapping[str, Site], messages: Mapping[str, str]
-) -> None:
-    """Rejects sites whose shapes or supports differ."""
-    for name, site in expected.items():
-        shapes = tuple(site.shape), tuple(got[name].shape)
-        if shapes[0] != shapes[1]:
-            raise ValueError(messages["shape"].format(name=name, expected=shapes[0], got=shapes[1]))
-        if not same_support(site.support, got[name].support):
-            both = {"expected": site.support, "got": got[name].support}
-            raise ValueError(messages["support"].format(name=name, **both))
 
 
 class ShiftedLatents(Messenger):

@@ -354,8 +354,11 @@ def test_guides_that_were_set_up_loaded_and_copied_in_inference_mode_train(tmp_p
         guide.sample_posterior(3, models.data())
     trains(guide)
     guide.save(tmp_path / "guide")
+    loaded = AutoIAF(models.regression, hidden_dims=8)
     with torch.inference_mode():
-        loaded, twin = AutoIAF.load(tmp_path / "guide", models.regression), copy.deepcopy(guide)
+        loaded.set_up(models.data())
+        loaded.load(tmp_path / "guide")
+        twin = copy.deepcopy(guide)
     trains(loaded)
     trains(twin, [guide])
 

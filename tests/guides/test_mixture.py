@@ -110,15 +110,6 @@ def test_svi_and_predictive():
     assert Predictive(model, guide=guide, num_samples=7)()["z"].shape == (7, DIM)
 
 
-def test_files_hold_the_weights(tmp_path):
-    guide, _ = weighed()
-    guide.save(tmp_path / "guide.pt")
-    loaded = MixtureGuide.load(tmp_path / "guide.pt", model)
-    assert torch.equal(loaded.weights, guide.weights)
-    values = guide.sample_posterior(10)
-    assert torch.equal(loaded.log_prob(values), guide.log_prob(values))
-
-
 def test_errors():
     with pytest.raises(ValueError, match="num_components: expected a positive integer, got 0"):
         MixtureGuide(model, num_components=0)

@@ -78,18 +78,6 @@ def test_networks_grow_with_the_latents(kind, dim, width, nonlinearity):
     assert all(type(network.nonlinearity) is nonlinearity for network in networks)
 
 
-@both
-def test_a_file_has_the_defaults_of_its_version(kind, tmp_path, monkeypatch):
-    guide = kind(models.regression)
-    guide(models.data())
-    guide.save(tmp_path / "guide.pt")
-    other = {"hidden_dims": [8], "nonlinearity": nn.Tanh()}
-    monkeypatch.setattr(kind, "_network", staticmethod(lambda latent_dim: other))
-    twin = kind.load(tmp_path / "guide.pt")
-    draws = guide.sample_posterior(3)
-    assert torch.equal(twin.log_prob(draws), guide.log_prob(draws))
-
-
 def test_bends_in_one_dimension():
     """Affine layers of one coordinate are a Gaussian together: the skewed target tells.
 

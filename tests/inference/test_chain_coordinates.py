@@ -17,8 +17,6 @@ from pyro_artransform.sampling.run_mcmc import from_nothing
 
 @pytest.mark.parametrize("make", [AutoIAF, AutoStructuredFlow, AutoAmortized])
 def test_chains_keep_the_coordinates_of_the_model_where_the_user_wants_them(make, tmp_path):
-    """Those of a fit of a guide from a file, too."""
-
     def model():
         v = pyro.sample("v", dist.Normal(0.0, 3.0))
         with pyro.plate("elements", 8):
@@ -31,9 +29,7 @@ def test_chains_keep_the_coordinates_of_the_model_where_the_user_wants_them(make
 
     guide = make(model, coordinates="model")
     guide()
-    guide.save(tmp_path / "guide")
     assert coordinates_of(guide) is None
-    assert coordinates_of(make.load(tmp_path / "guide", model)) is None
     assert coordinates_of(make(model)) is not None
 
 

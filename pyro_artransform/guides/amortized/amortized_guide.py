@@ -22,7 +22,6 @@ from ...model.sites import Latents
 from ...model.traces import argument_signature
 from ..base import BaseGuide, Model
 from ..distributions import SiteDelta, check_flow_argument
-from ..persistence.spec import GuideSpec
 from ..prototype import compare_names, one_more_run, refuse_moving_structure, sites_by_name
 from .element_map import ElementMap, center_elements, center_elements_at_start, mean_start
 from .encoder import Encoder, check_encoder, first_feature_units
@@ -35,7 +34,6 @@ from .plates import (
     compare_elements,
     complete_plates,
     entered,
-    initial_rows,
     latents_of_one_element,
     plate_sizes,
     plates_of_user,
@@ -66,7 +64,7 @@ class AutoAmortized(BaseGuide, MinibatchGuide):
     subsampled, so the guide can train on mini-batches.
 
     On the unconstrained space, a new guide is ``Normal(init_loc, init_scale)``. Elements of a plate start at
-    their mean, or, with embeddings, each at its own value, if ``init_to_value`` has one for all of the plate.
+    their mean.
 
     The guide creates the plates, and the model uses their indices, as with Pyro's autoguides. If mini-batches
     of data are passed as the model's arguments, embeddings need ``create_plates``.
@@ -127,7 +125,6 @@ class AutoAmortized(BaseGuide, MinibatchGuide):
 
     _num_quantile_draws = 2_000
     _functions = (*BaseGuide._functions, "create_plates")
-    _found_arguments = (*BaseGuide._found_arguments, "feature_dims", "feature_units")
 
     def __init__(
         self,
@@ -148,17 +145,17 @@ class AutoAmortized(BaseGuide, MinibatchGuide):
             check_flow_argument("local_flow", local_flow, "the latent and the context dimension")
         if encoder is not None:
             check_encoder(encoder)
-        arguments = {
-            "embedding_dim": check_integer("embedding_dim", embedding_dim),
-            "init_scale": check_positive("init_scale", init_scale),
-        }
-        super().__init__(model, init_loc_fn, arguments, coordinates)
+        embedding_dim = check_integer("embedding_dim", embedding_dim)
+        init_scale = check_positive("init_scale", init_scale)
+        super().__init__(model, (flow, local_flow), init_loc_fn, coordinates)
+        self._embedding_dim, self._init_scale = embedding_dim, init_scale
         if create_plates is not None:
             self.create_plates = check_callable("create_plates", create_plates)
-        self._make_flow = flow, local_flow
         # in a tuple, like the model, as its parameters become the guide's only at set-up
         self._encoder = (encoder,)
-        self._initial_rows, self._sizes = Vectors(), PlateSizes()
+        #: the location and scale of features, by group
+        self._feature_units: dict[str, list[list[float]]] = {}
+        self._sizes = PlateSizes()
         self._sizes_by_shapes: dict[Hashable, PlateSizes] = {}
 
     @property
@@ -172,16 +169,15 @@ class AutoAmortized(BaseGuide, MinibatchGuide):
         super()._setup_prototype(*args, **kwargs)
         latents, start = latents_of_one_element(self.prototype_trace)
         run = partial(given(self.model), *args, **kwargs)
-        observed, dependent, _ = refuse_moving_structure(self.prototype_trace, run, rng_state)
+        dependent = refuse_moving_structure(self.prototype_trace, run, rng_state)
         sizes = plate_sizes(latents.sites.values())
         given.refuse(sizes, self, args, kwargs)
-        (encoder,), units, layout = self._encoder, {}, LatentLayout(latents)
+        (encoder,) = self._encoder
         if encoder is not None:
             plates = partial(complete_plates, {}, sizes, start.device)
-            units = first_feature_units(encoder, plates, layout.local_groups, args, kwargs)
-        feature_dims = {name: len(loc) for name, (loc, _) in units.items()}
-        arguments = {**self.arguments, "feature_dims": feature_dims, "feature_units": units}
-        arguments |= self._found_in_model(args, kwargs, bool(dependent))
+            groups = LatentLayout(latents).local_groups
+            self._feature_units = first_feature_units(encoder, plates, groups, args, kwargs)
+        with_location = self._find_coordinates(args, kwargs, bool(dependent))
 
         def locate(_: Tensor) -> Tensor:
             density, coordinates = self._bind((), {}), self.coordinates
@@ -189,23 +185,22 @@ class AutoAmortized(BaseGuide, MinibatchGuide):
             center_elements_at_start(coordinates, self._requested, density, share)
             return mean_start(coordinates, density)
 
-        self._initial_rows = initial_rows(self.prototype_trace, layout, start, self._model[2])
-        self._set_up_from(GuideSpec(latents, arguments, observed, start.device), start, locate)
-        if self._initial_rows:
-            self._locate_rows(self._bind(args, kwargs))
+        self._set_up_from(latents, with_location, start, locate)
         self._sizes_by_shapes = {argument_signature((args, kwargs)): self._sizes}
         self._register()
 
-    def build(self, latents: Latents, start: Tensor) -> nn.Module:
-        (encoder,), make_flows = self._encoder, self._flow_maker()
-        feature_dims = self.arguments["feature_dims"]
-        if feature_dims and encoder is None:
-            raise ValueError(
-                f"the guide had an encoder for plate '{next(iter(feature_dims))}': expected it as encoder= "
-                "of the guide or of load, since files and state dicts do not contain it, got none"
-            )
+    def _build(self, latents: Latents, start: Tensor) -> nn.Module:
+        (encoder,) = self._encoder
         self._sizes, self._sizes_by_shapes = plate_sizes(latents.sites.values()), {}
-        return AmortizedPosterior(latents, self.arguments, start, make_flows, encoder)
+        return AmortizedPosterior(
+            latents,
+            start,
+            self._flow_maker(),
+            encoder,
+            init_scale=self._init_scale,
+            embedding_dim=self._embedding_dim,
+            units=self._feature_units,
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         plates = None if self.create_plates is None else plates_were_dropped
@@ -214,7 +209,7 @@ class AutoAmortized(BaseGuide, MinibatchGuide):
     @property
     def _posterior(self) -> Any:
         """The posterior, without the param statements that reading ``transform`` makes."""
-        self._checked_spec()
+        self._known_coordinates()
         return self._modules["transform"]
 
     # Pyro's guide interface
@@ -256,18 +251,14 @@ class AutoAmortized(BaseGuide, MinibatchGuide):
             return
         shapes = argument_signature((args, kwargs))
         if again or shapes not in self._sizes_by_shapes:
-            given, spec = GivenIndices(), self._checked_spec()
+            given, known = GivenIndices(), self.coordinates.latents.sites
             now = sites_by_name(one_more_run(partial(given(self.model), *args, **kwargs)))
-            known = spec.latents.sites
-            if not self._model_is_checked:
-                # sites with data at set-up may be predictions now
-                compare_names(known, now.keys() - set(spec.observed))
             mapped = self.coordinates.sites
             compare_names(mapped, mapped.keys() & now.keys())
             common = [name for name in known if name in now]
             for name in common:
                 compare_elements(known[name], now[name])
-            self._model_is_checked, sizes = True, plate_sizes(map(now.__getitem__, common))
+            sizes = plate_sizes(map(now.__getitem__, common))
             given.refuse(sizes, self, args, kwargs)
             if len(self._sizes_by_shapes) >= MOST_SIGNATURES:
                 self._sizes_by_shapes.clear()
@@ -291,14 +282,7 @@ class AutoAmortized(BaseGuide, MinibatchGuide):
         """See ``MinibatchGuide``. Resets the location to the initial values in the new coordinates."""
         change = center_elements(self.coordinates, u, log_joint, share)
         self._posterior.locate_at(mean_start(self.coordinates, log_joint))
-        self._locate_rows(log_joint)
         return change
-
-    def _locate_rows(self, log_joint: LogJoint) -> None:
-        """Moves embeddings to the known initial values of their elements."""
-        if self._initial_rows:
-            of_map = self._initial_rows, self.coordinates, log_joint, self._posterior.layout
-            self._posterior.locate_rows(ElementMap.into_coordinates(*of_map))
 
     @contextmanager
     def path_gradient(self) -> Iterator[None]:

@@ -47,15 +47,6 @@ class ElementMap(NamedTuple):
         plates = plate_sizes(now[name] for name in layout.latents.sites if name in now)
         return cls(log_joint, layout, sites, plates, given.names, is_inverse)
 
-    @classmethod
-    def into_coordinates(
-        cls, vectors: Vectors, given: Coordinates, log_joint: LogJoint, layout: LatentLayout
-    ) -> Vectors:
-        """Maps unconstrained vectors of all elements, by group, to coordinates."""
-        if given.is_identity:
-            return vectors
-        return cls.of(log_joint.with_coordinates(given), layout, is_inverse=True)(vectors)[0]
-
     def __call__(self, vectors: Vectors) -> tuple[Vectors, Tensor]:
         """Maps vectors by group; returns also the log-determinant of the map from x to u, ``(n,)``.
 

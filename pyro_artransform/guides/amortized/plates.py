@@ -4,8 +4,8 @@
 """The plates of a model: their latents, sizes and indices."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any, NamedTuple
@@ -189,37 +189,6 @@ def latents_of_one_element(trace: Any) -> tuple[Latents, Tensor]:
     latents = Latents(sites.values())
     start = latents.unconstrain({name: trace.nodes[name]["value"].detach() for name in sites})
     return Latents(map(_one_element, sites.values())), mean_element(latents, start)
-
-
-def initial_rows(
-    trace: Any, layout: "LatentLayout", start: Tensor, init_loc_fn: Callable[[Any], Any]
-) -> Vectors:
-    """The initial values of all elements, on the unconstrained space; empty if none are known by row.
-
-    Known are fixed values, such as those of ``init_to_value``, with a row for each element of the plates.
-    Random ones, such as medians of prior draws, differ by chance, so that their mean is better.
-
-    :param trace: the first run of the model.
-    :param start: the mean of the initial values, shape ``(latent_dim,)``, for all other latents.
-    :return: by group, shape ``(1, 1, ...) + batch shape + (D,)``.
-    """
-    vectors, parts, is_known = Vectors(), layout.latents.split(start), False
-    for group in layout.groups:
-        shape, columns = group.batch_shape(group.full_sizes), list[Tensor]()
-        for name, site in group.latents.sites.items():
-            column = parts[name].flatten().expand(*shape, -1)
-            value, node = None, trace.nodes[name]
-            with suppress(NotImplementedError), torch.random.fork_rng(devices=[]):
-                value = torch.as_tensor(init_loc_fn(node)) if group.dims else None
-            if value is not None and value.shape == shape + site.shape:
-                now = node["value"]
-                if value.shape != now.shape or torch.equal(value.to(now), now):
-                    column = site.bijection.inv(value.to(start)).reshape(column.shape)
-                    is_known = True
-            columns.append(column)
-        ones = (1,) * (layout.batch_dims - group.batch_dims)
-        vectors[group.name] = torch.cat(columns, -1).expand(1, *ones, *shape, -1)
-    return vectors if is_known else Vectors()
 
 
 def mean_element(latents: Latents, z: Tensor) -> Tensor:

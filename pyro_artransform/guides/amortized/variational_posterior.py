@@ -4,7 +4,7 @@
 """An amortized posterior on the unconstrained space: global latents, then each local group."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,6 @@ from ...flows.univariate.affine import GivenLocationScale
 from ...model.density import Args, Kwargs
 from ...model.sites import Latents
 from ..distributions import PathDistribution, make_flow
-from ..persistence.spec import Arguments
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .plates import GLOBAL, Group, LatentLayout, Plates, PlateSizes, Vectors
 
@@ -131,7 +130,7 @@ class LocalFactor(nn.Module):
     location and scale.
 
     :param rest_dim: the size of the context without features.
-    :param arguments: the arguments in the guide's specification.
+    :param units: the location and the scale of features; None for embeddings, of ``embedding_dim`` features.
     """
 
     units: Tensor | None  # location and scale by which features are standardized
@@ -143,20 +142,19 @@ class LocalFactor(nn.Module):
         loc: Tensor,
         rest_dim: int,
         group: Group,
-        arguments: Arguments,
+        scale: float,
+        embedding_dim: int,
+        units: Sequence[Sequence[float]] | None,
     ) -> None:
         super().__init__()
-        name, feature_dims = group.name, arguments["feature_dims"]
         self.context_dim = len(loc)
-        self.feature_dim = feature_dims.get(name, arguments["embedding_dim"])
+        self.feature_dim = embedding_dim if units is None else len(units[0])
         context_dim = self.feature_dim + rest_dim
         self.flow = None if make is None else make_flow("local_flow", make, loc, context_dim)
-        self.affine = AmortizedLocationScale(loc, arguments["init_scale"], context_dim)
-        units = arguments["feature_units"].get(name)  # the specification stores them
-        units = None if units is None else loc.new_tensor(units)
-        self.register_buffer("units", units, persistent=False)
+        self.affine = AmortizedLocationScale(loc, scale, context_dim)
+        self.register_buffer("units", None if units is None else loc.new_tensor(units))
         shape = *group.batch_shape(group.full_sizes), self.feature_dim + 2 * len(loc)
-        table = None if name in feature_dims else nn.Parameter(loc.new_zeros(shape))
+        table = nn.Parameter(loc.new_zeros(shape)) if units is None else None
         self.register_parameter("table", table)
 
     def condition(self, features: Tensor, rest: Sequence[Tensor]) -> ComposedTransform:
@@ -195,17 +193,21 @@ class LocalFactor(nn.Module):
 class AmortizedPosterior(nn.Module):
     """An amortized posterior: an encoder, and a factor for each group given its features and parents.
 
-    :param arguments: the arguments of the guide.
+    :param init_scale: the initial standard deviation.
+    :param units: see :class:`LocalFactor`, by group with an encoder.
     :param start: the initial location of one element of each group, in the order of the sites.
     """
 
     def __init__(
         self,
         latents: Latents,
-        arguments: Arguments,
         start: Tensor,
         make_flows: MakeFlows,
         encoder: Encoder | None,
+        *,
+        init_scale: float,
+        embedding_dim: int,
+        units: Mapping[str, Sequence[Sequence[float]]],
     ) -> None:
         super().__init__()
         self.layout = LatentLayout(latents)
@@ -218,11 +220,12 @@ class AmortizedPosterior(nn.Module):
             # one dtype for all sites
             loc = torch.cat([parts[name].flatten().to(start.dtype) for name in group.latents.sites])
             if group.name == GLOBAL:
-                self.globals = GlobalFactor(make_global, loc, arguments["init_scale"])
+                self.globals = GlobalFactor(make_global, loc, init_scale)
                 self._factors[GLOBAL] = self.globals
                 continue
             rest_dim = sum(self._factors[name].context_dim for name in group.parents)
-            factor = LocalFactor(make_local, loc, rest_dim, group, arguments)
+            of_features = init_scale, embedding_dim, units.get(group.name)
+            factor = LocalFactor(make_local, loc, rest_dim, group, *of_features)
             self._factors[group.name] = factor
             self.locals.append(factor)
         self.encoder: Any = encoder
@@ -234,20 +237,6 @@ class AmortizedPosterior(nn.Module):
         for group in self.layout.groups:
             loc = torch.cat([parts[name].flatten() for name in group.latents.sites])
             self._factors[group.name].affine.loc.copy_(loc)
-
-    @torch.no_grad()
-    def locate_rows(self, vectors: Vectors) -> None:
-        """Moves embeddings to locations by element, and other elements to the mean.
-
-        :param vectors: by group, shape ``(1, 1, ...) + batch shape + (D,)``.
-        """
-        for group, factor in self.local_factors:
-            rows = vectors[group.name]
-            loc = rows.flatten(0, -2).mean(0)
-            factor.affine.loc.copy_(loc)
-            if factor.table is not None:
-                offsets = factor.table.narrow(-1, factor.feature_dim, len(loc))
-                offsets.copy_((rows - loc).reshape(offsets.shape))
 
     @property
     def local_factors(self) -> list[tuple[Group, Any]]:

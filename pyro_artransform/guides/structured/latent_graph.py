@@ -6,7 +6,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice, product
+from itertools import islice, product
 from typing import Any
 
 import torch
@@ -105,36 +105,6 @@ class LatentGraph:
             tuple(tuple(groups.members[k].flatten().tolist()) for k in sorted(earlier)),
         )
         return cls(names, MarkovGraph(tuple(map(frozenset, _by_row(both, dim))), elimination))
-
-    def to_plain(self) -> dict[str, Any]:
-        """The graph as plain data, without names, which follow from the sites."""
-        return {
-            "edges": self.markov.edges,
-            "parents": self.markov.elimination.parents,
-            "root": self.markov.elimination.root,
-            "linear": self.markov.elimination.linear,
-            "updated": self.markov.elimination.updated,
-        }
-
-    @classmethod
-    def from_plain(cls, plain: dict[str, Any], sites: Sequence[Site]) -> "LatentGraph":
-        """Reads a graph from the output of :meth:`to_plain`."""
-        parents, edges = tuple(map(tuple, plain["parents"])), plain["edges"]
-        root = tuple(plain["root"])
-        dim = sum(site.size for site in sites)
-        pairs = indices([*edges]).reshape(-1, 2).T
-        unknown = set(chain(root, *parents)).union(pairs.unique().tolist()).difference(range(dim))
-        if unknown or len(parents) != dim:
-            raise ValueError(
-                f"graph: expected the parents and edges of {dim} coordinates, got parents of "
-                f"{len(parents)}, and coordinates {first_of([*map(str, sorted(unknown))])}"
-            )
-        neighbours = _by_row(torch.cat([pairs, pairs.flip(0)], -1), dim)
-        # files of version 0.3.0 have no linear parents
-        others = (tuple(map(tuple, plain.get(name, ()))) for name in ("linear", "updated"))
-        elimination = Elimination(parents, root, *others)
-        markov = MarkovGraph(tuple(map(frozenset, neighbours)), elimination)
-        return cls(coordinate_names(sites), markov)
 
 
 def _pairs(count: int) -> list[list[int]]:

@@ -3,7 +3,6 @@
 
 """Small networks that map each coordinate's parents to its parameters, evaluated level by level."""
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
@@ -37,7 +36,6 @@ class ParentsMLP(Conditioner):
     :param num_params: the number P of parameters per coordinate.
     :param hidden_dim: the number of hidden units per coordinate.
     :param bias: whether to include the bias b.
-    :param shares: whether many coordinates with the same parents share W and a, with four times the units.
     :raises ValueError: if a size is not positive, the graph has a cycle, or parents are not
         coordinates.
 
@@ -63,7 +61,6 @@ class ParentsMLP(Conditioner):
         hidden_dim: int = 8,
         *,
         bias: bool = True,
-        shares: bool = True,
     ) -> None:
         super().__init__()
         self.input_dim = check_integer("the number of coordinates", len(parents))
@@ -74,7 +71,7 @@ class ParentsMLP(Conditioner):
         self.depth = max(level) + 1
         graph = [*map(len, parents), *(j for own in parents for j in own)]
         self.register_buffer("graph", indices(graph))
-        self.groups = nn.ModuleList(_groups(self.parents, level, num_params, hidden_dim, shares))
+        self.groups = nn.ModuleList(_groups(self.parents, level, num_params, hidden_dim))
         self._arrange(level)
         like = nn.Linear(1, 1).weight  # has PyTorch's default dtype and device
         zeros = torch.zeros(self.input_dim, self.num_params, dtype=like.dtype, device=like.device)
@@ -261,11 +258,10 @@ def _groups(
     level: Sequence[int],
     num_params: int,
     hidden_dim: int,
-    shares: bool,
 ) -> list[ParentsGroup]:
     """The networks of all coordinates with parents; sets of parents of many coordinates have one each."""
     counts = Counter(filter(None, parents))
-    least = max(_LEAST_ALIKE, _SHARE_ALIKE * counts.total()) if shares else math.inf
+    least = max(_LEAST_ALIKE, _SHARE_ALIKE * counts.total())
     alike = {own for own, count in counts.items() if count >= least}
     separate = padded_groups([() if own in alike else own for own in parents], level)
     groups = [ParentsGroup(layout, num_params, hidden_dim) for layout in separate]

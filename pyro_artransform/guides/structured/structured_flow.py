@@ -43,14 +43,7 @@ class StructuredFlow(ComposedTransform):
     groups whose elements depend on each other given their parents have a low-rank update of their noise.
     """
 
-    def __init__(
-        self,
-        elimination: Elimination,
-        hidden_dim: int,
-        num_transforms: int,
-        *,
-        shares_networks: bool = True,
-    ) -> None:
+    def __init__(self, elimination: Elimination, hidden_dim: int, num_transforms: int) -> None:
         dim, root, parents = len(elimination.parents), list(elimination.root), elimination.others
         members = set(root)
         rest = [i for i in range(dim) if i not in members]
@@ -68,7 +61,7 @@ class StructuredFlow(ComposedTransform):
         networks, layers = [], []
         if any(parents):
             for _ in range(num_transforms):
-                network = ParentsMLP(parents, 2, hidden_dim, bias=False, shares=shares_networks)
+                network = ParentsMLP(parents, 2, hidden_dim, bias=False)
                 networks.append(network)
                 meta = ConditionedUnivariate(network, Standardizing())
                 layers.append(AutoregressiveTransform(meta).inv)

@@ -4,8 +4,10 @@
 """The guide with the conditional independences of the posterior."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import init_to_median
@@ -20,12 +22,11 @@ from ...model.density import Args, Kwargs
 from ...model.elements import ElementGroups, ElementTerms, elements_read
 from ...model.graphs.dependencies import find_dependencies, missing_dependencies
 from ...model.graphs.element_precision import ElementGaussian
-from ...model.graphs.markov_graph import MarkovGraph
+from ...model.graphs.markov_graph import Elimination, MarkovGraph
 from ...model.graphs.sparse_gaussian import SparseGaussian, lower_factor
 from ...model.protocols import StructuredGuide
 from ...model.sites import Latents
 from ..autoregressive import AutoAutoregressive
-from ..persistence.spec import Arguments
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions
 from .structured_flow import StructuredFlow
 
@@ -98,11 +99,6 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
 
     _graph: LatentGraph
     _terms: ElementTerms | None = None  # of a set-up by mini-batches
-    # files of version 0.3.0 have a maximum number of parents
-    _found_arguments = (
-        *AutoAutoregressive._found_arguments,
-        *("graph", "shares_networks", "full_rank", "max_parents"),
-    )
 
     def __init__(
         self,
@@ -122,13 +118,13 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
             init_scale=init_scale,
             coordinates=coordinates,
         )
-        self.arguments["hidden_dim"] = check_integer("hidden_dim", hidden_dim)
-        self.arguments["num_transforms"] = check_integer("num_transforms", num_transforms)
+        self._hidden_dim = check_integer("hidden_dim", hidden_dim)
+        self._num_transforms = check_integer("num_transforms", num_transforms)
 
     @property
     def graph(self) -> LatentGraph:
         """The dependencies between latents and their factorization, after the first call."""
-        self._checked_spec()
+        self._known_coordinates()
         return self._graph
 
     def markov_graph(self) -> MarkovGraph:
@@ -150,10 +146,10 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
     @property
     def is_of_elements(self) -> bool:
         """Whether the graph was found by :meth:`set_up_on`."""
-        return self._spec is not None and bool(self._graph.elimination.linear)
+        return self.coordinates is not None and bool(self._graph.elimination.linear)
 
-    def _found_in_model(self, args: Args, kwargs: Kwargs, depends: bool) -> Arguments:
-        """The graph, in coordinates of the prior if these add few edges or are requested.
+    def _find_coordinates(self, args: Args, kwargs: Kwargs, depends: bool) -> dict[str, bool]:
+        """Also finds the graph, in coordinates of the prior if these add few edges or are requested.
 
         A chain whose location is the previous state is dense in units of its prior; scaled only, without the
         location, it remains a chain.
@@ -161,7 +157,7 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
         if self._terms is not None:
             log_joint = self._log_joint(*args, **kwargs)
             self._graph = LatentGraph.of_elements(self._terms, [*log_joint.latents.sites.values()])
-            return self._arguments_of(self._graph, {})
+            return {}
         mapped = self._mapped_sites(args, kwargs, depends)
         log_joint = self._density or self._log_joint(*args, **kwargs)
         graph = self._find_graph(log_joint)
@@ -169,24 +165,34 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
             sites = {name: with_location or not mapped[name] for name in mapped}
             self._graph = self._graph_in(log_joint, sites)
             if self._requested != "prior" or _size(self._graph) <= _MOST_FILL_IN * _size(graph):
-                return self._arguments_of(self._graph, sites)
-        return self._arguments_of(graph, {})
+                return sites
+        self._graph = graph
+        return {}
 
-    def _arguments_of(self, graph: LatentGraph, sites: dict[str, bool]) -> Arguments:
-        found = self._coordinate_arguments(sites)
-        self._graph, self._plain_graph = graph, graph.to_plain()
-        return {**found, "graph": self._plain_graph, "shares_networks": True}
+    def _build(self, latents: Latents, start: Tensor) -> nn.Module:
+        given = self._graph.elimination, self._hidden_dim, self._num_transforms
+        self._make_flow = lambda _: StructuredFlow(*given)
+        return super()._build(latents, start)
 
-    def build(self, latents: Latents, start: Tensor) -> nn.Module:
-        arguments = self.arguments
-        # a graph that was just found is not read again
-        if arguments["graph"] is not vars(self).pop("_plain_graph", None):
-            self._graph = LatentGraph.from_plain(arguments["graph"], tuple(latents.sites.values()))
-        given = self._graph.elimination, arguments["hidden_dim"], arguments["num_transforms"]
-        # files of version 0.3.0 have a network for each coordinate
-        shares = arguments.get("shares_networks", False)
-        self._make_flow = lambda _: StructuredFlow(*given, shares_networks=shares)
-        return super().build(latents, start)
+    def get_extra_state(self) -> dict[str, Any] | None:
+        """The graph, which the parameters are for; with the coordinates in which it was found."""
+        if self.coordinates is None:
+            return None
+        neighbours = tuple(tuple(sorted(own)) for own in self._graph.markov.neighbours)
+        found = {"with_location": self.coordinates.with_location, "neighbours": neighbours}
+        return {**found, "elimination": asdict(self._graph.elimination)}
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        """Builds the guide anew if it found another graph, as from a mini-batch."""
+        if state == self.get_extra_state():
+            return
+        elimination = Elimination(**state["elimination"])
+        markov = MarkovGraph(tuple(map(frozenset, state["neighbours"])), elimination)
+        latents, store = self.coordinates.latents, pyro.get_param_store()
+        for key in self._entries.keys() & store.keys():
+            del store[key]
+        self._graph = LatentGraph(coordinate_names(latents.sites.values()), markov)
+        self._set_up_from(latents, state["with_location"], self._zeros())
 
     def _graph_in(self, log_joint: LogJoint, sites: dict[str, bool]) -> LatentGraph:
         """The graph in coordinates of the prior, with the edges of both lambda 0 and lambda 1.
@@ -258,7 +264,7 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
         return sorted(found)
 
     def _most_draws(self) -> int:
-        self._checked_spec()
+        self._known_coordinates()
         return max(_MOST_NUMBERS // self._parts[0].num_values, 1)
 
     # Starts of a fit
@@ -276,7 +282,7 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
         """
         elimination, (_, affine) = self.graph.elimination, self._parts
         if scale_tril is None:
-            scale_tril = torch.full_like(affine.loc.detach(), self.arguments["init_scale"])
+            scale_tril = torch.full_like(affine.loc.detach(), self._init_scale)
         scale_tril = to_tensor("scale_tril", scale_tril, affine.loc)
         loc = to_tensor("loc", loc, affine.loc)
         if scale_tril.dim() == 2:

@@ -121,7 +121,9 @@ def test_networks_see_features_in_units_of_the_first_ones(tmp_path):
         guide.set_up(y)
         redraw(guide.transform.locals)
         guide.save(tmp_path / "guide.pt")
-        again = AutoAmortized.load(tmp_path / "guide.pt", hierarchies.groups, encoder=encoder)
+        again = AutoAmortized(hierarchies.groups, encoder)
+        again.set_up(y)
+        again.load(tmp_path / "guide.pt")
         for each in (guide, again):
             pyro.set_rng_seed(1)
             values.append(each.sample_posterior(3, y)["z"])

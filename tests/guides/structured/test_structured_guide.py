@@ -7,7 +7,7 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer import SVI, Trace_ELBO, TraceEnum_ELBO
+from pyro.infer import SVI, TraceEnum_ELBO
 from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
@@ -136,53 +136,6 @@ def test_what_is_refused():
 
     with pytest.raises(ValueError, match="got a random one"):
         AutoStructuredFlow(random).set_up()
-
-
-def test_file_loads_without_the_model(tmp_path):
-    guide, file = redraw(new(), 0.3), tmp_path / "guide.pt"
-    guide.save(file)
-    loaded = AutoStructuredFlow.load(file)
-    assert repr(loaded.graph) == repr(guide.graph)
-    draws = guide.sample_posterior(5)
-    assert torch.equal(loaded.log_prob(draws), guide.log_prob(draws))
-    with pytest.raises(RuntimeError, match="has no model"):
-        loaded.missing_over_batches([((Y,), {})])
-    trained = AutoStructuredFlow.load(file, hierarchy)
-    svi = SVI(hierarchy, trained, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
-    assert svi.step(Y) < 1e6
-
-
-def test_a_file_without_shared_networks_loads(tmp_path, monkeypatch):
-    """Files of version 0.3.0 have a network for each coordinate."""
-    shared, file, of_graph = (
-        redraw(new(), 0.3),
-        tmp_path / "guide.pt",
-        AutoStructuredFlow._arguments_of,
-    )
-
-    def of_old_graph(*args):
-        return {k: v for k, v in of_graph(*args).items() if k != "shares_networks"}
-
-    monkeypatch.setattr(AutoStructuredFlow, "_arguments_of", of_old_graph)
-    guide = redraw(new(), 0.3)
-    guide.save(file)
-    monkeypatch.undo()
-    loaded, draws = AutoStructuredFlow.load(file), guide.sample_posterior(5)
-    assert torch.equal(loaded.log_prob(draws), guide.log_prob(draws))
-    sizes = [sum(p.numel() for p in each.parameters()) for each in (loaded, shared)]
-    assert sizes[0] != sizes[1]
-
-
-def test_a_loaded_guide_starts_without_the_model(tmp_path):
-    guide, file = AutoStructuredFlow(hierarchy, hidden_dim=4), tmp_path / "guide.pt"
-    guide.set_up(Y)
-    assert guide.prior_coordinates is not None
-    guide.save(file)
-    loaded = AutoStructuredFlow.load(file)
-    loc, scale = torch.linspace(-1, 1, 10).to(Y), torch.full((10,), 0.5).to(Y)
-    loaded.start_at(loc, scale)
-    z, log_q = loaded.rsample_and_log_prob(5)
-    assert torch.allclose(log_q, dist.Normal(loc, scale).to_event(1).log_prob(z))
 
 
 def test_state_dicts_and_copies_have_the_graph():
