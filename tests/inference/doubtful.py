@@ -95,5 +95,5 @@ DOUBTFUL = {
     "improper": Doubtful(improper, (APART,), is_slow=True),
     "Cauchy": Doubtful(cauchy, (APART, FEW), is_slow=True),
     "angle": Doubtful(angle, (APART,), is_slow=True),
-    "wall": Doubtful(wall, (MODES, APART)),
+    "wall": Doubtful(wall, (MODES, APART), is_slow=True),
 }

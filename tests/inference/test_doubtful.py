@@ -52,6 +52,7 @@ def test_modes_between_which_chains_move(model, site, share):
     assert float((draws < 0).double().mean()) == pytest.approx(share, abs=0.04)
 
 
+@pytest.mark.slow
 def test_scales_of_two_sizes():
     """Chains at the small one need a hundredth of the step size of the others.
 
@@ -102,6 +103,7 @@ def test_a_direction(count):
         assert abs(phi.sin().mean() - sin) < 5 * phi.sin().std() / 20
 
 
+@pytest.mark.slow
 def test_a_direction_opposite_to_zero_has_two_modes():
     """It is cut in two, at both ends of the turn: draws of both are right, or not trusted (3 of 8 runs)."""
     num_found = 0
@@ -129,7 +131,7 @@ def test_a_posterior_that_reaches_below_the_smallest_number_is_not_trusted():
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        chains = mcmc(model, seed=0, progress=False, max_seconds=20)
+        chains = mcmc(model, draws=50, seed=0, progress=False, max_seconds=20)
     finally:
         torch.set_default_dtype(dtype)
     assert not chains.trusted

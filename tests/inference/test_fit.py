@@ -175,7 +175,7 @@ def test_a_model_that_is_looped_over_says_how_long_a_step_takes():
 
     guide, state = small(model), torch.get_rng_state()
     with pytest.warns(UserWarning, match="A step of 2 draws takes about") as caught:
-        fitted(model, guide, num_steps=1, num_particles=2, seed=0)
+        fitted(model, guide, num_steps=1, num_particles=2, seed=0, max_seconds=0.2)
     words = str(caught[0].message)
     assert "models.py, line" in words
     assert 0.004 <= float(re.search(r"about (\S+) seconds", words)[1]) < 4
@@ -208,15 +208,6 @@ def test_nothing_to_train():
     fitted(models.location, guide, num_steps=3)
     with pytest.raises(ValueError, match="nothing to train"):
         fitted(models.location, guide.laplace_approximation())
-
-
-def test_model_without_a_finite_density_names_the_site():
-    def model():
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("broken", dist.Normal(z * torch.nan, 1.0), obs=torch.tensor(0.0))
-
-    with pyro.validation_enabled(False), pytest.raises(ValueError, match="broken"):
-        fitted(model, small(model))
 
 
 def test_seed():
@@ -260,23 +251,14 @@ def test_under_no_grad_and_prints_nothing(kind, capfd, caplog):
     assert not caplog.records
 
 
-def test_a_fit_goes_on_from_the_one_before():
-    guide = small(models.regression)
-    first = fitted(models.regression, guide, num_steps=60, num_particles=32)
-    second = fitted(models.regression, guide, num_steps=5)
-    assert second.start == "initial guide"
-    assert second.elbo > first.elbo - 0.3
-
-
 WITHOUT_SYMPY = """
 import sys
 
-from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
+from pyro_artransform import AutoStructuredFlow, fit
 from tests.inference.models import regression
 
-for kind in (AutoStructuredFlow, AutoIAF):
-    fit(regression, kind(regression), num_steps=2, progress=False)
-    assert "sympy" not in sys.modules, kind
+fit(regression, AutoStructuredFlow(regression), num_steps=2, draws=0, progress=False)
+assert "sympy" not in sys.modules
 """
 
 

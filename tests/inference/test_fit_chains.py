@@ -181,33 +181,6 @@ def test_a_fit_has_draws_in_any_case():
     assert abs(again.elbo - result.elbo) < 0.1
 
 
-def test_a_guide_at_the_posterior_takes_no_step():
-    result = fitted(models.gaussian, small(models.gaussian), draws=None)
-    assert (result.num_steps, result.start) == (0, AT_DRAWS)
-    assert result.trusted, result
-
-
-def test_draws_given_parameters_of_the_model_are_none():
-    """They would be given the first ones, not those that are found."""
-
-    def model():
-        scale = pyro.param("scale", torch.tensor(1.0), dist.constraints.positive)
-        z = pyro.sample("z", dist.Normal(0.0, scale))
-        pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(3.0))
-
-    result = fitted(model, small(model), draws=None, num_steps=3)
-    assert result.draws is None
-    assert result.start == AT_DRAWS
-
-
-def test_steps_that_are_asked_for_are_taken():
-    result = fitted(models.regression, small(models.regression), num_steps=7)
-    assert result.num_steps == 7
-    assert "number of steps (7)" in result.stopped_because
-    assert result.chains.trusted
-    are_right(result.chains)
-
-
 @pytest.mark.parametrize("make", [AutoDelta, AutoNormal, lambda model: models.hand_written])
 def test_any_guide(make):
     """Which may have no place to be put at, and is trained by Pyro's ELBO beside the draws."""
@@ -231,11 +204,6 @@ def test_a_model_that_is_run_by_loop():
         result = fitted(models.branching, draws=50)
     assert (result.chains.num_chains, result.chains.num_superchains) == (8, 8)
     assert result.chains.trusted, result
-
-
-def test_a_seed_makes_draws_repeatable():
-    one, same = (fitted(models.regression, draws=50, seed=5) for _ in range(2))
-    assert torch.equal(one.draws["loc"], same.draws["loc"])
 
 
 @pytest.mark.parametrize("guides", [[], [AutoIAF(models.regression)]])
@@ -298,13 +266,6 @@ def test_draws_are_kept_if_the_guide_is_not_wanted(monkeypatch):
     assert torch.isfinite(result.draws["loc"]).all()
 
 
-def test_a_callback_that_ends_the_steps_leaves_the_chains():
-    guide = small(models.regression)
-    result = fitted(models.regression, guide, num_steps=50, callback=lambda step, elbo: step == 3)
-    assert result.num_steps == 3
-    assert result.chains.trusted
-
-
 def taking_draws(draws=3):
     models.location()
 
@@ -363,10 +324,6 @@ def test_draws_are_those_at_the_parameters_that_were_trained():
     mean, sd = pyro.param("loc").item() / 2 + 2, 0.5**0.5
     found = result.chains.by_chain["z"]
     assert abs(float(found.mean()) - mean) < 5 * sd / result.chains.min_ess**0.5
-
-
-def test_a_model_with_parameters_is_trained_before_draws():
-    assert fitted(with_a_location, numbers=SOON).num_steps > 0
 
 
 def test_chains_at_the_first_parameters_judge_no_trained_guide():

@@ -127,8 +127,14 @@ AT_THE_POSTERIOR = {
 }
 
 
-@pytest.mark.parametrize("name", AT_THE_POSTERIOR)
-@pytest.mark.parametrize("end", ["the time limit was reached", "the callback asked to stop"])
+@pytest.mark.parametrize(
+    ("name", "end"),
+    [
+        ("flow", "the time limit was reached"),
+        ("stock", "the callback asked to stop"),
+        pytest.param("amortized", "the callback asked to stop", marks=pytest.mark.slow),
+    ],
+)
 def test_a_good_guide_of_a_fit_that_was_cut_short_is_not_trusted(name, end):
     """Weights see no fault: the fit did not come to its end all the same."""
     model, guide, options = AT_THE_POSTERIOR[name]()

@@ -44,7 +44,7 @@ def test_a_correlated_gaussian_is_trusted():
     assert gap < 0.01
 
 
-@pytest.mark.parametrize("sd", [1e-4, 1e4])
+@pytest.mark.parametrize("sd", [1e-4, pytest.param(1e4, marks=pytest.mark.slow)])
 def test_a_posterior_of_any_width_takes_as_many_steps(sd):
     def model():
         loc = torch.full((2,), 3 * sd)
@@ -61,8 +61,7 @@ def test_a_posterior_of_any_width_takes_as_many_steps(sd):
 CASES = {
     "a correlated Gaussian": (models.gaussian, AutoNormal, 150),
     "two near modes": (partial(models.two_modes, 2, 4.0, 0.5), AutoNormal, 150),
-    "two far modes": (partial(two_modes, 1, 20.0, 0.7), AutoNormal, 1000),
-    "two far modes of a plane": (partial(two_modes, 2, 20.0, 0.7), AutoNormal, 1000),
+    "two far modes": (partial(two_modes, 2, 20.0, 0.7), AutoNormal, 500),
     "a funnel": (models.funnel, AutoMultivariateNormal, 100),
 }
 
@@ -77,6 +76,7 @@ def test_a_wrong_posterior_is_not_trusted(name):
     assert "About the guide alone: Not trusted: " in result.verdict
 
 
+@pytest.mark.slow
 def test_heavy_tails_that_the_draws_of_a_guide_hardly_show():
     """k-hat is by luck below 0.7 in one fit of eight: no more than one of four fits is trusted."""
     results = [fitted(models.student, AutoNormal, seed, num_steps=400) for seed in range(4)]

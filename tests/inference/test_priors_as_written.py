@@ -63,7 +63,7 @@ def check_draws(case, result):
     assert ((draws.std(0) / sd - 1).abs() < 5 / 400**0.5).all(), (draws.std(0), sd)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", [pytest.param("masked", marks=pytest.mark.slow), "shifted"])
 def test_chains_have_the_density_as_written(case):
     model, *_ = CASES[case]
     # with seed 0 trajectories of the funnel have 60 steps in the end, and take 25 s
@@ -88,5 +88,5 @@ def test_a_scale_without_a_positive_prior_is_said():
             z = pyro.sample("z", dist.Normal(0.0, tau))
             pyro.sample("y", dist.Normal(z, 1.0), obs=torch.linspace(-1.0, 1.0, 6))
 
-    found = mcmc(model, draws=100, seed=0, progress=False)
+    found = mcmc(model, draws=20, seed=0, progress=False)
     assert "use a prior on positive numbers" in found.verdict

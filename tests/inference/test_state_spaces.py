@@ -13,11 +13,17 @@ from pyro_artransform.model import LogJoint
 from pyro_artransform.sampling.run_mcmc import from_nothing
 from tests.inference.state_spaces import MODELS, simulated
 
-every_model = pytest.mark.parametrize("name", MODELS)
+QUICK_MODELS = ("ar2", "student level", "dynamic poisson")
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
-@every_model
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name in QUICK_MODELS else pytest.param(name, marks=pytest.mark.slow)
+        for name in MODELS
+    ],
+)
 @pytest.mark.usefixtures("quick")
 def test_a_start_is_found_in_single_precision(name):
     torch.set_default_dtype(torch.float32)

@@ -11,7 +11,7 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro.infer.autoguide import AutoDelta, AutoNormal, init_to_value
+from pyro.infer.autoguide import AutoNormal, init_to_value
 
 from pyro_artransform.diagnostics import fit_tail
 from pyro_artransform.diagnostics.checks import Check
@@ -107,22 +107,6 @@ def test_more_draws_near_the_limit_of_khat(khat, most, more, monkeypatch):
     assert latents.shape == (1000, 1)
     found = fit_tail(log_weights)
     assert abs(found.khat - khat) < 3 * found.khat_se
-
-
-def test_a_guide_that_is_a_point():
-    found = evaluated(models.location, AutoDelta(models.location))
-    assert "AutoDelta" in found["verdict"]
-
-
-def test_a_model_that_draws_mini_batches():
-    found = evaluated(models.subsampled, AutoNormal(models.subsampled))
-    assert "Not trusted: not judged, since the model subsamples" in found["verdict"]
-    assert "pass loader=" in found["verdict"]
-    assert not found["trusted"]
-    assert found["importance"] is None
-    assert all(math.isnan(found[name]) for name in ("khat", "khat_se", "ess", "log_evidence"))
-    assert found["elbo_se"] > 0
-    assert found["num_samples"] == evaluation._NUM_NOISY
 
 
 def test_a_pass_over_a_loader():

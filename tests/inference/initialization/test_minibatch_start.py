@@ -34,6 +34,7 @@ def features(y, total=USERS):
     return torch.stack([y.mean(-1), (y * TIME.to(y)).mean(-1)], -1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_correlation_and_a_scale(seed):
     """They start neither at the edge of the support nor at zero, where float32 has no gradient."""

@@ -6,7 +6,6 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 
@@ -94,27 +93,6 @@ def test_parameters_of_guide_and_model():
     assert gradients(objective, 4)[list(found).index("noise")].abs() > 0
 
 
-def test_parameters_of_modules_and_functions():
-    decoder = models.Decoder()
-    for make, guide in ((path, small(decoder)), (by_pyro, AutoNormal(decoder))):
-        objective = make(decoder, guide)
-        names = set(objective.parameters())
-        assert {"linear.weight", "linear.bias"} <= {name.split("$$$")[-1] for name in names}
-        assert not objective.is_guide_alone()
-    objective = by_pyro(models.regression, models.hand_written)
-    assert set(objective.parameters()) == {"its_loc", "its_scale"}
-    assert objective.is_guide_alone()
-
-
-def test_enumerated_model():
-    guide = AutoNormal(poutine.block(models.mixture, hide=["kind"]))
-    for objective in (by_pyro(models.mixture, guide), path(models.mixture, small(models.mixture))):
-        assert objective.parameters()
-        assert objective.elbo_draws(64).isfinite().all()
-        for count in (1, 8):
-            assert all(g.isfinite().all() for g in gradients(objective, count) if g is not None)
-
-
 def test_masked_latents_do_not_run_away():
     """Elements without a density have their prior, for Pyro's ELBO too: it has a maximum."""
     guide = AutoNormal(models.partly_observed)
@@ -185,19 +163,6 @@ def test_draws_that_are_not_finite_are_the_guides_own_fault():
         guide.transform.transforms[1].loc.fill_(torch.nan)
     objective.loss(4)
     assert objective.nonfinite_sites() == ["the guide's own draws"]
-
-
-def test_leaves_nothing_behind(caplog):
-    """No line in a log, no site for a handler around it, no validation switched off."""
-    guide, log_joint = AutoNormal(models.regression), LogJoint(models.regression)
-    guide()
-    with poutine.trace() as traced:
-        objective = PyroObjective(models.regression, guide, Batch((), {}), log_joint)
-        objective.loss(4)
-        objective.parameters()
-    assert "sample" not in {node["type"] for node in traced.trace.nodes.values()}
-    assert pyro.distributions.is_validation_enabled()
-    assert not caplog.records
 
 
 def test_loss_for_the_tails():

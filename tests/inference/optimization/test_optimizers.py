@@ -20,17 +20,6 @@ def own(trained, scales=None):
     return Adam(trained, 0.1, scales)
 
 
-def test_own_step_size_has_a_factor():
-    moved = []
-    for factor in (1.0, 0.5):
-        trained = parameters()
-        optimizer = own(trained)
-        optimizer.factor = factor
-        step(optimizer, trained)
-        moved.append(trained[0].detach() - 1)
-    torch.testing.assert_close(moved[0], 2 * moved[1])
-
-
 def test_own_adam_scales_steps():
     trained = parameters()
     unknown = torch.ones(2, requires_grad=True)

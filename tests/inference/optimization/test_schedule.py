@@ -11,7 +11,6 @@ from pyro_artransform.inference.optimization import schedule as schedules
 from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.schedule import (
     _AVERAGED_PARTS,
-    _DECAY,
     _DECAY_FACTOR,
     _DECAY_OF_TAILS,
     _KHAT_AT_END,
@@ -202,16 +201,6 @@ def test_a_plateau_is_relative_to_the_gap():
     losses = [0.1 * x - 0.0002 * step for step, x in enumerate(noise(400))]
     for gap, is_still in ((0.05, False), (0.3, True), (math.inf, False)):
         assert schedule(gap=gap).is_still(losses) == is_still
-
-
-def test_the_expected_end():
-    plan = schedule()
-    # two windows, the decay
-    assert plan.expected_end(1) == plan.expected_end(200) == 200 + _DECAY
-    assert plan.expected_end(1000) == 1000 + _DECAY
-    assert schedule().after_check(300, with_a_tail).expected_end(350) == 300 + _DECAY_OF_TAILS
-    assert schedule(50).expected_end(10) == 50
-    assert schedule().ending_at(0, "now").expected_end(0) == 0
 
 
 def test_a_few_losses_do_not_tell_whether_they_fall():

@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from pyro_artransform.inference.optimization import training as trainings
 from pyro_artransform.inference.optimization.objective import Objective
 from pyro_artransform.inference.optimization.optimizers import Adam
 from pyro_artransform.inference.optimization.schedule import Schedule
-from pyro_artransform.inference.optimization.training import _MAX_SKIPS, FitError, Training, copies
+from pyro_artransform.inference.optimization.training import Training, copies
 
 
 class Bowl(Objective):
@@ -72,56 +71,10 @@ def run(training, count=None):
     return training
 
 
-@pytest.mark.parametrize(("fault", "at"), [(math.nan, 1), (math.inf, 7), ("gradient", 50)])
-def test_a_step_that_is_not_finite_is_skipped(fault, at):
-    objective = Bowl({at: fault})
-    training = training_of(objective)
-    for step in range(1, 60):
-        before = objective.x.detach().clone()
-        loss = training.step()
-        assert torch.equal(before, objective.x) == (step == at)
-        if step == at:
-            assert math.isfinite(loss) == (fault == "gradient")
-            assert math.isnan(training.losses[-1])
-    assert dict(training.culprits) == {"the gradient" if fault == "gradient" else "y": 1}
-    run(training)
-    assert all(value.isfinite().all() for value in training._average)
-    assert (objective.x - 3).abs().max() < 0.3
-
-
 def test_large_losses_of_some_steps_do_not_lose_what_others_have_found():
     objective = Bowl(dict.fromkeys(range(120, 151), 1e6))
     run(training_of(objective, 400))
     assert (objective.x - 3).abs().max() < 0.3
-
-
-def test_stops_after_many_in_a_row():
-    objective = Bowl(dict.fromkeys(range(60, 2000), math.nan))
-    training = training_of(objective, 1000)
-    with pytest.raises(
-        FitError,
-        match=r"in a row, because of y\. The parameters are those after the last good step",
-    ):
-        run(training)
-    assert training.num_skipped == _MAX_SKIPS
-    assert training.num_steps < 200
-    assert objective.x.isfinite().all()
-    assert not torch.equal(objective.x, torch.zeros(4))
-
-
-def test_nothing_to_train():
-    class Constant(Bowl):
-        def loss(self, num_particles):
-            return torch.zeros(())
-
-    class Nothing(Bowl):
-        def parameters(self):
-            return {}
-
-    with pytest.raises(FitError, match="nothing to train"):
-        training_of(Constant()).step()
-    with pytest.raises(ValueError, match="nothing to train"):
-        training_of(Nothing())
 
 
 def test_gradients_are_clipped_against_their_running_median():
@@ -160,15 +113,6 @@ def test_state(at):
     assert whole.culprits == second.culprits
     assert torch.equal(whole.objective.x, second.objective.x)
     assert all(map(torch.equal, whole._average, second._average))
-
-
-def test_state_has_the_estimate_of_the_gap():
-    """Step sizes depend on it."""
-    first, second = (training_of(Bowl(), None, dim=1000) for _ in range(2))
-    first.schedule = replace(first.schedule, gap=0.1)
-    assert second.schedule != first.schedule
-    second.restore(first.state())
-    assert second.schedule == first.schedule
 
 
 class Transposed(Bowl):
