@@ -57,6 +57,13 @@ def _num_stored() -> int:
     return sum(tensor.requires_grad for _, tensor in pyro.get_param_store().named_parameters())
 
 
+def _scales_of_first(parallel: Processes, scales: Scales) -> dict[nn.Parameter, Tensor]:
+    """The step scales of the guide; those of other processes may be of another mini-batch."""
+    found = {parameter: scale.clone() for parameter, scale in scales().items()}
+    parallel.copy_first(found.values)
+    return found
+
+
 class Training:
     """The state of a fit between two steps, which can be restored.
 
@@ -80,8 +87,9 @@ class Training:
         is_guide_alone = objective.is_guide_alone()
         self._step_size = _STEP_SIZE if is_guide_alone else _MODEL_STEP_SIZE
         beta1 = _BETA1 if schedule.epoch == 1 else _BETA1_OF_MINIBATCHES
-        self._scales = scales or dict
-        self.optimizer = Adam(self.trained, self._step_size, self._scales_of_first, beta1=beta1)
+        # bound to no method, which would be a cycle that keeps the guide
+        own = partial(_scales_of_first, self._parallel, scales or dict)
+        self.optimizer = Adam(self.trained, self._step_size, own, beta1=beta1)
         #: the loss of each step, NaN if the step was skipped
         self.losses: list[float] = []
         #: the sites that caused steps to be skipped, with the number of steps
@@ -124,12 +132,6 @@ class Training:
         share = self._parallel.share(count)
         draws = self.objective.elbo_draws(share)
         return torch.cat(self._parallel.gather("the draws of all processes", draws)).to(draws)
-
-    def _scales_of_first(self) -> dict[nn.Parameter, Tensor]:
-        """The step scales of the guide; those of other processes may be of another mini-batch."""
-        found = {parameter: scale.clone() for parameter, scale in self._scales().items()}
-        self._parallel.copy_first(found.values)
-        return found
 
     def is_over(self) -> bool:
         """Whether the schedule has ended."""
