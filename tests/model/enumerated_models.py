@@ -3,8 +3,7 @@
 """Models with discrete latents that are summed out, and continuous ones, after examples of Pyro and NumPyro.
 
 Each is written anew after the mathematics of the example that it names, in the form in which the example has
-it: what it indexes from the left stays so. Data are simulated with fixed seeds, in the shapes of the example
-where these are small and in fewer rows where they are not.
+it: what it indexes from the left stays so. Data are simulated with fixed seeds, in few rows.
 """
 
 from collections.abc import Callable
@@ -50,7 +49,7 @@ def mixture_model(y: Tensor) -> None:
 
 # Hidden Markov models of polyphonic music
 
-SERIES, STEPS, TONES, HIDDEN = 10, 25, 88, 16
+SERIES, STEPS, TONES, HIDDEN = 3, 6, 5, 4
 
 
 def music() -> tuple[Any, ...]:
@@ -109,38 +108,6 @@ def hmm_1(tones: Tensor, lengths: Tensor) -> None:
     of_all_series(step, tones, lengths)
 
 
-def hmm_2(tones: Tensor, lengths: Tensor) -> None:
-    """A tone depends on whether it sounded before."""
-    probs_x = pyro.sample("probs_x", dist.Dirichlet(sticky(HIDDEN)).to_event(1))
-    probs_y = sounding(HIDDEN, 2)
-
-    def step(t: int, keys: Any, heard: Tensor, x: Any = 0, y: Any = 0) -> tuple[Any, ...]:
-        x = pyro.sample(f"x_{t}", dist.Categorical(probs_x[x]))
-        with keys as key:
-            played = dist.Bernoulli(probs_y[x, y, key])
-            y = pyro.sample(f"y_{t}", played, obs=heard).long()
-        return x, y
-
-    of_all_series(step, tones, lengths)
-
-
-def hmm_3(tones: Tensor, lengths: Tensor) -> None:
-    """Two chains behind each series."""
-    size = int(HIDDEN**0.5)
-    probs_w = pyro.sample("probs_w", dist.Dirichlet(sticky(size)).to_event(1))
-    probs_x = pyro.sample("probs_x", dist.Dirichlet(sticky(size)).to_event(1))
-    probs_y = sounding(size, size)
-
-    def step(t: int, keys: Any, heard: Tensor, w: Any = 0, x: Any = 0) -> tuple[Any, ...]:
-        w = pyro.sample(f"w_{t}", dist.Categorical(probs_w[w]))
-        x = pyro.sample(f"x_{t}", dist.Categorical(probs_x[x]))
-        with keys as key:
-            pyro.sample(f"y_{t}", dist.Bernoulli(probs_y[w, x, key]), obs=heard)
-        return w, x
-
-    of_all_series(step, tones, lengths)
-
-
 def hmm_4(tones: Tensor, lengths: Tensor) -> None:
     """Two chains, of which one depends on the other."""
     size = int(HIDDEN**0.5)
@@ -161,7 +128,7 @@ def hmm_4(tones: Tensor, lengths: Tensor) -> None:
 
 # Capture and recapture of animals: Cormack, Jolly, Seber
 
-ANIMALS, YEARS = 294, 7
+ANIMALS, YEARS = 20, 5
 
 
 def dippers() -> tuple[Any, ...]:
@@ -196,19 +163,8 @@ def chance(name: str) -> Tensor:
     return pyro.sample(name, dist.Uniform(0.0, 1.0))
 
 
-def cjs_1(seen: Tensor, sex: Tensor) -> None:
-    """Chances of survival and of being seen."""
-    phi, rho = chance("phi"), chance("rho")
-    alive_and_seen(seen, rho, lambda t: phi)
-
-
-def cjs_2(seen: Tensor, sex: Tensor) -> None:
-    """A chance of survival each year."""
-    alive_and_seen(seen, chance("rho"), lambda t: chance(f"phi_{t}") if t else 1.0)
-
-
 def cjs_3(seen: Tensor, sex: Tensor) -> None:
-    """The same, around a mean."""
+    """A chance of survival each year, around a mean."""
     mean, scale = chance("phi_mean"), pyro.sample("phi_sigma", dist.Uniform(0.0, 10.0))
     prior = dist.Normal(mean.log() - torch.log1p(-mean), scale)
     rho = chance("rho")
@@ -217,13 +173,6 @@ def cjs_3(seen: Tensor, sex: Tensor) -> None:
         return torch.sigmoid(pyro.sample(f"phi_logit_{t}", prior) if t else torch.tensor(0.0))
 
     alive_and_seen(seen, rho, phi_of)
-
-
-def cjs_4(seen: Tensor, sex: Tensor) -> None:
-    """A chance of survival of each sex."""
-    male, female = chance("phi_male"), chance("phi_female")
-    phi = sex * male + (1 - sex) * female
-    alive_and_seen(seen, chance("rho"), lambda t: phi)
 
 
 def cjs_5(seen: Tensor, sex: Tensor) -> None:
@@ -260,7 +209,7 @@ def experts() -> tuple[Any, ...]:
 
 # Labels of several annotators
 
-CLASSES, ANNOTATORS, ITEMS = 4, 5, 45
+CLASSES, ANNOTATORS, ITEMS = 4, 5, 8
 
 
 def labels() -> tuple[Any, ...]:
@@ -284,21 +233,6 @@ def dawid_skene(labels: Tensor) -> None:
             pyro.sample("labels", given, obs=labels)
 
 
-def hierarchical_dawid_skene(labels: Tensor) -> None:
-    """Matrices of confusion around one of all annotators, on the logits."""
-    share = pyro.sample("share", dist.Dirichlet(torch.ones(CLASSES)))
-    square = [CLASSES, CLASSES]
-    mean = pyro.sample("mean", dist.Normal(2 * torch.eye(CLASSES), 1.0).to_event(2))
-    scale = pyro.sample("scale", dist.HalfNormal(1.0).expand(square).to_event(2))
-    with pyro.plate("annotators", ANNOTATORS):
-        logits = pyro.sample("logits", dist.Normal(mean, scale).to_event(2))
-    with pyro.plate("items", ITEMS, dim=-1):
-        kind = pyro.sample("kind", dist.Categorical(share))
-        with pyro.plate("positions", ANNOTATORS, dim=-2) as annotator:
-            given = dist.Categorical(logits=Vindex(logits)[annotator[:, None], kind, :])
-            pyro.sample("labels", given, obs=labels)
-
-
 def mace(labels: Tensor) -> None:
     """An annotator who does not know the class draws from a distribution of their own."""
     with pyro.plate("annotators", ANNOTATORS):
@@ -315,7 +249,7 @@ def mace(labels: Tensor) -> None:
 
 # Topics of documents
 
-TOPICS, VOCABULARY, DOCUMENTS, WORDS = 8, 100, 20, 64
+TOPICS, VOCABULARY, DOCUMENTS, WORDS = 3, 10, 4, 6
 
 
 def documents() -> tuple[Any, ...]:
@@ -345,11 +279,10 @@ def lda(words: Tensor) -> None:
 #: examples/annotation.py of NumPyro
 EXAMPLES: dict[str, tuple[Run, Callable[[], tuple[Any, ...]]]] = {
     "gmm": (mixture_model, lambda: (torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0]),)),
-    **{model.__name__: (model, music) for model in (hmm_0, hmm_1, hmm_2, hmm_3, hmm_4)},
-    **{model.__name__: (model, dippers) for model in (cjs_1, cjs_2, cjs_3, cjs_4, cjs_5)},
+    **{model.__name__: (model, music) for model in (hmm_0, hmm_1, hmm_4)},
+    **{model.__name__: (model, dippers) for model in (cjs_3, cjs_5)},
     "experts": (experts_model, experts),
     "dawid_skene": (dawid_skene, labels),
-    "hierarchical": (hierarchical_dawid_skene, labels),
     "mace": (mace, labels),
     "lda": (lda, documents),
 }

@@ -17,17 +17,6 @@ from pyro_artransform.model import LogJoint
 from pyro_artransform.model.enumeration import _elimination
 from tests.model import enumerated_models
 
-# examples of Pyro and NumPyro on fewer data
-SMALL = {
-    **{"SERIES": 3, "STEPS": 6, "TONES": 5, "HIDDEN": 4},
-    **{"ANIMALS": 20, "YEARS": 5, "ITEMS": 8},
-    **{"TOPICS": 3, "VOCABULARY": 10, "DOCUMENTS": 4, "WORDS": 6},
-}
-NAMES = (
-    *("gmm", "hmm_0", "hmm_1", "hmm_2", "hmm_3", "hmm_4", "cjs_1", "cjs_2", "cjs_3", "cjs_4"),
-    *("cjs_5", "experts", "dawid_skene", "hierarchical", "mace", "lda"),
-)
-
 
 @config_enumerate
 def changepoint():
@@ -43,26 +32,6 @@ def changepoint():
         pyro.sample("y", dist.Poisson(rates[is_late]), obs=torch.tensor([4.0, 5, 4, 1, 0, 1, 2, 0]))
 
 
-@pytest.fixture
-def examples(monkeypatch):
-    for name, value in SMALL.items():
-        monkeypatch.setattr(enumerated_models, name, value)
-    return enumerated_models
-
-
-@pytest.fixture(params=["changepoint", *NAMES])
-def enumerated(request, examples):
-    """The name of a model, and the model with its arguments."""
-    if request.param == "changepoint":
-        return request.param, changepoint
-    model, args = examples.subject(request.param)
-    return request.param, partial(model, *args)
-
-
-def test_names(examples):
-    assert tuple(examples.EXAMPLES) == NAMES
-
-
 def value_and_gradient(log_joint, strategy, z):
     log_joint = log_joint.evaluated(strategy=strategy)
     z = z.clone().requires_grad_()
@@ -71,31 +40,28 @@ def value_and_gradient(log_joint, strategy, z):
     return values.detach(), gradient
 
 
-def test_many_draws_at_once(enumerated):
-    name, model = enumerated
+@pytest.mark.parametrize("name", ["changepoint", *enumerated_models.EXAMPLES])
+def test_many_draws_at_once_and_the_sums_of_pyro(name):
+    model, args = changepoint, ()
+    if name != "changepoint":
+        model, args = enumerated_models.subject(name)
+    model = partial(model, *args)
     log_joint = LogJoint(model)
     assert log_joint.strategy == ("plate" if name.startswith("cjs") else "vmap")
-    z = torch.randn(5, log_joint.latents.latent_dim)
+    z = torch.randn(3, log_joint.latents.latent_dim)
     values, gradient = value_and_gradient(log_joint, "loop", z)
     assert values.isfinite().all()
     for strategy in {log_joint.strategy, "vmap"}:
         found = value_and_gradient(log_joint, strategy, z)
         assert torch.allclose(found[0], values, rtol=1e-12)
         assert torch.allclose(found[1], gradient, rtol=1e-9, atol=1e-9 * gradient.abs().max())
-
-
-def test_sums_of_pyro(enumerated):
-    _, model = enumerated
-    log_joint = LogJoint(model)
-    z = torch.randn(1, log_joint.latents.latent_dim)
-    values, gradient = value_and_gradient(log_joint, log_joint.strategy, z)
-    z = z[0].requires_grad_()
-    constrained, ladj = log_joint.latents.constrain_with_ladj(z)
+    first = z[0].requires_grad_()
+    constrained, ladj = log_joint.latents.constrain_with_ladj(first)
     elbo = TraceEnum_ELBO(max_plate_nesting=log_joint.num_plates)
     given = poutine.condition(model, constrained)
     expected = ladj - elbo.differentiable_loss(given, lambda: None)
     assert torch.allclose(values[0], expected, rtol=1e-12)
-    (wanted,) = torch.autograd.grad(expected, z)
+    (wanted,) = torch.autograd.grad(expected, first)
     assert torch.allclose(gradient[0], wanted, rtol=1e-8, atol=1e-8 * wanted.abs().max())
 
 
