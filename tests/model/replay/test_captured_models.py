@@ -18,7 +18,7 @@ from pyro_artransform.model import LogJoint
 from pyro_artransform.model.graphs.dependencies import value_and_gradient
 from pyro_artransform.model.replay.capture import Captured
 
-_NUM_CALLS = 150
+_NUM_CALLS = 40
 
 Family = Callable[[Tensor], dist.TorchDistribution]
 #: what a datum has, given a latent of any sign
