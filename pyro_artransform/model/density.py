@@ -58,9 +58,6 @@ Kwargs = Mapping[str, object]
 #: the divisor of ``chunk_size`` that keeps a chunk in a processor's cache: a regression of 100,000 rows takes
 #: half the time per draw of four times larger chunks, and two thirds of that of smaller ones
 CACHED = 16
-# strategies are compared near the start and far away on either side, on one side scaled by the prior; at more
-# points near the start if the density is not finite there
-_FAR = 2.5
 #: maximum number of cached structures, as batches bring arguments of ever new shapes
 MOST_SIGNATURES = 64
 
@@ -134,7 +131,9 @@ class LogJoint:
             on_cpu: Any = {"dtype": torch.float64, "device": "cpu"}
             noise = torch.randn(NUM_COMPARED, len(start), generator=generator, **on_cpu).to(start)
             wide = self.prior_scales(start)
-            near, far = wide.clamp_max(1.0) * noise, _FAR + noise[:1].sigmoid()
+            # near the start and far away on either side, on one side scaled by the prior; at more points near
+            # the start if the density is not finite there
+            near, far = wide.clamp_max(1.0) * noise, 2.5 + noise[:1].sigmoid()
             points = start + torch.cat([near[:1], wide.clamp_min(1.0) * far, -far, near[1:]])
             choice = choose_strategy(self._evaluate, {"z": points}, NUM_COMPARED)
         return choice._replace(is_random=self._is_part or choice.is_random)

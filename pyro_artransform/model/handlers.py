@@ -27,8 +27,6 @@ from .traces import (
     support_of,
 )
 
-_MOST_LOG_PROB = 0.1  # nats by which a log probability may exceed 0
-
 
 def hidden_sites() -> BlockMessenger:
     """Hides the sites of a run from outer handlers, but not its parameters, which are trained."""
@@ -132,7 +130,7 @@ def _log_prob(site: Any) -> Tensor:
     log_prob: Tensor = fn.log_prob(value, *site["args"], **site["kwargs"])
     support = support_of(fn)
     if has_data(site) and support.is_discrete and support is not constraints.boolean:
-        log_prob = log_prob.masked_fill(log_prob > _MOST_LOG_PROB, -torch.inf)
+        log_prob = log_prob.masked_fill(log_prob > 0.1, -torch.inf)
     return log_prob
 
 

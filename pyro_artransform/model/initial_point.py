@@ -12,9 +12,6 @@ from torch import Tensor
 
 from .graphs.dependencies import value_and_gradient
 
-# half-widths of the uniform distributions on the unconstrained space from which points are drawn
-_HALF_WIDTHS = (0.0, *(0.5,) * 5, *(2.0,) * 15)
-
 
 class InitialPoint(NamedTuple):
     """A point ``(latent_dim,)``, and whether a gradient of the density reaches it."""
@@ -39,7 +36,8 @@ def usable_point(
         return InitialPoint(u, False)
     generator = torch.Generator(u.device).manual_seed(0)
     uniform = partial(torch.rand, 1, len(u), dtype=u.dtype, device=u.device, generator=generator)
-    others = (width * (2 * uniform() - 1) for width in _HALF_WIDTHS)
+    half_widths = (0.0, *(0.5,) * 5, *(2.0,) * 15)
+    others = (half_width * (2 * uniform() - 1) for half_width in half_widths)
     found = usable_points(log_density, u[None], known, others, needs_digits)
     return InitialPoint(found[0], True)
 

@@ -18,8 +18,6 @@ from torch import Tensor
 from .sites import Latents
 from .symmetries import PERMUTATION, ROTATION, SIGN, Symmetry, Values
 
-_ITERATIONS = 6  # of the centre and the images nearest to it
-
 
 class Relabelling(NamedTuple):
     """The images of draws that are nearest to a common centre.
@@ -39,7 +37,7 @@ class Relabelling(NamedTuple):
         parts = [symmetry.components(values) for symmetry in symmetries]
         scales = tuple(_sds(part.flatten(0, 1)) for part in parts)
         found = cls(symmetries, tuple(p[-1] / s for p, s in zip(parts, scales)), scales)
-        for _ in range(_ITERATIONS):
+        for _ in range(6):
             images = found(values)
             parts = [symmetry.components(images) for symmetry in symmetries]
             scales = tuple(_sds((part - part.mean(0)).flatten(0, 1)) for part in parts)

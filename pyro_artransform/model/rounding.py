@@ -12,9 +12,6 @@ from torch import Tensor
 from .coordinates.families import is_identity_or_exp
 from .sites import Latents
 
-# draws this near to the smallest number of a dtype are at its edge, and the share of them that matters
-_NATS_TO_EDGE, _MOST_AT_EDGE = 5.0, 0.005
-
 
 class Rounding(NamedTuple):
     """Sites whose draws lose digits, or are cut off."""
@@ -38,9 +35,9 @@ def find_rounding(latents: Latents, z: Tensor) -> Rounding:
             found.coarse.append(name)
         if site.is_unconstrained or not part.numel():
             continue
-        is_at_edge = part < math.log(torch.finfo(part.dtype).tiny) + _NATS_TO_EDGE
+        is_at_edge = part < math.log(torch.finfo(part.dtype).tiny) + 5.0
         if not is_identity_or_exp(site.bijection):
             is_at_edge = is_at_edge | (part > -math.log(torch.finfo(part.dtype).eps))
-        if bool((is_at_edge.double().mean(0) > _MOST_AT_EDGE).any()):
+        if bool((is_at_edge.double().mean(0) > 0.005).any()):
             found.at_edge.append(name)
     return found

@@ -20,18 +20,11 @@ from torch import Tensor
 
 from .sites import Latents
 
-# most sites of a candidate, and most candidates
-_MOST_SITES, _MOST_CANDIDATES = 6, 300
 # points anywhere at which candidates are compared with the identity, and draws: at least one of each start,
 # since near one mode a posterior may be symmetric although it has others
 _NUM_POINTS, _NUM_DRAWS = 4, 8
 # nats by which the density of draws may change, and that of the median draw, unless round-off is larger
 _LEAST_NATS, _MOST_NATS = 1e-3, 0.1
-# relative rounding of values, such as entries of a simplex next to zero, above which a draw is not compared
-_ROUNDED = 1e-4
-# components up to which all permutations of a draw are compared; beyond, pairs are exchanged while that helps
-_ENUMERATED = 6
-_AT_ONCE = 2**22  # numbers in a table of costs
 
 Values = Mapping[str, Tensor]
 #: a site and its dimensions of components, counted from the right; none if the whole site is one component
@@ -208,8 +201,8 @@ def find_symmetries(
     uniform = torch.rand(shape, generator=_own_numbers(), dtype=u.dtype, device="cpu")
     anywhere = 4 * uniform.to(u.device) - 2
     compared = _Comparison(log_density, latents, _some(u, _NUM_DRAWS), anywhere)
-    found, left = list[Symmetry](), _MOST_CANDIDATES
-    for count in range(1, _MOST_SITES + 1):
+    found, left = list[Symmetry](), 300
+    for count in range(1, 7):  # sites of a candidate
         candidates = [*itertools.islice(_candidates(latents, found, count), left)]
         left -= len(candidates)
         # one draw excludes most of them
@@ -270,7 +263,8 @@ class _Comparison:
         """The log densities ``(n,)``, and whether values survive the map to the unconstrained space."""
         u = self._latents.unconstrain(values)
         again, ladj = self._latents.constrain_with_ladj(u)
-        errors = [(again[k] - v).abs() > _ROUNDED * v.abs() for k, v in values.items()]
+        # rounding of values such as entries of a simplex next to zero, of which a draw is not compared
+        errors = [(again[k] - v).abs() > 1e-4 * v.abs() for k, v in values.items()]
         is_exact = ~torch.stack([error.reshape(len(u), -1).any(1) for error in errors]).any(0)
         return self._log_density(u) - ladj, is_exact
 
@@ -339,10 +333,10 @@ def _assigned(gain: Tensor) -> Tensor:
     """
     size = gain.shape[1]
     places = torch.arange(size, device=gain.device)
-    if size <= _ENUMERATED:
+    if size <= 6:  # beyond, pairs are exchanged while that helps
         every = [*itertools.permutations(range(size))]
         orders = torch.tensor(every, dtype=torch.long, device=gain.device)
-        at_once = max(_AT_ONCE // orders.numel(), 1)
+        at_once = max(2**22 // orders.numel(), 1)  # numbers in a table of costs
         best = [part[:, orders, places].sum(-1).argmax(1) for part in gain.split(at_once)]
         return orders[torch.cat(best)]
     order, rows = places.expand(len(gain), -1).clone(), torch.arange(len(gain), device=gain.device)

@@ -33,7 +33,6 @@ from torch.distributions import biject_to, constraints
 
 from .._base.arguments import warn_user
 
-_LONGEST_SEQUENCE = 16
 #: what is missing in a model whose posterior is the prior, and the remedy
 NO_DATA = (
     "The model has no observed site (no obs= and no pyro.factor), so the posterior is the prior."
@@ -238,7 +237,7 @@ def argument_signature(arguments: Any, *, with_values: bool = False) -> Any:
         names = sorted(arguments, key=str)
         arguments = tuple(zip(names, map(arguments.__getitem__, names)))
     if isinstance(arguments, (tuple, list)):
-        is_short = with_values or len(arguments) <= _LONGEST_SEQUENCE
+        is_short = with_values or len(arguments) <= 16
         few = arguments if is_short else arguments[:1]
         return len(arguments), *map(partial(argument_signature, with_values=with_values), few)
     plain = (int, str, float) if with_values else (int, str)
@@ -290,8 +289,7 @@ def check_data(trace: poutine.Trace, *, all_shapes: bool = True) -> None:
             fn, value = node["fn"], node["value"]
             raise ValueError(
                 f"site '{node['name']}': {type(unwrapped(fn)).__name__} of shape {tuple(fn.shape())} has no "
-                f"log density of data of shape {tuple(value.shape)} and {value.dtype}: {error}. Give data "
-                "the shape of their plates, and counts and labels as y.float() where integers are refused"
+                f"log density of data of shape {tuple(value.shape)} and {value.dtype} (or give y.float())"
             ) from error
         if has_data(node):
             _check_shape(node)
@@ -318,8 +316,7 @@ def _check_shape(node: Any) -> None:
         if is_part and frame.size > 1 and sizes.get(frame.dim - event_dim) == 1:
             raise ValueError(
                 f"site '{node['name']}': expected data of {frame.size} elements of the subsampled plate "
-                f"'{frame.name}', got one, which would count {frame.size} times. Make the subsample_size the "
-                "length of the data, as in subsample_size=len(y)"
+                f"'{frame.name}', got one: give the plate subsample_size=len(y)"
             )
     shape = torch.Size((*node["fn"].batch_shape, *node["fn"].event_shape))
     both = shape
@@ -328,16 +325,15 @@ def _check_shape(node: Any) -> None:
     if both.numel() > max(shape.numel(), value.numel()):
         raise ValueError(
             f"site '{node['name']}': expected data of the shape of their distribution, got data of shape "
-            f"{tuple(value.shape)} and a distribution of shape {tuple(shape)}, which broadcast to "
-            f"{both.numel()} terms. Give both the same shape, as with x.squeeze(-1)"
+            f"{tuple(value.shape)} and a distribution of shape {tuple(shape)}: {both.numel()} terms"
         )
 
 
 def _check_support(node: Any) -> None:
     if not isinstance(node["value"], Tensor):
+        got = type(node["value"]).__name__
         raise ValueError(
-            f"site '{node['name']}': expected data as a tensor, got {type(node['value']).__name__}: "
-            "torch.as_tensor makes one"
+            f"site '{node['name']}': expected data as a tensor, got {got}: use torch.as_tensor"
         )
     fn = unwrapped(node["fn"])
     # a support that is a property depends on parameters, which are rarely latents in discrete distributions
@@ -349,7 +345,6 @@ def _check_support(node: Any) -> None:
     if not bool(inside.all()):
         raise ValueError(
             f"site '{node['name']}': expected data within the support of {type(fn).__name__} ({fn.support}), "
-            f"got {int((~inside).sum())} of {inside.numel()} outside it, where the density is undefined. "
-            "Check the data: NaN, labels that begin at 1 instead of 0, or counts that are not integers or do "
-            "not add up to total_count"
+            f"got {int((~inside).sum())} of {inside.numel()} outside it: NaN, labels that begin at 1 instead "
+            "of 0, or counts that are not integers or do not add up to total_count"
         )

@@ -57,9 +57,6 @@ _FEW = 32
 NUM_COMPARED = 3
 # relative to the usual tolerance; in float32 0.01 nats for a log density of 1e4, the round-off of its sum
 _TIGHT = 0.01
-# numbers of draws compared: evenly spaced, and at either extreme of scores; and of differing draws that are
-# evaluated again in copies
-_NUM_SPREAD, _MOST_EXTREME, _NUM_COPIED = 8, 4, 2
 # what torch.vmap says of a model, and what that means
 _MEANING = {
     "data-dependent control flow": "A branch or a loop depends on the values of latents.",
@@ -361,16 +358,16 @@ def equals_single_runs(
     worst = torch.stack(gaps).amax(0)
     return all(
         agree(_part(found, k), of_copies(k), lambda term: _TIGHT * tolerance(term))
-        for k in worst.argsort(descending=True)[:_NUM_COPIED].tolist()
+        for k in worst.argsort(descending=True)[:2].tolist()
         if worst[k] > 0
     )
 
 
 def _rows_of(scores: Tensor) -> list[int]:
     n, k = scores.shape
-    order, few = scores.argsort(0), max(_MOST_EXTREME // k, 1)
+    order, few = scores.argsort(0), max(4 // k, 1)
     extreme = torch.cat([order[:few], order[-few:]]).flatten().tolist()
-    return sorted({*range(0, n, -(-n // _NUM_SPREAD)), *extreme})
+    return sorted({*range(0, n, -(-n // 8)), *extreme})
 
 
 def _part(terms: Draws, rows: Any) -> Terms:

@@ -28,12 +28,7 @@ from .coordinates import Coordinates
 from .factors import find_factors
 from .gaussian_sites import GaussianSites
 
-# above this lambda an element is as the model is written, at no cost (benchmarks/coordinates.md)
-_CENTERED = 0.95
-_BETWEEN_QUARTILES = 1.349  # interquartile range of a standard normal
-# points at which the curvature is evaluated, and second derivatives computed in one batch
-_NUM_POINTS, _LABELS_AT_ONCE = 8, 64
-_STEP = 0.01  # of their differences, in units of the prior
+_STEP = 0.01  # of differences for second derivatives, in units of the prior
 
 CoordinatesArgument = str | Mapping[str, Any]
 
@@ -60,8 +55,8 @@ def _second_derivatives(
     """Whether density and gradient are usable at points ``(n, latent_dim)``; mean second derivatives."""
     is_mapped, found = non_centered.coordinates.centered < 1, torch.zeros_like(x[0])
     labels = torch.arange(len(found), device=x.device) if together is None else together
-    x, is_sound = x[:: -(-len(x) // _NUM_POINTS)], True
-    for some in labels[is_mapped].unique().split(_LABELS_AT_ONCE):
+    x, is_sound = x[:: -(-len(x) // 8)], True
+    for some in labels[is_mapped].unique().split(64):
         moved = (is_mapped & (labels == some[:, None])).to(x)[:, None]
         ends = torch.stack([x + _STEP * moved, x - _STEP * moved])
         values, slopes = _in_one_run(non_centered, torch.cat([x, ends.flatten(0, 2)]))
@@ -90,7 +85,7 @@ def centered_by_draws(non_centered: Any, u: Tensor) -> Tensor:
     _, gradients = value_and_gradient(non_centered, x)
     ordered = gradients[gradients.isfinite().all(-1)].sort(0).values
     between = ordered[3 * len(ordered) // 4] - ordered[len(ordered) // 4]
-    curvature = (between / _BETWEEN_QUARTILES).square()
+    curvature = (between / 1.349).square()  # which is 1 for a standard normal
     return _centered(non_centered.coordinates.centered, curvature)
 
 
@@ -98,7 +93,7 @@ def _centered(lam: Tensor, curvature: Tensor) -> Tensor:
     """Recomputes lambda from 1 + h where lambda is below 1; both have shape ``(latent_dim,)``."""
     curvature = curvature.nan_to_num(1.0, 1e6, 1.0).clamp_min(1.0)
     lam = torch.where(lam < 1, 1 - 1 / curvature, lam)
-    return torch.where(lam > _CENTERED, 1.0, lam)
+    return torch.where(lam > 0.95, 1.0, lam)
 
 
 def non_centered(log_joint: Any, with_shapes: bool = False) -> Any:

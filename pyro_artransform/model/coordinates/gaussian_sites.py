@@ -29,9 +29,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# iterations of the weights of the regression, which depend on the precision
-_NUM_ITERATIONS = 4
-
 
 class LocScale(NamedTuple):
     """Locations and scales of priors, elementwise; zero scales for latents without Gaussian sites."""
@@ -80,7 +77,7 @@ class GaussianSites(NamedTuple):
         slope = gradients * (1 + self.precision * scale.square()).sqrt() + z
         u, tiny = loc + scale * z, torch.finfo(e.dtype).tiny
         precision = self.precision
-        for _ in range(_NUM_ITERATIONS):
+        for _ in range(4):  # the weights of the regression depend on the precision
             weight = 1 / (1 + precision * scale.square())
             total = (weight * scale.square()).sum(0).clamp_min(tiny)
             mean = (weight * scale.square() * u).sum(0) / total

@@ -28,14 +28,9 @@ from .markov_graph import color_columns
 # maximum number of entries in a batch of points: 16 MB in double precision, some ten times that in a model
 _MOST_ENTRIES = 2_000_000
 MAX_HALVINGS = 12  #: maximum number of halvings of a step or scale
-# random halves of elements: with probability 1e-6 two dependent elements are never in different halves
-_NUM_HALVINGS = 20
 # groupings of coordinates, at draws and at a wider point: one may reveal what another hides
 _NUM_GROUPINGS = 4
-# repeats to confirm a new pair, their distance in ulps, and the sds that their mean change must exceed
-_NUM_REPEATED, _MOST_ULPS, _CLEAR = 6, 8.0, 6.0
-# interaction of one sd of both latents, in nats, below which a graph may lack it: half its square is lost
-_LEAST = 0.01
+_NUM_REPEATED = 6  # to confirm a new pair
 # a CPU generator works for all devices
 _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
@@ -132,7 +127,8 @@ def missing_dependencies(
     for i, own in enumerate(search.neighbours):
         for j in sorted(j for j in own - neighbours[i] if i < j):
             strength = abs(search.second[i, j]) * sd[i] * sd[j]
-            if strength == 0 or strength > _LEAST:  # zero if unknown
+            # zero if unknown; a graph may lack an interaction of 0.01 nats, half of whose square is lost
+            if strength == 0 or strength > 0.01:
                 pairs.append((i, j))
     return pairs
 
@@ -158,7 +154,8 @@ class _Search:
         device, count = point.device, int(elements.max()) + 1
         step, is_rest = other - point, elements < 0
         base = self._gradients(point[None])[:, None]
-        coin = torch.rand(_NUM_HALVINGS, count, generator=self.generator, **_ON_CPU)
+        # with probability 1e-6 two dependent elements are never in different halves of 20
+        coin = torch.rand(20, count, generator=self.generator, **_ON_CPU)
         is_moved = (coin < 0.5).to(device)[:, elements] & ~is_rest
         changed, change = self._changes(point[None], (is_moved * step)[None], base)
         if (changed[0] & ~is_moved & ~is_rest).any() or not change.isfinite().all():
@@ -250,11 +247,11 @@ class _Search:
         if len(rows):
             ends = torch.cat([point[None], point + shifts[rows]])
             noise = torch.rand(_NUM_REPEATED, len(point), generator=self.generator, **_ON_CPU)
-            ulps = _MOST_ULPS * torch.finfo(point.dtype).eps * (2 * noise.to(point) - 1)
+            ulps = 8.0 * torch.finfo(point.dtype).eps * (2 * noise.to(point) - 1)
             found = self._gradients((ends * (1 + ulps[:, None])).flatten(0, 1))
             found = found.unflatten(0, (_NUM_REPEATED, -1))
             change = found[:, 1:] - found[:, :1]
-            confirmed[rows] |= change.mean(0).abs() > _CLEAR * change.std(0)
+            confirmed[rows] |= change.mean(0).abs() > 6.0 * change.std(0)
         return confirmed
 
     def move_groups(self, points: Tensor, others: Tensor, seed: int) -> None:

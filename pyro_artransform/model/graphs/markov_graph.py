@@ -80,11 +80,6 @@ class Elimination:
         return tuple(map(tuple, found))
 
 
-# maximum difference between degrees of coordinates eliminated together: with 12 a grid of 32 by 32 has 64
-# levels instead of 58
-_MOST_MORE = 8
-
-
 def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
     """Eliminates independent sets of coordinates of nearly minimum degree until a clique is left.
 
@@ -107,7 +102,7 @@ def eliminate(neighbours: Sequence[Iterable[int]]) -> Elimination:
         # With strictly minimum degree, a chain of 1,000 is peeled from its ends, in 501 levels instead of 10,
         # and with nearly minimum degree so is a chain of triples; with larger ones a grid fills in.
         # Neighbours of a chosen coordinate must wait.
-        most = least + 1 + min(least, _MOST_MORE)
+        most = least + 1 + min(least, 8)
         candidates = sorted((len(around[i]), i) for i in left if len(around[i]) <= most)
         chosen, blocked = list[int](), set[int]()
         for _, i in candidates:

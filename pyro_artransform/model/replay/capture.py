@@ -23,10 +23,7 @@ from .recording import Replay, record
 #: a function of tensors that returns detached tensors
 Function = Callable[..., tuple[Tensor, ...]]
 
-# calls with the same shapes before a capture, and the seconds that it may take
-_PATIENCE, _MOST_SECONDS = 2, 20.0
-# one in this many replays is compared with a call; more often at first
-_CHECK_EVERY = 256
+_PATIENCE = 2  # calls with the same shapes before a capture
 
 
 class ReplayError(RuntimeError):
@@ -74,7 +71,8 @@ class Captured:
                 return self._evaluate(*inputs)
             return self._compared(self._replays[key], inputs)
         replay, count = self._replays[key], self._calls[key] - self._patience
-        if count % _CHECK_EVERY == 0 or (count > 1 and math.log(count, 4).is_integer()):
+        # one in 256 replays is compared with a call, and more at first
+        if count % 256 == 0 or (count > 1 and math.log(count, 4).is_integer()):
             return self._compared(replay, inputs)
         found = replay(*inputs)
         if found is None:
@@ -83,7 +81,7 @@ class Captured:
         return found
 
     def _capture(self, key: Hashable, inputs: tuple[Tensor, ...]) -> None:
-        replay = record(self._evaluate, inputs, _MOST_SECONDS) if has_torchscript() else None
+        replay = record(self._evaluate, inputs, 20.0) if has_torchscript() else None
         if replay is None:
             self.can_replay = False
         else:

@@ -47,8 +47,6 @@ _OUT_OF_PLACE = {
 # maximum memory in bytes of the tensors of a call, which capture keeps alive; with more, arithmetic dominates
 # the overhead that a replay saves
 _MOST_BYTES = 2**29
-# operations between looks at the clock of the process, which takes longer than one
-_CLOCK_EVERY = 32
 _MASKS = (torch.bool, torch.uint8)  # dtypes of indices that select entries
 # functions that only return Python numbers
 _READS = {
@@ -180,7 +178,8 @@ class _Recording(TorchDispatchMode):
         raise RuntimeError(why)
 
     def _record(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-        is_late = len(self._calls) % _CLOCK_EVERY == 0 and time.process_time() > self._end
+        # a look at the clock takes longer than an operation
+        is_late = len(self._calls) % 32 == 0 and time.process_time() > self._end
         if self.is_refused or is_late or is_out_of_time():
             self.refuse("the capture was refused, or takes too long")
         schema = func._schema

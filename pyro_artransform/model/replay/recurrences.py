@@ -36,11 +36,7 @@ _ATEN = torch.ops.aten
 #: the name of calls that are recurrences
 RECURRENCE = "recurrence"
 
-# steps back over which origins are compared
-_ROUNDS = 5
 _AFFINE = {"add", "sub", "mul", "div", "neg"}
-# operations that are searched for the state before
-_MOST_SEARCHED = 32
 
 Term = Value | float
 
@@ -85,7 +81,7 @@ def _roles(tape: Tape) -> list[int]:
     """The role of each call: calls of one role have equal origins for some steps back, but for constants."""
     made_by = {value: i for i, call in enumerate(tape.calls) for value in call.outputs}
     roles = [0] * len(tape.calls)
-    for _ in range(_ROUNDS):
+    for _ in range(5):  # steps back over which origins are compared
         before = {value: (value.kind, roles[i]) for value, i in made_by.items()}
         numbers = dict[Any, int]()
         roles = [
@@ -111,7 +107,7 @@ def _before(call: Call, members: set[Value], made_by: dict[Value, Call]) -> Valu
     for value in values:
         if value in members:
             return value
-        if len(values) < _MOST_SEARCHED and value in made_by and made_by[value].name in _AFFINE:
+        if len(values) < 32 and value in made_by and made_by[value].name in _AFFINE:
             values += made_by[value].values
     return None
 
