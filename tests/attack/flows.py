@@ -1,10 +1,14 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""Random flows: families, conditioners, orders, graphs, contexts, chains and inverses."""
+"""Random flows (families, conditioners, orders, graphs, contexts, chains and inverses), and how many."""
 
+import functools
+import os
 from typing import NamedTuple
 
+import pytest
 import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.distributions import AffineTransform
@@ -22,6 +26,38 @@ from pyro_artransform.flows.transforms import (
 from pyro_artransform.testing import redraw
 from tests.flows.conditioners.test_masks import random_dag
 from tests.flows.transforms.metas import CONDITIONERS, FAMILIES, DenseTransform, make_meta
+
+TIMES = int(os.environ.get("ATTACK_TIMES", "1"))
+SEED = int(os.environ.get("ATTACK_SEED", "0"))
+COMMON = {
+    "database": None,
+    "deadline": None,
+    "print_blob": False,
+    "suppress_health_check": list(HealthCheck),
+    "phases": [Phase.explicit, Phase.generate, Phase.shrink],
+}
+
+
+def attack(few=5, **strategies):
+    """Makes a property of given strategies a test, marked slow.
+
+    :param few: examples, of which ``ATTACK_TIMES`` makes a multiple.
+    """
+
+    def decorate(prop):
+        @functools.wraps(prop)
+        def afresh(**values):
+            """Each example starts alike, whatever the one before it left."""
+            torch.manual_seed(0)
+            torch.set_default_dtype(torch.float64)
+            prop(**values)
+
+        options = {"max_examples": few * TIMES, "derandomize": SEED == 0, **COMMON}
+        run = settings(**options)(given(**strategies)(afresh))
+        return pytest.mark.slow(seed(SEED)(run) if SEED else run)
+
+    return decorate
+
 
 GAINS = (0.3, 1.0, 2.0, 4.0)
 BATCHES = ((), (1,), (3,), (2, 3), (2, 1, 2), (0,))
