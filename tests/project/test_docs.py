@@ -16,7 +16,6 @@ import pytest
 
 import pyro_artransform
 from pyro_artransform.diagnostics.checks import Check
-from pyro_artransform.model import LogJoint
 from tests.shortened_code import python_blocks, shortened
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,38 +134,6 @@ def test_the_fit_of_the_first_page_prints_its_verdict() -> None:
     (elbo,) = re.findall(r"ELBO +(-[\d.]+)", printed)
     assert names["result"].elbo == pytest.approx(float(elbo), abs=2e-3)
     assert repr(names["result"]).startswith(printed.split(",")[0])
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_draws_start_the_chains_of_numpyro() -> None:
-    """As the page on chains says: the same unconstrained space, with the masses that were given."""
-    numpyro = pytest.importorskip("numpyro")
-    names: dict[str, Any] = {"jax": importlib.import_module("jax"), "LogJoint": LogJoint}
-    exec(shortened(python_blocks(PAGES["chains.md"])), names)
-    normal, cauchy = numpyro.distributions.Normal, numpyro.distributions.HalfCauchy
-
-    def numpyro_model() -> None:
-        mu = numpyro.sample("mu", normal(0.0, 5.0))
-        tau = numpyro.sample("tau", cauchy(5.0))
-        with numpyro.plate("schools", 8):
-            theta = numpyro.sample("theta", normal(mu, tau))
-            errors, effects = (names[name].numpy() for name in ("errors", "effects"))
-            numpyro.sample("y", normal(theta, errors), obs=effects)
-
-    names |= {
-        "MCMC": numpyro.infer.MCMC,
-        "NUTS": numpyro.infer.NUTS,
-        "numpyro_model": numpyro_model,
-    }
-    (code,) = re.findall(r"```py\n(.*?)```", PAGES["chains.md"], re.DOTALL)
-    exec(re.sub(r"0{2}, num", ", num", code).replace("=4", '=4, chain_method="vectorized"'), names)
-    assert names["run"].get_samples()["theta"].shape == (4 * 10, 8)
-    starts = {name: value[0] for name, value in names["sites"].items()}
-    there = numpyro.infer.util.constrain_fn(numpyro_model, (), {}, starts)
-    for name, value in there.items():
-        expected = names["chains"].draws[name][0].numpy()
-        assert value == pytest.approx(expected, rel=1e-4), name
 
 
 every_page = pytest.mark.parametrize(
