@@ -47,12 +47,6 @@ def kinds(cell: nbformat.NotebookNode) -> set[str]:
     return found
 
 
-def printed(notebook: nbformat.NotebookNode) -> str:
-    texts = [output.get("text", "") for output in outputs(notebook)]
-    texts += [output.get("data", {}).get("text/plain", "") for output in outputs(notebook)]
-    return "\n".join(texts)
-
-
 @pytest.mark.parametrize(
     "path",
     [
@@ -64,9 +58,7 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     """Shortened, as ``CI`` in the environment asks; an error in any cell is an error here."""
     saved = read(path)
     monkeypatch.setenv("CI", "true")
-    # What libraries say once a day or once a machine they say here: nothing tells them that they
-    # have. The list of fonts alone is there already, since to make it may take long enough for a
-    # warning.
+    # What libraries say once a day or once a machine they say here; only the list of fonts is there.
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("MPLCONFIGDIR", matplotlib.get_cachedir())
     # The kernel chooses its own way to show pictures; one from outside would suppress them.
@@ -97,6 +89,6 @@ def test_notebook_is_saved_as_it_ran(path: Path) -> None:
     assert all(output.output_type != "error" for output in outputs(notebook))
     assert all(output.get("name") != "stderr" for output in outputs(notebook))
     assert notebook.metadata.kernelspec.name == "python3"
-    assert not MACHINE_PATH.search(printed(notebook))
+    assert not MACHINE_PATH.search(str(notebook))
     assert "SPDX-License-Identifier: Apache-2.0" in notebook.cells[0].source
     assert path.stat().st_size <= MAX_BYTES
