@@ -110,8 +110,7 @@ def _misfit(name: str, entries: dict[str, Tensor], own: dict[str, nn.Parameter])
         if expected.get(short) != got.get(short):
             return (
                 f"the param store's '{short}' of the guide '{name}' does not match: expected "
-                f"{expected.get(short)}, got {got.get(short)}. Build the guide as it was saved, or call "
-                "pyro.clear_param_store() to start afresh"
+                f"{expected.get(short)}, got {got.get(short)}. pyro.clear_param_store() starts afresh"
             )
     return ""
 

@@ -49,10 +49,8 @@ def starting_value(
     if site["fn"].support.is_discrete:
         raise ValueError(
             f"site '{site['name']}' is a discrete latent; if it is data, pass it as obs=, and if it is to be "
-            "predicted, call the guide with the data first. A flow guide covers continuous latents only: "
-            "pass pyro.infer.config_enumerate(model) to the guide and to TraceEnum_ELBO; or hide it by "
-            f"poutine.block(model, hide=['{site['name']}']) and use another guide for it in an "
-            "AutoGuideList; or write the model without it, as a mixture"
+            "predicted, call the guide with the data first. Else pass pyro.infer.config_enumerate(model) "
+            f"to the guide and to TraceEnum_ELBO, or poutine.block(model, hide=['{site['name']}'])"
         )
     for frame in site["cond_indep_stack"]:
         if not frame.vectorized:
@@ -114,9 +112,7 @@ def refuse_subsampling(sites: Iterable[Site]) -> None:
             if frame.full_size is not None and frame.size != frame.full_size:
                 raise ValueError(
                     f"site '{site.name}' is in the subsampled plate '{frame.name}' ({frame.size} of "
-                    f"{frame.full_size}): this guide does not support latents of mini-batches. Use "
-                    "AutoAmortized(model, encoder), whose encoder reads the data, or AutoAmortized(model), "
-                    "which has parameters for each element; or do not subsample the plate"
+                    f"{frame.full_size}): use AutoAmortized(model, encoder), or do not subsample the plate"
                 )
 
 

@@ -26,10 +26,8 @@ def check_encoder(encoder: Encoder) -> None:
     check_callable("encoder", encoder, "a module or a function that takes the model's arguments")
     modules = encoder.modules() if isinstance(encoder, nn.Module) else []
     if any(isinstance(module, PyroModule) for module in modules):
-        raise TypeError(
-            "encoder: expected a function or a module of torch.nn modules, got one with a PyroModule inside, "
-            f"{type(encoder).__name__}: the param store would contain its parameters twice"
-        )
+        # the param store would contain its parameters twice
+        raise TypeError("encoder: expected a function or a module of torch.nn, got a PyroModule")
 
 
 class MiniBatch(Messenger):
@@ -51,10 +49,8 @@ class MiniBatch(Messenger):
             if value.dim() < -dim or not value.shape[dim] == plate.size > plate.subsample_size:
                 continue
             if dim in found:
-                raise ValueError(
-                    f"encoder: expected one plate for pyro.subsample of shape {tuple(value.shape)}, got "
-                    f"{sorted([found[dim], name])}. Return a row for each of all elements"
-                )
+                both = sorted([found[dim], name])
+                raise ValueError(f"encoder: expected one plate for pyro.subsample, got {both}")
             found[dim] = name
             message["value"] = message["value"].index_select(dim, plate.indices)
 
@@ -70,30 +66,21 @@ def encode(
         wanted = "the model's arguments, as in sample_posterior(n, *data), and a function of them"
         raise TypeError(f"encoder: expected {wanted}, got: {error}") from error
     plates_of = {group.name: group.plates for group in groups}
-    names = list(plates_of)
-    if isinstance(found, Tensor):
-        if len(names) > 1:
-            raise ValueError(
-                f"encoder: the model has local latents in several plates, {names}: expected a dict with "
-                f"features for some or all of them, got one tensor of shape {tuple(found.shape)}"
-            )
-        found = {names[0]: found}
-    if not isinstance(found, dict):
-        kind = type(found).__name__
-        raise TypeError(f"encoder: expected it to return a tensor or a dict of tensors, got {kind}")
+    if isinstance(found, Tensor) and len(plates_of) == 1:
+        found = dict.fromkeys(plates_of, found)
+    if not isinstance(found, dict) or not found.keys() <= plates_of.keys():
+        got = list(found) if isinstance(found, dict) else type(found).__name__
+        wanted = "a tensor, or for several plates a dict of tensors, with some or all of the keys"
+        raise TypeError(f"encoder: expected {wanted} {list(plates_of)}, got {got}")
     for name, features in found.items():
-        if name not in names:
-            raise ValueError(
-                f"encoder: expected a dict with the keys {names}, got the key {name!r}"
-            )
         if not isinstance(features, Tensor) or not features.is_floating_point():
             got = features.dtype if isinstance(features, Tensor) else type(features).__name__
             raise TypeError(f"encoder: expected features of '{name}' that are floats, got {got}")
-        shape, named = tuple(features.shape), plates_of[name]
-        if len(shape) != len(named) + 1:
-            remedy = f": add [..., None], for {(*shape, 1)}" if len(shape) == len(named) else ""
-            wanted = f"a dimension for each of the plates {named} and one of features"
-            raise ValueError(f"encoder: expected features with {wanted}, got shape {shape}{remedy}")
+        if features.dim() != len(plates_of[name]) + 1:
+            wanted = f"a dimension for each of the plates {plates_of[name]} and one of features"
+            raise ValueError(
+                f"encoder: expected features with {wanted}, got shape {tuple(features.shape)}"
+            )
     return found
 
 
@@ -111,14 +98,13 @@ def first_feature_units(
     if trains and not isinstance(encoder, nn.Module) and not tracer.trace.nodes:
         raise ValueError(
             "encoder: expected a torch module, or a function that registers its modules by pyro.module, got "
-            "a function with parameters that are not registered: they would not be trained"
+            "parameters that are not registered"
         )
     units = {}
     for name, features in found.items():
-        if count := int((~features.isfinite()).sum()):
+        if not features.isfinite().all():
             raise ValueError(
-                f"encoder: expected finite features of '{name}', got {count} of {features.numel()} that "
-                "are not: y.nan_to_num() replaces NaN"
+                f"encoder: expected finite features of '{name}', got some that are not"
             )
         rows = features.detach().reshape(-1, features.shape[-1]).double()
         loc, scale = rows.mean(0), rows.std(0, correction=0)
@@ -139,11 +125,9 @@ def minibatch_rows(group: Group, features: Tensor, feature_dim: int, plates: Pla
     if got == of_all:
         indices = {name: plates[name].indices for name in group.plates}
         return group.select(given_rows(group, features, feature_dim), indices)
-    described = " and ".join(f"plate '{name}' ({size})" for name, size in sizes.items())
     raise ValueError(
-        f"encoder: expected features of shape {of_batch}, a row for each element of {described} "
-        f"around the sites {sorted(group.latents.sites)}, got {got}"
-        + (f"; or {of_all}, one for each of all elements" if of_all != of_batch else "")
+        f"encoder: expected features of shape {of_batch}, or {of_all} of all elements, for plates "
+        f"{group.plates} around the sites {sorted(group.latents.sites)}, got {got}"
     )
 
 
@@ -151,7 +135,5 @@ def given_rows(group: Group, features: Tensor, feature_dim: int) -> Tensor:
     """Reshapes features of any number of elements to ``batch shape + (feature_dim,)``."""
     *found, columns = features.shape
     if columns != feature_dim:
-        names = ", ".join(f"elements of '{name}'" for name in group.plates)
-        wanted, got = f"({names}, {feature_dim})", tuple(features.shape)
-        raise ValueError(f"encoder: expected features of shape {wanted}, got {got}")
+        raise ValueError(f"encoder: expected {feature_dim} features, got {columns}")
     return features.reshape(*group.batch_shape(dict(zip(group.plates, found))), feature_dim)

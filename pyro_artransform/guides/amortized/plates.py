@@ -177,15 +177,10 @@ def latents_of_one_element(trace: Any) -> tuple[Latents, Tensor]:
     for name, site in sites.items():
         for frame in site.plates:
             if frame.full_size is None or frame.full_size < 1:
-                raise ValueError(
-                    f"site '{name}' is in plate '{frame.name}', which has no size: expected "
-                    "pyro.plate(name, size)"
-                )
+                where = f"site '{name}' is in plate '{frame.name}'"
+                raise ValueError(f"{where}, which has no size: expected pyro.plate(name, size)")
     if not any(site.plates for site in sites.values()):
-        raise ValueError(
-            "AutoAmortized: expected a model with latents in a plate, got one with no latents in a plate, "
-            f"only {sorted(sites)}. Use AutoIAF for such a model"
-        )
+        raise ValueError(f"got no latents in a plate, only {sorted(sites)}. Use AutoIAF")
     latents = Latents(sites.values())
     start = latents.unconstrain({name: trace.nodes[name]["value"].detach() for name in sites})
     return Latents(map(_one_element, sites.values())), mean_element(latents, start)
@@ -211,9 +206,8 @@ def _one_element(site: Site) -> Site:
     expected = tuple(sizes.get(dim, 1) for dim in range(min(sizes), 0))
     if tuple(site.batch_shape) != expected:
         raise ValueError(
-            f"site '{site.name}': expected the batch shape {expected} of its plates "
-            f"{sorted(plates)}, got {tuple(site.batch_shape)}. Put the other dimensions into plates, or "
-            "make them event dimensions by .to_event"
+            f"site '{site.name}': expected the batch shape {expected} of its plates {sorted(plates)}, got "
+            f"{tuple(site.batch_shape)}: other dimensions go into plates or .to_event"
         )
 
     def first_row(bound: Tensor) -> Tensor:
@@ -222,8 +216,7 @@ def _one_element(site: Site) -> Site:
         if (rows != rows[:1]).any():
             raise ValueError(
                 f"the support of site '{site.name}' differs between the elements of its plates "
-                f"{sorted(plates)}: expected the same for all, got "
-                f"{site.support}. Draw it on a fixed scale and transform it"
+                f"{sorted(plates)}: draw it on a fixed scale and transform it"
             )
         return rows[0].clone()
 
@@ -251,10 +244,9 @@ class GivenIndices(Messenger):
         for name in sorted(names):
             dim, size, full_size = sizes[name]
             raise ValueError(
-                f"the model sets the indices of plate '{name}' itself, by subsample= ({size} of "
-                f"{full_size}), and the guide would draw others: expected create_plates=lambda ...: "
-                f"pyro.plate('{name}', {full_size}, subsample=..., dim={dim}), a function of the model's "
-                "arguments that returns the plate with these indices"
+                f"the model sets the indices of plate '{name}' itself ({size} of {full_size}): expected "
+                f"create_plates=lambda ...: pyro.plate('{name}', {full_size}, subsample=..., dim={dim}), of "
+                "the model's arguments, with these indices"
             )
 
 
@@ -263,24 +255,20 @@ def compare_elements(expected: Site, got: Site) -> None:
     if not (expected.plates or got.plates) and expected.shape != got.shape:
         raise ValueError(
             f"site '{got.name}' is in no plate, and its shape changes with the data: expected "
-            f"{tuple(expected.shape)}, as at the guide's set-up, got {tuple(got.shape)}. Draw it in a "
-            "pyro.plate over the data: then it is local to the elements of that plate"
+            f"{tuple(expected.shape)}, got {tuple(got.shape)}. Draw it in a pyro.plate over the data"
         )
     plates = [sorted(plate_sizes([site])) for site in (expected, got)]
     shapes = [tuple(site.shape[len(site.batch_shape) :]) for site in (expected, got)]
     if plates[0] != plates[1] or shapes[0] != shapes[1]:
         raise ValueError(
-            f"site '{got.name}': expected elements of shape {shapes[0]} in the plates {plates[0]}, as at "
-            f"the guide's set-up, got {shapes[1]} in {plates[1]}"
+            f"site '{got.name}': expected elements of shape {shapes[0]} in the plates {plates[0]}, got "
+            f"{shapes[1]} in {plates[1]}"
         )
 
 
 def plates_were_dropped(*args: object, **kwargs: object) -> Plates:
     """Replaces ``create_plates`` in a pickled guide; raises an error."""
-    raise RuntimeError(
-        "this AutoAmortized has no create_plates, which pickle drops: set guide.create_plates = "
-        "create_plates"
-    )
+    raise RuntimeError("this guide has no create_plates, which pickle drops: set it anew")
 
 
 def plates_of_user(guide: AutoGuide, args: Args, kwargs: Kwargs) -> Plates:

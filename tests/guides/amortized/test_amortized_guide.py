@@ -333,7 +333,7 @@ def test_without_a_model_the_plates_stay_as_they_are():
     guide = pickle.loads(pickle.dumps(trained(Encoder(), hierarchies.batched, coordinates="model")))
     assert guide(data())["z"].shape == (12,)
     assert guide.sample_posterior(2, data(5))["z"].shape == (2, 5)
-    with pytest.raises(ValueError, match=r"plate 'groups' \(12\).*got \(5, 2\)"):
+    with pytest.raises(ValueError, match=r"shape \(12, 2\), .*'groups'.*got \(5, 2\)"):
         guide(data(5))
 
 

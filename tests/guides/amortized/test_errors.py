@@ -216,29 +216,21 @@ def test_plates_that_do_not_fit(plates, kind, message):
 @pytest.mark.parametrize(
     ("encoder", "kind", "message"),
     [
-        (lambda y: y[:5, None], ValueError, r"\(12, 1\), a.*'groups' \(12\).*\['z'\].*\(5, 1\)"),
-        (
-            lambda y: y,
-            ValueError,
-            r"\['groups'\] and one.*got shape \(12,\): add \[..., None\], for \(12, 1\)",
-        ),
+        (lambda y: y[:5, None], ValueError, r"\(12, 1\), or.*\['groups'\].*\['z'\].*\(5, 1\)"),
+        (lambda y: y, ValueError, r"\['groups'\] and one of features, got shape \(12,\)"),
         (
             lambda y: y[:, None, None],
             ValueError,
             r"\['groups'\] and one of features.*got shape \(12, 1, 1\)$",
         ),
-        (
-            lambda y: y[:, None] / 0,
-            ValueError,
-            "finite features of 'groups', got 12 of 12 that are not",
-        ),
+        (lambda y: y[:, None] / 0, ValueError, "finite features of 'groups', got some"),
         (
             lambda y, other: y,
             TypeError,
             "encoder: expected the model's arguments.*missing .*'other'",
         ),
-        (lambda y: {"rows": y[:, None]}, ValueError, r"keys \['groups'\], got the key 'rows'"),
-        (lambda y: [y], TypeError, "expected it to return a tensor or a dict of tensors.*list"),
+        (lambda y: {"rows": y[:, None]}, TypeError, r"keys \['groups'\], got \['rows'\]"),
+        (lambda y: [y], TypeError, "expected a tensor, or .* a dict of tensors.*list"),
         (lambda y: {"groups": 1.0}, TypeError, "features of 'groups' that are floats, got float"),
         (lambda y: y[:, None].long(), TypeError, "features of 'groups' that are floats, got torch"),
         # it would never train
@@ -250,10 +242,10 @@ def test_features_that_do_not_fit(encoder, kind, message):
 
 
 def test_features_that_do_not_fit_plates():
-    message = r"expected features of shape \(4, 1\).*'groups' \(4\).*got \(5, 1\); or \(12, 1\)"
+    message = r"expected features of shape \(4, 1\), or \(12, 1\).*'groups'.*got \(5, 1\)"
     refuses(message, hierarchies.minibatch, data(), encoder=lambda y: y[:5, None])
-    message = r"in several plates, \['outer', 'column', 'inner'\]: expected a dict"
-    refuses(message, hierarchies.nested, encoder=lambda: torch.zeros(3, 1))
+    message = r"a dict of tensors, .* \['outer', 'column', 'inner'\], got Tensor"
+    refuses(message, hierarchies.nested, kind=TypeError, encoder=lambda: torch.zeros(3, 1))
 
     def model(y):
         for name in ("a", "b"):
@@ -272,7 +264,7 @@ def test_features_that_come_and_go():
     keys = ["groups"]
     guide = AutoAmortized(hierarchies.groups, lambda y: dict.fromkeys(keys, y.reshape(len(y), -1)))
     guide(data())
-    with pytest.raises(ValueError, match=r"of shape \(elements of 'groups', 1\), got \(12, 2\)"):
+    with pytest.raises(ValueError, match="expected 1 features, got 2"):
         guide.sample_posterior(2, torch.zeros(12, 2))
     keys.clear()
     with pytest.raises(ValueError, match=r"expected features of \['groups'\].*got \[\]"):
@@ -306,7 +298,7 @@ class PyroEncoder(PyroModule):
     [
         ({"encoder": 3}, TypeError, "encoder: expected a module or a function"),
         ({"encoder": Encoder}, TypeError, "encoder: expected a module or a function"),
-        ({"encoder": PyroEncoder()}, TypeError, "got one with a PyroModule inside"),
+        ({"encoder": PyroEncoder()}, TypeError, "got a PyroModule"),
         ({"local_flow": conditional_iaf(2, 2)}, TypeError, "local_flow: expected a callable that"),
         ({"init_loc_fn": 3}, TypeError, "init_loc_fn: expected a callable"),
         ({"create_plates": 3}, TypeError, "create_plates: expected a callable, got 3"),
