@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..._base.time_limit import is_out_of_time
 from .batching import batched
 from .execution import Run, compiled
-from .products import has_one_matrix, product_with_one_matrix
 from .program import Call, Program, Value
 
 _ATEN = torch.ops.aten
@@ -382,3 +381,19 @@ def _memory(value: Tensor) -> int:
 def _size(value: Tensor) -> int:
     """The size of a tensor's memory in bytes, 0 if unknown."""
     return value.untyped_storage().nbytes() if torch._C._has_storage(value) else 0
+
+
+def has_one_matrix(left: Tensor, right: Tensor) -> bool:
+    """Whether a batch of products shares one matrix, and the other factors are vectors."""
+    return _is_the_same(left, right.shape[2]) or _is_the_same(right, left.shape[1])
+
+
+def product_with_one_matrix(left: Tensor, right: Tensor) -> Tensor:
+    """``torch.bmm(left, right)`` of one matrix and vectors with the same strides, in 0.4 of the time."""
+    if _is_the_same(left, right.shape[2]):
+        return torch.mm(right.squeeze(2), left.select(0, 0).t()).unsqueeze(2)
+    return torch.mm(left.squeeze(1), right.select(0, 0)).unsqueeze(1)
+
+
+def _is_the_same(matrices: Tensor, num_vectors: int) -> bool:
+    return num_vectors == 1 and len(matrices) > 1 and matrices.stride(0) == 0

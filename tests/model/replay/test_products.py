@@ -5,8 +5,7 @@
 import pytest
 import torch
 
-from pyro_artransform.model.replay.products import has_one_matrix, product_with_one_matrix
-from pyro_artransform.model.replay.recording import record
+from pyro_artransform.model.replay.recording import has_one_matrix, product_with_one_matrix, record
 
 MATRIX = torch.randn(50, 4, generator=torch.Generator().manual_seed(0))
 VECTORS = torch.randn(7, 4, generator=torch.Generator().manual_seed(1))
