@@ -4,7 +4,7 @@
 """All mini-batches of a loader, for passes over all data."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -35,10 +35,10 @@ def full_data_density(
     if stream.whole is stream:
         processes = _ALONE
     if stream.all_batches is None:
-        joined, is_same = AllBatches(stream, num_rows=_ROWS), False
+        is_same = False
         with suppress(*_REFUSALS):  # the model does not accept joined batches
-            is_same = _is_same(log_joint, joined)
-        stream.all_batches = joined if is_same else AllBatches(stream)
+            is_same = _is_same(log_joint, stream)
+        stream.all_batches = AllBatches(stream, _ROWS if is_same else 0)
     return FullDataDensity(log_joint, stream.all_batches, processes)
 
 
@@ -57,16 +57,14 @@ def density_of_all_rows(
 
 
 @torch.no_grad()
-def _is_same(log_joint: LogJoint, joined: "AllBatches") -> bool:
+def _is_same(log_joint: LogJoint, stream: BatchStream) -> bool:
     """Whether the density of the first joined batches is that of its parts, at several points."""
-    first = next(iter(joined))
-    if len(joined.first_parts) == 1:
+    parts = next(_groups(stream, _ROWS))
+    if len(parts) == 1:
         return True
     points = torch.stack([log_joint.start + _SPREAD * k for k in range(3)])
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        one, other = (
-            FullDataDensity(log_joint, batches)(points) for batches in ([first], joined.first_parts)
-        )
+        one, other = (FullDataDensity(log_joint, own)(points) for own in ([_join(parts)], parts))
     return agree(one.to(points), other.to(points), round_off)
 
 
@@ -79,45 +77,45 @@ class AllBatches:
 
     def __init__(self, stream: BatchStream, num_rows: int = 0) -> None:
         self._stream, self._num_rows, self._held = stream, num_rows, list[Batch]()
-        self.first_parts: list[Batch] = []  #: the batches that were joined to the first one
 
     def __iter__(self) -> Iterator[Batch]:
         if self._held:
             yield from self._held
             return
         held, size = list[Batch](), 0.0
-        for batch in self._joined(self._stream.one_pass(self._stream.num_batches)):
-            for value in _values(batch):
-                if isinstance(value, Tensor):
-                    size += value.nbytes
-                elif not isinstance(value, (int, float, str, type(None))):
-                    size = math.inf  # unknown
+        for batch in map(_join, _groups(self._stream, self._num_rows)):
+            size += sum(map(_num_bytes, _values(batch)))
             held.append(batch)
             if size > _MOST_HELD:
                 held.clear()
             yield batch
-        if size <= _MOST_HELD:
-            self._held = held
+        self._held = held
 
-    def _joined(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        group, is_first = list[Batch](), True
-        for batch in batches:
-            rows = sum(map(_num_rows, (*group, batch)))
-            if group and (rows > self._num_rows or not _can_join(group[-1], batch)):
-                yield self._join(group, is_first)
-                group, is_first = [], False
-            group.append(batch)
-        if group:
-            yield self._join(group, is_first)
 
-    def _join(self, group: list[Batch], is_first: bool) -> Batch:
-        if is_first:
-            self.first_parts = group
-        if len(group) == 1:
-            return group[0]
-        args = tuple(map(_concatenated, zip(*(batch.args for batch in group))))
-        names = group[0].kwargs
-        return Batch(args, {k: _concatenated([b.kwargs[k] for b in group]) for k in names})
+def _groups(stream: BatchStream, num_rows: int) -> Iterator[list[Batch]]:
+    """The batches of a pass, those together that are joined."""
+    group = list[Batch]()
+    for batch in stream.one_pass(stream.num_batches):
+        rows = sum(map(_num_rows, (*group, batch)))
+        if group and (rows > num_rows or not _can_join(group[-1], batch)):
+            yield group
+            group = []
+        group.append(batch)
+    if group:
+        yield group
+
+
+def _join(group: list[Batch]) -> Batch:
+    if len(group) == 1:
+        return group[0]
+    args = tuple(map(_concatenated, zip(*(batch.args for batch in group))))
+    return Batch(args, {k: _concatenated([b.kwargs[k] for b in group]) for k in group[0].kwargs})
+
+
+def _num_bytes(value: object) -> float:
+    if isinstance(value, Tensor):
+        return value.nbytes
+    return 0 if isinstance(value, (int, float, str, type(None))) else math.inf  # unknown
 
 
 def _values(batch: Batch) -> list[Any]:

@@ -85,6 +85,7 @@ def test_a_guide_of_elements_is_saved(tmp_path):
     assert loaded.graph.elimination == guide.graph.elimination
 
 
+@pytest.mark.slow
 def test_nested_plates_with_unknown_scales():
     """Classes in schools: a chain of conditionals without links that are left out."""
     num_schools, num_classes, num_rows = 12, 60, 600
@@ -186,7 +187,7 @@ def with_outliers(user, item, y):
         pyro.sample("y", dist.StudentT(freedom, a[..., user] + b[..., item], scale), obs=y)
 
 
-@pytest.mark.parametrize("model", [counts, with_outliers])
+@pytest.mark.parametrize("model", [pytest.param(counts, marks=pytest.mark.slow), with_outliers])
 def test_the_start_far_from_normal_data(model):
     """A full Newton step from the medians of the prior overshoots by hundreds of nats."""
     user, item, y = ratings()

@@ -309,7 +309,6 @@ def test_passes_join_batches_of_rows():
     joined = AllBatches(BatchStream(y.split(5), names), num_rows=10)
     assert [batch.args[0].tolist() for batch in joined] == [y[:10].tolist(), y[10:].tolist()]
     assert all(batch.kwargs == names for batch in joined)
-    assert len(joined.first_parts) == 2
     constant = torch.ones(5)
     apart = AllBatches(BatchStream([(part, constant) for part in y[:10].split(5)]), num_rows=10)
     assert len([*apart]) == 2
