@@ -15,8 +15,7 @@ from itertools import groupby
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from .._base.arguments import first_of
-from ..model.traces import GIVE_DATA
+from .._base.arguments import first_of, warn_user
 from .convergence import GOOD_RHAT, MANY_DIVERGENT, MODES_RHAT
 from .importance_sampling import GOOD_ELBO_SE, GOOD_GAP, GOOD_KHAT, GOOD_LOST_MASS
 from .psis import WORST_KHAT
@@ -51,7 +50,11 @@ class Check(Enum):
     """The checks of draws and guides, each with what a verdict says of a failure, and a remedy."""
 
     # of draws and guides
-    PRIOR = CheckEntry("{prior_only}", GIVE_DATA)
+    PRIOR = CheckEntry(
+        "{prior_only}",
+        "pass the data to the model, as in fit(model, x, y), and to a site that depends on the latents, by "
+        "obs= or pyro.factor",
+    )
     ROUNDED = CheckEntry(
         "the posterior of site {sites} is hardly wider than the spacing of floating-point numbers: its draws "
         "are rounded to a few values",
@@ -327,6 +330,15 @@ def as_lines(rows: Iterable[tuple[str, str]]) -> list[str]:
         )
         for name, text in rows
     ]
+
+
+def warn_of_prior(has_data: bool) -> str:
+    """Warns of a model without data; returns a sentence that says so, and an empty one with data."""
+    if has_data:
+        return ""
+    words = "The model has no observed site (no obs= and no pyro.factor), so the posterior is the prior."
+    warn_user(f"{words} Please {Check.PRIOR.value.remedy}", UserWarning)
+    return words
 
 
 def about_draws(

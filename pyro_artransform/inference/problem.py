@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from .._base.arguments import first_of, warn_user
 from .._base.processes import Processes
 from .._base.time_limit import TimeLimit
+from ..diagnostics.checks import warn_of_prior
 from ..diagnostics.importance_weights import ModelAndGuide
 from ..guides.choice import choose_guide, choose_mixture
 from ..model import FullDataDensity, LogJoint
 from ..model.elements import ElementGroups, ElementTerms
 from ..model.handlers import traced_parameters
 from ..model.protocols import FlowGuide, MinibatchGuide, StructuredGuide
-from ..model.traces import warn_of_prior
 from .all_batches import density_of_all_rows
 from .initialization.start import minibatch_density
 from .loader import Batch, BatchStream, check_use

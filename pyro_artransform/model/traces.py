@@ -31,16 +31,6 @@ from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.distributions import biject_to, constraints
 
-from .._base.arguments import warn_user
-
-#: what is missing in a model whose posterior is the prior, and the remedy
-NO_DATA = (
-    "The model has no observed site (no obs= and no pyro.factor), so the posterior is the prior."
-)
-GIVE_DATA = (
-    "pass the data to the model, as in fit(model, x, y), and to a site that depends on the latents, by obs= "
-    "or pyro.factor"
-)
 # maximum number of entries read for a signature: with more, a run of the model takes no longer
 _MOST_COUNTED = 2**18
 
@@ -123,14 +113,6 @@ def moved_latent(site: Any, move: Callable[[Tensor], Tensor]) -> Tensor:
 def runs_model(trace: poutine.Trace) -> bool:
     """Whether a traced guide runs its model, data included, like Pyro's messenger guides."""
     return any("prior" in node["infer"] for node in latent_nodes(trace))
-
-
-def warn_of_prior(has_data: bool) -> str:
-    """Warns of a model without data; returns a sentence that says so, and an empty one with data."""
-    if has_data:
-        return ""
-    warn_user(f"{NO_DATA} Please {GIVE_DATA}", UserWarning)
-    return NO_DATA
 
 
 class ModelStructure(NamedTuple):

@@ -14,9 +14,9 @@ from torch import Tensor
 from .._base.arguments import check_call, check_callable, check_flag, check_integer
 from .._base.progress import alone, generators_at, progress_bar, seeded
 from .._base.time_limit import TimeLimit
+from ..diagnostics.checks import warn_of_prior
 from ..model import LogJoint
 from ..model.coordinates.centering import non_centered
-from ..model.traces import warn_of_prior
 from .chains import Chains, chains_of
 from .ensemble import Ensemble
 
