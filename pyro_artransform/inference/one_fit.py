@@ -73,6 +73,7 @@ class Fit:
         self.draws = FirstDraws.of_fit(problem, num_draws, relabel)
         #: the error that ended the guide's start or training, if the fit has draws nevertheless; else empty
         self.guide_failure = ""
+        self._initial = InitialGuide(UNCHANGED, math.nan)
 
     def run(self) -> FitResult:
         """Draws, trains the guide and judges both."""
@@ -98,10 +99,9 @@ class Fit:
             self._draw(self.draws)
         if problem.subject.guide is not guide:  # one of modes has coordinates of its own
             density = problem.subject.log_joint
-        start: InitialGuide | None = None
         with self._keeping_draws():
-            start = self._start(density)
-        return start or InitialGuide(UNCHANGED, math.nan)
+            self._initial = self._start(density)
+        return self._initial
 
     def _draw(self, draws: FirstDraws) -> None:
         """Runs the chains, and says what follows; a guide that the fit chose has a flow for each mode."""

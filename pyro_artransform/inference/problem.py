@@ -29,9 +29,8 @@ from .initialization.start import minibatch_density
 from .loader import Batch, BatchStream, check_use
 from .optimization.minibatches import NUM_COMMON_DRAWS, NUM_VALIDATION, MinibatchObjective
 from .optimization.objective import FEWER, BatchObjective, PathObjective, PyroObjective
-from .optimization.optimizers import Scales
 from .optimization.schedule import MOST_GAP, NUM_COMPARED, Schedule
-from .optimization.training import Training
+from .optimization.training import Scales, Training
 
 # draws per step, and those of structured guides with this many latents or more (benchmarks/price.md); with
 # mini-batches, whose rows are the larger noise, there are fewer

@@ -46,10 +46,7 @@ _NUM_SAMPLES, _NUM_NOISY = 10_000, 500
 # additional draws, as many as before each time, while only k-hat is in doubt, at most as many as the
 # gradients of the fit: its standard error falls from 0.09 to 0.05
 _NUM_MORE = 90_000
-# the least share of a mode that matters; a guide has lost a mode if it has less than this part of its share
-_MIN_SHARE, _MIN_PART = 0.01, 0.1
-# sds by which a draw differs from its image, beyond round-off
-_MOVED = 0.01
+_MIN_SHARE = 0.01  # the least share of a mode that matters
 
 
 def draw(
@@ -176,7 +173,7 @@ def _in_one_image(ensemble: Ensemble, draws: Tensor) -> tuple[Tensor, float]:
         return draws, 1.0
     found = ensemble.to_image.of_latents(ensemble.log_joint.latents, draws)
     change = ((found - draws).abs() / draws.std(0)).amax(1)
-    is_in_one = float((change > _MOVED).double().mean()) < _MIN_SHARE
+    is_in_one = float((change > 0.01).double().mean()) < _MIN_SHARE
     return found, math.prod(s.num_images for s in ensemble.symmetries) if is_in_one else 1.0
 
 
@@ -193,7 +190,7 @@ def lost_modes(ensemble: Ensemble, draws: Tensor) -> LostModes:
         return LostModes(was_searched=is_mixed, unmixed=unmixed)
     # before mixing, the chains' shares of modes are wrong, and those of Gaussians are only approximate
     share = modes.shares_of(ensemble.draws.flatten(0, 1)) if is_mixed else modes.share
-    is_lost = (share > _MIN_SHARE) & (modes.shares_of(draws) < _MIN_PART * share)
+    is_lost = (share > _MIN_SHARE) & (modes.shares_of(draws) < 0.1 * share)
     return LostModes(float(share[is_lost].sum()), int(is_lost.sum()), was_searched=True)
 
 

@@ -33,17 +33,8 @@ from ...model.full_data_density import FullDataDensity
 from ...model.graphs.element_precision import ElementGaussian
 
 _NUM_PAIRS = 4  # of draws on opposite sides of the mean
-_MOST_PASSES, _NUM_FOR_ELEMENTS = 30, 2  # in all, and those in which elements move alone
 _FIRST_SD = 0.1  # the sds of the first draws, in units of the prior at most 1
-_STEP = 0.5  # of differences, in conditional sds
-# the longest step of a latent at first, and the largest distance of a draw from the mean, in units of the
-# prior that are at most 1
-_FIRST_RADIUS, _MOST_DISTANT = 1.0, 3.0
-# changes of means in sds: steps end below the first, and elements move alone if theirs is above the second
-_SMALL, _FAR = 0.05, 3.0
-# nats of the ELBO that a step may lose, times that it is taken back, and the first and the least damping
-# then, in units of the precision of the prior
-_MOST_LOST, _MOST_BACK, _DAMPING, _LEAST_DAMPING = 1.0, 3, 0.1, 0.05
+_MOST_LOST = 1.0  # nats of the ELBO that a step may lose
 
 
 @torch.no_grad()
@@ -53,8 +44,8 @@ def fit_gaussian(density: FullDataDensity, terms: ElementTerms) -> list[ElementG
     If steps have not converged, or at the end of a phase, there are two: the last one, whose ELBO is not
     known, and the best of those before; there are none if the density is not finite near its start.
     """
-    ascent, num_first = _Ascent(density, terms), _NUM_FOR_ELEMENTS * bool(terms.groups.members)
-    for index in until_deadline(range(_MOST_PASSES), at_least=2):
+    ascent, num_first = _Ascent(density, terms), 2 * bool(terms.groups.members)
+    for index in until_deadline(range(30), at_least=2):
         # draws do not have the sds of elements until the third pass
         if ascent.take_step(are_shared_fixed=index < num_first):
             return [cast(ElementGaussian, ascent.gaussian)]
@@ -80,7 +71,7 @@ class _Ascent:
         self._draws = start + self._sd * self._noise()
         self._loc, self._step = start.double(), torch.zeros_like(unit)
         self._elbo, self._num_back = -math.inf, 0
-        self._radius, self._damping, self._most = _FIRST_RADIUS, 0.0, unit
+        self._radius, self._damping, self._most = 1.0, 0.0, unit
         #: the gradient and the precision at the mean
         self._found: Expectation | None = None
         self.gaussian: ElementGaussian | None = None
@@ -94,7 +85,7 @@ class _Ascent:
 
     def take_step(self, *, are_shared_fixed: bool) -> bool:
         """Takes a step in one pass over all data; returns whether steps have converged."""
-        found = expectation(self._density, self._terms, self._draws, _STEP * self._sd)
+        found = expectation(self._density, self._terms, self._draws, 0.5 * self._sd)
         elbo = -math.inf
         if found is not None and self.gaussian is not None:
             elbo = found.value + self.gaussian.entropy
@@ -102,16 +93,16 @@ class _Ascent:
             self.best, self._best_elbo = copy.copy(self.gaussian), elbo
         # if shorter steps do not help, the new precision is what lowers the ELBO
         gained = math.inf
-        is_lower = not elbo > self._elbo - _MOST_LOST and self._num_back < _MOST_BACK
+        is_lower = not elbo > self._elbo - _MOST_LOST and self._num_back < 3
         if found is None or (self._found is not None and is_lower):
             self._num_back, self._radius = self._num_back + 1, 0.5 * self._radius
-            self._damping = max(10 * self._damping, _DAMPING)
+            self._damping = max(10 * self._damping, 0.1)
         else:
             gained, self._elbo = elbo - self._elbo, elbo
             self._loc, self._num_back = self._loc + self._step, 0
             self._found, is_short = found, bool((self._step.abs() < self._most).all())
             self._radius = 2 * self._radius if not is_short or self._radius < 1 else self._radius
-            self._damping *= 0.1 * (self._damping > _LEAST_DAMPING)
+            self._damping *= 0.1 * (self._damping > 0.05)
         if self._found is None:
             self._draws = self._loc + _FIRST_SD * (self._draws - self._loc)
             return False
@@ -127,9 +118,9 @@ class _Ascent:
         if not (are_shared_fixed or self._num_back or self._damping):
             if self._num_pairs == 1 and (largest < 1 or abs(gained) < _MOST_LOST):
                 self._num_pairs, self._elbo = _NUM_PAIRS, -math.inf  # other draws have another ELBO
-            elif largest < _SMALL:
+            elif largest < 0.05:
                 return True
-        most = _MOST_DISTANT * self._radius * self._unit
+        most = 3 * self._radius * self._unit
         distance = gaussian.sample(self._noise()) - gaussian.loc
         self._draws = gaussian.loc + distance.clamp(-most, most)
         return False
@@ -145,6 +136,6 @@ def _limited(gaussian: ElementGaussian, gradient: Tensor, most: Tensor) -> Tenso
     given = gaussian.precision.solve(gradient[:, None])[:, 0]
     excess = float((step[shared].abs() / most[shared]).max()) if len(shared) else 0.0
     alone = given.clamp(-most, most)
-    if excess == math.inf or (given / gaussian.conditional_sd).square().mean() > _FAR**2:
+    if excess == math.inf or (given / gaussian.conditional_sd).square().mean() > 3**2:
         return alone
     return alone + (step - given) / max(excess, 1.0)

@@ -38,10 +38,9 @@ FAILED = "initial guide, since no Gaussian fitted to the chains has a finite ELB
 BY_STEPS = "a Gaussian fitted by natural-gradient steps"
 AT_DRAWS = "a Gaussian fitted to the draws of the ensemble"
 AT_BATCHES = "a Gaussian fitted to short chains on mini-batches, which only start the guide"
-# draws to find the Gaussian and compare it with the guide, their values in all, and the fewest draws
-_NUM_COMPARED, _VALUES_COMPARED, _FEWEST_COMPARED = 1024, 2**18, 128
-_NUM_OF_ELEMENTS = 64  # draws that compare Gaussians of elements, each evaluated on all rows
-_GAIN = 0.01  # nats by which the Gaussian must beat the guide, in addition to the margin for chance
+_NUM_COMPARED = (
+    1024  # draws to find the Gaussian and compare it with the guide, fewer of many latents
+)
 _MOST_LATENTS = 1000  # of a mini-batch, limited for memory
 
 
@@ -72,7 +71,7 @@ def find_start(
     :raises ValueError: if neither has a finite ELBO.
     """
     before, found = copies(_tensors(guide)), None
-    most = max(_VALUES_COMPARED // density.latents.latent_dim, _FEWEST_COMPARED)
+    most = max(2**18 // density.latents.latent_dim, 128)
     count = min(_NUM_COMPARED // fewer, most)
     with abandonable():
         found = _better_start(density, guide, ensemble, why_no_chains, count)
@@ -92,7 +91,7 @@ def find_start_of_elements(
         return InitialGuide(UNCHANGED, math.nan)
     for gaussian in candidates:
         guide.start_at_elements(gaussian)
-        elbos.append(_elbo_and_bound(density, guide, _NUM_OF_ELEMENTS)[0])
+        elbos.append(_elbo_and_bound(density, guide, 64)[0])  # on all rows
     if elbos[-1] < max(elbos):
         guide.start_at_elements(candidates[0])
     return InitialGuide(BY_STEPS, max(elbos))
@@ -218,7 +217,7 @@ def _elbo_and_bound(density: LogJoint, guide: FlowGuide, count: int) -> tuple[fl
     # tails are one-sided, so the bound is at most the median if that exceeds the mean
     bound = torch.where((mean <= median) & (median < bound), median, bound)
     elbo, bound = torch.stack([mean, bound]).nan_to_num(-torch.inf, -torch.inf, -torch.inf).tolist()
-    return elbo, bound + _GAIN
+    return elbo, bound + 0.01
 
 
 @contextmanager

@@ -37,17 +37,12 @@ from ..loader import Batch
 OF_LOG_DENSITIES = 1e-4, 1e-2
 #: divides numbers of draws if the model runs for one draw at a time, or each draw is a pass over a loader
 FEWER = 8
-# independent estimates of an ELBO if single draws have no log weights
-_NUM_ESTIMATES = 4
-# runs of the model in the search for a site that is not finite
-_NUM_TRACED = 16
-
 # the deviation of log weights, in units of its median, and the least in nats, beyond which the robust loss
 # bounds their gradients: near the optimum only tails deviate, and are to be learned (benchmarks/price.md)
 _BOUND, _LEAST_BOUND = 3.0, 0.5
-# the additional weight of deviating log weights in the tail loss, the squared deviation at its cap, and
-# the factor on draws per step (benchmarks/price.md)
-_TAIL_WEIGHT, _MAX_DEVIATION, _TAIL_DRAWS = 2.0, 50.0, 2
+# the additional weight of deviating log weights in the tail loss, and the squared deviation at its cap, as
+# benchmarks/price.md compares them
+_TAIL_WEIGHT, _MAX_DEVIATION = 2.0, 50.0
 # draws times latents in a step with the tail loss, limited for memory and time
 _MOST_TRAINED = 2**14
 
@@ -208,7 +203,7 @@ class PathObjective(Objective):
         (Dieng et al., 2017), https://arxiv.org/abs/1611.00328.
         """
         most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
-        count = min(_TAIL_DRAWS * num_particles, most)
+        count = min(2 * num_particles, most)
         return self._replayed(self._terms.for_tails, count), count
 
     def parameters(self) -> dict[str, Tensor]:
@@ -328,7 +323,7 @@ class PyroObjective(Objective):
 
     def elbo_draws(self, count: int) -> Tensor:
         # a loop takes one draw at a time, to stop at the time limit
-        batch = max(count // _NUM_ESTIMATES, 1) if self.is_vectorized else 1
+        batch = max(count // 4, 1) if self.is_vectorized else 1
         losses = [
             self._value(batch) for _ in until_deadline(range(max(count // batch, 1)), at_least=2)
         ]
@@ -339,7 +334,7 @@ class PyroObjective(Objective):
     @_quietly()
     def nonfinite_sites(self) -> list[str]:
         names: list[str] = []
-        for _ in range(_NUM_TRACED):
+        for _ in range(16):  # not each draw shows it
             for trace in self.traces():
                 trace.compute_log_prob()
                 for name, node in trace.nodes.items():

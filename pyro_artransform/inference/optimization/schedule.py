@@ -28,16 +28,12 @@ _MIN_IMPROVEMENT, _MIN_SHARE = 0.01, 0.1
 # since a further nat costs more steps, up to the second; mini-batches begin with that, as thousands of
 # latents take 300 steps and 25 s from 0.07 to 0.04 nats (benchmarks/crossed.md)
 _SMALL_GAP, MOST_GAP = 0.02, 0.05
-# steps over which the step size rises at the start
-_WARM_UP = 20
 # steps of the decay, of one that trains the tails, and the fraction of the step size it starts from
 _DECAY, _DECAY_OF_TAILS, _DECAY_FACTOR = 150, 50, 0.3
 # the largest k-hat with which training stops without a decay
 _KHAT_AT_END = 0.6
 # the share of a fixed number of steps spent in decay, from the full step size: the guide may still be far off
 _DECAY_SHARE = 0.4
-# multiplies NUM_COMPARED for the last check: with 1,000 draws the standard error of k-hat is 0.15
-_TIMES_AT_END = 5
 # parameters are averaged over about the last 1/8 of all steps; 1/3 still included the climb of Pyro's
 # Gaussian guides
 _AVERAGED_PARTS = 8
@@ -164,8 +160,9 @@ class Schedule:
         found = replace(self, gap=remaining_gap(log_weights(self.num_compared)))
         if found.gap > small_gap:
             return found
-        # with mini-batches, whose draws are passes over all data, the verdict has no more either
-        times = 1 if self.small_gap > 0 else _TIMES_AT_END
+        # with 1,000 draws the standard error of k-hat is 0.15; with mini-batches, whose draws are passes over
+        # all data, the verdict has no more either
+        times = 1 if self.small_gap > 0 else 5
         more = log_weights(times * self.num_compared)
         if remaining_gap(more, _KHAT_AT_END) <= small_gap:
             return found.ending_at(step, NOTHING_TO_WIN)
@@ -227,7 +224,7 @@ class Schedule:
     def factor(self, step: int) -> float:
         """The factor on the step size after a number of steps."""
         if self.end is None or step < self.decay_start:
-            return min(1.0, (step + 1) / _WARM_UP)
+            return min(1.0, (step + 1) / 20)
         share = (step - self.decay_start) / (self.end - self.decay_start)
         size = _DECAY_FACTOR if self.num_steps is None else 1.0
         return size * 0.5 * (1 + math.cos(math.pi * share))

@@ -7,7 +7,7 @@ import copy
 import math
 import statistics
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -15,13 +15,13 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from ..._base.processes import Gradients, Processes
 from ..._base.time_limit import is_out_of_time
 from ...diagnostics.importance_sampling import CLEAR_IN_SE
 from ...model.replay.capture import ReplayError
 from .objective import Objective
-from .optimizers import Adam, Scales
 from .schedule import Schedule
 
 _KEPT = ("losses", "num_gradients", "culprits", "schedule", "_norms")
@@ -33,11 +33,65 @@ _STEP_SIZE, _MODEL_STEP_SIZE = 2e-2, 5e-3
 _BETA1, _BETA1_OF_MINIBATCHES = 0.8, 0.9
 # gradients are clipped to 3 times their median norm over the last 100 steps; a fit gives up if none of its
 # last 100 steps is finite
-_CLIP_FACTOR, _MAX_SKIPS = 3.0, 100
+_MAX_SKIPS = 100
 
 
 class FitError(RuntimeError):
     """Raised when a fit cannot continue."""
+
+
+#: the ``step_scales`` method of a guide
+Scales = Callable[[], Mapping[nn.Parameter, Tensor]]
+
+
+class Adam:
+    """Adam whose step size follows the schedule of the fit.
+
+    It calls PyTorch's functional Adam: the first optimizer object in a process imports the compiler, which
+    takes as long as a hundred steps of a small fit.
+
+    A guide may scale the steps of its parameters, since Adam takes equal steps for an sd of 1e-4 or 1e4.
+    """
+
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        step_size: float,
+        scales: Scales | None = None,
+        *,
+        beta1: float = 0.9,
+    ) -> None:
+        self._step_size, self._scales, self._beta1 = step_size, scales, beta1
+        #: the schedule's factor on the step size
+        self.factor = 1.0
+        has_kernel = all(p.device.type in ("cpu", "cuda") for p in parameters)
+        is_fused = has_kernel and all(map(torch.is_floating_point, parameters))
+        has_complex = any(map(torch.is_complex, parameters))
+        self._kind = {"fused": is_fused, "has_complex": has_complex}
+        #: by parameter, the means of gradients and of their squares, and the number of steps
+        self._moments: dict[Tensor, tuple[Tensor, Tensor, Tensor]] = {}
+        for p in parameters:
+            device = p.device if is_fused else "cpu"
+            steps = torch.zeros((), dtype=torch.float32, device=device)
+            self._moments[p] = torch.zeros_like(p.detach()), torch.zeros_like(p.detach()), steps
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """Takes a step with each ``grad``; a parameter without one stays unchanged."""
+        scales = {} if self._scales is None else self._scales()
+        scaled = [(p, scales[p], p.detach().clone()) for p in scales if p in self._moments]
+        present = [(p, p.grad, *own) for p, own in self._moments.items() if p.grad is not None]
+        moved, gradients, means, squares, counts = map(list, zip(*present))
+        options: Any = {"weight_decay": 0.0, "amsgrad": False, "maximize": False, **self._kind}
+        options.update(lr=self._step_size * self.factor, eps=1e-8)
+        # beta2 is small since steps are few
+        adam(moved, gradients, means, squares, [], counts, beta1=self._beta1, beta2=0.99, **options)
+        for parameter, scale, before in scaled:
+            parameter.copy_(torch.addcmul(before, scale, parameter - before))
+
+    def tensors(self) -> list[Tensor]:
+        """The moments of all parameters, which steps change in place."""
+        return [part for parts in self._moments.values() for part in parts]
 
 
 def copies(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -188,7 +242,7 @@ class Training:
             return value
         self.losses.append(value)
         self._norms = [*self._norms[1 - _MAX_SKIPS :], norm]
-        limit = _CLIP_FACTOR * statistics.median(self._norms)
+        limit = 3 * statistics.median(self._norms)
         shrink = min(1.0, limit / norm) if norm > 0 else 1.0
         if shrink < 1.0:
             torch._foreach_mul_(present, shrink)

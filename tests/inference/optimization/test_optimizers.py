@@ -3,7 +3,7 @@
 
 import torch
 
-from pyro_artransform.inference.optimization.optimizers import Adam
+from pyro_artransform.inference.optimization.training import Adam
 
 
 def parameters():

@@ -9,9 +9,8 @@ import torch
 from pyro_artransform._base.time_limit import TimeLimit
 from pyro_artransform.inference.optimization import training as trainings
 from pyro_artransform.inference.optimization.objective import Objective
-from pyro_artransform.inference.optimization.optimizers import Adam
 from pyro_artransform.inference.optimization.schedule import Schedule
-from pyro_artransform.inference.optimization.training import Training, copies
+from pyro_artransform.inference.optimization.training import Adam, Training, copies
 
 
 class Bowl(Objective):
