@@ -240,16 +240,6 @@ def test_every_paper_that_the_code_names_is_in_the_bibliography() -> None:
             assert known, f"{before}{year[0]}: expected Title (Authors, {year[0]}) in a docstring"
 
 
-def test_a_paper_is_cited_as_docstrings_have_it() -> None:
-    script = script_of_the_site("bibliography")
-    text = "See The Bend: a Study (Doe, Roe, 2001), https://doi.org/1/x, and Bends (Poe, 1999)."
-    bend, bends = script.cited(text + " See also the loop (which has no year), and others.")
-    assert bends[:3] == ("Poe", "1999", "Bends")
-    assert script.as_markdown(bend._replace(places=("flows.iaf",))) == (
-        "- Doe, Roe (2001). [The Bend: a Study](https://doi.org/1/x). In `flows.iaf`."
-    )
-
-
 def test_the_check_of_links_finds_faults(tmp_path: Path) -> None:
     script = script_of_the_site("check_site")
     with pytest.raises(ValueError, match="a folder with pages"):
@@ -324,12 +314,6 @@ def test_a_page_shows_what_its_code_prints(
     monkeypatch.chdir(tmp_path)
     page = PAGES[f"{name}.md"]
     assert words(RUN_PAGES.with_output(page)) == words(page)
-
-
-def test_a_text_block_is_what_the_code_before_it_prints() -> None:
-    page = "```python\nx = 2\n```\nA.\n```python\nprint(x + 1)\n```\nB.\n```text\n4\n```\n"
-    assert RUN_PAGES.with_output(page) == page.replace("4", "3")
-    assert words(page) == ["#"]
 
 
 def test_the_version_is_the_one_of_changelog_and_citation() -> None:
