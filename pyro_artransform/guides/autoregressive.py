@@ -26,6 +26,7 @@ from ..model.traces import argument_signature
 from . import prototype
 from .base import BaseGuide
 from .distributions import (
+    FULL_RANK_LIMIT,
     LatentDistribution,
     SiteDelta,
     ToUnconstrained,
@@ -107,7 +108,7 @@ class AutoAutoregressive(BaseGuide, AutoContinuous, FlowGuide):
     def _build(self, latents: Latents, start: Tensor) -> nn.Module:
         """The flow, then location and scale."""
         flow = make_flow("flow", self._flow_maker(), start)
-        full_rank = len(start) <= 200 if self._full_rank is None else self._full_rank
+        full_rank = len(start) <= FULL_RANK_LIMIT if self._full_rank is None else self._full_rank
         affine = LocationScale(start, self._init_scale, full_rank=full_rank)
         self._flow_start: dict[str, Tensor] = copy.deepcopy(flow.state_dict())
         return ComposedTransform(flow, affine)

@@ -19,6 +19,9 @@ from ..flows.transforms.composition import ForeignTransform, as_flow
 from ..flows.transforms.flow_distribution import FlowDistribution
 from ..model.density import LogJoint
 
+#: the most latents with a triangular scale
+FULL_RANK_LIMIT = 200
+
 
 def check_flow_argument(name: str, make: Any, wanted: str) -> None:
     """Requires a callable that makes a flow, not a flow; ``wanted`` describes its parameters."""

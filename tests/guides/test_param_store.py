@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import copy
-import gc
 import pickle
 import weakref
 
@@ -70,25 +69,6 @@ def test_a_dead_guides_entries_are_adopted():
     assert len(unmoved(second, before)) == len(before)
     trains(second)
     assert in_the_store(second)
-
-
-def test_a_guide_in_a_cycle_lives_until_it_is_collected():
-    guide = new_guide()
-    train(guide)
-    guide.cycle = [guide]
-    names = []
-    gc.disable()
-    try:
-        del guide
-        for collect in (False, True):
-            if collect:
-                gc.collect()
-            second = new_guide()
-            second(models.data())
-            names.append(second._pyro_name)
-    finally:
-        gc.enable()
-    assert names == ["AutoIAF_1", "AutoIAF"]
 
 
 def test_store_cleared_while_a_guide_lives():

@@ -47,9 +47,6 @@ from .variational_posterior import (
     default_local_flow,
 )
 
-# number of latent vectors drawn at once
-_CHUNK = 2**16
-
 
 class AutoAmortized(BaseGuide, MinibatchGuide):
     r"""A guide for models with plates: a flow for the global latents, and one for each element.
@@ -343,7 +340,8 @@ class AutoAmortized(BaseGuide, MinibatchGuide):
         """
         self.set_up(*args, **kwargs)
         rows, posterior = self._all_rows(args, kwargs), self._posterior
-        chunk = max(1, _CHUNK // max(row.shape[:-1].numel() for row in rows.values()))
+        # at most 65,536 latent vectors at once
+        chunk = max(1, 2**16 // max(row.shape[:-1].numel() for row in rows.values()))
         sizes = [min(chunk, n - start) for start in range(0, check_integer("n", n), chunk)]
         parts = (posterior.draw(rows, size) for size in sizes)
         if not self.coordinates.is_identity:

@@ -74,8 +74,8 @@ def encode(
         raise TypeError(f"encoder: expected {wanted} {list(plates_of)}, got {got}")
     for name, features in found.items():
         if not isinstance(features, Tensor) or not features.is_floating_point():
-            got = features.dtype if isinstance(features, Tensor) else type(features).__name__
-            raise TypeError(f"encoder: expected features of '{name}' that are floats, got {got}")
+            kind = features.dtype if isinstance(features, Tensor) else type(features).__name__
+            raise TypeError(f"encoder: expected features of '{name}' that are floats, got {kind}")
         if features.dim() != len(plates_of[name]) + 1:
             wanted = f"a dimension for each of the plates {plates_of[name]} and one of features"
             raise ValueError(

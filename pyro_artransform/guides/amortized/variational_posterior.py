@@ -23,7 +23,7 @@ from ...flows.univariate import soft_bound
 from ...flows.univariate.affine import GivenLocationScale
 from ...model.density import Args, Kwargs
 from ...model.sites import Latents
-from ..distributions import PathDistribution, make_flow
+from ..distributions import FULL_RANK_LIMIT, PathDistribution, make_flow
 from .encoder import Encoder, Features, MakePlates, encode, given_rows, minibatch_rows
 from .plates import GLOBAL, Group, LatentLayout, Plates, PlateSizes, Vectors
 
@@ -31,9 +31,6 @@ _OTHER_TABLE = "Only the elements at set-up have embeddings: make a new guide, o
 _OTHER_ELEMENTS = "All latents must have the same elements, since embeddings are for all of them"
 # with more global latents, local ones depend on a linear summary of this size
 _MAX_GLOBALS = 64
-_FULL_RANK_LIMIT = 200
-# bound on the context's change of a log scale
-_LOG_SCALE_BOUND = 7.0
 
 MakeFlow = Callable[[int], nn.Module]
 MakeLocalFlow = Callable[[int, int], nn.Module]
@@ -58,7 +55,7 @@ class GlobalFactor(nn.Module):
     def __init__(self, make: MakeFlow | None, loc: Tensor, scale: float) -> None:
         super().__init__()
         dim = len(loc)
-        affine = LocationScale(loc, scale, full_rank=dim <= _FULL_RANK_LIMIT)
+        affine = LocationScale(loc, scale, full_rank=dim <= FULL_RANK_LIMIT)
         flows = [] if make is None else [make_flow("flow", make, loc)]
         self.transform = ComposedTransform(*flows, affine)
         self.context_dim = min(dim, _MAX_GLOBALS)
@@ -117,7 +114,7 @@ class AmortizedLocationScale(nn.Module):
         """The transform for contexts ``(*, C)``; offsets ``(*, D)`` are added to location and log scale."""
         shift, bend = self.network(context).tensor_split(2, dim=-1)
         loc = self.loc + self.linear(context)
-        log_scale = self.log_scale + soft_bound(bend, _LOG_SCALE_BOUND)
+        log_scale = self.log_scale + soft_bound(bend, 7.0)
         if offsets:
             loc, log_scale = loc + offsets[0], log_scale + offsets[1]
         return GivenLocationScale(torch.addcmul(loc, shift, log_scale.exp()), log_scale)

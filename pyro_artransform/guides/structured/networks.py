@@ -12,9 +12,6 @@ from torch.nn.functional import embedding, silu
 
 from ...model.graphs.markov_graph import PaddedGroup
 
-# with more inputs than this, steps of weights are smaller
-_FULL_STEPS = 8
-
 
 class Activations(NamedTuple):
     """The values in the networks of n coordinates at B points."""
@@ -163,9 +160,9 @@ def indices(values: Sequence[Any]) -> Tensor:
 
 
 def share_of_inputs(num_inputs: Tensor) -> Tensor:
-    """Step sizes of the weights of linear maps, by their numbers of inputs, at most 1.
+    """Step sizes of the weights of linear maps, by their numbers of inputs: 1 up to 8 inputs.
 
     Adam moves all weights by the same amount, and hence an output in proportion to the number of its inputs,
     see Tensor Programs V (Yang et al., 2022), https://arxiv.org/abs/2203.03466.
     """
-    return (_FULL_STEPS / num_inputs).clamp(max=1.0)
+    return (8 / num_inputs).clamp(max=1.0)

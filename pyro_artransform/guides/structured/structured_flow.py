@@ -27,9 +27,6 @@ from .linear_layers import LinearLinks, LowRankUpdate
 from .networks import share_of_inputs
 from .parents_mlp import ParentsMLP
 
-# networks of the root block, as in AutoIAF for many latents, with a maximum width
-_ROOT_LAYERS, _MOST_WIDTH = 3, 800
-
 
 class StructuredFlow(ComposedTransform):
     r"""A flow with the conditional independences of a factorization, initially the identity.
@@ -151,8 +148,9 @@ class StructuredFlow(ComposedTransform):
 
 def _root_flow(dim: int, is_whole: bool) -> FlowModule:
     """The flow of the root block, without its location and scale."""
-    width = max(128, min(4 * dim, 256), min(3 * dim, _MOST_WIDTH))
+    # as in AutoIAF for many latents, with a maximum width
+    width = max(128, min(4 * dim, 256), min(3 * dim, 800))
     if dim > 1:
-        return iaf(dim, _ROOT_LAYERS, width, nonlinearity=default_activation(dim))
+        return iaf(dim, 3, width, nonlinearity=default_activation(dim))
     # affine layers of one coordinate compose to a Gaussian
-    return ComposedTransform(*[spline_marginals(1) for _ in range(_ROOT_LAYERS if is_whole else 1)])
+    return ComposedTransform(*[spline_marginals(1) for _ in range(3 if is_whole else 1)])

@@ -30,8 +30,6 @@ from ..autoregressive import AutoAutoregressive
 from .latent_graph import LatentGraph, coordinate_names, describe, regressions
 from .structured_flow import StructuredFlow
 
-# maximum number of gradients and of draws in a check of the graph
-_MOST_GRADIENTS, _MOST_DRAWS = 4096, 256
 # maximum number of network outputs at once: the system reclaims tensors above 32 MB after each use, which
 # took a third of a step for 10,000 latents
 _MOST_NUMBERS = 5_000_000
@@ -227,8 +225,9 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
         graph, names = self.graph, self.graph.names
         if self.is_of_elements:
             return self._missing_elements(batches)
-        most = _MOST_GRADIENTS // (graph.markov.coloring.num_colors * len(batches))
-        count = max(2, min(_MOST_DRAWS, most))
+        # at most 256 draws, and 4096 gradients
+        most = 4096 // (graph.markov.coloring.num_colors * len(batches))
+        count = max(2, min(256, most))
         args, kwargs = batches[0]
         log_joint, pairs = self._log_joint(*args, **kwargs), set[tuple[int, int]]()
         with torch.random.fork_rng(devices=[]), poutine.block():
