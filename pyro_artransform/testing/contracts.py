@@ -311,8 +311,8 @@ def check_transform(
     for shape in BATCH_SHAPES:
         _check_values(transform, _normal((*shape, input_dim)), atol)
     x = _normal((3, input_dim), seed=1)
-    back = transform.inv
-    for flow, at, whose in ((transform, x, ""), (back, transform(x), "the inverse's ")):
+    ways: Any = (transform, x, ""), (transform.inv, transform(x), "the inverse's ")
+    for flow, at, whose in ways:
         # gradcheck perturbs its inputs in place
         at, contract = at.detach().clone(), f"{whose}gradient of the {{}} in "
         if leaves := [p for p in flow.parameters() if p.requires_grad]:
