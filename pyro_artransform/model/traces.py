@@ -5,7 +5,7 @@
 
 import math
 import sys
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import suppress
 from functools import partial
 from itertools import filterfalse
@@ -29,7 +29,7 @@ from pyro.poutine.util import site_is_factor, site_is_subsample
 from pyro.util import check_site_shape
 from torch import Tensor
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
 # maximum number of entries read for a signature: with more, a run of the model takes no longer
 _MOST_COUNTED = 2**18
@@ -99,15 +99,6 @@ def _address(tensor: Tensor) -> int:
     while is_functorch_wrapped_tensor(tensor):  # under torch.vmap
         tensor = get_unwrapped(tensor)
     return tensor.data_ptr()
-
-
-def moved_latent(site: Any, move: Callable[[Tensor], Tensor]) -> Tensor:
-    """The value of a latent, moved on the unconstrained space; unchanged if it is discrete."""
-    if site["fn"].support.is_discrete:
-        return site["value"]
-    bijection = biject_to(support_of_latent(site["fn"]))
-    moved: Tensor = bijection(move(bijection.inv(site["value"])))
-    return moved
 
 
 def runs_model(trace: poutine.Trace) -> bool:
