@@ -72,6 +72,7 @@ def padded(x, y, mask):
         pyro.sample("y", dist.Normal((x * weights).sum(-1), loaders.NOISE), obs=y)
 
 
+@pytest.mark.slow
 def test_a_padded_last_batch_has_the_weight_of_its_rows():
     """Those that are there do not show in the shapes."""
     x, y = rows()
@@ -111,6 +112,7 @@ def test_autoencoder():
     assert not guide.path
 
 
+@pytest.mark.slow
 def test_amortized_locals_and_globals():
     _, y = rows()
     guide = AutoAmortized(loaders.groups, loaders.Mean(), flow=None, local_flow=None)
