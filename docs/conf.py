@@ -40,10 +40,10 @@ nitpicky = True
 # names of others, which are no links, and the package's own that are for nobody to call
 nitpick_ignore_regex = [
     (r"py:.*", r"(collections|contextlib|matplotlib|os|pyro|torch|typing)\..*"),
-    (r"py:.*", "Tensor"),
+    (r"py:.*", "Tensor|Transform"),
     (r"py:.*", r"pyro_artransform\.(_base|plots|flows\.conditioners\.blocks)\..*"),
     (r"py:.*", r"pyro_artransform\.(guides\.base|diagnostics\.result_io)\..*"),
-    (r"py:.*", r"pyro_artransform\.model\.(coordinates\.latent_mapper|initial_point)\..*"),
+    (r"py:.*", r"pyro_artransform\.model\.(coordinates\.latent_mapper|full_data_density\.Anchor|initial_point).*"),
 ]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
