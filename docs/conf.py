@@ -43,7 +43,10 @@ nitpick_ignore_regex = [
     (r"py:.*", "Tensor|Transform"),
     (r"py:.*", r"pyro_artransform\.(_base|plots|flows\.conditioners\.blocks)\..*"),
     (r"py:.*", r"pyro_artransform\.(guides\.base|diagnostics\.result_io)\..*"),
-    (r"py:.*", r"pyro_artransform\.model\.(coordinates\.latent_mapper|full_data_density\.Anchor|initial_point).*"),
+    (
+        r"py:.*",
+        r"pyro_artransform\.model\.(coordinates\.latent_mapper|full_data_density\.Anchor|initial_point).*",
+    ),
 ]
 
 myst_enable_extensions = ["colon_fence", "dollarmath"]
