@@ -59,9 +59,8 @@ format: $(READY) ## put every file into the house format
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-bench: $(READY) ## known failures of flow libraries, and what an inverse costs, beside the peers
+bench: $(READY) ## what an inverse costs, beside the peers
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
-	$(BIN)/python benchmarks/peers.py
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/inverse.py
 
 docs: $(READY) ## build the site into docs/_build/html, and check its links

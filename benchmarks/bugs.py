@@ -4,7 +4,7 @@
 
     python benchmarks/bugs.py [MODEL ...] [--seeds N ...] [--dtypes NAME ...] [--write]
 
-Each run is a process of its own. Moments to compare with are made by bugs_reference.py.
+Each run is a process of its own. Moments to compare with are those of bugs_reference.json.
 """
 
 import json
@@ -36,9 +36,6 @@ COLUMNS = {
     "trusted": ("trusted", "{}"),
 }
 HEADS = ["model", "latents", "dtype", *COLUMNS, "NUTS, CPU s", "error or failed checks"]
-OF_REFERENCE = ("ess", "{:,.0f}"), ("rhat", "{:.4f}")
-PEER_HEADS = ["model", "reference", "its least ESS", "its R-hat", "NUTS, CPU s", "NUTS, least ESS"]
-PEER_HEADS += ["NUTS, mean off, sds", "NUTS, sd off"]
 #: errors of a mean, in sds, and of an sd, relative, beyond which draws are called far off
 FAR_MEAN, FAR_SD = 0.2, 0.25
 
@@ -133,17 +130,6 @@ def nuts_seconds(name: str) -> str:
     return f"{nuts['seconds']:.1f}" if is_right else f"({nuts['seconds']:.1f})"
 
 
-def peer_table() -> str:
-    """How good the reference is, and what NUTS as it is makes of the models as they are written."""
-    lines = []
-    for name, row in reference().items():
-        nuts = row["nuts"]
-        ess, rhat = (form.format(row[key]) if key in row else "-" for key, form in OF_REFERENCE)
-        values = [name, row["by"], ess, rhat, f"{nuts['seconds']:.1f}", f"{nuts['ess']:.0f}"]
-        lines.append([*values, f"{nuts['mean']:.2f}", f"{nuts['sd']:.0%}"])
-    return pages.table(PEER_HEADS, lines)
-
-
 def summary(rows: list[Row]) -> str:
     """How many runs are trusted, and which of them are far off."""
     trusted = [row for row in rows if row.get("trusted")]
@@ -171,7 +157,7 @@ def main() -> None:
         for name, dtype, seed in product(options.models, options.dtypes, options.seeds)
     )
     rows = runs.collect(options.results, wanted, runs.in_processes(__file__))
-    parser.show("\n\n".join([table(rows), summary(rows), peer_table()]), options)
+    parser.show("\n\n".join([table(rows), summary(rows)]), options)
 
 
 if __name__ == "__main__":

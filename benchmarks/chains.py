@@ -12,11 +12,10 @@ takes a folder whose models.py has a function for each of NAMES, which returns a
 `np_model` for NumPyro, and `data`. It needs the extra [bench].
 """
 
-import importlib.util
+import importlib
 import json
 import math
 import resource
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -32,7 +31,7 @@ from measuring import pages, runs
 from measuring.clock import ESS, Record
 from measuring.runs import Row
 from models import posteriors
-from models.library import PYRO, Subject
+from models.library import PYRO, Subject, from_folder
 from torch.distributions import biject_to
 
 ENSEMBLE, NUTS, NUTPIE = "ensemble", "NumPyro NUTS", "nutpie"
@@ -84,15 +83,6 @@ def set_up(seed: int) -> None:
     torch.set_num_threads(1)
     pyro.set_rng_seed(seed)
     pyro.enable_validation(False)
-
-
-def from_folder(folder: Path, name: str = "models") -> Any:
-    """A module of a folder."""
-    sys.path.insert(0, str(folder))
-    spec: Any = importlib.util.spec_from_file_location(f"given_{name}", folder / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def make(name: str, folder: Path | None) -> Problem:

@@ -4,15 +4,13 @@
 
     OMP_NUM_THREADS=1 python benchmarks/coordinates.py [MODEL ...] [--coordinates ...] [--seeds N] [--write]
 
---reference runs NUTS of NumPyro (`pip install
-numpyro`) for the file that the posterior of slopes is compared with.
+The posterior of slopes is compared with long chains of NumPyro's NUTS, in coordinates_reference.json.
 """
 
 import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,7 +37,6 @@ COORDINATES = ("prior", "model")
 #: in the tables
 IN_WORDS = {"prior": "prior", "model": "as written"}
 _LOWEST = 0.01
-_CONSTANT = 1e-9  # an sd of rounding errors: the corner of a Cholesky factor
 
 
 class Moments(NamedTuple):
@@ -233,68 +230,14 @@ def of_errors(rows: list[Row]) -> str:
     return pages.table(heads, lines)
 
 
-def slopes_non_centred(num_groups: int, group: Any, x: Any, y: Any) -> None:
-    """`hierarchies.slopes_model` for NumPyro, with groups in units of their prior."""
-    import numpyro
-    from numpyro import distributions as dist
-
-    mu = numpyro.sample("mu", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
-    tau = numpyro.sample("tau", dist.HalfNormal(1.0).expand([2]).to_event(1))
-    factor = numpyro.sample("L", dist.LKJCholesky(2, 2.0))
-    sigma = numpyro.sample("sigma", dist.HalfNormal(1.0))
-    with numpyro.plate("groups", num_groups):
-        white = numpyro.sample("white", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
-    ab = numpyro.deterministic("ab", mu + white @ (tau[:, None] * factor).T)
-    with numpyro.plate("rows", len(y)):
-        numpyro.sample("y", dist.Normal(ab[group, 0] + ab[group, 1] * x, sigma), obs=y)
-
-
-def reference(path: Path, num_chains: int, num_samples: int) -> None:
-    """Stores means and sds by NUTS of NumPyro, and says what their Monte Carlo errors are."""
-    import numpy as np
-    import numpyro
-    from measuring.nuts import long_run
-    from numpyro.diagnostics import effective_sample_size, split_gelman_rubin
-
-    group, x, y = (arg.numpy() for arg in hierarchies.slopes()[1])
-    model = partial(slopes_non_centred, int(group.max()) + 1)
-    sizes = {"num_warmup": 1_500, "num_samples": num_samples, "num_chains": num_chains}
-    draws, num_divergent = long_run(model, (group, x, y), 0, sizes)
-    del draws["white"]
-    sites, ess, rhats, of_sds = {}, [], [], []
-    for name, z in draws.items():
-        mean, sd = z.mean((0, 1)), z.std((0, 1))
-        sites[name] = {"mean": mean.round(5).tolist(), "sd": sd.round(5).tolist()}
-        z = ((z - mean) / np.where(sd > _CONSTANT, sd, 1)).reshape(*z.shape[:2], -1)
-        z = z[..., sd.ravel() > _CONSTANT]
-        ess.append(effective_sample_size(z).min())
-        rhats.append(split_gelman_rubin(z).max())
-        of_sds.append((0.5 * (z**2).std((0, 1)) / effective_sample_size(z**2) ** 0.5).max())
-    about = (
-        f"Posterior means and sds of models/hierarchies.py: NUTS of NumPyro {numpyro.__version__}, "
-        f"non-centred, float64, seed 0, {num_chains} chains of {num_samples:,} draws after 1,500 of warm-up, "
-        f"{num_divergent} divergent. Least ESS {min(ess):,.0f}, largest "
-        f"R-hat {max(rhats):.4f}; Monte Carlo errors of means at most {min(ess) ** -0.5:.4f} sds, of sds "
-        f"{max(of_sds):.2%}. Made by benchmarks/coordinates.py --reference."
-    )
-    path.write_text(json.dumps({"about": about, "sites": sites}) + "\n")
-    print(about)
-
-
 def main() -> None:
     parser = runs.Parser(__doc__, __file__)
     parser.add_names("models", CASES)
     parser.add_argument("--coordinates", nargs="+", choices=COORDINATES, default=COORDINATES)
     parser.add_argument("--seeds", type=int, default=10, help="seeds of a model at most")
-    parser.add_argument("--reference", action="store_true")
-    parser.add_argument("--chains", type=int, default=4, help="of the reference")
-    parser.add_argument("--draws", type=int, default=4_000, help="of a chain of the reference")
     options = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    if options.reference:
-        reference(REFERENCE, options.chains, options.draws)
-        return
     warnings.simplefilter("ignore")
     wanted = (
         {"model": name, "coordinates": coordinates, "seed": seed}

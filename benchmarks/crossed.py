@@ -5,7 +5,8 @@
     python benchmarks/crossed.py [--sizes 1000 1500 100000] [--batch 1000] [--seconds 60] [--seeds 3]
                                  [--binary] [--double] [--guides fit AutoNormal AutoLowRankMultivariateNormal]
 
-Prints seconds until the first step and in all, steps, the ELBO below the log evidence (nats), the worst
+Under torchrun several processes share the fit; use --guides fit. Prints seconds (CPU seconds of the first
+process) until the first step and in all, steps, the ELBO below the log evidence (nats), the worst
 global by its mean (sds) and by its sd (%), and a and b: rms errors of means (sds) and the mean ratio of sds
 (%). Exact values are those of a Gibbs sampler; for binary ratings, of chains with all data, and the evidence
 is that by the guide's weights.
@@ -13,6 +14,7 @@ is that by the guide's weights.
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -60,7 +62,8 @@ def main() -> None:
             pyro.set_rng_seed(seed)
             run = by_fit if name == "fit" else by_svi
             cells = run(model, data, reference, args, seed, name)
-            print(f"| {' | '.join([name, str(seed), *cells])} |", flush=True)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"| {' | '.join([name, str(seed), *cells])} |", flush=True)
 
 
 def loader_of(data: Ratings, batch: int) -> DataLoader[Any]:
@@ -75,23 +78,33 @@ def of_all_data(model: Crossed, data: Ratings) -> Moments:
     return Moments(mean, {name: v.std(0) for name, v in values.items()}, math.nan, math.nan)
 
 
+def clocks() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
+
+
+def since(began: tuple[float, float]) -> str:
+    """Wall seconds, and in brackets CPU seconds of this process."""
+    wall, cpu = (now - then for now, then in zip(clocks(), began))
+    return f"{wall:.1f} ({cpu:.1f})"
+
+
 def by_fit(model: Any, data: Ratings, exact: Moments, args: Any, seed: int, _: str) -> list[str]:
-    began, first = time.perf_counter(), list[float]()
+    began, first = clocks(), list[str]()
 
     def callback(*_: object) -> None:
         if not first:
-            first.append(time.perf_counter() - began)
+            first.append(since(began))
 
     options = {"max_seconds": args.seconds, "seed": seed, "progress": False, "callback": callback}
     result = fit(model, loader=loader_of(data, args.batch), **options)
-    seconds = time.perf_counter() - began
+    seconds = since(began)
     errors = compare(result.guide.sample_posterior(_DRAWS), exact)
-    start = f"{first[0]:.1f}" if first else "none"
+    start = first[0] if first else "none"
     is_known = math.isfinite(exact.log_evidence)
     evidence = exact.log_evidence if is_known else result.log_evidence
     gap = f"{evidence - result.elbo:.2f} +- {result.elbo_se:.2f}"
     guide = f"{type(result.guide).__name__}, k-hat {result.khat:.2f}, trusted {result.trusted}"
-    return [start, f"{seconds:.0f}", str(result.num_steps), gap, *errors, guide]
+    return [start, seconds, str(result.num_steps), gap, *errors, guide]
 
 
 def by_svi(model: Any, data: Ratings, exact: Moments, args: Any, _: int, name: str) -> list[str]:

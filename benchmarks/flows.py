@@ -79,18 +79,13 @@ def run(posterior: str, guide: str, seed: int):
     return fit(model, guides(posterior)[guide](model), progress=False)
 
 
-def set_up(description: str, num_seeds: int) -> argparse.Namespace:
-    """The posteriors and seeds of the command line; from here on, float64 and one thread."""
-    parser = argparse.ArgumentParser(description=description)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("posteriors", nargs="*", default=list(POSTERIORS))
-    parser.add_argument("--seeds", type=int, default=num_seeds)
+    parser.add_argument("--seeds", type=int, default=2)
+    args = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    return parser.parse_args()
-
-
-def main() -> None:
-    args = set_up(__doc__.splitlines()[0], num_seeds=2)
     print("| posterior | flow | gap (nats) | k-hat | worst k-hat | steps | seconds |")
     print("|---|---|---|---|---|---|---|")
     for posterior in args.posteriors:

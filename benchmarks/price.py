@@ -9,7 +9,6 @@ measures models of a folder instead: its models.py has NAMES, and either make(na
 with its arguments, or a function for each name, which returns a dictionary with `model` and `data`.
 """
 
-import importlib.util
 import json
 import sys
 import time
@@ -26,11 +25,12 @@ from measuring import pages, runs
 from measuring.runs import Row
 from models.bugs import EXAMPLES
 from models.bugs import subject as of_bugs
+from models.library import from_folder
 
 from pyro_artransform import fit, mcmc
 
 HEADS = ["model", "latents", "mcmc, CPU s", "fit, CPU s", "ratio", "k-hat", "gap", "steps"]
-HEADS += ["draws trusted", "guide trusted"]
+HEADS += ["guide trusted"]
 COLUMNS = {
     "mcmc": "{:.1f}",
     "fit": "{:.1f}",
@@ -38,27 +38,15 @@ COLUMNS = {
     "khat": "{:.2f}",
     "gap": "{:.3f}",
     "steps": "{:,}",
-    "draws_trusted": "{}",
     "trusted": "{}",
 }
-
-
-def models_of(folder: str) -> Any:
-    """The module of models of a folder."""
-    sys.path.insert(0, folder)
-    spec = importlib.util.spec_from_file_location("models_of_folder", Path(folder) / "models.py")
-    if spec is None or spec.loader is None:
-        raise FileNotFoundError(f"--folder: expected one with a models.py, got {folder}")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def subject(name: str, folder: str) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A model and its arguments."""
     if not folder:
         return of_bugs(name)
-    module = models_of(folder)
+    module = from_folder(Path(folder))
     if not hasattr(module, "make"):
         found = getattr(module, name)()
         return found["model"], tuple(torch.as_tensor(value) for value in found["data"])
@@ -114,7 +102,9 @@ def main() -> None:
     if options.one:
         print(json.dumps(one(options.one)))
         return
-    names = options.models or (models_of(options.folder).NAMES if options.folder else [*EXAMPLES])
+    names = options.models or (
+        from_folder(Path(options.folder)).NAMES if options.folder else [*EXAMPLES]
+    )
     wanted = (
         {"model": name, "folder": options.folder, "seed": seed}
         for name, seed in product(names, options.seeds)

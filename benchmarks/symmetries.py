@@ -185,7 +185,7 @@ HEADS = ["latents", "CPU s", "search, %", "trusted", "R-hat"]
 
 def table_of_symmetries(rows: list[Row]) -> str:
     lines = [
-        [*cell, *cells_of_run(of), " / ".join({*map(found_in_words, of)})]
+        [*cell, *cells_of_run(of)[:4], " / ".join({*map(found_in_words, of)})]
         for cell, of in groups(rows)
     ]
     ended = [row for row in rows if "error" not in row]
@@ -195,7 +195,7 @@ def table_of_symmetries(rows: list[Row]) -> str:
         f"{right} of {len(rows)} runs have the symmetries that are expected and no other; the search takes "
         f"{share:.1%} of their CPU time."
     )
-    return f"{pages.table(['model', *HEADS, 'symmetries'], lines)}\n\n{count}"
+    return f"{pages.table(['model', *HEADS[:4], 'symmetries'], lines)}\n\n{count}"
 
 
 def found_in_words(row: Row) -> str:

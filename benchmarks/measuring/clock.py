@@ -42,7 +42,3 @@ class Record:
             value = float(measure())
         self.rows.append((step, seconds, value))
         return value
-
-    def note_ess(self, draws: int, ess: Callable[[], Any]) -> bool:
-        """Adds a row of a chain, and says whether the run is at its end."""
-        return self.note(draws, ess) >= ESS or self.seconds > self.limit

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import numpyro
 from numpyro.diagnostics import effective_sample_size
-from numpyro.infer import MCMC, NUTS
+from numpyro.infer import NUTS
 from numpyro.infer.util import initialize_model
 
 #: latents whose effective draws are counted at once, for memory
@@ -51,25 +51,6 @@ def blocks(
     while True:
         state, found = jax.block_until_ready(block(state))
         yield found
-
-
-def long_run(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    seed: int,
-    sizes: dict[str, int],
-    **options: Any,
-) -> tuple[dict[str, np.ndarray], int]:
-    """Draws of a reference by site, ``(chains, n) + shape of the site``, and how many were divergent.
-
-    :param sizes: num_chains, num_warmup, num_samples and thinning, as ``MCMC`` has them.
-    """
-    numpyro.enable_x64()
-    kernel = NUTS(model, target_accept_prob=0.95, **options)
-    chains = MCMC(kernel, **sizes, chain_method="sequential", progress_bar=False)
-    chains.run(jax.random.PRNGKey(seed), *args, extra_fields=("diverging",))
-    draws = {site: np.asarray(z) for site, z in chains.get_samples(group_by_chain=True).items()}
-    return draws, int(chains.get_extra_fields()["diverging"].sum())
 
 
 class Enough(Exception):

@@ -2,8 +2,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What models are written with: Pyro, or Pyro and NumPyro at once."""
 
+import importlib.util
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -85,3 +88,12 @@ class Simulator:
 
 def tensors(*arrays: np.ndarray) -> tuple[Tensor, ...]:
     return tuple(torch.as_tensor(array, dtype=torch.get_default_dtype()) for array in arrays)
+
+
+def from_folder(folder: Path, name: str = "models") -> Any:
+    """A module of a folder."""
+    sys.path.insert(0, str(folder))
+    spec: Any = importlib.util.spec_from_file_location(f"given_{name}", folder / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

