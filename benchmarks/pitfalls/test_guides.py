@@ -74,6 +74,7 @@ def test_f09_bad_start():
         z = unconstrained(guide, 20_000)
         assert (z.mean(0) - torch.tensor([-40.0, 3.0])).abs().max() < 0.05 * scale
         assert (z.std(0) / scale - 1).abs().max() < 0.05
+    pyro.clear_param_store()
     guide = small(models.far_target)
     train(guide, models.far_target, 400)
     z = unconstrained(guide, 2_000)
@@ -203,6 +204,7 @@ def test_f28_dynamic_support():
 
 def test_f29_growing_state():
     """Draws leave nothing behind: a single object for each of them would be seen."""
+    pyro.clear_param_store()
     guide = small(models.far_target)
     for _ in range(60):
         guide()
