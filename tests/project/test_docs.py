@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 import pyro_artransform
-from pyro_artransform.diagnostics.checks import Check
+from pyro_artransform.diagnostics.checks import Check, warn_of_prior
 from tests.shortened_code import python_blocks, shortened
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -199,6 +199,8 @@ def test_a_verdict_says_what_its_page_quotes() -> None:
     paths.remove(package / "diagnostics" / "checks.py")  # says what it means with the same quotes
     paths += [package / "_base" / "time_limit.py", package / "model" / "traces.py"]
     templates = [with_dots(part) for check in Check for part in check.value[:2]]
+    with pytest.warns(UserWarning, match="posterior is the prior"):
+        templates.append(warn_of_prior(False))
     said = "\n".join([*templates, *(text for path in paths for text in sentences(path))])
     said = re.sub(r"\s+", " ", said)
     quotes = re.findall("“(.*?)”", PAGES["verdict.md"])
