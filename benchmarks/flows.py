@@ -15,7 +15,7 @@ from functools import partial
 
 import pyro
 import torch
-from models.small import OF_ONE_LATENT, POSTERIORS
+from models.small import POSTERIORS
 from torch import nn
 
 from pyro_artransform import (
@@ -25,7 +25,6 @@ from pyro_artransform import (
     hinged_marginals,
     iaf,
     spline_autoregressive,
-    spline_marginals,
 )
 from pyro_artransform.flows.transforms import chain
 
@@ -39,44 +38,25 @@ def splines(d: int) -> nn.Module:
     return chain([spline_autoregressive(d), spline_autoregressive(d, order=range(d - 1, -1, -1))])
 
 
-def marginal(d: int, num_splines: int, count_bins: int = 8) -> nn.Module:
-    layers = [spline_marginals(d, count_bins=count_bins) for _ in range(num_splines)]
-    return chain([hinged_marginals(d), *layers])
-
-
-def by_networks(d: int) -> nn.Module:
-    """Splines whose parameters networks give, of no input in one dimension."""
-    layers = [spline_autoregressive(d, 128, nonlinearity=nn.SiLU()) for _ in range(3)]
-    return chain([hinged_marginals(d), *layers])
-
-
 FLOWS = {
     "3 affine": wide,
     "hinges, 3 affine, 2 x 64 ELU": lambda d: chain([hinged_marginals(d), iaf(d)]),
     "hinges, 2 affine": lambda d: chain([hinged_marginals(d), wide(d, 2)]),
     "2 splines, 2 x 64 ELU": splines,
 }
-FLOWS_OF_ONE = {
-    "hinges, 3 splines, 128 SiLU": by_networks,
-    "hinges, 2 splines of 16 bins": partial(marginal, num_splines=2, count_bins=16),
-    "hinges, 1 spline of 16 bins": partial(marginal, num_splines=1, count_bins=16),
-}
 
 
-def guides(posterior: str) -> dict[str, Callable[..., nn.Module]]:
+def guides() -> dict[str, Callable[..., nn.Module]]:
     """The preset and what it is compared with, by name."""
-    is_one = posterior in OF_ONE_LATENT
-    preset = f"hinges, 3 {'splines' if is_one else 'affine'} (preset)"
-    flows = FLOWS_OF_ONE if is_one else FLOWS
-    others = {name: partial(AutoAutoregressive, flow=flow) for name, flow in flows.items()}
-    return {preset: AutoIAF, **others}
+    others = {name: partial(AutoAutoregressive, flow=flow) for name, flow in FLOWS.items()}
+    return {"hinges, 3 affine (preset)": AutoIAF, **others}
 
 
 def run(posterior: str, guide: str, seed: int):
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
     model = POSTERIORS[posterior]
-    return fit(model, guides(posterior)[guide](model), progress=False)
+    return fit(model, guides()[guide](model), progress=False)
 
 
 def main() -> None:
@@ -89,9 +69,7 @@ def main() -> None:
     print("| posterior | flow | gap (nats) | k-hat | worst k-hat | steps | seconds |")
     print("|---|---|---|---|---|---|---|")
     for posterior in args.posteriors:
-        found = {
-            name: [run(posterior, name, s) for s in range(args.seeds)] for name in guides(posterior)
-        }
+        found = {name: [run(posterior, name, s) for s in range(args.seeds)] for name in guides()}
         evidence = max(r.log_evidence for rs in found.values() for r in rs)
         for name, results in found.items():
             gap, khat, steps, seconds = (

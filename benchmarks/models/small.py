@@ -2,15 +2,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Small posteriors of several kinds, on which flows are compared."""
 
-import math
-
 import pyro
 import torch
 from pyro import distributions as dist
 
 from models.hierarchies import schools
 from models.library import PYRO
-from models.priors import prior_as_data
 
 
 def regression() -> None:
@@ -51,38 +48,8 @@ def logistic() -> None:
         pyro.sample("y", dist.Bernoulli(logits=logits), obs=y)
 
 
-@prior_as_data
-def rate() -> None:
-    """One latent: a rate whose logarithm has a long left tail."""
-    pyro.sample("rate", dist.Gamma(0.5, 1.0))
-
-
-def success() -> None:
-    """One latent: next to a Gaussian."""
-    p = pyro.sample("p", dist.Beta(10.0, 10.0))
-    with pyro.plate("throws", 10):
-        pyro.sample("y", dist.Bernoulli(p), obs=torch.tensor([1.0] * 6 + [0.0] * 4))
-
-
-@prior_as_data
-def heavy() -> None:
-    """One latent: the tails of a Student's t."""
-    pyro.sample("x", dist.StudentT(3.0, 0.0, 1.0))
-
-
-def spike() -> None:
-    """One latent: half of the mass within a tenth of the width of the other half."""
-    wide = dist.Normal(0.0, 1.0)
-    x = pyro.sample("x", wide)
-    both = torch.stack([wide.log_prob(x), dist.Normal(0.0, 0.1).log_prob(x)]) - math.log(2)
-    pyro.factor("both", both.logsumexp(0) - wide.log_prob(x))
-
-
-#: by name, those of one latent last
-OF_ONE_LATENT = {model.__name__: model for model in (rate, success, heavy, spike)}
 POSTERIORS = {
     "centred": schools(PYRO, centred=True),
     "noncentred": schools(PYRO, centred=False),
     **{model.__name__: model for model in (regression, process, logistic)},
-    **OF_ONE_LATENT,
 }

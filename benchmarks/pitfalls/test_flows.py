@@ -250,15 +250,6 @@ def test_f13_not_restored(tmp_path):
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "flow")], check=True)
 
 
-@families
-def test_f17_load_before_call(family):
-    """Built from its arguments alone, a flow loads strictly."""
-    state = scrambled(new_flow(3, family, layers=2)).state_dict()
-    flow = new_flow(3, family, layers=2)
-    flow.load_state_dict(state, strict=True)
-    assert distribution(flow, 3).sample((4,)).shape == (4, 3)
-
-
 def uses(flow) -> list[Callable[[], object]]:
     """What a flow may have done before it is copied."""
     q, x = distribution(flow, 3), torch.randn(4, 3)
@@ -302,13 +293,6 @@ def test_f19_inverse_copies(family):
         twin = way(flow.inv)
         assert torch.equal(twin(y), expected)
         assert list(twin.parameters())
-
-
-@families
-def test_f20_weights_only(family, tmp_path):
-    """What is saved as tensors opens with ``torch.load(path)`` as it is by default."""
-    torch.save(new_flow(3, family).state_dict(), tmp_path / "weights")
-    new_flow(3, family).load_state_dict(torch.load(tmp_path / "weights", weights_only=True))
 
 
 def test_f27_spline_edges():
