@@ -95,19 +95,6 @@ def of_all_series(step: Run, tones: Tensor, lengths: Tensor) -> None:
                 state = step(t, keys, tones[:, t], *state)
 
 
-def hmm_1(tones: Tensor, lengths: Tensor) -> None:
-    probs_x = pyro.sample("probs_x", dist.Dirichlet(sticky(HIDDEN)).to_event(1))
-    probs_y = sounding(HIDDEN)
-
-    def step(t: int, keys: Any, heard: Tensor, x: Any = 0) -> tuple[Any, ...]:
-        x = pyro.sample(f"x_{t}", dist.Categorical(probs_x[x]))
-        with keys:
-            pyro.sample(f"y_{t}", dist.Bernoulli(probs_y[x.squeeze(-1)]), obs=heard)
-        return (x,)
-
-    of_all_series(step, tones, lengths)
-
-
 def hmm_4(tones: Tensor, lengths: Tensor) -> None:
     """Two chains, of which one depends on the other."""
     size = int(HIDDEN**0.5)
@@ -163,18 +150,6 @@ def chance(name: str) -> Tensor:
     return pyro.sample(name, dist.Uniform(0.0, 1.0))
 
 
-def cjs_3(seen: Tensor, sex: Tensor) -> None:
-    """A chance of survival each year, around a mean."""
-    mean, scale = chance("phi_mean"), pyro.sample("phi_sigma", dist.Uniform(0.0, 10.0))
-    prior = dist.Normal(mean.log() - torch.log1p(-mean), scale)
-    rho = chance("rho")
-
-    def phi_of(t: int) -> Tensor:
-        return torch.sigmoid(pyro.sample(f"phi_logit_{t}", prior) if t else torch.tensor(0.0))
-
-    alive_and_seen(seen, rho, phi_of)
-
-
 def cjs_5(seen: Tensor, sex: Tensor) -> None:
     """Effects of sex and year on the logit of survival."""
     effect = sex * pyro.sample("phi_beta", dist.Normal(0.0, 10.0))
@@ -218,19 +193,6 @@ def labels() -> tuple[Any, ...]:
     truth = simulator.integers(0, CLASSES, ITEMS)
     guessed = simulator.integers(0, CLASSES, ANNOTATORS * ITEMS).reshape(ANNOTATORS, ITEMS)
     return (torch.where(simulator.uniform(ANNOTATORS, ITEMS) < 0.7, truth, guessed),)
-
-
-def dawid_skene(labels: Tensor) -> None:
-    """Each annotator has a matrix of confusion."""
-    share = pyro.sample("share", dist.Dirichlet(torch.ones(CLASSES)))
-    with pyro.plate("annotators", ANNOTATORS):
-        rows = dist.Dirichlet(torch.ones(CLASSES, CLASSES)).to_event(1)
-        confusion = pyro.sample("confusion", rows)
-    with pyro.plate("items", ITEMS, dim=-1):
-        kind = pyro.sample("kind", dist.Categorical(share))
-        with pyro.plate("positions", ANNOTATORS, dim=-2) as annotator:
-            given = dist.Categorical(confusion[annotator[:, None], kind])
-            pyro.sample("labels", given, obs=labels)
 
 
 def mace(labels: Tensor) -> None:
@@ -279,10 +241,9 @@ def lda(words: Tensor) -> None:
 #: examples/annotation.py of NumPyro
 EXAMPLES: dict[str, tuple[Run, Callable[[], tuple[Any, ...]]]] = {
     "gmm": (mixture_model, lambda: (torch.tensor([0.0, 1.0, 10.0, 11.0, 12.0]),)),
-    **{model.__name__: (model, music) for model in (hmm_0, hmm_1, hmm_4)},
-    **{model.__name__: (model, dippers) for model in (cjs_3, cjs_5)},
+    **{model.__name__: (model, music) for model in (hmm_0, hmm_4)},
+    "cjs_5": (cjs_5, dippers),
     "experts": (experts_model, experts),
-    "dawid_skene": (dawid_skene, labels),
     "mace": (mace, labels),
     "lda": (lda, documents),
 }

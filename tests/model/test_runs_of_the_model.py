@@ -9,45 +9,38 @@ from pyro import distributions as dist
 
 from pyro_artransform import AutoIAF, fit, mcmc
 from pyro_artransform.model import LogJoint
+from tests.sampling.densities import schools
 
 Y = torch.tensor([0.3, -1.2, 0.8, 2.1, -0.4, 0.1, 1.5, -0.7])
 
 
-class Hierarchy:
+class Counted:
     """A model that counts its runs."""
 
-    def __init__(self):
-        self.num_runs = 0
+    def __init__(self, model):
+        self.model, self.num_runs = model, 0
 
-    def __call__(self, y):
+    def __call__(self, *args):
         self.num_runs += 1
-        mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-        tau = pyro.sample("tau", dist.HalfNormal(2.0))
-        with pyro.plate("groups", len(y)):
-            theta = pyro.sample("theta", dist.Normal(mu, tau))
-            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+        self.model(*args)
 
 
-class EightSchools(Hierarchy):
-    def __call__(self):
-        self.num_runs += 1
-        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
-        tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-        y = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-        sd = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-        with pyro.plate("schools", 8):
-            theta = pyro.sample("theta", dist.Normal(mu, tau))
-            pyro.sample("y", dist.Normal(theta, sd), obs=y)
+def hierarchy(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
+    tau = pyro.sample("tau", dist.HalfNormal(2.0))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
 
 def test_of_eight_schools():
-    model = EightSchools()
+    model = Counted(schools)
     mcmc(model, seed=0, progress=False)
     assert model.num_runs <= 56
 
 
 def test_of_the_density():
-    model = Hierarchy()
+    model = Counted(hierarchy)
     log_joint = LogJoint(model, (Y,))
     assert model.num_runs == 1
     # what is decided is not decided again
@@ -58,7 +51,7 @@ def test_of_the_density():
 
 
 def test_of_the_first_call_of_a_guide():
-    model = Hierarchy()
+    model = Counted(hierarchy)
     guide = AutoIAF(model)
     guide(Y)
     assert set(guide.coordinates.centered_by_site()) == {"tau", "theta"}
@@ -68,6 +61,6 @@ def test_of_the_first_call_of_a_guide():
 
 
 def test_of_a_fit_beside_its_steps():
-    model = Hierarchy()
+    model = Counted(hierarchy)
     fit(model, AutoIAF(model), Y, num_steps=3, progress=False, seed=0)
     assert model.num_runs - 3 <= 100

@@ -13,11 +13,12 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
-from pyro.infer.reparam import ConjugateReparam, LocScaleReparam, TransformReparam
 
+from pyro_artransform import AutoIAF
 from pyro_artransform.model import LogJoint
-from pyro_artransform.model.traces import argument_signature, has_data, is_deterministic
+from pyro_artransform.model.traces import argument_signature
 from pyro_artransform.posterior import log_likelihood
+from tests.inference.conftest import quick_fit
 from tests.model.models import SIZE, Y, of_batch
 
 X, LABELS = torch.ones(5, 2), torch.tensor([1.0, 2.0, 2.0, 1.0, 2.0])
@@ -261,29 +262,6 @@ def test_a_structure_permutes_no_rows(monkeypatch):
     assert not sizes
 
 
-REPARAMETRIZERS = {
-    "transform": (dist.LogNormal(1.0, 2.0), TransformReparam()),
-    "vector": (dist.Normal(torch.zeros(2), 1.0).to_event(1), LocScaleReparam()),
-    "with_density": (dist.Beta(2.0, 2.0), ConjugateReparam(dist.Beta(3.0, 1.0))),
-}
-
-
-@pytest.mark.parametrize("name", REPARAMETRIZERS)
-def test_what_a_reparametrizer_leaves_is_no_data(name):
-    """A distribution of data may be a point all the same."""
-    fn, reparam = REPARAMETRIZERS[name]
-
-    @pyro.plate("plate", 3)
-    def run():
-        with poutine.reparam(config={"theta": reparam}):
-            theta = pyro.sample("theta", fn)
-        pyro.sample("y", dist.Delta(theta, event_dim=fn.event_dim), obs=theta.detach().clone())
-
-    nodes = poutine.trace(run).get_trace().nodes
-    assert is_deterministic(nodes["theta"])
-    assert [k for k, node in nodes.items() if node["type"] == "sample" and has_data(node)] == ["y"]
-
-
 MASK = torch.tensor([True, True, False])
 
 
@@ -352,3 +330,37 @@ def test_data_need_no_support(is_valid):
         z = torch.tensor([[0.0], [1.0]])
         expected = dist.Normal(0.0, 1.0).log_prob(z[:, 0]) - 0.5 * (0.5 - z[:, 0]).square()
         torch.testing.assert_close(log_joint(z), expected)
+
+
+def of_rows(y=None):
+    z = pyro.sample("z", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", SIZE):
+        pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+
+def by_factor():
+    pyro.factor("f", -(pyro.sample("z", dist.Normal(0.0, 1.0)) ** 2))
+
+
+def computed():
+    pyro.deterministic("twice", 2 * pyro.sample("z", dist.Normal(0.0, 1.0)))
+
+
+@pytest.mark.parametrize(
+    ("model", "has_data"),
+    [
+        (lambda: of_rows(Y), True),
+        (poutine.condition(of_rows, {"y": Y}), True),
+        (by_factor, True),
+        (of_rows, False),
+        (computed, False),
+    ],
+)
+def test_a_posterior_is_the_prior_without_an_observed_site_and_a_factor(model, has_data):
+    assert LogJoint(model).has_data == has_data
+
+
+def test_a_guide_that_was_set_up_hides_no_data():
+    guide = AutoIAF(of_rows)
+    guide(Y)
+    assert "prior" not in quick_fit(of_rows, guide, Y, num_steps=2, progress=False).verdict

@@ -113,50 +113,33 @@ def observe(mean):
     pyro.sample("y", dist.Normal(mean, 1.0), obs=torch.tensor(0.3))
 
 
-def asserted():
-    z = latent()
+def asserted(z):
     assert (z < 100).all()
-    observe(z.exp().sum())
+    return z.exp().sum()
 
 
-def branch():
-    z = latent()
-    observe(z[0] if z[1] > 0 else z[2] ** 2)
-
-
-def branch_on_a_number():
-    z = latent()
-    observe(z[0] if z.relu().sum() else z[2] ** 2)
-
-
-def whole_number():
-    z = latent()
-    observe(torch.arange(5.0)[int(z[0].clamp(-2, 2)) + 2] * z[1])
-
-
-def count():
-    z = latent()
-    observe(z[0] * (z > 0).sum().item())
-
-
-def greatest():
-    z = latent()
-    observe(max(z[0], z[1], z[2]))
-
-
-def written():
+def written(z):
     """Into a tensor of its own, where a branch says so."""
-    z, filled = latent(), torch.zeros(3)
+    filled = torch.zeros(3)
     for i in range(3):
         filled[i] = z[i] if z[i] > -1.5 else 0.0
-    observe(filled.prod())
+    return filled.prod()
 
 
-@pytest.mark.parametrize(
-    "model", [asserted, branch, branch_on_a_number, whole_number, count, greatest, written]
-)
-def test_branches_on_latents_are_looped_over(model):
-    log_joint = LogJoint(model)
+BRANCHES = {
+    "assertion": asserted,
+    "branch": lambda z: z[0] if z[1] > 0 else z[2] ** 2,
+    "branch on a number": lambda z: z[0] if z.relu().sum() else z[2] ** 2,
+    "whole number": lambda z: torch.arange(5.0)[int(z[0].clamp(-2, 2)) + 2] * z[1],
+    "count": lambda z: z[0] * (z > 0).sum().item(),
+    "greatest": lambda z: max(z[0], z[1], z[2]),
+    "written": written,
+}
+
+
+@pytest.mark.parametrize("name", BRANCHES)
+def test_branches_on_latents_are_looped_over(name):
+    log_joint = LogJoint(lambda: observe(BRANCHES[name](latent())))
     assert log_joint.strategy == "loop"
     assert "At test_vectorization.py, line" in log_joint.reason
 

@@ -99,22 +99,6 @@ def test_a_markov_graph_knows_its_edges_and_colors():
     assert graph.coloring.num_colors == 3
 
 
-@every_graph
-def test_padded_groups_hold_all_parents(neighbours):
-    found = eliminate(neighbours)
-    seen = []
-    for group in padded_groups(found.parents, found.level):
-        for i, row, mask in zip(group.coordinates, group.parents, group.is_parent):
-            assert row[mask].tolist() == list(found.parents[i])
-            assert (row[~mask] == len(neighbours)).all()
-        levels = [found.level[i] for i in group.coordinates]
-        assert levels == sorted(levels)
-        for level, rows in group.slices.items():
-            assert set(levels[rows]) == {level}
-        seen += group.coordinates
-    assert sorted(seen) == [i for i, own in enumerate(found.parents) if own]
-
-
 def test_padding_is_little_in_a_large_level_and_one_group_in_a_small_one():
     parents = [[] for _ in range(60)] + [[0, 1, 2]] * 1000 + [list(range(60))]
     groups = padded_groups(parents, [0] * 60 + [1] * 1001)

@@ -291,3 +291,27 @@ def test_a_sum_that_cancels_may_differ_as_much_as_its_inputs_allow():
         captured(torch.randn(4, NUM))
     assert captured.can_replay
     assert captured.num_compared >= 3
+
+
+MATRIX = torch.linspace(-1.0, 1.0, 200, dtype=torch.float64).reshape(50, 4)
+
+
+@pytest.mark.parametrize(
+    ("product", "is_one"),
+    [
+        (lambda b: MATRIX @ b, True),
+        (lambda b: (MATRIX @ b[:, None])[:, 0], True),
+        (lambda b: b @ MATRIX.T, True),
+        (lambda b: (MATRIX * b) @ b, False),  # another matrix for each draw
+    ],
+)
+def test_products_of_all_draws_with_one_matrix_are_one_product(product, is_one):
+    """The value and the gradient of a linear predictor, as torch.vmap and autograd write them."""
+    function = gradient(lambda b: torch.vmap(product)(b).square().sum(-1))
+    vectors = torch.randn(7, 4)
+    replay = recording.record(function, [vectors], 10.0)
+    assert replay is not None
+    assert ("bmm" not in {call.name for call in replay.program.calls}) == is_one
+    for inputs in (vectors, 2 - vectors):
+        for found, expected in zip(replay(inputs), function(inputs)):
+            torch.testing.assert_close(found, expected)
