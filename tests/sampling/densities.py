@@ -81,12 +81,6 @@ def moments_are(ensemble, mean, sd):
     assert ((white.square().mean((0, 1)) - 1).abs() < 5 * error).all()
 
 
-def subsampled():
-    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", 10, subsample_size=2) as indices:
-        pyro.sample("y", dist.Normal(loc, 1.0), obs=torch.ones(10)[indices])
-
-
 def nowhere():
     z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     pyro.factor("wall", torch.where(z[..., 0] > -9, torch.nan, 0.0))

@@ -42,23 +42,21 @@ def info_of(acceptance, is_divergent):
 
 
 @pytest.mark.parametrize(
-    ("rates", "factor"), [([0.8] * 4, 1.0), ([0.0] * 4, 1 / 3), ([1.0] * 4, 1.5)]
+    ("rates", "is_divergent", "factor"),
+    [
+        ([0.8] * 4, [False] * 4, 1.0),
+        ([0.0] * 4, [False] * 4, 1 / 3),
+        ([1.0] * 4, [False] * 4, 1.5),
+        # those that end at a wall do not count, but where nearly all do, which too large steps do, too
+        ([0.8] * 4 + [0.0] * 4, [False] * 4 + [True] * 4, 1.0),
+        ([0.8] * 4 + [0.0] * 4, [True] * 8, 0.55),
+    ],
 )
-def test_a_single_update(rates, factor):
-    step_size, rates = StepSize(16), torch.tensor(rates)
+def test_a_single_update(rates, is_divergent, factor):
+    step_size = StepSize(16)
     before = step_size.value
-    step_size.update(info_of(rates, rates > 1))
-    assert step_size.value / before == pytest.approx(factor, rel=0.01)
-
-
-def test_trajectories_that_end_at_a_wall_do_not_count():
-    """But where nearly all do, which steps that are too large do, too."""
-    rates = torch.tensor([0.8] * 4 + [0.0] * 4)
-    for is_divergent, factor in ((rates == 0, 1.0), (rates >= 0, 0.55)):
-        step_size = StepSize(16)
-        before = step_size.value
-        step_size.update(info_of(rates, is_divergent))
-        assert step_size.value / before == pytest.approx(factor, abs=0.02)
+    step_size.update(info_of(torch.tensor(rates), torch.tensor(is_divergent)))
+    assert step_size.value / before == pytest.approx(factor, rel=0.01, abs=0.02)
 
 
 @pytest.mark.parametrize(

@@ -248,10 +248,14 @@ def test_why_no_chain_can_start_is_explained(model, words, is_of_data):
     )
 
 
-def test_a_density_in_double_precision_of_latents_in_single():
+@pytest.mark.parametrize("distance", [0.0, 9.0])
+def test_a_density_in_double_precision_of_latents_in_single(distance):
+    """Of two modes, too, between which chains jump by proposals."""
+
     def model():
         z = pyro.sample("z", dist.Normal(torch.zeros(3, dtype=torch.float32), 1.0).to_event(1))
-        pyro.factor("data", -z.double().square().sum(-1) / 2)
+        parts = [-(z.double() - loc).square().sum(-1) for loc in (-distance, distance)]
+        pyro.factor("data", torch.logaddexp(*parts))
 
     found = ensemble_of(model)
     found.run(100)

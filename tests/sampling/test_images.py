@@ -138,8 +138,3 @@ def test_draws_of_the_whole_posterior(by):
     is_heavier = w[:, 0] > w[:, 1]
     assert float((is_heavier == is_first).double().mean()) > 0.95
     assert torch.allclose(mu.sort(-1).values, named.by_chain["mu"].flatten(0, 1).sort(-1).values)
-
-
-def test_relabel_is_a_flag():
-    with pytest.raises(ValueError, match="relabel: expected True or False, got 1"):
-        mcmc(exchangeable, relabel=1)

@@ -6,6 +6,7 @@
 import math
 import signal
 from functools import cache
+from types import SimpleNamespace
 
 import pyro
 import pytest
@@ -13,11 +14,13 @@ import torch
 from pyro import distributions as dist
 
 from pyro_artransform.model import LogJoint
-from pyro_artransform.model.replay import capture
+from pyro_artransform.model.replay import capture, execution, recording
+from pyro_artransform.sampling import Ensemble
 from pyro_artransform.sampling import mcmc as run
 from pyro_artransform.sampling.chains import chains_of
 from pyro_artransform.sampling.run_mcmc import from_nothing
 from tests.inference import models
+from tests.model.replay.test_capture import hierarchy
 from tests.sampling.densities import schools, schools_log_tau, schools_moments
 
 
@@ -323,3 +326,42 @@ def test_a_funnel_in_coordinates_of_the_prior():
     share = (v < -5).double().mean()
     expected = 0.5 * math.erfc(5 / 3 / 2**0.5)
     assert abs(share - expected) < 5 * (expected / float(chains.ess_tail["v"])) ** 0.5
+
+
+def test_chains_are_the_same_with_torchscript_and_without(monkeypatch, caplog):
+    execution._say_that_torchscript_is_missing.cache_clear()
+
+    found = [mcmc(hierarchy, draws=40, num_chains=8)]
+    assert not caplog.records
+    for name in ("Graph", "_create_function_from_graph"):
+        monkeypatch.delattr(torch._C, name)
+    # PyTorch itself calls these two
+    jit = SimpleNamespace(_builtins=torch.jit._builtins, is_scripting=lambda: False)
+    monkeypatch.setattr(torch, "jit", jit)
+    found.append(mcmc(hierarchy, draws=40, num_chains=8))
+    assert ["no TorchScript" in record.message for record in caplog.records] == [True]
+    assert all(each.trusted for each in found)
+    one, other = (each.by_chain["z"] for each in found)
+    torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)  # chains amplify round-off
+
+
+def test_draws_of_another_density_are_dropped(monkeypatch):
+    """The model is another one after some replays, which a comparison finds out."""
+    replays, replayed = [], recording.Replay.__call__
+
+    def model():
+        loc = 2.0 if len(replays) > 20 else 0.0
+        z = pyro.sample("z", dist.Normal(torch.zeros(2), 2**0.5).to_event(1))
+        # at twice the location: the posterior is Normal(loc, 1)
+        pyro.sample("y", dist.Normal(z, 2**0.5).to_event(1), obs=torch.full((2,), 2 * loc))
+
+    def replay(self, *inputs):
+        replays.append(1)
+        return replayed(self, *inputs)
+
+    anew, begin_anew = [], Ensemble._forget
+    monkeypatch.setattr(recording.Replay, "__call__", replay)
+    monkeypatch.setattr(Ensemble, "_forget", lambda self: begin_anew(anew.append(1) or self))
+    found = mcmc(model, draws=400, num_chains=16)
+    assert anew
+    assert (found.by_chain["z"].mean((0, 1)) - 2.0).abs().max() < 0.25

@@ -3,12 +3,10 @@
 
 import math
 
-import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_artransform.sampling.modes import IndependentProposals, Modes, StudentTMixture
-from pyro_artransform.sampling.target import State
+from pyro_artransform.sampling.modes import Modes
 
 
 def draws_of(places, sds, log_masses, dim=3, chains_each=4, count=100):
@@ -81,30 +79,3 @@ def test_points_are_next_to_the_group_in_whose_sds_they_are_nearest():
     points = torch.tensor([[0.2], [2.0], [19.0], [-0.3]])
     assert found.shares_of(points).tolist() == [0.5, 0.5]
     assert found.shares_of(points[:1]).tolist() == [0.0, 1.0]
-
-
-def test_proposals_have_the_dtype_of_latents():
-    """Densities, and shares with them, are of double precision where the data are."""
-    base = [torch.randn(20, 2, dtype=torch.float32) + shift for shift in (0.0, 9.0)]
-    proposals = IndependentProposals.at_modes(base, torch.tensor([0.5, 0.5], dtype=torch.float64))
-
-    def target(x):
-        log_density = -x.double().square().sum(-1)
-        return State(x, x, log_density, -2 * x)
-
-    assert proposals.step(target, target(base[0])).base.dtype == torch.float32
-
-
-def test_a_mixture_of_students_t_distributions():
-    """It has the densities of Pyro's, and draws from the components by their shares."""
-    share, loc = torch.tensor([0.3, 0.7]), torch.tensor([[-4.0, 1.0], [4.0, 0.0]])
-    roots = [torch.tensor([[1.0, 0.0], [0.5, 0.3]]), torch.tensor([[0.2, 0.0], [-1.0, 2.0]])]
-    found = StudentTMixture(share.log(), loc, roots)
-    draws = found.sample((4000,))
-    each = dist.MultivariateStudentT(torch.full((2,), 5.0), loc, torch.stack(roots))
-    expected = dist.MixtureSameFamily(dist.Categorical(share), each)
-    torch.testing.assert_close(found.log_prob(draws), expected.log_prob(draws))
-    first = draws[:, 0] < 0.0
-    assert float(first.float().mean()) == pytest.approx(0.3, abs=0.03)
-    covariance = 5 / 3 * roots[1] @ roots[1].T
-    torch.testing.assert_close(draws[~first].T.cov(), covariance, atol=0.5, rtol=0.1)

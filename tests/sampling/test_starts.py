@@ -1,6 +1,8 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import math
+
 import pyro
 import pytest
 import torch
@@ -12,7 +14,6 @@ from pyro_artransform.sampling import State, TransformedDensity
 from pyro_artransform.sampling.starts import (
     Starts,
     initial_ascent,
-    latin_hypercube,
     overdispersed,
     select_dispersed,
     wide_normal,
@@ -35,24 +36,18 @@ def in_units_of_the_prior(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_each_stratum_has_a_point(dtype):
-    points = latin_hypercube(16, torch.zeros(200, dtype=dtype))
-    assert points.dtype == dtype
-    assert points.min() > 0
-    assert points.max() < 1
-    strata = (16 * points).floor().sort(0).values
-    assert torch.equal(strata, torch.arange(16.0, dtype=dtype)[:, None].expand(16, 200))
-    # and so has each stratum of eight one of every other point
-    for part in (points[::2], points[1::2]):
-        strata = (8 * part).floor().sort(0).values
-        assert torch.equal(strata, torch.arange(8.0, dtype=dtype)[:, None].expand(8, 200))
-    assert latin_hypercube(5, points[0]).shape == (5, 200)
-    # in no order
-    assert torch.corrcoef(points.T).fill_diagonal_(0.0).mean().abs() < 0.02
-    # at quantiles of a normal distribution that is wider than the prior
+    """At quantiles of a normal distribution that is wider than the prior, in no order."""
     wide = wide_normal(16, torch.zeros(200, dtype=dtype))
+    assert wide.dtype == dtype
     assert float(wide.std()) == pytest.approx(1.3, rel=0.05)
-    strata = (16 * torch.special.ndtr(wide / 1.3)).floor().sort(0).values
-    assert torch.equal(strata, torch.arange(16.0, dtype=dtype)[:, None].expand(16, 200))
+    points = torch.special.ndtr(wide / 1.3)
+    # and so has each stratum of eight one of every other point
+    for part in (points, points[::2], points[1::2]):
+        strata = (len(part) * part).floor().sort(0).values
+        expected = torch.arange(len(part), dtype=dtype)[:, None].expand(len(part), 200)
+        assert torch.equal(strata, expected)
+    assert torch.corrcoef(points.T).fill_diagonal_(0.0).mean().abs() < 0.02
+    assert wide_normal(5, points[0]).shape == (5, 200)
 
 
 def test_without_a_hierarchy_nothing_is_held():
@@ -193,3 +188,21 @@ def test_superchains_begin_at_points_that_are_far_apart():
     assert chosen[2] == 10
     assert chosen[3] != 13
     assert torch.equal(chosen // 4, torch.arange(4))
+
+
+def test_density_in_the_base_space_of_a_transform():
+    """By the change of variables: a transform to the posterior gives a standard normal."""
+    log_joint = LogJoint(lambda: pyro.sample("z", dist.LogNormal(1.0, 0.5)))
+    target = TransformedDensity(
+        log_joint, lambda x: (1 + 0.5 * x, math.log(0.5) * torch.ones(len(x)))
+    )
+    x = torch.linspace(-2, 2, 5)[:, None]
+    state = target(x)
+    assert torch.allclose(state.log_density, dist.Normal(0.0, 1.0).log_prob(x)[:, 0])
+    assert torch.allclose(state.gradient, -x)
+    assert torch.allclose(state.latent, 1 + 0.5 * x)
+    assert not state.latent.requires_grad
+    # its own coordinates by default
+    assert torch.equal(TransformedDensity(log_joint)(x[:2]).latent, x[:2])
+    target(x[:2])
+    assert target.num_gradients == 7
