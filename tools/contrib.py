@@ -44,7 +44,7 @@ BRANCHES = (
         "artransform-flows",
         "Autoregressive transforms with an exact inverse",
         "flows.rst",
-        ["test_builders.py", "test_distribution.py", "test_transforms.py"],
+        ["test_flows.py"],
         ["heavy_tails.py", "transforms.py"],
     ),
     Branch(
