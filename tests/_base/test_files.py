@@ -23,14 +23,6 @@ def refuses(path):
     return str(path) in text and "weights_only" not in text
 
 
-def test_round_trip(tmp_path):
-    path = tmp_path / "numbers.pt"
-    files.write(path, "numbers", {"n": torch.ones(2)})
-    files.write(str(path), "numbers", {"n": torch.zeros(2)})
-    assert torch.equal(read(path)["n"], torch.zeros(2))
-    assert os.listdir(tmp_path) == ["numbers.pt"]
-
-
 def test_the_file_is_as_any_other(tmp_path):
     """Its permissions are those of a new file, and a link goes on pointing to it."""
     path, link, other = tmp_path / "numbers.pt", tmp_path / "link.pt", tmp_path / "other"
@@ -79,14 +71,6 @@ def test_what_cannot_be_read(tmp_path):
         read(path, "nowhere")
     path.write_bytes(path.read_bytes()[:-50])
     assert refuses(path)
-
-
-def test_another_format_is_named_and_no_version_is_advised(tmp_path):
-    path = tmp_path / "numbers.pt"
-    for kind in (8, "letters"):
-        torch.save({"format": kind}, path)
-        with pytest.raises(ValueError, match=f"expected numbers, got {kind}$"):
-            read(path)
 
 
 def test_numbers_that_changed(tmp_path):

@@ -10,7 +10,6 @@ from pyro_artransform._base.time_limit import (
     INTERRUPTED,
     OUT_OF_TIME,
     TimeLimit,
-    is_out_of_time,
     until_deadline,
 )
 
@@ -45,14 +44,6 @@ def test_loops_end_with_the_share_of_their_phase(clock):
         limit.enter_phase(1.0)
         assert not limit.reason
         assert len(taken(clock, range(100))) == 4
-
-
-def test_without_a_limit_nothing_ends(clock):
-    assert taken(clock, range(100)) == list(range(100))
-    assert not is_out_of_time()
-    with TimeLimit() as limit:
-        limit.enter_phase(0.1)
-        assert taken(clock, range(100)) == list(range(100))
 
 
 def test_ctrl_c_ends_phases_and_leaves_a_second_for_the_result(clock):

@@ -67,14 +67,52 @@ class _ThreeNumbers(FlowGuide):
         return torch.zeros(n, 3), torch.zeros(n)
 
 
-def test_guides_of_other_latents():
-    def only_mean():
-        pyro.sample("mean", dist.Normal(0.0, 1.0))
+def normal(loc=0.0):
+    pyro.sample("z", dist.Normal(loc, 1.0))
 
-    with pytest.raises(ValueError, match=r"all latents of the model, got none for \['z'\]"):
-        importance(conjugate.local_normals, only_mean, 10)
-    with pytest.raises(ValueError, match=r"latents of shape \(10, 4\) .* got \(10, 3\)"):
-        importance(conjugate.local_normals, _ThreeNumbers(), 10)
+
+def by_another(**infer):
+    """The density of the auxiliary site came into the ELBO, 2.3 nats above the evidence."""
+    return lambda: normal(0.1 * pyro.sample("u", dist.Uniform(0.0, 10.0), infer=infer))
+
+
+def pair(loc=0.0):
+    with pyro.plate("pair", 2):
+        normal(loc)
+
+
+def only_mean():
+    pyro.sample("mean", dist.Normal(0.0, 1.0))
+
+
+def of_discrete_latents():
+    pyro.sample("loc", dist.Normal(0.4, 0.7))
+    with pyro.plate("data", len(conjugate.REALS)):
+        pyro.sample("kind", dist.Bernoulli(0.3))
+
+
+def mixture():
+    conjugate.mixture(torch.tensor(conjugate.REALS))
+
+
+LOCAL, BY_DELTA = conjugate.local_normals, r"that determine them through a Delta.*got \['u'\]"
+DISCRETE = "got draws of the discrete kind: enumerate"
+REFUSED = [
+    (LOCAL, only_mean, 10, r"all latents of the model, got none for \['z'\]"),
+    (LOCAL, _ThreeNumbers(), 10, r"latents of shape \(10, 4\) .* got \(10, 3\)"),
+    (LOCAL, only_mean, 0, "expected a positive integer, got 0"),
+    (normal, by_another(), 10, BY_DELTA),
+    (normal, by_another(is_auxiliary=True), 10, f"auxiliary ones {BY_DELTA}"),
+    (pair, lambda: pair(torch.zeros(2, 1)), 10, r'site "z", invalid log_prob shape'),
+    (mixture, of_discrete_latents, 10, DISCRETE),
+    (poutine.infer_config(mixture, lambda site: {}), of_discrete_latents, 10, DISCRETE),
+]
+
+
+@pytest.mark.parametrize(("model", "guide", "num_samples", "words"), REFUSED)
+def test_what_is_refused(model, guide, num_samples, words):
+    with pytest.raises(ValueError, match=words):
+        importance(model, guide, num_samples)
 
 
 def funnel():
@@ -105,32 +143,6 @@ def test_a_guide_of_another_model(model):
         importance(model, AutoIAF(funnel), 20)
     with pytest.raises(ValueError, match="expected a guide for this model"):
         fit(model, AutoIAF(funnel), num_steps=2, progress=False)
-
-
-@pytest.mark.parametrize("infer", [{}, {"is_auxiliary": True}], ids=["", "auxiliary"])
-def test_guides_whose_density_of_the_latents_is_not_known(infer):
-    """The density of the auxiliary site came into the ELBO, 2.3 nats above the evidence."""
-
-    def guide():
-        u = pyro.sample("u", dist.Uniform(0.0, 10.0), infer=infer)
-        pyro.sample("z", dist.Normal(0.1 * u, 1.0))
-
-    def model():
-        pyro.sample("z", dist.Normal(0.0, 1.0))
-
-    with pytest.raises(
-        ValueError, match=r"auxiliary ones that determine them through a Delta.*got \['u'\]"
-    ):
-        importance(model, guide, 10)
-
-
-def test_a_guide_that_broadcasts_in_a_plate():
-    def pair(loc):
-        with pyro.plate("pair", 2):
-            pyro.sample("z", dist.Normal(loc, 1.0))
-
-    with pytest.raises(ValueError, match=r'site "z", invalid log_prob shape'):
-        importance(lambda: pair(0.0), lambda: pair(torch.zeros(2, 1)), 10)
 
 
 # Mini-batches, and guides that run the model
@@ -297,16 +309,3 @@ def test_tail_of_index_zero_is_exponential():
 def test_bad_shape(shape):
     with pytest.raises(ValueError, match=r"log_weights: expected shape \(S,\), got"):
         fit_tail(torch.zeros(shape))
-
-
-def test_an_auxiliary_site_may_determine_a_latent_by_a_transformed_point():
-    def model():
-        pyro.sample("z", dist.Normal(0.0, 2.0))
-
-    def guide():
-        half = pyro.sample("half", dist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
-        double = dist.transforms.AffineTransform(0.0, 2.0)
-        pyro.sample("z", dist.TransformedDistribution(dist.Delta(half), double))
-
-    _, weights = log_weights(model, guide, 20)
-    assert torch.allclose(weights, torch.zeros(20), atol=1e-5)

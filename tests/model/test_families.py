@@ -16,7 +16,7 @@ from torch.distributions import biject_to, constraints
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.coordinates.centering import non_centered
 from pyro_artransform.model.coordinates.coordinates import Coordinates
-from pyro_artransform.model.coordinates.families import PriorScale, is_identity_or_exp
+from pyro_artransform.model.coordinates.families import PriorScale
 from pyro_artransform.sampling import mcmc
 
 MASK = torch.tensor([True, False, True])
@@ -169,11 +169,9 @@ AS_WRITTEN = {
     "mask(True)": of(lambda fn: fn.mask(True)),
     "mask(False)": of(lambda fn: fn.mask(False)),
     "mask": of(lambda fn: fn.mask(MASK)),
-    "mask in a plate": lambda make, m, s: in_plate(lambda *given: make(*given).mask(MASK), m, s),
     "mask, to_event": of(lambda fn: fn.mask(MASK).to_event(1)),
     "to_event, mask": of(lambda fn: fn.to_event(1).mask(False)),
     "mask, expanded": of(lambda fn: expand(fn.mask(MASK))),
-    "mask, mask": of(lambda fn: fn.mask(MASK).mask(~MASK)),
     "mask by a latent": lambda make, m, s: pyro.sample("z", make(m, s).mask(m > 0)),
     "mask as a base": of(lambda fn: of_no_transform(fn.mask(MASK))),
     "poutine.mask(False)": under(partial(poutine.mask, mask=False)),
@@ -181,7 +179,6 @@ AS_WRITTEN = {
     "subclass": of(own),
     "subclass, expanded": of(lambda fn: expand(own(fn))),
     "subclass, to_event": of(lambda fn: own(fn).to_event(1)),
-    "subclass, to_event twice, mask": of(lambda fn: own(fn).to_event(1).to_event(0).mask(True)),
     "subclass as a base": of(lambda fn: of_no_transform(own(fn))),
     "subclass of a wrapper": of(lambda fn: own(fn.to_event(1))),
     "subclass with a sampler": of(subclass(rsample=half_rsample)),
@@ -228,12 +225,6 @@ def check_map(family, form, dtype, centered=None, with_location=True):
     assert close(torch.linalg.slogdet(jacobian)[1], ladj[0]), (family, form, centered)
 
 
-def is_as_written(family, form):
-    """Whether a run of the model has no site of a known density."""
-    node = poutine.trace(model_of(family, form)).get_trace().nodes["z"]
-    return node["mask"] is not None or PriorScale.of(node["fn"]) is None
-
-
 @pytest.mark.parametrize(
     ("family", "form", "with_location"),
     [
@@ -255,12 +246,10 @@ def test_all_forms_of_all_families_are_as_written(family, dtype, centered):
 
 
 @pytest.mark.parametrize("form", AS_WRITTEN)
-def test_other_densities_are_not_mapped(form):
-    assert [family for family in FAMILIES if not is_as_written(family, form)] == []
-
-
-@pytest.mark.parametrize("form", AS_WRITTEN)
-@pytest.mark.parametrize("family", ["Normal", pytest.param("HalfCauchy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "family",
+    [each if each == "Normal" else pytest.param(each, marks=pytest.mark.slow) for each in FAMILIES],
+)
 def test_a_model_with_other_densities_has_no_coordinates(family, form):
     assert LogJoint(model_of(family, form)).mapped_sites() == {}
 
@@ -340,20 +329,6 @@ def test_another_bijection_of_positive_numbers_is_not_taken_for_the_exponential(
     softplus = {type(constraints.positive): lambda _: T.SoftplusTransform()}
     monkeypatch.setattr(biject_to, "_registry", {**biject_to._registry, **softplus})
     assert LogJoint(model_of("LogNormal", "plain")).mapped_sites() == {}
-
-
-@pytest.mark.parametrize("bound", [0.0, torch.tensor(0.0), torch.zeros(3)])
-def test_the_exponential_onto_positive_numbers(bound):
-    """Also with a bound for each element, as distributions of vectors have it."""
-    assert is_identity_or_exp(biject_to(constraints.greater_than(bound)))
-    assert is_identity_or_exp(
-        biject_to(constraints.independent(constraints.greater_than(bound), 1))
-    )
-
-
-@pytest.mark.parametrize("bound", [1.0, torch.tensor(1.0), torch.tensor([0.0, 0.0, 1.0])])
-def test_a_bound_above_zero_is_no_exponential(bound):
-    assert not is_identity_or_exp(biject_to(constraints.greater_than(bound)))
 
 
 LOW, HIGH = torch.tensor([0.0, 1.0, -2.0]), torch.tensor([1.0, 5.0, 0.5])

@@ -25,6 +25,7 @@ def test_summary():
     of_one = summary({"z": torch.ones(1, 2)}, probs=[])["z"]
     assert list(of_one) == ["mean", "sd"]
     assert of_one["sd"].isnan().all()
+    assert summary({"none": torch.zeros(5, 0)})["none"]["50%"].shape == (0,)
 
 
 def test_summary_as_a_table():
@@ -71,10 +72,6 @@ def test_quantiles_in_half_precision(dtype):
     assert found.dtype == dtype
     assert torch.equal(found, expected.to(dtype))
     assert torch.equal(summary({"z": draws})["z"]["5%"], expected[0])
-
-
-def test_sites_without_elements_and_constants():
-    assert summary({"none": torch.zeros(5, 0)})["none"]["50%"].shape == (0,)
 
 
 def test_a_latent_that_is_a_constant():

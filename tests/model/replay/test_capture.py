@@ -58,32 +58,6 @@ def check_replays(function, shape=(7, 3)):
     return captured
 
 
-WEIGHT, LAW = torch.linspace(-1.0, 1.0, 9).reshape(3, 3), dist.StudentT(4.0, validate_args=False)
-
-
-def one_row(row):
-    return torch.where(row > 0, row.exp(), row).prod()
-
-
-def into_a_new_tensor(x):
-    out = torch.zeros(len(x), 4)
-    out[:, 1:] = x
-    out += 1.0
-    return (out,)
-
-
-@pytest.mark.parametrize(
-    "function",
-    [
-        gradient(lambda x: LAW.log_prob(torch.tanh(x @ WEIGHT.to(x))).sum(-1)),
-        gradient(torch.vmap(one_row)),
-        into_a_new_tensor,
-    ],
-)
-def test_replays_give_values_and_gradients(function):
-    check_replays(function)
-
-
 def test_parameters_are_seen_as_they_are():
     layer = nn.Linear(3, 2)
 
