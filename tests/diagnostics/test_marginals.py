@@ -50,7 +50,7 @@ def _one_in_twenty(dim, value):
     return torch.where(torch.arange(dim) % 20 == 7, value, 0.0)
 
 
-@pytest.mark.parametrize("dim", [100, pytest.param(1000, marks=SLOW)])
+@pytest.mark.parametrize("dim", [40, pytest.param(1000, marks=SLOW)])
 def test_guides_of_a_correlated_path(dim):
     """The bound of 2 D errors is nine standard errors."""
     model, ensemble = partial(path, dim), of_path(dim, max(1000, 2 * dim))
@@ -71,7 +71,7 @@ def test_guides_of_a_correlated_path(dim):
 
 def test_errors_are_the_true_ones():
     """Means off by 0.1 sd at most and sds by 10 %: within four standard errors, and 0.01."""
-    dim = 100
+    dim = 40
     factor, shift = 1 + 0.1 * torch.linspace(-1, 1, dim), 0.1 * torch.linspace(1, -1, dim)
     found = judged(of_path(dim), partial(path, dim), PathGuide(dim, factor, shift))
     errors = found.mean_shift["z"] - shift

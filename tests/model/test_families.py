@@ -363,6 +363,6 @@ def test_bounds_of_vectors(name):
     u, ladj = density.to_unconstrained(x)
     assert torch.allclose(density(x), written(u) + ladj)
     if name == "Uniform":
-        chains = mcmc(model, draws=40, seed=0, progress=False)
+        chains = mcmc(model, draws=20, seed=0, progress=False)
         assert chains.trusted, chains
         assert make().support.check(chains.draws["z"]).all()
