@@ -11,8 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from tests.factory_calls import bare_factory_calls
-
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "pyro_artransform"
 MAX_LINES = 400
@@ -46,6 +44,11 @@ ARROWS_INSIDE: dict[str, dict[str, set[str]]] = {
         "builders": {"univariate", "conditioners", "transforms"},
     },
 }
+FLOAT_FACTORIES = {
+    *("zeros", "ones", "eye", "tensor", "rand", "randn", "full", "empty", "linspace", "logspace"),
+    "scalar_tensor",
+}
+INTEGER_FACTORIES = {"arange", "randint", "randperm", "range", "tril_indices", "triu_indices"}
 # Nothing in the package imports these; the front door may name them, and imports plots on use only.
 IMPORTED_BY_NOBODY = {"plots", "testing"}
 
@@ -156,6 +159,28 @@ def test_formulas_of_docstrings_render() -> None:
         for node in ast.walk(ast.parse(path.read_text())):
             docstring = ast.get_docstring(node) if isinstance(node, documented) else None
             assert "\\\\" not in (docstring or ""), path
+
+
+def bare_factory_calls(path: Path) -> list[tuple[int, str]]:
+    """Calls that make a tensor without saying of which dtype and where, and moves by name."""
+    faults = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute)):
+            continue
+        name, owner = node.func.attr, node.func.value
+        given = {keyword.arg for keyword in node.keywords}
+        of_torch = isinstance(owner, ast.Name) and owner.id == "torch"
+        missing = (
+            of_torch
+            and None not in given
+            and (
+                (name in FLOAT_FACTORIES and not {"dtype", "device"} <= given)
+                or (name in INTEGER_FACTORIES and "device" not in given)
+            )
+        )
+        if missing or (name in ("cuda", "cpu") and not of_torch):
+            faults.append((node.lineno, ast.unparse(node)[:60]))
+    return faults
 
 
 def test_tensors_are_made_where_their_arguments_are() -> None:

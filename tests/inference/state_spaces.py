@@ -1,6 +1,6 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""Ten state-space models by ``for`` loops, as most people write them, and data that they simulate."""
+"""State-space models by ``for`` loops, as most people write them, and data that they simulate."""
 
 from collections.abc import Callable, Iterator
 
@@ -29,13 +29,6 @@ def _walk(name: str, num: int, scale: Tensor, first: float = 1.0) -> Iterator[Te
         yield x
 
 
-def local_level(num: int, y: Tensor | None) -> None:
-    step = pyro.sample("step", dist.HalfNormal(_number(1.0)))
-    noise = pyro.sample("noise", dist.HalfNormal(_number(1.0)))
-    for t, level in enumerate(_walk("level", num, step)):
-        pyro.sample(f"y_{t}", dist.Normal(level, noise), obs=_datum(y, t))
-
-
 def local_linear_trend(num: int, y: Tensor | None) -> None:
     s1 = pyro.sample("s1", dist.HalfNormal(_number(1.0)))
     s2 = pyro.sample("s2", dist.HalfCauchy(_number(0.5)))
@@ -56,16 +49,6 @@ def seasonal(num: int, y: Tensor | None) -> None:
         pyro.sample(f"y_{t}", dist.Normal(level + effects[t % 4], noise), obs=_datum(y, t))
 
 
-def ar1_plus_noise(num: int, y: Tensor | None) -> None:
-    phi = pyro.sample("phi", dist.Uniform(_number(-1.0), 1.0))
-    step = pyro.sample("step", dist.HalfNormal(_number(1.0)))
-    noise = pyro.sample("noise", dist.Gamma(_number(2.0), 4.0))
-    x = _number(0.0)
-    for t in range(num):
-        x = pyro.sample(f"x_{t}", dist.Normal(phi * x, step))
-        pyro.sample(f"y_{t}", dist.Normal(x, noise), obs=_datum(y, t))
-
-
 def ar2(num: int, y: Tensor | None) -> None:
     phi = [pyro.sample(f"phi_{k}", dist.Normal(_number(0.0), 0.5)) for k in range(2)]
     step = pyro.sample("step", dist.HalfCauchy(_number(1.0)))
@@ -75,15 +58,6 @@ def ar2(num: int, y: Tensor | None) -> None:
         mean = phi[0] * x + phi[1] * before
         before, x = x, pyro.sample(f"x_{t}", dist.Normal(mean, step))
         pyro.sample(f"y_{t}", dist.Normal(x, noise), obs=_datum(y, t))
-
-
-def drifting_coefficients(num: int, y: Tensor | None) -> None:
-    steps = [pyro.sample(f"step_{k}", dist.HalfCauchy(_number(0.2))) for k in range(2)]
-    noise = pyro.sample("noise", dist.HalfNormal(_number(1.0)))
-    walks = zip(_walk("intercept", num, steps[0]), _walk("slope", num, steps[1]))
-    for t, (intercept, slope) in enumerate(walks):
-        mean = intercept + slope * torch.sin(_number(float(t)))
-        pyro.sample(f"y_{t}", dist.Normal(mean, noise), obs=_datum(y, t))
 
 
 def student_level(num: int, y: Tensor | None) -> None:
@@ -123,12 +97,9 @@ def stochastic_volatility(num: int, y: Tensor | None) -> None:
 MODELS: dict[str, Model] = {
     model.__name__.replace("_", " "): model
     for model in (
-        local_level,
         local_linear_trend,
         seasonal,
-        ar1_plus_noise,
         ar2,
-        drifting_coefficients,
         student_level,
         dynamic_poisson,
         coupled_walks,
@@ -141,7 +112,7 @@ _TRUTH = {
     **dict.fromkeys(
         ("step", "noise", "s1", "s3", "step_0", "step_1", "pull", "phi_0", "phi_1"), 0.3
     ),
-    **{"s2": 0.05, "phi": 0.8, "df": 4.0, "mean": -1.0},
+    **{"s2": 0.05, "df": 4.0, "mean": -1.0},
 }
 
 

@@ -195,14 +195,6 @@ def test_minibatches_that_a_model_draws_are_trained_on_and_not_judged(kind):
     assert "k-hat" not in table
 
 
-def test_guide_that_lacks_a_latent():
-    part = poutine.block(models.regression, hide=["scale"])
-    with pytest.raises(ValueError, match=r"expected all latents of the model.*scale"):
-        fitted(models.regression, AutoNormal(part))
-    with pytest.raises(ValueError, match="expected a guide for this model"):
-        fitted(models.regression, small(part))
-
-
 def test_nothing_to_train():
     guide = AutoLaplaceApproximation(models.location)
     fitted(models.location, guide, num_steps=3)

@@ -20,7 +20,7 @@ from pyro_artransform.diagnostics.checks import Check
 from pyro_artransform.inference import first_draws
 from pyro_artransform.inference.initialization.start import AT_DRAWS, UNCHANGED
 from pyro_artransform.sampling import mcmc
-from tests.inference import loaders, models
+from tests.inference import models
 from tests.inference.conftest import SOON, Interrupting
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
@@ -264,26 +264,6 @@ def test_draws_are_kept_if_the_guide_is_not_wanted(monkeypatch):
     assert result.ok, result
     assert "it was interrupted after step 0" in result.verdict
     assert torch.isfinite(result.draws["loc"]).all()
-
-
-def taking_draws(draws=3):
-    models.location()
-
-
-def test_what_is_refused():
-    for count in (-1, 1.5):
-        with pytest.raises(ValueError, match=f"draws: expected .*, got {count}"):
-            fitted(models.location, draws=count)
-    with pytest.raises(ValueError, match="max_seconds: expected a positive"):
-        fitted(models.location, max_seconds=-1.0)
-    with pytest.raises(ValueError, match="a model that sees all data"):
-        fitted(models.subsampled)
-    with pytest.raises(ValueError, match="a parameter 'draws', which is also an option of fit"):
-        fitted(taking_draws)
-    x, y = loaders.rows(20)
-    loader = list(zip(x.split(10), y.split(10)))
-    with pytest.raises(ValueError, match="draws: expected a model that sees all data"):
-        fitted(loaders.regression, AutoIAF(loaders.regression), loader=loader, epochs=1)
 
 
 @pytest.mark.slow

@@ -71,23 +71,6 @@ def test_bound_parameters_are_none():
         assert result.num_steps == 2
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "expected"),
-    [
-        ("num_steps", 0, "a positive integer, got 0"),
-        ("num_steps", 1.5, "a positive integer, got 1.5"),
-        ("num_particles", True, "a positive integer, got True"),
-        ("seed", -1, "an integer of at least 0, got -1"),
-        ("seed", "7", "an integer of at least 0, got '7'"),
-    ],
-)
-def test_numbers_out_of_range(name, value, expected):
-    state = torch.get_rng_state()
-    with pytest.raises(ValueError, match=f"{name}: expected {expected}"):
-        fit(models.regression, **{name: value})
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize("make_guide", [None, AutoIAF], ids=["chosen", "given"])
 def test_a_new_guide_is_new_whatever_was_fitted_before(make_guide):
     """Pyro's store has the parameters of the last fit under its name."""
@@ -186,22 +169,80 @@ def test_a_callable_of_the_models_goes_by_its_name():
         few(with_link, torch.exp, Y, num_steps=2)
 
 
+def taking_draws(draws=3):
+    models.location()
+
+
 A_GUIDE = r"guide: expected a guide for the model, such as AutoIAF\(model\)"
-WRONG = [
-    ((AutoNormal,), {}, A_GUIDE),
-    ((AutoIAF, Y), {}, A_GUIDE),
-    ((Y,), {"guide": 3}, A_GUIDE),
-    ((None, None, None), {}, "expected the arguments that the model takes"),
-    ((Y, 1.0, 2.0), {}, "expected the arguments that the model takes"),
-    ((Y,), {"callback": 3}, "callback: expected a function, got 3"),
-    ((Y,), {"num_step": 3}, r"argument 'num_step'\). The options of fit are .*, num_steps, "),
+A_PART = poutine.block(models.regression, hide=["scale"])
+LOADER = Y.split(4)
+REFUSED = [
+    (TypeError, (location, AutoNormal), {}, A_GUIDE),
+    (TypeError, (location, AutoIAF, Y), {}, A_GUIDE),
+    (TypeError, (location, Y), {"guide": 3}, A_GUIDE),
+    (TypeError, (location, None, None, None), {}, "expected the arguments that the model takes"),
+    (TypeError, (location, Y, 1.0, 2.0), {}, "expected the arguments that the model takes"),
+    (TypeError, (location, Y), {"callback": 3}, "callback: expected a function, got 3"),
+    (
+        TypeError,
+        (location, Y),
+        {"num_step": 3},
+        r"argument 'num_step'\). The options of fit are .*, num_steps, ",
+    ),
+    *(
+        (ValueError, (models.location,), {name: value}, f"{name}: expected {words}")
+        for name, value, words in (
+            ("num_steps", 0, "a positive integer, got 0"),
+            ("num_steps", 1.5, "a positive integer, got 1.5"),
+            ("num_particles", True, "a positive integer, got True"),
+            ("seed", -1, "an integer of at least 0, got -1"),
+            ("seed", "7", "an integer of at least 0, got '7'"),
+            ("draws", -1, ".*, got -1"),
+            ("draws", 1.5, ".*, got 1.5"),
+            ("max_seconds", -1.0, "a positive"),
+            ("epochs", 3, "a loader"),
+        )
+    ),
+    *((ValueError, (location,), {"loader": LOADER, "epochs": n}, "epochs") for n in (0, -1, 1.5)),
+    (
+        ValueError,
+        (location,),
+        {"loader": LOADER, "epochs": 3, "num_steps": 5},
+        "epochs or num_steps, got both",
+    ),
+    (ValueError, (location, Y), {"loader": LOADER}, r"no positional arguments.*got 1"),
+    (ValueError, (taking_draws,), {}, "a parameter 'draws', which is also an option of fit"),
+]
+REFUSED_AFTER_A_RUN = [
+    (ValueError, (models.subsampled,), {"draws": 400}, "a model that sees all data"),
+    (
+        ValueError,
+        (location,),
+        {"loader": LOADER[:2], "epochs": 1, "draws": 400},
+        "draws: expected a model that sees all data",
+    ),
+    (
+        ValueError,
+        (models.regression, AutoNormal(A_PART)),
+        {},
+        r"expected all latents of the model.*scale",
+    ),
+    (ValueError, (models.regression, AutoIAF(A_PART)), {}, "expected a guide for this model"),
 ]
 
 
-@pytest.mark.parametrize(("args", "options", "words"), WRONG)
-def test_arguments_of_another_type(args, options, words):
-    with pytest.raises(TypeError, match=words):
-        few(location, *args, **options)
+@pytest.mark.parametrize(("error", "args", "options", "words"), REFUSED)
+def test_what_is_refused(error, args, options, words):
+    state = torch.get_rng_state()
+    with pytest.raises(error, match=words):
+        few(*args, **options)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(("error", "args", "options", "words"), REFUSED_AFTER_A_RUN)
+def test_what_a_run_of_the_model_tells(error, args, options, words):
+    with pytest.raises(error, match=words):
+        few(*args, **options)
 
 
 BATCHES = [
@@ -216,6 +257,25 @@ BATCHES = [
 def test_batches_that_are_not_the_models_arguments(loader, options, words, guide):
     with pytest.raises(TypeError, match=words):
         few(location, guide=guide, loader=2 * loader, **options)
+
+
+def test_a_distribution_is_data():
+    """Although it can be called: it is an argument of the model, and no guide."""
+
+    def model(prior):
+        pyro.sample("y", dist.Normal(pyro.sample("z", prior), 1.0), obs=torch.ones(()))
+
+    assert "z" in few(model, dist.Normal(0.0, 1.0), num_steps=2).guide.median()
+
+
+@pytest.mark.parametrize("verb", [few, partial(mcmc, progress=False)])
+@pytest.mark.parametrize("guide", [AutoNormal, AutoIAF])
+def test_a_guide_is_no_model(verb, guide):
+    """As in ``fit(AutoIAF(model))``, also with the model in place of the guide."""
+    words = rf"the first argument is the model, got the guide {guide.__name__}.* fit\(model, guide"
+    for rest in ((), (models.location,)):
+        with pytest.raises(TypeError, match=words):
+            verb(guide(models.location), *rest)
 
 
 def test_decorated_models_take_what_their_decorator_takes():
@@ -326,12 +386,6 @@ def test_flags(run):
             with pytest.raises(ValueError, match=f"{name}: expected True or False, got "):
                 run(models.location, **{name: value})
     assert check_flag("relabel", np.bool_(True)) is True
-
-
-def regression(x, y):
-    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Normal(slope * x, 1.0), obs=y)
 
 
 def test_a_model_whose_data_were_forgotten_is_not_trained():

@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 import itertools
+from functools import partial
 
 import pyro
 import pytest
@@ -48,23 +49,39 @@ def test_kinds_of_batches():
         assert found.kwargs == {**kwargs, "scale": 2.0}
 
 
-def test_what_is_no_batch():
-    for batch, name in ((3.0, "float"), ("text", "str"), (None, "NoneType"), ({1, 2}, "set")):
-        with pytest.raises(TypeError, match=f"mapping.* or a tensor, got {name}"):
-            BatchStream([batch]).next()
-    with pytest.raises(ValueError, match="without 'scale'"):
-        BatchStream([{"scale": 1.0}], {"scale": 2.0}).next()
+class Loader:
+    """Re-iterable without a length, with what ``make`` returns in each epoch."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __iter__(self):
+        return self.make()
 
 
-def test_what_is_no_loader():
-    batches = [torch.zeros(2)]
-    for loader in (iter(batches), zip(batches), torch.zeros(3, 2), {"x": batches[0]}, "rows", 3):
-        with pytest.raises(TypeError, match=r"restarts in each epoch, got .*A list works"):
-            BatchStream(loader)
-    empty = DataLoader(TensorDataset(torch.zeros(3)), batch_size=4, drop_last=True)
-    for loader in ([], empty):
-        with pytest.raises(ValueError, match="at least one batch, got none"):
-            BatchStream(loader)
+BATCHES = [torch.zeros(2)]
+EMPTY = DataLoader(TensorDataset(torch.zeros(3)), batch_size=4, drop_last=True)
+REFUSED = [
+    *(
+        (TypeError, [batch], f"mapping.* or a tensor, got {name}")
+        for batch, name in ((3.0, "float"), ("text", "str"), (None, "NoneType"), ({1, 2}, "set"))
+    ),
+    *(
+        (TypeError, loader, r"restarts in each epoch, got .*A list works")
+        for loader in (iter(BATCHES), zip(BATCHES), torch.zeros(3, 2), {"x": BATCHES[0]}, "rows", 3)
+    ),
+    (ValueError, [{"scale": 1.0}], "without 'scale'"),
+    (ValueError, [], "at least one batch, got none"),
+    (ValueError, EMPTY, "at least one batch, got none"),
+    (ValueError, [numbers(), numbers()[:0]], "expected batches with rows, got an empty one"),
+    (ValueError, Loader(lambda: itertools.repeat(torch.zeros(2))), r"loader: .* no end.*__len__"),
+]
+
+
+@pytest.mark.parametrize(("error", "loader", "words"), REFUSED)
+def test_what_is_no_loader_and_no_batch(error, loader, words):
+    with pytest.raises(error, match=words):
+        taken(BatchStream(loader, {"scale": 2.0}), 2)
 
 
 def test_a_loader_that_ends_for_good():
@@ -74,10 +91,17 @@ def test_a_loader_that_ends_for_good():
         def __iter__(self):
             return self.iterator
 
-    batches = BatchStream(Once([torch.zeros(2)]))
-    batches.next()
     with pytest.raises(ValueError, match="none in epoch 2"):
-        batches.next()
+        taken(BatchStream(Once(BATCHES)), 2)
+
+
+def test_epochs_of_other_lengths():
+    """The weight of a batch is its share of an epoch."""
+    sizes = itertools.chain([3], itertools.repeat(2))
+    batches = BatchStream(Loader(lambda: iter([numbers()] * next(sizes))))
+    assert batches.num_batches == 3
+    with pytest.raises(ValueError, match="expected 3 batches in each epoch, got 2 in epoch 1"):
+        taken(batches, 3)
 
 
 def test_a_loader_without_a_length_is_counted():
@@ -94,15 +118,6 @@ def test_a_loader_without_a_length_is_counted():
     share = BatchStream(DataLoader(Rows(), batch_size=2)).share(Processes(1, 2), 7)
     assert taken(share, 2) == [[2.0, 3.0], [0.0, 1.0]]
     assert BatchStream(loaders.Unknown(*rows())).num_batches == 5
-
-
-def test_an_iterable_without_an_end():
-    class Endless:
-        def __iter__(self):
-            return itertools.repeat(torch.zeros(2))
-
-    with pytest.raises(ValueError, match=r"loader: .* no end.*__len__"):
-        BatchStream(Endless())
 
 
 @known
@@ -159,27 +174,21 @@ def test_one_pass_is_spread_over_the_epoch():
 
 
 def test_rows_that_come_once():
-    x = numbers()
+    """A batch of some of the rows is not all data, though it may be the only one."""
+    x, samplers = numbers(), torch.utils.data
+    data = TensorDataset(x)
     assert not BatchStream(loaders.Unknown(x)).is_partition
     parts = {name for name, kind in KNOWN.items() if BatchStream(kind(x)).is_partition}
     assert set(KNOWN) - parts == {"sampler with a generator", "weighted"}
-    odd = type("Odd", (torch.utils.data.SequentialSampler.__base__,), {"__len__": lambda _: 43})()
-    assert not BatchStream(DataLoader(TensorDataset(x), sampler=odd)).is_partition
-
-
-def test_rows_that_are_left_out():
-    """A batch of some of the rows is not all data, though it may be the only one."""
-    data = TensorDataset(numbers())
-
-    def is_partition(**options):
-        return BatchStream(DataLoader(data, **options)).is_partition
-
-    assert not is_partition(batch_size=10, drop_last=True)
-    assert is_partition(batch_size=43, drop_last=True)
-    some = torch.utils.data.RandomSampler(data, num_samples=20)
-    assert not is_partition(batch_size=20, sampler=some)
-    chosen = torch.utils.data.SubsetRandomSampler(range(20))
-    assert is_partition(batch_size=10, sampler=chosen)
+    odd = type("Odd", (samplers.SequentialSampler.__base__,), {"__len__": lambda _: 43})()
+    for is_partition, options in (
+        (False, {"sampler": odd}),
+        (False, {"batch_size": 10, "drop_last": True}),
+        (True, {"batch_size": 43, "drop_last": True}),
+        (False, {"batch_size": 20, "sampler": samplers.RandomSampler(data, num_samples=20)}),
+        (True, {"batch_size": 10, "sampler": samplers.SubsetRandomSampler(range(20))}),
+    ):
+        assert BatchStream(DataLoader(data, **options)).is_partition == is_partition
 
 
 @known
@@ -220,28 +229,6 @@ def test_a_distributed_sampler_of_the_user_and_a_single_batch():
     orders = [taken(stream, 3) for _ in range(2)]
     assert orders[0] != orders[1]  # it is told of the epochs
     assert [batch.args[0].tolist() for batch in stream.one_pass(3)] == orders[0]
-
-
-def test_batch_without_rows():
-    batches = BatchStream([numbers(), numbers()[:0]])
-    batches.next()
-    with pytest.raises(ValueError, match="expected batches with rows, got an empty one"):
-        batches.next()
-
-
-def test_epochs_of_other_lengths():
-    """The weight of a batch is its share of an epoch."""
-
-    class Loader:
-        sizes = itertools.chain([3], itertools.repeat(2))
-
-        def __iter__(self):
-            return iter([numbers()] * next(self.sizes))
-
-    batches = BatchStream(Loader())
-    assert batches.num_batches == 3
-    with pytest.raises(ValueError, match="expected 3 batches in each epoch, got 2 in epoch 1"):
-        taken(batches, 3)
 
 
 @pytest.mark.parametrize("with_generator", [True, False])
@@ -303,6 +290,12 @@ def test_passes_over_all_batches(limit, monkeypatch):
     assert len(batches._held) == (3 if limit == 2**20 else 0)
 
 
+def of_rows(part, size=None):
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    with pyro.plate("rows", 12, subsample_size=size or len(part)):
+        pyro.sample("y", dist.Normal(loc, 1.0), obs=part)
+
+
 def test_passes_join_batches_of_rows():
     """Up to a number of rows, unless each batch has a constant, or the model a fixed number of rows."""
     y, names = torch.arange(12.0), {"size": 12}
@@ -313,18 +306,8 @@ def test_passes_join_batches_of_rows():
     apart = AllBatches(BatchStream([(part, constant) for part in y[:10].split(5)]), num_rows=10)
     assert len([*apart]) == 2
 
-    def fixed(part):
-        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", 12, subsample_size=4):
-            pyro.sample("y", dist.Normal(loc, 1.0), obs=part)
-
-    def flexible(part):
-        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", 12, subsample_size=len(part)):
-            pyro.sample("y", dist.Normal(loc, 1.0), obs=part)
-
     points, values = torch.randn(3, 1), []
-    for model, count in ((fixed, 3), (flexible, 1)):
+    for model, count in ((partial(of_rows, size=4), 3), (of_rows, 1)):
         stream = BatchStream(y.split(4))
         density = full_data_density(LogJoint(model, (y[:4],)), stream)
         assert len([*stream.all_batches]) == count
@@ -338,14 +321,9 @@ def test_time_that_is_over_is_no_refusal_of_joined_batches(monkeypatch):
     def over(*_):
         raise OutOfTimeError
 
-    def model(part):
-        loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
-        with pyro.plate("rows", 12, subsample_size=len(part)):
-            pyro.sample("y", dist.Normal(loc, 1.0), obs=part)
-
     y = torch.arange(12.0)
     stream = BatchStream(y.split(4))
     monkeypatch.setattr(all_batches, "_is_same", over)
     with pytest.raises(OutOfTimeError):
-        full_data_density(LogJoint(model, (y[:4],)), stream)
+        full_data_density(LogJoint(of_rows, (y[:4],)), stream)
     assert stream.all_batches is None

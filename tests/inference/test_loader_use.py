@@ -10,26 +10,12 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import AutoGuideList, AutoNormal, AutoNormalMessenger
 
-from pyro_artransform import AutoAmortized, AutoStructuredFlow, fit
+from pyro_artransform import AutoAmortized, AutoStructuredFlow
 from pyro_artransform.inference.loader import BatchStream, check_use
 from pyro_artransform.model import LogJoint
 from tests.inference import loaders
 from tests.inference.loaders import listed, rows, shuffled, small
 from tests.inference.test_fit_loader import check, fitted
-
-
-def test_options_that_do_not_go_together():
-    x, y = rows()
-    model, loader = loaders.regression, shuffled(x, y)
-    with pytest.raises(ValueError, match="epochs: expected a loader"):
-        fit(model, small(model), x, y, epochs=3)
-    with pytest.raises(ValueError, match="epochs or num_steps, got both"):
-        fit(model, small(model), loader=loader, epochs=3, num_steps=5)
-    with pytest.raises(ValueError, match=r"no positional arguments.*got 2"):
-        fit(model, small(model), x, y, loader=loader)
-    for epochs in (0, -1, 1.5):
-        with pytest.raises(ValueError, match="epochs"):
-            fit(model, small(model), loader=loader, epochs=epochs)
 
 
 @pytest.mark.parametrize("kind", [small, AutoNormal])
@@ -148,24 +134,19 @@ def encoded(model):
     return AutoAmortized(model, lambda y: y[:, None], local_flow=None)
 
 
-def test_a_list_that_has_an_encoder_or_a_function():
+def test_guides_whose_locals_are_those_of_their_rows():
     def local(y):
         with pyro.plate("groups", 43, subsample_size=len(y)):
             pyro.sample("z", dist.Normal(y, 1.0))
 
     check_alone(loaders.groups, in_parts(loaders.groups, encoded))
     check_alone(loaders.groups, in_parts(loaders.groups, lambda model: local))
-    with pytest.raises(ValueError, match=r"'z'.*create_plates"):
-        check_alone(loaders.groups, in_parts(loaders.groups, AutoNormal))
+    check_alone(loaders.groups, AutoNormalMessenger(loaders.groups, amortized_plates=("groups",)))
+    for guide in (in_parts(loaders.groups, AutoNormal), AutoNormalMessenger(loaders.groups)):
+        with pytest.raises(ValueError, match=r"'z'.*create_plates"):
+            check_alone(loaders.groups, guide)
     with pytest.raises(ValueError, match="'mean' is shared by all batches"):
         check_alone(unscaled, in_parts(unscaled, encoded))
-
-
-def test_locals_that_share_their_parameters():
-    guide = AutoNormalMessenger(loaders.groups, amortized_plates=("groups",))
-    check_alone(loaders.groups, guide)
-    with pytest.raises(ValueError, match="create_plates"):
-        check_alone(loaders.groups, AutoNormalMessenger(loaders.groups))
 
 
 def test_a_guide_that_is_a_function():
