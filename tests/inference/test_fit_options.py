@@ -17,7 +17,6 @@ from pyro import distributions as dist
 from pyro import poutine
 from pyro.infer.autoguide import AutoNormal
 from torch import nn
-from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoIAF, fit
 from pyro_artransform._base.arguments import check_call, check_flag
@@ -296,14 +295,6 @@ def test_the_choice_is_in_the_result_and_as_good_as_the_same_guide_given():
     assert "  guide         AutoIAF, for 1 latent\n" in repr(result)
     assert result.guide.sample_posterior(5)["loc"].shape == (5,)
     assert (result.history, result.elbo) == (given.history, given.elbo)
-
-
-def test_loader():
-    loader = DataLoader(Y, batch_size=4, shuffle=True)
-    result = few(location, loader=loader, epochs=2, scale=0.5)
-    assert isinstance(result.guide, AutoIAF)
-    assert result.rows()["guide"] == "AutoIAF, for 1 latent and subsampled data"
-    assert result.num_steps == 6
 
 
 def test_parameters_of_the_model_are_said_to_be_point_estimates():
