@@ -7,8 +7,11 @@ import pickle
 import subprocess
 import sys
 
+import pyro
 import pytest
 import torch
+from pyro import distributions as dist
+from pyro.infer import Predictive
 from pyro.infer.autoguide import init_to_value
 from torch import nn
 
@@ -116,6 +119,28 @@ def test_a_file_is_a_state_dict(tmp_path):
     other.load_state_dict(torch.load(tmp_path / "guide.pt"))
     assert torch.equal(score(other), score(guide))
     trains(other, [guide])
+
+
+def logistic(x, y=None):
+    """A regression whose data are discrete."""
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("data", len(x)):
+        return pyro.sample("y", dist.Bernoulli(logits=slope * x), obs=y)
+
+
+@pytest.mark.parametrize("is_loaded", [False, True])
+def test_discrete_sites_that_are_predicted(is_loaded, tmp_path):
+    guide, x = AutoIAF(logistic, hidden_dims=8), models.data()
+    data = x, (x > 1).to(x.dtype)
+    guide(*data)
+    if is_loaded:
+        guide.save(tmp_path / "guide")
+        guide = AutoIAF(logistic, hidden_dims=8)
+        guide.set_up(*data)
+        guide.load(tmp_path / "guide")
+    for new in (x, x[:3]):
+        predictive = Predictive(logistic, guide=guide, num_samples=4, parallel=new is x)
+        assert predictive(new)["y"].shape == (4, len(new))
 
 
 def test_what_is_read_into_a_trained_guide_counts():

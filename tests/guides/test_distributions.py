@@ -89,6 +89,16 @@ def test_another_value_has_its_own_density(name):
     )
 
 
+def test_draws_that_were_edited_have_the_density_of_their_values():
+    guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
+    site = latent_site_of(trace_of(guide))
+    z, log_q = site["value"], site["fn"].log_prob(site["value"])
+    assert torch.allclose(log_q, guide.log_density(z.clone()))
+    with torch.no_grad():
+        z += 1
+        assert torch.allclose(site["fn"].log_prob(z), guide.log_density(z))
+
+
 def test_expanded_and_masked():
     guide = redraw_after_call(AutoIAF(models.regression, hidden_dims=8))
     with pyro.plate("outer", 4, dim=-2), pyro.plate("inner", 3, dim=-1):
