@@ -329,11 +329,11 @@ class BaseGuide(AutoGuide):
     def load(self, path: FilePath) -> None:
         """Reads the state dict that :meth:`save` wrote.
 
-        The guide must be made with the same arguments and set up, as in ``guide = AutoIAF(model)``,
-        ``guide.set_up(*data)``, ``guide.load(path)``.
+        The guide must be made for the same model with the same arguments and set up, as in ``guide =
+        AutoIAF(model)``, ``guide.set_up(*data)``, ``guide.load(path)``. Only names and shapes of parameters
+        are compared, so that a model with the same number of latents is not noticed.
 
-        :raises RuntimeError: if the guide was never called, or the file is of a guide of another class,
-            model or arguments.
+        :raises RuntimeError: if the guide was never called, or its parameters have other names or shapes.
         :raises ValueError: if a parameter is not finite.
         """
         state = torch.load(path, map_location=self._zeros().device, weights_only=True)

@@ -27,7 +27,7 @@ def hierarchy(y, weight=1.0):
 
 def kinds():
     return {
-        **{name: make(hierarchy) for name, make in GUIDES.items()},
+        **{name: GUIDES[name](hierarchy) for name in ("iaf", "maf", "structured", "mixture")},
         "amortized": AutoAmortized(hierarchy, lambda y, weight=1.0: torch.stack([y, y**2], -1)),
         "embeddings": AutoAmortized(hierarchy),
     }

@@ -91,9 +91,11 @@ class LatentGraph:
         links = [link.coordinates(groups).flatten(1).to("cpu") for link in terms.links]
         linear = torch.cat([indices([[], []]), *links], -1)
         rest = torch.cat([shared[:0], *(own.flatten().to("cpu") for own in groups.members)])
-        within = [
-            own[:, pair].T.to("cpu") for own in groups.members for pair in _pairs(own.shape[1])
-        ]
+        within = []  # pairs of a later and an earlier coordinate of an element
+        for own in groups.members:
+            size = own.shape[1]
+            pairs = torch.tril_indices(size, size, -1, device=own.device).T
+            within += [own[:, pair].T.to("cpu") for pair in pairs]
         pairs = torch.cat([torch.cartesian_prod(rest, shared).T, *within, linear], -1)
         among = torch.cartesian_prod(shared, shared).T
         both = torch.cat([pairs, pairs.flip(0), among[:, among[0] != among[1]]], -1)
@@ -105,11 +107,6 @@ class LatentGraph:
             tuple(tuple(groups.members[k].flatten().tolist()) for k in sorted(earlier)),
         )
         return cls(names, MarkovGraph(tuple(map(frozenset, _by_row(both, dim))), elimination))
-
-
-def _pairs(count: int) -> list[list[int]]:
-    """The positions of later and earlier coordinates of an element."""
-    return [[late, early] for late in range(count) for early in range(late)]
 
 
 def _by_row(pairs: Tensor, dim: int) -> tuple[tuple[int, ...], ...]:

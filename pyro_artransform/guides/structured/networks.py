@@ -25,6 +25,7 @@ class Activations(NamedTuple):
 class ParentsGroup(nn.Module):
     """The networks of m coordinates with at most k parents each."""
 
+    is_shared = False  # whether all coordinates have the same hidden units
     coordinates: Tensor
     parents: Tensor
     ranks: Tensor  # the positions of the parents in the order of levels
@@ -38,7 +39,8 @@ class ParentsGroup(nn.Module):
         like = nn.Linear(k, hidden_dim)
         options: dict[str, Any] = {"dtype": like.weight.dtype, "device": like.weight.device}
         # as in PyTorch's linear layers, by the number of parents, excluding padding
-        bound = layout.is_parent.sum(-1).to(**options).rsqrt()[: self.num_networks(m), None, None]
+        rows = slice(1 if self.is_shared else m)
+        bound = layout.is_parent.sum(-1).to(**options).rsqrt()[rows, None, None]
         n = len(bound)
         self.inner = nn.Parameter((2 * torch.rand(n, hidden_dim, k, **options) - 1) * bound)
         self.inner_bias = nn.Parameter((2 * torch.rand(n, hidden_dim, 1, **options) - 1) * bound)
@@ -50,11 +52,6 @@ class ParentsGroup(nn.Module):
         """How many numbers an evaluation holds for each point."""
         (n, h, k), (m, p, _) = self.inner.shape, self.outer.shape
         return n * (h + k) + m * p
-
-    @staticmethod
-    def num_networks(num_coordinates: int) -> int:
-        """The number of hidden layers for so many coordinates."""
-        return num_coordinates
 
     def step_scales(self, sizes: Tensor) -> dict[nn.Parameter, Tensor]:
         """See :meth:`~.parents_mlp.ParentsMLP.step_scales`."""
@@ -94,9 +91,7 @@ class ParentsGroup(nn.Module):
 class SharedGroup(ParentsGroup):
     """The networks of m coordinates with the same k parents, which share their hidden units."""
 
-    @staticmethod
-    def num_networks(num_coordinates: int) -> int:
-        return 1
+    is_shared = True
 
     def _outputs(self) -> Tensor:
         """The matrix from hidden units and parents to outputs, shape ``(m P, h + k)``."""

@@ -69,7 +69,7 @@ class StructuredFlow(ComposedTransform):
         super().__init__(hinged_marginals(dim), *updates, partition, *layers, *links)
         # references to parts of the layers, where they are registered
         self._scales, self._networks, self._partition = scales, networks, [partition]
-        self._updates, self._links = updates, links
+        self.updates, self._links = updates, links
 
     @property
     def num_values(self) -> int:
@@ -123,7 +123,7 @@ class StructuredFlow(ComposedTransform):
         sizes = torch.stack([size, torch.ones_like(size)], -1)
         for network in self._networks:
             found.update(network.step_scales(sizes))
-        for update in self._updates:
+        for update in self.updates:
             own = torch.full_like(update.outer.detach(), len(update.outer) ** -0.5)
             found.update({update.outer: own, update.inner: own})
         return found
@@ -139,11 +139,6 @@ class StructuredFlow(ComposedTransform):
             keys = slopes.row * len(sd) + slopes.column
             place = torch.searchsorted(keys, child * len(sd) + parent)
             links.set_(slopes.weight[place] * sd[parent] / sd[child])
-
-    def set_updates(self, updates: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """Sets the low-rank updates, see :meth:`~.linear_layers.LowRankUpdate.set_`."""
-        for own, (basis, factor) in zip(self._updates, updates):
-            own.set_(basis, factor)
 
 
 def _root_flow(dim: int, is_whole: bool) -> FlowModule:

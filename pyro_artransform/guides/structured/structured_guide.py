@@ -187,6 +187,12 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
         elimination = Elimination(**state["elimination"])
         markov = MarkovGraph(tuple(map(frozenset, state["neighbours"])), elimination)
         latents, store = self.coordinates.latents, pyro.get_param_store()
+        sites, count = list(latents.sites), len(markov.neighbours)
+        if count != latents.latent_dim or not state["with_location"].keys() <= {*sites}:
+            raise RuntimeError(
+                f"the state dict is of a guide for another model: expected {latents.latent_dim} latents of "
+                f"the sites {sites}, got {count}"
+            )
         for key in self._entries.keys() & store.keys():
             del store[key]
         self._graph = LatentGraph(coordinate_names(latents.sites.values()), markov)
@@ -315,7 +321,8 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
             parts = [of_shared[shared[j]] if j in shared else within_of[i][j] for j in own]
             coefficients.append(torch.stack(parts) if parts else sd.new_zeros(0))
         self._become(gaussian.loc, sd, coefficients, scale, gaussian.root_tril)
-        flow.set_updates([gaussian.leading[k] for k in gaussian.linked_groups])
+        for update, k in zip(flow.updates, gaussian.linked_groups):
+            update.set_(*gaussian.leading[k])
         flow.set_links(sd, gaussian.coupling)
 
     def _become(

@@ -95,7 +95,16 @@ def test_predictions_in_parallel(kind):
 @pytest.mark.filterwarnings("ignore:the model cannot be evaluated at many draws at once")
 @pytest.mark.parametrize(
     ("name", "kind"),
-    [*((name, AutoIAF) for name in STRATEGIES), ("radon", AutoStructuredFlow)],
+    [
+        *((name, AutoIAF) for name in ("baseball", "correlation", "radon", "items")),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                *((name, AutoIAF) for name in ("process", "network", "ordinal")),
+                ("radon", AutoStructuredFlow),
+            )
+        ),
+    ],
 )
 def test_fit(name, kind, monkeypatch):
     """Without another warning, at once where it can; the guide that a fit chooses is `AutoIAF`."""
@@ -143,7 +152,7 @@ def test_network_with_a_latent_last_layer():
     model, (x, y) = LastLayerLatent(), curve()
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
     guide = GUIDES["AutoIAF"](model)
-    result = quick_fit(model, guide, x, y, num_steps=150, progress=False)
+    result = quick_fit(model, guide, x, y, num_steps=60, progress=False)
     assert not result.one_at_a_time
     predictive = Predictive(model, guide=guide, num_samples=50, return_sites=["_RETURN"])
     mean = predictive(x)["_RETURN"].reshape(50, -1).mean(0)
@@ -177,7 +186,9 @@ def test_network_of_pytorch_with_a_prior_for_each_parameter():
 # What Pyro builds on a fitted guide: chains in its base space, and forecasts
 
 
-@pytest.mark.parametrize("kind", GUIDES)
+@pytest.mark.parametrize(
+    "kind", ["AutoIAF", pytest.param("AutoStructuredFlow", marks=pytest.mark.slow)]
+)
 def test_nuts_from_a_fitted_guide(kind):
     """A model with a plate; the chain's energy is minus the density of the guide's space."""
     example = examples()["baseball"]

@@ -125,7 +125,7 @@ def test_posterior_of_a_process():
     """
     process = regression()
     before = process.kernel.lengthscale.item()
-    result = quick_fit(process.model, num_steps=20, progress=False)
+    result = quick_fit(process.model, num_steps=10, progress=False)
     assert result.one_at_a_time
     assert process.kernel.lengthscale.item() != before
     points = torch.linspace(-8.0, 2.0, 2001)[:, None]

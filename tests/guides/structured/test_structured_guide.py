@@ -146,6 +146,10 @@ def test_state_dicts_and_copies_have_the_graph():
     for twin in (other, copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))):
         assert twin.graph == guide.graph
         assert torch.equal(twin.log_prob(draws), guide.log_prob(draws))
+    of_another_model = new(hierarchy)
+    with pytest.raises(RuntimeError, match=r"another model: expected 10 latents .* got 8"):
+        of_another_model.load_state_dict(guide.state_dict())
+    assert of_another_model.sample_posterior(2)["theta"].shape == (2, 8)
 
 
 def test_discrete_sites_are_summed_out():
