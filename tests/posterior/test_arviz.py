@@ -63,19 +63,6 @@ def test_to_inference_data(arviz, make):
     assert not torch.isin(found["posterior_predictive"]["y"], data()).any()
 
 
-def test_predictions_of_vectors_and_plates(arviz):
-    """As many draws as data, which would hide a dimension in the wrong place."""
-
-    def vectors(values):
-        beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-        with pyro.plate("data", 5):
-            pyro.sample("y", dist.Normal(beta[..., 0], 0.01), obs=values)
-
-    found = sites_of(to_inference_data(vectors, AutoIAF(vectors, init_scale=1.0), 5, data()))
-    y, beta = found["posterior_predictive"]["y"][0], found["posterior"]["beta"][0]
-    assert torch.allclose(y, beta[:, :1].expand(5, 5), atol=0.05)
-
-
 def test_deterministic_sites_in_plates(arviz):
     """What a reparametrizer computes is one, and no data."""
 
@@ -169,12 +156,6 @@ def test_without_terms_of_all_data_there_is_no_likelihood(arviz, model):
     assert "log_likelihood" in sites_of(to_inference_data(hidden, AutoIAF(model), 20, data()))
 
 
-def regression(x, values=None):
-    beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
-    with pyro.plate("data", len(x)):
-        pyro.sample("y", dist.Normal((x * beta).sum(-1), 0.01), obs=values)
-
-
 def regression_with_mean(x, values=None):
     beta = pyro.sample("beta", dist.Normal(torch.zeros(2), 1.0).to_event(1))
     mean = pyro.deterministic("mean", x @ beta)
@@ -190,7 +171,7 @@ def regression_by_loop(x, values=None):
         pyro.sample(f"y_{i}", dist.Normal(loc, 0.01), obs=None if values is None else values[i])
 
 
-@pytest.mark.parametrize("model", [regression, regression_with_mean, regression_by_loop])
+@pytest.mark.parametrize("model", [regression_with_mean, regression_by_loop])
 def test_predictions_for_new_rows(arviz, model):
     """As many new rows as coefficients, which would hide a dimension in the wrong place."""
     guide = AutoIAF(model, init_scale=1.0)
@@ -239,25 +220,6 @@ def test_predictions_with_latents_of_other_shapes(arviz, make, words):
     guide(5, data())
     with pytest.raises(ValueError, match=rf"{words}.*3.*5"):
         to_inference_data(model, guide, 20, 3)
-
-
-def test_predictions_with_discrete_latents(arviz):
-    """Of new rows the discrete latents are drawn, as they are not summed out there."""
-
-    @config_enumerate
-    def mixture(size, values=None):
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        with pyro.plate("data", size):
-            kind = pyro.sample("kind", dist.Bernoulli(0.5))
-            pyro.sample("y", dist.Normal(z + 10 * kind, 0.01), obs=values)
-
-    guide = AutoIAF(mixture)
-    guide(5, data())
-    found = sites_of(to_inference_data(mixture, guide, 20, 3))
-    group = {name: value[0] for name, value in found["predictions"].items()}
-    assert group["y"].shape == group["kind"].shape == (20, 3)
-    expected = found["posterior"]["z"][0][:, None] + 10 * group["kind"]
-    assert torch.allclose(group["y"], expected, atol=0.1)
 
 
 def test_newer_arviz_takes_one_dict(monkeypatch):

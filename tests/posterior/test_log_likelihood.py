@@ -9,7 +9,7 @@ from pyro import poutine
 from pyro.infer import config_enumerate
 from pyro.infer.reparam import LocScaleReparam
 
-from pyro_artransform.model.vectorization import choose_strategy
+from pyro_artransform.model import LogJoint
 from pyro_artransform.posterior import log_likelihood
 from pyro_artransform.posterior.pointwise import Likelihood
 from tests.model.models import data
@@ -46,8 +46,7 @@ def test_pointwise(name, n):
     assert torch.allclose(found["y"], dist.Normal(means_of(z), 2.0).log_prob(data()))
     assert not found["y"].requires_grad
     if n > 1:
-        evaluate = Likelihood(lambda: model(data()))._evaluate
-        assert choose_strategy(evaluate, {"z": z}).strategy == strategy
+        assert LogJoint(model, (data(),)).strategy == strategy
 
 
 def test_scales_are_left_out_and_masked_data_are_zero():
@@ -80,9 +79,7 @@ def test_what_a_reparametrizer_leaves_is_no_data():
             pyro.sample("y", dist.Normal(local, 1.0), obs=values)
 
     draws = {"z": torch.randn(20), "local_decentered": torch.randn(20, 3)}
-    likelihood = Likelihood(lambda: model(data()[:3]))
-    assert choose_strategy(likelihood._evaluate, draws).strategy == "vmap"
-    found = likelihood(draws)
+    found = log_likelihood(model, draws, data()[:3])
     assert list(found) == ["y"]
     local = (draws["z"][:, None] + 2 * draws["local_decentered"]).mT[rows].mT
     assert torch.allclose(found["y"], dist.Normal(local, 1.0).log_prob(data()[:3]))
@@ -145,6 +142,10 @@ def test_terms_and_priors_add_up_to_the_log_joint(model):
     draws = {name: torch.randn(7) for name in likelihood.latents}
     terms = log_likelihood(model, draws, data())
     assert terms["y"].shape[1:] == likelihood.observed["y"].shape
+    if model is branching:  # each datum has its own
+        loc = torch.where(draws["z"] > 0, draws["z"], 2 * draws["z"])[:, None]
+        expected = torch.where(MASK, dist.Normal(loc, 1.0).log_prob(data()), loc - data())
+        assert torch.allclose(terms["y"], expected)
     for i in range(7):
         given = poutine.condition(model, {name: value[i] for name, value in draws.items()})
         trace = poutine.trace(given).get_trace(data())
@@ -152,38 +153,6 @@ def test_terms_and_priors_add_up_to_the_log_joint(model):
         priors = sum(trace.nodes[name]["log_prob_sum"] for name in draws)
         total = sum(term[i].sum() for term in terms.values())
         assert torch.allclose(total + priors, trace.log_prob_sum())
-
-
-WEEKS = torch.tensor(
-    [1, 1, 2, 2, 3, 4, 4, 5, 5, 8, 8, 8, 8, 11, 11, 12, 12, 15, 17, 22, 23]
-    + [6, 6, 6, 7, 10, 13, 16, 22, 23, 6, 9, 10, 11, 17, 19, 20, 25, 32, 32, 34, 35]
-)
-RELAPSED, TREATED = torch.arange(42) < 30, torch.arange(42) >= 21
-
-
-def survival():
-    """Weeks in remission (Freireich et al. 1963), as in docs/case_studies.md."""
-    shape = pyro.sample("shape", dist.LogNormal(0.0, 0.5))
-    intercept = pyro.sample("intercept", dist.Normal(2.0, 2.0))
-    effect = pyro.sample("effect", dist.Normal(0.0, 1.0))
-    scale = (intercept + effect * TREATED).exp()
-    with pyro.plate("patients", 42):
-        pyro.sample("weeks", dist.Weibull(scale, shape).mask(RELAPSED), obs=WEEKS.double())
-        pyro.factor("longer", torch.where(RELAPSED, 0.0, -((WEEKS / scale) ** shape)))
-
-
-def test_leave_one_out_of_censored_data():
-    """By quadrature; without the censored patients it would be -101.8, which looks like an answer."""
-    axes = {"shape": (0.55, 2.4), "intercept": (1.3, 3.4), "effect": (-0.3, 3.0)}
-    grid = torch.meshgrid(*(torch.linspace(*ends, 31) for ends in axes.values()), indexing="ij")
-    draws = {name: values.flatten() for name, values in zip(axes, grid)}
-    terms = log_likelihood(survival, draws)["weeks"]
-    trace = poutine.trace(survival).get_trace()
-    prior = sum(trace.nodes[name]["fn"].log_prob(values) for name, values in draws.items())
-    log_weights = (prior + terms.sum(-1)).log_softmax(0)
-    elpd = -(log_weights[:, None] - terms).logsumexp(0)
-    assert elpd[RELAPSED].sum() == pytest.approx(-101.83, abs=0.02)
-    assert elpd.sum() == pytest.approx(-109.40, abs=0.02)
 
 
 def outside_of_plates(values):

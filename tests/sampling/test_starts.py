@@ -7,10 +7,11 @@ import pyro
 import pytest
 import torch
 from pyro import distributions as dist
+from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.coordinates.centering import non_centered
-from pyro_artransform.sampling import State, TransformedDensity
+from pyro_artransform.sampling import StartError, State, TransformedDensity
 from pyro_artransform.sampling.starts import (
     Starts,
     initial_ascent,
@@ -18,6 +19,7 @@ from pyro_artransform.sampling.starts import (
     select_dispersed,
     wide_normal,
 )
+from tests.sampling.test_mcmc import mcmc
 
 
 def hierarchy():
@@ -98,27 +100,6 @@ def test_held_scales_of_all_superchains_are_quantiles():
     assert torch.allclose(tau[2:], tau[2:, :1].expand(6, 4))
     quantiles = torch.special.ndtr(torch.special.ndtri(torch.erf(tau / 2**0.5)) / 1.3)
     assert len((8 * quantiles[:, 1]).floor().unique()) == 8
-
-
-def test_starts_where_prior_medians_have_no_density():
-    """Coefficients of a Poisson regression with a vague prior: exp of hundreds overflows at quantiles."""
-    x = torch.randn(50, 3)
-    y = torch.poisson((1 + x @ torch.tensor([0.5, -0.3, 0.2])).exp())
-
-    def model():
-        with pyro.plate("columns", 3):
-            slopes = pyro.sample("slopes", dist.Normal(0.0, 1000.0))
-        with pyro.plate("rows", 50):
-            pyro.sample("y", dist.Poisson((1 + x @ slopes).exp()), obs=y)
-
-    log_joint = in_units_of_the_prior(model)
-    quantiles = log_joint.start + 1000 * wide_normal(32, torch.zeros(3))
-    target = TransformedDensity(log_joint)
-    assert not target(quantiles).is_finite.any()
-    points = overdispersed(log_joint, 8, 4).base
-    assert target(points).is_finite.all()
-    # and apart: those that are drawn anew are no copies of the model's start
-    assert len(points.unique(dim=0)) == 32
 
 
 def test_climbs_leave_root_scales_where_they_are():
@@ -206,3 +187,74 @@ def test_density_in_the_base_space_of_a_transform():
     assert torch.equal(TransformedDensity(log_joint)(x[:2]).latent, x[:2])
     target(x[:2])
     assert target.num_gradients == 7
+
+
+def narrow():
+    """A density that is finite between 4.8 and 5.2 alone, far from the prior."""
+    z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    left = 1 - ((z - 5) / 0.2).square()
+    pyro.factor("region", torch.where(left > 0, 4 * left.abs().log(), -torch.inf).sum(-1))
+    pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=torch.tensor([6.0, 9.0]))
+
+
+AT_FIVE = init_to_value(values={"z": torch.tensor([5.0, 5.1])})
+
+
+def narrow_moments():
+    """The means and sds, by quadrature."""
+    z = torch.linspace(4.8, 5.2, 2001)[1:-1, None]
+    data = dist.Normal(z, 1.0).log_prob(torch.tensor([6.0, 9.0]))
+    region = 4 * (1 - ((z - 5) / 0.2).square()).log()
+    weights = (data + dist.Normal(0.0, 1.0).log_prob(z) + region).softmax(0)
+    mean = (weights * z).sum(0)
+    return mean, (weights * (z - mean).square()).sum(0).sqrt()
+
+
+def test_a_start_that_the_user_gives():
+    with pytest.raises(StartError, match=r"region is not finite.* Give an init_loc_fn"):
+        mcmc(narrow, draws=100)
+    chains = mcmc(narrow, draws=400, init_loc_fn=AT_FIVE)
+    assert chains.trusted, chains
+    (mean, sd), draws = narrow_moments(), chains.by_chain["z"].flatten(0, 1)
+    assert ((draws.mean(0) - mean).abs() < 5 * sd / chains.ess["z"].sqrt()).all()
+    assert ((draws.std(0) / sd - 1).abs() < 5 / chains.ess["z"].sqrt()).all()
+
+
+def test_a_vague_prior_whose_quantiles_have_no_density():
+    """Of a Poisson regression: the posterior is nearly the Gaussian of the maximum likelihood."""
+    x = torch.randn(200, 2)
+    y = torch.poisson((2 + x @ torch.tensor([0.5, -0.3])).exp())
+
+    def model():
+        intercept = pyro.sample("intercept", dist.Normal(0.0, 1000.0))
+        with pyro.plate("columns", 2):
+            slopes = pyro.sample("slopes", dist.Normal(0.0, 1000.0))
+        with pyro.plate("rows", 200):
+            pyro.sample("y", dist.Poisson((intercept + x @ slopes).exp()), obs=y)
+
+    chains = mcmc(model, draws=400)
+    assert chains.trusted, chains
+    columns, beta = torch.cat([torch.ones(200, 1), x], 1), torch.zeros(3)
+    for _ in range(50):
+        rate = (columns @ beta).exp()
+        covariance = torch.linalg.inv(columns.T @ (rate[:, None] * columns))
+        beta = beta + covariance @ columns.T @ (y - rate)
+    draws = chains.draws
+    found = torch.cat([draws["intercept"][:, None], draws["slopes"]], 1)
+    # of 1,500 counts: a few percent of an sd beside the Monte Carlo error
+    sd = covariance.diagonal().sqrt()
+    assert ((found.mean(0) - beta).abs() < (5 / 20 + 0.05) * sd).all()
+    assert ((found.std(0) / sd - 1).abs() < 5 / 800**0.5 + 0.03).all()
+
+
+@pytest.mark.parametrize("make", [lambda a: dist.Pareto(a, 3.0), lambda a: dist.Uniform(0.0, a)])
+def test_a_support_that_depends_on_another_latent_is_refused(make):
+    def model():
+        a = pyro.sample("a", dist.Gamma(2.0, 1.0))
+        b = pyro.sample("b", make(a))
+        pyro.sample("y", dist.Normal(b, 1.0), obs=torch.tensor(1.0))
+
+    with pytest.raises(
+        ValueError, match=r"support of site 'b' depends on other latents: .*u ~ Unif"
+    ):
+        mcmc(model, progress=False)
