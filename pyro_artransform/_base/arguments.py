@@ -20,8 +20,6 @@ from torch import Tensor, nn
 
 T = TypeVar("T")
 _LONGEST = 80  # characters of a value in an error
-# missing in the oldest versions of PyTorch that Pyro supports
-_is_compiling = getattr(getattr(torch, "compiler", None), "is_compiling", bool)
 
 
 def shown(value: Any) -> str:
@@ -123,7 +121,7 @@ def values_can_be_read(*tensors: Tensor) -> bool:
     """Whether values may be read, which ``torch.jit``, ``torch.compile`` and ``torch.func`` forbid."""
     return not (
         is_tracing()
-        or _is_compiling()
+        or torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or any(map(operator.attrgetter("is_meta"), tensors))
     )

@@ -14,14 +14,13 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cache, partial, reduce
+from functools import cache, reduce
 from itertools import chain, count, islice
 from typing import Any, TypeVar, cast
 
-import pyro
 import torch
 from torch import Tensor, distributed
 
@@ -58,12 +57,6 @@ class Processes:
         """Whether each flag is set in any process."""
         return tuple(map(any, zip(*self.gather("the end of a step in all processes", flags))))
 
-    def _broadcast(self, what: str, message: Any = None) -> Any:
-        """An object of the first process, in all."""
-        sent = [message]
-        _wait_for(what, distributed.broadcast_object_list, sent, 0)
-        return sent[0]
-
     def first(self, what: str, function: Callable[[], T]) -> T:
         """Calls a function in the first process only; returns its value, or raises its error, in all.
 
@@ -71,26 +64,24 @@ class Processes:
         """
         if self.size == 1:
             return function()
-        what, found, failure = f"{what} by the first process", None, ""
-        if self.rank > 0:
-            while (message := self._broadcast(what))[0] is not None:
-                function_of_sum, args = message
-                own = [arg if place is None else self._held[place] for place, arg in args]
-                _, error = self._sum_of(partial(function_of_sum, *own))
-                if error is not None and not isinstance(error, Exception):
-                    raise error
-            _, (found, failure) = message
-            if failure:
-                raise RuntimeError(f"fit: the first process has failed: {failure}")
-            return cast(T, found)
-        try:
-            found = function()
-            return found
-        except BaseException as error:
-            failure = f"{type(error).__name__}: {error}"
-            raise
-        finally:
-            self._broadcast(what, (None, (found, failure)))
+        what, answer = f"{what} by the first process", (None, "the process has ended")
+        if self.rank == 0:
+            try:
+                answer = function(), ""
+            except BaseException as error:
+                answer = None, f"{type(error).__name__}: {error}"
+                raise
+            finally:
+                self.gather(what, (None, answer))
+        else:
+            while (message := self.gather(what, cast(Any, None))[0])[0] is not None:
+                with suppress(Exception):  # the first process has it, too
+                    self._sum(*message)
+            answer = message[1]
+        found, failure = answer
+        if failure:
+            raise RuntimeError(f"fit: the first process has failed: {failure}")
+        return cast(T, found)
 
     def hold(self, share: object) -> None:
         """Registers this process's share of an object; all processes hold the same in the same order."""
@@ -105,28 +96,26 @@ class Processes:
         if self.size == 1:
             return function(*args)
         places = {id(share): k for k, share in enumerate(self._held)}
-        on_cpu = [arg.to("cpu") if isinstance(arg, Tensor) else arg for arg in args]
-        sent = [
-            (k, None) if (k := places.get(id(arg))) is not None else (None, arg) for arg in on_cpu
-        ]
-        self._broadcast("the others", (function, sent))
-        total, error = self._sum_of(partial(function, *args))
-        if error is not None:
-            raise error
-        return cast(Tensor, total)
+        sent = [(places.get(id(arg)), None if id(arg) in places else _on_cpu(arg)) for arg in args]
+        self.gather("the others", (function, sent))
+        return self._sum(function, sent)
 
-    def _sum_of(self, function: Callable[[], Tensor]) -> tuple[Tensor | None, BaseException | None]:
+    def _sum(
+        self, function: Callable[..., Tensor], sent: Sequence[tuple[int | None, object]]
+    ) -> Tensor:
         """The sum of a function's value over all processes, or the error of this one or of another."""
-        value, error, failure = None, None, ""
+        own: object = "has ended"
         try:
-            value = function()
-        except BaseException as own:  # the others must not wait for this process
-            error, failure = own, f"{type(own).__name__}: {own}"
-        words = max(self.gather("the shares of all processes", failure))
-        if value is None or words:
-            return None, error or RuntimeError(f"fit: another process has failed: {words}")
-        _wait_for("the sum of all processes", distributed.all_reduce, value)
-        return value, None
+            own = function(*(arg if place is None else self._held[place] for place, arg in sent))
+        except BaseException as error:
+            own = f"{type(error).__name__}: {error}"
+            raise
+        finally:  # the others must not wait for this process
+            found = self.gather("the shares of all processes", _on_cpu(own))
+        for failure in found:
+            if isinstance(failure, str):
+                raise RuntimeError(f"fit: another process has failed: {failure}")
+        return cast(Tensor, sum(cast(list[Tensor], found)))
 
     def mean(
         self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
@@ -134,10 +123,10 @@ class Processes:
         """The mean loss and gradients; ``None`` for all gradients if any loss is not finite."""
         if self.size == 1:
             return loss, gradients
-        pairs = [*zip(parameters, gradients or [None] * len(parameters))]
+        own = gradients or [None] * len(parameters)
         dtype = reduce(torch.promote_types, (p.dtype for p in parameters), torch.float32)
-        head = torch.tensor([loss, *(g is not None for _, g in pairs)], dtype=dtype, device="cpu")
-        parts = [head, *(torch.zeros_like(p) if g is None else g for p, g in pairs)]
+        head = torch.tensor([loss, *(g is not None for g in own)], dtype=dtype, device="cpu")
+        parts = [head, *(torch.zeros_like(p) if g is None else g for p, g in zip(parameters, own))]
         sums = torch.cat([part.reshape(-1).to(parameters[0].device, dtype) for part in parts])
         _wait_for("the gradients of all processes", distributed.all_reduce, sums)
         head, *means = (sums / self.size).split([part.numel() for part in parts])
@@ -167,10 +156,10 @@ class Processes:
             seed = int(torch.randint(2**31, (), device="cpu")) if seed is None else seed
         return self.gather("a seed by the first process", seed)[0]
 
-    def seed_apart(self) -> None:
-        """Seeds each of several processes differently."""
-        if (seed := self.seed()) is not None:
-            pyro.set_rng_seed(seed + self.rank)
+
+def _on_cpu(value: object) -> object:
+    """What is sent of an object."""
+    return value.detach().to("cpu") if isinstance(value, Tensor) else value
 
 
 @dataclass
@@ -197,9 +186,8 @@ class EveryNth:
             # samplers draw their order, or its seed, with the first batch
             first = [*islice(iterator, 1)]
         rank, size = self.processes.rank, self.processes.size
-        yield from islice(
-            chain(first, iterator), (rank - self.epoch * self.num_batches) % size, None, size
-        )
+        start = (rank - self.epoch * self.num_batches) % size
+        yield from islice(chain(first, iterator), start, None, size)
 
 
 @contextmanager
@@ -208,18 +196,18 @@ def open_processes() -> "Iterator[Processes]":
 
     Under ``torchrun`` it creates a process group and destroys it at the end, unless one exists.
     """
-    has_group = distributed.is_available() and distributed.is_initialized()
+    is_available, is_made = distributed.is_available(), False
+    has_group = is_available and distributed.is_initialized()
     is_launched = os.environ.get("WORLD_SIZE", "1") != "1" and all(map(os.environ.get, _LAUNCHED))
-    is_made = distributed.is_available() and is_launched and not has_group
-    if is_made:
+    if is_available and is_launched and not has_group:
         variables = ", ".join(f"{name}={os.environ[name]}" for name in _LAUNCHED)
         hint = f"The environment has {variables}. Unset WORLD_SIZE if this process is to fit alone"
         _wait_for("the other processes of this fit", _make_group, hint=hint)
+        is_made = True
+    processes = Processes()
+    if has_group or is_made:
+        processes = Processes(distributed.get_rank(), distributed.get_world_size())
     try:
-        place = (
-            (distributed.get_rank(), distributed.get_world_size()) if has_group or is_made else ()
-        )
-        processes = Processes(*place)
         with warnings.catch_warnings():
             if processes.rank > 0:
                 warnings.simplefilter("ignore")  # the first process warns

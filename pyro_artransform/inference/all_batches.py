@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from .._base.comparison import agree, round_off
-from .._base.processes import Processes
 from ..model import FullDataDensity, LogJoint
 from .loader import Batch, BatchStream
 
@@ -20,30 +19,25 @@ from .loader import Batch, BatchStream
 _MOST_HELD, _ROWS = 2**29, 50_000
 # of the points at which the density of joined batches is compared with that of its parts
 _SPREAD = 0.1
-_ALONE = Processes()
 # errors of a model that is called with another number of rows; that time is over is none of them
 _REFUSALS = (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError)
 
 
-def full_data_density(
-    log_joint: LogJoint, stream: BatchStream, processes: Processes = _ALONE
-) -> FullDataDensity:
+def full_data_density(log_joint: LogJoint, stream: BatchStream) -> FullDataDensity:
     """The log joint density of all batches of a stream, evaluated for several batches at once if possible.
 
     If processes share the stream, each evaluates its own batches.
     """
-    if stream.whole is stream:
-        processes = _ALONE
     if stream.all_batches is None:
         is_same = False
         with suppress(*_REFUSALS):  # the model does not accept joined batches
             is_same = _is_same(log_joint, stream)
         stream.all_batches = AllBatches(stream, _ROWS if is_same else 0)
-    return FullDataDensity(log_joint, stream.all_batches, processes)
+    return FullDataDensity(log_joint, stream.all_batches, stream.processes)
 
 
 def density_of_all_rows(
-    log_joint: LogJoint, stream: BatchStream, batch: Batch, processes: Processes = _ALONE
+    log_joint: LogJoint, stream: BatchStream, batch: Batch
 ) -> FullDataDensity | None:
     """The same, if a pass over the stream has all data, and they share all latents; otherwise ``None``.
 
@@ -52,7 +46,7 @@ def density_of_all_rows(
     structure = log_joint.structure(*batch)
     if not (stream.whole.is_partition and structure.is_scaled) or structure.subsampled_latents:
         return None
-    whole = full_data_density(log_joint, stream, processes)
+    whole = full_data_density(log_joint, stream)
     return whole if whole.is_of_all_data and not whole.is_random else None
 
 

@@ -76,7 +76,8 @@ class BatchStream:
         generators = [getattr(owner, "generator", None) for owner in owners]
         own = {generator for generator in generators if isinstance(generator, torch.Generator)}
         self._generators = [*own | {torch.default_generator}]
-        self.whole = self  #: the stream of all processes
+        #: the stream of all processes, and those that share it
+        self.whole, self.processes = self, Processes()
         self.all_batches: Any = None  #: those of a pass, for the density of all data
         self._iterator: Iterator[object] | None = None
         #: the initial states of torch's generator and of the loader's own ones
@@ -124,12 +125,13 @@ class BatchStream:
                 f"{self.num_batches}"
             )
         stream, loader = copy.copy(self), self._loader
-        stream.all_batches = None
+        stream.all_batches, stream.processes = None, processes
         part = EveryNth(loader, self.num_batches, processes, seed)
         stream._loader = stream._rows = part
         is_loader = type(loader) is DataLoader and not isinstance(loader.dataset, IterableDataset)
         if is_loader and self._batches is not None:  # loads only this process's rows
-            part.batches, stream._loader = self._batches, _with_batches(loader, part)
+            part.batches = self._batches
+            stream._loader = _with_batches(loader, part)
         stream.num_batches, stream.whole = math.ceil(self.num_batches / processes.size), self
         return stream
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
+import pyro
 from torch import Tensor
 
 from .._base.progress import ProgressBar
@@ -151,7 +152,8 @@ class Fit:
         """The training at the guide's start; it may already be over."""
         problem, parallel = self.problem, self.parallel
         parallel.copy_first(problem.tensors)
-        parallel.seed_apart()
+        if (seed := parallel.seed()) is not None:
+            pyro.set_rng_seed(seed + parallel.rank)
         training = problem.new_training()
         # other processes would wait for the end
         with self._keeping_draws(), abandonable(parallel.size == 1):

@@ -84,7 +84,7 @@ class Problem:
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
             self.objective = MinibatchObjective(
-                of_batch, self.stream, log_joint, batches, self.terms, parallel, whole
+                of_batch, self.stream, log_joint, batches, self.terms, whole
             )
             if self.objective.whole is not None:
                 self.subject = self.subject._replace(log_joint=self.objective.whole)
@@ -107,7 +107,7 @@ class Problem:
         self.terms: ElementTerms | None = None
         whole: FullDataDensity | None = None
         if stream is not None and (guide is None or _is_new(guide)):
-            whole, self.terms = _element_terms(model, batch, stream, self.parallel)
+            whole, self.terms = _element_terms(model, batch, stream)
         if guide is None:
             has_elements = self.terms is not None
             guide, self.guide_reason = choose_guide(
@@ -261,7 +261,7 @@ def _is_new(guide: object) -> bool:
 
 
 def _element_terms(
-    model: Function, batch: Batch, stream: BatchStream, parallel: Processes
+    model: Function, batch: Batch, stream: BatchStream
 ) -> tuple[FullDataDensity | None, ElementTerms | None]:
     """The density of all data, and the elements that rows of all mini-batches read.
 
@@ -272,10 +272,10 @@ def _element_terms(
         return None, None
     if log_joint.strategy == "loop" or log_joint.is_enumerated:
         return None, None
-    whole = density_of_all_rows(log_joint, stream, batch, parallel)
+    whole = density_of_all_rows(log_joint, stream, batch)
     if whole is None:
         return None, None
-    return whole, ElementTerms.of(log_joint, lambda: (part for _, part in whole.parts()), parallel)
+    return whole, ElementTerms.of(log_joint, whole.parts, stream.processes)
 
 
 def _warn_of_loop(

@@ -197,7 +197,7 @@ class ElementTerms:
     def of(
         cls,
         log_joint: LogJoint,
-        parts: Callable[[], Iterable[LogJoint]],
+        parts: Callable[[], Iterable[tuple[float, LogJoint]]],
         processes: Processes = _ALONE,
     ) -> "ElementTerms | None":
         """The terms of all parts of a log density.
@@ -205,12 +205,12 @@ class ElementTerms:
         If a term reads several elements of a group, such as the two teams of a match, the latents of the
         group count as shared. ``None`` if there are many shared latents, or a term is not finite.
 
-        :param parts: returns the parts, each time the same.
+        :param parts: returns the parts and their weights, each time the same.
         """
         groups = ElementGroups.of(log_joint.latents).to(log_joint.start.device)
         while len(groups.shared) <= _MOST_SHARED:
             reads, several, are_finite = list[list[Tensor]](), set[int](), True
-            for part in parts():
+            for _, part in parts():
                 check_time()
                 found = elements_read(part, groups, log_joint.start)
                 are_finite = found is not None

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._base.time_limit import check_time
+from .density import LogJoint
 from .elements import ElementTerms, Links, term_log_probs
 from .full_data_density import FullDataDensity
 from .graphs.dependencies import value_and_gradient
@@ -68,7 +68,7 @@ def expectation(
     ``None`` if it is not finite.
     """
     groups, moves = terms.groups, _Moves.of(terms, steps)
-    total = density.total(_sums, terms, draws, steps).to(steps)
+    total = density.total(_of_batch, terms, draws, steps).to(steps)
     if not bool(total.isfinite().all()):
         return None
     shapes = [(len(link.elements), *_widths(terms, link)) for link in terms.links]
@@ -93,29 +93,25 @@ def expectation(
 
 
 @torch.no_grad()
-def _sums(density: FullDataDensity, terms: ElementTerms, draws: Tensor, steps: Tensor) -> Tensor:
-    """The sums over mini-batches of an :func:`expectation`, flat: value, gradients, and terms by link."""
-    start, count = density.start, len(draws)
-    draws, steps = draws.to(start.device), steps.to(start.device)
-    moves = _Moves.of(terms, steps)
-    points = (moves.single[:, None] + draws).flatten(0, 1).to(start)
-    for_terms = (moves.for_terms[:, None] + draws).flatten(0, 1).to(start)
+def _of_batch(
+    part: LogJoint, number: int, terms: ElementTerms, draws: Tensor, steps: Tensor
+) -> Tensor:
+    """The share of a mini-batch in an :func:`expectation`, flat: value, gradients, and terms by link."""
+    draws, steps = draws.to(part.start.device), steps.to(part.start.device)
+    moves, count = _Moves.of(terms, steps), len(draws)
+    points = (moves.single[:, None] + draws).flatten(0, 1).to(part.start)
+    values, gradients = value_and_gradient(part, points)
+    gradient = gradients.double().unflatten(0, (-1, count)).mean(1)
     linked = [steps.new_zeros(len(link.elements), *_widths(terms, link)) for link in terms.links]
-    value, gradient = steps.new_zeros(1), torch.zeros_like(moves.single)
-    for b, (weight, part) in enumerate(density.parts()):
-        check_time()
-        values, gradients = value_and_gradient(part, points)
-        value += weight * values[:count].double().mean()
-        gradient += weight * gradients.double().unflatten(0, (-1, count)).mean(1)
-        if not moves.pairs:
-            continue
-        of_terms = term_log_probs(part, for_terms).double().unflatten(0, (-1, count)).mean(1)
+    if moves.pairs:
+        points = (moves.for_terms[:, None] + draws).flatten(0, 1).to(part.start)
+        of_terms = term_log_probs(part, points).double().unflatten(0, (-1, count)).mean(1)
         base, one, two = of_terms[0], of_terms[1:], of_terms[1 + len(moves.slots) :]
         for (n, i, j), moved in zip(moves.pairs, two):
-            own, position = terms.places[n][b]
-            second = (moved - one[i] - one[j] + base)[own]
+            own, position = terms.places[n][number]
             (_, t), (_, s) = moves.slots[i], moves.slots[j]
-            linked[n][:, t, s].index_add_(0, position, weight * second)
+            linked[n][:, t, s].index_add_(0, position, (moved - one[i] - one[j] + base)[own])
+    value = values[:count].double().mean()[None]
     return torch.cat([value, gradient.flatten(), *map(torch.flatten, linked)])
 
 

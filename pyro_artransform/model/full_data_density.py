@@ -15,6 +15,7 @@ from torch import Tensor
 from .._base.comparison import agree, round_off
 from .._base.differentiation import KnownGradients, sum_with_gradient
 from .._base.processes import Processes
+from .._base.time_limit import check_time
 from .density import Args, Kwargs, LogJoint
 from .graphs.dependencies import value_and_gradient
 from .graphs.element_precision import ElementPrecision
@@ -178,12 +179,10 @@ class FullDataDensity(LogJoint):
             return sum_with_gradient(self._parts, z)
         u, log_det = self.to_unconstrained(z)  # other processes do not know the coordinates of now
         has_gradient = torch.is_grad_enabled() and u.requires_grad
-        found = self.total(_with_gradient, self.strategy, u.detach(), has_gradient)
-        values = found[:, 0]
+        found = self.total(_with_gradient, self.strategy, u.detach(), has_gradient).to(u.device)
+        values, gradient = found[:, 0], found[:, 1:].to(u)
         if has_gradient:
-            values = KnownGradients.apply(
-                values, [found[:, 1:].to(u)], _twice, torch.get_rng_state(), u
-            )
+            values = KnownGradients.apply(values, [gradient], _twice, torch.get_rng_state(), u)
         return values + log_det
 
     def _corrected(self, z: Tensor, of_all: Anchor, own: Anchor) -> Tensor:
@@ -202,8 +201,12 @@ class FullDataDensity(LogJoint):
         return linear + through - 0.5 * through.detach()
 
     def total(self, function: Callable[..., Tensor], *args: object) -> Tensor:
-        """The sum over processes of a function of their shares of this density, see ``Processes.sum``."""
-        return self._processes.sum(function, self._own, *args)
+        """The weighted sum over all mini-batches of a function of a module, in double precision.
+
+        :param function: called with the density of a mini-batch, its number in its process, and ``args``,
+            see ``Processes.sum``.
+        """
+        return self._processes.sum(_over_batches, self._own, function, *args)
 
     def parts(self) -> Iterator[tuple[float, LogJoint]]:
         """The weights and densities of this process's mini-batches; this density sums those of all."""
@@ -226,17 +229,26 @@ class FullDataDensity(LogJoint):
         return next(filter(None, found), [])
 
 
-def _with_gradient(
-    density: FullDataDensity, strategy: str, u: Tensor, has_gradient: bool
+def _over_batches(
+    density: FullDataDensity, function: Callable[..., Tensor], *args: object
 ) -> Tensor:
-    """The share of a process in the density at points ``(n, D)``; with its gradient, ``(n, 1 + D)``."""
-    share = cast(FullDataDensity, density.with_coordinates(None).evaluated(strategy=strategy))
-    with torch.set_grad_enabled(has_gradient):
-        u = u.to(share.start.device).requires_grad_(has_gradient)
-        found = [sum_with_gradient(share._parts, u)[:, None]]
-        if has_gradient:
-            found += torch.autograd.grad(found[0].sum(), u)
-    return torch.cat([part.detach().double() for part in found], 1)
+    """The share of a process in a total."""
+    total: Tensor | None = None
+    for number, (weight, part) in enumerate(density.parts()):
+        check_time()
+        found = weight * function(part, number, *args).double()
+        total = found if total is None else total + found
+    return cast(Tensor, total)
+
+
+@torch.no_grad()
+def _with_gradient(part: LogJoint, _: int, strategy: str, u: Tensor, has_gradient: bool) -> Tensor:
+    """The density of a mini-batch at points ``(n, D)``; with its gradient, ``(n, 1 + D)``."""
+    part, u = part.with_coordinates(None).evaluated(strategy=strategy), u.to(part.start)
+    if not has_gradient:
+        return part(u)[:, None]
+    values, gradient = value_and_gradient(part, u)
+    return torch.cat([values[:, None], gradient], 1)
 
 
 def _twice(u: Tensor) -> Tensor:

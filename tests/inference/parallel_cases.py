@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader
 
 from pyro_artransform import AutoAmortized, AutoStructuredFlow
 from pyro_artransform._base import processes as parallel
-from pyro_artransform._base.processes import Processes
 from pyro_artransform.inference import all_batches
 from pyro_artransform.inference.all_batches import full_data_density
 from pyro_artransform.inference.initialization.natural_gradient import fit_gaussian
@@ -147,10 +146,10 @@ def rated() -> DataLoader[Any]:
     return shuffled(user, item, y.double(), batch_size=60)
 
 
-def passes(log_joint: LogJoint, stream: BatchStream, processes: Any) -> Any:
+def passes(log_joint: LogJoint, stream: BatchStream) -> Any:
     """All that a fit needs of all data, to be computed in the first process."""
-    density = full_data_density(log_joint, stream, processes)
-    terms = ElementTerms.of(density, lambda: (part for _, part in density.parts()), processes)
+    density = full_data_density(log_joint, stream)
+    terms = ElementTerms.of(density, density.parts, stream.processes)
 
     def found() -> list[list[Any]]:
         given = non_centered(density)
@@ -171,9 +170,9 @@ def shares(folder: Path) -> dict[str, Any]:
     with parallel.open_processes() as processes, patch(f"{all_batches.__name__}._ROWS", 100):
         whole = BatchStream(rated())
         log_joint = LogJoint(ratings, *next(whole.one_pass(1)))
-        by_one = passes(log_joint, whole, Processes())()
+        by_one = passes(log_joint, whole)()
         stream = whole.share(processes, 0)
-        by_two = passes(log_joint, stream, processes)
+        by_two = passes(log_joint, stream)
         found = {"by one": by_one, "by two": processes.first("numbers", by_two)}
         AILMENT.append("of the second process")
         with suppress(RuntimeError):

@@ -67,7 +67,7 @@ def test_terms_that_read_several_elements():
     home = torch.tensor([0, 1])
     log_joint = LogJoint(paired, (home, home + 1, torch.zeros(2)))
     assert elements_read(log_joint, ElementGroups.of(log_joint.latents), log_joint.start) == [None]
-    terms = ElementTerms.of(log_joint, lambda: [log_joint])
+    terms = ElementTerms.of(log_joint, lambda: [(1.0, log_joint)])
     assert terms.groups.shared.tolist() == [0, 1, 2, 3]
     assert not terms.groups.members
     assert not terms.links
@@ -77,7 +77,7 @@ def of_batches(count=4):
     rows = zip(*(values.split(count) for values in (USER, ITEM, Y)))
     batches = [(batch, {}) for batch in rows]
     density = FullDataDensity(LogJoint(ratings, batches[0][0]), batches)
-    terms = ElementTerms.of(density, lambda: (part for _, part in density.parts()))
+    terms = ElementTerms.of(density, density.parts)
     return density, terms
 
 
@@ -156,7 +156,7 @@ def test_second_order_terms_of_a_batch_are_exchanged():
 
     batches = [(batch, {}) for batch in zip(*(values.split(4) for values in (USER, ITEM, Y)))]
     density = FullDataDensity(LogJoint(quadratic, batches[0][0]), batches)
-    terms = ElementTerms.of(density, lambda: (part for _, part in density.parts()))
+    terms = ElementTerms.of(density, density.parts)
     point = torch.linspace(-1.0, 1.0, 9)
     found = expectation(density, terms, point[None], torch.full((9,), 0.1))
     anchor = Anchor.of(density, point, torch.full((9,), 1e3))._replace(precision=found.precision)

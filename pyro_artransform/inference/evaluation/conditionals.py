@@ -46,7 +46,7 @@ def conditional_diagnostics(
     density = cast(FullDataDensity, density.with_coordinates(None))
     is_known = not density.is_enumerated and density.strategy != "loop"
     if terms is None and is_known and ElementGroups.of(density.latents).members:
-        terms = ElementTerms.of(density, lambda: (part for _, part in density.parts()))
+        terms = ElementTerms.of(density, density.parts)
     if terms is None:
         return {}
     # steps to either side in turn, so that third derivatives cancel

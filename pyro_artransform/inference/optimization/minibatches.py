@@ -5,14 +5,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..._base.processes import Processes
 from ..._base.time_limit import until_deadline
 from ...model import FullDataDensity, LogJoint
 from ...model.elements import ElementTerms
@@ -82,7 +81,6 @@ class MinibatchObjective(Objective):
     log_joint: LogJoint
     validation: list[Batch]
     terms: ElementTerms | None = None
-    parallel: Processes = field(default_factory=Processes)
     #: the log joint density of all data, if a pass over the stream has them and they share all latents
     whole: FullDataDensity | None = None
 
@@ -93,8 +91,7 @@ class MinibatchObjective(Objective):
         self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
         self._anchor: Anchor | None = None
         if self.whole is None:
-            of_all = self.log_joint, self.stream, self.validation[0], self.parallel
-            self.whole = density_of_all_rows(*of_all)
+            self.whole = density_of_all_rows(self.log_joint, self.stream, self.validation[0])
         #: the objective on all data, which corrects that of each batch
         self.on_all: PathObjective | None = None
         objective = self.objective
@@ -176,7 +173,7 @@ class MinibatchObjective(Objective):
     def _anchor_of(self, on_all: PathObjective) -> Anchor:
         if self._anchor is None:
             new = partial(self._new_anchor, on_all)
-            found = self.parallel.first("the expansion of the density of all data", new)
+            found = self.stream.processes.first("the expansion of the density of all data", new)
             self._anchor = found.to(self.log_joint.start.device)
         return self._anchor
 
