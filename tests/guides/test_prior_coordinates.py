@@ -12,7 +12,7 @@ import torch
 from pyro import poutine
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 
-from pyro_artransform import AutoIAF, AutoMAF, AutoStructuredFlow, fit
+from pyro_artransform import AutoIAF, AutoStructuredFlow, fit
 from pyro_artransform.diagnostics import importance
 from pyro_artransform.model import LogJoint
 from tests.guides.training import particles_agree
@@ -20,7 +20,6 @@ from tests.guides.training import particles_agree
 SIGMA = torch.tensor([15.0, 10.0, 16.0, 11.0])
 GUIDES = {
     "iaf": lambda **options: AutoIAF(schools, num_transforms=1, hidden_dims=8, **options),
-    "maf": lambda **options: AutoMAF(schools, num_transforms=1, hidden_dims=8, **options),
     "structured": lambda **options: AutoStructuredFlow(schools, hidden_dim=4, **options),
 }
 every_guide = pytest.mark.parametrize("make", GUIDES.values(), ids=GUIDES)
@@ -235,15 +234,6 @@ def test_a_change_of_lambda_is_noticed():
     guide.load_state_dict(before)
     assert not coordinates.is_identity
     assert not copy.deepcopy(guide).prior_coordinates.is_identity
-
-
-def test_predictions_for_other_arguments():
-    guide = trained(GUIDES["iaf"])
-    for parallel in (False, True):
-        found = Predictive(
-            poutine.uncondition(schools), guide=guide, num_samples=7, parallel=parallel
-        )()
-        assert found["y"].shape == (7, 4)
 
 
 def test_another_model_and_other_arguments_count_from_the_next_draw_on():

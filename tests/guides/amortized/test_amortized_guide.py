@@ -293,6 +293,8 @@ both = pytest.mark.parametrize("new", [lambda: None, Encoder], ids=["embeddings"
 def test_copies(new):
     guide = trained(new())
     guide(data())
+    with torch.no_grad():
+        guide.prior_coordinates.centered[-1:] = 0.3
     density = score(guide)
     twin, unpickled = copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))
     with pytest.raises(RuntimeError, match="this AutoAmortized has no model, since pickle"):
@@ -301,18 +303,6 @@ def test_copies(new):
     for other in (twin, unpickled):
         assert torch.equal(score(other), density)
         assert trains(other, guide)
-
-
-def test_copies_of_a_guide_that_was_never_called():
-    guide = AutoAmortized(hierarchies.groups, local_flow=lambda d, c: conditional_iaf(d, c, 1, 8))
-    copy.deepcopy(guide)(data())
-    unpickled = pickle.loads(pickle.dumps(AutoAmortized(hierarchies.groups)))
-    with pytest.raises(RuntimeError, match="has no model"):
-        unpickled(data())
-    unpickled.model = hierarchies.groups
-    for _ in range(2):
-        with pytest.raises(RuntimeError, match="pickled before its first call, without its flow"):
-            unpickled(data())
 
 
 def plates(y):
@@ -335,12 +325,3 @@ def test_without_a_model_the_plates_stay_as_they_are():
     assert guide.sample_posterior(2, data(5))["z"].shape == (2, 5)
     with pytest.raises(ValueError, match=r"shape \(12, 2\), .*'groups'.*got \(5, 2\)"):
         guide(data(5))
-
-
-@both
-def test_state_dict(new):
-    guide = trained(new(), embedding_dim=3)
-    loaded = AutoAmortized(hierarchies.groups, new(), embedding_dim=3)
-    loaded(data())
-    loaded.load_state_dict(guide.state_dict())
-    assert torch.equal(score(loaded), score(guide))

@@ -2,9 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Amortized guides in coordinates from the model's prior."""
 
-import copy
 import math
-import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -18,7 +16,7 @@ from pyro_artransform.diagnostics import importance
 from pyro_artransform.inference.initialization.start import minibatch_density
 from pyro_artransform.model import LogJoint
 from tests.guides.amortized import hierarchies
-from tests.guides.amortized.hierarchies import Encoder, data, redraw, traces, train
+from tests.guides.amortized.hierarchies import Encoder, data, redraw, traces
 from tests.guides.training import particles_agree
 
 SIZE = 12
@@ -134,24 +132,6 @@ def test_mini_batches_as_arguments():
     same = guide.sample_posterior(4, y[:5], torch.zeros(5), torch.arange(5))
     density = guide.log_prob(same, y, torch.zeros(SIZE), torch.arange(SIZE))
     assert torch.allclose(guide.log_prob(same, y[:5], torch.zeros(5), torch.arange(5)), density)
-
-
-def test_it_survives(tmp_path):
-    """In files, copies and pickles, lambda included; without its model it says so."""
-    guide = set_up(hierarchy, data())
-    with torch.no_grad():
-        guide.prior_coordinates.centered[-2:] = 0.3
-    expected = guide.log_prob(draws := guide.sample_posterior(5))
-    guide.save(tmp_path / "guide")
-    twins = [AutoAmortized(hierarchy), copy.deepcopy(guide), pickle.loads(pickle.dumps(guide))]
-    twins[0].set_up(data())
-    twins[0].load(tmp_path / "guide")
-    with pytest.raises(RuntimeError, match="has no model"):
-        twins[2].sample_posterior(2)
-    twins[2].model = hierarchy
-    for twin in twins:
-        assert torch.equal(twin.log_prob(draws, data()), expected)
-    train(hierarchy, twins[0], data())
 
 
 def test_lambda_is_by_the_data_or_as_asked_for():
