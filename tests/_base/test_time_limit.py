@@ -6,12 +6,7 @@ import time
 
 import pytest
 
-from pyro_artransform._base.time_limit import (
-    INTERRUPTED,
-    OUT_OF_TIME,
-    TimeLimit,
-    until_deadline,
-)
+from pyro_artransform._base.time_limit import INTERRUPTED, OUT_OF_TIME, TimeLimit, until_deadline
 
 
 @pytest.fixture

@@ -25,6 +25,14 @@ def one_plate():
         pyro.sample("y", dist.Normal(z, 1.0), obs=data())
 
 
+def hierarchy(y):
+    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+    tau = pyro.sample("tau", dist.HalfNormal(1.0))
+    with pyro.plate("groups", len(y)):
+        theta = pyro.sample("theta", dist.Normal(mu, tau))
+        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+
 def nested_plates():
     outer, inner = pyro.plate("outer", 4, dim=-1), pyro.plate("inner", 2, dim=-2)
     with outer:

@@ -3,12 +3,11 @@
 
 """How often a model is run before anything happens."""
 
-import pyro
 import torch
-from pyro import distributions as dist
 
 from pyro_artransform import AutoIAF, fit, mcmc
 from pyro_artransform.model import LogJoint
+from tests.model.models import hierarchy
 from tests.sampling.densities import schools
 
 Y = torch.tensor([0.3, -1.2, 0.8, 2.1, -0.4, 0.1, 1.5, -0.7])
@@ -23,14 +22,6 @@ class Counted:
     def __call__(self, *args):
         self.num_runs += 1
         self.model(*args)
-
-
-def hierarchy(y):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfNormal(2.0))
-    with pyro.plate("groups", len(y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
 
 def test_of_eight_schools():

@@ -134,48 +134,41 @@ def test_sites_that_broadcast_against_their_plates():
         LogJoint(latent)
 
 
-def latent_outside_of_plates():
-    b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0))
-    pyro.sample("y", dist.Normal(b.sum(-1), 1.0), obs=torch.ones(()))
+def normal(loc=0.0):
+    return pyro.sample("b", dist.Normal(torch.as_tensor(loc), 1.0))
 
 
-def data_outside_of_plates():
-    b = pyro.sample("b", dist.Normal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(b, 1.0), obs=torch.zeros(4))
+def observed(loc, y=0.0, scale=1.0, mask=True):
+    with poutine.mask(mask=mask):
+        pyro.sample("y", dist.Normal(loc, scale), obs=torch.as_tensor(y))
 
 
-def factor_outside_of_plates():
-    b = pyro.sample("b", dist.Normal(0.0, 1.0))
-    pyro.factor("y", -((b - torch.ones(4)) ** 2))
-
-
-def mask_outside_of_plates():
-    b = pyro.sample("b", dist.Normal(0.0, 1.0))
-    with poutine.mask(mask=torch.ones(4, dtype=torch.bool)):
-        pyro.sample("y", dist.Normal(b, 1.0), obs=torch.zeros(()))
-
-
-def dimension_left_of_plates():
-    b = pyro.sample("b", dist.Normal(0.0, 1.0))
+def left_of_plates():
+    b = normal()
     with pyro.plate("rows", 3):
-        pyro.sample("y", dist.Normal(b, torch.ones(2, 3)), obs=torch.ones(2, 3))
+        observed(b, torch.ones(2, 3), torch.ones(2, 3))
 
 
 def of_size_one():
-    b = pyro.sample("b", dist.Normal(torch.zeros(1), 1.0))
+    b = normal(torch.zeros(1))
     pyro.deterministic("twice", 2 * b * torch.ones(3))
-    pyro.sample("y", dist.Normal(b, 1.0), obs=torch.ones(1))
+    observed(b, torch.ones(1))
 
 
-SHAPES = (
-    *(latent_outside_of_plates, data_outside_of_plates, factor_outside_of_plates),
-    *(mask_outside_of_plates, dimension_left_of_plates, of_size_one),
-)
+SHAPES = {
+    "latent": lambda: observed(normal(torch.zeros(3)).sum(-1)),
+    "data": lambda: observed(normal(), torch.zeros(4)),
+    "factor": lambda: pyro.factor("y", -((normal() - torch.ones(4)) ** 2)),
+    "mask": lambda: observed(normal(), mask=torch.ones(4, dtype=torch.bool)),
+    "left of plates": left_of_plates,
+    "of size one": of_size_one,
+}
 
 
-@pytest.mark.parametrize("model", SHAPES)
-def test_shapes_are_refused_as_by_svi(model):
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_are_refused_as_by_svi(name):
     """With the same words; and accepted without validation."""
+    model = SHAPES[name]
 
     def words(run):
         pyro.clear_param_store()

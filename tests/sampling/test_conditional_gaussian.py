@@ -18,6 +18,7 @@ from pyro_artransform.model.graphs.dependencies import value_and_gradient
 from pyro_artransform.sampling import Ensemble, mcmc
 from pyro_artransform.sampling.conditional_gaussian import ConditionalGaussian, LatentGaussianField
 from pyro_artransform.sampling.preconditioning import fisher_divergence
+from tests.model.models import hierarchy
 
 N = 120
 
@@ -52,14 +53,6 @@ def walk(y):
     r = pyro.sample("r", dist.HalfNormal(1.0))
     x = pyro.sample("x", RandomWalk(q, len(y)))
     pyro.sample("y", dist.Normal(x, r[..., None]).to_event(1), obs=y)
-
-
-def hierarchy(y):
-    mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
-    tau = pyro.sample("tau", dist.HalfNormal(1.0))
-    with pyro.plate("groups", len(y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
 
 
 def regression(y):

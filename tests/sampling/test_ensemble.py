@@ -15,11 +15,7 @@ from pyro_artransform.model.coordinates.centering import non_centered
 from pyro_artransform.sampling import Ensemble, StartError, StopReason, starts, target
 from pyro_artransform.sampling.trajectories import share_of_divergent
 from tests.inference import models
-from tests.sampling.densities import (
-    moments_are,
-    nowhere,
-    two_modes,
-)
+from tests.sampling.densities import moments_are, nowhere, two_modes
 
 
 def ensemble_of(model, num_samples=400, num_chains=None):

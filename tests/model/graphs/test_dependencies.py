@@ -8,6 +8,7 @@ from pyro.infer.autoguide import init_to_value
 
 from pyro_artransform.model import LogJoint
 from pyro_artransform.model.graphs.dependencies import find_dependencies, missing_dependencies
+from tests.model.models import hierarchy
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -19,14 +20,6 @@ def found(log_joint):
 def vector_chain():
     z = pyro.sample("z", dist.Normal(torch.zeros(30), 10.0).to_event(1))
     pyro.factor("steps", -0.5 * (z[..., 1:] - z[..., :-1]).square().sum(-1) / 0.01)
-
-
-def hierarchy(y):
-    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
-    tau = pyro.sample("tau", dist.HalfNormal(1.0))
-    with pyro.plate("groups", len(y)):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("y", dist.Normal(theta, 0.5), obs=y)
 
 
 def crossed(y):

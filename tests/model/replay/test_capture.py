@@ -257,11 +257,7 @@ def with_a_parameter():
 
 
 @pytest.mark.parametrize(
-    ("model", "guide"),
-    [
-        (with_a_parameter, AutoIAF),
-        (hierarchy, AutoStructuredFlow),
-    ],
+    ("model", "guide"), [(with_a_parameter, AutoIAF), (hierarchy, AutoStructuredFlow)]
 )
 def test_a_fit_is_the_same_with_and_without(model, guide, monkeypatch):
     found = []
