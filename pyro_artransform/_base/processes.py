@@ -64,7 +64,7 @@ class Processes:
         """
         if self.size == 1:
             return function()
-        what, answer = f"{what} by the first process", (None, "the process has ended")
+        what, answer = f"{what} by the first process", cast(Any, (None, "the process has ended"))
         if self.rank == 0:
             try:
                 answer = function(), ""

@@ -6,10 +6,11 @@
 import math
 from collections.abc import Iterator
 from contextlib import suppress
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from .._base.comparison import agree, round_off
 from ..model import FullDataDensity, LogJoint
@@ -78,7 +79,7 @@ class AllBatches:
             return
         held, size = list[Batch](), 0.0
         for batch in map(_join, _groups(self._stream, self._num_rows)):
-            size += sum(map(_num_bytes, _values(batch)))
+            size += sum(map(_num_bytes, tree_leaves(batch)))
             held.append(batch)
             if size > _MOST_HELD:
                 held.clear()
@@ -95,15 +96,15 @@ def _groups(stream: BatchStream, num_rows: int) -> Iterator[list[Batch]]:
             yield group
             group = []
         group.append(batch)
-    if group:
-        yield group
+    yield group
 
 
 def _join(group: list[Batch]) -> Batch:
     if len(group) == 1:
         return group[0]
-    args = tuple(map(_concatenated, zip(*(batch.args for batch in group))))
-    return Batch(args, {k: _concatenated([b.kwargs[k] for b in group]) for k in group[0].kwargs})
+    values, specs = zip(*map(tree_flatten, group))
+    joined = [torch.cat(v) if isinstance(v[0], Tensor) else v[0] for v in zip(*values)]
+    return cast(Batch, tree_unflatten(joined, specs[0]))
 
 
 def _num_bytes(value: object) -> float:
@@ -112,21 +113,16 @@ def _num_bytes(value: object) -> float:
     return 0 if isinstance(value, (int, float, str, type(None))) else math.inf  # unknown
 
 
-def _values(batch: Batch) -> list[Any]:
-    return [*batch.args, *batch.kwargs.values()]
-
-
 def _num_rows(batch: Batch) -> float:
     """The common length of all tensors; infinite if they differ, or there are none."""
-    rows = {len(value) for value in _values(batch) if isinstance(value, Tensor) and value.dim()}
+    rows = {len(value) for value in tree_leaves(batch) if isinstance(value, Tensor) and value.dim()}
     return rows.pop() if len(rows) == 1 else math.inf
 
 
 def _can_join(one: Batch, other: Batch) -> bool:
     """Whether all tensors are of rows, which differ, and all else is equal."""
-    if one.kwargs.keys() != other.kwargs.keys() or len(one.args) != len(other.args):
-        return False
-    return _num_rows(other) < math.inf and all(map(_are_parts, _values(one), _values(other)))
+    (values, spec), (others, of_other) = tree_flatten(one), tree_flatten(other)
+    return spec == of_other and _num_rows(other) < math.inf and all(map(_are_parts, values, others))
 
 
 def _are_parts(one: Any, other: Any) -> bool:
@@ -134,7 +130,3 @@ def _are_parts(one: Any, other: Any) -> bool:
         is_alike = one.shape[1:] == other.shape[1:] and one.dtype == other.dtype
         return is_alike and not (one.shape == other.shape and torch.equal(one, other))
     return one is other or (isinstance(one, (int, float, str)) and one == other)
-
-
-def _concatenated(values: Any) -> Any:
-    return torch.cat([*values]) if isinstance(values[0], Tensor) else values[0]

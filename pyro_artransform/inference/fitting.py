@@ -185,8 +185,8 @@ def fit(
     ):
         stream = None
         if loader is not None:
-            stream = stack.enter_context(closing(BatchStream(loader, kwargs)))
-            stream = stack.enter_context(closing(stream.share(parallel, parallel.seed())))
+            stream = BatchStream(loader, kwargs).share(parallel, parallel.seed())
+            stack.enter_context(closing(stream))
             num_steps = num_steps if epochs is None else epochs * stream.num_batches
         problem = Problem(
             model,

@@ -65,17 +65,16 @@ class BatchStream:
         self._loader, self._kwargs = loader, dict(kwargs or {})
         #: the samplers of batches and of rows, if known
         self._batches: Any = None
-        self._rows: object = loader
-        owners: list[object] = [loader]
+        self._rows: Any = loader
+        owners: list[Any] = [loader]
         if isinstance(loader, DataLoader):
             self._batches = batches = loader.batch_sampler
             rows = batches.sampler if isinstance(batches, BatchSampler) else batches
             self._rows = loader.sampler if rows is None else rows
             owners += batches, rows, loader.sampler
         # the attribute has this name in all of PyTorch's loaders and samplers
-        generators = [getattr(owner, "generator", None) for owner in owners]
-        own = {generator for generator in generators if isinstance(generator, torch.Generator)}
-        self._generators = [*own | {torch.default_generator}]
+        own = {getattr(owner, "generator", None) for owner in owners} | {torch.default_generator}
+        self._generators = [each for each in own if isinstance(each, torch.Generator)]
         #: the stream of all processes, and those that share it
         self.whole, self.processes = self, Processes()
         self.all_batches: Any = None  #: those of a pass, for the density of all data
@@ -145,12 +144,11 @@ class BatchStream:
         wanted = {(2 * k + 1) * self.num_batches // (2 * count) for k in range(count)}
         if isinstance(self._rows, _SHUFFLED):
             wanted = set(range(count))
-        states, iterator = self._origin, None
+        with self._generators_at(self._origin):
+            iterator, states = self._iterate(0), self._states()
         for k in range(max(wanted) + 1):
             with self._generators_at(states):
-                iterator = self._iterate(0) if iterator is None else iterator
-                batch = next(iterator, _END)
-                states = self._states()
+                batch, states = next(iterator, _END), self._states()
             if batch is _END and k == 0:
                 raise ValueError("loader: expected at least one batch, got none")
             if batch is _END:
