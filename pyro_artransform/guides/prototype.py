@@ -30,15 +30,6 @@ from ..model.sites import (
 )
 from ..model.traces import is_enumerated, support_of_latent
 
-_NAMES_DEPEND = (
-    "site '{name}' exists only for some values of the other latents: expected the same latents in each run. "
-    "Always draw it, and use its value where needed"
-)
-_OTHER_NAMES = (
-    "site '{name}': {where}: expected the sites of the guide, {expected}, got {got}. The guide "
-    "was made for another model, or for other data"
-)
-
 
 def starting_value(
     init_loc_fn: Callable[[Any], Tensor], sites: Collection[str] | None, site: Any
@@ -129,7 +120,11 @@ def refuse_moving_structure(
         torch.set_rng_state(rng_state)
         second = poutine.trace(run).get_trace()
     expected, got = sites_by_name(first), sites_by_name(second)
-    compare_names(expected, got, _NAMES_DEPEND)
+    for name in sorted(expected.keys() ^ got.keys()):
+        raise ValueError(
+            f"site '{name}' exists only for some values of the other latents: expected the same latents in "
+            "each run. Always draw it, and use its value where needed"
+        )
     for name, site in expected.items():
         one, other = tuple(site.shape), tuple(got[name].shape)
         if one != other:
@@ -168,14 +163,14 @@ def refuse_other_latents(
         )
 
 
-def compare_names(
-    expected: Collection[str], got: Collection[str], message: str = _OTHER_NAMES
-) -> None:
-    """Rejects a model with other latents than the guide."""
-    for name in sorted(set(expected) ^ set(got)):
-        where = "the model has no such latent" if name in expected else "the guide has no such site"
-        sites = {"expected": sorted(expected), "got": sorted(got)}
-        raise ValueError(message.format(name=name, where=where, **sites))
+def refuse_missing(expected: Collection[str], got: Collection[str]) -> None:
+    """Rejects a model without some latents of the guide."""
+    for name in sorted({*expected} - {*got}):
+        raise ValueError(
+            f"site '{name}': the model has no such latent: expected the sites of the guide, "
+            f"{sorted(expected)}, got {sorted({*expected} & {*got})}. The guide was made for another model, "
+            "or for other data"
+        )
 
 
 class ShiftedLatents(Messenger):

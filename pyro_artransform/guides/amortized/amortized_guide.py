@@ -22,7 +22,7 @@ from ...model.sites import Latents
 from ...model.traces import argument_signature
 from ..base import BaseGuide, Model
 from ..distributions import SiteDelta, check_flow_argument
-from ..prototype import compare_names, one_more_run, refuse_moving_structure, sites_by_name
+from ..prototype import one_more_run, refuse_missing, refuse_moving_structure, sites_by_name
 from .element_map import ElementMap, center_elements, center_elements_at_start, mean_start
 from .encoder import Encoder, check_encoder, first_feature_units
 from .plates import (
@@ -250,8 +250,7 @@ class AutoAmortized(BaseGuide, MinibatchGuide):
         if again or shapes not in self._sizes_by_shapes:
             given, known = GivenIndices(), self.coordinates.latents.sites
             now = sites_by_name(one_more_run(partial(given(self.model), *args, **kwargs)))
-            mapped = self.coordinates.sites
-            compare_names(mapped, mapped.keys() & now.keys())
+            refuse_missing(self.coordinates.sites, now)
             common = [name for name in known if name in now]
             for name in common:
                 compare_elements(known[name], now[name])

@@ -18,7 +18,7 @@ from ...model.coordinates.coordinates import Coordinates, repeated
 from ...model.coordinates.latent_mapper import LatentMapper, SiteMap
 from ...model.draw_plate import DrawPlate
 from ...model.vectorization import Draws, Terms, evaluate_many
-from ..prototype import compare_names, one_more_run, sites_by_name
+from ..prototype import one_more_run, refuse_missing, sites_by_name
 from .plates import GivenIndices, LatentLayout, PlateSizes, Vectors, mean_element, plate_sizes
 
 
@@ -42,7 +42,7 @@ class ElementMap(NamedTuple):
         """The map for all elements, of a density in coordinates of one element of each plate."""
         given, sites = GivenIndices(), cast(Coordinates, log_joint.coordinates).sites
         now = sites_by_name(one_more_run(given(log_joint.run)))
-        compare_names(sites, sites.keys() & now.keys())
+        refuse_missing(sites, now)
         # without plates of predictions
         plates = plate_sizes(now[name] for name in layout.latents.sites if name in now)
         return cls(log_joint, layout, sites, plates, given.names, is_inverse)

@@ -17,7 +17,7 @@ from pyro_artransform.guides.structured.parents_mlp import (
 from pyro_artransform.model.graphs.markov_graph import eliminate
 from pyro_artransform.testing import check_conditioner, check_transform, redraw
 from tests.flows.conditioners.test_masks import random_dag
-from tests.model.graphs.markov_graphs import GRAPHS
+from tests.model.graphs.markov_graphs import grid
 
 
 def parents_of(adjacency):
@@ -33,7 +33,7 @@ PARENTS = {
     "sparse": parents_of(random_dag(9, 0.3)),
     "dense": parents_of(random_dag(9, 0.8, 1)),
     "uneven": parents_of(UNEVEN),
-    "grid": eliminate(GRAPHS["grid"]).parents,
+    "grid": eliminate(grid(5, 5)).parents,
 }
 CHAIN = [[], [0], [1], [2]]
 every_graph = pytest.mark.parametrize("parents", PARENTS.values(), ids=PARENTS)
