@@ -61,12 +61,6 @@ def test_without_a_variance_ranks_alone_count():
     assert torch.allclose(effective_draws(draws)[0], ess_by_arviz(draws, "bulk"), rtol=EXACT)
 
 
-def test_chains_that_stay_apart_have_few_effective_draws():
-    draws = torch.randn(8, 100, 1)
-    draws[:4] += 2
-    assert effective_draws(draws)[0] < 20
-
-
 def test_what_is_constant_or_not_finite():
     draws = torch.randn(4, 50, 3)
     draws[..., 1] = 2.0

@@ -86,18 +86,6 @@ def dense(precision):
     return precision.times(torch.eye(precision.dim, dtype=precision.shared.dtype))
 
 
-def test_pairs_that_rows_link():
-    """Those of all mini-batches, once each."""
-    _, terms = of_batches()
-    (links,) = terms.links
-    expected = sorted({*zip(USER.tolist(), ITEM.tolist())})
-    assert links.elements.tolist() == [list(pair) for pair in expected]
-    coordinates = links.coordinates(terms.groups)
-    assert coordinates.shape == (2, len(expected), 1, 2)
-    assert coordinates[0, 0].tolist() == [[8, 8]]
-    assert coordinates[1, 0].tolist() == [[2, 5]]
-
-
 def test_expectations_are_those_of_autograd():
     density, terms = of_batches()
     generator = torch.Generator().manual_seed(0)

@@ -1,10 +1,46 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
+import numpy as np
 import pytest
 import torch
 
+from pyro_artransform._base.arguments import check_integer, check_positive, shown
 from pyro_artransform._base.comparison import agree, of_reordered_sums
+from pyro_artransform._base.levels import graph_levels
+from pyro_artransform.flows.transforms import PermutationTransform
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (torch.tensor([1, 2]), "tensor([1, 2])"),
+        (torch.ones(1000, 2), "a Tensor of shape (1000, 2)"),
+        (np.ones(1000), "a ndarray of shape (1000,)"),
+        (list(range(1000)), f"{repr(list(range(1000)))[:80]}..."),
+        ("a", "'a'"),
+    ],
+)
+def test_values_in_errors_are_short(value, words):
+    assert shown(value) == words
+
+
+def test_errors_do_not_print_whole_tensors():
+    for check in (check_integer, check_positive):
+        with pytest.raises(ValueError, match=r"got a Tensor of shape \(1000,\)$"):
+            check("draws", torch.ones(1000))
+    with pytest.raises(ValueError, match=r"got \[0, 0, .*\.\.\.$") as found:
+        PermutationTransform(torch.zeros(1000, dtype=torch.long))
+    assert len(str(found.value)) < 200
+
+
+def test_levels_are_longest_paths():
+    assert graph_levels([[], [0], [0, 1], [], [3]]) == [0, 1, 2, 0, 1]
+    assert graph_levels([[], [0], [], []], root=[0]) == [0, 1, 1, 1]
+    for parents, message in (([[1], [0]], "without a cycle"), ([[2], []], "from 0 to 1, got 2")):
+        with pytest.raises(ValueError, match=message):
+            graph_levels(parents)
+
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
