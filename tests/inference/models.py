@@ -66,13 +66,6 @@ def partly_observed():
         pyro.sample("y", dist.Normal(loc, 1.0), obs=data(), obs_mask=data() > 0)
 
 
-def improper():
-    with pyro.plate("data", len(DATA)):
-        with poutine.mask(mask=data() > 0):
-            loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
-        pyro.sample("y", dist.Normal(loc, 1.0), obs=data())
-
-
 def subsampled():
     loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
     with pyro.plate("data", len(DATA), subsample_size=3) as indices:
@@ -191,18 +184,3 @@ class Faulty(torch.autograd.Function):
     @staticmethod
     def backward(context, gradient):
         return torch.full_like(gradient, torch.nan)
-
-
-class Once(torch.autograd.Function):
-    """The square, whose gradient cannot be differentiated."""
-
-    @staticmethod
-    def forward(context, x):
-        context.save_for_backward(x)
-        return x**2
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(context, gradient):
-        (x,) = context.saved_tensors
-        return 2 * x * gradient

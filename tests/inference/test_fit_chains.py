@@ -4,7 +4,6 @@
 """Fits that end in draws by chains."""
 
 import math
-import signal
 import sys
 import time
 
@@ -24,7 +23,7 @@ from tests.inference import models
 from tests.inference.conftest import SOON, Interrupting
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
-from tests.sampling.densities import schools, schools_moments, two_modes
+from tests.sampling.densities import schools, schools_moments
 from tests.sampling.test_mcmc import flat, regression_moments
 from tests.sampling.test_mcmc_starts import AT_FIVE, narrow
 
@@ -152,15 +151,6 @@ def test_a_guide_that_no_chain_could_check_is_not_trusted(is_written):
     assert Check.NO_CHAINS not in {each.check for each in result.failed}
 
 
-def test_modes_that_the_draws_are_in():
-    """Chains jump between them; a guide at their moments is not trusted."""
-    model = two_modes(2, 20.0, 0.4)
-    result = fitted(model, small(model), draws=200, num_steps=1)
-    assert "Chains move between 2 modes with" in result.verdict
-    assert not result.trusted
-    assert result.chains.trusted
-
-
 def test_draws_that_only_start_the_guide():
     result = fitted(models.regression, small(models.regression), draws=0, num_steps=3)
     assert result.draws is None
@@ -223,23 +213,6 @@ def test_max_seconds_ends_steps_and_chains():
     assert {each.check for each in result.failed} >= {Check.ESS}
     # the verdict comes after
     assert result.seconds < 10
-
-
-def test_interrupt_keeps_what_there_is():
-    told = []
-
-    def interrupt(step, elbo):
-        told.append(step)
-        if step == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    guide = small(models.regression)
-    result = fitted(models.regression, guide, num_steps=50, callback=interrupt)
-    assert told == [1, 2, 3]
-    assert result.num_steps == 3
-    assert "interrupted" in result.stopped_because
-    # chains were before the steps
-    assert result.chains.trusted
 
 
 def test_the_verdict_on_draws_is_said_before_the_guide_is_trained(capsys):

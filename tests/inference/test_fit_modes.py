@@ -60,6 +60,7 @@ def test_a_guide_of_the_user_stays_as_it_is():
     result = fit(square, AutoIAF(square), torch.tensor(2.0), seed=0)
     assert isinstance(result.guide, AutoIAF)
     assert not isinstance(result.guide, MixtureGuide)
+    assert result.chains.trusted
     assert not result.trusted  # it has one of the modes
     assert result.modes.se[0] > 0.01  # those of the chains
 

@@ -7,7 +7,6 @@ import gc
 import math
 import re
 import signal
-import threading
 import weakref
 from functools import partial
 
@@ -51,15 +50,22 @@ def test_callback_that_logs():
     assert "number of steps (7)" in result.stopped_because
 
 
-@pytest.mark.parametrize("kind", [bool, np.bool_, torch.tensor])
-def test_callbacks_that_stop(kind):
+@pytest.mark.parametrize("answer", [True, np.bool_(True), torch.tensor(True)])
+def test_callbacks_that_stop(answer):
     """A comparison of NumPy or PyTorch is no ``bool``, and stopped nothing."""
-    callback = lambda step, elbo: kind(step >= 3)  # noqa: E731
+    callback = lambda step, elbo: step >= 3 and answer  # noqa: E731
     result = fitted(models.location, AutoNormal(models.location), callback=callback)
     assert result.num_steps == 3
     assert result.stopped_because == "the callback asked to stop"
     assert "interrupted" not in result.verdict
     assert math.isfinite(result.elbo)
+
+
+@pytest.mark.parametrize("answer", [None, 1, "stop", np.bool_(False), torch.tensor(1.0)])
+def test_callbacks_that_do_not_stop(answer):
+    model = models.location
+    result = fitted(model, AutoNormal(model), num_steps=4, callback=lambda *_: answer)
+    assert result.num_steps == 4
 
 
 @pytest.mark.parametrize(
@@ -151,13 +157,6 @@ def test_a_good_guide_of_a_fit_that_was_cut_short_is_not_trusted(name, end):
     assert re.match(rf"Not trusted: {end} after step 1: [\w ]+\.", result.verdict), result
 
 
-@pytest.mark.parametrize("answer", [None, 1, "stop", torch.tensor(1.0)])
-def test_callbacks_that_do_not_stop(answer):
-    model = models.location
-    result = fitted(model, AutoNormal(model), num_steps=4, callback=lambda *_: answer)
-    assert result.num_steps == 4
-
-
 def test_a_fit_begins_at_the_values_of_a_guide_that_a_callback_saved(tmp_path):
     path, model, guide = tmp_path / "guide.pt", models.regression, small(models.regression)
 
@@ -177,34 +176,26 @@ def test_a_fit_begins_at_the_values_of_a_guide_that_a_callback_saved(tmp_path):
     assert result.elbo > first.elbo - 3 * (first.elbo_se + result.elbo_se) - 0.05
 
 
-def interrupt(step, elbo):
-    if step == 4:
-        signal.raise_signal(signal.SIGINT)
-
-
 def test_interrupt_keeps_what_was_learned():
+    """The draws, which were before the steps, and these."""
+    told = []
+
+    def interrupt(step, elbo):
+        told.append(step)
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+
     guide = small(models.regression)
-    result = fitted(models.regression, guide, callback=interrupt)
+    result = fitted(models.regression, guide, seed=0, draws=400, callback=interrupt)
+    assert told == [1, 2, 3, 4]
     assert result.num_steps == 4
+    assert result.chains.trusted
     assert math.isfinite(result.elbo)
     assert not result.trusted
     assert "interrupted" in result.verdict
     assert "interrupted" in result.stopped_because
     assert guide.sample_posterior(3)["loc"].shape == (3,)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-
-
-def test_outside_of_the_main_thread():
-    results = []
-
-    def run():
-        torch.set_default_dtype(torch.float64)
-        results.append(fitted(models.location, AutoNormal(models.location)))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    thread.join()
-    assert results[0].num_steps == 20
 
 
 def faulty(at, kind=math.nan):
@@ -224,7 +215,9 @@ def faulty(at, kind=math.nan):
     return model, runs
 
 
-@pytest.mark.parametrize(("kind", "fault"), [(small, "gradient"), (AutoNormal, math.nan)])
+@pytest.mark.parametrize(
+    ("kind", "fault"), [(small, "gradient"), (small, math.nan), (AutoNormal, math.nan)]
+)
 def test_a_fault_at_a_step(kind, fault, monkeypatch):
     """Parameters stay finite, the step is counted, and the fit goes on."""
     monkeypatch.setattr(capture, "_PATIENCE", 10**9)  # the model runs in each step
@@ -250,21 +243,6 @@ def test_a_fault_at_a_step(kind, fault, monkeypatch):
     assert result.culprits == {site: 1}
     assert f"{site} (1)" in repr(result)
     assert math.isfinite(result.elbo)
-
-
-def test_a_fault_for_ever():
-    at = set()
-    model, runs = faulty(at)
-    guide = small(model)
-
-    def callback(step, elbo):
-        model.is_on = True
-        if step == 5:
-            at.update(range(runs[0] + 1, runs[0] + 100_000))
-
-    with pytest.raises(FitError, match=r"in a row, because of y\."):
-        fitted(model, guide, num_steps=1000, draws=0, callback=callback)
-    assert all(p.isfinite().all() for p in guide.parameters())
 
 
 def test_many_faults_are_not_trusted(monkeypatch):

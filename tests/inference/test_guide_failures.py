@@ -64,8 +64,10 @@ def test_steps_that_are_not_finite():
     assert result.num_steps < 1000
     is_broken = False
     pyro.clear_param_store()
-    with pytest.raises(FitError, match="the fit stopped"):
-        fit(model, AutoNormal(model), **options, draws=0)
+    guide = AutoNormal(model)
+    with pytest.raises(FitError, match=r"the fit stopped.* in a row, because of data\."):
+        fit(model, guide, **options, draws=0)
+    assert all(parameter.isfinite().all() for parameter in guide.parameters())
 
 
 def out_of_memory(*_):

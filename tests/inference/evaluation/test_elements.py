@@ -215,18 +215,10 @@ def test_elements_without_an_index(kind):
         assert "each row exactly once" in found
 
 
-class OfPlate:
+def of_plate(y):
     """Rows with their indices, in an order of their own."""
-
-    def __init__(self, y):
-        order = torch.randperm(len(y), generator=torch.Generator().manual_seed(3))
-        self.batches = [(y[index], index) for index in order.split(10)]
-
-    def __iter__(self):
-        return iter(self.batches)
-
-    def __len__(self):
-        return len(self.batches)
+    order = torch.randperm(len(y), generator=torch.Generator().manual_seed(3))
+    return [(y[index], index) for index in order.split(10)]
 
 
 def test_indices_of_the_plates_of_a_guide():
@@ -240,42 +232,23 @@ def test_indices_of_the_plates_of_a_guide():
         return pyro.plate("groups", SIZE, subsample=index, dim=-1)
 
     guide = AutoAmortized(model, flow=None, local_flow=None, create_plates=create_plates)
-    found = weighed(guide, model, make_loader=lambda y: OfPlate(y).batches)
+    found = weighed(guide, model, make_loader=of_plate, num_shared=50)
     assert torch.equal(found.elements.index, torch.arange(SIZE))
 
 
 def test_what_is_not_known_is_said():
-    def data_twice(y):
-        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
-        with pyro.plate("groups", SIZE, subsample_size=len(y)):
+    def other(y, prior=lambda y: y.new_zeros(()), times=1.0, moved=lambda z: z, is_crossed=False):
+        mean = pyro.sample("mean", dist.Normal(prior(y), 3.0))
+        groups = pyro.plate("groups", SIZE, subsample_size=len(y))
+        rows = pyro.plate("rows", SIZE, subsample_size=len(y)) if is_crossed else groups
+        with groups:
             z = pyro.sample("z", dist.Normal(mean, 1.0))
-            with poutine.scale(scale=2.0):
-                pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+        with rows, poutine.scale(scale=times):
+            pyro.sample("y", dist.Normal(moved(z), 0.5), obs=y)
 
     def most(y):
         rows = SubsetRandomSampler(range(39))
         return DataLoader(TensorDataset(y), batch_size=10, sampler=rows)
-
-    def moved(y):
-        """Its prior depends on the batch."""
-        mean = pyro.sample("mean", dist.Normal(y.mean(), 3.0))
-        with pyro.plate("groups", SIZE, subsample_size=len(y)):
-            z = pyro.sample("z", dist.Normal(mean, 1.0))
-            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
-
-    def crossed(y):
-        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
-        with pyro.plate("groups", SIZE, subsample_size=len(y)):
-            z = pyro.sample("z", dist.Normal(mean, 1.0))
-        with pyro.plate("rows", SIZE, subsample_size=len(y)):
-            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
-
-    def joined(y):
-        """Its elements depend on each other, against what the plate says."""
-        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
-        with pyro.plate("groups", SIZE, subsample_size=len(y)):
-            z = pyro.sample("z", dist.Normal(mean, 1.0))
-            pyro.sample("y", dist.Normal(z.cumsum(-1), 0.5), obs=y)
 
     def in_no_plate(y):
         mean = pyro.sample("mean", dist.Normal(pyro.param("other", torch.tensor(0.0)), 1.0))
@@ -285,17 +258,17 @@ def test_what_is_not_known_is_said():
         groups(y)
         pyro.sample("more", dist.Normal(y.sum(), 1.0), obs=torch.tensor(0.0))
 
-    double = partial(groups, size=2 * SIZE)
+    few, double = partial(weighed, num_shared=50), partial(groups, size=2 * SIZE)
     for words, found in (
-        ("covers 90.7 % of the data", weighed(posterior, make_loader=most)),
-        ("covers 50 % of the data", weighed(partial(posterior, size=2 * SIZE), double)),
-        ("covers 50 % of the data", weighed(posterior, data_twice)),
-        ("depend on the mini-batch", weighed(posterior, moved)),
-        ("depend on the mini-batch", weighed(posterior, outside)),
-        ("do not vectorize over draws", weighed(in_no_plate)),
-        ("depend on each other", weighed(posterior, joined)),
-        (r"those of ['groups', 'rows']", weighed(posterior, crossed)),
-        ("a pass saw 60 % of the data, in 3 batches", weighed(posterior, max_batches=3)),
+        ("covers 90.7 % of the data", few(posterior, make_loader=most)),
+        ("covers 50 % of the data", few(partial(posterior, size=2 * SIZE), double)),
+        ("covers 50 % of the data", few(posterior, partial(other, times=2.0))),
+        ("depend on the mini-batch", few(posterior, partial(other, prior=torch.mean))),
+        ("depend on the mini-batch", few(posterior, outside)),
+        ("do not vectorize over draws", few(in_no_plate)),
+        ("depend on each other", few(posterior, partial(other, moved=lambda z: z.cumsum(-1)))),
+        (r"those of ['groups', 'rows']", few(posterior, partial(other, is_crossed=True))),
+        ("a pass saw 60 % of the data, in 3 batches", few(posterior, max_batches=3)),
     ):
         assert isinstance(found, str)
         assert words in found

@@ -12,7 +12,6 @@ from pyro_artransform.inference.optimization import minibatches
 from pyro_artransform.inference.optimization.minibatches import (
     NUM_VALIDATION,
     MinibatchObjective,
-    _mean_and_error,
 )
 from pyro_artransform.inference.optimization.objective import PathObjective, PyroObjective
 from pyro_artransform.model import LogJoint
@@ -78,20 +77,19 @@ def test_losses_of_batches_are_replayed():
     assert by_batch.num_compared >= 4
 
 
+def by_batches(model, batches):
+    guide = loaders.small(model)
+    guide(*batches[0])
+    log_joint, stream = LogJoint(model, batches[0]), BatchStream(batches)
+    objective = PathObjective(log_joint, guide)
+    return MinibatchObjective(objective, stream, log_joint, [*stream.one_pass(2)])
+
+
 def test_arguments_that_are_no_tensors_are_not_replayed():
     """A list or an array of numbers may change, and a replay would not see it."""
     x, y = loaders.rows()
     batches = [(x[:20], y[:20].numpy()), (x[20:40], y[20:40].numpy())]
-
-    def model(x, y):
-        loaders.regression(x, torch.as_tensor(y))
-
-    guide = loaders.small(model)
-    guide(*batches[0])
-    log_joint = LogJoint(model, batches[0])
-    stream = BatchStream(batches)
-    objective = PathObjective(log_joint, guide)
-    by_batch = MinibatchObjective(objective, stream, log_joint, [*stream.one_pass(2)])
+    by_batch = by_batches(lambda x, y: loaders.regression(x, torch.as_tensor(y)), batches)
     assert len({by_batch.loss(4).item() for _ in range(4)}) == 4
     assert not by_batch._captured
 
@@ -106,12 +104,7 @@ def with_numbers(number):
         loaders.regression(x, y)
 
     batches = [(x[k::10], y[k::10], number(k, len(x[k::10]))) for k in range(10)]
-    guide = loaders.small(model)
-    guide(*batches[0])
-    log_joint = LogJoint(model, batches[0])
-    stream = BatchStream(batches)
-    objective = PathObjective(log_joint, guide)
-    return MinibatchObjective(objective, stream, log_joint, [*stream.one_pass(2)]), seen
+    return by_batches(model, batches), seen
 
 
 def test_a_number_that_changes_is_no_constant_of_a_capture():
@@ -159,8 +152,17 @@ def test_the_initial_guide_is_found_in_the_mean_density(monkeypatch):
     assert not torch.allclose(by_batch.mean_log_joint()(z), objective.log_joint(z), rtol=1e-3)
 
 
-def test_a_pass_over_all_data():
-    by_batch, objective = objectives(make_loader=loaders.shuffled)
+def other_sizes(x, y):
+    """One batch is larger than all that candidates are compared on."""
+    return [*zip(x.split([3] * 11 + [10]), y.split([3] * 11 + [10]))]
+
+
+@pytest.mark.parametrize(
+    ("make_loader", "num_compared", "num_batches"),
+    [(loaders.shuffled, NUM_VALIDATION, 5), (other_sizes, 3, 12)],
+)
+def test_a_pass_over_all_data(make_loader, num_compared, num_batches):
+    by_batch, objective = objectives(make_loader=make_loader, num_compared=num_compared)
     torch.manual_seed(1)
     found = by_batch.over_a_pass()
     torch.manual_seed(1)
@@ -169,19 +171,7 @@ def test_a_pass_over_all_data():
     assert torch.allclose(by_batch.elbo_draws(400), expected, rtol=1e-9)
     assert math.isclose(found.elbo, expected.mean(), rel_tol=1e-9)
     assert math.isclose(found.elbo_se, expected.std() / 400**0.5, rel_tol=1e-6)
-    assert (found.num_draws, found.num_batches, found.share) == (400, 5, 1.0)
-
-
-def test_a_pass_over_batches_of_all_sizes():
-    """One of them larger than all that candidates are compared on."""
-    by_batch, objective = objectives(
-        make_loader=lambda x, y: [*zip(x.split([3] * 11 + [10]), y.split([3] * 11 + [10]))],
-        num_compared=3,
-    )
-    torch.manual_seed(1)
-    found = by_batch.elbo_draws(1000)
-    torch.manual_seed(1)
-    assert torch.allclose(found, objective.elbo_draws(1000), rtol=1e-9)
+    assert (found.num_draws, found.num_batches, found.share) == (400, num_batches, 1.0)
 
 
 @pytest.mark.parametrize("kind", [loaders.small, AutoNormal])
@@ -203,20 +193,3 @@ def test_a_loader_with_less_than_the_model_scales_to(kind, monkeypatch):
     assert objectives(kind)[0].over_a_pass().loader_share == pytest.approx(1.0)
     monkeypatch.setattr(minibatches, "_MAX_BATCHES", 3)
     assert objectives(kind)[0].over_a_pass().loader_share == 1.0
-
-
-@pytest.mark.parametrize("make_loader", [loaders.weighted, loaders.Unknown])
-def test_what_is_no_partition_has_no_weights_of_all_data(make_loader):
-    by_batch, _ = objectives(make_loader=make_loader)
-    found = by_batch.over_a_pass()
-    assert by_batch.whole is None
-    assert found.share == 0
-
-
-def test_errors_of_a_weighted_mean():
-    """By hand: weights 2 and 1, means 3 and 0, variances by draws 0.09 and 0."""
-    found = _mean_and_error([3.0, 0.0], [0.09, 0.0], [2.0, 1.0], 1.0)
-    assert found == pytest.approx((2.0, 0.2))
-    expected = math.sqrt(0.04 + 0.5 * 2 * (4 / 9 * 1 + 1 / 9 * 4))
-    found = _mean_and_error([3.0, 0.0], [0.09, 0.0], [2.0, 1.0], 0.5)
-    assert found == pytest.approx((2.0, expected))

@@ -80,19 +80,6 @@ def test_loss_is_the_negative_elbo(name, make):
     assert not draws.requires_grad
 
 
-def test_parameters_of_guide_and_model():
-    guide = small(models.with_param)
-    objective = path(models.with_param, guide)
-    found = objective.parameters()
-    own = {f"guide.{name}" for name, _ in guide.named_parameters()}
-    assert set(found) == own | {"noise"}
-    assert all(p.requires_grad and p.is_leaf for p in found.values())
-    assert len({id(p) for p in found.values()}) == len(found)
-    # the same objects each time: an optimizer holds them
-    assert all(p is found[name] for name, p in objective.parameters().items())
-    assert gradients(objective, 4)[list(found).index("noise")].abs() > 0
-
-
 def test_masked_latents_do_not_run_away():
     """Elements without a density have their prior, for Pyro's ELBO too: it has a maximum."""
     guide = AutoNormal(models.partly_observed)
@@ -137,23 +124,6 @@ def _fails_for_some_draws():
 def test_vectorized_where_model_and_guide_allow(model, guide, expected):
     with pyro.validation_enabled(False):
         assert by_pyro(model, guide or AutoNormal(model)).is_vectorized == expected
-
-
-@pytest.mark.parametrize("make", [path, by_pyro])
-def test_nonfinite_sites(make):
-    def model():
-        z = pyro.sample("z", dist.Normal(0.0, 1.0))
-        pyro.sample("fine", dist.Normal(z, 1.0), obs=torch.tensor(0.0))
-        pyro.factor("broken", torch.where(z > 0, z, torch.nan))
-
-    with pyro.validation_enabled(False):
-        objective = make(model, small(model))
-    while objective.loss(16).isfinite():
-        pass
-    assert objective.nonfinite_sites() == ["broken"]
-    objective = make(models.regression, small(models.regression))
-    objective.loss(4)
-    assert objective.nonfinite_sites() == []
 
 
 def test_draws_that_are_not_finite_are_the_guides_own_fault():
