@@ -28,16 +28,8 @@ def save(path: FilePath, content: object) -> None:
         raise
 
 
-def write(path: FilePath, kind: str, content: dict[str, Any]) -> None:
-    """Saves plain data and tensors with their kind.
-
-    :param kind: the kind of content, with its format number.
-    """
-    save(path, {"format": kind, **content})
-
-
 def read(path: FilePath, kind: str, map_location: Any = None) -> dict[str, Any]:
-    """Reads a file that :func:`write` wrote.
+    """Reads a mapping with the item ``format=kind`` that :func:`save` wrote.
 
     :raises ValueError: if it is another file, is damaged, or needs a device that is not available.
     """

@@ -50,7 +50,8 @@ class SavedResult:
         The file holds neither the model nor the guide, which has its own ``save``. If writing fails, an
         existing file is kept.
         """
-        files.write(path, _KIND.format(type(self).__name__), {"result": _plain(self)})
+        content = {"format": _KIND.format(type(self).__name__), "result": _plain(self)}
+        files.save(path, content)
 
     @classmethod
     def load(

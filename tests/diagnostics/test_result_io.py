@@ -92,7 +92,7 @@ def test_other_files_are_refused(result, tmp_path):
     with pytest.raises(ValueError, match=r"of class Chains, format 1, got .* of class FitResult"):
         Chains.load(path)
     for content in ({}, {"result": 1}, {"result": ("Chains", {})}, {"result": ("open", {})}):
-        files.write(path, kind, content)
+        files.save(path, {"format": kind, **content})
         with pytest.raises(ValueError, match=r"file.pt: expected a file written by FitResult.save"):
             FitResult.load(path)
     result.guide.save(path)
