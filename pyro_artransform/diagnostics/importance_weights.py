@@ -105,7 +105,7 @@ class ModelAndGuide(NamedTuple):
     """A model, a guide for its latents, the arguments of both, and the log joint density."""
 
     model: Model
-    guide: Model
+    guide: Any  #: a callable, which may be a guide of ``model.protocols``
     args: Args
     kwargs: Kwargs
     log_joint: LogJoint

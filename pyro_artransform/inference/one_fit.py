@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import pyro
 from torch import Tensor
@@ -18,7 +18,7 @@ from .._base.time_limit import INTERRUPTED, OUT_OF_TIME, abandonable
 from ..diagnostics.convergence import ModeShares
 from ..diagnostics.importance_weights import NUM_DRAWS
 from ..model import LogJoint
-from ..model.protocols import FlowGuide, MinibatchGuide, StructuredGuide
+from ..model.protocols import FlowGuide, MinibatchGuide
 from ..sampling import Ensemble
 from ..sampling.chains import Chains
 from ..sampling.run_mcmc import CHAINS_UNTIL
@@ -123,11 +123,10 @@ class Fit:
     def _start(self, density: LogJoint | None) -> InitialGuide:
         """Initializes the guide near draws, or by passes over mini-batches, if it supports that."""
         problem, draws = self.problem, self.draws
-        guide, minibatches = cast(object, problem.subject.guide), problem.minibatches
-        if problem.starts_by_passes and minibatches and minibatches.whole and minibatches.terms:
+        guide, minibatches = problem.subject.guide, problem.minibatches
+        if (passes := problem.density_of_passes) is not None and problem.terms is not None:
             self.limit.enter_phase(START_UNTIL + _FOR_GUIDE)  # there are no chains
-            of_elements = cast(StructuredGuide, guide), minibatches.terms
-            return find_start_of_elements(minibatches.whole, *of_elements)
+            return find_start_of_elements(passes, guide, problem.terms)
         if isinstance(guide, FlowGuide) and density is not None and not density.is_random:
             ensemble = self._chains_of(density) if draws is None else draws.ensemble
             self.limit.enter_phase(START_UNTIL + _FOR_GUIDE)
@@ -154,7 +153,9 @@ class Fit:
         parallel.copy_first(problem.tensors)
         if (seed := parallel.seed()) is not None:
             pyro.set_rng_seed(seed + parallel.rank)
-        training = problem.new_training()
+        guide, numbers = problem.subject.guide, (problem.schedule, problem.num_particles)
+        scales = guide.step_scales if isinstance(guide, (FlowGuide, MinibatchGuide)) else None
+        training = Training(problem.objective, *numbers, scales, parallel)
         # other processes would wait for the end
         with self._keeping_draws(), abandonable(parallel.size == 1):
             training.check_start(start.name)
@@ -204,8 +205,7 @@ class Fit:
 
     def _judge(self, training: Training) -> FitResult:
         """The result of the fit without its model and guide."""
-        problem = self.problem
-        guide: object = problem.subject.guide
+        problem, guide = self.problem, self.problem.subject.guide
         weights: tuple[Tensor, Tensor] | None = None
         if (mixture := self._guide_of_modes) is not None:  # chains may jump to its draws
             with self._keeping_draws():
@@ -273,16 +273,15 @@ class Fit:
             elements = weigh_elements(minibatches, passed, num_gradients)
             return evaluate_minibatches(problem.subject, passed, status, elements)
         ensemble = None if self.draws is None else self.draws.ensemble
-        terms, is_loop = None if minibatches is None else minibatches.terms, problem.is_loop
         given = problem.subject, status, num_gradients, ensemble
-        return evaluate(*given, is_loop=is_loop, terms=terms)
+        return evaluate(*given, is_loop=problem.is_loop, terms=problem.terms)
 
     def _remedy(self, num_steps: int) -> str:
         """Remedies for a guide that differs from the posterior, the most reliable first."""
         if not num_steps:
             return "num_steps=1000, since the guide was not trained"
         problem, draws = self.problem, self.draws
-        guide, way = cast(object, problem.subject.guide), "a flow guide, such as AutoIAF"
+        guide, way = problem.subject.guide, "a flow guide, such as AutoIAF"
         if isinstance(guide, FlowGuide):
             way = "more layers (num_transforms) or wider ones"
         elif isinstance(guide, MinibatchGuide) or not problem.has_all_data:
@@ -296,9 +295,9 @@ class Fit:
     @property
     def _guide_of_modes(self) -> FlowGuide | None:
         """The guide, if it has a flow for each mode and did not fail."""
-        guide: object = self.problem.subject.guide
+        guide = self.problem.subject.guide
         is_mixture = isinstance(guide, FlowGuide) and len(guide.components) > 1
-        return cast(FlowGuide, guide) if is_mixture and not self.guide_failure else None
+        return guide if is_mixture and not self.guide_failure else None
 
     @property
     def _will_jump(self) -> bool:

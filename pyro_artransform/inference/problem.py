@@ -30,7 +30,6 @@ from .loader import Batch, BatchStream, check_use
 from .optimization.minibatches import NUM_COMMON_DRAWS, NUM_VALIDATION, MinibatchObjective
 from .optimization.objective import FEWER, BatchObjective, PathObjective, PyroObjective
 from .optimization.schedule import MOST_GAP, NUM_COMPARED, Schedule
-from .optimization.training import Scales, Training
 
 # draws per step, and those of structured guides with this many latents or more (benchmarks/price.md); with
 # mini-batches, whose rows are the larger noise, there are fewer
@@ -66,20 +65,22 @@ class Problem:
         if stream is not None:
             batches = list(stream.whole.one_pass(NUM_VALIDATION))
             check_call(*batches[0])
+        #: the arguments of model and guide; with a loader, those of its first batch
+        self.batch = batches[0]
         is_minibatch = not (stream is None or stream.whole.is_all_data)
-        guide, whole = self._given(model, guide, batches[0], stream if is_minibatch else None)
-        self.subject = _run_once(model, guide, batches[0], stream)
+        guide, whole = self._given(model, guide, stream if is_minibatch else None)
+        self.subject = _run_once(model, guide, self.batch, stream)
         log_joint = self.subject.log_joint
         #: a sentence on why the posterior is the prior; empty if it is not
         self.prior_only = warn_of_prior(log_joint.has_data)
         #: the mini-batches of steps, if there are any
         self.stream = stream if is_minibatch or log_joint.is_random else None
-        #: the objective on one batch, or on all data
-        self.objective_of_batch = of_batch = _objective_of_batch(self.subject)
+        of_batch = _objective_of_batch(self.subject)
         #: why the model runs for one draw at a time; empty if it does not
         self.looped_because = log_joint.reason
         if isinstance(of_batch, PyroObjective) and not of_batch.is_vectorized:
-            self.looped_because = log_joint.reason or _NOT_IN_A_PLATE
+            not_in_a_plate = "model and guide do not vectorize over particles"
+            self.looped_because = log_joint.reason or not_in_a_plate
         #: the objective of this process alone
         self.objective: BatchObjective | MinibatchObjective = of_batch
         if self.stream is not None:
@@ -100,23 +101,23 @@ class Problem:
             _warn_of_loop(of_batch, self.looped_because, per_process, self.schedule)
 
     def _given(
-        self, model: Function, guide: Function | None, batch: Batch, stream: BatchStream | None
+        self, model: Function, guide: Function | None, stream: BatchStream | None
     ) -> tuple[Function, FullDataDensity | None]:
         """The guide, chosen if there is none, and the density of all data if it learned its graph from it."""
         #: the elements of plates that rows of mini-batches read, for a guide that learns its graph from them
         self.terms: ElementTerms | None = None
         whole: FullDataDensity | None = None
         if stream is not None and (guide is None or _is_new(guide)):
-            whole, self.terms = _element_terms(model, batch, stream)
+            whole, self.terms = _element_terms(model, self.batch, stream)
         if guide is None:
-            has_elements = self.terms is not None
+            is_minibatch, has_elements = stream is not None, self.terms is not None
             guide, self.guide_reason = choose_guide(
-                model, *batch, is_minibatch=stream is not None, has_elements=has_elements
+                model, *self.batch, is_minibatch=is_minibatch, has_elements=has_elements
             )
         offered: object = guide
         if self.terms is None or not isinstance(offered, StructuredGuide):
             return guide, None  # the guide may have coordinates of its own
-        offered.set_up_on(self.terms, *batch.args, **batch.kwargs)
+        offered.set_up_on(self.terms, *self.batch.args, **self.batch.kwargs)
         return guide, whole
 
     def _new_schedule(self) -> Schedule:
@@ -138,9 +139,8 @@ class Problem:
         few, fewest = _NUM_PARTICLES if self.stream is None else _NUM_IN_BATCHES
         if self.is_loop:
             return few // FEWER
-        is_structured = isinstance(cast(object, self.subject.guide), StructuredGuide)
         has_many = self.subject.log_joint.latents.latent_dim >= _MANY_LATENTS
-        return fewest if is_structured and has_many else few
+        return fewest if isinstance(self.subject.guide, StructuredGuide) and has_many else few
 
     def choose_for_modes(self, num_modes: int) -> None:
         """Replaces a guide that the fit chose by a mixture, if the posterior has several modes."""
@@ -149,7 +149,7 @@ class Problem:
         if (choice := choose_mixture(self.subject.guide, num_modes)) is not None:
             mixture, self.guide_reason = choice
             self.subject = _run_once(self.subject.model, mixture, self.batch, None)
-            self.objective = self.objective_of_batch = _objective_of_batch(self.subject)
+            self.objective = _objective_of_batch(self.subject)
 
     @property
     def minibatches(self) -> MinibatchObjective | None:
@@ -173,33 +173,22 @@ class Problem:
         return FEWER ** (self.is_loop + is_of_passes)
 
     @property
-    def starts_by_passes(self) -> bool:
-        """Whether the guide has a Gaussian of elements of plates, which passes over mini-batches find."""
-        guide: object = self.subject.guide
+    def density_of_passes(self) -> FullDataDensity | None:
+        """All data, if the guide has a Gaussian of elements of plates, which passes over these find."""
+        guide, minibatches = self.subject.guide, self.minibatches
         has_gaussian = isinstance(guide, StructuredGuide) and guide.is_of_elements
-        has_passes = self.minibatches is not None and self.has_all_data
-        return has_gaussian and has_passes and self.terms is not None
+        is_known = minibatches is not None and self.terms is not None
+        return minibatches.whole if minibatches and has_gaussian and is_known else None
 
     def density_of_start(self) -> LogJoint | None:
         """The density whose draws start a flow; ``None`` for other guides, or if passes start it."""
-        guide: object = self.subject.guide
-        is_flow = isinstance(guide, FlowGuide) and isinstance(
-            self.objective_of_batch, PathObjective
-        )
-        if not is_flow or self.starts_by_passes:
+        minibatches, log_joint = self.minibatches, self.subject.log_joint
+        objective = self.objective if minibatches is None else minibatches.objective
+        if not isinstance(objective, PathObjective) or self.density_of_passes is not None:
             return None
-        if self.minibatches is not None:
-            return self.minibatches.mean_log_joint()
-        log_joint = self.subject.log_joint
+        if minibatches is not None:
+            return minibatches.mean_log_joint()
         return minibatch_density(log_joint) if log_joint.is_random else log_joint
-
-    def new_training(self) -> Training:
-        """A training that starts at the current parameters."""
-        guide: object = self.subject.guide
-        scales: Scales | None = None
-        if isinstance(guide, (FlowGuide, MinibatchGuide)):
-            scales = guide.step_scales
-        return Training(self.objective, self.schedule, self.num_particles, scales, self.parallel)
 
     @cached_property
     def point_estimates(self) -> list[str]:
@@ -218,19 +207,12 @@ class Problem:
                 tensors += [*module.parameters(), *module.buffers()]
         return tensors
 
-    @property
-    def batch(self) -> Batch:
-        """The arguments of model and guide; with a loader, those of its first batch."""
-        return Batch(self.subject.args, self.subject.kwargs)
-
     def missing(self) -> tuple[str, ...]:
         """Dependencies that the graph of a structured guide lacks, in words."""
-        guide: object = self.subject.guide
+        guide, minibatches = self.subject.guide, self.minibatches
         if not isinstance(guide, StructuredGuide):
             return ()
-        batches = [self.batch]
-        if self.minibatches is not None:
-            batches = self.minibatches.validation
+        batches = [self.batch] if minibatches is None else minibatches.validation
         return tuple(guide.missing_over_batches(batches))
 
     def check_graph(self) -> None:
@@ -246,9 +228,9 @@ class Problem:
         """Checks that all processes run the same fit, and synchronizes their parameters."""
         same: dict[str, object] = {"num_steps": num_steps, "num_particles": num_particles}
         same["parameters"] = [tuple(tensor.shape) for tensor in self.tensors()]
-        stream, batch = self.stream, self.batch
+        stream, (args, kwargs) = self.stream, self.batch
         if stream is None or (self.has_all_data and stream.whole is not stream):
-            data = filter(torch.is_tensor, (*batch.args, *batch.kwargs.values()))
+            data = filter(torch.is_tensor, (*args, *kwargs.values()))
             same["data (sums)"] = str([float(tensor.double().sum()) for tensor in data])
         self.parallel.check_same(**same)
         self.parallel.copy_first(self.tensors)
@@ -268,9 +250,8 @@ def _element_terms(
     The terms are ``None`` if a structured guide cannot use them, and the density if it is not known.
     """
     log_joint = LogJoint(model, *batch)
-    if not ElementGroups.of(log_joint.latents).members:
-        return None, None
-    if log_joint.strategy == "loop" or log_joint.is_enumerated:
+    is_slow = log_joint.strategy == "loop" or log_joint.is_enumerated
+    if is_slow or not ElementGroups.of(log_joint.latents).members:
         return None, None
     whole = density_of_all_rows(log_joint, stream, batch)
     if whole is None:
@@ -301,9 +282,6 @@ def _warn_of_loop(
     )
 
 
-_NOT_IN_A_PLATE = "model and guide do not vectorize over particles"
-
-
 def _run_once(
     model: Function, guide: Function, batch: Batch, stream: BatchStream | None
 ) -> ModelAndGuide:
@@ -321,11 +299,10 @@ def _run_once(
 
 def _objective_of_batch(subject: ModelAndGuide) -> BatchObjective:
     """The objective for a batch, with the path gradient if the guide has all latents of the model."""
-    model, _, args, kwargs, log_joint = subject
-    guide: object = subject.guide
+    model, guide, args, kwargs, log_joint = subject
     if isinstance(guide, FlowGuide):
         with torch.no_grad():
             latent, _ = guide.rsample_and_log_prob(1)
         if latent.shape[-1] == log_joint.latents.latent_dim:
             return PathObjective(log_joint, guide)
-    return PyroObjective(model, subject.guide, Batch(args, kwargs), log_joint)
+    return PyroObjective(model, guide, Batch(args, kwargs), log_joint)

@@ -4,6 +4,7 @@
 """Evaluates a guide by its importance weights and against the draws of an ensemble."""
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ def draw(
     return torch.cat(parts), torch.cat(latents) if latents else None, subject.log_joint
 
 
-def _fields(weights: Importance | None, verdict: Verdict, **others: Any) -> dict[str, Any]:
+def _fields(verdict: Verdict, weights: Importance | None = None, **others: Any) -> dict[str, Any]:
     """The fields of a ``FitResult`` about the posterior; numbers are ``nan`` if weights are unknown."""
     fields = {name: getattr(weights, name, math.nan) for name in _BY_WEIGHTS}
     judged = {"trusted": verdict.trusted, "verdict": verdict.words, "judged": verdict}
@@ -100,15 +101,16 @@ def evaluate(
     :param terms: the elements of plates that rows of mini-batches read, if known.
     :return: fields of a ``FitResult``.
     """
-    log_joint = subject.log_joint
+    log_joint, strategy = subject.log_joint, subject.log_joint.strategy
     if log_joint.is_random:
-        return _not_judged(subject, status)
-    strategy = log_joint.strategy
+        chunks = until_deadline(subject.weighted_draws(_NUM_NOISY), at_least=1)
+        noisy = Importance.from_log_weights(torch.cat([chunk.log_weights for chunk in chunks]))
+        numbers = {name: getattr(noisy, name) for name in ("elbo", "elbo_se", "num_samples")}
+        return _without_density(subject, status._replace(is_random=True), **numbers)
     num_samples = _NUM_SAMPLES // FEWER if is_loop else _NUM_SAMPLES
-    if isinstance(log_joint, FullDataDensity):
+    if has_passes := isinstance(log_joint, FullDataDensity):
         num_samples = NUM_COMMON_DRAWS
-    is_slow = is_loop or isinstance(log_joint, FullDataDensity)
-    more = 0 if is_slow else num_gradients
+    more = 0 if is_loop or has_passes else num_gradients
     log_weights, latents, log_joint = draw(subject, num_samples, more)
     weights = Importance.from_log_weights(log_weights)
     rounding = Rounding([], [])
@@ -136,35 +138,35 @@ def evaluate(
     about = about_marginals(marginals, ensemble)
     about_others = [each for e in elements.values() for each in about_plate(e, status.remedy)]
     verdict = judge(status, weights, lost, marginals, about_others=about_others)
-    fields = _fields(weights, verdict._replace(marginals=about), elements=elements)
-    fields |= {"marginals": marginals, "num_images": num_images}
-    fields["marginals_trusted"] = None if marginals is None else marginals.trusted
-    return fields
-
-
-def _not_judged(subject: ModelAndGuide, status: FitStatus) -> dict[str, Any]:
-    """The fields of a model that subsamples its data itself: an ELBO with the noise of its batches."""
-    chunks = list(until_deadline(subject.weighted_draws(_NUM_NOISY), at_least=1))
-    noisy = Importance.from_log_weights(torch.cat([chunk.log_weights for chunk in chunks]))
-    values = chunks[0].values
-    status = status._replace(
-        is_random=True,
-        is_point=has_point({name: values[name] for name in subject.log_joint.latents.sites}),
+    return _fields(
+        verdict._replace(marginals=about),
+        weights,
+        elements=elements,
+        marginals=marginals,
+        marginals_trusted=None if marginals is None else marginals.trusted,
+        num_images=num_images,
     )
-    verdict = judge(status)._replace(marginals=about_marginals(None, None))
-    found = {"elbo": noisy.elbo, "elbo_se": noisy.elbo_se, "num_samples": noisy.num_samples}
-    return _fields(None, verdict, **found)
+
+
+def _without_density(
+    subject: ModelAndGuide,
+    status: FitStatus,
+    about_others: Iterable[FailedCheck] = (),
+    praise: str = "",
+    **fields: Any,
+) -> dict[str, Any]:
+    """The fields of a fit whose density of all data is not known, with what is known of the others."""
+    values = next(subject.weighted_draws(8)).values  # a few draws show whether all are equal
+    is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
+    verdict = judge(status._replace(is_point=is_point), about_others=about_others, praise=praise)
+    return _fields(verdict._replace(marginals=about_marginals(None, None)), **fields)
 
 
 def not_evaluated(failure: str, status: FitStatus) -> dict[str, Any]:
-    """The fields of a guide that failed; its numbers are ``nan``.
-
-    :param failure: the error.
-    """
-    verdict = judge(
-        status._replace(missing=tuple), about_others=[Check.FAILED.failed(error=failure)]
-    )
-    return _fields(None, verdict) | {"num_samples": 0}
+    """The fields of a guide that failed with an error; its numbers are ``nan``."""
+    failed = Check.FAILED.failed(error=failure)
+    verdict = judge(status._replace(missing=tuple), about_others=[failed])
+    return _fields(verdict, num_samples=0)
 
 
 def _in_one_image(ensemble: Ensemble, draws: Tensor) -> tuple[Tensor, float]:
@@ -207,11 +209,8 @@ def evaluate_minibatches(
     :param by_element: these weights, or the reason why they are unknown.
     :return: fields of a ``FitResult``.
     """
-    weights, elements = None, dict[str, ElementDiagnostics]()
-    values = next(subject.weighted_draws(8)).values  # a few draws show whether all are equal
-    is_point = has_point({name: values[name] for name in subject.log_joint.latents.sites})
-    status = status._replace(is_point=is_point)
-    elbo = {"elbo": found.elbo, "elbo_se": found.elbo_se}
+    elbo: dict[str, Any] = {"elbo": found.elbo, "elbo_se": found.elbo_se}
+    of_pass = {**elbo, "num_samples": found.num_draws}
     if isinstance(by_element, str):
         is_of_all = subject.log_joint.structure(subject.args, subject.kwargs).is_scaled
         failed = Check.MINIBATCHES.failed(
@@ -220,12 +219,13 @@ def evaluate_minibatches(
             reason=by_element,
             **elbo,
         )
-        verdict = judge(status, about_others=[failed])
-    else:
-        weights, elements = by_element.shared, {by_element.elements.plate: by_element.elements}
-        praise = about_good_elements(by_element)
-        about_others = about_elements(by_element, status.remedy)
-        verdict = judge(status, about_others=about_others, praise=praise)
-    verdict = verdict._replace(marginals=about_marginals(None, None))
-    fields = _fields(weights, verdict, elements=elements, **elbo)
-    return fields if weights is not None else {**fields, "num_samples": found.num_draws}
+        return _without_density(subject, status, about_others=[failed], **of_pass)
+    return _without_density(
+        subject,
+        status,
+        about_others=about_elements(by_element, status.remedy),
+        praise=about_good_elements(by_element),
+        weights=by_element.shared,
+        elements={by_element.elements.plate: by_element.elements},
+        **(of_pass if by_element.shared is None else elbo),
+    )

@@ -24,17 +24,6 @@ _ELSEWHERE = {
     True: ", and chains found no other modes.",
     False: ", but other modes were not searched for.",
 }
-_MIXES_DRAWS = (
-    "The model has a different density for many draws at once than for one at a time: the guide was trained "
-    "with the former, and the numbers here use the latter. Write it without branches on values of latents "
-    "(torch.where), and fit again."
-)
-
-
-_GRAPH_NOT_CHECKED = Check.CUT_SHORT.failed(
-    reason="time was over before the guide's graph was compared with the posterior",
-    remedy="increase max_seconds",
-)
 
 
 class FitStatus(NamedTuple):
@@ -42,9 +31,8 @@ class FitStatus(NamedTuple):
 
     skipped_share: float = 0.0  #: the share of skipped steps
     is_interrupted: bool = False  #: whether Ctrl-C, the time limit or the callback ended it
-    cut_short: FailedCheck | None = (
-        None  #: why steps ended before their end, or before the ELBO settled
-    )
+    #: why steps ended before their end, or before the ELBO settled
+    cut_short: FailedCheck | None = None
     remedy: str = ""  #: the remedy if the guide is not the posterior, if known
     is_point: bool = False  #: whether the guide has a single value at some site
     is_random: bool = False  #: whether the model draws mini-batches itself, or is random otherwise
@@ -108,10 +96,11 @@ def judge(
         if not status.cut_short:
             failed += lost.unmixed
     failed += about_others
-    missing: Sequence[str] | None = None
+    late = "time was over before the guide's graph was compared with the posterior"
+    about_graph = [Check.CUT_SHORT.failed(reason=late, remedy="increase max_seconds")]
     with abandonable():
-        missing = status.missing()
-    failed += [_GRAPH_NOT_CHECKED] if missing is None else Check.GRAPH.apply(names=missing)
+        about_graph = [*Check.GRAPH.apply(names=status.missing())]
+    failed += about_graph
     # no other check judges the parameters of a model
     is_unfinished = failed or status.is_interrupted or status.point_estimates
     if status.cut_short and is_unfinished:
@@ -127,21 +116,16 @@ def about_end(schedule: Schedule, losses: Sequence[float]) -> FailedCheck | None
     :param losses: the losses of all steps.
     """
     reason = schedule.reason
-    hints = {
-        INTERRUPTED: "fit again",
-        OUT_OF_TIME: "increase max_seconds",
-        STOPPED: "let it continue",
-    }
+    more_time = "increase max_seconds"
+    hints = {INTERRUPTED: "fit again", OUT_OF_TIME: more_time, STOPPED: "let it continue"}
     if reason in hints:
         reason, remedy = f"{reason} after step {len(losses):,}", hints[reason]
     elif schedule.is_still(losses[: schedule.decay_start]):
         return None
     elif schedule.num_steps is not None:
         remedy = "set a larger number, or none, so that fit chooses it"
-    elif reason == FILLED:
-        remedy = "increase max_seconds"
-    elif reason == LIMIT:
-        remedy = "set a larger num_steps"
+    elif reason in (FILLED, LIMIT):
+        remedy = more_time if reason == FILLED else "set a larger num_steps"
     else:
         return None
     return Check.CUT_SHORT.failed(reason=reason, remedy=remedy)
@@ -150,7 +134,11 @@ def about_end(schedule: Schedule, losses: Sequence[float]) -> FailedCheck | None
 def _notes(status: FitStatus) -> Iterator[str]:
     """Remarks that are not failed checks."""
     if status.mixes_draws:
-        yield _MIXES_DRAWS
+        yield (
+            "The model has a different density for many draws at once than for one at a time: the guide was "
+            "trained with the former, and the numbers here use the latter. Write it without branches on "
+            "values of latents (torch.where), and fit again."
+        )
     if status.start_failed:
         yield (
             "Initialization failed, since no Gaussian around a starting point has a finite ELBO: the guide "
@@ -205,9 +193,8 @@ def about_marginals(found: Marginals | None, ensemble: Ensemble | None) -> str:
         return f"Marginals {'trusted' if found.trusted else unclear}: {found.words}."
     reason = "there are no chains"
     if ensemble is not None:
-        has_mixed = ensemble.convergence().has_mixed
         reason = "chains have not mixed"
-        if has_mixed:
+        if ensemble.convergence().has_mixed:
             reason = "the guide has a point mass or draws that are not finite"
     return f"Marginals not checked, since {reason}."
 

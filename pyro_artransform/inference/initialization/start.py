@@ -38,9 +38,8 @@ FAILED = "initial guide, since no Gaussian fitted to the chains has a finite ELB
 BY_STEPS = "a Gaussian fitted by natural-gradient steps"
 AT_DRAWS = "a Gaussian fitted to the draws of the ensemble"
 AT_BATCHES = "a Gaussian fitted to short chains on mini-batches, which only start the guide"
-_NUM_COMPARED = (
-    1024  # draws to find the Gaussian and compare it with the guide, fewer of many latents
-)
+# draws to find the Gaussian and compare it with the guide, fewer of many latents
+_NUM_COMPARED = 1024
 _MOST_LATENTS = 1000  # of a mini-batch, limited for memory
 
 
@@ -70,13 +69,11 @@ def find_start(
     :param fewer: divides the number of draws that compare candidates.
     :raises ValueError: if neither has a finite ELBO.
     """
-    before, found = copies(_tensors(guide)), None
+    before = copies(_tensors(guide))
     most = max(2**18 // density.latents.latent_dim, 128)
     count = min(_NUM_COMPARED // fewer, most)
     with abandonable():
-        found = _better_start(density, guide, ensemble, why_no_chains, count)
-    if found is not None:
-        return found
+        return _better_start(density, guide, ensemble, why_no_chains, count)
     copy_to(_tensors(guide), before)
     return InitialGuide(UNCHANGED, math.nan)
 

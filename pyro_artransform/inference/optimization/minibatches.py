@@ -6,8 +6,8 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -89,7 +89,6 @@ class MinibatchObjective(Objective):
         # by the structure of arguments: those that are no tensors, by the shapes of the others, and a capture
         self._captured: dict[object, tuple[dict[Shapes, list[Any]], CapturedLoss]] = {}
         self._least_scale = min(self.log_joint.structure(*b).scale for b in self.validation)
-        self._anchor: Anchor | None = None
         if self.whole is None:
             self.whole = density_of_all_rows(self.log_joint, self.stream, self.validation[0])
         #: the objective on all data, which corrects that of each batch
@@ -112,10 +111,8 @@ class MinibatchObjective(Objective):
 
     def loss(self, num_particles: int) -> Tensor:
         batch = self.stream.next()
-        if self.whole is not None and self.on_all is not None:
-            with torch.random.fork_rng(devices=[]):  # the anchor takes draws in the first step
-                anchor = self._anchor_of(self.on_all)
-            corrected = partial(self._corrected, self.on_all, self.whole, anchor, num_particles)
+        if self.on_all is not None:
+            corrected = partial(self._corrected, self._anchor, num_particles)
             loss = self._replayed(corrected, batch, num_particles)
         else:
             self._last = self.objective.with_arguments(batch)
@@ -131,11 +128,8 @@ class MinibatchObjective(Objective):
 
         Arguments that are no tensors are constants of a capture, which is given up if they change.
         """
-        values, names, count = (
-            [*batch.args, *batch.kwargs.values()],
-            [*batch.kwargs],
-            len(batch.args),
-        )
+        values, count = [*batch.args, *batch.kwargs.values()], len(batch.args)
+        names = [*batch.kwargs]
         constants = [None if isinstance(value, Tensor) else value for value in values]
         if self.log_joint.strategy == "loop" or not all(isinstance(c, _PLAIN) for c in constants):
             return loss(batch)
@@ -156,37 +150,30 @@ class MinibatchObjective(Objective):
             captured.give_up()
         return captured(*tensors) if captured.can_replay else loss(batch)
 
-    def _corrected(
-        self,
-        on_all: PathObjective,
-        whole: FullDataDensity,
-        anchor: Anchor,
-        num_particles: int,
-        batch: Batch,
-    ) -> Tensor:
+    def _corrected(self, anchor: Anchor, num_particles: int, batch: Batch) -> Tensor:
         """The loss of a batch with the control variate."""
-        chunk_size = int(whole.chunk_size * self._num_joined)
-        corrected = whole.estimate(*batch, anchor, chunk_size)
+        on_all, whole = cast(PathObjective, self.on_all), cast(FullDataDensity, self.whole)
+        corrected = whole.estimate(*batch, anchor, int(whole.chunk_size * self._num_joined))
         self._last = replace(on_all, log_joint=corrected, is_one=False)
         return self._last.loss(num_particles)
 
-    def _anchor_of(self, on_all: PathObjective) -> Anchor:
-        if self._anchor is None:
-            new = partial(self._new_anchor, on_all)
-            found = self.stream.processes.first("the expansion of the density of all data", new)
-            self._anchor = found.to(self.log_joint.start.device)
-        return self._anchor
+    @cached_property
+    def _anchor(self) -> Anchor:
+        """The expansion of the density of all data at the guide's median at the first step."""
+        with torch.random.fork_rng(devices=[]):  # steps do not depend on its draws
+            first = self.stream.processes.first
+            found = first("the expansion of the density of all data", self._expansion)
+        return found.to(self.log_joint.start.device)
 
-    def _new_anchor(self, on_all: PathObjective) -> Anchor:
-        """The expansion of the density of all data at the guide's median."""
+    def _expansion(self) -> Anchor:
+        on_all, whole = cast(PathObjective, self.on_all), cast(FullDataDensity, self.whole)
         with torch.no_grad():
             draws, _ = on_all.guide.rsample_and_log_prob(NUM_COMMON_DRAWS)
         sd = draws.std(0)
-        found = Anchor.of(on_all.log_joint, draws.median(0).values, _REACH * sd)
-        whole, terms = self.whole, self.terms
-        if whole is not None and terms is not None and whole.coordinates is None:
+        found = Anchor.of(whole, draws.median(0).values, _REACH * sd)
+        if self.terms is not None and whole.coordinates is None:
             point, steps = found.point[None].double(), _STEP * sd.double()
-            if (at_point := expectation(whole, terms, point, steps)) is not None:
+            if (at_point := expectation(whole, self.terms, point, steps)) is not None:
                 found = found._replace(precision=at_point.precision.to(draws))
         return found
 
@@ -245,9 +232,8 @@ class MinibatchObjective(Objective):
         elbo, elbo_se = _mean_and_error(means, variances, shares, share)
         num_draws = count * num_batches
         if are_common:
-            total = torch.stack([part * weight / seen for part, weight in zip(draws, shares)]).sum(
-                0
-            )
+            weighted = [part * weight / seen for part, weight in zip(draws, shares)]
+            total = torch.stack(weighted).sum(0)
             num_draws = len(total)
             elbo_se = math.hypot(total.double().std().item() / num_draws**0.5, elbo_se)
         return PassEstimate(elbo, elbo_se, num_draws, num_batches, share, loader_share)

@@ -111,35 +111,28 @@ class _PathTerms:
         self.last = z.detach()
         return log_q - self.log_joint(z)
 
-    def mean(self, num_particles: int) -> Tensor:
-        return self(num_particles).mean()
-
-    def robust(self, num_particles: int) -> Tensor:
-        """See :meth:`PathObjective.robust_loss`."""
+    def mean(
+        self, num_particles: int, weights_of: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """The mean; its gradient has weights by the distances of log weights from their median."""
         terms = self(num_particles)
-        deviation = _deviation(terms)
-        bound = (_BOUND * deviation.median()).clamp(min=_LEAST_BOUND)
-        return _weighted(terms, (bound / deviation).clamp(max=1.0))
-
-    def for_tails(self, num_particles: int) -> Tensor:
-        """See :meth:`PathObjective.tail_loss`."""
-        terms = self(num_particles)
-        deviation = _deviation(terms)
-        spread = deviation.square().mean().sqrt() + torch.finfo(terms.dtype).tiny
-        squared = (deviation / spread).square().clamp(max=_MAX_DEVIATION)
-        return _weighted(terms, 1 + _TAIL_WEIGHT * squared)
+        if weights_of is None:
+            return terms.mean()
+        value = terms.detach()
+        weighted = (weights_of((value - value.median()).abs()) * terms).mean()
+        return value.mean() + (weighted - weighted.detach())
 
 
-def _deviation(terms: Tensor) -> Tensor:
-    """The distances of log weights ``(n,)`` from their median."""
-    value = terms.detach()
-    return (value - value.median()).abs()
+def _robust_weights(deviation: Tensor) -> Tensor:
+    """See :meth:`PathObjective.robust_loss`."""
+    bound = (_BOUND * deviation.median()).clamp(min=_LEAST_BOUND)
+    return (bound / deviation).clamp(max=1.0)
 
 
-def _weighted(terms: Tensor, weights: Tensor) -> Tensor:
-    """The mean of terms ``(n,)``, with weights of their gradients."""
-    weighted = (weights * terms).mean()
-    return terms.detach().mean() + (weighted - weighted.detach())
+def _tail_weights(deviation: Tensor) -> Tensor:
+    """See :meth:`PathObjective.tail_loss`."""
+    spread = deviation.square().mean().sqrt() + torch.finfo(deviation.dtype).tiny
+    return 1 + _TAIL_WEIGHT * (deviation / spread).square().clamp(max=_MAX_DEVIATION)
 
 
 @dataclass
@@ -169,15 +162,18 @@ class PathObjective(Objective):
         return replace(self, log_joint=self.log_joint.with_arguments(*batch), is_one=False)
 
     def loss(self, num_particles: int) -> Tensor:
-        return self._replayed(self._terms.mean, num_particles)
+        return self._replayed(num_particles)
 
-    def _replayed(self, loss: Callable[[int], Tensor], num_particles: int) -> Tensor:
+    def _replayed(
+        self, num_particles: int, weights_of: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
         """Evaluates a loss with this number of draws, replaying captured operations."""
+        loss = partial(self._terms.mean, num_particles, weights_of)
         if not self.is_one or self.log_joint.strategy == "loop":
-            return loss(num_particles)
-        key = loss.__name__, num_particles
+            return loss()
+        key = weights_of, num_particles
         if key not in self._captured:
-            self._captured[key] = CapturedLoss(partial(loss, num_particles))
+            self._captured[key] = CapturedLoss(loss)
         return self._captured[key]()
 
     def robust_loss(self, num_particles: int) -> Tensor:
@@ -190,7 +186,7 @@ class PathObjective(Objective):
 
         See Robust Estimation of a Location Parameter (Huber, 1964).
         """
-        return self._replayed(self._terms.robust, num_particles)
+        return self._replayed(num_particles, _robust_weights)
 
     def tail_loss(self, num_particles: int) -> tuple[Tensor, int]:
         r"""The ELBO with the gradient of another divergence, which covers the tails better.
@@ -204,7 +200,7 @@ class PathObjective(Objective):
         """
         most = max(_MOST_TRAINED // self.log_joint.latents.latent_dim, num_particles)
         count = min(2 * num_particles, most)
-        return self._replayed(self._terms.for_tails, count), count
+        return self._replayed(count, _tail_weights), count
 
     def parameters(self) -> dict[str, Tensor]:
         own: dict[str, Tensor] = {}
