@@ -28,7 +28,6 @@ def device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
 
 
 def regression(x: Tensor, y: Tensor) -> None:
-    """Rows are a part of 40."""
     slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
     scale = pyro.sample("scale", dist.HalfNormal(1.0))
     with pyro.plate("rows", 40, subsample_size=len(x)):
@@ -36,7 +35,6 @@ def regression(x: Tensor, y: Tensor) -> None:
 
 
 def chain(y: Tensor) -> None:
-    """Few dependencies, for a guide that finds them."""
     scale = pyro.sample("scale", dist.LogNormal(0.0, 0.5))
     z = pyro.sample("z0", dist.Normal(0.0, scale))
     for k in range(len(y)):

@@ -42,7 +42,6 @@ SOON: Numbers = {
 
 
 def with_step_size(size: float) -> Numbers:
-    """A quick fit with another step size."""
     names = ("_STEP_SIZE", "_MODEL_STEP_SIZE")
     return {**QUICK, **{f"optimization.training.{name}": size for name in names}}
 
@@ -73,6 +72,5 @@ class Interrupting(io.StringIO):
 
 @pytest.fixture
 def quick() -> Iterator[None]:
-    """The numbers of a fit that is quick."""
     with with_numbers(QUICK):
         yield

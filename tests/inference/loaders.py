@@ -68,9 +68,12 @@ def groups(y, size=SIZE):
         pyro.sample("y", dist.Normal(z, 0.5), obs=y)
 
 
-class Mean(nn.Module):
-    """An encoder of numbers."""
+def groups_evidence(y):
+    covariance = 1.25 * torch.eye(SIZE) + 9 * torch.ones(SIZE, SIZE)
+    return dist.MultivariateNormal(torch.zeros(SIZE), covariance).log_prob(y).item()
 
+
+class Mean(nn.Module):
     def __init__(self):
         super().__init__()
         self.net = nn.Linear(1, 2)

@@ -20,7 +20,6 @@ def data():
 
 
 def small(model, **options):
-    """A small guide of ours."""
     return AutoIAF(model, num_transforms=2, hidden_dims=8, **options)
 
 
@@ -42,7 +41,6 @@ def hand_written(values=None):
 
 
 def location():
-    """One latent, whose posterior is Gaussian."""
     loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
     with pyro.plate("data", len(DATA)):
         pyro.sample("y", dist.Normal(loc, 1.0), obs=data())
@@ -73,7 +71,6 @@ def subsampled():
 
 
 def branching():
-    """Cannot be evaluated at many draws at once."""
     z = pyro.sample("z", dist.Normal(0.0, 1.0))
     scale = 1.0 if float(z.detach()) > 0 else 2.0
     pyro.sample("y", dist.Normal(z, scale), obs=torch.tensor(0.3))
@@ -88,7 +85,6 @@ def mixture():
 
 
 def with_param():
-    """The noise is a parameter."""
     noise = pyro.param("noise", torch.tensor(4.0), constraint=dist.constraints.positive)
     loc = pyro.sample("loc", dist.Normal(0.0, 3.0))
     with pyro.plate("data", len(DATA)):
@@ -137,21 +133,6 @@ def raw_scales_evidence():
     prior = scales * columns
     distribution = dist.MultivariateNormal(torch.zeros(30), torch.eye(30) + prior @ prior.T)
     return distribution.log_prob(y).item()
-
-
-def two_modes(dim, apart, weight):
-    """Unit Gaussians ``apart`` from each other, under a flat prior; of log evidence 0."""
-    locs = torch.zeros(2, dim)
-    locs[1, 0] = apart
-    logits = torch.tensor([weight, 1 - weight]).log()
-
-    def model():
-        space = dist.ImproperUniform(dist.constraints.real_vector, (), (dim,))
-        z = pyro.sample("z", space)
-        parts = dist.Normal(locs, 1.0).to_event(1).log_prob(z.unsqueeze(-2))
-        pyro.factor("target", (parts + logits).logsumexp(-1))
-
-    return model
 
 
 def tilted(name, prior, posterior):

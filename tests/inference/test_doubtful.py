@@ -32,7 +32,6 @@ def labels():
 
 
 def improper():
-    """Two latents of which the data know the sum."""
     a = pyro.sample("a", dist.ImproperUniform(dist.constraints.real, (), ()))
     b = pyro.sample("b", dist.ImproperUniform(dist.constraints.real, (), ()))
     pyro.sample("y", dist.Normal(a + b, 1.0), obs=torch.tensor(1.0))
@@ -51,7 +50,6 @@ def angle():
 
 
 def direction(y):
-    """An angle with a prior for angles, and directions around it."""
     phi = pyro.sample("phi", dist.VonMises(0.0, 1.0))
     with pyro.plate("directions", len(y)):
         pyro.sample("y", dist.VonMises(phi, 4.0), obs=y)
@@ -92,7 +90,6 @@ def test_draws_of_chains(model, words):
 
 
 def test_modes_between_which_chains_move():
-    """Chains jump, so that each mode has its share; the guide has a flow for each."""
     result, site, share = fit(labels, seed=0, progress=False), "locs", 0.5
     assert result.ok
     assert result.trusted

@@ -25,7 +25,7 @@ from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
 from tests.sampling.densities import schools, schools_moments
 from tests.sampling.test_mcmc import flat, regression_moments
-from tests.sampling.test_mcmc_starts import AT_FIVE, narrow
+from tests.sampling.test_starts import AT_FIVE, narrow
 
 
 def fitted(model, *args, **options):
@@ -125,7 +125,6 @@ def test_chains_that_have_not_mixed_are_not_trusted_whatever_the_guide_is(monkey
 
 
 def near_five():
-    """A guide of :func:`narrow`."""
     loc = pyro.param("loc", torch.full((2,), 5.0))
     scale = pyro.param("scale", torch.full((2,), 0.02), constraint=dist.constraints.positive)
     pyro.sample("z", dist.Normal(loc, scale).to_event(1))
@@ -133,7 +132,6 @@ def near_five():
 
 @pytest.mark.parametrize("is_written", [True, False], ids=["hand-written", "AutoNormal"])
 def test_a_guide_that_no_chain_could_check_is_not_trusted(is_written):
-    """Which is said first."""
     guide = near_five if is_written else AutoNormal(narrow, init_loc_fn=AT_FIVE, init_scale=0.02)
     result = fitted(narrow, guide, draws=None, numbers={})
     assert result.num_steps > 0
@@ -292,8 +290,6 @@ def test_a_point_is_not_told_that_chains_have_not_mixed():
 
 
 def test_the_time_of_chains_is_their_own():
-    """Not that of the steps after them."""
-
     def slow(*_):
         time.sleep(0.02)
 

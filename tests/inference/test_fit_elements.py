@@ -3,16 +3,19 @@
 
 """Fits by mini-batches of models with latents in crossed and nested plates."""
 
+from functools import partial
+
 import pyro
 import pytest
 import torch
 from pyro import distributions as dist
-from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_artransform import AutoStructuredFlow
 from tests.inference.conftest import quick_fit as fit
+from tests.inference.loaders import shuffled
 
 NUM_USERS, NUM_ITEMS, NUM_ROWS, NOISE = 20, 40, 300, 0.5
+loader_of = partial(shuffled, batch_size=50)
 
 
 def crossed(user, item, y):
@@ -44,10 +47,6 @@ def exact(user, item, y):
     marginal = NOISE**2 * torch.eye(len(y)) + design * prior @ design.T
     evidence = dist.MultivariateNormal(torch.zeros(len(y)), marginal).log_prob(y)
     return covariance @ design.T @ y / NOISE**2, covariance.diagonal().sqrt(), float(evidence)
-
-
-def loader_of(*tensors):
-    return DataLoader(TensorDataset(*tensors), batch_size=50, shuffle=True)
 
 
 def test_crossed_plates():
@@ -87,7 +86,6 @@ def test_a_guide_of_elements_is_saved(tmp_path):
 
 @pytest.mark.slow
 def test_nested_plates_with_unknown_scales():
-    """Classes in schools: a chain of conditionals without links that are left out."""
     num_schools, num_classes, num_rows = 12, 60, 600
     generator = torch.Generator().manual_seed(1)
     school_of = torch.arange(num_classes) % num_schools

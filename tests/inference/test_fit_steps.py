@@ -43,7 +43,6 @@ def test_ends_by_itself(kind):
 
 
 def test_callback_that_logs():
-    """As in the docstring of ``fit``."""
     model, log = models.regression, {}
     result = fitted(model, small(model), num_steps=7, callback=log.__setitem__)
     assert log == dict(enumerate(result.history, start=1))

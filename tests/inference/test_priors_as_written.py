@@ -7,7 +7,6 @@ import pytest
 import torch
 from pyro import distributions as dist
 
-from pyro_artransform import AutoIAF, fit
 from pyro_artransform.sampling import mcmc
 
 MASK = torch.tensor([True, False, True])
@@ -68,15 +67,6 @@ def test_chains_have_the_density_as_written(case):
     model, *_ = CASES[case]
     # with seed 0 trajectories of the funnel have 60 steps in the end, and take 25 s
     check_draws(case, mcmc(model, draws=400, seed=1, progress=False))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("coordinates", ["prior", "model"])
-@pytest.mark.parametrize("case", CASES)
-def test_fits_with_draws_have_the_density_as_written(case, coordinates):
-    model, *_ = CASES[case]
-    guide = AutoIAF(model, coordinates=coordinates)
-    check_draws(case, fit(model, guide, draws=400, seed=0, progress=False).chains)
 
 
 def test_a_scale_without_a_positive_prior_is_said():

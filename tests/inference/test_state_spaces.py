@@ -29,7 +29,6 @@ def _datum(y: Tensor | None, t: int) -> Tensor | None:
 
 
 def _walk(name: str, num: int, scale: Tensor, first: float = 1.0) -> Iterator[Tensor]:
-    """A random walk, step by step."""
     x = _number(0.0)
     for t in range(num):
         x = pyro.sample(f"{name}_{t}", dist.Normal(x, scale if t else _number(first)))

@@ -25,7 +25,6 @@ def density_of(model, loader):
 
 @pytest.fixture(scope="module")
 def posterior():
-    """Draws of the posterior of users and items, and the sd of each latent given all others."""
     data = ratings()
     user, item, _ = data
     one_hot = torch.nn.functional.one_hot

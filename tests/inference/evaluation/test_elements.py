@@ -29,15 +29,11 @@ from pyro_artransform.inference.optimization.minibatches import NUM_VALIDATION, 
 from pyro_artransform.inference.optimization.objective import PyroObjective
 from pyro_artransform.model import LogJoint
 from tests.inference import loaders
-from tests.inference.loaders import SIZE, groups, shuffled
+from tests.inference.loaders import SIZE, groups, groups_evidence, shuffled
 
 Y = 3 * torch.randn(SIZE, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 PRECISION = 1 / 9 + SIZE / 1.25
-
-
-def evidence(y=Y):
-    covariance = 1.25 * torch.eye(SIZE) + 9 * torch.ones(SIZE, SIZE)
-    return dist.MultivariateNormal(torch.zeros(SIZE), covariance).log_prob(y).item()
+evidence = partial(groups_evidence, Y)
 
 
 def posterior(y, size=SIZE, shift=0.0, width=1.0, of_mean=0.0, broken=None):

@@ -42,8 +42,6 @@ def subject_of(model, guide, *args):
 
 @pytest.fixture(autouse=True)
 def num_samples(monkeypatch):
-    """Sets the number of draws behind a verdict."""
-
     def set_to(count):
         monkeypatch.setattr(evaluation, "_NUM_SAMPLES", count)
 
@@ -56,7 +54,6 @@ def evaluated(model, guide):
 
 
 def guide_at(model, loc, scale_tril, start=None):
-    """A guide that is a Gaussian."""
     guide = models.small(model, init_loc_fn=init_to_value(values=start or {"z": loc}))
     guide.set_up()
     guide.start_at(loc, scale_tril)

@@ -26,7 +26,6 @@ def _double():
 
 
 def drawn(loc, precision, count):
-    """Draws of a Gaussian, and the gradients of its log density."""
     scale_tril = torch.linalg.cholesky(torch.linalg.inv(precision))
     away = torch.randn(count, len(loc)) @ scale_tril.T
     return loc + away, -away @ precision

@@ -19,7 +19,6 @@ from tests.inference import loaders
 
 
 def objectives(kind=loaders.small, make_loader=loaders.listed, num_compared=NUM_VALIDATION):
-    """The objective by batches, and that of all data."""
     x, y = loaders.rows()
     guide = kind(loaders.regression)
     guide(x, y)

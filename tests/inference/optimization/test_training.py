@@ -50,8 +50,6 @@ class Bowl(Objective):
 
 @pytest.fixture(autouse=True)
 def step_size(monkeypatch):
-    """Sets the step size; tests begin with a larger one than fits."""
-
     def set_to(size):
         monkeypatch.setattr(trainings, "_STEP_SIZE", size)
 
