@@ -51,11 +51,7 @@ class BaseGuide(AutoGuide):
     sample_posterior: Callable[..., dict[str, Tensor]]
 
     def __init__(
-        self,
-        model: Model,
-        make_flow: Any,
-        init_loc_fn: Model,
-        coordinates: CoordinatesArgument,
+        self, model: Model, make_flow: Any, init_loc_fn: Model, coordinates: CoordinatesArgument
     ) -> None:
         if not callable(model):
             raise TypeError(f"model: expected a callable, got {type(model).__name__}")

@@ -10,12 +10,7 @@ from typing import Any
 from pyro.infer.autoguide import init_to_median
 from torch import Tensor, nn
 
-from .._base.arguments import (
-    check_callable,
-    check_flag,
-    check_hidden_dims,
-    check_integer,
-)
+from .._base.arguments import check_callable, check_flag, check_hidden_dims, check_integer
 from ..flows.builders import hinged_marginals, iaf, maf, spline_marginals
 from ..flows.conditioners import default_activation
 from ..flows.transforms import CompressedTails, FlowModule, chain
@@ -33,16 +28,16 @@ def _network(
     skip_connections: bool,
 ) -> Arguments:
     """The arguments of the layers that were given, checked."""
-    if nonlinearity is not None:
-        wanted = "a function or a module such as torch.nn.ELU()"
-        check_callable("nonlinearity", nonlinearity, wanted)
-    given = {
+    given: Arguments = {
         "num_transforms": check_integer("num_transforms", num_transforms),
-        "hidden_dims": None if hidden_dims is None else check_hidden_dims(hidden_dims),
-        "nonlinearity": nonlinearity,
         "skip_connections": check_flag("skip_connections", skip_connections),
     }
-    return {name: value for name, value in given.items() if value is not None}
+    if hidden_dims is not None:
+        given["hidden_dims"] = check_hidden_dims(hidden_dims)
+    if nonlinearity is not None:
+        wanted = "a function or a module such as torch.nn.ELU()"
+        given["nonlinearity"] = check_callable("nonlinearity", nonlinearity, wanted)
+    return given
 
 
 def _flow(make: Callable[..., FlowModule], network: Arguments, latent_dim: int) -> nn.Module:

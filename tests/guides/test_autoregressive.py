@@ -17,7 +17,6 @@ from pyro.infer import (
     TraceEnum_ELBO,
     TraceGraph_ELBO,
     TraceMeanField_ELBO,
-    config_enumerate,
 )
 from pyro.infer.autoguide import AutoGuideList, AutoNormal
 
@@ -287,15 +286,6 @@ def test_elbos(kind, options):
     before = parameters(guide)
     assert all(math.isfinite(loss) for loss in train(guide, 3, models.shapes, elbo))
     assert not unmoved(guide, before)
-
-
-def test_enumerated_model():
-    model = config_enumerate(models.mixture)
-    guide = AutoIAF(model, hidden_dims=8)
-    elbo = TraceEnum_ELBO(max_plate_nesting=1)
-    losses = train(guide, 100, model, elbo)
-    assert sum(losses[-20:]) < sum(losses[:20])
-    assert set(guide(models.data())) == {"locs", "probs"}
 
 
 def test_in_a_list():

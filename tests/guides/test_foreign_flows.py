@@ -15,10 +15,7 @@ from tests.guides import models
 from tests.guides.test_contract import check_guide
 from tests.guides.training import train
 
-ZUKO = {
-    "flow": partial(zuko_flow, "NSF"),
-    "transform": lambda d: zuko_flow("MAF", d).transform,
-}
+ZUKO = {"flow": partial(zuko_flow, "NSF"), "transform": lambda d: zuko_flow("MAF", d).transform}
 
 
 @pytest.mark.parametrize("flow", ZUKO.values(), ids=ZUKO)

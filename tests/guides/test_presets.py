@@ -49,11 +49,7 @@ def test_full_rank_by_default_where_it_is_cheap(kind):
         ({"hidden_dims": [8, 0]}, ValueError, "hidden_dims: expected"),
         ({"nonlinearity": "tanh"}, TypeError, "nonlinearity: expected a function or a module"),
         ({"skip_connections": "no"}, ValueError, "skip_connections: expected True or False, got"),
-        (
-            {"hidden_dim": 8},
-            TypeError,
-            "unexpected keyword argument 'hidden_dim'",
-        ),
+        ({"hidden_dim": 8}, TypeError, "unexpected keyword argument 'hidden_dim'"),
     ],
 )
 @both

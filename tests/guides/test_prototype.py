@@ -20,12 +20,7 @@ from torch.distributions import ComposeTransform
 
 from pyro_artransform import affine_autoregressive, conditional_affine_autoregressive, iaf
 from pyro_artransform.flows.transforms import AutoregressiveTransform, MonotonicAffineTransform
-from pyro_artransform.guides import (
-    AutoAmortized,
-    AutoAutoregressive,
-    AutoIAF,
-    AutoStructuredFlow,
-)
+from pyro_artransform.guides import AutoAmortized, AutoAutoregressive, AutoIAF, AutoStructuredFlow
 from pyro_artransform.model import LogJoint
 from tests.flows.transforms.metas import Shift
 from tests.guides import models

@@ -254,10 +254,7 @@ class ParentsBlocks:
 
 
 def _groups(
-    parents: Sequence[tuple[int, ...]],
-    level: Sequence[int],
-    num_params: int,
-    hidden_dim: int,
+    parents: Sequence[tuple[int, ...]], level: Sequence[int], num_params: int, hidden_dim: int
 ) -> list[ParentsGroup]:
     """The networks of all coordinates with parents; sets of parents of many coordinates have one each."""
     counts = Counter(filter(None, parents))
