@@ -118,7 +118,6 @@ def test_enumerated_latents_are_summed_out(guide):
 
 
 def test_the_posterior_itself():
-    """All weights are the evidence."""
     result = importance(conjugate.gamma_poisson, conjugate.gamma_guide, 2000, conjugate.counts())
     expected = conjugate.gamma_poisson_evidence()
     assert result.elbo == pytest.approx(expected, abs=1e-10)

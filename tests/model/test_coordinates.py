@@ -90,7 +90,6 @@ def test_many_draws_are_evaluated_as_single_ones(model):
 
 
 def test_a_draw_that_the_model_cannot_take_is_not_a_number():
-    """Neither its density nor its image; other draws have theirs."""
 
     def model():
         scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))

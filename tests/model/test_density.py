@@ -51,7 +51,6 @@ def test_gradient_by_differences(name):
 
 
 def test_draws_that_the_model_cannot_take():
-    """One without a Cholesky factor, and a site that is not finite."""
 
     def model():
         z = pyro.sample("z", dist.Normal(1.0, 1.0))

@@ -44,7 +44,6 @@ OUTSIDE = {
 
 @pytest.mark.parametrize("name", OUTSIDE)
 def test_data_outside_of_the_support(name):
-    """Where validation is off they are accepted."""
     model = likelihood(*OUTSIDE[name])
     message = r"site 'y': expected data within the support of \w+ .*got"
     with pytest.raises(ValueError, match=message):

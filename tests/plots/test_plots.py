@@ -178,7 +178,6 @@ def test_graph_of_many_latents_shows_all_dependencies(ax):
 
 
 def test_parts_of_the_result_of_a_fit():
-    """A result itself will do; one that has no such part says why."""
     found = SimpleNamespace(marginals=known_marginals(), verdict="")
     assert (
         plots.plot_marginals(found).get_title() == plots.plot_marginals(found.marginals).get_title()

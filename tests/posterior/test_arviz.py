@@ -45,7 +45,6 @@ def sites_of(found):
 
 @pytest.mark.parametrize("make", [AutoIAF, AutoNormal])
 def test_to_inference_data(arviz, make):
-    """What is in a row belongs to one draw."""
     found = sites_of(to_inference_data(model, make(model), 50, data()))
     assert {
         k: {name: tuple(v.shape) for name, v in group.items()} for k, group in found.items()
@@ -106,7 +105,6 @@ def test_deterministic_sites_are_computed_from_the_data(arviz):
     ("kind", "seed"), [("deterministic", 0), ("deterministic", 1), ("data", 2)]
 )
 def test_a_site_at_some_draws_only(arviz, kind, seed):
-    """Whether the first run has it or not."""
 
     def branches(values):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))

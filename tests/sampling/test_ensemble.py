@@ -226,7 +226,6 @@ EXCLUDES = "The prior may exclude the data: check supports, priors and data"
     ],
 )
 def test_why_no_chain_can_start_is_explained(model, words, is_of_data):
-    """By the site that is not finite, and by what was tried."""
     with pyro.validation_enabled(False), pytest.raises(StartError) as caught:
         ensemble_of(model).run(1)
     found = str(caught.value)

@@ -83,7 +83,6 @@ def test_a_location_and_a_scale(dtype):
 
 
 def test_a_model_that_is_run_by_loop():
-    """Of a density with a jump, by quadrature."""
     chains = mcmc(models.branching, draws=50)
     assert chains.num_chains == 8
     assert chains.trusted, chains

@@ -70,7 +70,6 @@ def test_chains_that_overlap_are_one_group():
 
 
 def test_chains_that_stand_still():
-    """At one place they are one group; at two they are two."""
     still = torch.zeros(4, 50, 2)
     assert len(Modes.of(still, torch.zeros(4, 50)).share) == 1
     still[:2] = 1.0

@@ -172,7 +172,6 @@ def test_superchains_begin_at_points_that_are_far_apart():
 
 
 def test_density_in_the_base_space_of_a_transform():
-    """By the change of variables: a transform to the posterior gives a standard normal."""
     log_joint = LogJoint(lambda: pyro.sample("z", dist.LogNormal(1.0, 0.5)))
     target = TransformedDensity(
         log_joint, lambda x: (1 + 0.5 * x, math.log(0.5) * torch.ones(len(x)))
