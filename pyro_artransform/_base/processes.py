@@ -45,8 +45,7 @@ class Processes:
         """The objects of all processes, by rank; ``what`` they are is logged if others are late."""
         objects = [own] * self.size
         if self.size > 1:
-            sent = own.detach().to("cpu") if isinstance(own, Tensor) else own
-            _wait_for(what, distributed.all_gather_object, objects, sent)
+            _wait_for(what, distributed.all_gather_object, objects, _on_cpu(own))
         return objects
 
     def share(self, num_draws: int) -> int:
@@ -111,7 +110,7 @@ class Processes:
             own = f"{type(error).__name__}: {error}"
             raise
         finally:  # the others must not wait for this process
-            found = self.gather("the shares of all processes", _on_cpu(own))
+            found = self.gather("the shares of all processes", own)
         for failure in found:
             if isinstance(failure, str):
                 raise RuntimeError(f"fit: another process has failed: {failure}")
