@@ -60,12 +60,20 @@ class Autoencoder(nn.Module):
         return AutoAmortized(self.model, self.encoder, local_flow=flow)
 
 
-def groups(y, size=SIZE):
+def groups(y, size=SIZE, index=None):
     """A global mean, and a local one for each row."""
     mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
-    with pyro.plate("groups", size, subsample_size=len(y)):
+    with pyro.plate("groups", size, subsample_size=len(y), subsample=index):
         z = pyro.sample("z", dist.Normal(mean, 1.0))
         pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+def indexed(y, index):
+    groups(y, index=index)
+
+
+def plate_of_indexed(y, index):
+    return pyro.plate("groups", SIZE, subsample=index, dim=-1)
 
 
 def groups_evidence(y):

@@ -193,7 +193,7 @@ def test_arguments_of_all_kinds():
 
     x, y = rows()
     by_name = [{"x": a, "y": b} for a, b in listed(x, y)]
-    for loader in (listed(x, y), by_name):
+    for loader in (listed(x, y), [*map(list, listed(x, y))], by_name):
         seen.clear()
         check(fitted(model, small(model), loader, num_steps=7, size=43), 7)
         # passes over all data join batches

@@ -35,20 +35,6 @@ def seen(batches):
     return [x for batch in batches for x in batch]
 
 
-def test_kinds_of_batches():
-    x, y = torch.zeros(2), torch.ones(2)
-    for batch, args, kwargs in [
-        ((x, y), (x, y), {}),
-        ([x, y], (x, y), {}),
-        (x, (x,), {}),
-        ({"x": x, "y": y}, (), {"x": x, "y": y}),
-    ]:
-        found = BatchStream([batch], {"scale": 2.0}).next()
-        assert len(found.args) == len(args)
-        assert all(a is b for a, b in zip(found.args, args))
-        assert found.kwargs == {**kwargs, "scale": 2.0}
-
-
 class Loader:
     """Re-iterable without a length, with what ``make`` returns in each epoch."""
 

@@ -43,19 +43,10 @@ def test_elements_that_are_looked_up_by_other_indices(kind):
 
 
 def test_indices_that_are_given():
-    def model(index, y):
-        mean = pyro.sample("mean", dist.Normal(y.new_zeros(()), 3.0))
-        with pyro.plate("groups", 43, subsample=index):
-            z = pyro.sample("z", dist.Normal(mean, 1.0))
-            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
-
-    def create_plates(index, y):
-        return pyro.plate("groups", 43, subsample=index)
-
-    _, y = rows()
-    options = {"flow": None, "local_flow": None, "create_plates": create_plates}
-    loader = shuffled(torch.arange(43), y)
-    check(fitted(model, AutoAmortized(model, **options), loader, epochs=2), 10)
+    model, create_plates = loaders.indexed, loaders.plate_of_indexed
+    loader = shuffled(rows()[1], torch.arange(43))
+    guide = AutoAmortized(model, flow=None, local_flow=None, create_plates=create_plates)
+    check(fitted(model, guide, loader, epochs=2), 10)
     check(fitted(model, AutoNormal(model, create_plates=create_plates), loader, epochs=2), 10)
 
 

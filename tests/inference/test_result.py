@@ -27,15 +27,12 @@ def result():
     return result
 
 
-def test_fields(result):
+def test_fields_are_shown(result):
     floats = (result.elbo_se, result.log_evidence_se, result.khat_se, result.seconds)
     assert all(map(math.isfinite, (*floats, *result.history)))
     assert 0 < result.ess <= result.num_samples
     assert result.num_gradients >= 30 * 8
     assert result.importance.elbo == result.elbo
-
-
-def test_shown(result):
     text = " ".join(repr(result).split())
     stopped = result.stopped_because
     for words in (f"{result.elbo:.3f}", "k-hat", "ESS", "log evidence", stopped):
@@ -83,16 +80,8 @@ def test_of_a_guide_alone(result):
 
 
 def test_a_summary_is_that_of_the_draws_or_of_the_guide(result):
-    assert result.summary()["loc"].keys() == {
-        "mean",
-        "sd",
-        "5%",
-        "50%",
-        "95%",
-        "ess_bulk",
-        "ess_tail",
-        "r_hat",
-    }
+    columns = "mean", "sd", "5%", "50%", "95%", "ess_bulk", "ess_tail", "r_hat"
+    assert result.summary()["loc"].keys() == {*columns}
     torch.testing.assert_close(
         result.summary()["loc"]["mean"], result.chains.by_chain["loc"].mean()
     )

@@ -76,12 +76,7 @@ NOT_TRUSTED = {
     "cut short, with modes": (weights, LOST, LATE, ["almost no draws."]),
     "skipped": (weights, NOTHING, {"skipped_share": 0.5}, ["50 % of the steps"]),
     "point": (lambda: torch.full((100,), -torch.inf), None, {"is_point": True}, ["AutoDelta"]),
-    "random": (
-        weights,
-        None,
-        {"is_random": True},
-        ["not judged", "subsamples", "pass loader="],
-    ),
+    "random": (weights, None, {"is_random": True}, ["not judged", "subsamples", "pass loader="]),
 }
 #: where a better guide, or chains, would help
 REMEDIED = {"heavy tail", "gap", "noise"}

@@ -9,10 +9,7 @@ from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform.inference.loader import Batch, BatchStream
 from pyro_artransform.inference.optimization import minibatches
-from pyro_artransform.inference.optimization.minibatches import (
-    NUM_VALIDATION,
-    MinibatchObjective,
-)
+from pyro_artransform.inference.optimization.minibatches import NUM_VALIDATION, MinibatchObjective
 from pyro_artransform.inference.optimization.objective import PathObjective, PyroObjective
 from pyro_artransform.model import LogJoint
 from tests.inference import loaders
