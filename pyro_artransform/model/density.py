@@ -341,13 +341,15 @@ class LogJoint:
         """Maps draws ``(n, latent_dim)`` to the unconstrained space; returns log-determinants, too."""
         if self.coordinates is None:
             return z, z.new_zeros(len(z))
-        return self.coordinates.to_unconstrained(z, self)
+        found = self.coordinates.mapped(z, self)
+        return found["z"], found["total"]
 
     def from_unconstrained(self, u: Tensor) -> tuple[Tensor, Tensor]:
         """Maps unconstrained points ``(n, latent_dim)`` to coordinates; returns log-determinants, too."""
         if self.coordinates is None:
             return u, u.new_zeros(len(u))
-        return self.coordinates.from_unconstrained(u, self)
+        found = self.coordinates.mapped(u, self, is_inverse=True)
+        return found["z"], -found["total"]
 
     def prior_scales(self, u: Tensor) -> Tensor:
         """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""

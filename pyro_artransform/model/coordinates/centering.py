@@ -26,7 +26,7 @@ from ..graphs.dependencies import value_and_gradient
 from ..vectorization import fastest
 from .coordinates import Coordinates
 from .factors import find_factors
-from .gaussian_sites import GaussianSites
+from .gaussian_sites import GaussianSites, LocScale
 
 _STEP = 0.01  # of differences for second derivatives, in units of the prior
 
@@ -131,7 +131,8 @@ def with_gaussian_sites(log_joint: Any, x: Tensor, gradients: Tensor) -> Any:
         return log_joint
     zeros = torch.zeros_like(given.unit)
     before = given.gaussian_sites or GaussianSites(zeros, zeros)
-    prior = given.with_gaussian_sites(before).priors_at(x, log_joint)
+    priors = given.with_gaussian_sites(before).mapped(x, log_joint)
+    prior = LocScale(priors["loc"], priors["scale"])
     found = before.refitted(x, gradients, prior, log_joint.latents.sizes)
     if not bool(found.precision.any()):
         return log_joint

@@ -29,7 +29,6 @@ applied while the model runs, at each sample statement, so a density in x costs 
 
 import copy
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import pyro
@@ -39,7 +38,7 @@ from torch import Tensor, nn
 from ..draw_plate import DrawPlate
 from ..sites import Latents
 from ..vectorization import Draws, Terms, evaluate_many
-from .gaussian_sites import GaussianSites, LocScale
+from .gaussian_sites import GaussianSites
 from .latent_mapper import LatentMapper, SiteMap
 
 
@@ -56,7 +55,6 @@ class Coordinates(nn.Module):
     :param centered: lambda, shape ``(latent_dim,)``, between 0 and 1; set to 1 for all other sites.
     :param unit: the approximate scale of each prior, positive, same shape; by default 1.
     :param factors: by how many factors the model multiplies a latent before any other use, by site.
-    :param gaussian_sites: normal approximations of the likelihood for lambda of zero, of chains only.
     :raises ValueError: if a site is not a latent.
     """
 
@@ -70,14 +68,15 @@ class Coordinates(nn.Module):
         centered: Tensor,
         unit: Tensor | None = None,
         factors: Mapping[str, int] | None = None,
-        gaussian_sites: GaussianSites | None = None,
     ) -> None:
         super().__init__()
         if unknown := sorted(with_location.keys() - latents.sites.keys()):
             expected = f"expected sites of {list(latents.sites)}"
             raise ValueError(f"coordinates: {expected}, got {unknown}")
         self.latents, self.with_location = latents, dict(with_location)
-        self.factors, self.gaussian_sites = dict(factors or {}), gaussian_sites
+        self.factors = dict(factors or {})
+        #: normal approximations of the likelihood for lambda of zero, of chains only
+        self.gaussian_sites: GaussianSites | None = None
         found = torch.ones_like(centered)
         for name, part in latents.views(found).items():
             if name in with_location:
@@ -168,68 +167,42 @@ class Coordinates(nn.Module):
 
     # The map
 
-    def to_unconstrained(self, x: Tensor, log_joint: Any) -> tuple[Tensor, Tensor]:
-        """Maps draws ``(n, latent_dim)`` to the unconstrained space, by runs of the model.
+    def mapped(self, z: Tensor, log_joint: Any, is_inverse: bool = False) -> Terms:
+        """Maps draws ``(n, latent_dim)`` to the unconstrained space or from it, by runs of the model.
 
         :param log_joint: the model's :class:`~pyro_artransform.model.LogJoint`.
-        :return: u, and the log-determinant of the map, shape ``(n,)``; NaN where the model fails.
+        :return: "z", the draws there; "total", the log-determinant of the map from x to u, shape ``(n,)``;
+            "loc" and "scale" of priors, zero for latents without Gaussian sites. NaN where the model fails.
         """
-        found = self._mapped(x, log_joint, is_inverse=False)
-        return found["z"], found["total"]
-
-    def from_unconstrained(self, u: Tensor, log_joint: Any) -> tuple[Tensor, Tensor]:
-        """The inverse of :meth:`to_unconstrained`, and its log-determinant."""
-        found = self._mapped(u, log_joint, is_inverse=True)
-        return found["z"], -found["total"]
-
-    def priors_at(self, x: Tensor, log_joint: Any) -> LocScale:
-        """Locations and scales ``(n, latent_dim)`` of the priors of latents with Gaussian sites, at draws."""
-        found = self._mapped(x, log_joint, is_inverse=False)
-        return LocScale(found["loc"], found["scale"])
-
-    def _mapped(self, z: Tensor, log_joint: Any, is_inverse: bool) -> Terms:
         if not (sites := self.sites):
             return {"z": z, "total": z.new_zeros(len(z))}
         run, strategy, size = log_joint.enumerated(log_joint.run), "plate", None
         if len(z) > 1:
             strategy, size = log_joint.strategy, log_joint.chunk_size
-        evaluate = partial(self._map_draws, run, log_joint.num_plates, sites, is_inverse)
+
+        def evaluate(draws: Draws, number: int | None) -> Terms:
+            z, plate = draws["z"], DrawPlate(number, log_joint.num_plates)
+            values, _ = self.latents.constrain_with_ladj(z, sites)
+            given = plate.place(values, self.latents.event_dims)
+            found = LatentMapper(sites, given, is_inverse).run_alone(run)
+
+            def joined(parts: Mapping[str, Tensor], rest: Tensor) -> Tensor:
+                views = self.latents.split(rest)
+                for name, part in parts.items():
+                    views[name] = part.expand_as(found.found[name]).reshape(views[name].shape)
+                flat = [part.reshape((*z.shape[:-1], -1)) for part in views.values()]
+                return torch.cat(flat, -1)
+
+            zeros = torch.zeros_like(z)
+            return {
+                "z": joined(found.found, z),
+                "total": plate.total(found.ladjs, z.new_zeros(z.shape[:-1])),
+                "loc": joined({name: prior.loc for name, prior in found.priors.items()}, zeros),
+                "scale": joined({name: prior.scale for name, prior in found.priors.items()}, zeros),
+            }
+
         with pyro.validation_enabled(False):
             return evaluate_many(evaluate, {"z": z}, strategy, nan_terms, size)
-
-    def _map_draws(
-        self,
-        run: Callable[[], object],
-        num_plates: int,
-        sites: Mapping[str, SiteMap],
-        is_inverse: bool,
-        draws: Draws,
-        size: int | None,
-    ) -> Terms:
-        """Maps draws "z" in the form of ``evaluate_many``.
-
-        :return: "z"; as "total" the log-determinant of the map from x to u; "loc" and "scale" of priors, zero
-            for latents without Gaussian sites.
-        """
-        z, plate, latents = draws["z"], DrawPlate(size, num_plates), self.latents
-        values, _ = latents.constrain_with_ladj(z, sites)
-        given = plate.place(values, latents.event_dims)
-        found = LatentMapper(sites, given, is_inverse).run_alone(run)
-
-        def joined(parts: Mapping[str, Tensor], rest: Tensor) -> Tensor:
-            views = latents.split(rest)
-            for name, part in parts.items():
-                views[name] = part.expand_as(found.found[name]).reshape(views[name].shape)
-            flat = [part.reshape((*z.shape[:-1], -1)) for part in views.values()]
-            return torch.cat(flat, -1)
-
-        zeros = torch.zeros_like(z)
-        return {
-            "z": joined(found.found, z),
-            "total": plate.total(found.ladjs, z.new_zeros(z.shape[:-1])),
-            "loc": joined({name: prior.loc for name, prior in found.priors.items()}, zeros),
-            "scale": joined({name: prior.scale for name, prior in found.priors.items()}, zeros),
-        }
 
     def to_sites(
         self, parts: Mapping[str, Tensor], run: Callable[[], object] | None

@@ -138,14 +138,13 @@ class LatentMapper(Messenger):
             (found, ladj), u = prior.from_unconstrained(given, lambda_, site.unit), given
             if gaussian_sites is not None:
                 found, of_residual = gaussian_sites.inverse(found, self.priors[name])
-                ladj = ladj + of_residual
-        elif gaussian_sites is not None:
-            given, of_residual = gaussian_sites.residual(given, self.priors[name])
-            u, ladj, log_prob = prior.to_unconstrained(given, site.centered, site.unit)
-            found, ladj = u, ladj + of_residual
         else:
+            if gaussian_sites is not None:
+                given, of_residual = gaussian_sites.residual(given, self.priors[name])
             u, ladj, log_prob = prior.to_unconstrained(given, site.centered, site.unit)
             found = u
+        if gaussian_sites is not None:
+            ladj = ladj + of_residual
         self.found[name], self.values[name] = found, (value := site.bijection(u))
         num_summed = event_dim - value.dim() + u.dim()
         of_value = site.bijection.log_abs_det_jacobian(u, value)

@@ -15,7 +15,7 @@ coordinates that share no neighbour are moved together.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,18 +33,6 @@ _NUM_GROUPINGS = 4
 _NUM_REPEATED = 6  # to confirm a new pair
 # a CPU generator works for all devices
 _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-
-
-class LogDensityOfRows(Protocol):
-    """A log density at points ``(n, D)``, with a point ``start``, ``(D,)``, where it is finite.
-
-    ``nonfinite_sites`` names the terms that are not finite at some of the points.
-    """
-
-    @property
-    def start(self) -> Tensor: ...
-    def __call__(self, z: Tensor) -> Tensor: ...
-    def nonfinite_sites(self, z: Tensor) -> list[str]: ...
 
 
 class DependencyGraph(NamedTuple):
@@ -77,10 +65,11 @@ def value_and_gradient(
 
 
 def find_dependencies(
-    log_density: LogDensityOfRows, eps: float, elements: Tensor | None = None
+    log_density: Any, eps: float, elements: Tensor | None = None
 ) -> DependencyGraph:
     """The Markov graph of a log density whose coordinates have relative round-off ``eps``.
 
+    :param log_density: a ``LogJoint``, of which are used its call, ``start`` and ``nonfinite_sites``.
     :param elements: elements that may be independent given the rest, like those of a plate: the element of
         each coordinate, -1 for the rest. If random halves of the elements do not influence the other halves,
         one coordinate of every element is moved at once, which takes only as many gradients as an element
@@ -106,7 +95,7 @@ def find_dependencies(
 
 
 def missing_dependencies(
-    log_density: LogDensityOfRows,
+    log_density: Any,
     eps: float,
     neighbours: Sequence[set[int] | frozenset[int]],
     draws: Tensor,
@@ -137,7 +126,7 @@ class _Search:
     """A search for pairs of coordinates that depend on each other."""
 
     def __init__(
-        self, log_density: LogDensityOfRows, eps: float, neighbours: list[set[int]] | None = None
+        self, log_density: Any, eps: float, neighbours: list[set[int]] | None = None
     ) -> None:
         self.log_density, self._eps = log_density, eps
         self.generator = torch.Generator().manual_seed(0)
@@ -294,7 +283,7 @@ def _steps(like: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _finite_point(
-    log_density: LogDensityOfRows, center: Tensor, spread: float, generator: torch.Generator
+    log_density: Any, center: Tensor, spread: float, generator: torch.Generator
 ) -> Tensor:
     """A point around a center, or between that and the start, with a finite gradient."""
     start = log_density.start
@@ -310,7 +299,7 @@ def _finite_point(
     )
 
 
-def _refuse_randomness(log_density: LogDensityOfRows, point: Tensor) -> None:
+def _refuse_randomness(log_density: Any, point: Tensor) -> None:
     """Raises an error if a second evaluation of the density differs from the first."""
     one, other = (value_and_gradient(log_density, point[None])[1][0] for _ in range(2))
     slack = round_off(one) * one.abs().amax()

@@ -41,14 +41,12 @@ class Captured:
     or an operation is not known to replay correctly (:mod:`~pyro_artransform.model.replay.recording`). Where
     a replay fails, the function is called instead.
 
-    :param patience: the number of calls with the same shapes before a capture, at least 2.
     :raises ReplayError: if one of the occasional comparisons of a replay with a call fails, as when the
         function depends on other Python state.
     """
 
-    def __init__(self, function: Function | None = None, patience: int | None = None) -> None:
-        self._function, self._patience = function, patience or _PATIENCE
-        self._calls = Counter[Hashable]()
+    def __init__(self, function: Function | None = None) -> None:
+        self._function, self._calls = function, Counter[Hashable]()
         self._replays: dict[Hashable, Replay] = {}
         # inputs and outputs of the last unverified replay
         self._last: tuple[tuple[Tensor, ...], tuple[Tensor, ...]] | None = None
@@ -65,12 +63,15 @@ class Captured:
             self._calls[key] = 0
         self._calls[key] += 1
         if key not in self._replays:
-            if self._calls[key] == self._patience:
-                self._capture(key, inputs)
-            if key not in self._replays:
+            if self._calls[key] < _PATIENCE:
                 return self._evaluate(*inputs)
-            return self._compared(self._replays[key], inputs)
-        replay, count = self._replays[key], self._calls[key] - self._patience
+            captured = record(self._evaluate, inputs, 20.0) if has_torchscript() else None
+            if captured is None:
+                self.can_replay = False
+                return self._evaluate(*inputs)
+            self._replays[key] = captured
+            return self._compared(captured, inputs)
+        replay, count = self._replays[key], self._calls[key] - _PATIENCE
         # one in 256 replays is compared with a call, and more at first
         if count % 256 == 0 or (count > 1 and math.log(count, 4).is_integer()):
             return self._compared(replay, inputs)
@@ -79,13 +80,6 @@ class Captured:
             return self._evaluate(*inputs)
         self._last = inputs, found
         return found
-
-    def _capture(self, key: Hashable, inputs: tuple[Tensor, ...]) -> None:
-        replay = record(self._evaluate, inputs, 20.0) if has_torchscript() else None
-        if replay is None:
-            self.can_replay = False
-        else:
-            self._replays[key] = replay
 
     def _evaluate(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """Calls the function; overridden by subclasses, since storing a bound method would make a cycle."""

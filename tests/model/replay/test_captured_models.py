@@ -47,7 +47,7 @@ def test_priors_that_were_made_before():
         pyro.sample("y", dist.Normal(pyro.sample("z", prior).sum(-1), 1.0), obs=torch.tensor(1.0))
 
     log_joint = LogJoint(model)
-    captured = Captured(partial(value_and_gradient, log_joint), 2)
+    captured = Captured(partial(value_and_gradient, log_joint))
     for _ in range(4):
         captured(torch.randn(5, 3))
     assert captured.can_replay
