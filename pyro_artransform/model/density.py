@@ -21,7 +21,7 @@ from .._base.arguments import values_can_be_read
 from .._base.differentiation import evaluate_with_gradient
 from .coordinates.coordinates import Coordinates, nan_terms
 from .coordinates.latent_mapper import LatentMapper
-from .coordinates.priors import find_mapped, priors_of, scales_of
+from .coordinates.priors import find_mapped, scales_of
 from .draw_plate import DRAWS, DrawPlate
 from .enumeration import marginal_log_prob
 from .handlers import FirstIndices, FoundScale, SiteLogProbs, UnmaskedLatents, hidden_sites
@@ -135,7 +135,7 @@ class LogJoint:
             # the start if the density is not finite there
             near, far = wide.clamp_max(1.0) * noise, 2.5 + noise[:1].sigmoid()
             points = start + torch.cat([near[:1], wide.clamp_min(1.0) * far, -far, near[1:]])
-            choice = choose_strategy(self._evaluate, {"z": points}, NUM_COMPARED)
+            choice = choose_strategy(self._evaluate, {"z": points})
         return choice._replace(is_random=self._is_part or choice.is_random)
 
     @property
@@ -354,7 +354,7 @@ class LogJoint:
     def prior_scales(self, u: Tensor) -> Tensor:
         """The scale of each latent's prior at a point ``(latent_dim,)`` of the unconstrained space."""
         nodes = run_once(self.enumerated(self.run), at=self.latents.constrain(u)).nodes
-        return scales_of(priors_of(nodes, self.latents), self.latents, u)
+        return scales_of(nodes, self.latents, u)
 
     def mapped_sites(self, with_shapes: bool = False) -> dict[str, bool]:
         """The latents that may have coordinates from the prior, and whether it depends on other latents.

@@ -23,7 +23,6 @@ from torch.distributions import Distribution, constraints
 from .traces import (
     has_data,
     is_enumerated,
-    subsampling_scale,
     support_of,
 )
 
@@ -102,7 +101,8 @@ class SiteLogProbs(Messenger):
                 outside.append(term.flatten(1).sum(1))
             else:
                 rows = term.movedim(frame.dim or -1, 1).reshape(len(term), frame.size, -1)
-                inside.append(rows.sum(-1) / subsampling_scale(frame))
+                scale = (frame.full_size or frame.size) / frame.size
+                inside.append(rows.sum(-1) / scale)
         if not inside:
             raise ValueError(f"expected sites in plate '{plate}', got {list(self.log_probs)}")
         none = torch.zeros_like(inside[0][:, 0])

@@ -166,11 +166,6 @@ def _all_frames(trace: poutine.Trace) -> list[CondIndepStackFrame]:
     return [frame for frames in stacks for frame in frames]
 
 
-def subsampling_scale(frame: CondIndepStackFrame) -> float:
-    """The factor by which a subsampled plate scales log densities."""
-    return (frame.full_size or frame.size) / frame.size
-
-
 def subsampled_plates(trace: poutine.Trace) -> list[CondIndepStackFrame]:
     """The frames of subsampled plates in a trace, once per site."""
     return [f for f in _all_frames(trace) if f.full_size not in (None, f.size)]

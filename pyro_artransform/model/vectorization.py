@@ -66,33 +66,8 @@ _MEANING = {
 _DATA = vars(torch._C.TensorBase)["data"].__get__
 
 
-def in_plate(evaluate: Evaluate, draws: Draws) -> Terms:
-    """One run for all draws, which the function places left of the model's plates."""
-    return evaluate(draws, _num_draws(draws))
-
-
-def under_vmap(evaluate: Evaluate, draws: Draws) -> Terms:
-    """One run under ``torch.vmap``, with the same random numbers for all draws."""
-
-    def one(row: Draws) -> Terms:
-        with OfSingleDraw():
-            return evaluate(row, None)
-
-    terms: Terms = torch.vmap(one, randomness="same")(draws)
-    return terms
-
-
-def one_at_a_time(evaluate: Evaluate, draws: Draws) -> Terms:
-    """One run per draw, each from the same random state: a model uses one mini-batch for all draws."""
-    return _loop(evaluate, draws, None)
-
-
 #: how the terms ``(n, ...)`` of draws ``(n, ...)`` are evaluated, the fastest first
-STRATEGIES: dict[str, Callable[[Evaluate, Draws], Terms]] = {
-    "plate": in_plate,
-    "vmap": under_vmap,
-    "loop": one_at_a_time,
-}
+STRATEGIES = ("plate", "vmap", "loop")
 
 
 def fastest(
@@ -103,8 +78,8 @@ def fastest(
     :param agrees: whether what a strategy gives agrees with single runs.
     :param first: the fastest strategy to try.
     """
-    names, obstacle = [*STRATEGIES], ""
-    for strategy in names[names.index(first) : -1]:
+    obstacle = ""
+    for strategy in STRATEGIES[STRATEGIES.index(first) : -1]:
         try:
             found = evaluate(strategy)
             if agrees(found):
@@ -135,7 +110,7 @@ def evaluate_many(
         return {name: torch.cat([terms[name] for terms in found]) for name in found[0]}
     if strategy != "loop":
         # a single run works for every model
-        run = _single if num_draws == 1 else STRATEGIES[strategy]
+        run = _single if num_draws == 1 else _in_plate if strategy == "plate" else _under_vmap
         try:
             return run(evaluate, draws)
         except ModelFailures:
@@ -148,11 +123,25 @@ def evaluate_many(
     return _loop(evaluate, draws, at_failure)
 
 
+def _in_plate(evaluate: Evaluate, draws: Draws) -> Terms:
+    return evaluate(draws, _num_draws(draws))
+
+
+def _under_vmap(evaluate: Evaluate, draws: Draws) -> Terms:
+    def one(row: Draws) -> Terms:
+        with OfSingleDraw():
+            return evaluate(row, None)
+
+    terms: Terms = torch.vmap(one, randomness="same")(draws)  # the same numbers for all draws
+    return terms
+
+
 def _single(evaluate: Evaluate, draws: Draws) -> Terms:
     return stack([evaluate({name: value[0] for name, value in draws.items()}, None)])
 
 
 def _loop(evaluate: Evaluate, draws: Draws, at_failure: Callable[[Draws], Terms] | None) -> Terms:
+    """One run per draw, each from the same random state: a model uses one mini-batch for all draws."""
     state, rows = torch.get_rng_state(), list[Terms]()
     for values in zip(*draws.values()):
         check_time()
@@ -250,11 +239,8 @@ class Choice(NamedTuple):
     num_values: float  #: entries of the largest tensor, per draw
 
 
-def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = None) -> Choice:
-    """Chooses the fastest strategy that agrees with single runs at some draws.
-
-    :param num_single: the number of leading draws to compare, by default all; more until two are finite.
-    """
+def choose_strategy(evaluate: Evaluate, draws: Draws) -> Choice:
+    """The fastest strategy that agrees with single runs at three draws, or more until two are finite."""
     state = torch.get_rng_state()
     # another random state than in single runs, so that the comparison also shows whether terms are random
     other = torch.Generator().manual_seed(0).get_state()
@@ -265,7 +251,7 @@ def choose_strategy(evaluate: Evaluate, draws: Draws, num_single: int | None = N
 
     single, failures, num_finite = dict[int, Terms](), list[Exception](), 0
     for i in range(_num_draws(draws)):
-        if num_single is not None and i >= num_single and num_finite > 1:
+        if i >= NUM_COMPARED and num_finite > 1:
             break
         try:
             single[i] = run("loop", [i], state)

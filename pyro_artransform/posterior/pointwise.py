@@ -27,7 +27,6 @@ from ..model.traces import (
     subsampled_plates,
 )
 from ..model.vectorization import (
-    NUM_COMPARED,
     Draws,
     Terms,
     choose_strategy,
@@ -112,7 +111,7 @@ class Likelihood:
         chosen = self.given(draws)
         flat = torch.cat([v.reshape(len(v), -1).double() for v in chosen.values()], -1)
         scores = flat[:, :: -(-flat.shape[-1] // 32)]
-        first = choose_strategy(self._evaluate, chosen, NUM_COMPARED).strategy
+        first = choose_strategy(self._evaluate, chosen).strategy
         return vectorized(self._evaluate, chosen, lambda _: scores, first, chunk_size=1000)[1]
 
     def predicted(self, draws: Draws) -> Terms:

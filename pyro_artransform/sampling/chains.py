@@ -14,7 +14,7 @@ from .._base.time_limit import abandonable
 from ..diagnostics.checks import CORNER, Check, FailedCheck, Verdict, about_draws, as_lines
 from ..diagnostics.convergence import ModeShares
 from ..diagnostics.result_io import SavedResult
-from ..model.rounding import find_rounding
+from ..model.sites import find_rounding
 from ..model.symmetries import ROTATION, Symmetry
 from ..posterior import Summary, predict, summary
 from ..posterior.arviz import chains_to_inference_data

@@ -12,8 +12,7 @@ from pyro.distributions import constraints
 from pyro.infer.autoguide import AutoDiagonalNormal
 
 from pyro_artransform.model import Latents, LogJoint
-from pyro_artransform.model.rounding import find_rounding
-from pyro_artransform.model.sites import Site, same_support
+from pyro_artransform.model.sites import Site, find_rounding, same_support
 from tests.model import models
 
 SHAPES = {"probs": (3,), "corr": (3, 3), "unit": (), "rates": (2, 3), "simplex": (2, 4)}

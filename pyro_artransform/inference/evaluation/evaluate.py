@@ -20,7 +20,7 @@ from ...diagnostics.marginals import marginals_of
 from ...diagnostics.plates import ElementDiagnostics
 from ...model import FullDataDensity, LogJoint
 from ...model.elements import ElementTerms
-from ...model.rounding import Rounding, find_rounding
+from ...model.sites import Rounding, find_rounding
 from ...model.vectorization import draws_at_a_time
 from ...sampling import Ensemble, StopReason
 from ..optimization.minibatches import NUM_COMMON_DRAWS, PassEstimate

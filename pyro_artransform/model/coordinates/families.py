@@ -148,12 +148,8 @@ def _parts_of(bijection: Any) -> list[Any]:
     parts = bijection.parts if type(bijection) is ComposeTransform else [bijection]
     # torch adds the bound, 0, after the exponential
     return [
-        type(part) for part in parts if type(part) is not AffineTransform or not _is_zero(part.loc)
+        type(p) for p in parts if type(p) is not AffineTransform or torch.as_tensor(p.loc).any()
     ]
-
-
-def _is_zero(bound: Tensor | float) -> bool:
-    return bool((torch.as_tensor(bound) == 0).all())
 
 
 #: a latent u, the log-determinant of the map to it, and its log density where that is computed, elementwise
@@ -184,7 +180,9 @@ class PriorScale(NamedTuple):
         may have another density.
         """
         fn, kind = _unwrapped(fn)
-        return _of_transformed(fn) if kind in _TRANSFORMED else _of_family(fn, kind)
+        if kind in _TRANSFORMED:
+            return _of_transformed(fn)
+        return FAMILIES[kind](fn) if kind in FAMILIES else None
 
     @property
     def diagonal(self) -> Tensor:
@@ -314,14 +312,10 @@ FAMILIES: dict[Any, Callable[[Any], PriorScale]] = {
 }
 
 
-def _of_family(fn: Any, kind: Any) -> PriorScale | None:
-    return FAMILIES[kind](fn) if kind in FAMILIES else None
-
-
 def _of_transformed(fn: Any) -> PriorScale | None:
     """The scale of a family after affine transforms and, as for LogNormal, an exponential."""
     (base, kind), transforms = _unwrapped(fn.base_dist), fn.transforms
-    prior = _of_family(base, kind)
+    prior = FAMILIES[kind](base) if kind in FAMILIES else None
     if isinstance(prior, BoundedPrior):
         return None
     if transforms and exact_class(transforms[-1]) is ExpTransform:

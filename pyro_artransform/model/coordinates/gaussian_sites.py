@@ -15,11 +15,9 @@ coefficient of a horseshoe, both happen in one posterior.
 
 **References**
 
-1. A General Framework for the Parametrization of Hierarchical Models (Papaspiliopoulos, Roberts, Skold,
-   2007), https://arxiv.org/abs/0708.3797
-2. Expectation Propagation for Approximate Bayesian Inference (Minka, 2001),
+1. Expectation Propagation for Approximate Bayesian Inference (Minka, 2001),
    https://arxiv.org/abs/1301.2294
-3. Estimation of Non-Normalized Statistical Models by Score Matching (Hyvärinen, 2005),
+2. Estimation of Non-Normalized Statistical Models by Score Matching (Hyvärinen, 2005),
    https://www.jmlr.org/papers/v6/hyvarinen05a.html
 """
 

@@ -38,29 +38,23 @@ def find_mapped(
         if len(both) == 2 and not same_support(*both):
             raise ValueError(SUPPORT_DEPENDS.format(name=name, expected=both[0], got=both[1]))
     one, two = (priors_of(t.nodes, latents) for t in (first, second))
-    if not is_random:
-        return compare_priors(one, two)
-    nodes: Iterable[tuple[str, Any]] = second.nodes.items()
-    indices = {k: n["value"] for k, n in nodes if n["type"] == "sample" and site_is_subsample(n)}
-    again = run_once(run, at={**other, **indices})
-    torch.set_rng_state(state)
-    # a prior that depends on a hidden discrete latent is not a function of the latents
-    random = depend_on_latents(two, priors_of(again.nodes, latents))
-    return compare_priors({k: prior for k, prior in one.items() if k not in random}, two)
+    if is_random:
+        nodes: Iterable[tuple[str, Any]] = second.nodes.items()
+        indices = {
+            k: n["value"] for k, n in nodes if n["type"] == "sample" and site_is_subsample(n)
+        }
+        again = run_once(run, at={**other, **indices})
+        torch.set_rng_state(state)
+        # a prior that depends on a hidden discrete latent is not a function of the latents
+        random = depend_on_latents(two, priors_of(again.nodes, latents))
+        one = {k: prior for k, prior in one.items() if k not in random}
+    dependent = depend_on_latents(one, two)
+    return {k: k in dependent for k, prior in one.items() if prior.shape or k in dependent}
 
 
-def compare_priors(
-    one: Mapping[str, PriorScale], other: Mapping[str, PriorScale]
-) -> dict[str, bool]:
-    """The latents whose priors have parents (True) or only a shape (False), by priors at two points."""
-    dependent = depend_on_latents(one, other)
-    kept = (name for name, prior in one.items() if prior.shape or name in dependent)
-    return {name: name in dependent for name in kept}
-
-
-def scales_of(priors: Mapping[str, PriorScale], latents: Latents, like: Tensor) -> Tensor:
-    """The scales of priors as a vector ``(latent_dim,)``; 1 where a latent has none."""
-    found = torch.ones_like(like)
+def scales_of(nodes: Mapping[str, Any], latents: Latents, like: Tensor) -> Tensor:
+    """The scales of priors in a run as a vector ``(latent_dim,)``; 1 where a latent has none."""
+    found, priors = torch.ones_like(like), priors_of(nodes, latents)
     for name, part in latents.views(found).items():
         if name in priors:
             part.copy_(priors[name].diagonal)
@@ -86,9 +80,5 @@ def depend_on_latents(
     one: Mapping[str, PriorScale | None], other: Mapping[str, PriorScale | None]
 ) -> list[str]:
     """The latents whose prior location or scale differs between two runs."""
-    found = []
-    for name, prior in one.items():
-        second = other.get(name)
-        if prior and second and not all(map(torch.equal, prior[:2], second[:2])):
-            found.append(name)
-    return found
+    both = ((k, prior, other.get(k)) for k, prior in one.items())
+    return [k for k, a, b in both if a and b and not all(map(torch.equal, a[:2], b[:2]))]

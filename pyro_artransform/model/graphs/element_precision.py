@@ -157,7 +157,7 @@ class ElementGaussian:
             self.conditional[k] = _raised(self.conditional[k])
             self.covariances[k] = torch.cholesky_inverse(_cholesky(self.conditional[k]))
         #: lower-triangular factors B with B' B = conditional, which map elements to noise
-        self.lower = [_lower(block) for block in self.conditional]
+        self.lower = [_cholesky(c.flip(1, 2)).flip(1, 2).mT for c in self.conditional]
         #: the same as a matrix ``(D, D)``
         self.coupling = precision.sparse(self.coupled)
         #: for each group, orthonormal vectors ``(n m, r)`` of noise, and the factors on it, ``(r,)``
@@ -277,11 +277,6 @@ class ElementGaussian:
 
 
 _cholesky: Callable[[Tensor], Tensor] = torch.linalg.cholesky
-
-
-def _lower(block: Tensor) -> Tensor:
-    """Lower-triangular factors B of ``(n, m, m)``, with B' B = block."""
-    return _cholesky(block.flip(1, 2)).flip(1, 2).mT
 
 
 def _raised(block: Tensor) -> Tensor:

@@ -27,19 +27,15 @@ _TORCHSCRIPT = ("Graph", "_create_function_from_graph", "_set_graph_executor_opt
 _MEMORY_FORMATS = [torch.contiguous_format, torch.preserve_format, torch.channels_last]
 
 
+@functools.cache
 def has_torchscript() -> bool:
     """Whether programs can be run; says so once where they cannot."""
-    if all(hasattr(torch._C, name) for name in _TORCHSCRIPT):
-        return True
-    _say_that_torchscript_is_missing()
-    return False
-
-
-@functools.cache
-def _say_that_torchscript_is_missing() -> None:
-    logging.getLogger(__name__).warning(
-        "this version of PyTorch has no TorchScript: gradients are not replayed, and take longer"
-    )
+    found = all(hasattr(torch._C, name) for name in _TORCHSCRIPT)
+    if not found:
+        logging.getLogger(__name__).warning(
+            "this version of PyTorch has no TorchScript: gradients are not replayed, and take longer"
+        )
+    return found
 
 
 def compiled(program: Program) -> Run:

@@ -23,13 +23,12 @@ rounds as the logarithm of the number of steps.
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
 
 from .program import Call, Value, identity
-from .tape import FEWEST, Tape
+from .tape import FEWEST, Tape, broadcast
 from .writing import Writer
 
 _ATEN = torch.ops.aten
@@ -209,16 +208,10 @@ class _Recurrence:
             call, (_, dtype, device) = Call.made(function, *inputs), self._start.kind
             if any((value.dtype, value.device) != (dtype, device) for value in call.values):
                 raise _NotAffine
-            shape = _broadcast([value.shape for value in call.values])
+            shape = broadcast(call.values)
             self._outputs[key] = Value(shape, dtype, device)
             self._new.append(call._replace(outputs=(self._outputs[key],)))
         return self._outputs[key]
-
-
-def _broadcast(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...]:
-    """The common shape; ``torch.broadcast_shapes`` imports for seconds."""
-    sizes = zip_longest(*(shape[::-1] for shape in shapes), fillvalue=1)
-    return tuple(max(each) for each in sizes)[::-1]
 
 
 def scanned(writer: Writer, call: Call) -> None:

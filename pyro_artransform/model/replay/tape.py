@@ -10,7 +10,7 @@ longest chain of dependents goes first, with those of its role that are ready, a
 import heapq
 import math
 from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterable, Mapping, Sequence
 from graphlib import TopologicalSorter
 from itertools import pairwise, zip_longest
 from typing import Any
@@ -75,8 +75,7 @@ class Tape:
         if not is_elementwise or self._expanded.keys().isdisjoint(values):
             return call
         sources, result = {v: self._expanded.get(v, v) for v in values}, call.outputs[0]
-        sizes = [source.shape[::-1] for source in sources.values()]
-        shape = tuple(map(max, zip_longest(*sizes, fillvalue=1)))[::-1]  # broadcast
+        shape = broadcast(sources.values())
         if math.prod(shape) >= math.prod(result.shape):
             return call
         small = Value(shape, result.dtype, result.device)
@@ -184,6 +183,12 @@ class Tape:
                     waiting[j] -= 1
                     if not waiting[j]:
                         new.append(j)
+
+
+def broadcast(values: Iterable[Value]) -> tuple[int, ...]:
+    """The common shape; ``torch.broadcast_shapes`` imports for seconds."""
+    sizes = zip_longest(*(value.shape[::-1] for value in values), fillvalue=1)
+    return tuple(map(max, sizes))[::-1]
 
 
 def _sums(value: Value, terms: Sequence[Value], parts: Mapping[Value, Call]) -> list[Call]:
