@@ -26,7 +26,7 @@ from .draw_plate import DRAWS, DrawPlate
 from .enumeration import marginal_log_prob
 from .handlers import FirstIndices, FoundScale, SiteLogProbs, UnmaskedLatents, hidden_sites
 from .initial_point import InitialPoint, usable_point
-from .run_once import aside, nonfinite_sites, run_once
+from .run_once import aside, run_once
 from .sites import Latents
 from .traces import (
     ModelStructure,
@@ -44,6 +44,7 @@ from .vectorization import (
     NUM_COMPARED,
     Choice,
     Draws,
+    ModelFailures,
     Terms,
     choose_strategy,
     draws_at_a_time,
@@ -166,17 +167,10 @@ class LogJoint:
         vars(other).update(changes)
         return other
 
-    def evaluated(self, *, chunk_size: int | None = None, **changes: Any) -> "LogJoint":
-        """The same density evaluated in another way.
-
-        :param chunk_size: the number of draws at once.
-        :param changes: its ``strategy``, ``obstacle`` or ``is_random``.
-        """
-        other = self.view(_chunk_size=chunk_size or self._chunk_size)
-        if not changes:
-            return other
+    def evaluated(self, **changes: Any) -> "LogJoint":
+        """The same density with another ``strategy``, ``obstacle`` or ``is_random``."""
         choice = self._choice()._replace(**changes)
-        return other.view(_choice=lambda: choice)
+        return self.view(_choice=lambda: choice)
 
     def by_strategy(self, strategy: str) -> "LogJoint":
         """The same density by a strategy that is not compared with single runs."""
@@ -305,7 +299,17 @@ class LogJoint:
     @torch.no_grad()
     def nonfinite_sites(self, z: Tensor) -> list[str]:
         """The sites whose log density is not finite at some draw of ``(n, latent_dim)``."""
-        return nonfinite_sites(self.run, self.latents.constrain(self.to_unconstrained(z)[0]))
+        values, found = self.latents.constrain(self.to_unconstrained(z)[0]), list[str]()
+        for row in zip(*values.values()):
+            scored = SiteLogProbs(dict(zip(values, row)))
+            try:
+                with pyro.validation_enabled(False), hidden_sites(), scored:
+                    self.run()
+            except ModelFailures as error:
+                found.append(f"the model itself ({error})")
+            else:
+                found += [k for k, v in scored.log_probs.items() if not v.sum().isfinite()]
+        return list(dict.fromkeys(found))
 
     def _evaluate(self, draws: Draws, size: int | None) -> Terms:
         z = draws["z"]

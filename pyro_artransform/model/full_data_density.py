@@ -120,7 +120,7 @@ class FullDataDensity(LogJoint):
             run = self.bound_to(*largest._arguments)
             with torch.no_grad(), LargestTensor() as tensor:
                 run(self.start[None])
-            self.inner = self.inner.evaluated(chunk_size=draws_at_a_time(tensor.num_values))
+            self.inner = self.inner.view(_chunk_size=draws_at_a_time(tensor.num_values))
 
     def __getattr__(self, name: str) -> Any:
         if name == "inner" or name.startswith("__"):  # a copy has no attributes at first
@@ -148,7 +148,7 @@ class FullDataDensity(LogJoint):
         derivative of all data is known, too, and second-order terms are exchanged as well.
         """
         other = copy.copy(self)
-        other.inner = self.bound_to(args, kwargs).evaluated(chunk_size=chunk_size)
+        other.inner = self.bound_to(args, kwargs).view(_chunk_size=chunk_size)
         other._batches, other._weights = [(args, kwargs)], [1.0]
         other._expansions = of_all, Anchor.of(other.inner, of_all.point, of_all.reach)
         return other

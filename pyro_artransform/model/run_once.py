@@ -15,9 +15,8 @@ from pyro import poutine
 from pyro.infer.autoguide.initialization import InitMessenger
 from torch import Tensor
 
-from .handlers import SiteLogProbs, hidden_sites
+from .handlers import hidden_sites
 from .sites import initial_value
-from .vectorization import ModelFailures
 
 
 @torch.no_grad()
@@ -47,21 +46,6 @@ def run_once(
     unchecked = nullcontext() if validated else pyro.validation_enabled(False)
     with unchecked, poutine.block(), init:
         return poutine.trace(model).get_trace(*args, **(kwargs or {}))
-
-
-def nonfinite_sites(run: Callable[[], object], values: Mapping[str, Tensor]) -> list[str]:
-    """The sites whose log density is not finite at some of the values ``(n,) + site shape``."""
-    found = list[str]()
-    for row in zip(*values.values()):
-        scored = SiteLogProbs(dict(zip(values, row)))
-        try:
-            with pyro.validation_enabled(False), hidden_sites(), scored:
-                run()
-        except ModelFailures as error:
-            found.append(f"the model itself ({error})")
-        else:
-            found += [k for k, v in scored.log_probs.items() if not v.sum().isfinite()]
-    return list(dict.fromkeys(found))
 
 
 @contextmanager

@@ -239,7 +239,7 @@ def test_gradients_in_parts_are_those_of_all_draws_at_once(model):
     z = torch.randn(7, whole.latents.latent_dim, requires_grad=True)
 
     def found(chunk_size):
-        log_joint = whole.evaluated(chunk_size=chunk_size)
+        log_joint = whole.view(_chunk_size=chunk_size)
         trained = [z, *dict(pyro.get_param_store().named_parameters()).values()]
         value = log_joint(z)
         first = torch.autograd.grad(value.sum(), trained, create_graph=True)
@@ -257,7 +257,7 @@ def test_random_numbers_of_a_model_are_the_same_for_all_parts_and_derivatives():
         z = pyro.sample("z", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
         pyro.factor("noisy", torch.rand(()) * z.pow(3).sum(-1))
 
-    log_joint = LogJoint(model).evaluated(chunk_size=96)
+    log_joint = LogJoint(model).view(_chunk_size=96)
     z = torch.randn(9, 2, requires_grad=True)
     value = log_joint(z)
     after = torch.rand(())
@@ -276,7 +276,7 @@ def test_a_part_that_does_not_count_may_have_an_infinite_gradient():
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.factor("steep", torch.where(z > 1, (z * 1e200) * 1e200, z))
 
-    log_joint = LogJoint(model).evaluated(chunk_size=32)
+    log_joint = LogJoint(model).view(_chunk_size=32)
     z = torch.tensor([[0.5], [2.0], [0.0]], requires_grad=True)
     value = log_joint(z)
     (found,) = torch.autograd.grad(torch.where(value.isfinite(), value, 0.0).sum(), z)
@@ -292,7 +292,7 @@ def test_checkpoints_inside_of_a_model(reentrant):
         z = pyro.sample("z", dist.Normal(0.0, 1.0))
         pyro.factor("c", checkpoint(lambda x: -weight * x**2, z, use_reentrant=reentrant))
 
-    log_joint = LogJoint(model).evaluated(chunk_size=32)
+    log_joint = LogJoint(model).view(_chunk_size=32)
     z = torch.randn(5, 1, requires_grad=True)
     log_joint(z).sum().backward()
     torch.testing.assert_close(z.grad, -(1 + 2 * weight.detach()) * z.detach())

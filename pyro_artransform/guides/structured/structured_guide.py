@@ -321,8 +321,8 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
             parts = [of_shared[shared[j]] if j in shared else within_of[i][j] for j in own]
             coefficients.append(torch.stack(parts) if parts else sd.new_zeros(0))
         self._become(gaussian.loc, sd, coefficients, scale, gaussian.root_tril)
-        for update, k in zip(flow.updates, gaussian.linked_groups):
-            update.set_(*gaussian.leading[k])
+        for update, (basis, factor) in zip(flow.updates, gaussian.leading.values()):
+            update.set_(basis, factor)
         flow.set_links(sd, gaussian.coupling)
 
     def _become(

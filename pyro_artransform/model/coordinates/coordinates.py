@@ -104,21 +104,22 @@ class Coordinates(nn.Module):
         """The maps of the sites that need a run of the model."""
         if self.is_identity:
             return {}
-        found, (lambdas, units) = {}, map(self.latents.split, (self.centered, self.unit))
+        found, split, given = {}, self.latents.split, self.gaussian_sites
+        lambdas, units = split(self.centered), split(self.unit)
+        parts = None if given is None else [*map(split, given)]
         if not self._non_centered:
             self._non_centered = [bool((part == 0).all()) for part in lambdas.values()]
         for (name, site), is_zero in zip(self.latents.sites.items(), self._non_centered):
             if name in self.with_location:
                 lambda_ = None if is_zero else lambdas[name]
-                flag = self.with_location[name]
-                found[name] = SiteMap(lambda_, units[name], flag, site.bijection)
-        if self.gaussian_sites is not None:
-            by_site = zip(*(self.latents.split(part).values() for part in self.gaussian_sites))
-            for name, parts in zip(self.latents.sites, by_site):
-                if name in found and found[name].centered is None:
-                    found[name] = found[name]._replace(
-                        gaussian_sites=GaussianSites(*parts), num_factors=self.factors.get(name, 0)
+                own = SiteMap(lambda_, units[name], self.with_location[name], site.bijection)
+                if parts is not None and is_zero:
+                    sites, count = (
+                        GaussianSites(*(p[name] for p in parts)),
+                        self.factors.get(name, 0),
                     )
+                    own = own._replace(gaussian_sites=sites, num_factors=count)
+                found[name] = own
         return found
 
     def non_centered(self) -> "Coordinates":

@@ -160,8 +160,9 @@ class ElementGaussian:
         self.lower = [_cholesky(c.flip(1, 2)).flip(1, 2).mT for c in self.conditional]
         #: the same as a matrix ``(D, D)``
         self.coupling = precision.sparse(self.coupled)
-        #: for each group, orthonormal vectors ``(n m, r)`` of noise, and the factors on it, ``(r,)``
-        self.leading = [self._leading(k) for k in range(len(groups.members))]
+        #: for each group whose elements depend on each other given earlier groups, through later ones:
+        #: orthonormal vectors ``(n m, r)`` of noise, and the factors on it, ``(r,)``
+        self.leading = {k: self._leading(k) for k in sorted({n.earlier for n in precision.links})}
 
     def solve(self, gradient: Tensor) -> Tensor:
         """The covariance times a vector ``(D,)``."""
@@ -176,18 +177,15 @@ class ElementGaussian:
     def entropy(self) -> float:
         """The entropy in nats."""
         log_scale = self.root_tril.diagonal().log().sum()
-        for lower, (_, factor) in zip(self.lower, self.leading):
-            diagonal = lower.diagonal(dim1=1, dim2=2)
-            log_scale = log_scale + factor.log().sum() - diagonal.log().sum()
+        for k, lower in enumerate(self.lower):
+            if k in self.leading:
+                log_scale = log_scale + self.leading[k][1].log().sum()
+            log_scale = log_scale - lower.diagonal(dim1=1, dim2=2).log().sum()
         return float(log_scale) + 0.5 * len(self.loc) * (1 + math.log(2 * math.pi))
 
     def _leading(self, k: int) -> tuple[Tensor, Tensor]:
         precision, own = self.precision, self.precision.groups.members[k]
-        size = own.numel()
-        like = precision.shared
-        if not any(link.earlier == k for link in precision.links):
-            return like.new_zeros(size, RANK), like.new_ones(RANK)
-        generator = torch.Generator().manual_seed(0)
+        size, like, generator = own.numel(), precision.shared, torch.Generator().manual_seed(0)
         count = min(RANK + _EXTRA, size)
         start = torch.randn(size, count, generator=generator, dtype=like.dtype, device="cpu")
         basis = torch.linalg.qr(start.to(like.device)).Q
@@ -217,9 +215,10 @@ class ElementGaussian:
         groups, shared = precision.groups, precision.groups.shared
         z = torch.zeros_like(noise)
         for k, own in enumerate(groups.members):
-            basis, factor = self.leading[k]
             flat = noise[own].flatten(0, 1)
-            flat = flat + basis @ ((factor - 1)[:, None] * (basis.T @ flat))
+            if k in self.leading:
+                basis, factor = self.leading[k]
+                flat = flat + basis @ ((factor - 1)[:, None] * (basis.T @ flat))
             flat = flat.reshape(*own.shape, -1)
             scaled = torch.linalg.solve_triangular(self.lower[k], flat, upper=False)
             z[own] = scaled + self.coupling(z.T).T[own]
@@ -227,11 +226,6 @@ class ElementGaussian:
         z = z + self.slopes @ root
         z[shared] = root
         return self.loc + z.T
-
-    @property
-    def linked_groups(self) -> list[int]:
-        """The groups whose elements depend on each other given earlier groups, through later ones."""
-        return sorted({link.earlier for link in self.precision.links})
 
     @cached_property
     def sd(self) -> Tensor:

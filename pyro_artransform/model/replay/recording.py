@@ -116,9 +116,9 @@ def record(
             warnings.simplefilter("ignore")
             with recording, _Reads(recording):
                 found = function(*inputs)
-            replays = (recording.replay(each, len(found)) for each in recording.programs(found))
             # the first run compiles it
-            replay = next((each for each in replays if each(*inputs) is not None), None)
+            replays = (each for each in recording.replays(found) if each(*inputs) is not None)
+            replay = next(replays, None)
     except Exception as error:  # any error means that the call cannot be replayed
         logging.getLogger(__name__).debug("a call is not replayed: %r", error)
         return None
@@ -294,19 +294,16 @@ class _Recording(TorchDispatchMode):
         self._calls.append(Call(func, tuple(given), tuple(outputs)))
         return self._calls[-1].outputs
 
-    def programs(self, results: Sequence[Tensor]) -> Iterator[Program]:
-        """Programs that return these results, the fastest first."""
+    def replays(self, results: Sequence[Tensor]) -> Iterator[Replay]:
+        """Replays that return these results, the fastest first."""
         outputs = [*map(self._value_of, results), *self._failures]
+        shapes = [(value.shape, value.requires_grad) for value in self._outside]
+        rest = self._outside, shapes, len(results), bool(self._random)
         program = Program(self._inputs, self._constants, self._calls, outputs)
         if (calls := self._without_writes(outputs)) is not None:
-            yield batched(program._replace(calls=calls), self._random)
-        yield program
-
-    def replay(self, program: Program, num_results: int) -> Replay:
-        shapes = [(value.shape, value.requires_grad) for value in self._outside]
-        return Replay(
-            program, compiled(program), self._outside, shapes, num_results, bool(self._random)
-        )
+            fast = batched(program._replace(calls=calls), self._random)
+            yield Replay(fast, compiled(fast), *rest)
+        yield Replay(program, compiled(program), *rest)
 
 
 class _Reads(TorchFunctionMode):
