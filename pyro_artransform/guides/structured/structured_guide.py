@@ -212,8 +212,7 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
 
     def _find_graph(self, log_joint: LogJoint) -> LatentGraph:
         with torch.random.fork_rng(devices=[]), poutine.block():
-            eps, elements = log_joint.latents.eps, _smallest_elements(log_joint.latents)
-            found = find_dependencies(log_joint, eps, elements)
+            found = find_dependencies(log_joint, _smallest_elements(log_joint.latents))
         markov = MarkovGraph.from_neighbours(found.neighbours)
         return LatentGraph(coordinate_names(log_joint.latents.sites.values()), markov)
 
@@ -240,8 +239,7 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
             z, _ = self.rsample_and_log_prob(count * len(batches))
             for batch, draws in zip(batches, z.split(count)):
                 density = log_joint.with_arguments(*batch).with_coordinates(self.prior_coordinates)
-                eps, neighbours = density.latents.eps, graph.markov.neighbours
-                pairs.update(missing_dependencies(density, eps, neighbours, draws))
+                pairs.update(missing_dependencies(density, graph.markov.neighbours, draws))
         return [f"{describe(names[i])} and {describe(names[j])}" for i, j in sorted(pairs)]
 
     def _missing_elements(

@@ -64,18 +64,15 @@ def value_and_gradient(
     return torch.cat(values), torch.cat(gradients)
 
 
-def find_dependencies(
-    log_density: Any, eps: float, elements: Tensor | None = None
-) -> DependencyGraph:
-    """The Markov graph of a log density whose coordinates have relative round-off ``eps``.
+def find_dependencies(log_density: Any, elements: Tensor | None = None) -> DependencyGraph:
+    """The Markov graph of a ``LogJoint``.
 
-    :param log_density: a ``LogJoint``, of which are used its call, ``start`` and ``nonfinite_sites``.
     :param elements: elements that may be independent given the rest, like those of a plate: the element of
         each coordinate, -1 for the rest. If random halves of the elements do not influence the other halves,
         one coordinate of every element is moved at once, which takes only as many gradients as an element
         has coordinates; the graph is the same.
     """
-    search, start = _Search(log_density, eps), log_density.start
+    search, start = _Search(log_density), log_density.start
     generator = search.generator
     point = _finite_point(log_density, start, 0.1, generator)
     _refuse_randomness(log_density, point)
@@ -96,7 +93,6 @@ def find_dependencies(
 
 def missing_dependencies(
     log_density: Any,
-    eps: float,
     neighbours: Sequence[set[int] | frozenset[int]],
     draws: Tensor,
 ) -> list[tuple[int, int]]:
@@ -107,7 +103,7 @@ def missing_dependencies(
 
     :param draws: draws of a posterior, shape ``(n, D)``, n at least 2.
     """
-    search = _Search(log_density, eps, [set(own) for own in neighbours])
+    search = _Search(log_density, [set(own) for own in neighbours])
     others = draws.roll(-1, 0)
     for k in range(min(_NUM_GROUPINGS, len(draws))):
         part = slice(k, None, _NUM_GROUPINGS)
@@ -125,10 +121,8 @@ def missing_dependencies(
 class _Search:
     """A search for pairs of coordinates that depend on each other."""
 
-    def __init__(
-        self, log_density: Any, eps: float, neighbours: list[set[int]] | None = None
-    ) -> None:
-        self.log_density, self._eps = log_density, eps
+    def __init__(self, log_density: Any, neighbours: list[set[int]] | None = None) -> None:
+        self.log_density, self._eps = log_density, log_density.latents.eps
         self.generator = torch.Generator().manual_seed(0)
         #: whether the search extends a given graph, so that new pairs must be confirmed
         self._is_known = neighbours is not None

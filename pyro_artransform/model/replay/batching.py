@@ -19,10 +19,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .program import Call, Program, Value, identity, mapped
+from .program import Call, Program, Value, Writer, identity, mapped
 from .recurrences import RECURRENCE, join_recurrences, scanned
 from .tape import ELEMENTWISE, FEWEST, SUM_OF_PARTS, SUM_OF_TERMS, Tape
-from .writing import Writer
 
 _ATEN = torch.ops.aten
 

@@ -27,9 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .program import Call, Value, identity
+from .program import Call, Value, Writer, identity
 from .tape import FEWEST, Tape, broadcast
-from .writing import Writer
 
 _ATEN = torch.ops.aten
 #: the name of calls that are recurrences

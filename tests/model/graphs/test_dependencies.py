@@ -10,12 +10,6 @@ from pyro_artransform.model import LogJoint
 from pyro_artransform.model.graphs.dependencies import find_dependencies, missing_dependencies
 from tests.model.models import hierarchy
 
-EPS = torch.finfo(torch.float64).eps
-
-
-def found(log_joint):
-    return find_dependencies(log_joint, log_joint.latents.eps)
-
 
 def vector_chain():
     z = pyro.sample("z", dist.Normal(torch.zeros(30), 10.0).to_event(1))
@@ -51,7 +45,12 @@ def saturated(y):
 
 def edges(model, *args):
     log_joint = LogJoint(model, args)
-    return {(i, j) for i, own in enumerate(found(log_joint).neighbours) for j in own if i < j}
+    return {
+        (i, j)
+        for i, own in enumerate(find_dependencies(log_joint).neighbours)
+        for j in own
+        if i < j
+    }
 
 
 CASES = {
@@ -95,7 +94,7 @@ def test_edges_in_single_precision():
 def test_second_derivatives_of_a_gaussian_and_no_random_numbers_taken():
     log_joint = LogJoint(vector_chain)
     state = torch.get_rng_state()
-    graph = found(log_joint)
+    graph = find_dependencies(log_joint)
     assert torch.equal(state, torch.get_rng_state())
     rows, columns = graph.pairs
     assert torch.allclose(graph.second[rows < columns], torch.full((29,), 100.0))
@@ -116,9 +115,9 @@ def test_a_dependency_that_is_switched_off_is_found_at_other_draws():
     log_joint = LogJoint(switched, (torch.full((3,), 9.0),))
     graph = [set() for _ in range(4)]
     near = 0.1 * torch.randn(8, 4)
-    assert missing_dependencies(log_joint, EPS, graph, near) == []
+    assert missing_dependencies(log_joint, graph, near) == []
     far = near + torch.tensor([2.0, 0.0, 0.0, 0.0])
-    assert missing_dependencies(log_joint, EPS, graph, far) == [(0, 1), (0, 2), (0, 3)]
+    assert missing_dependencies(log_joint, graph, far) == [(0, 1), (0, 2), (0, 3)]
 
 
 def neighbouring_cells(size=10):
@@ -145,10 +144,10 @@ def test_round_off_of_an_ill_conditioned_sum_is_no_missing_dependency():
     cells = [{0, *(1 + own.nonzero()[:, 0]).tolist()} for own in neighbouring_cells()]
     graph = [set(range(1, 101)), *cells]
     draws = log_joint.start + 0.5 * torch.randn(64, 101, dtype=torch.float32)
-    assert missing_dependencies(log_joint, log_joint.latents.eps, graph, draws) == []
+    assert missing_dependencies(log_joint, graph, draws) == []
     graph[1].remove(2)
     graph[2].remove(1)
-    found = missing_dependencies(log_joint, log_joint.latents.eps, graph, draws)
+    found = missing_dependencies(log_joint, graph, draws)
     assert found == [(1, 2)]
 
 
@@ -162,7 +161,7 @@ def test_a_dependency_is_missing_from_where_on_it_matters(slope, missing):
 
     log_joint = LogJoint(pair)
     draws = torch.randn(64, 2) * torch.tensor([2.0, 1.0])
-    assert missing_dependencies(log_joint, EPS, [set(), set()], draws) == missing
+    assert missing_dependencies(log_joint, [set(), set()], draws) == missing
 
 
 def test_missing_edges_of_a_model_that_draws_its_mini_batches():
@@ -176,8 +175,8 @@ def test_missing_edges_of_a_model_that_draws_its_mini_batches():
     log_joint, draws = LogJoint(model), torch.randn(8, 7)
     edges = {(i, i + 1) for i in range(6)}
     chain = [{j for pair in edges if i in pair for j in pair} - {i} for i in range(7)]
-    assert missing_dependencies(log_joint, EPS, chain, draws) == []
-    found = missing_dependencies(log_joint, EPS, [set() for _ in range(7)], draws)
+    assert missing_dependencies(log_joint, chain, draws) == []
+    found = missing_dependencies(log_joint, [set() for _ in range(7)], draws)
     assert len(found) == 2
     assert edges.issuperset(found)
 
@@ -199,7 +198,7 @@ def test_a_density_that_is_random_or_has_no_finite_gradient_is_refused(factor, m
         pyro.factor("factor", factor(x).sum(-1))
 
     with pytest.raises(ValueError, match=message):
-        found(LogJoint(model))
+        find_dependencies(LogJoint(model))
 
 
 def bounded():
@@ -210,10 +209,10 @@ def bounded():
 
 def test_where_the_density_is_not_finite_steps_are_shorter():
     log_joint = LogJoint(bounded, init_loc_fn=init_to_value(values={"x": torch.zeros(3)}))
-    assert found(log_joint).neighbours == ({1}, {0}, set())
+    assert find_dependencies(log_joint).neighbours == ({1}, {0}, set())
     # a start without a finite density gives way to another point
     start = init_to_value(values={"x": torch.ones(3)})
-    assert found(LogJoint(bounded, init_loc_fn=start)).neighbours == ({1}, {0}, set())
+    assert find_dependencies(LogJoint(bounded, init_loc_fn=start)).neighbours == ({1}, {0}, set())
 
 
 def pairs(y):
@@ -244,9 +243,9 @@ def test_elements_that_move_at_once_give_the_same_graph(model, is_quick, monkeyp
         return evaluate(self, z)
 
     monkeypatch.setattr(type(log_joint), "__call__", counted)
-    one_by_one = found(log_joint)
+    one_by_one = find_dependencies(log_joint)
     counts.append(0)
-    at_once = find_dependencies(log_joint, log_joint.latents.eps, elements)
+    at_once = find_dependencies(log_joint, elements)
     assert at_once.neighbours == one_by_one.neighbours
     assert set(map(tuple, at_once.pairs.T.tolist())) == set(map(tuple, one_by_one.pairs.T.tolist()))
     # all but the rest and one element, and as many halves of elements
