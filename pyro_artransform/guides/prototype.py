@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributions import biject_to
 
 from .._base.arguments import shown
+from ..model.coordinates.centering import depend_on_latents
 from ..model.coordinates.families import PriorScale
-from ..model.coordinates.priors import depend_on_latents
 from ..model.run_once import run_once
 from ..model.sites import (
     SUPPORT_DEPENDS,

@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 
 from .._base.arguments import values_can_be_read
 from .._base.differentiation import evaluate_with_gradient
+from .coordinates.centering import find_mapped, scales_of
 from .coordinates.coordinates import Coordinates, nan_terms
 from .coordinates.latent_mapper import LatentMapper
-from .coordinates.priors import find_mapped, scales_of
 from .draw_plate import DRAWS, DrawPlate
 from .enumeration import marginal_log_prob
 from .handlers import FirstIndices, FoundScale, SiteLogProbs, UnmaskedLatents, hidden_sites

@@ -20,11 +20,7 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.distributions import Distribution, constraints
 
-from .traces import (
-    has_data,
-    is_enumerated,
-    support_of,
-)
+from .traces import has_data, is_enumerated, support_of
 
 
 def hidden_sites() -> BlockMessenger:

@@ -13,7 +13,7 @@ round-off, for matrices that generate the group. Nothing is read from the code o
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -211,12 +211,10 @@ def find_symmetries(
     found = [s for s in found if not any(_contains(s.slots, s.kind, o) for o in found if o != s)]
     permuted = [s for s in found if s.kind == PERMUTATION]
     for other in permuted:
-        sign = Symmetry(SIGN, other.slots, other.size)
-        if sign in found:
-            rotation = Symmetry(ROTATION, other.slots, other.size)
-            kind = ROTATION if compared.holds(rotation) else SIGNED
+        if (sign := replace(other, kind=SIGN)) in found:
+            kind = ROTATION if compared.holds(replace(other, kind=ROTATION)) else SIGNED
             found = [s for s in found if s not in (other, sign)]
-            found.append(Symmetry(kind, other.slots, other.size))
+            found.append(replace(other, kind=kind))
     return tuple(found)
 
 

@@ -6,10 +6,4 @@
 from .markov_graph import Elimination, MarkovGraph, eliminate
 from .sparse_gaussian import PrecisionPattern, SparseGaussian
 
-__all__ = [
-    "Elimination",
-    "MarkovGraph",
-    "PrecisionPattern",
-    "SparseGaussian",
-    "eliminate",
-]
+__all__ = ["Elimination", "MarkovGraph", "PrecisionPattern", "SparseGaussian", "eliminate"]

@@ -92,9 +92,7 @@ def find_dependencies(log_density: Any, elements: Tensor | None = None) -> Depen
 
 
 def missing_dependencies(
-    log_density: Any,
-    neighbours: Sequence[set[int] | frozenset[int]],
-    draws: Tensor,
+    log_density: Any, neighbours: Sequence[set[int] | frozenset[int]], draws: Tensor
 ) -> list[tuple[int, int]]:
     """Pairs of coordinates that depend on each other at some draws but are not neighbours in a graph.
 
