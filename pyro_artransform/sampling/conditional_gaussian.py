@@ -84,7 +84,7 @@ class LatentGaussianField(NamedTuple):
         if len(start) < _LEAST_DIM or log_joint.strategy == "loop":
             return None
         try:
-            neighbours = find_dependencies(log_joint).neighbours
+            neighbours = find_dependencies(log_joint)
         except ValueError:  # no gradient near the start
             return None
         coloring = color_columns(neighbours)

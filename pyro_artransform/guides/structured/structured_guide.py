@@ -212,8 +212,8 @@ class AutoStructuredFlow(AutoAutoregressive, StructuredGuide):
 
     def _find_graph(self, log_joint: LogJoint) -> LatentGraph:
         with torch.random.fork_rng(devices=[]), poutine.block():
-            found = find_dependencies(log_joint, _smallest_elements(log_joint.latents))
-        markov = MarkovGraph.from_neighbours(found.neighbours)
+            neighbours = find_dependencies(log_joint, _smallest_elements(log_joint.latents))
+        markov = MarkovGraph.from_neighbours(neighbours)
         return LatentGraph(coordinate_names(log_joint.latents.sites.values()), markov)
 
     def _colors(self, start: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ coordinates that share no neighbour are moved together.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,15 +33,6 @@ _NUM_GROUPINGS = 4
 _NUM_REPEATED = 6  # to confirm a new pair
 # a CPU generator works for all devices
 _ON_CPU: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
-
-
-class DependencyGraph(NamedTuple):
-    """The Markov graph of a density, with the largest second derivatives observed."""
-
-    neighbours: tuple[frozenset[int], ...]
-    #: all pairs of neighbours, the smaller coordinate first, and of each coordinate with itself
-    pairs: Tensor
-    second: Tensor  #: the second derivative of each pair
 
 
 def value_and_gradient(
@@ -64,8 +55,10 @@ def value_and_gradient(
     return torch.cat(values), torch.cat(gradients)
 
 
-def find_dependencies(log_density: Any, elements: Tensor | None = None) -> DependencyGraph:
-    """The Markov graph of a ``LogJoint``.
+def find_dependencies(
+    log_density: Any, elements: Tensor | None = None
+) -> tuple[frozenset[int], ...]:
+    """The neighbours of each coordinate in the Markov graph of a ``LogJoint``.
 
     :param elements: elements that may be independent given the rest, like those of a plate: the element of
         each coordinate, -1 for the rest. If random halves of the elements do not influence the other halves,
@@ -86,9 +79,7 @@ def find_dependencies(log_density: Any, elements: Tensor | None = None) -> Depen
         found = _finite_point(log_density, center, spread, generator)
         points = found.expand(_NUM_GROUPINGS, -1)
         search.move_groups(points, points + spread * _steps(points, generator), seed=k)
-    pairs = torch.tensor([*search.second], dtype=torch.long, device=point.device).reshape(-1, 2)
-    second = point.new_tensor([*search.second.values()])
-    return DependencyGraph(tuple(map(frozenset, search.neighbours)), pairs.T, second)
+    return tuple(map(frozenset, search.neighbours))
 
 
 def missing_dependencies(
