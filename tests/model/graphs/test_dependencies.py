@@ -87,8 +87,9 @@ def test_edges_in_single_precision():
 
 
 def test_neighbours_in_a_chain_and_no_random_numbers_taken():
+    log_joint = LogJoint(vector_chain)
     state = torch.get_rng_state()
-    found = find_dependencies(LogJoint(vector_chain))
+    found = find_dependencies(log_joint)
     assert torch.equal(state, torch.get_rng_state())
     assert found == tuple({i - 1, i + 1} & {*range(30)} for i in range(30))
 
