@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Why chains have not mixed, where that can be seen.
+"""Measures why chains have not mixed; ``Check.JUMPS`` and ``Check.UNDETERMINED`` say it in words.
 
 **References**
 

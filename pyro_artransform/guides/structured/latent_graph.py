@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The graph of a guide's named latents."""
+"""The graph of a guide's named latents, eliminated by :mod:`~pyro_artransform.model.graphs`."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
