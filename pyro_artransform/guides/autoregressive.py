@@ -162,7 +162,9 @@ class AutoAutoregressive(BaseGuide, AutoContinuous, FlowGuide):
             latents = Latents(sites)
             values = {name: first.nodes[name]["value"].detach() for name in latents.sites}
             start = latents.unconstrain(values)
-            with_location = self._find_coordinates(args, kwargs, bool(dependent))
+            with torch.random.fork_rng(devices=[]):
+                torch.set_rng_state(rng_state)  # the density starts where the guide does
+                with_location = self._find_coordinates(args, kwargs, bool(dependent))
 
             def locate(z: Tensor) -> Tensor:
                 given = self.coordinates, self._requested, self._bind((), {})

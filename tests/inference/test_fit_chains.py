@@ -194,11 +194,19 @@ def test_a_model_that_is_run_by_loop():
     assert result.chains.trusted, result
 
 
-@pytest.mark.parametrize("guides", [[], [AutoIAF(models.regression)]])
-def test_draws_are_those_of_mcmc(guides):
+def hierarchy():
+    """The start is a median of few draws from the prior, and the guide has coordinates from the prior."""
+    loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+    pyro.sample("y", dist.Normal(pyro.sample("z", dist.Normal(loc, 1.0)), 1.0), obs=torch.ones(()))
+
+
+@pytest.mark.parametrize("model", [models.regression, hierarchy])
+@pytest.mark.parametrize("guides", [[], [AutoIAF]])
+def test_draws_are_those_of_mcmc(model, guides):
     """With the same seed, whatever random numbers the guide takes."""
-    found = fitted(models.regression, *guides, draws=50, num_steps=1, seed=5)
-    chains = mcmc(models.regression, draws=50, seed=5, progress=False)
+    made = [guide(model) for guide in guides]
+    found = fitted(model, *made, draws=50, num_steps=1, seed=5)
+    chains = mcmc(model, draws=50, seed=5, progress=False)
     assert torch.equal(found.draws["loc"], chains.draws["loc"])
 
 
