@@ -110,11 +110,10 @@ class Processes:
             own = f"{type(error).__name__}: {error}"
             raise
         finally:  # the others must not wait for this process
-            found = self.gather("the shares of all processes", own)
-        for failure in found:
-            if isinstance(failure, str):
-                raise RuntimeError(f"fit: another process has failed: {failure}")
-        return cast(Tensor, sum(cast(list[Tensor], found)))
+            found: list[Any] = self.gather("the shares of all processes", own)
+        if failures := [share for share in found if isinstance(share, str)]:
+            raise RuntimeError(f"fit: another process has failed: {failures[0]}")
+        return cast(Tensor, sum(found))
 
     def mean(
         self, loss: float, gradients: Gradients | None, parameters: Sequence[Tensor]
