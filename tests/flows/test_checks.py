@@ -1,13 +1,23 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
-"""The assertions for third parties: they pass a right family and name what is wrong in others."""
+"""The assertions for third parties: they pass what is right, and name what is wrong in others."""
 
 import pytest
 import torch
+from torch import nn
 from torch.distributions import Transform, constraints
 
-from pyro_artransform.flows.univariate import Affine, Univariate, soft_bound
-from pyro_artransform.testing import check_univariate
+from pyro_artransform.flows.conditioners import Conditioner, MaskedMLP
+from pyro_artransform.flows.transforms import AutoregressiveTransform, ConditionedUnivariate
+from pyro_artransform.flows.univariate import (
+    Affine,
+    MonotonicAffineTransform,
+    Univariate,
+    soft_bound,
+)
+from pyro_artransform.testing import check_conditioner, check_transform, check_univariate
+
+# Families
 
 
 class SinhArcsinhTransform(Transform):
@@ -126,27 +136,121 @@ BROKEN = {
 }
 
 
-@pytest.mark.parametrize(("message", "methods"), BROKEN.items())
-def test_a_broken_transform_is_named(message, methods):
-    family = SinhArcsinh()
-    family.transform = type("Broken", (SinhArcsinhTransform,), methods)
-    with pytest.raises(AssertionError, match=f"SinhArcsinh: .*{message}"):
-        check_univariate(family)
+# of the family itself
+FAMILY = {
+    r"log-slopes must be bounded, here by 10": {"forward": Affine(bound=12.0).forward},
+    r"finite at large params": {
+        "transform": lambda self, skew, weight: SinhArcsinhTransform(
+            torch.where(skew.abs() > 0.995, skew * 1e4, skew), weight
+        )
+    },
+    r"return a torch Transform, got Tensor": {"transform": lambda self, skew, weight: skew},
+    r"num_params must be a positive int, got True": {"num_params": True},
+}
+FAMILY |= {
+    message: {"transform": type("Broken", (SinhArcsinhTransform,), methods)}
+    for message, methods in BROKEN.items()
+}
 
 
-def infinite_at_large_params(self, skew, weight):
-    return SinhArcsinhTransform(torch.where(skew.abs() > 0.995, skew * 1e4, skew), weight)
-
-
-@pytest.mark.parametrize(
-    ("attributes", "message"),
-    [
-        ({"forward": Affine(bound=12.0).forward}, "log-slopes must be bounded, here by 10"),
-        ({"transform": infinite_at_large_params}, "finite at large params"),
-        ({"transform": lambda self, skew, weight: skew}, "return a torch Transform, got Tensor"),
-        ({"num_params": True}, "num_params must be a positive int, got True"),
-    ],
-)
-def test_a_broken_family_is_named(attributes, message):
-    with pytest.raises(AssertionError, match=message):
+@pytest.mark.parametrize(("message", "attributes"), FAMILY.items())
+def test_a_broken_family_is_named(message, attributes):
+    with pytest.raises(AssertionError, match=f"Broken: .*{message}"):
         check_univariate(type("Broken", (SinhArcsinh,), attributes)())
+
+
+# Conditioners
+
+
+class RunningSum(Conditioner):
+    def __init__(self, read=lambda x, before: before, depth=4):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(4, 1))
+        self.read, self.depth = read, depth
+
+    def forward(self, x, context=None):
+        before = nn.functional.pad(x.cumsum(-1), (1, 0))[..., :-1]
+        return self.read(x, before)[..., None] * self.weight
+
+
+def test_a_right_conditioner_passes_and_a_depth_that_is_too_small_does_not():
+    for depth in (None, 5):
+        check_conditioner(lambda depth=depth: RunningSum(depth=depth), 4)
+    with pytest.raises(AssertionError, match="depth: it states 2, but 4 coordinates are on the"):
+        check_conditioner(lambda: RunningSum(depth=2), 4)
+
+
+FAULTS = {
+    r"autoregressive: .* \[\[0, 3\], \[1, 2\]\]": lambda x, before: before + x.detach().flip(-1),
+    r"autoregressive: .* \[\[0, 0\], \[1, 1\], \[2, 2\], \[3, 3\]\]": (
+        lambda x, before: before + (x > 0).to(x)
+    ),
+    r"autoregressive: .* for \(i, j\) in \[\[0, 0\], \[1, 1\], \[2, 2\], \[3, 3\]\]": (
+        lambda x, before: before + torch.where(x < -6, x, 0.0)
+    ),
+    r"graph: .* do not depend on x_j": lambda x, before: 0 * before,
+    r"random: the same x gives different values": lambda _, before: nn.functional.dropout(
+        before, 0.5
+    ),
+    r"batch: a row alone gives a different value": (
+        lambda x, before: before - x.reshape(-1, 4).mean(0).detach()
+    ),
+}
+
+
+@pytest.mark.parametrize(("message", "read"), FAULTS.items())
+def test_a_fault_of_a_conditioner_is_named(message, read):
+    with pytest.raises(AssertionError, match=message):
+        check_conditioner(lambda: RunningSum(read), 4)
+
+
+# Transforms
+
+
+class DetachedLogDet(MonotonicAffineTransform):
+    def call_and_ladj(self, x):
+        y, ladj = super().call_and_ladj(x)
+        return y, ladj.detach()
+
+
+class Detached(nn.Module):
+    """An affine meta with one of its outputs without gradients."""
+
+    def __init__(self, transform):
+        super().__init__()
+        self.meta = ConditionedUnivariate(MaskedMLP(3, 2, 8), Affine())
+        self.transform = transform
+
+    def forward(self, x):
+        affine = self.meta(x)
+        return self.transform(affine.loc, affine.log_scale)
+
+
+class Twice(nn.Module):
+    """A meta that registers its network under a second name."""
+
+    def __init__(self):
+        super().__init__()
+        self.meta = ConditionedUnivariate(MaskedMLP(3, 2, 8), Affine())
+        self.network = self.meta.conditioner
+
+    def forward(self, x):
+        return self.meta(x)
+
+
+BROKEN_METAS = {
+    r"gradient of the log-derivative in the parameters: .* expected to be zero": (
+        lambda: Detached(DetachedLogDet)
+    ),
+    r"gradient of the value in the parameters: Jacobian mismatch": lambda: Detached(
+        lambda shift, log_scale: MonotonicAffineTransform(shift.detach(), log_scale)
+    ),
+    r"parameters: one of .* is there twice": Twice,
+}
+
+
+@pytest.mark.parametrize(("message", "make"), BROKEN_METAS.items())
+def test_a_fault_of_a_transform_is_named(message, make):
+    """Gradients that are missing are named whatever the values are."""
+    with pytest.raises(AssertionError, match=message):
+        check_transform(lambda: AutoregressiveTransform(make()), 3)
