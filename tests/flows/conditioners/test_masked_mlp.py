@@ -2,12 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 from itertools import cycle
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from pyro_artransform import conditional_affine_autoregressive, hinged_marginals, spline_marginals
 from pyro_artransform.flows.conditioners import MaskedLinear, MaskedMLP, TiltedSiLU, Unconditional
+from pyro_artransform.flows.conditioners.masked_mlp import is_elementwise
 from pyro_artransform.testing import check_conditioner, check_transform, redraw
 from tests.flows.conditioners.test_masks import random_dag
 
@@ -167,3 +169,20 @@ def test_unconditional_parameters_are_the_same_for_every_x():
         Unconditional(3, 0)
     with pytest.raises(ValueError, match=r"expected shape \(\*, 3\), got \(2,\)"):
         conditioner(torch.zeros(2))
+
+
+@pytest.mark.parametrize("slope", [0.0, np.float64(0.6), 1])
+def test_tilted_silu(slope):
+    x, activation = torch.linspace(-30, 30, 101), TiltedSiLU(slope)
+    assert torch.allclose(activation(x), x * (slope + torch.tanh(x / 2)), rtol=1e-12, atol=1e-12)
+    assert torch.autograd.gradcheck(activation, torch.randn(5, requires_grad=True))
+    assert repr(activation) == f"TiltedSiLU(slope={float(slope)})"
+    with pytest.raises(ValueError, match="slope: expected a number from 0 to 1, got"):
+        TiltedSiLU(1.5)
+
+
+@pytest.mark.parametrize("cls", [TiltedSiLU, torch.nn.ELU])
+def test_a_subclass_may_not_be_elementwise(cls):
+    assert is_elementwise(cls())
+    assert not is_elementwise(type("Other", (cls,), {})())
+    assert not is_elementwise(torch.nn.Softmax(-1))
