@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_artransform project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Fits a guide to a model and judges the posterior."""
+"""The function ``fit``: its arguments and options; ``stages.py`` has what it does, from top to bottom."""
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
@@ -16,9 +16,9 @@ from .._base.processes import open_processes
 from .._base.progress import alone, progress_bar, seeded
 from .._base.time_limit import TimeLimit
 from .loader import Batch, BatchStream
-from .one_fit import Fit
 from .problem import Problem
 from .result import FitResult
+from .stages import Fit
 
 
 def fit(

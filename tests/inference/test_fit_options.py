@@ -22,7 +22,7 @@ from pyro_artransform import AutoIAF, fit
 from pyro_artransform._base.arguments import check_call, check_flag
 from pyro_artransform._base.progress import ProgressBar
 from pyro_artransform.diagnostics.checks import Check
-from pyro_artransform.inference.one_fit import NO_DATA
+from pyro_artransform.inference.stages import NO_DATA
 from pyro_artransform.sampling import mcmc
 from tests.inference import models
 from tests.inference.conftest import QUICK, quick_fit, with_numbers

@@ -12,9 +12,9 @@ from pyro import distributions as dist
 from pyro.infer.autoguide import AutoNormal
 
 from pyro_artransform.diagnostics.checks import Check
-from pyro_artransform.inference import FitError, one_fit
-from pyro_artransform.inference.one_fit import FAILED_GUIDE
+from pyro_artransform.inference import FitError, stages
 from pyro_artransform.inference.optimization.training import Training
+from pyro_artransform.inference.stages import FAILED_GUIDE
 from tests.inference.conftest import quick_fit as fit
 from tests.inference.models import small
 
@@ -76,7 +76,7 @@ def out_of_memory(*_):
 
 @pytest.mark.parametrize("place", ["find_start", "check_start", "step", "finish", "evaluate"])
 def test_any_failure_of_a_guide_leaves_the_draws(monkeypatch, place):
-    target = one_fit if place in ("find_start", "evaluate") else Training
+    target = stages if place in ("find_start", "evaluate") else Training
     monkeypatch.setattr(target, place, lambda *_, **__: out_of_memory())
     result = fit(normal, small(normal), **OPTIONS, draws=100, num_steps=3)
     assert result.chains.trusted
