@@ -74,6 +74,7 @@ def test_networks_grow_with_the_latents(kind, dim, width, nonlinearity):
     assert all(type(network.nonlinearity) is nonlinearity for network in networks)
 
 
+@pytest.mark.slow
 def test_bends_in_one_dimension():
     """Affine layers of one coordinate are a Gaussian together: the skewed target tells.
 

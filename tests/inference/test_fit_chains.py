@@ -187,6 +187,7 @@ def test_the_guide_is_weighed_in_its_own_coordinates():
     assert abs(result.elbo - expected.elbo) < 5 * noise
 
 
+@pytest.mark.slow
 def test_a_model_that_is_run_by_loop():
     with pytest.warns(UserWarning, match="one draw at a time"):
         result = fitted(models.branching, draws=50)

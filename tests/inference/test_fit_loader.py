@@ -165,6 +165,7 @@ def test_weights_of_all_data_from_a_pass():
         assert result.elbo_se > 0.3  # the batches that nobody saw, of which there may be any
 
 
+@pytest.mark.slow
 def test_an_amortized_guide_in_a_loop_says_how_long_it_takes_and_ends_in_time():
     def model(y):
         loc = pyro.sample("loc", dist.Normal(0.0, 1.0))

@@ -40,6 +40,7 @@ def fitted():
     return y, fit(model, guide=guide, loader=loader, **options)
 
 
+@pytest.mark.slow
 def test_classes_in_schools(fitted):
     y, result = fitted
     assert result.trusted, result
@@ -56,6 +57,7 @@ def test_classes_in_schools(fitted):
     assert result.log_evidence == pytest.approx(evidence, abs=0.1)
 
 
+@pytest.mark.slow
 def test_schools_that_were_not_in_the_data(fitted):
     """Given the mean, the posterior of a school is known; the encoder was never shown its data."""
     _, result = fitted

@@ -86,6 +86,7 @@ def test_two_near_modes_by_a_flow_are_not_trusted_unless_it_has_both():
     assert not (result.trusted and gap > WRONG), result
 
 
+@pytest.mark.slow
 def test_a_gaussian_of_pyros_ends_where_it_climbed_to():
     """The average of its parameters has nothing of the initial_ascent, which is ten sds and more here."""
     x = torch.stack([torch.ones(170), torch.arange(170.0) % 2, torch.linspace(0.0, 6.0, 170)], -1)

@@ -69,6 +69,7 @@ def test_chains_have_the_density_as_written(case):
     check_draws(case, mcmc(model, draws=400, seed=1, progress=False))
 
 
+@pytest.mark.slow
 def test_a_scale_without_a_positive_prior_is_said():
     """A part of its prior has no density: draws are right, and trajectories end there."""
 
