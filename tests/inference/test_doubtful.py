@@ -180,11 +180,21 @@ def test_a_posterior_that_reaches_below_the_smallest_number_is_not_trusted():
         rate = pyro.sample("rate", dist.Gamma(0.01, 0.01))
         pyro.sample("y", dist.Poisson(rate), obs=torch.tensor(0.0, dtype=torch.float32))
 
-    dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
-    try:
-        chains = mcmc(model, draws=50, seed=0, progress=False, max_seconds=20)
-    finally:
-        torch.set_default_dtype(dtype)
+    chains = mcmc(model, draws=50, seed=0, progress=False, max_seconds=20)
     assert not chains.trusted
     assert "draws of site rate reach the smallest numbers" in chains.verdict
+
+
+@pytest.mark.slow
+def test_a_scale_without_a_positive_prior_is_said():
+    """A part of its prior has no density: draws are right, and trajectories end there."""
+
+    def model():
+        tau = pyro.sample("tau", dist.Normal(1.0, 2.0))
+        with pyro.plate("groups", 6):
+            z = pyro.sample("z", dist.Normal(0.0, tau))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=torch.linspace(-1.0, 1.0, 6))
+
+    found = mcmc(model, draws=20, seed=0, progress=False)
+    assert "use a prior on positive numbers" in found.verdict
