@@ -95,13 +95,6 @@ def test_the_guide_is_where_the_draws_are():
     assert torch.allclose(flow.std(0), drawn.std(0), rtol=0.15)
 
 
-def test_a_posterior_that_a_guide_has():
-    result = fitted(models.location)
-    assert (result.num_steps, result.trusted) == (0, True)
-    assert result.chains.trusted
-    assert "About the guide alone: Trusted" in result.verdict
-
-
 def test_chains_that_have_not_mixed_are_not_trusted_whatever_the_guide_is(monkeypatch):
     """They end after a block: the guide is trained, and no other chains replace them."""
     begun, from_nothing = [], first_draws.from_nothing
@@ -185,14 +178,6 @@ def test_the_guide_is_weighed_in_its_own_coordinates():
     expected = importance(schools, guide)
     noise = math.hypot(result.elbo_se, expected.elbo_se)
     assert abs(result.elbo - expected.elbo) < 5 * noise
-
-
-@pytest.mark.slow
-def test_a_model_that_is_run_by_loop():
-    with pytest.warns(UserWarning, match="one draw at a time"):
-        result = fitted(models.branching, draws=50)
-    assert (result.chains.num_chains, result.chains.num_superchains) == (8, 8)
-    assert result.chains.trusted, result
 
 
 def hierarchy():

@@ -49,22 +49,22 @@ def test_callback_that_logs():
     assert "number of steps (7)" in result.stopped_because
 
 
-@pytest.mark.parametrize("answer", [True, np.bool_(True), torch.tensor(True)])
-def test_callbacks_that_stop(answer):
-    """A comparison of NumPy or PyTorch is no ``bool``, and stopped nothing."""
+@pytest.mark.parametrize(
+    ("answer", "stops"),
+    [
+        *((answer, True) for answer in (True, np.bool_(True), torch.tensor(True))),
+        *((answer, False) for answer in (None, 1, "stop", np.bool_(False), torch.tensor(1.0))),
+    ],
+)
+def test_answers_of_callbacks(answer, stops):
+    """A comparison of NumPy or PyTorch is no ``bool``, and stops a fit all the same."""
     callback = lambda step, elbo: step >= 3 and answer  # noqa: E731
-    result = fitted(models.location, AutoNormal(models.location), callback=callback)
-    assert result.num_steps == 3
-    assert result.stopped_because == "the callback asked to stop"
+    model = models.location
+    result = fitted(model, AutoNormal(model), num_steps=4, callback=callback)
+    assert result.num_steps == (3 if stops else 4)
+    assert (result.stopped_because == "the callback asked to stop") == stops
     assert "interrupted" not in result.verdict
     assert math.isfinite(result.elbo)
-
-
-@pytest.mark.parametrize("answer", [None, 1, "stop", np.bool_(False), torch.tensor(1.0)])
-def test_callbacks_that_do_not_stop(answer):
-    model = models.location
-    result = fitted(model, AutoNormal(model), num_steps=4, callback=lambda *_: answer)
-    assert result.num_steps == 4
 
 
 @pytest.mark.parametrize(
@@ -223,15 +223,12 @@ def test_a_fault_at_a_step(kind, fault, monkeypatch):
     at = set()
     model, runs = faulty(at, fault)
     guide = kind(model)
-    steps = []
 
     def callback(step, elbo):
         model.is_on = True
         at.clear()
         if step == 9:
             at.update(range(runs[0] + 1, runs[0] + 10_000))
-        if step == 10:
-            steps.append({name: p.detach().clone() for name, p in guide.named_parameters()})
         assert all(p.isfinite().all() for p in guide.parameters())
 
     result = fitted(model, guide, num_steps=30, callback=callback)
@@ -282,7 +279,8 @@ def linear():
 def test_a_fit_that_starts_at_the_posterior_takes_no_step():
     guide = small(linear)
     result = fit(linear, guide, progress=False)
-    assert (result.num_steps, result.trusted) == (0, True)
+    assert (result.num_steps, result.trusted, result.chains.trusted) == (0, True, True)
+    assert "About the guide alone: Trusted" in result.verdict
     assert "little difference between guide and posterior" in result.stopped_because
     # the precision is 1 + 3, the mean 6 / 4, the start exact but for round-off
     draws = guide.sample_posterior(10)["loc"]

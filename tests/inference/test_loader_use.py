@@ -18,17 +18,20 @@ from tests.inference.loaders import listed, rows, shuffled, small
 from tests.inference.test_fit_loader import check, fitted
 
 
+def of_rows(y):
+    """A guide without a batch has one latent for the first row of each."""
+    with pyro.plate("rows", len(y)):
+        z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        pyro.sample("y", dist.Normal(z, 0.5), obs=y)
+
+
+def unscaled(y):
+    loaders.groups(y, len(y))
+
+
 @pytest.mark.parametrize("kind", [small, AutoNormal])
 def test_latents_that_would_see_one_batch_only(kind):
-    def of_all(y):
-        loaders.groups(y, len(y))
-
-    def of_rows(y):  # a guide without a batch has one latent for the first row of each
-        with pyro.plate("rows", len(y)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(z, 0.5), obs=y)
-
-    for model, name in ((of_all, "mean"), (of_rows, "z")):
+    for model, name in ((unscaled, "mean"), (of_rows, "z")):
         refused = rf"'{name}' is shared by all batches.*subsample_size=len\(batch\)"
         with pytest.raises(ValueError, match=refused):
             fitted(model, kind(model), shuffled(rows()[1][:40]))
@@ -110,10 +113,6 @@ def check_alone(model, guide, size=10):
     check_use(batches, guide, LogJoint(model, *first), first)
 
 
-def unscaled(y):
-    loaders.groups(y, len(y))
-
-
 def in_parts(model, local):
     guide = AutoGuideList(model)
     guide.append(AutoNormal(poutine.block(model, expose=["mean"])))
@@ -143,18 +142,13 @@ def test_guides_whose_locals_are_those_of_their_rows():
 def test_a_guide_that_is_a_function():
     """Nobody knows what it does with its arguments."""
 
-    def model(y):
-        with pyro.plate("rows", len(y)):
-            z = pyro.sample("z", dist.Normal(0.0, 1.0))
-            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
-
     def guide(y):
         with pyro.plate("rows", len(y)):
             pyro.sample("z", dist.Normal(y / 2, 0.7))
 
-    check_alone(model, guide)
+    check_alone(of_rows, guide)
     with pytest.raises(ValueError, match="'z' is shared by all batches"):
-        check_alone(model, AutoNormal(model))
+        check_alone(of_rows, AutoNormal(of_rows))
 
 
 def test_a_scale_of_everything_is_no_scaling_up():

@@ -84,7 +84,7 @@ def test_a_location_and_a_scale(dtype):
 
 def test_a_model_that_is_run_by_loop():
     chains = mcmc(models.branching, draws=50)
-    assert chains.num_chains == 8
+    assert (chains.num_chains, chains.num_superchains) == (8, 8)
     assert chains.trusted, chains
     assert "A Python number is made of the values of latents" in chains.rows()["slow"]
     z = torch.linspace(-6, 6, 4001)
