@@ -75,6 +75,9 @@ def test_what_cannot_be_read(tmp_path):
         read(path, "nowhere")
     path.write_bytes(path.read_bytes()[:-50])
     assert refuses(path)
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", bytes(2**20))  # more than the archive holds
+    assert refuses(path)
 
 
 def test_numbers_that_changed(tmp_path):
@@ -85,11 +88,4 @@ def test_numbers_that_changed(tmp_path):
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
     assert not torch.equal(torch.load(path)["n"], torch.arange(1000.0))
-    assert refuses(path)
-
-
-def test_an_archive_that_declares_more_than_it_holds(tmp_path):
-    path = tmp_path / "numbers.pt"
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr("archive/data.pkl", bytes(2**20))
     assert refuses(path)

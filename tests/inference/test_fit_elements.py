@@ -18,14 +18,30 @@ NUM_USERS, NUM_ITEMS, NUM_ROWS, NOISE = 20, 40, 300, 0.5
 loader_of = partial(shuffled, batch_size=50)
 
 
-def crossed(user, item, y):
-    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+def crossed_plates(user, item, y, scale, family):
     with pyro.plate("users", NUM_USERS):
-        a = pyro.sample("a", dist.Normal(0.0, 0.7))
+        a = pyro.sample("a", dist.Normal(0.0, scale))
     with pyro.plate("items", NUM_ITEMS):
         b = pyro.sample("b", dist.Normal(0.0, 0.9))
     with pyro.plate("rows", NUM_ROWS, subsample_size=len(y)):
-        pyro.sample("y", dist.Normal(mean + a[user] + b[item], NOISE), obs=y)
+        pyro.sample("y", family(a[..., user] + b[..., item]), obs=y)
+
+
+def crossed(*data):
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    crossed_plates(*data, 0.7, lambda loc: dist.Normal(mean + loc, NOISE))
+
+
+def counts(*data):
+    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
+    sd = pyro.sample("sd", dist.HalfNormal(1.0))
+    crossed_plates(*data, sd, lambda loc: dist.Poisson((mean + loc).exp()))
+
+
+def with_outliers(*data):
+    freedom = pyro.sample("freedom", dist.Gamma(2.0, 0.1))
+    scale = pyro.sample("scale", dist.HalfNormal(1.0))
+    crossed_plates(*data, 0.7, lambda loc: dist.StudentT(freedom, loc, scale))
 
 
 def ratings():
@@ -161,28 +177,6 @@ def test_rows_that_read_two_elements_of_a_plate():
     # win. Independent teams would cost 2.8 more. The median, since the mean of weights of a k-hat of 0.8
     # varies by two nats.
     assert result.log_evidence - result.importance.log_weights.median() < 2.5
-
-
-def counts(user, item, y):
-    mean = pyro.sample("mean", dist.Normal(0.0, 2.0))
-    sd = pyro.sample("sd", dist.HalfNormal(1.0))
-    with pyro.plate("users", NUM_USERS):
-        a = pyro.sample("a", dist.Normal(0.0, sd))
-    with pyro.plate("items", NUM_ITEMS):
-        b = pyro.sample("b", dist.Normal(0.0, 0.9))
-    with pyro.plate("rows", NUM_ROWS, subsample_size=len(y)):
-        pyro.sample("y", dist.Poisson((mean + a[..., user] + b[..., item]).exp()), obs=y)
-
-
-def with_outliers(user, item, y):
-    freedom = pyro.sample("freedom", dist.Gamma(2.0, 0.1))
-    scale = pyro.sample("scale", dist.HalfNormal(1.0))
-    with pyro.plate("users", NUM_USERS):
-        a = pyro.sample("a", dist.Normal(0.0, 0.7))
-    with pyro.plate("items", NUM_ITEMS):
-        b = pyro.sample("b", dist.Normal(0.0, 0.9))
-    with pyro.plate("rows", NUM_ROWS, subsample_size=len(y)):
-        pyro.sample("y", dist.StudentT(freedom, a[..., user] + b[..., item], scale), obs=y)
 
 
 @pytest.mark.parametrize("model", [pytest.param(counts, marks=pytest.mark.slow), with_outliers])

@@ -16,7 +16,7 @@ import pytest
 
 import pyro_artransform
 from pyro_artransform.diagnostics.checks import Check, warn_of_prior
-from tests.shortened_code import python_blocks, shortened
+from tests.project.conftest import python_blocks, shortened
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"

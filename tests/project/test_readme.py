@@ -17,7 +17,7 @@ import torch
 
 import pyro_artransform
 from tests.inference.conftest import quick_fit
-from tests.shortened_code import python_blocks, shortened
+from tests.project.conftest import python_blocks, shortened
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()

@@ -14,7 +14,7 @@ from pyro import poutine
 
 from pyro_artransform.model import LogJoint
 from pyro_artransform.sampling import mcmc
-from tests.shortened_code import python_blocks
+from tests.project.conftest import python_blocks
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "state_spaces.md").read_text()
