@@ -22,13 +22,10 @@ QUICK_START: Numbers = {
     "first_draws._MOST_TRAJECTORIES": 6,
     "initialization.start._NUM_COMPARED": 256,
 }
-QUICK_VERDICT: Numbers = {
-    "evaluation.evaluate._NUM_SAMPLES": 500,
-    "evaluation.evaluate._NUM_NOISY": 50,
-}
 QUICK: Numbers = {
     **QUICK_START,
-    **QUICK_VERDICT,
+    "evaluation.evaluate._NUM_SAMPLES": 500,
+    "evaluation.evaluate._NUM_NOISY": 50,
     "problem.NUM_COMPARED": 128,
     "optimization.minibatches._NUM_DRAWS": 100,
 }

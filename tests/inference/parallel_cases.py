@@ -48,7 +48,7 @@ def outcome(result: Any) -> Outcome:
     return {"parameters": [store[name].tolist() for name in sorted(store.keys())], **fields}
 
 
-def smoke(folder: Path) -> Outcome:
+def smoke() -> Outcome:
     """The second process is late at a step, and stops both of them."""
     told = []
 
@@ -63,7 +63,7 @@ def smoke(folder: Path) -> Outcome:
     return {**found, "told": told, "is_closed": not distributed.is_initialized()}
 
 
-def fails(folder: Path) -> None:
+def fails() -> None:
     """The second process has an error of its own."""
 
     def callback(step: int, elbo: float) -> None:
@@ -77,7 +77,7 @@ def amortized(model: Any) -> AutoAmortized:
     return AutoAmortized(model, loaders.Mean(), flow=None, local_flow=None)
 
 
-def hierarchy(folder: Path) -> Outcome:
+def hierarchy() -> Outcome:
     """43 groups in 9 batches, the last of them short: the processes take turns at having five of them."""
     loader = shuffled(rows()[1], batch_size=5)
     numbers = {**with_step_size(0.04), "optimization.minibatches._NUM_DRAWS": 4000}
@@ -85,7 +85,7 @@ def hierarchy(folder: Path) -> Outcome:
     return outcome(quick_fit(loaders.groups, amortized(loaders.groups), loader=loader, **options))
 
 
-def other_guides(folder: Path) -> dict[str, Outcome]:
+def other_guides() -> dict[str, Outcome]:
     """One of Pyro's, one with a graph, one that scales its steps by the size of a batch, a decoder's."""
     batches = {"loader": rows()[1].split(10)}
     cases = {
@@ -101,7 +101,7 @@ def other_guides(folder: Path) -> dict[str, Outcome]:
     return found
 
 
-def skipped(folder: Path) -> Outcome:
+def skipped() -> Outcome:
     """The model of the second process fails twice; it reads a tensor, also if its operations are replayed."""
     odd = torch.zeros(())
 
@@ -164,7 +164,7 @@ def passes(log_joint: LogJoint, stream: BatchStream) -> Any:
     return found
 
 
-def shares(folder: Path) -> dict[str, Any]:
+def shares() -> dict[str, Any]:
     """Each of two processes evaluates its own batches; and one of them all."""
     pyro.set_rng_seed(0)  # as a fit does
     with parallel.open_processes() as processes, patch(f"{all_batches.__name__}._ROWS", 100):
@@ -183,12 +183,12 @@ def shares(folder: Path) -> dict[str, Any]:
         return {**found, "again": again, "rows": processes.gather("rows", held)}
 
 
-def crossed(folder: Path) -> Outcome:
+def crossed() -> Outcome:
     """A guide that starts at the Gaussian of all data, and takes a few steps."""
     return outcome(quick_fit(ratings, loader=rated(), num_steps=5, seed=1, progress=False))
 
 
-def chains(folder: Path) -> Outcome:
+def chains() -> Outcome:
     """Chains of the first process, with all data at each gradient."""
     model, loader = loaders.regression, shuffled(*rows())
     result = quick_fit(model, small(model), loader=loader, draws=50, progress=False)
@@ -204,7 +204,7 @@ def error_of(**options: Any) -> str:
     return ""
 
 
-def errors(folder: Path) -> dict[str, str]:
+def errors() -> dict[str, str]:
     order = shuffled(*rows(), generator=torch.Generator().manual_seed(RANK))
     return {
         "options": error_of(num_steps=5 + RANK),
@@ -228,7 +228,7 @@ def main() -> None:
     for name in names:
         pyro.clear_param_store()
         torch.manual_seed(RANK)
-        found[name] = CASES[name](Path(folder))
+        found[name] = CASES[name]()
     torch.save(found, Path(folder) / f"process {RANK}.pt")
 
 

@@ -16,14 +16,9 @@ from pyro_artransform.inference import FitError, stages
 from pyro_artransform.inference.optimization.training import Training
 from pyro_artransform.inference.stages import FAILED_GUIDE
 from tests.inference.conftest import quick_fit as fit
-from tests.inference.models import small
+from tests.inference.models import location, small
 
 OPTIONS = {"seed": 0, "progress": False}
-
-
-def normal():
-    z = pyro.sample("z", dist.Normal(0.0, 1.0))
-    pyro.sample("y", dist.Normal(z, 1.0), obs=torch.tensor(1.0))
 
 
 def test_a_guide_without_a_finite_start():
@@ -78,12 +73,12 @@ def out_of_memory(*_):
 def test_any_failure_of_a_guide_leaves_the_draws(monkeypatch, place):
     target = stages if place in ("find_start", "evaluate") else Training
     monkeypatch.setattr(target, place, lambda *_, **__: out_of_memory())
-    result = fit(normal, small(normal), **OPTIONS, draws=100, num_steps=3)
+    result = fit(location, small(location), **OPTIONS, draws=100, num_steps=3)
     assert result.chains.trusted
     assert not result.trusted
     assert "OutOfMemoryError: no memory" in result.verdict
     with pytest.raises(torch.OutOfMemoryError):
-        fit(normal, small(normal), **OPTIONS, draws=0, num_steps=3)
+        fit(location, small(location), **OPTIONS, draws=0, num_steps=3)
 
 
 def test_an_error_of_a_callback_is_raised():
@@ -91,4 +86,4 @@ def test_an_error_of_a_callback_is_raised():
         raise ValueError("of the user")
 
     with pytest.raises(ValueError, match="of the user"):
-        fit(normal, small(normal), **OPTIONS, draws=100, num_steps=3, callback=callback)
+        fit(location, small(location), **OPTIONS, draws=100, num_steps=3, callback=callback)

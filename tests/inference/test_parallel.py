@@ -124,7 +124,7 @@ def test_a_fit_with_a_share_of_all_data_for_each_process(run, name):
     found = run[0][name]
     pyro.clear_param_store()
     torch.manual_seed(0)
-    alone = parallel_cases.CASES[name](None)
+    alone = parallel_cases.CASES[name]()
     assert abs(found["elbo"] - alone["elbo"]) < 1e-6 + 5 * found["elbo_se"]
     assert found["khat"] < 0.5
     assert found["start"] == alone["start"]
