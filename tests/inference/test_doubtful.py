@@ -140,6 +140,12 @@ def exact_moments(y):
     return weights @ phi.cos(), weights @ phi.sin(), evidence
 
 
+def are_right(phi, cos, sin):
+    """Within five standard errors of 400 effective draws."""
+    assert abs(phi.cos().mean() - cos) < 5 * phi.cos().std() / 20
+    assert abs(phi.sin().mean() - sin) < 5 * phi.sin().std() / 20
+
+
 @pytest.mark.parametrize("count", [1, 30])
 def test_a_direction(count):
     """Vague or concentrated: its posterior on the real line repeats after each turn."""
@@ -148,11 +154,8 @@ def test_a_direction(count):
     found = fit(direction, AutoNormal(direction), y, progress=False, seed=0)
     assert abs(found.log_evidence - evidence) < 0.02
     for chains in (found.chains, mcmc(direction, y, seed=0, progress=False)):
-        phi = chains.draws["phi"]
         assert chains.trusted
-        # the standard errors of 400 effective draws
-        assert abs(phi.cos().mean() - cos) < 5 * phi.cos().std() / 20
-        assert abs(phi.sin().mean() - sin) < 5 * phi.sin().std() / 20
+        are_right(chains.draws["phi"], cos, sin)
 
 
 @pytest.mark.slow
@@ -164,10 +167,8 @@ def test_a_direction_opposite_to_zero_has_two_modes():
         cos, sin, _ = exact_moments(y)
         chains = mcmc(direction, y, seed=seed, progress=False, max_seconds=20)
         num_found += chains.trusted and "2 modes with" in chains.verdict
-        phi = chains.by_chain["phi"]
         if chains.trusted:
-            assert abs(phi.cos().mean() - cos) < 5 * phi.cos().std() / 20
-            assert abs(phi.sin().mean() - sin) < 5 * phi.sin().std() / 20
+            are_right(chains.by_chain["phi"], cos, sin)
         else:
             assert "have not mixed" in chains.verdict
     assert num_found >= 2  # with 5 of 8 runs, fewer have a probability of 0.006

@@ -143,12 +143,8 @@ def with_link(link, y):
 Y = 2 + torch.linspace(-1, 1, 12, dtype=torch.float64)
 
 
-@pytest.fixture
-def guide():
-    return AutoNormal(location)
-
-
-def test_the_users_guide_is_in_the_result(guide):
+def test_the_users_guide_is_in_the_result():
+    guide = AutoNormal(location)
     for result in (
         few(location, guide, Y, num_steps=2),
         few(location, Y, guide=guide, num_steps=2),

@@ -45,6 +45,17 @@ class Loader:
         return self.make()
 
 
+class Once(list):
+    """Ends for good."""
+
+    def __init__(self, batches):
+        super().__init__(batches)
+        self.iterator = iter(batches)
+
+    def __iter__(self):
+        return self.iterator
+
+
 BATCHES = [torch.zeros(2)]
 EMPTY = DataLoader(TensorDataset(torch.zeros(3)), batch_size=4, drop_last=True)
 REFUSED = [
@@ -60,6 +71,7 @@ REFUSED = [
     (ValueError, [], "at least one batch, got none"),
     (ValueError, EMPTY, "at least one batch, got none"),
     (ValueError, [numbers(), numbers()[:0]], "expected batches with rows, got an empty one"),
+    (ValueError, Once(BATCHES), "none in epoch 2"),
     (ValueError, Loader(lambda: itertools.repeat(torch.zeros(2))), r"loader: .* no end.*__len__"),
 ]
 
@@ -68,17 +80,6 @@ REFUSED = [
 def test_what_is_no_loader_and_no_batch(error, loader, words):
     with pytest.raises(error, match=words):
         taken(BatchStream(loader, {"scale": 2.0}), 2)
-
-
-def test_a_loader_that_ends_for_good():
-    class Once(list):
-        iterator = iter([torch.zeros(2)])
-
-        def __iter__(self):
-            return self.iterator
-
-    with pytest.raises(ValueError, match="none in epoch 2"):
-        taken(BatchStream(Once(BATCHES)), 2)
 
 
 def test_epochs_of_other_lengths():

@@ -100,20 +100,8 @@ def stochastic_volatility(num: int, y: Tensor | None) -> None:
         pyro.sample(f"y_{t}", dist.Normal(0.0, (mean + log_sd).exp()), obs=_datum(y, t))
 
 
-MODELS: dict[str, Model] = {
-    model.__name__.replace("_", " "): model
-    for model in (
-        local_linear_trend,
-        seasonal,
-        ar2,
-        student_level,
-        dynamic_poisson,
-        coupled_walks,
-        stochastic_volatility,
-    )
-}
-
-
+QUICK_MODELS = ar2, student_level, dynamic_poisson
+MODELS = *QUICK_MODELS, local_linear_trend, seasonal, coupled_walks, stochastic_volatility
 _TRUTH = {
     **dict.fromkeys(
         ("step", "noise", "s1", "s3", "step_0", "step_1", "pull", "phi_0", "phi_1"), 0.3
@@ -131,21 +119,14 @@ def simulated(model: Model, num: int, seed: int = 0) -> Tensor:
     return torch.stack([trace.nodes[f"y_{t}"]["value"] for t in range(num)])
 
 
-QUICK_MODELS = ("ar2", "student level", "dynamic poisson")
-both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-
-
 @pytest.mark.parametrize(
-    "name",
-    [
-        name if name in QUICK_MODELS else pytest.param(name, marks=pytest.mark.slow)
-        for name in MODELS
-    ],
+    "model",
+    [m if m in QUICK_MODELS else pytest.param(m, marks=pytest.mark.slow) for m in MODELS],
 )
 @pytest.mark.usefixtures("quick")
-def test_a_start_is_found_in_single_precision(name):
+def test_a_start_is_found_in_single_precision(model):
     torch.set_default_dtype(torch.float32)
-    model, y = MODELS[name], simulated(MODELS[name], 4)
+    y = simulated(model, 4)
     guide = AutoStructuredFlow(model)
     guide.set_up(4, y)
     log_joint = LogJoint(model, (4, y)).with_coordinates(guide.prior_coordinates)
@@ -160,14 +141,14 @@ def test_a_start_is_found_in_single_precision(name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("draws", [None, 100])
-@both_dtypes
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize(
-    ("name", "num"), [*((name, 30) for name in MODELS), ("local linear trend", 100)]
+    ("model", "num"), [*((model, 30) for model in MODELS), (local_linear_trend, 100)]
 )
-def test_a_fit_of_some_seconds(name, num, dtype, draws):
+def test_a_fit_of_some_seconds(model, num, dtype, draws):
     """The ELBO has digits, or the verdict says that nothing is known."""
     torch.set_default_dtype(dtype)
-    model, y = MODELS[name], simulated(MODELS[name], num)
+    y = simulated(model, num)
     result = fit(model, num, y, draws=draws, seed=0, max_seconds=20, progress=False)
     assert math.isfinite(result.elbo)
     if abs(result.elbo) * torch.finfo(dtype).eps > 1:

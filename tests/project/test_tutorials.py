@@ -21,7 +21,6 @@ MAX_BYTES = 400_000
 NOTEBOOKS = sorted(TUTORIALS.glob("*.ipynb"))
 # the first that somebody reads; the others take minutes
 QUICK = "svi_flow_guide.ipynb"
-every_notebook = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 
 
 def read(path: Path) -> nbformat.NotebookNode:
@@ -74,7 +73,7 @@ def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [kinds(cell) for cell in code_cells(fresh)] == [kinds(c) for c in code_cells(saved)]
 
 
-@every_notebook
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.name)
 def test_notebook_is_saved_as_it_ran(path: Path) -> None:
     """From top to bottom, with its pictures and what it prints, without an error, a warning or a machine."""
     notebook = read(path)
