@@ -10,7 +10,7 @@ Importance Sampling Squared for Bayesian Inference in Latent Variable Models (Tr
 """
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -56,38 +56,23 @@ def weigh_elements(
     """
     try:
         with validation_enabled(False):
-            stream, objective = minibatches.stream.whole, minibatches.objective
-            wanted, batches = num_gradients // stream.num_batches, stream.one_pass_with_rows()
-            return passed.obstacle or weigh_batches(objective, batches, wanted)
+            return passed.obstacle or _weighed(minibatches, num_gradients)
     except Exception as error:  # the model or the guide may not support many draws of a batch
         return f"importance weights of elements could not be computed ({describe(error)})"
 
 
-def weigh_batches(
-    objective: BatchObjective,
-    batches: Iterable[tuple[Batch, Sequence[int] | None]],
-    num_wanted: int,
-) -> ElementWeights:
-    """Weighs draws of elements and of shared latents in a pass over batches with their rows, if known.
-
-    :param num_wanted: the wanted number of draws of each element, limited to 4 to 16 for each of 250 draws of
-        the shared latents.
-    :raises ValueError: if elements are not independent given the shared latents, among other reasons.
-    :raises TimeoutError: if the time limit is reached.
-    """
-    draws = _Draws(objective, num_wanted // _NUM_SHARED)
+def _weighed(minibatches: MinibatchObjective, num_gradients: int) -> ElementWeights:
+    """The weights of a pass over all batches; errors say why there are none."""
+    stream = minibatches.stream.whole
+    draws = _Draws(minibatches.objective, num_gradients // stream.num_batches // _NUM_SHARED)
     total, parts, indices = draws.log_ratio_of_shared, list[Tensor](), list[Tensor]()
-    for batch, rows in batches:
+    for batch, rows in stream.one_pass_with_rows():
         if is_out_of_time():
             raise TimeoutError("the time limit was reached before all elements were drawn")
-        log_ratios, by_prior, index = draws.of_batch(batch, rows or [])
+        log_ratios, by_prior, index = found = draws.of_batch(batch, rows or [])
         if len(index) == log_ratios.shape[-1]:  # batches may overlap
             is_new = ~torch.isin(index, torch.cat([index[:0], *indices]))
-            log_ratios, by_prior, index = (
-                log_ratios[..., is_new],
-                by_prior[..., is_new],
-                index[is_new],
-            )
+            log_ratios, by_prior, index = (each[..., is_new] for each in found)
         total = total + (log_ratios.logsumexp(0) - math.log(draws.inner)).sum(-1)
         parts.append(_columns(log_ratios, by_prior))
         indices += [index] if len(index) == log_ratios.shape[-1] else []

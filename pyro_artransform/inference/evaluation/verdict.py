@@ -231,11 +231,7 @@ def about_good_elements(found: ElementWeights) -> str:
             why = "with a tail of negligible weight"
         why = f" (above {GOOD_KHAT}, {why})"
     if (shared := found.shared) is not None:
-        gap = max(shared.log_evidence - shared.elbo, 0.0)
-        words += (
-            f"for the shared latents, the ELBO is {gap:.3f} nats below the log evidence "
-            f"{shared.log_evidence:.3f}, k-hat is {shared.khat:.2f} ± {shared.khat_se:.2f}; "
-        )
+        words = f"for the shared latents, {_numbers(shared)}; "
     return (
         f"{words}for each of {len(elements.khat):,} elements of plate '{elements.plate}', the ELBO is at "
         f"most {elements.gap.max():.3f} nats below its log evidence, and the largest k-hat is "
@@ -243,12 +239,14 @@ def about_good_elements(found: ElementWeights) -> str:
     )
 
 
-def _about_success(found: Importance, lost: LostModes) -> str:
+def _numbers(found: Importance) -> str:
     gap = max(found.log_evidence - found.elbo, 0.0)
-    words = (
-        f"the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}, k-hat "
-        f"is {found.khat:.2f} ± {found.khat_se:.2f}"
-    )
+    below = f"the ELBO is {gap:.3f} nats below the log evidence {found.log_evidence:.3f}"
+    return f"{below}, k-hat is {found.khat:.2f} ± {found.khat_se:.2f}"
+
+
+def _about_success(found: Importance, lost: LostModes) -> str:
+    words = _numbers(found)
     if not found.has_good_khat:
         share = f"{100 * found.tail_share:.1g} % of the weight"
         words += f" (its tail has {share}, which is negligible)"

@@ -7,8 +7,8 @@ A guide that sees the elements of plates in mini-batches starts near draws of th
 """
 
 import math
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple, cast
@@ -27,7 +27,7 @@ from ...model.graphs.sparse_gaussian import SparseGaussian
 from ...model.protocols import FlowGuide, MinibatchGuide, StructuredGuide
 from ...sampling import Ensemble
 from ..loader import Batch
-from ..optimization.training import copies, copy_to
+from ..optimization.training import common_noise, copies, copy_to
 from .from_draws import DRAWS_BY_DIM, DenseGaussian, dense_gaussian, sparse_gaussian
 from .natural_gradient import fit_gaussian
 
@@ -70,10 +70,28 @@ def find_start(
     :raises ValueError: if neither has a finite ELBO.
     """
     before = copies(_tensors(guide))
-    most = max(2**18 // density.latents.latent_dim, 128)
-    count = min(_NUM_COMPARED // fewer, most)
+    count = min(_NUM_COMPARED // fewer, max(2**18 // density.latents.latent_dim, 128))
     with abandonable():
-        return _better_start(density, guide, ensemble, why_no_chains, count)
+        elbo, needed = _elbo_and_bound(density, guide, count)
+        gaussian_elbo = -math.inf
+        if ensemble is not None:
+            gaussian_elbo = _start_at_draws(density, guide, ensemble, count)
+            # a larger ELBO has round-off of a nat or more
+            eps = torch.finfo(ensemble.draws.dtype).eps
+            if gaussian_elbo > needed and abs(gaussian_elbo) < max(1 / eps, abs(needed)):
+                return InitialGuide(AT_DRAWS, gaussian_elbo)
+            copy_to(_tensors(guide), before)
+        if elbo > -math.inf:
+            return InitialGuide(UNCHANGED if gaussian_elbo > -math.inf else FAILED, elbo)
+        if why_no_chains:
+            raise ValueError(why_no_chains)
+        z, _ = guide.rsample_and_log_prob(count)
+        worst = torch.cat([z[~density(z).isfinite()], density.start[None]])[:1]
+        sites = ", ".join(density.nonfinite_sites(worst)) or "the sum of its sites"
+        raise ValueError(
+            f"expected a finite log density near the initial values, got none: {sites} is not finite there. "
+            "Give the guide an init_loc_fn with values at which the log density is finite"
+        )
     copy_to(_tensors(guide), before)
     return InitialGuide(UNCHANGED, math.nan)
 
@@ -99,36 +117,6 @@ def _tensors(guide: FlowGuide | MinibatchGuide) -> list[Tensor]:
     found: list[Tensor] = [*guide.parameters()]
     given = guide.coordinates
     return found if given is None else [*found, *given.buffers()]
-
-
-def _better_start(
-    density: LogJoint,
-    guide: FlowGuide,
-    ensemble: Ensemble | None,
-    why_no_chains: str,
-    num_draws: int,
-) -> InitialGuide:
-    elbo, needed = _elbo_and_bound(density, guide, num_draws)
-    gaussian_elbo = -math.inf
-    if ensemble is not None:
-        before = copies(_tensors(guide))
-        gaussian_elbo = _start_at_draws(density, guide, ensemble, num_draws)
-        # a larger ELBO has round-off of a nat or more
-        eps = torch.finfo(ensemble.draws.dtype).eps
-        if gaussian_elbo > needed and abs(gaussian_elbo) < max(1 / eps, abs(needed)):
-            return InitialGuide(AT_DRAWS, gaussian_elbo)
-        copy_to(_tensors(guide), before)
-    if elbo > -math.inf:
-        return InitialGuide(UNCHANGED if gaussian_elbo > -math.inf else FAILED, elbo)
-    if why_no_chains:
-        raise ValueError(why_no_chains)
-    z, _ = guide.rsample_and_log_prob(num_draws)
-    worst = torch.cat([z[~density(z).isfinite()], density.start[None]])[:1]
-    sites = ", ".join(density.nonfinite_sites(worst)) or "the sum of its sites"
-    raise ValueError(
-        f"expected a finite log density near the initial values, got none: {sites} is not finite there. Give "
-        "the guide an init_loc_fn with values at which the log density is finite"
-    )
 
 
 def _start_at_draws(
@@ -205,7 +193,7 @@ def _put(
 def _elbo_and_bound(density: LogJoint, guide: FlowGuide, count: int) -> tuple[float, float]:
     """The ELBO of a guide with common random numbers, and the ELBO that another candidate must exceed."""
     check_time()
-    with _common_noise():
+    with common_noise():
         z, log_q = guide.rsample_and_log_prob(count)
     ratios = density(z) - log_q
     mean, median = ratios.mean(), ratios.median()
@@ -215,13 +203,6 @@ def _elbo_and_bound(density: LogJoint, guide: FlowGuide, count: int) -> tuple[fl
     bound = torch.where((mean <= median) & (median < bound), median, bound)
     elbo, bound = torch.stack([mean, bound]).nan_to_num(-torch.inf, -torch.inf, -torch.inf).tolist()
     return elbo, bound + 0.01
-
-
-@contextmanager
-def _common_noise() -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(0)
-        yield
 
 
 def minibatch_density(
@@ -280,7 +261,7 @@ def find_initial_minibatch_guide(
     shared = minibatch_density(log_joint, share, structure.global_latents)
 
     def candidate(name: str) -> InitialGuide:
-        with _common_noise():
+        with common_noise():
             elbo = elbo_draws(_NUM_COMPARED // fewer).mean()
         return InitialGuide(name, elbo.nan_to_num(-torch.inf, -torch.inf, -torch.inf).item())
 

@@ -7,7 +7,8 @@ import copy
 import math
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -104,6 +105,14 @@ def copy_to(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
     """Copies values to tensors, in place."""
     for tensor, value in zip(tensors, values):
         tensor.copy_(value)
+
+
+@contextmanager
+def common_noise() -> Iterator[None]:
+    """A block whose random numbers are the same each time, to compare guides; those after it stay."""
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        yield
 
 
 def _num_stored() -> int:
@@ -318,8 +327,7 @@ class Training:
     def _elbo_draws_at(self, parameters: list[Tensor], count: int) -> Tensor:
         """Estimates of the ELBO with common random numbers."""
         copy_to(self.trained, parameters)
-        with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-            torch.manual_seed(0)
+        with common_noise():
             return self._log_weights(count).nan_to_num(-math.inf)
 
     def _tensors(self) -> list[Tensor]:

@@ -264,7 +264,7 @@ def test_an_error_is_no_end_of_a_fit(monkeypatch):
     def fails(*args):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr("pyro_artransform.inference.evaluation.elements.weigh_batches", fails)
+    monkeypatch.setattr(BatchStream, "one_pass_with_rows", fails)
     assert (
         "importance weights of elements could not be computed (RuntimeError: out of memory"
         in weighed(posterior)
