@@ -213,8 +213,7 @@ def errors() -> dict[str, str]:
     }
 
 
-_MORE = (hierarchy, other_guides, skipped, errors, crossed, chains)
-MORE = {case.__name__: case for case in _MORE}
+MORE = {f.__name__: f for f in (hierarchy, other_guides, skipped, errors, crossed, chains)}
 CASES = {"smoke": smoke, "fails": fails, "shares": shares, **MORE}
 
 

@@ -16,7 +16,7 @@ from pyro_artransform.sampling.run_mcmc import from_nothing
 
 
 @pytest.mark.parametrize("make", [AutoIAF, AutoStructuredFlow, AutoAmortized])
-def test_chains_keep_the_coordinates_of_the_model_where_the_user_wants_them(make, tmp_path):
+def test_chains_keep_the_coordinates_of_the_model_where_the_user_wants_them(make):
     def model():
         v = pyro.sample("v", dist.Normal(0.0, 3.0))
         with pyro.plate("elements", 8):
